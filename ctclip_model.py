@@ -1,0 +1,888 @@
+"""CT-CLIP's image tower, slice backbones, classification heads and losses. One module, shared by every script.
+
+Legend   B batch, D H W voxels (D slices, then the two in-plane axes: x, y), T h w tokens (T = D / temporal patch,
+         h = w = in-plane size / patch), C width, N heads, K head width, L latent, S slices of a volume.
+
+Ladder   volume (B, 1, D, H, W)  ->  patches (B, T, h, w, C)  ->  spatial transformer over h*w  ->  temporal
+         transformer over T  ->  nearest codebook rows (B, T, h, w, C)  ->  mean over T, one linear map  ->
+         latent (B, L), L2-normalised  ->  ReLU, dropout, linear  ->  logits (B, 18).
+         Published size: (B, 1, 240, 480, 480) -> T = h = w = 24, C = 512, N = 8, K = 32, 8192 codes, L = 512.
+
+Attribute names of the tower (`visual_transformer`, `enc_spatial_transformer`, `layers.0.1.to_q`, `vq._codebook.embed`,
+...) are dictated by the published checkpoint, so that its keys load as they are; what is stripped or left out is in
+`PREFIXES` and `UNUSED_KEYS` below. The architecture is that of Hamamci et al., "Developing Generalist Foundation Models
+from a Multimodal Dataset for 3D Computed Tomography" (CT-CLIP); the code is our own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import pickle
+import sys
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+ABNORMALITIES = (
+    "Medical material",
+    "Arterial wall calcification",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Coronary artery wall calcification",
+    "Hiatal hernia",
+    "Lymphadenopathy",
+    "Emphysema",
+    "Atelectasis",
+    "Lung nodule",
+    "Lung opacity",
+    "Pulmonary fibrotic sequela",
+    "Pleural effusion",
+    "Mosaic attenuation pattern",
+    "Peribronchial thickening",
+    "Consolidation",
+    "Bronchiectasis",
+    "Interlobular septal thickening",
+)
+N_LABELS = len(ABNORMALITIES)
+
+CLASSFINE_PATH = "models/ctclip_classfine.pt"
+DEMO_PATH = "models/ctclip_demo.pt"
+
+# Wrappers that published files put in front of their keys; removed from the left, in any order and number.
+PREFIXES = ("module.", "trained_model.")
+
+# Keys that may be in a file and that an image classifier does not use, with the reason. A file's key that is neither
+# used nor excused here is an error.
+UNUSED_KEYS = (
+    ("text_transformer.", "text tower"),
+    ("to_text_latent", "text tower"),
+    ("temperature", "text tower"),
+    ("to_visual_latent_extra.", "unused copy"),
+    (".to_patch_emb_first_frame.", "no part in the forward pass"),
+    (".to_pixels", "no part in the forward pass"),
+    (".context_norm.", "no part in the forward pass"),
+    (".null_kv", "no part in the forward pass"),
+    ("._codebook.cluster_size", "codebook training statistics"),
+    ("._codebook.initted", "codebook training statistics"),
+)
+
+# Where a slice backbone looks: the 360 mm cube of `ctclip_data` at 3 x 1.6 x 1.6 mm, so that a slice is 224 x 224.
+SLICE_INPUT_SHAPE = (120, 224, 224)
+
+
+class CheckpointError(ValueError):
+    """A weights file that cannot be used. One line: what was found, what was expected, what to do."""
+
+
+class PretrainedWeightsError(RuntimeError):
+    """ImageNet weights of a slice backbone that cannot be had. One line, naming the way on."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tower
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TowerSizes:
+    """Sizes of a CT-CLIP image tower; every one is read off the shapes in a checkpoint."""
+
+    dim: int
+    heads: int
+    dim_head: int
+    patch: int
+    temporal_patch: int
+    grid: int  # h = w
+    spatial_depth: int
+    temporal_depth: int
+    codes: int
+    latent: int
+    feedforward: int
+    bias_dim: int
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(D, H, W) in voxels. The depth is free in steps of `temporal_patch`; a cubic token grid is the default."""
+        return self.grid * self.temporal_patch, self.grid * self.patch, self.grid * self.patch
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> TowerSizes:
+        """Sizes from the tensors of a checkpoint whose prefixes are already removed.
+
+        Raises CheckpointError when a tensor that carries a size is missing or two of them disagree.
+        """
+
+        def shape(key: str) -> torch.Size:
+            if key not in state:
+                raise CheckpointError(
+                    f"'{key}' is not in the file (it has {len(state)} tensors): not a CT-CLIP checkpoint. "
+                    "Expected CT-CLIP, VocabFine or ClassFine weights; run python ctclip_setup.py"
+                )
+            return state[key].shape
+
+        def depth(name: str) -> int:
+            start = f"visual_transformer.{name}.layers."
+            return len({key[len(start) :].split(".")[0] for key in state if key.startswith(start)})
+
+        tower = "visual_transformer."
+        layer = tower + "enc_spatial_transformer.layers.0."
+        dim = shape(tower + "enc_spatial_transformer.norm_out.gamma")[0]
+        patch = math.isqrt(shape(tower + "to_patch_emb_first_frame.1.weight")[0])
+        latent, flat = shape("to_visual_latent.weight")
+        sizes = cls(
+            dim=dim,
+            heads=shape(tower + "spatial_rel_pos_bias.net.2.weight")[0],
+            dim_head=shape(layer + "1.q_scale")[0],
+            patch=patch,
+            temporal_patch=shape(tower + "to_patch_emb.1.weight")[0] // patch**2,
+            grid=math.isqrt(flat // dim),
+            spatial_depth=depth("enc_spatial_transformer"),
+            temporal_depth=depth("enc_temporal_transformer"),
+            codes=shape(tower + "vq._codebook.embed")[1],
+            latent=latent,
+            feedforward=shape(layer + "3.4.weight")[1],
+            bias_dim=shape(tower + "spatial_rel_pos_bias.net.0.0.weight")[0],
+        )
+        if sizes.grid**2 * dim != flat:
+            raise CheckpointError(
+                f"to_visual_latent has {flat} inputs, which is not a square token grid times width {dim}: "
+                "the file is damaged or not a CT-CLIP checkpoint"
+            )
+        return sizes
+
+
+class Norm(nn.Module):
+    """LayerNorm under the checkpoint's names: `gamma` is learned, `beta` is a fixed buffer of zeros."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+        self.register_buffer("beta", torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta)
+
+
+class PEG(nn.Module):
+    """Position encoding by a depthwise 3x3x3 convolution, causal along depth."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dsconv = nn.Conv3d(dim, dim, 3, groups=dim)
+
+    def forward(self, x: Tensor, grid_shape: tuple[int, int, int, int]) -> Tensor:
+        """x (any leading shape, C) is *viewed*, never permuted, as (B, T, h, w, C).
+
+        For the temporal transformer, laid out (B*h*w, T, C), that view mixes the axes up. The published weights were
+        trained with it, so it has to stay.
+        """
+        tokens = x.reshape(*grid_shape, x.shape[-1]).movedim(-1, 1)  # (B, C, T, h, w)
+        tokens = self.dsconv(F.pad(tokens, (1, 1, 1, 1, 2, 0)))
+        return tokens.movedim(1, -1).reshape(x.shape)
+
+
+class Attention(nn.Module):
+    """Cosine attention: q and k of unit length times learned scales, logits times 8, optional additive bias.
+
+    The norm acts on the query's input only; keys and values come from the un-normalised input, as published.
+    """
+
+    SCALE = 8.0  # fixed, not K ** -0.5
+
+    def __init__(self, dim: int, heads: int, dim_head: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = Norm(dim)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
+        self.q_scale = nn.Parameter(torch.ones(dim_head))
+        self.k_scale = nn.Parameter(torch.ones(dim_head))
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        q = self.to_q(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, N, n, K)
+        k, v = self.to_kv(x).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (b, N, n, K)
+        q = F.normalize(q, dim=-1) * self.q_scale
+        k = F.normalize(k, dim=-1) * self.k_scale
+        bias = None if bias is None else bias.to(v.dtype)
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=bias, scale=self.SCALE)
+        return self.to_out(out.transpose(1, 2).flatten(2))  # (b, n, C)
+
+
+class GEGLU(nn.Module):
+    """(..., 2 F) -> (..., F): the first half times the exact GELU of the second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class Transformer(nn.Module):
+    def __init__(self, sizes: TowerSizes, depth: int):
+        super().__init__()
+        dim, inner = sizes.dim, sizes.feedforward
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            # The gaps (index 2 here, 3 in the feed-forward) are the checkpoint's: it numbers an unused cross attention
+            # and a dropout.
+            feedforward = nn.Sequential(
+                nn.LayerNorm(dim),
+                nn.Linear(dim, 2 * inner, bias=False),
+                GEGLU(),
+                nn.Identity(),
+                nn.Linear(inner, dim, bias=False),
+            )
+            attention = Attention(dim, sizes.heads, sizes.dim_head)
+            self.layers.append(nn.ModuleList([PEG(dim), attention, nn.Identity(), feedforward]))
+        self.norm_out = Norm(dim)
+
+    def forward(self, x: Tensor, grid_shape: tuple[int, int, int, int], bias: Tensor | None = None) -> Tensor:
+        for peg, attention, _, feedforward in self.layers:
+            x = peg(x, grid_shape) + x
+            x = attention(x, bias) + x
+            x = feedforward(x) + x
+        return self.norm_out(x)
+
+
+class SpatialBias(nn.Module):
+    """Additive attention bias (1, N, h*w, h*w) from the signed log offset between two in-plane tokens.
+
+    Only (2h-1) * (2w-1) offsets are distinct: the network runs on those and the pairs gather from the result.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.net = nn.ModuleList(
+            [nn.Sequential(nn.Linear(2, dim), nn.LeakyReLU(0.1)), nn.Sequential(nn.Linear(dim, dim), nn.LeakyReLU(0.1))]
+        )
+        self.net.append(nn.Linear(dim, heads))
+
+    def forward(self, h: int, w: int) -> Tensor:
+        device = self.net[2].weight.device
+        dy = torch.arange(1 - h, h, device=device)
+        dx = torch.arange(1 - w, w, device=device)
+        offsets = torch.cartesian_prod(dy, dx).float()  # ((2h-1)(2w-1), 2)
+        x = offsets.sign() * torch.log(offsets.abs() + 1)
+        for layer in self.net:
+            x = layer(x)
+        rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
+        row_index = rows[:, None] - rows[None, :] + h - 1  # (h, h)
+        column_index = columns[:, None] - columns[None, :] + w - 1  # (w, w)
+        pairs = row_index[:, None, :, None] * (2 * w - 1) + column_index[None, :, None, :]  # (h, w, h, w)
+        return x[pairs.reshape(h * w, h * w)].permute(2, 0, 1)[None]  # 4-D: the fused attention kernels want it so
+
+
+class Codebook(nn.Module):
+    def __init__(self, codes: int, dim: int):
+        super().__init__()
+        # A buffer, so that no optimiser and no `requires_grad_` can move it: it stays fixed when the tower is trained.
+        self.register_buffer("embed", torch.randn(1, codes, dim))
+
+
+class Quantizer(nn.Module):
+    """Replaces each token by the codebook row of highest cosine similarity, as stored (not normalised)."""
+
+    CHUNK = 2048  # tokens compared at once: bounds the similarity matrix to CHUNK x codes, 64 MB at the published size
+
+    def __init__(self, codes: int, dim: int):
+        super().__init__()
+        self._codebook = Codebook(codes, dim)
+
+    @torch.no_grad()
+    def code_ids(self, tokens: Tensor) -> Tensor:
+        """(..., C) -> (...) int64. Compared in float32 whatever the surrounding precision: near ties flip below it."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            codes = F.normalize(self._codebook.embed[0].float(), dim=-1).T  # (C, codes)
+            flat = F.normalize(tokens.reshape(-1, tokens.shape[-1]).float(), dim=-1)
+            ids = [(chunk @ codes).argmax(-1) for chunk in flat.split(self.CHUNK)]
+        return torch.cat(ids).view(tokens.shape[:-1])
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """(...) int64 -> (..., C)"""
+        return F.embedding(ids, self._codebook.embed[0])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        code = self.lookup(self.code_ids(tokens))
+        if not tokens.requires_grad:
+            return code
+        return tokens + (code - tokens).detach()  # straight-through: the look-up itself has no gradient
+
+
+class Patchify(nn.Module):
+    """(B, 1, D, H, W) -> (B, T, h, w, temporal_patch * patch * patch), voxels of a patch in the order depth, x, y."""
+
+    def __init__(self, temporal_patch: int, patch: int):
+        super().__init__()
+        self.temporal_patch, self.patch = temporal_patch, patch
+
+    def forward(self, volume: Tensor) -> Tensor:
+        p = self.patch
+        x = volume[:, 0].unflatten(1, (-1, self.temporal_patch)).unflatten(3, (-1, p)).unflatten(5, (-1, p))
+        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)  # from (B, T, pt, h, p1, w, p2)
+
+
+class VisualTransformer(nn.Module):
+    """Volume -> tokens. The quantiser `vq` is applied by the caller, who may want the tokens on either side of it."""
+
+    def __init__(self, sizes: TowerSizes):
+        super().__init__()
+        voxels = sizes.temporal_patch * sizes.patch**2
+        self.to_patch_emb = nn.Sequential(
+            Patchify(sizes.temporal_patch, sizes.patch),
+            nn.LayerNorm(voxels),
+            nn.Linear(voxels, sizes.dim),
+            nn.LayerNorm(sizes.dim),
+        )
+        self.spatial_rel_pos_bias = SpatialBias(sizes.bias_dim, sizes.heads)
+        self.enc_spatial_transformer = Transformer(sizes, sizes.spatial_depth)
+        self.enc_temporal_transformer = Transformer(sizes, sizes.temporal_depth)
+        self.vq = Quantizer(sizes.codes, sizes.dim)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """(B, 1, D, H, W) in [-1, 1] -> tokens before quantisation (B, T, h, w, C)"""
+        x = self.to_patch_emb(volume)  # (B, T, h, w, C)
+        grid_shape = B, T, h, w = x.shape[:4]
+        bias = self.spatial_rel_pos_bias(h, w)
+        x = self.enc_spatial_transformer(x.reshape(B * T, h * w, -1), grid_shape, bias)  # (B*T, h*w, C)
+        x = x.view(B, T, h * w, -1).transpose(1, 2).reshape(B * h * w, T, -1)
+        x = self.enc_temporal_transformer(x, grid_shape)  # (B*h*w, T, C)
+        return x.view(B, h, w, T, -1).movedim(3, 1).contiguous()  # (B, T, h, w, C)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a weights file's tensors. Every one is counted once."""
+
+    path: str
+    loaded: int
+    dropped: dict[str, int]  # reason -> number of tensors
+    new: tuple[str, ...]  # tensors of the model that the file does not have and that start fresh
+
+    def __str__(self) -> str:
+        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "none"
+        new = ", ".join(self.new) or "none"
+        return f"{self.path}: {self.loaded} tensors loaded; dropped by name: {dropped}; not in the file: {new}"
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Tensors of a .pt or .safetensors file, memory-mapped, prefixes removed.
+
+    Only tensors are read (`weights_only=True`): a pickle that holds anything else is refused. Raises FileNotFoundError
+    when there is no such file and CheckpointError when it is not a dictionary of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"CT-CLIP model not found: run python ctclip_setup.py first (no file at {path})")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        else:
+            # Files of torch's old, non-zip format cannot be memory-mapped; they are read whole.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors and was refused (loading it could run code). "
+            "Expected a plain state dict; run python ctclip_setup.py for the published weights"
+        ) from error
+    except (RuntimeError, EOFError, OSError, SafetensorError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} is not a readable weights file ({reason}); if a download was cut off, delete it and run "
+            "python ctclip_setup.py again"
+        ) from error
+    if not isinstance(state, dict) or not state:
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a non-empty dictionary of tensors")
+    strange = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise CheckpointError(f"{path}: {', '.join(strange[:5])} are not tensors; expected a plain state dict")
+    return _without_prefixes(path, state)
+
+
+def _without_prefixes(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    stripped: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = key
+        while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
+            name = name[len(prefix) :]
+        if name in stripped:
+            raise CheckpointError(f"{path} holds '{name}' twice, under different prefixes: which one is meant?")
+        stripped[name] = value
+    return stripped
+
+
+def _unused_reason(key: str) -> str | None:
+    return next((reason for part, reason in UNUSED_KEYS if key.startswith(part) or part in f".{key}"), None)
+
+
+def load_tower(model: nn.Module, state: dict[str, Tensor], path: str) -> LoadReport:
+    """Copies a checkpoint into `model`; every key on either side is loaded, excused by name, or an error.
+
+    The head (`classifier.*`) is the one part that a file may lack: it then keeps its start values and is reported.
+    """
+    own = model.state_dict()
+    dropped: dict[str, int] = {}
+    unexpected, loaded = [], {}
+    for key, value in state.items():
+        if key in own:
+            loaded[key] = value
+        elif reason := _unused_reason(key):
+            dropped[reason] = dropped.get(reason, 0) + 1
+        else:
+            unexpected.append(key)
+    new = tuple(key for key in own if key not in loaded and key.startswith("classifier."))
+    missing = [key for key in own if key not in loaded and key not in new]
+    misfits = [
+        f"{key} is {tuple(value.shape)}, expected {tuple(own[key].shape)}"
+        for key, value in loaded.items()
+        if value.shape != own[key].shape
+    ]
+    problems = [
+        f"{title}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
+        for title, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misfits))
+        if keys
+    ]
+    if len(new) == 1:
+        problems.append(f"half a head: {new[0]} is missing")
+    if problems:
+        raise CheckpointError(f"{path} does not fit a CT-CLIP image tower ({'; '.join(problems)}). Nothing was loaded")
+    model.load_state_dict(loaded, strict=False)  # complete by the checks above; only the named `new` may be absent
+    return LoadReport(path, len(loaded), dropped, new)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Slice backbones
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0].split('. ')[0]}" if text else type(error).__name__
+
+
+def create_backbone(name: str, pretrained: bool) -> nn.Module:
+    """A timm model without pooling and classifier. Raises ValueError for a name that timm does not know and
+    PretrainedWeightsError when ImageNet weights are asked for and cannot be had."""
+    import timm
+    from huggingface_hub.utils import logging as hub_logging
+
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        import difflib
+
+        close = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), n=3)) or "timm.list_models()"
+        raise ValueError(f"'{name}' is not a timm model; close names: {close}")
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # a dozen lines of retries; the one that counts is raised below
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="")
+    except (OSError, RuntimeError) as error:  # no network, no access, or no such weights
+        if not pretrained:
+            raise
+        raise PretrainedWeightsError(
+            f"ImageNet weights of '{name}' could not be fetched ({_reason(error)}). Connect to the network, or start "
+            "from random weights on purpose with --no-pretrained (pretrained=False)"
+        ) from error
+    finally:
+        hub_logging.set_verbosity(verbosity)
+
+
+class SliceBackbone(nn.Module):
+    """Any timm model as a feature extractor for three adjacent axial slices.
+
+    (B, 3, H, W) in [-1, 1] (HU / 1000) -> feature map (B, C, h, w). Voxels are mapped to the mean and deviation that
+    the backbone was trained with. Transformers' patch tokens are laid out as their square grid.
+    """
+
+    def __init__(self, name: str, pretrained: bool):
+        super().__init__()
+        self.net = create_backbone(name, pretrained)
+        self.dim = self.net.num_features
+        mean, std = (torch.tensor(self.net.pretrained_cfg[k]).view(-1, 1, 1) for k in ("mean", "std"))
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        fixed = self.net.pretrained_cfg.get("fixed_input_size", False)
+        self.size = self.net.pretrained_cfg["input_size"][-1] if fixed else None
+
+    def forward(self, slices: Tensor) -> Tensor:
+        if self.size and slices.shape[-2:] != (self.size, self.size):
+            slices = F.interpolate(slices, (self.size, self.size), mode="bilinear", antialias=True)
+        features = self.net.forward_features(((slices + 1) / 2 - self.mean) / self.std)
+        if features.ndim == 3:  # (B, tokens, C), class tokens first
+            tokens = features[:, getattr(self.net, "num_prefix_tokens", 0) :].transpose(1, 2)
+            side = math.isqrt(tokens.shape[-1])
+            return tokens.unflatten(-1, (side, -1))
+        return features if features.shape[1] == self.dim else features.movedim(-1, 1)  # some are channels-last
+
+
+def slice_triplets(volume: Tensor, count: int) -> Tensor:
+    """(B, 1, D, H, W) -> (B, S, 3, H, W): `count` evenly spaced slices, each with the one below and the one above."""
+    depth = volume.shape[2]
+    if depth < 3:
+        raise ValueError(f"a volume of {depth} slices has no three adjacent ones; expected (B, 1, D, H, W) with D >= 3")
+    centres = ((torch.arange(count) + 0.5) * depth / count).long().clamp(1, depth - 2)
+    index = (centres[:, None] + torch.tensor([-1, 0, 1])).to(volume.device)
+    return volume[:, 0, index]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The classifier
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
+    """18-label chest CT classifier on CT-CLIP (`ctclip_path` given) or on a timm slice backbone (`ctclip_path=None`).
+
+    Args:
+        ctclip_path: a CT-CLIP, VocabFine or ClassFine file, .pt or .safetensors; layout and sizes are read from it. A
+            ClassFine file brings its head; otherwise the head is new and its logits start at exactly 0.
+        backbone: timm name, used when `ctclip_path` is None.
+        attention: None, or "cbam" for channel and spatial attention on the slice backbone's feature map.
+        pretrained: ImageNet weights for the slice backbone.
+        n_slices: how many slice triplets of a volume the slice variant looks at (cost and memory grow with it).
+        dropout: before the last linear layer, in training.
+        sizes: of a CT-CLIP tower with random weights, for `from_pretrained` and for training one from nothing.
+
+    Raises:
+        FileNotFoundError: `ctclip_path` does not exist. Never random weights in its place.
+        CheckpointError: the file is not, or not only, a CT-CLIP checkpoint.
+        PretrainedWeightsError: ImageNet weights cannot be fetched.
+    """
+
+    def __init__(
+        self,
+        ctclip_path: str | None = CLASSFINE_PATH,
+        backbone: str = "efficientnet_b0",
+        attention: str | None = None,
+        pretrained: bool = True,
+        n_slices: int = 8,
+        dropout: float = 0.3,
+        sizes: dict[str, int] | None = None,
+    ):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.backbone_frozen = False
+        self.load_report: LoadReport | None = None
+        state = None
+        if sizes is None and ctclip_path is not None:
+            state = read_checkpoint(ctclip_path)
+            sizes = asdict(TowerSizes.from_state_dict(state))
+        self.sizes = None if sizes is None else TowerSizes(**sizes)
+        if self.sizes is not None:
+            if attention is not None:
+                raise ValueError(f"attention='{attention}' is for slice backbones (ctclip_path=None), not for CT-CLIP")
+            with torch.device("meta") if state is not None else torch.device("cpu"):
+                self.visual_transformer = VisualTransformer(self.sizes)
+                self.to_visual_latent = nn.Linear(self.sizes.grid**2 * self.sizes.dim, self.sizes.latent, bias=False)
+            self.classifier = nn.Linear(self.sizes.latent, N_LABELS)
+        else:
+            self._build_slice_variant(backbone, attention, pretrained, n_slices)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+        if state is not None:
+            self._materialise()
+            self.load_report = load_tower(self, state, str(ctclip_path))
+        # What `from_pretrained` needs to rebuild the model without the files it came from.
+        self._hub_mixin_config = {
+            "ctclip_path": None,
+            "sizes": None if self.sizes is None else asdict(self.sizes),
+            "backbone": backbone,
+            "attention": attention,
+            "pretrained": False,
+            "n_slices": n_slices,
+            "dropout": dropout,
+            "labels": list(ABNORMALITIES),
+        }
+
+    def _build_slice_variant(self, backbone: str, attention: str | None, pretrained: bool, n_slices: int) -> None:
+        if attention not in (None, "cbam"):
+            raise ValueError(f"attention='{attention}' is not known; expected None or 'cbam'")
+        from timm.layers import create_attn
+
+        self.n_slices = n_slices
+        self.backbone = SliceBackbone(backbone, pretrained)
+        self.attention = nn.Identity() if attention is None else create_attn(attention, self.backbone.dim)
+        self.classifier = nn.Linear(self.backbone.dim, N_LABELS)
+
+    def _materialise(self) -> None:
+        """Gives the tower, built without memory, its storage: random initialisation of 0.7 GB is not worth its time."""
+        self.visual_transformer.to_empty(device="cpu")
+        self.to_visual_latent.to_empty(device="cpu")
+
+    # -- what it is ----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_ctclip(self) -> bool:
+        return self.sizes is not None
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(D, H, W) that `ctclip_data.preprocess_volume` should produce for this model."""
+        return self.sizes.input_shape if self.is_ctclip else SLICE_INPUT_SHAPE
+
+    def _tower(self) -> list[nn.Module]:
+        return [self.visual_transformer, self.to_visual_latent] if self.is_ctclip else [self.backbone]
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        return [parameter for module in self._tower() for parameter in module.parameters()]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained while the backbone is frozen (for the slice variant, the attention too)."""
+        tower = {id(parameter) for parameter in self.backbone_parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in tower]
+
+    # -- freezing ------------------------------------------------------------------------------------------------------
+
+    def freeze_backbone(self) -> None:
+        """No gradients, and evaluation mode even under `train()`: no tensor of the backbone moves."""
+        self._set_frozen(True)
+
+    def unfreeze_backbone(self) -> None:
+        """Gradients for the backbone, through the quantiser straight-through; the codebook stays fixed."""
+        self._set_frozen(False)
+
+    def _set_frozen(self, frozen: bool) -> None:
+        self.backbone_frozen = frozen
+        for parameter in self.backbone_parameters():
+            parameter.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> CTCLIPMultiAbnormalityModel:
+        super().train(mode)
+        for module in self._tower():
+            module.train(mode and not self.backbone_frozen)
+        return self
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Volume (B, 1, D, H, W) or three adjacent axial slices (B, 3, H, W), HU / 1000 in [-1, 1] -> logits (B, 18).
+
+        In-plane axes are x then y, as `preprocess_volume` gives them: the transpose of the usual image.
+        """
+        return self.head(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head takes; constant for a frozen backbone, so it needs computing once per volume.
+
+        CT-CLIP: latents (B, L). Slice variant: feature maps (B, S, C, h, w).
+        """
+        if self.is_ctclip:
+            return self.encode(x)
+        if x.ndim == 5:
+            self._check_volume(x)
+            slices = slice_triplets(x, self.n_slices)  # (B, S, 3, H, W)
+        else:
+            self._check_slices(x)
+            slices = x[:, None]
+        return self.backbone(slices.flatten(0, 1)).unflatten(0, slices.shape[:2])
+
+    def head(self, features: Tensor) -> Tensor:
+        """Output of `features` -> logits (B, 18). CT-CLIP: ClassFine's ReLU, dropout, linear."""
+        if self.is_ctclip:
+            return self.classifier(self.dropout(features.relu()))
+        maps = self.attention(features.flatten(0, 1))  # (B*S, C, h, w)
+        pooled = maps.mean((2, 3)).unflatten(0, features.shape[:2]).mean(1)  # (B, C)
+        return self.classifier(self.dropout(pooled))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Volume or slices -> latents (B, L), L2-normalised. CT-CLIP variants only."""
+        tokens = self.visual_transformer.vq(self.visual_transformer(self._as_volume(x)))  # (B, T, h, w, C)
+        return self.project(tokens)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Quantised tokens (B, T, h, w, C) -> latents (B, L), L2-normalised."""
+        latents = self.to_visual_latent(tokens.mean(1).flatten(1))  # h, w, C order
+        return F.normalize(latents, dim=-1)
+
+    def code_ids(self, x: Tensor) -> Tensor:
+        """Volume or slices -> codebook row of every token (B, T, h, w), int64. CT-CLIP variants only."""
+        return self.visual_transformer.vq.code_ids(self.visual_transformer(self._as_volume(x)))
+
+    def _as_volume(self, x: Tensor) -> Tensor:
+        """Checks a CT-CLIP input; three adjacent slices become one temporal patch at the tower's in-plane size."""
+        if not self.is_ctclip:
+            raise TypeError("a slice backbone has no CT-CLIP latents or codes; use features(), or pass ctclip_path")
+        depth, height, width = self.sizes.temporal_patch, *self.input_shape[1:]
+        if x.ndim == 4:
+            self._check_slices(x)
+            return F.interpolate(x[:, None], (depth, height, width), mode="trilinear")
+        self._check_volume(x)
+        if x.shape[2] % depth or x.shape[2] == 0 or x.shape[3:] != (height, width):
+            raise ValueError(
+                f"volume of shape {tuple(x.shape)}; this checkpoint takes (B, 1, D, {height}, {width}) with D a "
+                f"multiple of {depth}: preprocess_volume(path, shape=model.input_shape)"
+            )
+        return x
+
+    @staticmethod
+    def _check_volume(x: Tensor) -> None:
+        if x.ndim != 5 or x.shape[1] != 1:
+            raise ValueError(
+                f"input of shape {tuple(x.shape)}; expected a volume (B, 1, D, H, W) or three slices (B, 3, H, W)"
+            )
+
+    @staticmethod
+    def _check_slices(x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"slices of shape {tuple(x.shape)}; expected three adjacent axial slices (B, 3, H, W)")
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """model.safetensors and config.json, each complete or not there at all (temporary name, then renamed)."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights, config = folder / "model.safetensors", folder / "config.json"
+        tensors = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
+        save_file(tensors, f"{weights}.tmp", metadata={"format": "pt"})
+        Path(f"{config}.tmp").write_text(json.dumps(self._hub_mixin_config, indent=2))
+        os.replace(f"{weights}.tmp", weights)
+        os.replace(f"{config}.tmp", config)
+
+    @classmethod
+    def _load_as_safetensor(cls, model, model_file: str, map_location: str, strict: bool):
+        return super()._load_as_safetensor(model, model_file, map_location, True)  # the mixin's default is False
+
+    @classmethod
+    def _load_as_pickle(cls, model, model_file: str, map_location: str, strict: bool):
+        raise CheckpointError(f"{model_file}: weights are saved as model.safetensors; a pickle is not loaded")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class AggressiveFocalLoss(nn.Module):
+    """Focal loss whose `alpha` weighs the *negatives*: raising it pushes predictions down (fewer positives).
+
+    Per element, with p = sigmoid(logit) and label y in {0, 1}:
+    2^(gamma + 1) * [(1 - alpha) * y * (1 - p)^gamma * -log p + alpha * (1 - y) * p^gamma * -log(1 - p)]; then the mean.
+    The factor makes an undecided model on balanced labels score ln 2 = 0.6931 whatever alpha and gamma.
+
+    Args:
+        alpha: in (0, 1). At 0.5 an unsure case (probability one half) gets a logit of 0; above, the logit goes down.
+        gamma: at least 0; higher values leave the easy cases alone. 0 is a weighted cross-entropy.
+    """
+
+    def __init__(self, alpha: float = 0.85, gamma: float = 4.0):
+        super().__init__()
+        if not 0 < alpha < 1:
+            raise ValueError(f"alpha is {alpha}, expected a number between 0 and 1 (it weighs the negatives)")
+        if not 0 <= gamma < math.inf:
+            raise ValueError(f"gamma is {gamma}, expected a finite number of at least 0")
+        self.alpha, self.gamma = alpha, gamma
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """logits and labels of the same shape -> scalar, float32. Computed in float32 through log-sigmoids, so that
+        logits of +-100 in half precision give finite values and gradients."""
+        if logits.shape != labels.shape:
+            raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ in shape")
+        with torch.autocast(logits.device.type, enabled=False):
+            logits, labels = logits.float(), labels.float()
+            log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
+            positive = (1 - self.alpha) * labels * torch.exp(self.gamma * log_not_p) * -log_p
+            negative = self.alpha * (1 - labels) * torch.exp(self.gamma * log_p) * -log_not_p
+            return 2 ** (self.gamma + 1) * (positive + negative).mean()
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, gamma={self.gamma}"
+
+
+def create_balanced_loss(alpha: float = 0.85, gamma: float = 4.0) -> AggressiveFocalLoss:
+    """The loss against over-prediction; see AggressiveFocalLoss for which way each number pushes."""
+    return AggressiveFocalLoss(alpha, gamma)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Script: "Test the Model"
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def create_ctclip_checkpoint(sizes: TowerSizes, seed: int = 0, classifier: bool = False) -> dict[str, Tensor]:
+    """Random weights in the published layout (CT-CLIP's, or ClassFine's with `classifier`), text tower left out."""
+    torch.manual_seed(seed)
+    model = CTCLIPMultiAbnormalityModel(sizes=asdict(sizes))
+    return published_layout(model, classifier)
+
+
+def published_layout(model: CTCLIPMultiAbnormalityModel, classifier: bool) -> dict[str, Tensor]:
+    """State dict of a CT-CLIP variant under the published keys, from which all sizes can be read again.
+
+    The in-plane patch is only told by `to_patch_emb_first_frame`, which plays no part in the forward pass; zeros do.
+    """
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith("classifier.")}
+    state["visual_transformer.to_patch_emb_first_frame.1.weight"] = torch.zeros(model.sizes.patch**2)
+    if classifier:
+        state = {f"trained_model.{key}": value for key, value in state.items()}
+        state |= {f"classifier.{key}": value for key, value in model.classifier.state_dict().items()}
+    return state
+
+
+def describe(title: str, model: CTCLIPMultiAbnormalityModel, x: Tensor) -> None:
+    """Prints the shapes, the loss test and the parameter counts of one variant."""
+    model.eval()
+    with torch.inference_mode():
+        logits = model(x)
+    labels = torch.zeros_like(logits)
+    labels[:, ::2] = 1  # nine of eighteen
+    loss = create_balanced_loss()(logits, labels).item()
+    untrained = not model.classifier.weight.any() and not model.classifier.bias.any()
+    note = "untrained head on balanced labels" if untrained else "trained head; an untrained one gives 0.6931"
+    backbone = sum(p.numel() for p in model.backbone_parameters())
+    head = sum(p.numel() for p in model.head_parameters())
+    print(f"\n{title}")
+    if model.load_report:
+        print(f"  Weights:      {model.load_report}")
+    print(f"  Input shape:  {tuple(x.shape)}")
+    print(f"  Output shape: {tuple(logits.shape)}")
+    print(f"  Loss test: {loss:.4f}  ({note})")
+    print(f"  Parameters:   backbone {backbone:,}, head {head:,}, total {backbone + head:,}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Test the model: every variant that is present runs one input.")
+    parser.add_argument("--backbone", default="efficientnet_b0", help="timm model of the slice variant")
+    parser.add_argument(
+        "--no-pretrained", "--no_pretrained", action="store_true", help="slice variant from random weights"
+    )
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    print("Testing the models (random input; the numbers say that the code runs, nothing about patients)")
+    for name in ("classfine", "vocabfine", "zeroshot", "demo"):
+        path = f"models/ctclip_{name}.pt"
+        try:
+            model = CTCLIPMultiAbnormalityModel(path)
+            describe(f"CT-CLIP {name}, volume", model, torch.rand(1, 1, *model.input_shape) * 2 - 1)
+            describe(f"CT-CLIP {name}, three adjacent slices", model, torch.rand(2, 3, 224, 224) * 2 - 1)
+        except (FileNotFoundError, CheckpointError) as error:
+            print(f"\nCT-CLIP {name}\n  {type(error).__name__}: {error}")
+    try:
+        model = CTCLIPMultiAbnormalityModel(None, backbone=args.backbone, pretrained=not args.no_pretrained)
+        describe(f"Slice variant {args.backbone}", model, torch.rand(2, 3, 224, 224) * 2 - 1)
+    except PretrainedWeightsError as error:
+        print(f"\nSlice variant {args.backbone}\n  {error}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
