@@ -23,6 +23,8 @@ import os
 import pickle
 import sys
 import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,6 +80,40 @@ UNUSED_KEYS = (
 
 # Where a slice backbone looks: the 360 mm cube of `ctclip_data` at 3 x 1.6 x 1.6 mm, so that a slice is 224 x 224.
 SLICE_INPUT_SHAPE = (120, 224, 224)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What every room above uses: atomic files, and the way flags are read
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; renamed to `path` when the block ends well, removed when it does not."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Wrong usage is one line and exit code 2; flags may be spelled with underscores, and are never guessed."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}; see --help\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        args = sys.argv[1:] if args is None else args
+        spelled = []
+        for arg in args:  # --output_dir=x_y -> --output-dir=x_y: values stay as they are
+            flag, equals, value = arg.partition("=")
+            spelled.append(flag.replace("_", "-") + equals + value if arg.startswith("--") else arg)
+        return super().parse_args(spelled, namespace)
 
 
 class CheckpointError(ValueError):
@@ -646,6 +682,11 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         tower = {id(parameter) for parameter in self.backbone_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in tower]
 
+    def head_state_dict(self) -> dict[str, Tensor]:
+        """Tensors of everything that is not backbone, under the names they have in `state_dict()`."""
+        tower = {id(tensor) for module in self._tower() for tensor in module.state_dict(keep_vars=True).values()}
+        return {key: value.detach() for key, value in self.state_dict(keep_vars=True).items() if id(value) not in tower}
+
     # -- freezing ------------------------------------------------------------------------------------------------------
 
     def freeze_backbone(self) -> None:
@@ -702,8 +743,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     def encode(self, x: Tensor) -> Tensor:
         """Volume or slices -> latents (B, L), L2-normalised. CT-CLIP variants only."""
-        tokens = self.visual_transformer.vq(self.visual_transformer(self._as_volume(x)))  # (B, T, h, w, C)
-        return self.project(tokens)
+        volume = self._as_volume(x)
+        return self.project(self.visual_transformer.vq(self.visual_transformer(volume)))
 
     def project(self, tokens: Tensor) -> Tensor:
         """Quantised tokens (B, T, h, w, C) -> latents (B, L), L2-normalised."""
@@ -712,7 +753,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     def code_ids(self, x: Tensor) -> Tensor:
         """Volume or slices -> codebook row of every token (B, T, h, w), int64. CT-CLIP variants only."""
-        return self.visual_transformer.vq.code_ids(self.visual_transformer(self._as_volume(x)))
+        volume = self._as_volume(x)
+        return self.visual_transformer.vq.code_ids(self.visual_transformer(volume))
 
     def _as_volume(self, x: Tensor) -> Tensor:
         """Checks a CT-CLIP input; three adjacent slices become one temporal patch at the tower's in-plane size."""
@@ -748,12 +790,11 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         """model.safetensors and config.json, each complete or not there at all (temporary name, then renamed)."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        weights, config = folder / "model.safetensors", folder / "config.json"
-        tensors = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
-        save_file(tensors, f"{weights}.tmp", metadata={"format": "pt"})
-        Path(f"{config}.tmp").write_text(json.dumps(self._hub_mixin_config, indent=2))
-        os.replace(f"{weights}.tmp", weights)
-        os.replace(f"{config}.tmp", config)
+        with replacing(folder / "model.safetensors") as path:
+            tensors = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
+            save_file(tensors, path, metadata={"format": "pt"})
+        with replacing(folder / "config.json") as path:
+            path.write_text(json.dumps(self._hub_mixin_config, indent=2))
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file: str, map_location: str, strict: bool):
@@ -857,11 +898,9 @@ def describe(title: str, model: CTCLIPMultiAbnormalityModel, x: Tensor) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Test the model: every variant that is present runs one input.")
+    parser = OneLineParser(description="Test the model: every variant that is present runs one input.")
     parser.add_argument("--backbone", default="efficientnet_b0", help="timm model of the slice variant")
-    parser.add_argument(
-        "--no-pretrained", "--no_pretrained", action="store_true", help="slice variant from random weights"
-    )
+    parser.add_argument("--no-pretrained", action="store_true", help="slice variant from random weights")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     print("Testing the models (random input; the numbers say that the code runs, nothing about patients)")

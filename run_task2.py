@@ -1,0 +1,78 @@
+"""VLM3D Task 2 from one command: train, evaluate on unseen patients, predict.
+
+    python run_task2.py                                   the whole job on the built-in cohort of synthetic chests
+    python run_task2.py --data-dir D                      the same on CT-RATE, or on a private cohort in its layout
+    python run_task2.py --mode evaluate --checkpoint results/RUN
+    python run_task2.py --mode predict --checkpoint results/RUN --input SCANS --output probabilities.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from ctclip_evaluation import EvaluationError, newest_run, predict_files, report, run_predictions, write_table
+from ctclip_model import OneLineParser
+from ctclip_training import add_machine_flags, add_run_flags, add_training_flags, guarded, run_folder, train
+
+MODES = {
+    "full": "train, then evaluate on unseen patients (default)",
+    "train": "fine-tune only",
+    "evaluate": "evaluate the run named by --checkpoint, or the newest",
+    "predict": "probabilities for the scans named by --input",
+}
+
+
+def predict(args: argparse.Namespace) -> None:
+    """`--mode predict`: a table of probabilities; unreadable scans are listed and named by the exit code."""
+    if not args.input:
+        raise EvaluationError("--mode predict needs --input, a .nii or .nii.gz file or a folder of them")
+    checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run()
+    output = Path(args.output)
+    names, probabilities, failures = predict_files(checkpoint, Path(args.input), args.device, args.workers)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_table(output, names, probabilities)
+    print(f"Wrote {output}: {len(names)} scans, model {checkpoint}")
+    if failures:
+        raise EvaluationError(f"{len(failures)} scans could not be read and are not in {output}; they are named above")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = "; ".join(f"{mode}: {what}" for mode, what in MODES.items())
+    parser.add_argument("--mode", dest="task", choices=MODES, default="full", help=modes)
+    group = parser.add_argument_group("evaluate and predict")
+    group.add_argument("--checkpoint", metavar="RUN", help="run folder, or for predict a CT-CLIP file with a head")
+    group.add_argument("--baseline", metavar="CSV", help="other predictions for the same volumes, compared here")
+    group.add_argument("--input", metavar="PATH", help="scan or folder of scans to predict")
+    group.add_argument("--output", metavar="CSV", default="results/predictions.csv", help="where predictions go")
+    add_run_flags(parser)
+    add_training_flags(parser)
+    add_machine_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    start = time.perf_counter()
+    args = parse(argv)
+
+    def action() -> None:
+        if args.task == "predict":
+            return predict(args)
+        if args.task == "evaluate":
+            run = Path(args.checkpoint) if args.checkpoint else newest_run()
+        else:
+            run = train(*reversed(run_folder(args)), args.device, args.workers)
+        if args.task != "train":
+            data_dir = getattr(args, "data_dir", None) if args.task == "evaluate" else None
+            tables = run_predictions(run, data_dir, args.device, args.workers)
+            report(*tables, output_dir=run, baseline=args.baseline)
+        print(f"\nDone in {time.perf_counter() - start:.0f} s: {run}")
+
+    return guarded(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""The tower, loading, freezing, slices and saving, against the golden files (numbers that the published implementation
+produced on small random weights) and against properties that the architecture must have."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ctclip_model import (
+    ABNORMALITIES,
+    CheckpointError,
+    CTCLIPMultiAbnormalityModel,
+    PretrainedWeightsError,
+    SpatialBias,
+    TowerSizes,
+    create_ctclip_checkpoint,
+    main,
+    read_checkpoint,
+    slice_triplets,
+)
+
+FIXTURES = Path(__file__).parent / "fixtures"
+CLIP, CLASSFINE = FIXTURES / "tiny_a_clip.pt", FIXTURES / "tiny_a_classfine.pt"
+GOLDEN_SIZES = TowerSizes(32, 4, 8, 10, 5, 4, 2, 3, 64, 16, 85, 32)
+OTHER_SIZES = TowerSizes(
+    dim=24,
+    heads=3,
+    dim_head=4,
+    patch=6,
+    temporal_patch=2,
+    grid=5,
+    spatial_depth=1,
+    temporal_depth=2,
+    codes=40,
+    latent=12,
+    feedforward=64,
+    bias_dim=10,
+)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with np.load(FIXTURES / "tiny_a_expected.npz") as file:
+        return {key: torch.from_numpy(file[key]) for key in file if file[key].dtype.kind in "fi"}
+
+
+@pytest.fixture
+def model():
+    return CTCLIPMultiAbnormalityModel(str(CLASSFINE)).eval()
+
+
+# -- golden numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [CLIP, CLASSFINE])
+@torch.no_grad()
+def test_tower_equals_the_published_implementation(path, expected):
+    model = CTCLIPMultiAbnormalityModel(str(path)).eval()
+    assert model.sizes == GOLDEN_SIZES
+    volume = expected["volume"]
+    before = model.visual_transformer(volume)
+    torch.testing.assert_close(before, expected["tokens_before_vq"], rtol=0, atol=2e-5)
+    assert torch.equal(model.code_ids(volume), expected["code_ids"])
+    tokens = model.visual_transformer.vq(before)
+    torch.testing.assert_close(tokens, expected["tokens"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.encode(volume), expected["image_latents"], rtol=0, atol=1e-5)
+    if path == CLASSFINE:
+        torch.testing.assert_close(model(volume), expected["classfine_logits"], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_code_ids_are_a_lossless_cache_of_the_latents(model, expected):
+    ids = model.code_ids(expected["volume"])
+    assert ids.dtype == torch.int64 and ids.shape == (2, 3, 4, 4)
+    from_codes = model.project(model.visual_transformer.vq.lookup(ids))
+    torch.testing.assert_close(from_codes, model.encode(expected["volume"]), rtol=0, atol=1e-6)
+
+
+def test_spatial_bias_equals_the_network_on_all_pairs():
+    """The gathered bias against the definition: the network run on every one of the (h*w)^2 pairs."""
+    torch.manual_seed(0)
+    bias, h, w = SpatialBias(dim=7, heads=2), 3, 4
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    place = torch.stack([y, x], -1).reshape(-1, 2).float()
+    offset = place[:, None] - place[None, :]
+    value = offset.sign() * torch.log(offset.abs() + 1)
+    for layer in bias.net:
+        value = layer(value)
+    torch.testing.assert_close(bias(h, w)[0], value.permute(2, 0, 1))
+
+
+def test_peg_is_causal_along_depth(model, expected):
+    """Changing the last slab of the volume leaves the spatial transformer's tokens of the earlier slabs alone."""
+    tower, volume = model.visual_transformer, expected["volume"]
+    changed = volume.clone()
+    changed[:, :, -5:] = -changed[:, :, -5:]
+    tokens = []
+    with torch.no_grad():
+        for v in (volume, changed):
+            x = tower.to_patch_emb(v)
+            bias = tower.spatial_rel_pos_bias(4, 4)
+            x = tower.enc_spatial_transformer(x.reshape(6, 16, 32), (2, 3, 4, 4), bias).view(2, 3, 16, 32)
+            tokens.append(x)
+    assert torch.equal(tokens[0][:, :2], tokens[1][:, :2])
+    assert not torch.allclose(tokens[0][:, 2], tokens[1][:, 2])
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def test_report_counts_every_tensor_of_the_file(model):
+    report, state = model.load_report, read_checkpoint(CLASSFINE)
+    assert report.loaded + sum(report.dropped.values()) == len(state)
+    assert report.loaded == len(model.state_dict()) and report.new == ()
+    assert "85 tensors loaded" in str(report) and "43 text tower" in str(report)
+
+
+def test_file_without_head_gets_a_new_one_with_logits_of_exactly_zero(expected):
+    model = CTCLIPMultiAbnormalityModel(str(CLIP)).eval()
+    assert model.load_report.new == ("classifier.weight", "classifier.bias")
+    assert torch.equal(model(expected["volume"]), torch.zeros(2, 18))
+
+
+def test_unseen_size_loads_without_configuration(tmp_path):
+    state = create_ctclip_checkpoint(OTHER_SIZES, seed=3, classifier=True)
+    path = tmp_path / "other.pt"
+    torch.save(state, path)
+    model = CTCLIPMultiAbnormalityModel(str(path)).eval()
+    assert model.sizes == OTHER_SIZES and model.input_shape == (10, 30, 30)
+    logits = model(torch.zeros(1, 1, 4, 30, 30))  # the depth is free in steps of the temporal patch
+    assert logits.shape == (1, 18)
+    codebook = state["trained_model.visual_transformer.vq._codebook.embed"]
+    assert torch.equal(model.visual_transformer.vq._codebook.embed, codebook)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "module.trained_model.", "trained_model.module."])
+def test_prefixes_and_position_ids_are_tolerated(tmp_path, prefix, expected):
+    state = {prefix + key: value for key, value in read_checkpoint(CLIP).items()}
+    state[prefix + "text_transformer.embeddings.position_ids"] = torch.arange(12)[None]
+    torch.save(state, tmp_path / "prefixed.pt")
+    model = CTCLIPMultiAbnormalityModel(str(tmp_path / "prefixed.pt")).eval()
+    torch.testing.assert_close(model.encode(expected["volume"]), expected["image_latents"], rtol=0, atol=1e-5)
+
+
+def test_safetensors_file_loads(tmp_path, expected):
+    from safetensors.torch import save_file
+
+    state = {key: value.contiguous() for key, value in read_checkpoint(CLASSFINE).items()}
+    save_file(state, tmp_path / "a.safetensors")
+    model = CTCLIPMultiAbnormalityModel(str(tmp_path / "a.safetensors")).eval()
+    torch.testing.assert_close(model(expected["volume"]), expected["classfine_logits"], rtol=0, atol=1e-5)
+
+
+def _refused(tmp_path, state) -> str:
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError) as error:
+        CTCLIPMultiAbnormalityModel(str(tmp_path / "bad.pt"))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_missing_unexpected_and_misshapen_keys_are_errors_that_name_them(tmp_path):
+    state = read_checkpoint(CLASSFINE)
+    q = "visual_transformer.enc_spatial_transformer.layers.1.1.to_q.weight"
+    assert f"missing: {q}" in _refused(tmp_path, {k: v for k, v in state.items() if k != q})
+    assert "unexpected: visual_transformer.surprise" in _refused(
+        tmp_path, state | {"visual_transformer.surprise": torch.ones(1)}
+    )
+    assert f"{q} is (31, 32), expected (32, 32)" in _refused(tmp_path, state | {q: state[q][:31]})
+    fourteen = state | {"classifier.weight": torch.ones(14, 16), "classifier.bias": torch.ones(14)}
+    assert "classifier.weight is (14, 16), expected (18, 16)" in _refused(tmp_path, fourteen)
+    assert "half a head" in _refused(tmp_path, {k: v for k, v in state.items() if k != "classifier.bias"})
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    """The recipe this project replaces: CT-CLIP's file into an EfficientNet, or the other way round."""
+    message = _refused(tmp_path, nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).state_dict())
+    assert "not a CT-CLIP checkpoint" in message
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_pickle_that_is_not_tensors_is_refused(tmp_path, capsys):
+    torch.save({"weight": torch.ones(1), "payload": Payload()}, tmp_path / "bad.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload()))
+    for name in ("bad.pt", "plain.pt"):
+        with pytest.raises(CheckpointError, match="refused"):
+            CTCLIPMultiAbnormalityModel(str(tmp_path / name))
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_damaged_empty_and_absent_files_are_one_line(tmp_path):
+    (tmp_path / "cut.pt").write_bytes(CLIP.read_bytes()[:200_000])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    for name in ("cut.pt", "empty.pt", "cut.safetensors"):
+        with pytest.raises(CheckpointError) as error:
+            read_checkpoint(tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match=r"CT-CLIP model not found: run python ctclip_setup.py first"):
+        CTCLIPMultiAbnormalityModel(ctclip_path=str(tmp_path / "none.pt"))
+
+
+# -- freezing ----------------------------------------------------------------------------------------------------------
+
+
+def _train_steps(model, volume, steps=3):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    model.train()
+    for _ in range(steps):
+        loss = nn.functional.binary_cross_entropy_with_logits(model(volume), torch.ones(len(volume), 18))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_frozen_means_every_tower_tensor_is_bit_identical(model, expected):
+    model.freeze_backbone()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    _train_steps(model, expected["volume"])
+    after = model.state_dict()
+    head = set(model.head_state_dict())
+    assert head == {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(before[key], after[key]) for key in before if key not in head)
+    assert all(not torch.equal(before[key], after[key]) for key in head)
+    assert not any(module.training for module in model.visual_transformer.modules())
+
+
+def test_unfrozen_moves_every_layer_but_the_codebook(model, expected):
+    model.freeze_backbone()
+    model.unfreeze_backbone()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    _train_steps(model, expected["volume"])
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(before[key], value)}
+    assert moved == {key for key, _ in model.named_parameters()}
+    assert "visual_transformer.vq._codebook.embed" not in moved
+
+
+def test_frozen_batch_norm_statistics_do_not_move():
+    model = CTCLIPMultiAbnormalityModel(None, "resnet18", attention="cbam", pretrained=False)
+    model.freeze_backbone()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    _train_steps(model, torch.rand(2, 3, 32, 32))
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(before[key], value)}
+    assert changed and not any(key.startswith("backbone.") for key in changed)
+    assert any(key.startswith("attention.") for key in changed)
+
+
+# -- slices ------------------------------------------------------------------------------------------------------------
+
+
+def test_three_slices_become_one_temporal_patch(model):
+    slices = torch.rand(2, 3, 224, 224) * 2 - 1
+    assert model(slices).shape == (2, 18)
+    assert model.code_ids(slices).shape == (2, 1, 4, 4)
+    same = torch.rand(1, 1, 1, 40, 40)  # already at the tower's size and constant along depth: nothing to resize
+    as_volume, as_slices = same.expand(1, 1, 5, 40, 40), same[:, 0].expand(1, 3, 40, 40)
+    torch.testing.assert_close(model.encode(as_slices), model.encode(as_volume))
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "vit_tiny_patch16_224", "edgenext_xx_small"])
+@torch.no_grad()
+def test_slice_variant_takes_slices_and_volumes(backbone):
+    model = CTCLIPMultiAbnormalityModel(None, backbone, attention="cbam", pretrained=False, n_slices=2).eval()
+    slices = torch.rand(2, 3, 224, 224) * 2 - 1
+    maps = model.features(slices)
+    assert maps.shape[:3] == (2, 1, model.backbone.dim) and maps.shape[3] == maps.shape[4]
+    assert torch.equal(model(slices), torch.zeros(2, 18))
+    assert model.features(torch.rand(1, 1, 6, 224, 224)).shape[:2] == (1, 2)
+    with pytest.raises(TypeError, match="no CT-CLIP latents"):
+        model.encode(slices)
+
+
+def test_slice_triplets_are_adjacent_and_spread():
+    volume = torch.arange(12.0).view(1, 1, 12, 1, 1).expand(1, 1, 12, 2, 2)
+    triplets = slice_triplets(volume, 3)[0, :, :, 0, 0]
+    assert triplets.tolist() == [[1, 2, 3], [5, 6, 7], [9, 10, 11]]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 2, 15, 40, 40), (1, 1, 14, 40, 40), (1, 1, 15, 40, 30), (1, 1, 224, 224), (15, 40, 40), (1, 1, 0, 40, 40)],
+)
+def test_wrong_input_shapes_say_what_is_expected(model, shape):
+    with pytest.raises(ValueError, match="expected|takes"):
+        model(torch.zeros(shape))
+
+
+def test_unknown_backbone_and_attention():
+    with pytest.raises(ValueError, match="efficientnet_b0"):
+        CTCLIPMultiAbnormalityModel(None, "efficientnet_b00", pretrained=False)
+    with pytest.raises(ValueError, match="expected None or 'cbam'"):
+        CTCLIPMultiAbnormalityModel(None, "resnet18", attention="cbamm", pretrained=False)
+    with pytest.raises(ValueError, match="slice backbones"):
+        CTCLIPMultiAbnormalityModel(str(CLIP), attention="cbam")
+
+
+def test_unreachable_imagenet_weights_stop_with_the_way_on(monkeypatch, tmp_path):
+    import timm
+
+    def refuse(*args, **kwargs):
+        raise OSError("cannot reach the hub")
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with pytest.raises(PretrainedWeightsError, match=r"cannot reach the hub.*--no-pretrained"):
+        CTCLIPMultiAbnormalityModel(None, "resnet18")
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["ctclip", "slices"])
+def test_save_and_load_give_the_same_logits(tmp_path, variant):
+    torch.manual_seed(1)
+    if variant == "ctclip":
+        model = CTCLIPMultiAbnormalityModel(str(CLASSFINE))
+    else:
+        model = CTCLIPMultiAbnormalityModel(None, "resnet18", attention="cbam", pretrained=False, n_slices=3)
+    nn.init.normal_(model.classifier.weight)
+    model.eval().save_pretrained(tmp_path)
+    again = CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path).eval()
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(model(x), again(x)) and model(x).any()
+    assert not list(tmp_path.glob("*.tmp"))
+    again.save_pretrained(tmp_path / "second")  # and once more, from what was loaded
+    assert torch.equal(CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "second").eval()(x), model(x))
+
+
+def test_saved_weights_that_lack_a_tensor_are_not_loaded(tmp_path, model):
+    from safetensors.torch import load_file, save_file
+
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["classifier.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match="classifier.bias"):
+        CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path)
+
+
+# -- the script --------------------------------------------------------------------------------------------------------
+
+
+def test_script_reports_each_variant_and_goes_on_after_an_absent_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "ctclip_classfine.pt").write_bytes(CLASSFINE.read_bytes())
+    (tmp_path / "models" / "ctclip_zeroshot.pt").write_bytes(CLIP.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert main(["--backbone", "resnet18", "--no_pretrained"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("Output shape: (1, 18)") == 2 and out.count("Output shape: (2, 18)") == 3
+    absent = "CT-CLIP model not found: run python ctclip_setup.py first (no file at models/ctclip_vocabfine.pt)"
+    assert f"FileNotFoundError: {absent}" in out
+    assert "Loss test: 0.6931  (untrained head on balanced labels)" in out
+    assert "head 9,234, total 11,185,746" in out  # resnet18: 512 x 18 + 18 on 11,176,512
+
+
+def test_eighteen_labels_in_the_challenge_order():
+    assert len(ABNORMALITIES) == 18 == len(set(ABNORMALITIES))
+    assert ABNORMALITIES[0] == "Medical material" and ABNORMALITIES[-1] == "Interlobular septal thickening"

@@ -1,0 +1,524 @@
+"""ctclip_setup.py through its real command line, in a subprocess, offline.
+
+Reference: the sentences a user reads, exit codes, and the bytes that end up in models/. The hub is a server of these
+tests on 127.0.0.1 that the real huggingface_hub talks to through HF_ENDPOINT. It serves one dataset file the way the
+hub does (HEAD and GET, ETag, X-Repo-Commit, Content-Length, Range) and answers with a chosen failure on request.
+Nothing is installed: pip is never started, and torch and timm are stand-ins wherever the forward pass is not the point.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import ctclip_setup as setup
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKEN = "hf_" + "Zq7" * 11  # nobody's
+PAYLOAD = bytes(range(256)) * 1200
+PATH = "/datasets/ibrahimhamamci/CT-RATE/resolve/main/models/CT-CLIP-Related/CT_LiPro_v2.pt"
+TERMS = "https://huggingface.co/datasets/ibrahimhamamci/CT-RATE"
+
+# ---- the hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers `server.status` (with X-Error-Code `server.code`) to every request, and counts them."""
+
+    def log_message(self, *arguments):
+        pass
+
+    def reply(self, status, headers, body=b""):
+        self.send_response(status)
+        for name, value in {"X-Repo-Commit": "c" * 40, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def answer(self):
+        server = self.server
+        if self.path.startswith("/datasets/"):  # the client also asks for things of its own
+            server.requests.append((self.command, self.path, self.headers.get("Authorization")))
+        time.sleep(server.delay)
+        if server.status != 200:
+            return self.reply(server.status, {"X-Error-Code": server.code} if server.code else {})
+        if self.path != PATH:
+            return self.reply(404, {"X-Error-Code": "EntryNotFound"})
+        headers = {"ETag": f'"{hashlib.sha256(PAYLOAD).hexdigest()}"', "Accept-Ranges": "bytes"}
+        if self.command == "HEAD":
+            return self.reply(200, {**headers, "Content-Length": str(len(PAYLOAD) + server.lie)})
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-")).group(1))
+        if start == 0 and server.cut:
+            server.cut -= 1
+            self.reply(200, {**headers, "Content-Length": str(len(PAYLOAD))}, PAYLOAD[:100_000])
+            self.close_connection = True
+            return None
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(PAYLOAD) - 1}/{len(PAYLOAD)}"
+        return self.reply(206 if start else 200, headers, PAYLOAD[start:])
+
+    do_GET = do_HEAD = answer
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.status, server.code, server.delay, server.lie, server.cut, server.requests = 200, "", 0, 0, 0, []
+    server.daemon_threads = True
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+# ---- the command line
+
+STAND_INS = {
+    "timm.py": "",
+    "torch.py": """
+__version__ = "9.9"
+class cuda: is_available = staticmethod(lambda: False)
+class Tensor:
+    def __init__(self, *shape): self.shape = shape
+    def to(self, device): return self
+    def all(self): return True
+zeros = Tensor
+def isfinite(tensor): return tensor
+class no_grad:
+    def __enter__(self): pass
+    def __exit__(self, *exception): pass
+""",
+    "ctclip_model.py": """
+import torch
+ABNORMALITIES = range(18)
+class CTCLIPMultiAbnormalityModel:
+    input_shape = (4, 8, 8)
+    def __init__(self, ctclip_path, backbone="", pretrained=True): assert ctclip_path or not pretrained
+    def to(self, device): return self
+    def eval(self): return self
+    def __call__(self, volume): return torch.Tensor(1, 18)
+""",
+}
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """A folder with the real setup script and requirements, and stand-ins for torch, timm and the model."""
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    for name in ("ctclip_setup.py", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    for name, text in STAND_INS.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def environment(folder, **variables):
+    """Nothing of the person running the tests: no token, no hub cache, no proxy."""
+    kept = {key: os.environ[key] for key in ("PATH", "SYSTEMROOT", "TMPDIR", "TEMP") if key in os.environ}
+    home = folder.parent / "home"
+    return {**kept, "HOME": str(home), "HF_HOME": str(home / "hf"), "NO_PROXY": "127.0.0.1"} | variables
+
+
+def run(folder, *arguments, python=(sys.executable,), **variables):
+    done = subprocess.run(
+        [*python, "ctclip_setup.py", *arguments],
+        cwd=folder, env=environment(folder, **variables), capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert TOKEN not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    wide = [line for line in done.stdout.splitlines() if len(line) > 100 and str(folder) not in line]
+    assert not wide
+    return done
+
+
+def fetch(folder, hub, *arguments, token=TOKEN, **variables):
+    return run(folder, *arguments, HF_ENDPOINT=hub.url, HF_TOKEN=token, **variables)
+
+
+def lines_of(text):
+    return [line.strip() for line in text.splitlines()]
+
+
+def flat(text):
+    """Sentences, wherever the lines were broken."""
+    return " ".join(text.split())
+
+
+def weights(folder):
+    return folder / "models" / "ctclip_classfine.pt"
+
+
+# ---- weights, when all is well
+
+
+def test_weights_arrive_whole_and_are_not_fetched_twice(suite, hub):
+    first = fetch(suite, hub)
+    assert first.returncode == 0, first.stderr
+    assert weights(suite).read_bytes() == PAYLOAD
+    assert os.listdir(weights(suite).parent) == ["ctclip_classfine.pt"]  # nothing half, nothing left over
+    assert {header for *_, header in hub.requests} == {f"Bearer {TOKEN}"}
+    assert "CT-CLIP classfine: models" in first.stdout and "not yet" not in first.stdout
+
+    hub.requests.clear()
+    second = fetch(suite, hub)
+    assert second.returncode == 0
+    assert [verb for verb, *_ in hub.requests] == ["HEAD"]
+    assert "classfine: already here, 0.31 MB, the hub's size" in second.stdout
+
+
+def test_a_file_of_the_wrong_size_is_named_and_replaced(suite, hub):
+    weights(suite).parent.mkdir()
+    weights(suite).write_bytes(b"half")
+    done = fetch(suite, hub)
+    assert "ctclip_classfine.pt has 4 bytes where the hub has 307200" in done.stdout
+    assert weights(suite).read_bytes() == PAYLOAD
+
+
+def test_a_transfer_that_is_cut_goes_on_where_it_stopped(suite, hub):
+    hub.cut = 1
+    assert fetch(suite, hub).returncode == 0
+    assert weights(suite).read_bytes() == PAYLOAD
+    assert [verb for verb, *_ in hub.requests].count("GET") == 2
+
+
+def test_a_transfer_that_is_cut_for_good_is_given_up(monkeypatch):
+    """The client is replaced here alone: with the real one, three times its own retries take 18 s."""
+    calls = []
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+
+    def cut(*arguments, **options):
+        calls.append(arguments)
+        raise ConnectionError("cut")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", cut)
+    monkeypatch.setattr(setup.time, "sleep", lambda seconds: None)
+    with pytest.raises(ConnectionError) as caught:
+        setup.transfer("x.pt", Path("staging"), TOKEN)
+    assert len(calls) == 3
+    assert setup.explain(caught.value, "x.pt", TOKEN).reason == "no connection to huggingface.co"
+
+
+def test_bytes_that_do_not_add_up_never_get_the_final_name(suite, hub):
+    hub.lie = 5
+    done = fetch(suite, hub)
+    assert done.returncode == 0
+    assert "classfine: not here: " in done.stdout and "307205" in done.stdout
+    assert not weights(suite).exists()
+
+
+def test_every_file_of_the_hub_is_asked_for_by_its_path(suite, hub):
+    done = fetch(suite, hub, "--model", "vocabfine", "zeroshot")
+    assert done.returncode == 0
+    asked = [path.rsplit("/", 1)[1] for _, path, _ in hub.requests]
+    assert asked == ["CT_VocabFine_v2.pt", "CT-CLIP_v2.pt"]
+    assert "vocabfine: not here: 127.0.0.1:" in done.stdout  # this hub has only ClassFine
+    assert done.stdout.count("unset HF_ENDPOINT") == 1
+
+
+def test_a_refusal_is_not_asked_for_again(suite, hub):
+    hub.status = 401
+    done = fetch(suite, hub, "--model", "vocabfine", "zeroshot")
+    assert len(hub.requests) == 1
+    assert "CT-CLIP vocabfine, zeroshot for real CT: the hub refused the token (401)" in flat(done.stdout)
+
+
+# ---- weights, when something is wrong: each its own sentence and remedy, and exit code 0
+
+REFUSALS = {
+    "bad token": (401, "", "the hub refused the token (401): mistyped, expired or revoked", "make a new read token"),
+    "bad token, gated": (401, "GatedRepo", "the hub refused the token (401)", "make a new read token"),
+    "terms": (
+        403,
+        "GatedRepo",
+        "the token is valid, but its account has not accepted CT-RATE's terms (403)",
+        f"accept them with that account: {TERMS}",
+    ),
+    "scope": (403, "", "the token may not read gated repositories (403)", '"Read access to contents of all'),
+    "moved": (
+        404,
+        "EntryNotFound",
+        "has no models/CT-CLIP-Related/CT_LiPro_v2.pt in ibrahimhamamci/CT-RATE (404)",
+        "unset HF_ENDPOINT if it names a mirror",
+    ),
+    "no repository": (404, "RepoNotFound", "in ibrahimhamamci/CT-RATE (404)", "unset HF_ENDPOINT"),
+    "down": (500, "", "answered with an error of its own (500)", "run this again later"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_of_the_hub(suite, hub, case):
+    hub.status, hub.code, reason, remedy = REFUSALS[case]
+    done = fetch(suite, hub)
+    assert done.returncode == 0
+    text = flat(done.stdout)
+    assert reason in text and remedy in text, done.stdout
+    assert "works now training, evaluation and prediction on the built-in cohort" in text
+    assert "next python run_task2.py" in text
+    assert not weights(suite).exists()
+
+
+def test_no_token_shows_the_two_steps_and_asks_nobody(suite, hub):
+    done = run(suite, HF_ENDPOINT=hub.url)
+    assert done.returncode == 0 and hub.requests == []
+    assert "classfine: not here: no Hugging Face token found" in lines_of(done.stdout)
+    assert (
+        f"not yet CT-CLIP classfine for real CT: no Hugging Face token found 1. accept the terms, once: {TERMS} "
+        "2. make a read token (https://huggingface.co/settings/tokens) and set it: export HF_TOKEN=hf_... "
+        "then run this again next python run_task2.py"
+    ) in flat(done.stdout)
+
+
+def test_no_token_on_colab_shows_the_cell_that_exports_it(suite):
+    (suite / "google" / "colab").mkdir(parents=True)
+    done = run(suite)
+    assert done.returncode == 0
+    assert "run this cell, because a !python cell does not see Colab's secrets:" in flat(done.stdout)
+    cell = [
+        "import os",
+        "from google.colab import userdata",
+        'os.environ["HF_TOKEN"] = userdata.get("HF_TOKEN")',
+    ]
+    lines = lines_of(done.stdout)
+    assert lines[lines.index(cell[0]) :][: len(cell)] == cell
+
+
+def test_a_token_stored_by_the_hub_client_is_found(suite, hub):
+    stored = suite.parent / "home" / "hf" / "token"
+    stored.parent.mkdir(parents=True)
+    stored.write_text(TOKEN)
+    assert run(suite, HF_ENDPOINT=hub.url).returncode == 0
+    assert weights(suite).exists()
+
+
+def test_a_token_no_header_can_carry_is_not_quoted(suite, hub):
+    broken = TOKEN[:9] + "\x01" + TOKEN[9:]
+    done = fetch(suite, hub, token=broken)
+    assert done.returncode == 0 and hub.requests == []
+    assert "the Hugging Face token holds characters that no token has" in done.stdout
+    assert TOKEN[:9] not in done.stdout + done.stderr
+
+
+def test_no_connection(suite):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    started = time.monotonic()
+    endpoint = f"http://someone:secret@127.0.0.1:{port}"
+    done = run(suite, "--model", "classfine", "zeroshot", HF_ENDPOINT=endpoint, HF_TOKEN=TOKEN)
+    assert done.returncode == 0 and time.monotonic() - started < 15
+    assert f"CT-CLIP classfine, zeroshot for real CT: no connection to 127.0.0.1:{port} check" in flat(done.stdout)
+    assert "secret" not in done.stdout + done.stderr
+
+
+def test_offline_switch_and_a_file_that_cannot_be_verified(suite):
+    weights(suite).parent.mkdir()
+    weights(suite).write_bytes(PAYLOAD)
+    done = run(suite, HF_TOKEN=TOKEN, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0
+    said = "classfine: already here, 0.31 MB, not verified: HF_HUB_OFFLINE is set, so nothing is fetched"
+    assert said in flat(done.stdout)
+    assert "not yet" not in done.stdout
+
+
+def test_a_hub_that_never_answers_costs_seconds(hub, monkeypatch):
+    monkeypatch.setattr(setup, "HUB_SECONDS", 0.2)
+    started = time.monotonic()
+    with pytest.raises(setup.HubTrouble, match="no answer from .* within 0.2 s"):
+        setup.within(setup.HUB_SECONDS, lambda: time.sleep(5))
+    assert time.monotonic() - started < 2
+
+
+def test_disk_too_small_is_said_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
+    with pytest.raises(setup.HubTrouble) as caught:
+        setup.check_disk(Path("models"), 1_770_000_000)
+    assert caught.value.reason == "the disk is too small: 1.00 GB free in models/, 1.82 GB needed"
+    setup.check_disk(Path("models"), 500_000_000)
+
+
+def test_too_many_requests_by_the_status_alone():
+    """Not through the server: some versions of the client wait for minutes before they hand this one on."""
+    error = RuntimeError()
+    error.response = type("Response", (), {"status_code": 429})
+    trouble = setup.explain(error, "x.pt", TOKEN)
+    assert trouble.reason == "the hub asks to slow down (429)"
+    assert trouble.steps == ("wait a few minutes, then run this again",)
+
+
+def test_unknown_errors_lose_the_token():
+    trouble = setup.explain(RuntimeError(f"bad header Bearer {TOKEN}\nmore"), "x.pt", TOKEN)
+    assert trouble.reason == "huggingface_hub stopped with RuntimeError: bad header Bearer ***"
+
+
+# ---- packages
+
+
+def test_requirements_file_is_read_and_has_a_floor_for_each():
+    runtime, development = setup.parse_requirements((ROOT / "requirements.txt").read_text())
+    assert [need.name for need in runtime[:3]] == ["torch", "timm", "numpy"]
+    assert [need.name for need in development] == ["pytest", "ruff"]
+    assert all(setup.release(need.floor) for need in runtime + development)
+
+
+def test_versions_compare_as_numbers():
+    assert setup.release("1.10") > setup.release("1.9.3")
+    assert setup.release("2.6") == setup.release("2.6.0+cu124") == setup.release("2.6.0a0+ecd3bbf")
+    assert setup.release("1!2.0.post1") == (2,)
+    assert setup.release("unknown") == ()
+
+
+def test_missing_and_too_old_are_told_apart():
+    found = {"torch": "2.10.1+cpu", "timm": "0.9.16"}
+    needs = [setup.Requirement("torch", "2.6"), setup.Requirement("timm", "1.0"), setup.Requirement("isal", "1.6")]
+    ready, wanted = setup.survey(needs, found.get)
+    assert ready == {"torch": "2.10.1+cpu"}
+    assert setup.wanted_text(wanted) == "timm>=1.0 (found 0.9.16), isal>=1.6"
+
+
+def test_a_good_torch_is_pinned_with_its_torchvision():
+    found = {"torch": "2.6.0+cu124", "torchvision": "0.21.0+cu124"}
+    assert setup.pins({"torch": "2.6.0+cu124"}, found.get) == ["torch==2.6.0+cu124", "torchvision==0.21.0+cu124"]
+    assert setup.pins({"torch": "2.6.0+cu124"}, {"torch": "2.6.0+cu124"}.get) == ["torch==2.6.0+cu124"]
+    assert setup.pins({}, found.get) == []
+
+
+def test_an_interpreter_pip_may_not_write_to(tmp_path):
+    assert setup.pip_refusal(tmp_path, tmp_path, in_venv=False) is None
+    (tmp_path / "EXTERNALLY-MANAGED").touch()
+    assert setup.pip_refusal(tmp_path, tmp_path, in_venv=False) == "is managed by the operating system (PEP 668)"
+    assert setup.pip_refusal(tmp_path, tmp_path, in_venv=True) is None
+
+
+def test_packages_folder_that_is_read_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup.os, "access", lambda path, mode: False)  # root may write anywhere
+    said = setup.pip_refusal(tmp_path, tmp_path, in_venv=True)
+    assert said == f"keeps its packages in {tmp_path}, which you may not write to"
+
+
+def test_the_refusal_is_one_line_with_the_two_commands(monkeypatch):
+    monkeypatch.setattr(setup, "pip_refusal", lambda *_: "is managed by the operating system (PEP 668)")
+    monkeypatch.setattr(setup.sys, "executable", "/usr/bin/python3")
+    with pytest.raises(setup.SetupError) as caught:
+        setup.check_pip()
+    assert re.fullmatch(
+        r"this Python \(/usr/bin/python3\) is managed by the operating system \(PEP 668\); make a virtual environment"
+        r".* and run this again in it: /usr/bin/python3 -m venv \.venv && \S.*activate",
+        str(caught.value),
+    )
+    monkeypatch.setattr(setup, "on_colab", lambda: True)
+    setup.check_pip()
+
+
+def test_what_pip_says_is_made_terse():
+    assert setup.pip_event("Collecting torch>=2.6\n") is None
+    assert setup.pip_event("  Downloading torch-2.15.0-cp311-cp311-x86_64.whl.metadata (29 kB)\n") is None
+    wheel = "torch-2.15.0-cp311-cp311-manylinux_2_28_x86_64.whl (526.1 MB)\n"
+    assert setup.pip_event(f"Downloading {wheel}") == "downloading torch 2.15.0 (526.1 MB)"
+    assert setup.pip_event(f"  Using cached https://host/{wheel}") == "from pip's cache: torch 2.15.0 (526.1 MB)"
+    assert setup.pip_event("Installing collected packages: a, b, c\n") == "unpacking 3 packages"
+    assert setup.pip_event("Installing collected packages: torch, b\n") == "unpacking 2 packages, a minute or two"
+
+
+def test_pip_failures_end_with_a_remedy():
+    said = setup.pip_failure(["WARNING: NewConnectionError(...)", "ERROR: No matching distribution found for x"])
+    assert said == (
+        "pip could not install the packages: No matching distribution found for x; "
+        "check the network and the proxy (HTTPS_PROXY, PIP_INDEX_URL), then run this again"
+    )
+    assert "about 6 GB" in setup.pip_failure(["ERROR: Could not install: [Errno 28] No space left on device"])
+
+
+# ---- the rest of the command line
+
+
+def test_old_python_gets_one_line():
+    with pytest.raises(setup.SetupError, match=r"found Python 3\.9\.18, expected 3\.10 or newer"):
+        setup.check_python((3, 9, 18, "final", 0))
+    setup.check_python((3, 10, 0))
+
+
+def test_bare_interpreter_explains_itself(suite, tmp_path):
+    """An empty virtual environment without pip: the script must say what is missing, and why it cannot install it."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
+    bare = tmp_path / "bare" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    usage = run(suite, "--help", python=[bare])
+    assert usage.returncode == 0 and "usage: ctclip_setup.py" in usage.stdout
+    look = run(suite, "--check", python=[bare])
+    assert look.returncode == 2
+    assert re.search(r"packages +0 of 11 are here: none\n +missing or too old: torch>=2\.6", look.stdout)
+    assert look.stderr == (
+        "error: packages are missing or too old; to install them: python ctclip_setup.py\n"
+    )
+    assert not (suite / "models").exists()
+    real = run(suite, python=[bare, "-I", "-S"])
+    assert real.returncode == 2 and real.stderr.count("\n") == 1
+    assert "has no pip; make a virtual environment" in real.stderr
+
+
+def test_check_changes_nothing_and_asks_nobody(suite, hub):
+    done = fetch(suite, hub, "--check", "--dev", "--model", "classfine", "zeroshot")
+    assert done.returncode == 0 and hub.requests == []
+    assert "packages    13 of 13 are here: torch" in done.stdout
+    assert "zeroshot: models/ctclip_zeroshot.pt is not here" in done.stdout.replace("\\", "/")
+    assert not (suite / "models").exists() and not (suite / "results").exists()
+
+
+def test_summary_names_the_next_commands(suite):
+    done = run(suite, "--dev", "--no_weights")  # an underscore is as good as a dash
+    assert done.returncode == 0
+    summary = lines_of(done.stdout)[lines_of(done.stdout).index("") :]
+    works = "training, evaluation and prediction on the built-in cohort, on the CPU (no GPU found)"
+    assert summary[1] == f"works now   {works}"
+    assert summary[2:4] == ["next        python run_task2.py", "python -m pytest"]
+    assert re.fullmatch(r"done in \d+ s", summary[4])
+    assert (suite / "models").is_dir() and (suite / "results").is_dir()
+
+
+def test_forward_pass_that_fails_is_a_defect_with_its_last_line(suite):
+    (suite / "timm.py").write_text("raise ImportError('operator torchvision::nms does not exist')")
+    done = run(suite, "--no-weights")
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "error: the forward pass failed: ImportError: operator torchvision::nms does not exist; if the packages"
+    )
+
+
+def test_forward_pass_with_logits_of_the_wrong_shape_fails(suite):
+    model = suite / "ctclip_model.py"
+    model.write_text(model.read_text().replace("Tensor(1, 18)", "Tensor(1, 17)"))
+    done = run(suite, "--no-weights")
+    assert done.returncode == 1
+    assert "logits of shape (1, 17), expected finite (1, 18)" in done.stderr
+
+
+def test_wrong_flag_and_wrong_model_are_usage_errors(suite):
+    assert run(suite, "--models").returncode == 2
+    done = run(suite, "--model", "resnet")
+    assert done.returncode == 2 and "choose from" in done.stderr
+
+
+def test_a_folder_one_may_not_write_to(suite):
+    (suite / "models").write_text("a file where the folder should be")
+    done = run(suite)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot make models/ in ") and done.stderr.count("\n") == 1
+
+
+def test_the_real_suite_passes_its_own_verification():
+    """No stand-ins: the installed torch and timm, the suite's model."""
+    result = setup.forward_pass()
+    assert result["logits"] == [1, 18]
