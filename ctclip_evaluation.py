@@ -1151,8 +1151,8 @@ def predict_files(
 def print_failures(batch: Batch) -> None:
     from tqdm import tqdm
 
-    for _, reason in batch.failures:
-        tqdm.write(f"left out: {reason}", file=sys.stderr)
+    for name, reason in batch.failures:
+        tqdm.write(f"left out: {name}: {reason}", file=sys.stderr)
 
 
 def write_table(path: str | Path, names: Sequence[str], values: np.ndarray) -> None:

@@ -221,7 +221,7 @@ class Run:
         """Keeps the verdicts and failures of a batch; a failure is printed once."""
         for name, reason in batch.failures:
             if name not in self.failures:
-                tqdm.write(f"left out ({role}): {reason}")
+                tqdm.write(f"left out ({role}): {name}: {reason}")
             self.failures[name] = reason
         for index, verdict in zip(batch.index.tolist(), batch.verdicts, strict=True):
             self.readings[volumes[index].name] = verdict.reading

@@ -1,0 +1,1032 @@
+"""CT volume files -> preprocessed tensors, and CT-RATE's tables -> cohort -> batches.
+
+Legend: x, y, z patient axes in LPS order (x to the left, y to the back, z to the head); D, H, W = z, x, y, the order
+the network was trained on (in plane that is the transpose of the usual picture). A file stores three axes, the first
+one fastest, so its slices lie along the third: they are inflated and resampled one by one, and neither the file nor
+a float copy of it is ever held whole.
+
+preprocess_volume reads one file the way it is told to (version 1: metadata row; version 2: header), read_volume
+finds out which of the two a file is, load_cohort joins the tables, volume_loader makes batches.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import chain
+from math import ceil, isfinite, prod, sqrt
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import IO, Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from nibabel.orientations import io_orientation
+from torch.utils.data import DataLoader, Dataset
+
+from ctclip_model import ABNORMALITIES
+
+try:  # inflates about twice as fast as zlib, and checks the same checksums
+    from isal.igzip import IGzipFile as GzipFile
+    from isal.isal_zlib import IsalError as InflateError
+except ImportError:
+    from gzip import GzipFile
+
+    InflateError = zlib.error
+
+HU_MIN, HU_MAX = -1000, 1000  # clipping window, Hounsfield units
+FIELD_OF_VIEW_MM = 360.0  # edge of the cube that every input covers, whatever its number of voxels
+PUBLISHED_SHAPE = (240, 480, 480)  # (D, H, W) = (z, x, y)
+
+# Share of positive volumes on CT-RATE's train split, in the order of ABNORMALITIES.
+PREVALENCE = dict(
+    zip(
+        ABNORMALITIES,
+        (0.123, 0.284, 0.113, 0.072, 0.255, 0.143, 0.259, 0.194, 0.260)
+        + (0.454, 0.370, 0.267, 0.121, 0.077, 0.106, 0.176, 0.100, 0.079),
+        strict=True,
+    )
+)
+
+SPLITS = ("train", "valid")
+SUFFIX = ".nii.gz"
+GEOMETRY_COLUMNS = ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")  # what a version-1 file needs
+OPTIONAL_COLUMNS = ("PatientSex", "PatientAge", "Manufacturer")
+
+
+class VolumeError(ValueError):
+    """A volume file that cannot be used: one line naming what was found, what was expected, what to do."""
+
+
+class CohortError(ValueError):
+    """A folder or table that gives no usable cohort: one line, same form as VolumeError."""
+
+
+# ------------------------------------------------------------------ the hub's layout, relative to data_dir
+
+
+def scan_of(name: str) -> str:
+    """train_12_a_1.nii.gz -> train_12_a."""
+    return "_".join(PurePosixPath(name).name.removesuffix(SUFFIX).split("_")[:3])
+
+
+def patient_of(name: str) -> str:
+    """train_12_a_1.nii.gz -> train_12."""
+    return "_".join(PurePosixPath(name).name.removesuffix(SUFFIX).split("_")[:2])
+
+
+def volume_path(name: str, fixed: bool) -> Path:
+    """Where the hub keeps a volume: `fixed` chooses version 2 (already HU), else version 1 (raw stored values)."""
+    folder = name.split("_")[0] + ("_fixed" if fixed else "")
+    return Path("dataset", folder, patient_of(name), scan_of(name), name)
+
+
+def labels_path(split: str) -> Path:
+    """The 18 labels of each volume of a split ("train" or "valid")."""
+    return Path("dataset", "multi_abnormality_labels", f"{split}_predicted_labels.csv")
+
+
+def metadata_path(split: str) -> Path:
+    """Slope, intercept and spacing of each volume of a split."""
+    spelled = "validation" if split == "valid" else split  # the hub writes "validation" here and "valid" elsewhere
+    return Path("dataset", "metadata", f"{spelled}_metadata.csv")
+
+
+def no_chest_path(split: str) -> Path:
+    """List of volumes that are not chests (head CTs), one per line."""
+    return Path("dataset", "metadata", f"no_chest_{split}.txt")
+
+
+# ------------------------------------------------------------------ what this file hands out
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """One reconstruction: file, 18 labels (float32, 0 or 1) and its metadata row (None if there is no usable one)."""
+
+    name: str
+    path: Path
+    labels: np.ndarray
+    metadata: Mapping[str, Any] | None = None
+
+    @property
+    def patient(self) -> str:
+        return patient_of(self.name)
+
+    @property
+    def scan(self) -> str:
+        return scan_of(self.name)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a file's voxels were read ("hu": header, "stored": metadata row), why, and the figures behind it."""
+
+    reading: str
+    evidence: str
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Cohort:
+    """Usable volumes; those left out as (name, reason); and remarks about the tables as a whole."""
+
+    volumes: list[Volume]
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    not_on_disk: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def summary(self) -> str:
+        """A few lines of text: counts, what was left out by reason with its first names, remarks."""
+        scans, patients = {v.scan for v in self.volumes}, {v.patient for v in self.volumes}
+        lines = [f"{len(self)} volumes, {len(scans)} scans, {len(patients)} patients"]
+        if self.not_on_disk:
+            lines.append(f"not on disk: {self.not_on_disk} (listed in the labels, no file)")
+        for reason, count in Counter(reason for _, reason in self.left_out).most_common():
+            names = [name for name, why in self.left_out if why == reason]
+            lines.append(f"left out: {count} x {reason}: {', '.join(names[:3])}{', ...' if count > 3 else ''}")
+        return "\n".join(lines + self.notes)
+
+
+@dataclass
+class Batch:
+    """volumes (B, 1, D, H, W) float32 in [-1, 1]; labels (B, 18); index (B,) int64 into the list given; B counts the
+    readable ones only, the others are in failures as (name, reason); verdicts has one entry per readable one."""
+
+    volumes: torch.Tensor
+    labels: torch.Tensor
+    index: torch.Tensor
+    failures: list[tuple[str, str]]
+    verdicts: list[Verdict]
+
+
+# ------------------------------------------------------------------ the file: header, then slices as stored
+
+
+def _problem(path: Path, found: str, expected: str, remedy: str) -> VolumeError:
+    return VolumeError(f"{path.name}: found {found}, expected {expected}; {remedy}")
+
+
+AGAIN = "copy or download the file again"
+CONVERT = "convert it to a 3-D NIfTI of numbers"
+# NIfTI code -> stored type
+STORED_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8"}
+DEFLATE_LIMIT = 1032  # deflate cannot shrink anything by more than this
+SLAB_BYTES = 4 << 20  # read and inflated at a time
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a NIfTI header says. Three file axes, fastest first; affine None where it states no orientation."""
+
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    offset: int
+    slope: float
+    intercept: float
+    spacing: tuple[float, ...]
+    affine: np.ndarray | None
+
+    @property
+    def blank(self) -> bool:
+        """No orientation and unit spacing: what a writer leaves when it was told nothing (CT-RATE version 1)."""
+        return self.affine is None and set(self.spacing) == {1.0}
+
+
+class _VolumeFile:
+    """A NIfTI file, plain or gzip, read once from front to back. Every fault raises VolumeError."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.raw = open(self.path, "rb")  # noqa: SIM115  closed in __exit__
+        except FileNotFoundError:
+            raise _problem(self.path, "no such file", "a volume", "check the path or download it") from None
+        except OSError as error:
+            raise _problem(self.path, f"unreadable ({error.strerror})", "a file", "check its permissions") from None
+        try:
+            self.stream = self._inflating()
+            self.header = self._read_header()
+        except BaseException:
+            self.raw.close()
+            raise
+
+    def __enter__(self) -> _VolumeFile:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.raw.close()
+
+    def _inflating(self) -> IO[bytes]:
+        magic = self.raw.read(2)
+        self.raw.seek(0)
+        if magic == b"\x1f\x8b":
+            return GzipFile(fileobj=self.raw, mode="rb")
+        if self.path.suffix == ".gz":
+            found = f"first bytes {magic!r}" if magic else "an empty file"
+            raise _problem(self.path, found, "gzip data (b'\\x1f\\x8b')", AGAIN)
+        return self.raw
+
+    def _fill(self, buffer: np.ndarray) -> None:
+        """Fill a uint8 array from the stream, to the last byte."""
+        view, done = memoryview(buffer), 0
+        try:
+            while done < len(view):
+                count = self.stream.readinto(view[done:])
+                if not count:
+                    raise EOFError
+                done += count
+        except EOFError:
+            raise _problem(self.path, "a truncated file", "as many voxels as its header declares", AGAIN) from None
+        except (OSError, zlib.error, InflateError) as error:
+            raise _problem(self.path, f"damaged data ({error})", "a readable file", AGAIN) from None
+
+    def _check_end(self) -> None:
+        """Reading past the last voxel makes gzip compare its checksum; bytes after the voxels are tolerated."""
+        try:
+            self.stream.read(1)
+        except (EOFError, OSError, zlib.error, InflateError) as error:
+            raise _problem(self.path, f"damaged data ({error})", "a readable file", AGAIN) from None
+
+    def _read_header(self) -> _Header:
+        block = np.zeros(540, np.uint8)
+        self._fill(block[:348])
+        size = block[:4].tobytes()
+        kind = nib.Nifti1Header
+        if int.from_bytes(size, "little") == 540 or int.from_bytes(size, "big") == 540:
+            kind = nib.Nifti2Header
+            self._fill(block[348:])
+        elif 348 not in (int.from_bytes(size, "little"), int.from_bytes(size, "big")):
+            raise _problem(self.path, f"first bytes {size!r}", "a NIfTI header", CONVERT)
+        length = kind.sizeof_hdr
+        header = _parse_header(kind(block[:length].tobytes(), check=False), self.path)
+        self._check_size(header)
+        self._fill(np.empty(header.offset - length, np.uint8))  # extensions, at least four bytes
+        return header
+
+    def _check_size(self, header: _Header) -> None:
+        """Refuse a size that the file cannot hold, before allocating anything of that size."""
+        declared = header.offset + prod(header.shape) * header.dtype.itemsize
+        at_most = self.path.stat().st_size * (DEFLATE_LIMIT if self.stream is not self.raw else 1)
+        if declared > at_most:
+            found = f"{_times(header.shape)} voxels declared, {declared} bytes"
+            raise _problem(self.path, found, f"at most {at_most} bytes in a file of this size (truncated?)", AGAIN)
+
+    def slabs(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first index, slices as stored (n, middle axis, fastest axis)). Valid until the next one is asked for.
+
+        While one slab is being worked on, a thread inflates the next.
+        """
+        fast, middle, slow = self.header.shape
+        plane = fast * middle * self.header.dtype.itemsize
+        step = min(slow, max(1, SLAB_BYTES // plane))
+        starts = range(0, slow, step)
+        buffers = [np.empty(step * plane, np.uint8) for _ in range(2)]
+        sizes = [min(step, slow - start) * plane for start in starts]
+        with ThreadPoolExecutor(1) as inflater:
+            pending = inflater.submit(self._fill, buffers[0][: sizes[0]])
+            for i, start in enumerate(starts):
+                pending.result()
+                if i + 1 < len(starts):
+                    pending = inflater.submit(self._fill, buffers[(i + 1) % 2][: sizes[i + 1]])
+                else:
+                    pending = inflater.submit(self._check_end)
+                yield start, buffers[i % 2][: sizes[i]].view(self.header.dtype).reshape(-1, middle, fast)
+            pending.result()
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " x ".join(str(n) for n in shape)
+
+
+def _parse_header(header: nib.Nifti1Header, path: Path) -> _Header:
+    if header["magic"].item().rstrip(b"\0") not in (b"n+1", b"n+2", b"n+2\0\r\n\x1a\n"):
+        magic = header["magic"].item()
+        raise _problem(path, f"magic {magic!r}", "b'n+1' (header and voxels in one file)", CONVERT)
+    dims = [int(n) for n in header["dim"]]
+    shape = dims[1 : 1 + dims[0]] if 0 < dims[0] <= 7 else dims
+    if len(shape) < 3 or any(n > 1 for n in shape[3:]) or min(shape[:3]) < 2:
+        expected = "3 axes of at least 2 voxels"
+        raise _problem(path, f"{len(shape)} axes of {_times(shape)} voxels", expected, CONVERT)
+    code = int(header["datatype"])
+    if code not in STORED_TYPES:
+        raise _problem(path, f"voxels of NIfTI type {code}", "integers or floats", CONVERT)
+    dtype = np.dtype(header.endianness + STORED_TYPES[code])
+    offset = float(header["vox_offset"]) or float(header.single_vox_offset)  # some writers leave it 0
+    if not header.sizeof_hdr <= offset < 1e9:  # False for NaN too
+        raise _problem(path, f"voxels at byte {offset}", f"at least {header.sizeof_hdr}", CONVERT)
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if not isfinite(slope) or slope == 0:  # the standard's way of saying "not scaled"
+        slope, intercept = 1.0, 0.0
+    # The shortest decimal that gives the stored float32: 6.8 mm is 6.8, not 6.80000019.
+    spacing = tuple(float(str(p)) for p in header["pixdim"][1:4])
+    intercept = intercept if isfinite(intercept) else 0.0
+    return _Header(tuple(shape[:3]), dtype, int(offset), slope, intercept, spacing, _affine(header))
+
+
+def _affine(header: nib.Nifti1Header) -> np.ndarray | None:
+    """File index -> RAS mm from sform, else qform; None if neither is set or all it says is the identity.
+
+    NaN where one is set and unusable: that is no fault as long as the metadata row gives the geometry.
+    """
+    stated = False
+    for code, get in (("sform_code", header.get_sform), ("qform_code", header.get_qform)):
+        if header[code] == 0:
+            continue
+        stated = True
+        try:
+            affine = np.asarray(get(), float)
+        except (ValueError, nib.spatialimages.HeaderDataError):  # an impossible quaternion
+            continue
+        if np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-9:
+            return None if np.array_equal(affine, np.eye(4)) else affine
+    return np.full((4, 4), np.nan) if stated else None
+
+
+# ------------------------------------------------------------------ a reading: voxels -> HU, file axes -> patient axes
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Per file axis, fastest first: spacing (mm), the LPS axis it runs along (x 0, y 1, z 2), and whether backwards."""
+
+    slope: float
+    intercept: float
+    spacing: tuple[float, ...]
+    axes: tuple[int, ...] = (0, 1, 2)
+    backwards: tuple[bool, ...] = (False, False, False)
+
+
+def _number(metadata: Mapping[str, Any], column: str, name: str) -> float:
+    try:
+        value = float(metadata[column])
+    except (KeyError, TypeError, ValueError):
+        value = float("nan")
+    if not isfinite(value):
+        shown = repr(metadata[column]) if column in metadata else "nothing"
+        raise VolumeError(f"{name}: found {shown} as {column}, expected a number; correct the metadata table")
+    return value
+
+
+def _pair(metadata: Mapping[str, Any], name: str) -> tuple[float, float]:
+    """XYSpacing: text such as "[0.34, 0.34]" or a sequence."""
+    value = metadata.get("XYSpacing")
+    parts = re.findall(r"[^\s,\[\]()]+", value) if isinstance(value, str) else value
+    try:
+        x, y = (float(part) for part in parts)
+    except (TypeError, ValueError):
+        expected = "two numbers such as [0.7, 0.7]"
+        message = f"{name}: found {value!r} as XYSpacing, expected {expected}; correct the metadata table"
+        raise VolumeError(message) from None
+    return x, y
+
+
+def _metadata_reading(metadata: Mapping[str, Any], name: str) -> _Reading:
+    """Version 1: everything from the metadata row, voxels in stored order, header ignored."""
+    slope, intercept = _number(metadata, "RescaleSlope", name), _number(metadata, "RescaleIntercept", name)
+    spacing = (*_pair(metadata, name), _number(metadata, "ZSpacing", name))
+    if slope <= 0:
+        raise VolumeError(f"{name}: found RescaleSlope {slope:g}, expected more than 0; correct the metadata table")
+    _check_spacing(spacing, name, "the metadata row")
+    return _Reading(slope, intercept, spacing)
+
+
+def _check_spacing(spacing: Sequence[float], name: str, where: str) -> None:
+    if not all(isfinite(s) and s > 0 for s in spacing):
+        found = f"found spacing {_times(spacing)} mm in {where}"
+        raise VolumeError(f"{name}: {found}, expected three positive numbers; correct it or leave the volume out")
+
+
+def _header_reading(header: _Header, path: Path) -> _Reading:
+    """Version 2: scaling, spacing and orientation from the header; without orientation the stored order is LPS."""
+    _check_spacing(header.spacing, path.name, "the header")
+    if header.blank:
+        remedy = "pass metadata with RescaleSlope, RescaleIntercept, XYSpacing and ZSpacing"
+        raise _problem(path, "a blank header (no orientation, 1 mm)", "spacing in the header or metadata", remedy)
+    if header.affine is None:
+        return _Reading(header.slope, header.intercept, header.spacing)
+    if np.isnan(header.affine).any():
+        raise _problem(path, "a singular orientation matrix", "an invertible one", "write the header again")
+    lengths = np.linalg.norm(header.affine[:3, :3], axis=0)
+    if not np.allclose(lengths, header.spacing, rtol=0.01):
+        found = f"spacing {_times(header.spacing)} mm beside an orientation of {_times(lengths.round(4))} mm"
+        raise _problem(path, found, "the same twice", "write the header again")
+    axes, signs = io_orientation(header.affine).T  # RAS axis of each file axis, +1 towards right, front, head
+    towards_lps = (-1, -1, 1)
+    backwards = tuple(bool(sign != towards_lps[int(axis)]) for axis, sign in zip(axes, signs, strict=True))
+    return _Reading(header.slope, header.intercept, header.spacing, tuple(int(a) for a in axes), backwards)
+
+
+# ------------------------------------------------------------------ resampling
+
+
+@dataclass(frozen=True)
+class _Taps:
+    """One axis of the output box that survives the crop: value = (1 - weight) * [low] + weight * [high]."""
+
+    box: slice  # where the values go in the output
+    low: np.ndarray
+    high: np.ndarray
+    weight: np.ndarray
+
+    @property
+    def span(self) -> slice:
+        """The stretch of input that is used at all."""
+        used = np.concatenate([self.low, self.high])
+        return slice(int(used.min()), int(used.max()) + 1)
+
+
+def _taps(size: int, spacing: float, target_size: int, backwards: bool) -> _Taps | None:
+    """Where each output voxel lies between the inputs; None if the axis is too short to give a single voxel."""
+    # Published arithmetic, to the bit where it decides a size: 0.6 mm must not become one voxel more or less.
+    resampled = int(size * (spacing / (FIELD_OF_VIEW_MM / target_size)))
+    if resampled < 1:
+        return None
+    first = max((resampled - target_size) // 2, 0)  # centre crop ...
+    before = max((target_size - resampled) // 2, 0)  # ... or centre pad
+    count = min(resampled, target_size)
+    # torch's align_corners=False source index: the grid follows from the sizes. In float64, as published (nibabel's
+    # arrays are); a float32 grid is up to 4e-6 off in the result.
+    source = np.maximum((np.arange(first, first + count) + 0.5) * (size / resampled) - 0.5, 0)
+    low = np.minimum(source.astype(np.intp), size - 1)
+    high = np.minimum(low + 1, size - 1)
+    weight = np.clip(source - low, 0, 1).astype(np.float32)
+    if backwards:  # only the look-up is turned round, so every orientation gives the same arithmetic
+        low, high = size - 1 - low, size - 1 - high
+    return _Taps(slice(before, before + count), low, high, weight)
+
+
+class _Rows:
+    """Interpolates along the first axis of a (rows, n) plane, into a buffer of its own."""
+
+    def __init__(self, taps: _Taps, columns: int):
+        self.low, self.high = taps.low - taps.span.start, taps.high - taps.span.start
+        self.weight = taps.weight[:, None]
+        self.value, self.step = (np.empty((len(taps.low), columns), np.float32) for _ in range(2))
+
+    def __call__(self, plane: np.ndarray) -> np.ndarray:
+        np.take(plane, self.low, axis=0, out=self.value, mode="clip")  # "clip" only spares numpy a copy
+        np.take(plane, self.high, axis=0, out=self.step, mode="clip")
+        return _lerp(self.value, self.step, self.weight, out=self.step)
+
+
+def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray | np.float32, out: np.ndarray) -> np.ndarray:
+    """low + weight * (high - low). Exact where low and high are equal, unlike a weighted sum. `out` may be `high`."""
+    np.subtract(high, low, out=out)
+    np.multiply(out, weight, out=out)
+    return np.add(low, out, out=out)
+
+
+class _Resampler:
+    """Takes slices in file order and writes finished output slices; holds two input slices at a time."""
+
+    def __init__(self, header: _Header, reading: _Reading, out: np.ndarray, path: Path):
+        self.reading = reading
+        target = [(1, 2, 0)[axis] for axis in reading.axes]  # axis of out (z, x, y) for each file axis
+        taps = [
+            _taps(size, spacing, out.shape[axis], backwards)
+            for size, spacing, axis, backwards in zip(
+                header.shape, reading.spacing, target, reading.backwards, strict=True
+            )
+        ]
+        if None in taps:
+            found = f"{_times(header.shape)} voxels of {_times(reading.spacing)} mm"
+            raise _problem(path, found, f"at least one voxel of the {_times(out.shape)} input", "check the spacing")
+        fast, middle, self.slow = taps
+        self.crop = middle.span, fast.span
+        rows, columns = (span.stop - span.start for span in self.crop)
+        self.along_middle, self.along_fast = _Rows(middle, columns), _Rows(fast, len(middle.low))
+        self.turned = np.empty((columns, len(middle.low)), np.float32)
+        self.planes = np.empty((2, rows, columns), np.float32)  # neighbours differ in parity
+        self.mixed = np.empty((rows, columns), np.float32)
+        self.target = out.transpose(target[2], target[0], target[1])[self.slow.box, fast.box, middle.box]
+        self.due: dict[int, list[int]] = {}
+        for position, (low, high) in enumerate(zip(self.slow.low, self.slow.high, strict=True)):
+            self.due.setdefault(int(max(low, high)), []).append(position)
+        self.wanted = {*self.slow.low.tolist(), *self.slow.high.tolist()}
+        # float32 holds these sums exactly; anything else is scaled in float64, one slice at a time.
+        self.exact = header.dtype.kind in "iu" and reading.slope == 1 and reading.intercept.is_integer()
+
+    def add(self, index: int, stored: np.ndarray) -> None:
+        """One slice (middle axis, fastest axis) as stored."""
+        if index in self.wanted:
+            self._window(stored[self.crop], self.planes[index % 2])
+        for position in self.due.get(index, ()):
+            self._finish(position)
+
+    def _window(self, stored: np.ndarray, plane: np.ndarray) -> None:
+        if self.exact:
+            np.copyto(plane, stored, casting="unsafe")
+            np.add(plane, np.float32(self.reading.intercept), out=plane)
+            np.clip(plane, HU_MIN, HU_MAX, out=plane)
+        else:
+            scaled = stored.astype(np.float64) * self.reading.slope + self.reading.intercept
+            np.clip(scaled, HU_MIN, HU_MAX, out=scaled)
+            np.copyto(plane, scaled, casting="unsafe")
+
+    def _finish(self, position: int) -> None:
+        low, high = (self.planes[index[position] % 2] for index in (self.slow.low, self.slow.high))
+        _lerp(low, high, self.slow.weight[position], out=self.mixed)
+        np.copyto(self.turned, self.along_middle(self.mixed).T)
+        plane = self.along_fast(self.turned)
+        np.divide(plane, np.float32(HU_MAX), out=plane)
+        np.clip(plane, -1, 1, out=self.target[position])  # float32 rounding can step past the window by one bit
+
+
+# ------------------------------------------------------------------ evidence: which reading is it?
+
+SOFT, AIR, ABOVE, PADDING = (-200, 200), (-1100, -650), 900, -1100  # HU
+SAMPLE = 1_000_000  # voxels looked at
+
+
+class _Evidence:
+    """Minimum and maximum of all voxels and a regular sample of them, as stored."""
+
+    def __init__(self, header: _Header, path: Path):
+        self.path = path
+        self.step = ceil(sqrt(max(1, prod(header.shape) / SAMPLE)))
+        self.low, self.high = float("inf"), float("-inf")
+        self.sample: list[np.ndarray] = []
+
+    def add(self, index: int, stored: np.ndarray) -> None:
+        low, high = float(stored.min()), float(stored.max())
+        if not (isfinite(low) and isfinite(high)):
+            raise _problem(self.path, f"NaN or infinite voxels (slice {index})", "numbers", "leave the volume out")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.sample.append(stored[:: self.step, :: self.step].astype(np.float32).ravel())
+
+    def values(self) -> np.ndarray:
+        return np.concatenate(self.sample)
+
+    def check(self) -> None:
+        if self.low == self.high:
+            raise _problem(self.path, f"every voxel equal to {self.low:g}", "a picture", "leave the volume out")
+
+
+def _shares(hu: np.ndarray) -> dict[str, float]:
+    """Where voxels lie if `hu` were Hounsfield units; padding is a share of all, the others of what is not padding."""
+    seen = hu[hu >= PADDING]
+    share = {"padding": 1 - seen.size / max(hu.size, 1)}
+    for name, low, high in (("air", *AIR), ("soft", *SOFT), ("above", ABOVE, np.inf)):
+        share[name] = float(np.count_nonzero((seen >= low) & (seen <= high)) / max(seen.size, 1))
+    return share
+
+
+def _plausible(share: Mapping[str, float]) -> bool:
+    """Soft tissue where it belongs and next to nothing above bone.
+
+    Raw values with offset 1024 read as HU put lung and air into the soft window, so that share alone misleads; but
+    then all soft tissue lies above 900, and nothing is left where air should be.
+    """
+    above = 0.08 if share["air"] >= 0.02 else 0.03
+    return share["padding"] <= 0.98 and share["soft"] >= 0.05 and share["above"] <= above
+
+
+def _percent(share: Mapping[str, float]) -> str:
+    return (
+        f"air {share['air']:.0%}, soft tissue {share['soft']:.0%}, above {ABOVE} HU {share['above']:.1%}"
+        + f", padding {share['padding']:.0%}"
+    )
+
+
+def decide_reading(
+    values: np.ndarray,
+    header_scale: tuple[float, float] = (1.0, 0.0),
+    metadata_scale: tuple[float, float] | None = None,
+    fixed_folder: bool | None = None,
+    blank_header: bool = False,
+    name: str = "volume",
+) -> Verdict:
+    """Decide whether stored values are HU by the header's (slope, intercept) or by the metadata row's.
+
+    `values` is a sample of voxels as stored. Voxels decide; the folder (None: unknown) and the header are recorded
+    and a contradiction is said. Raises VolumeError where the readings differ and neither or both look like a CT, or
+    where there is no metadata row and the header's reading does not look like one.
+    """
+    shares = {"hu": _shares(values * header_scale[0] + header_scale[1])}
+    if metadata_scale is not None:
+        shares["stored"] = _shares(values * metadata_scale[0] + metadata_scale[1])
+    fits = [reading for reading, share in shares.items() if _plausible(share)]
+    if metadata_scale is not None and tuple(metadata_scale) == tuple(header_scale):
+        by_row = fixed_folder is False or (fixed_folder is None and blank_header)
+        reading, why = "stored" if by_row else "hu", "both readings are the same"
+    elif len(fits) == 1:
+        reading, why = fits[0], "the other does not look like a CT" if metadata_scale else "no metadata row"
+    else:
+        described = "; ".join(f"as {reading}: {_percent(share)}" for reading, share in shares.items())
+        found = f"{'both readings' if fits else 'no reading'} plausible ({described})"
+        remedy = "check its RescaleIntercept" if metadata_scale else "add its metadata row"
+        raise VolumeError(f"{name}: ambiguous, found {found}, expected exactly one; {remedy} or leave it out")
+    folder = {None: "folder unknown", True: "version-2 folder", False: "version-1 folder"}[fixed_folder]
+    if fixed_folder is not None and fixed_folder != (reading == "hu"):
+        folder += " (contradicted by the voxels)"
+    facts = [folder, "blank header" if blank_header else "header with geometry", f"minimum {values.min():g}"]
+    facts += [f"as {r}: {_percent(share)}" for r, share in shares.items()] + [f"read as {reading}: {why}"]
+    numbers = {f"{r}_{key}": value for r, share in shares.items() for key, value in share.items()}
+    return Verdict(reading, "; ".join(facts), {"minimum": float(values.min()), **numbers})
+
+
+# ------------------------------------------------------------------ file -> tensor
+
+
+def _load(
+    path: Path, shape: Sequence[int], choose: Callable[[_Header, _Evidence], _Reading]
+) -> tuple[torch.Tensor, _Header, _Evidence]:
+    """One pass over a file: evidence on everything, resampling of what survives the crop.
+
+    `choose` gives the reading, from the header and the evidence of the first slab.
+    """
+    with _VolumeFile(path) as file, closing(file.slabs()) as slabs:
+        evidence = _Evidence(file.header, path)
+        start, slab = next(slabs)
+        for offset, stored in enumerate(slab):
+            evidence.add(start + offset, stored)
+        reading = choose(file.header, evidence)
+        out = torch.full((1, *shape), -1.0)
+        resampler = _Resampler(file.header, reading, out[0].numpy(), path)
+        for first, stack in chain([(start, slab)], slabs):
+            for index, stored in enumerate(stack, first):
+                if first != start:
+                    evidence.add(index, stored)
+                resampler.add(index, stored)
+    evidence.check()
+    return out, file.header, evidence
+
+
+def preprocess_volume(
+    path: str | Path, metadata: Mapping[str, Any] | None = None, shape: Sequence[int] = PUBLISHED_SHAPE
+) -> torch.Tensor:
+    """NIfTI file -> (1, D, H, W) = (1, z, x, y) float32 in [-1, 1], HU / 1000, equal to CT-CLIP's published one.
+
+    metadata: a mapping with RescaleSlope, RescaleIntercept, XYSpacing and ZSpacing for version-1 files, whose voxels
+    are then taken in stored order; None for files whose header is right, which are brought to LPS. `shape` sets the
+    grid, always over a cube of 360 mm. Raises VolumeError (one line) for anything that is not a usable volume, also
+    where the voxels clearly contradict the reading asked for.
+    """
+    # 1. Inflate slice by slice, voxels as stored. A slab at a time: the file can be larger than the output.
+    # 2. Output sizes from the *whole* scan, then only the box that survives the crop: the published grid follows from
+    #    sizes, so cropping first and resampling after would give another grid.
+    # 3. Slope and intercept, clip to [-1000, 1000] HU. Before resampling, or one metal voxel would bleed into its
+    #    neighbours (the published training code and inference code differ here; this is inference).
+    # 4. Trilinear as three passes, slices first (fewest values to touch), then the two axes in plane.
+    # 5. / 1000, into the centre of a tensor of -1 (air) in the order (z, x, y).
+    path = Path(path)
+    _check_shape(shape)
+    if metadata is not None:
+        reading = _metadata_reading(metadata, path.name)
+        out, header, evidence = _load(path, shape, lambda header, evidence: reading)
+        _refuse_scaling_hu(header, reading, evidence)
+    else:
+        out, header, evidence = _load(path, shape, lambda header, evidence: _header_reading(header, path))
+        _refuse_raw(header, evidence)
+    return out
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    if len(shape) != 3 or any(int(n) != n or n < 1 for n in shape):
+        raise ValueError(f"found shape {tuple(shape)}, expected three positive numbers (D, H, W)")
+
+
+def _refuse_scaling_hu(header: _Header, reading: _Reading, evidence: _Evidence) -> None:
+    """A metadata row applied to a file that is HU already puts most voxels below -1000: the published mistake."""
+    if (header.slope, header.intercept) == (reading.slope, reading.intercept):
+        return
+    values = evidence.values()
+    as_hu = _shares(values * header.slope + header.intercept)
+    as_stored = _shares(values * reading.slope + reading.intercept)
+    # Air must be visible as air: raw values of a nearly empty picture would pass as soft tissue otherwise.
+    if _plausible(as_hu) and as_hu["air"] >= 0.02 and not _plausible(as_stored):
+        found = f"voxels that are HU already ({_percent(as_hu)})"
+        raise _problem(evidence.path, found, "raw stored values for this metadata", "pass metadata=None")
+
+
+def _refuse_raw(header: _Header, evidence: _Evidence) -> None:
+    values = evidence.values() * header.slope + header.intercept
+    lowest = min(end * header.slope + header.intercept for end in (evidence.low, evidence.high))
+    high = float((values > 700).mean())
+    if lowest >= 0 and high > 0.2:
+        found = f"raw stored values (no voxel below 0, {high:.0%} above 700)"
+        raise _problem(evidence.path, found, "HU", "pass metadata with RescaleSlope and RescaleIntercept")
+
+
+def read_volume(volume: Volume, shape: Sequence[int] = PUBLISHED_SHAPE) -> tuple[torch.Tensor, Verdict]:
+    """(tensor as from preprocess_volume, how the file was read and why). Raises VolumeError, also for ambiguous files.
+
+    The file is read once: the first slab decides, the whole file confirms. Only if it does not confirm, a second time.
+    """
+    _check_shape(shape)
+    path, fixed = volume.path, _in_fixed_folder(volume.path)
+    row = None if volume.metadata is None else _metadata_reading(volume.metadata, path.name)
+
+    def judge(header: _Header, evidence: _Evidence) -> Verdict:
+        scale = None if row is None else (row.slope, row.intercept)
+        own = header.slope, header.intercept
+        return decide_reading(evidence.values(), own, scale, fixed, header.blank, path.name)
+
+    def reading_of(verdict: str, header: _Header) -> _Reading:
+        if verdict == "stored" and row is not None:
+            return row
+        if header.blank and row is not None:  # HU that lost its header: the row still knows the spacing
+            return _Reading(header.slope, header.intercept, row.spacing)
+        return _header_reading(header, path)
+
+    used: list[_Reading] = []
+
+    def provisional(header: _Header, evidence: _Evidence) -> _Reading:
+        try:
+            used.append(reading_of(judge(header, evidence).reading, header))
+        except VolumeError:  # the first slab may be padding only: go on with what the folder says
+            used.append(reading_of("hu" if fixed else "stored", header))
+        return used[-1]
+
+    out, header, evidence = _load(path, shape, provisional)
+    verdict = judge(header, evidence)
+    final = reading_of(verdict.reading, header)
+    if final != used[-1]:
+        del out
+        out, _, _ = _load(path, shape, lambda header, evidence: final)
+    return out, verdict
+
+
+def _in_fixed_folder(path: Path) -> bool | None:
+    """True and False in the hub's layout (split folder / patient / scan / file), None elsewhere."""
+    folder = path.parents[2].name if len(path.parents) > 2 else ""
+    return folder.endswith("_fixed") if folder.removesuffix("_fixed") in SPLITS else None
+
+
+# ------------------------------------------------------------------ tables -> cohort
+
+
+def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A CSV as text cells, columns found by name. CohortError where it or one of the columns is missing."""
+    try:
+        with warnings.catch_warnings():
+            # index_col=False: a cell too many at the end of the rows must not shift every column by one; it is dropped
+            warnings.simplefilter("ignore", pd.errors.ParserWarning)
+            table = pd.read_csv(path, dtype=str, encoding="utf-8-sig", skipinitialspace=True, index_col=False)
+    except FileNotFoundError:
+        raise CohortError(f"found no {path}, expected a table; check --data-dir or download the table") from None
+    except (OSError, UnicodeDecodeError, pd.errors.EmptyDataError, pd.errors.ParserError) as error:
+        reason = str(error).splitlines()[0]
+        raise CohortError(f"{path.name}: found an unreadable table ({reason}), expected CSV; replace it") from None
+    table.columns = [str(column).strip() for column in table.columns]
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        found = ", ".join(table.columns[:4])
+        expected = f"column{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+        raise CohortError(f"{path.name}: found columns {found}, ..., expected {expected}; rename or add them")
+    table["VolumeName"] = [PurePosixPath(str(name).strip()).name for name in table["VolumeName"]]
+    return table
+
+
+@dataclass
+class _UniqueRows:
+    """Rows of a table by volume name, each volume once."""
+
+    rows: dict[str, tuple]
+    contradictory: set[str]
+    repeated: int
+
+
+def _unique(table: pd.DataFrame, columns: Sequence[str]) -> _UniqueRows:
+    """Identical duplicates count once; a volume with two different rows is contradictory and has none."""
+    rows: dict[str, tuple] = {}
+    contradictory, repeated = set(), 0
+    cells = table[list(columns)].fillna("")
+    for name, *row in zip(table["VolumeName"], *(cells[c].str.strip() for c in columns), strict=True):
+        if name not in rows:
+            rows[name] = tuple(row)
+        elif rows[name] == tuple(row):
+            repeated += 1
+        else:
+            contradictory.add(name)
+    return _UniqueRows({n: r for n, r in rows.items() if n not in contradictory}, contradictory, repeated)
+
+
+def _labels(row: Sequence[str]) -> np.ndarray | None:
+    """18 cells -> float32 vector of 0 and 1, or None."""
+    try:
+        labels = np.array([float(cell) for cell in row], np.float32)
+    except ValueError:
+        return None
+    return labels if np.isin(labels, (0, 1)).all() else None
+
+
+def _no_chest(path: Path) -> set[str] | None:
+    """Volume names of the list (one per line, bare or as a path); None if there is no list."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CohortError(f"{path.name}: found an unreadable list ({error}), expected text; replace it") from None
+    names = {PurePosixPath(line.strip().replace("\\", "/")).name for line in lines if line.strip()}
+    return {name if name.endswith(SUFFIX) else name + SUFFIX for name in names}
+
+
+class _Joiner:
+    """Joins label rows, metadata rows, the no-chest list and the disk, one volume at a time."""
+
+    def __init__(self, data_dir: Path, split: str):
+        self.data_dir = data_dir
+        self.labels = _unique(_table(data_dir / labels_path(split), ("VolumeName", *ABNORMALITIES)), ABNORMALITIES)
+        self.notes = []
+        self.columns = GEOMETRY_COLUMNS
+        self.metadata = _UniqueRows({}, set(), 0)
+        metadata_file = data_dir / metadata_path(split)
+        if metadata_file.exists():
+            table = _table(metadata_file, ("VolumeName", *GEOMETRY_COLUMNS))
+            self.columns = (*GEOMETRY_COLUMNS, *(c for c in OPTIONAL_COLUMNS if c in table.columns))
+            self.metadata = _unique(table, self.columns)
+        else:
+            self.notes.append(f"no {metadata_file.name}: version-1 volumes are left out")
+        no_chest = _no_chest(data_dir / no_chest_path(split))
+        if no_chest is None:
+            self.notes.append(f"no {no_chest_path(split).name}: scans of other body parts are not left out")
+        self.no_chest = no_chest or set()
+        for source, what in ((self.labels, "label"), (self.metadata, "metadata")):
+            if source.repeated:
+                self.notes.append(f"duplicate {what} rows with the same content, counted once: {source.repeated}")
+
+    def find(self, name: str) -> tuple[Path, bool] | None:
+        """(path, whether version 2), version 2 first: it is the corrected one."""
+        for fixed in (True, False):
+            path = self.data_dir / volume_path(name, fixed)
+            if os.path.exists(path):  # False also where a folder may not be entered
+                return path, fixed
+        return None
+
+    def join(self, name: str, path: Path, fixed: bool) -> Volume | str:
+        """The volume, or the reason for leaving it out."""
+        if name in self.no_chest:
+            return "not a chest (no-chest list)"
+        if name in self.labels.contradictory:
+            return "contradictory label rows"
+        if name not in self.labels.rows:
+            return "no label row"
+        labels = _labels(self.labels.rows[name])
+        if labels is None:
+            return "labels other than 0 and 1"
+        row, problem = self.row(name)
+        if problem and not fixed:
+            return f"{problem} (needed by a version-1 file)"
+        return Volume(name, path, labels, row)
+
+    def row(self, name: str) -> tuple[dict[str, Any] | None, str | None]:
+        """(usable metadata row, None) or (None, what is wrong with it)."""
+        if name in self.metadata.contradictory:
+            return None, "contradictory metadata rows"
+        if name not in self.metadata.rows:
+            return None, "no metadata row"
+        row = dict(zip(self.columns, self.metadata.rows[name], strict=True))
+        empty = [column for column in GEOMETRY_COLUMNS if not row[column]]
+        if empty:
+            return None, f"no {' and no '.join(empty)} in its metadata row"
+        try:
+            _metadata_reading(row, name)
+        except VolumeError as error:
+            return None, str(error).removeprefix(f"{name}: ")
+        return row | {column: float(row[column]) for column in ("RescaleSlope", "RescaleIntercept", "ZSpacing")}, None
+
+
+def load_cohort(data_dir: str | Path, split: str, limit: int | None = None) -> Cohort:
+    """Volumes of one split in the hub's layout under data_dir, in the order of the label table.
+
+    Joins labels, metadata and the no-chest list by VolumeName; a volume present in both versions is taken from the
+    `_fixed` folder. `limit` stops after that many usable volumes. Paths are built from names, the tree is never listed.
+    Raises CohortError where a table or a column is missing or nothing usable is left.
+    """
+    data_dir = Path(data_dir)
+    if split not in SPLITS:
+        raise CohortError(f"found split {split!r}, expected one of {', '.join(SPLITS)}; choose one")
+    if not data_dir.is_dir():
+        raise CohortError(f"found no folder {data_dir}, expected the cohort's; check --data-dir")
+    joiner = _Joiner(data_dir, split)
+    cohort = Cohort([], notes=joiner.notes)
+    labelled = {**joiner.labels.rows, **dict.fromkeys(sorted(joiner.labels.contradictory))}
+    unlabelled = [name for name in joiner.metadata.rows if name not in labelled]
+    for name in [*labelled, *unlabelled]:
+        if limit is not None and len(cohort) >= limit:
+            break
+        found = joiner.find(name)
+        if found is None:
+            cohort.not_on_disk += name in labelled
+            continue
+        result = joiner.join(name, *found)
+        if isinstance(result, Volume):
+            cohort.volumes.append(result)
+        else:
+            cohort.left_out.append((name, result))
+    if not cohort.volumes:
+        found = "; ".join(cohort.summary().splitlines()[1:]) or "an empty label table"
+        raise CohortError(f"{data_dir}: found no usable {split} volume ({found}), expected at least one; add volumes")
+    return cohort
+
+
+def split_by_patient(volumes: Sequence[Volume], fraction: float, seed: int) -> tuple[list[Volume], list[Volume]]:
+    """(rest, held out): about `fraction` of the patients held out, label rates kept alike on both sides.
+
+    Same volumes and seed, same split. Raises CohortError with fewer than two patients.
+    """
+    groups: dict[str, list[Volume]] = {}
+    for volume in volumes:
+        groups.setdefault(volume.patient, []).append(volume)
+    if len(groups) < 2 or not 0 < fraction < 1:
+        found = f"{len(groups)} patient(s) and fraction {fraction}"
+        raise CohortError(f"found {found}, expected at least 2 patients and a fraction in (0, 1); change either")
+    patients = sorted(groups)
+    # Per patient: positives per label, volumes, and 1, each scaled so that all of them weigh alike.
+    rows = np.array([[*np.sum([v.labels for v in groups[p]], axis=0), len(groups[p]), 1] for p in patients])
+    rows = rows / np.sqrt(np.maximum((rows**2).sum(axis=0), 1))
+    wanted = min(max(round(fraction * len(patients)), 1), len(patients) - 1)
+    generator = np.random.default_rng(seed)
+    tries = [_deal(rows, wanted, generator.permutation(len(patients))) for _ in range(max(1, 2000 // len(patients)))]
+    _, chosen = min(tries, key=lambda imbalance_and_places: imbalance_and_places[0])
+    held = {patients[i] for i in chosen}
+    return [v for v in volumes if v.patient not in held], [v for v in volumes if v.patient in held]
+
+
+def _deal(rows: np.ndarray, wanted: int, order: np.ndarray) -> tuple[float, list[int]]:
+    """Deal rows in the order given, each to the side that keeps every column closest to its share of `wanted`."""
+    share, balance, held = wanted / len(rows), np.zeros(rows.shape[1]), []
+    for place, i in enumerate(order):
+        taken, given = balance + (1 - share) * rows[i], balance - share * rows[i]
+        left, still = len(order) - place, wanted - len(held)
+        take = still == left or (still > 0 and taken @ taken < given @ given)
+        balance = taken if take else given
+        if take:
+            held.append(int(i))
+    return float(balance @ balance), held
+
+
+# ------------------------------------------------------------------ batches
+
+
+class VolumeDataset(Dataset):
+    """Item i: (i, tensor, labels, verdict), or (i, None, name, reason) for a file that cannot be used."""
+
+    def __init__(self, volumes: Sequence[Volume], shape: Sequence[int] = PUBLISHED_SHAPE):
+        _check_shape(shape)
+        self.volumes, self.shape = list(volumes), tuple(shape)
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def __getitem__(self, index: int) -> tuple:
+        volume = self.volumes[index]
+        try:
+            tensor, verdict = read_volume(volume, self.shape)
+        except (VolumeError, OSError, MemoryError) as error:  # one bad file never stops the others
+            reason = str(error) or type(error).__name__
+            return index, None, volume.name, reason.removeprefix(f"{volume.path.name}: ")
+        return index, tensor, torch.from_numpy(np.asarray(volume.labels, np.float32)), verdict
+
+    def collate(self, items: Sequence[tuple]) -> Batch:
+        """Items -> Batch; with no readable item the tensors have length 0."""
+        good = [item for item in items if item[1] is not None]
+        failures = [(name, reason) for _, tensor, name, reason in items if tensor is None]
+        return Batch(
+            volumes=torch.stack([item[1] for item in good]) if good else torch.empty(0, 1, *self.shape),
+            labels=torch.stack([item[2] for item in good]) if good else torch.empty(0, len(ABNORMALITIES)),
+            index=torch.tensor([item[0] for item in good], dtype=torch.int64),
+            failures=failures,
+            verdicts=[item[3] for item in good],
+        )
+
+
+def volume_loader(
+    volumes: Sequence[Volume],
+    shape: Sequence[int] = PUBLISHED_SHAPE,
+    batch_size: int = 1,
+    shuffle: bool = False,
+    num_workers: int = 0,
+    generator: torch.Generator | None = None,
+) -> DataLoader:
+    """DataLoader of Batch. `generator` makes a shuffle repeatable.
+
+    Each worker prepares one batch ahead in shared memory: 221 MB per volume at the published shape. Where shared memory
+    is small (containers give 64 or 128 MB) use num_workers=0.
+    """
+    dataset = VolumeDataset(volumes, shape)
+    ahead = {"persistent_workers": True, "prefetch_factor": 1} if num_workers else {}
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        num_workers=num_workers,
+        generator=generator,
+        collate_fn=dataset.collate,
+        **ahead,
+    )
