@@ -265,16 +265,16 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, config: TrainingConfig,
 def training_batches(split: Split, run: Run, shape: tuple, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(input, labels) on the device, shuffled by seed and epoch: cached features where there are some, else volumes."""
     generator = torch.Generator().manual_seed(run.config.seed * 100_003 + epoch)
-    size = run.batch_size
+    order = torch.randperm(len(split.volumes), generator=generator)
     if split.features is not None:
         labels = split.labels
-        order = torch.randperm(len(labels), generator=generator)
-        for rows in tqdm(order.split(size), desc=f"epoch {epoch + 1}", delay=2, leave=False):
+        for rows in tqdm(order.split(run.batch_size), desc=f"epoch {epoch + 1}", delay=2, leave=False):
             yield split.features[rows].to(run.device).float(), labels[rows].to(run.device)
         return
-    loader = volume_loader(split.volumes, shape, size, shuffle=True, num_workers=run.workers, generator=generator)
+    volumes = [split.volumes[i] for i in order]
+    loader = volume_loader(volumes, shape, run.batch_size, num_workers=run.workers)
     for batch in tqdm(loader, desc=f"epoch {epoch + 1}", delay=2, leave=False):
-        run.record("train", split.volumes, batch)
+        run.record("train", volumes, batch)
         if len(batch.index):
             yield batch.volumes.to(run.device, non_blocking=True), batch.labels.to(run.device, non_blocking=True)
 

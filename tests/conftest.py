@@ -1,0 +1,25 @@
+"""Shared by the tests: one small phantom cohort on disk, a tiny CT-CLIP, and no way to a model hub."""
+
+import os
+from pathlib import Path
+
+# Before huggingface_hub is imported; the hub client's tests start processes of their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def tiny_classfine() -> str:
+    """A ClassFine checkpoint of 93 thousand parameters, input (20, 40, 40)."""
+    return str(FIXTURES / "tiny_a_classfine.pt")
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> Path:
+    """A cohort of 40 training and 16 validation phantoms in the hub's layout. Read-only: copy it to change it."""
+    from ctclip_phantom import write_phantom_cohort
+
+    return write_phantom_cohort(tmp_path_factory.mktemp("phantoms"), 40, 16, seed=5, progress=False)
