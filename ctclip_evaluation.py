@@ -807,6 +807,8 @@ def _write_all(
         figures["training_curves.png"] = training_figure(history)
     for name, figure in figures.items():
         with replacing(folder / name) as path:
+            if metrics["phantom"]:  # on the picture itself: pictures travel without their report
+                figure.text(0.004, 0.996, PHANTOM_NOTE, va="top", color=GREY, fontsize=7)
             figure.savefig(path, format="png")
         yield folder / name
 

@@ -58,7 +58,7 @@ ABNORMALITIES = (
 N_LABELS = len(ABNORMALITIES)
 
 CLASSFINE_PATH = "models/ctclip_classfine.pt"
-DEMO_PATH = "models/ctclip_demo.pt"
+DEMO_PATH = str(Path(__file__).resolve().parent / "models" / "ctclip_demo.pt")  # ships with the code
 
 # Wrappers that published files put in front of their keys; removed from the left, in any order and number.
 PREFIXES = ("module.", "trained_model.")
@@ -904,8 +904,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     print("Testing the models (random input; the numbers say that the code runs, nothing about patients)")
-    for name in ("classfine", "vocabfine", "zeroshot", "demo"):
-        path = f"models/ctclip_{name}.pt"
+    files = {name: f"models/ctclip_{name}.pt" for name in ("classfine", "vocabfine", "zeroshot")}
+    for name, path in (files | {"demo": DEMO_PATH}).items():
         try:
             model = CTCLIPMultiAbnormalityModel(path)
             describe(f"CT-CLIP {name}, volume", model, torch.rand(1, 1, *model.input_shape) * 2 - 1)

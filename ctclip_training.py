@@ -188,6 +188,7 @@ def cache_features(model: CTCLIPMultiAbnormalityModel, splits: dict[str, Split],
             features = features.half() if features.ndim > 2 else features.float()  # maps are large, vectors are not
             rows |= dict(zip(batch.index.tolist(), features.cpu(), strict=True))
             if features[0].nbytes * total > FEATURE_MEMORY:
+                progress.close()
                 print(
                     f"Frozen features of {total} volumes need {features[0].nbytes * total / 2**30:.1f} GB: "
                     "not kept in memory, every frozen epoch encodes anew"
@@ -308,11 +309,11 @@ def train(config: TrainingConfig, folder: Path, device: str | None = None, worke
     the user, and KeyboardInterrupt after which the same call with `--resume` goes on from the last finished epoch.
     """
     config.check()
-    start = time.perf_counter()
     torch.manual_seed(config.seed)
     run = Run(folder, config, device, workers)
     data_dir = Path(config.data_dir) if config.data_dir else built_in_cohort(config.train_volumes, config.valid_volumes)
     phantom = (data_dir / MANIFEST).is_file()
+    start = time.perf_counter()
     model = build_model(config, phantom).to(run.device)
     cohort = load_cohort(data_dir, "train", limit=config.limit)
     train_volumes, tuning_volumes = split_by_patient(cohort.volumes, config.tuning_fraction, config.seed)
@@ -527,8 +528,8 @@ def print_tail(run: Run, history: list[dict], trained_volumes: int, seconds: flo
         print(f"Best epoch {best['epoch']}: macro AUROC {best['tuning_auroc_macro']:.3f} on the tuning patients")
     if run.failures:
         print(f"Left out while reading: {len(run.failures)} volumes, listed in {run.folder / 'run.json'}")
-    rate = trained_volumes / seconds
-    print(f"Training took {seconds:.0f} s, {rate:.1f} volumes per second, peak memory {peak_memory(run.device)}")
+    rate = trained_volumes / seconds  # every volume counts in every epoch
+    print(f"Training took {seconds:.0f} s, {rate:.0f} volumes per second, peak memory {peak_memory(run.device)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -555,7 +556,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add(data, "tuning-fraction", "share of patients kept for choosing epoch and thresholds", type=float, metavar="F")
     model = parser.add_argument_group("model")
     add(model, "model", "'ctclip', or a timm name such as efficientnet_b0 for a slice classifier", metavar="NAME")
-    add(model, "ctclip-path", f"CT-CLIP weights (default {CLASSFINE_PATH}; {DEMO_PATH} on phantoms)", metavar="FILE")
+    add(model, "ctclip-path", f"CT-CLIP weights (default {CLASSFINE_PATH}; on phantoms the demo's)", metavar="FILE")
     add(model, "use-attention", "attention on a slice backbone's feature map", choices=("none", "cbam"))
     model.add_argument(
         "--no-pretrained",

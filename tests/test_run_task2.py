@@ -1,0 +1,111 @@
+"""The whole task through its real command lines, as a user runs them in an empty folder: train, evaluate, predict.
+
+A tiny CT-CLIP on a small phantom cohort: what is checked is that the parts join, not how good the answers are.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ctclip_model import ABNORMALITIES
+
+SUITE = Path(__file__).resolve().parent.parent
+
+
+def call(folder: Path, script: str, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SUITE / script), *flags]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, phantoms, tiny_classfine):
+    """One full run: (folder, finished process)."""
+    folder = tmp_path_factory.mktemp("job")
+    flags = ["--data-dir", str(phantoms), "--ctclip-path", tiny_classfine, "--epochs", "2", "--freeze_epochs", "1"]
+    done = call(folder, "run_task2.py", *flags, "--output-dir", "results/run", "--batch-size", "8")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_full_run_prints_the_blocks_and_writes_the_folder(job):
+    folder, done = job
+    blocks = ["PREDICTION ANALYSIS", "OPTIMAL THRESHOLD", "THRESHOLD TABLE", "PERFORMANCE COMPARISON"]
+    blocks.append("SUCCESS CRITERIA")
+    places = [done.stdout.index(block) for block in blocks]
+    assert places == sorted(places)
+    assert "speak of the pipeline, not of patients" in done.stdout
+    assert "Traceback" not in done.stderr
+    run = folder / "results" / "run"
+    written = {path.name for path in run.iterdir()}
+    tables = {"predictions.csv", "labels.csv", "tuning_predictions.csv", "tuning_labels.csv", "per_label.csv"}
+    figures = {"roc.png", "threshold_sweep.png", "positive_rate.png", "training_curves.png"}
+    weights = {"model.safetensors", "config.json", "resume.pt"}
+    assert tables | figures | weights | {"run.json", "log.jsonl", "metrics.json"} == written
+
+
+def test_reported_patients_are_the_unseen_ones(job):
+    run = job[0] / "results" / "run"
+    reported = pd.read_csv(run / "predictions.csv")
+    assert len(reported) == 16 and list(reported.columns) == ["VolumeName", *ABNORMALITIES]
+    assert reported.VolumeName.str.startswith("valid_").all()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["n_volumes"] == 16 and metrics["thresholds"]["fitted_on"] == "tuning patients"
+    labels = pd.read_csv(run / "labels.csv", index_col=0)
+    assert metrics["at_0.5"]["label_rate"] == pytest.approx(labels.to_numpy().mean())
+    decided = reported.set_index("VolumeName").to_numpy() >= 0.5
+    assert metrics["at_0.5"]["positive_rate"] == pytest.approx(decided.mean())
+    assert metrics["at_0.5"]["hamming_accuracy"] == pytest.approx((decided == labels.to_numpy()).mean())
+
+
+def test_evaluation_script_finds_the_newest_run_and_takes_a_baseline(job):
+    folder, _ = job
+    flags = ["--baseline", "results/run/predictions.csv", "--output-dir", "results/again"]
+    done = call(folder, "ctclip_evaluation.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "Evaluating the newest run, results/run" in done.stdout
+    metrics = json.loads((folder / "results" / "again" / "metrics.json").read_text())
+    first = json.loads((folder / "results" / "run" / "metrics.json").read_text())
+    assert metrics["tuned"] == first["tuned"] and metrics["baseline"] is not None
+
+
+def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, phantoms, tmp_path):
+    folder, _ = job
+    files = sorted(phantoms.glob("dataset/valid_fixed/*/*/*.nii.gz"))[:3]
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for file in files:
+        (scans / file.name).write_bytes(file.read_bytes())
+    flags = ["--mode", "predict", "--checkpoint", "results/run", "--input", str(scans), "--output", "out/p.csv"]
+    done = call(folder, "run_task2.py", *flags)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(folder / "out" / "p.csv", index_col=0)
+    reported = pd.read_csv(folder / "results" / "run" / "predictions.csv", index_col=0)
+    both = table.index.intersection(reported.index)
+    assert len(table) == 3 and len(both) >= 2
+    assert abs(table.loc[both] - reported.loc[both]).to_numpy().max() < 1e-5
+    (scans / files[0].name).write_bytes(files[0].read_bytes()[:3000])
+    done = call(folder, "run_task2.py", *flags)
+    assert done.returncode == 2 and files[0].name in done.stderr and "1 scans could not be read" in done.stderr
+    assert len(pd.read_csv(folder / "out" / "p.csv")) == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "line"),
+    [
+        ("run_task2.py", ["--mode", "predict"], "needs --input"),
+        ("run_task2.py", ["--mode", "predict", "--input", "x.nii.gz", "--checkpoint", "nothing.pt"], "not found"),
+        ("run_task2.py", ["--mode", "evaluate"], "found no run"),
+        ("run_task2.py", ["--data-dir", "nowhere", "--model", "ctclip"], "CT-CLIP model not found"),
+        ("run_task2.py", ["--modell", "ctclip"], "unrecognized arguments"),
+        ("ctclip_training.py", ["--batch-size", "many"], "invalid int value"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path, script, flags, line):
+    done = call(tmp_path, script, *flags)
+    assert done.returncode == 2 and line in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # nothing was left behind
