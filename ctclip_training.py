@@ -73,7 +73,7 @@ class TrainingConfig:
     ctclip_path: str | None = None
     use_attention: str = "none"
     pretrained: bool = True
-    epochs: int = 24
+    epochs: int = 22
     freeze_epochs: int = 20
     freeze_backbone: bool = False
     batch_size: int = 16
