@@ -52,7 +52,7 @@ from ctclip_phantom import MANIFEST, write_phantom_cohort
 FEATURE_MEMORY = 4 * 2**30  # bytes of frozen features kept in memory; a larger cohort is encoded anew in every epoch
 
 # Peak rate of a head. A CT-CLIP latent has length 1, so its entries are small and the head's weights have far to go.
-HEAD_LEARNING_RATE = {"ctclip": 1e-2, "slice backbones": 1e-3}
+HEAD_LEARNING_RATE = {"ctclip": 3e-2, "slice backbones": 1e-3}
 
 
 class TrainingError(ValueError):
@@ -78,12 +78,12 @@ class TrainingConfig:
     freeze_backbone: bool = False
     batch_size: int = 16
     learning_rate: float | None = None  # None: HEAD_LEARNING_RATE
-    backbone_learning_rate: float = 1e-4
+    backbone_learning_rate: float = 3e-5
     weight_decay: float = 0.01
     warmup_fraction: float = 0.05
     clip_norm: float = 1.0
     loss_type: str = "focal"
-    alpha: float = 0.5
+    alpha: float = 0.35
     gamma: float = 2.0
     seed: int = 0
 
