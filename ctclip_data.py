@@ -1020,6 +1020,8 @@ def volume_loader(
     is small (containers give 64 or 128 MB) use num_workers=0.
     """
     dataset = VolumeDataset(volumes, shape)
+    if not shuffle:  # DataLoader draws a seed for its workers: reading must not disturb the random numbers of training
+        generator = torch.Generator()
     ahead = {"persistent_workers": True, "prefetch_factor": 1} if num_workers else {}
     return DataLoader(
         dataset,

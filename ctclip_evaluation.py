@@ -998,7 +998,7 @@ def predict_run(run: Path, data_dir: str | Path | None, device: str | None, work
     data_dir = data_dir or record.get("data_dir")
     if data_dir is None or not (run / "model.safetensors").is_file():
         raise EvaluationError(
-            f"{run}: found no predictions.csv with labels.csv, and no finished epoch to make them with; "
+            f"{run}: found no predictions.csv with labels.csv, expected them or a finished epoch to make them with; "
             "let training go on (--resume), or give --predictions and --labels"
         )
     model = load_model(run, device)

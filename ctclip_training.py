@@ -340,9 +340,7 @@ def train(config: TrainingConfig, folder: Path, device: str | None = None, worke
             frozen = epoch < config.frozen_epochs
             if frozen:
                 model.freeze_backbone()
-                rng = torch.get_rng_state()
                 cache_features(model, splits, run)
-                torch.set_rng_state(rng)  # a resumed run draws the same dropout as an undisturbed one
             else:
                 model.unfreeze_backbone()
                 for split in splits.values():

@@ -464,7 +464,7 @@ def test_files_are_written_whole_and_read_back(tmp_path):
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     target = tmp_path / "metrics.json"
     target.write_text("old")
-    with pytest.raises(RuntimeError), ev._replacing(target) as path:
+    with pytest.raises(RuntimeError), ev.replacing(target) as path:
         path.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import ctclip_model
 from ctclip_model import (
     ABNORMALITIES,
     CheckpointError,
@@ -351,6 +352,7 @@ def test_script_reports_each_variant_and_goes_on_after_an_absent_file(tmp_path, 
     (tmp_path / "models" / "ctclip_classfine.pt").write_bytes(CLASSFINE.read_bytes())
     (tmp_path / "models" / "ctclip_zeroshot.pt").write_bytes(CLIP.read_bytes())
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ctclip_model, "DEMO_PATH", str(tmp_path / "none.pt"))
     assert main(["--backbone", "resnet18", "--no_pretrained"]) == 0
     out = capsys.readouterr().out
     assert out.count("Output shape: (1, 18)") == 2 and out.count("Output shape: (2, 18)") == 3
@@ -363,3 +365,13 @@ def test_script_reports_each_variant_and_goes_on_after_an_absent_file(tmp_path, 
 def test_eighteen_labels_in_the_challenge_order():
     assert len(ABNORMALITIES) == 18 == len(set(ABNORMALITIES))
     assert ABNORMALITIES[0] == "Medical material" and ABNORMALITIES[-1] == "Interlobular septal thickening"
+
+
+def test_shipped_demo_model_is_small_and_complete():
+    path = Path(ctclip_model.DEMO_PATH)
+    assert path.stat().st_size <= 4_000_000
+    model = CTCLIPMultiAbnormalityModel(str(path)).eval()
+    assert model.load_report.new == ("classifier.weight", "classifier.bias")
+    volume = torch.rand(1, 1, *model.input_shape) * 2 - 1
+    assert len(model.code_ids(volume).unique()) > 1
+    assert model.encode(volume).norm().item() == pytest.approx(1, abs=1e-5)

@@ -97,7 +97,7 @@ def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, ph
     ("script", "flags", "line"),
     [
         ("run_task2.py", ["--mode", "predict"], "needs --input"),
-        ("run_task2.py", ["--mode", "predict", "--input", "x.nii.gz", "--checkpoint", "nothing.pt"], "not found"),
+        ("run_task2.py", ["--mode", "predict", "--input", "x.nii.gz", "--checkpoint", "nothing.pt"], "found no .nii"),
         ("run_task2.py", ["--mode", "evaluate"], "found no run"),
         ("run_task2.py", ["--data-dir", "nowhere", "--model", "ctclip"], "CT-CLIP model not found"),
         ("run_task2.py", ["--modell", "ctclip"], "unrecognized arguments"),
