@@ -201,8 +201,16 @@ def test_command_line_trains_resumes_and_refuses_to_overwrite(phantoms, tiny_cla
 
 
 def test_quick_test_is_200_and_50_phantoms_in_three_epochs():
-    from ctclip_training import QUICK_TEST
+    """The plan of the cohort stands in for its files: names and labels are all that a split needs."""
+    import numpy as np
+
+    from ctclip_data import Volume, split_by_patient
+    from ctclip_phantom import plan_split
+    from ctclip_training import QUICK_TEST, QUICK_TEST_VOLUMES
 
     config = TrainingConfig(**QUICK_TEST)
-    assert (config.train_volumes * (1 - config.tuning_fraction), config.batch_size, config.epochs) == (200, 16, 3)
-    assert config.frozen_epochs == 2
+    plans = [plan for plan in plan_split("train", config.train_volumes, 0) if not plan.head]
+    volumes = [Volume(plan.name, plan.path, np.array(plan.labels, np.float32)) for plan in plans]
+    train, tuning = split_by_patient(volumes, config.tuning_fraction, config.seed)
+    assert len(train) >= QUICK_TEST_VOLUMES[0] == 200 and len(tuning) >= QUICK_TEST_VOLUMES[1] == 50
+    assert (config.batch_size, config.epochs, config.frozen_epochs) == (16, 3, 2)
