@@ -2,15 +2,15 @@
 
     python -m models.make_demo          from the project's folder
 
-Three stages, all on phantoms whose seeds no cohort of this project uses:
-1. Tower without its quantiser, on two signals: the 18 labels of a volume, and for every token which findings are drawn
-   in its patch (a phantom knows where its findings are, which teaches more per volume than 18 bits can).
-2. Codebook: k-means over the directions of tokens, half of them from patches with a finding.
-3. Lengths of the codes, and the projection to the latent, on the labels of volumes.
+Four stages, all on phantoms whose seeds no cohort of this project uses. A phantom knows where its findings are, which
+teaches more per volume than 18 bits can:
+1. Patch embedding and feed-forwards on single patches: which findings are drawn in this patch?
+2. The whole tower without its quantiser, on the same question for every token, and on the 18 labels of a volume.
+3. Codebook: k-means over the directions of tokens, half of them from patches with a finding.
+4. Lengths of the codes, and the projection to the latent, on the labels of volumes.
 The projection is the same at every place of the token grid: a few thousand phantoms are too few to learn 256 places
-separately. Fine-tuning is free to tell them apart.
-The heads are thrown away: the file has CT-CLIP's layout without a classifier, so that the demo trains
-its own, as a user of the published weights does.
+separately. Fine-tuning is free to tell them apart. The heads are thrown away: the file has CT-CLIP's layout without a
+classifier, so that the demo trains its own, as a user of the published weights does.
 """
 
 from __future__ import annotations
@@ -191,8 +191,8 @@ def described(auroc: list[float]) -> str:
     return f"macro AUROC {np.mean(auroc):.3f} on unseen phantoms, lowest {ABNORMALITIES[lowest]} {auroc[lowest]:.2f}"
 
 
-def fit_tower(trainee: Trainee, data: tuple, validation: tuple, epochs: int, peak: float = 2.5e-3) -> None:
-    """Stage 1. Reports two scores of unseen phantoms: the volume head's, and the highest token's."""
+def fit_tower(trainee: Trainee, data: tuple, validation: tuple, epochs: int, peak: float = 2e-3) -> None:
+    """Stage 2. Reports two scores of unseen phantoms: the volume head's, and the highest token's."""
     volumes, labels, truth = data
     # A nodule touches 6 of 1728 tokens, septal thickening 350: every finding counts the same, and so do its two sides.
     rate = torch.stack([rows.float().mean((0, 2, 3, 4)) for rows in truth.split(100)]).mean(0)
@@ -302,7 +302,7 @@ def fit_codes(trainee: Trainee, data: tuple, validation: tuple, epochs: int = 15
 
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("--volumes", type=int, default=3000, help="training phantoms (default %(default)s)")
+    parser.add_argument("--volumes", type=int, default=2400, help="training phantoms (default %(default)s)")
     parser.add_argument("--patch-steps", type=int, default=12000, help="of stage 1 (default %(default)s)")
     parser.add_argument("--epochs", type=int, default=6, help="of stage 2 (default %(default)s)")
     parser.add_argument("--output", default=DEMO_PATH, help="where the weights go")
