@@ -132,7 +132,10 @@ def built_in_cohort(n_train: int, n_valid: int, workers: int | None = None) -> P
         f"No --data-dir: using the built-in cohort of synthetic chests in {folder}. "
         "Its results speak of the pipeline, not of patients."
     )
-    return write_phantom_cohort(folder, n_train, n_valid, workers=workers)
+    try:
+        return write_phantom_cohort(folder, n_train, n_valid, workers=workers)
+    except ValueError as error:  # a cohort of another version in that folder, or a size that makes none
+        raise TrainingError(str(error)) from error
 
 
 def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormalityModel:
@@ -147,7 +150,10 @@ def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormality
     if config.ctclip_path:
         raise TrainingError(f"--ctclip-path goes with --model ctclip, found --model {config.model}: leave one out")
     attention = None if config.use_attention == "none" else config.use_attention
-    return CTCLIPMultiAbnormalityModel(None, config.model, attention=attention, pretrained=config.pretrained)
+    try:
+        return CTCLIPMultiAbnormalityModel(None, config.model, attention=attention, pretrained=config.pretrained)
+    except ValueError as error:
+        raise TrainingError(f"--model: {error}; or 'ctclip'") from error
 
 
 def create_loss(config: TrainingConfig) -> torch.nn.Module:

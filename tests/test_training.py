@@ -172,6 +172,7 @@ def test_schedule_warms_up_then_falls_to_zero_over_its_own_span():
         (["--use_attention", "cbam"], "is for slice backbones"),
         (["--model", "resnet18", "--ctclip_path", "x.pt"], "goes with --model ctclip"),
         (["--resume", "nowhere"], "no run.json in nowhere"),
+        (["--model", "efficientnet_b00"], "'efficientnet_b00' is not a timm model; close names: "),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(flags, line, phantoms, tiny_classfine, tmp_path, monkeypatch, capsys):
