@@ -970,28 +970,41 @@ def newest_run(results: str | Path = "results") -> Path:
 
 
 def run_predictions(
-    run_dir: str | Path, data_dir: str | Path | None = None, device: str | None = None, workers: int | None = None
+    run_dir: str | Path,
+    data_dir: str | Path | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    tables: str | Path | None = None,
 ) -> tuple:
     """(predictions, labels, tuning or None, history, phantom) of a run folder, tables as load_predictions gives them.
 
-    Predictions that are not there yet are made with the run's model, on the validation split of the run's cohort; with
-    `data_dir` they are always made anew, on that cohort.
+    Predictions that are not there yet are made with the run's model, on the validation split of the run's cohort. With
+    `data_dir` they are made anew on that cohort, and kept in the folder `tables`, apart from the run's own.
     """
     run = Path(run_dir)
     if not run.is_dir():
         raise EvaluationError(f"{run}: found no such folder, expected a run folder; list results/ for its name")
-    present = (run / "predictions.csv").is_file() and (run / "labels.csv").is_file()
+    tables = run if data_dir is None else Path(tables or foreign_folder(run, data_dir))
+    present = (tables / "predictions.csv").is_file() and (tables / "labels.csv").is_file()
     if data_dir is not None or not present:
-        predict_run(run, data_dir, device, workers)
+        predict_run(run, data_dir, device, workers, tables)
     tuning = None
     if (run / "tuning_predictions.csv").is_file():
         tuning = load_predictions(run / "tuning_predictions.csv"), load_labels(run / "tuning_labels.csv")
-    predictions, labels = load_predictions(run / "predictions.csv"), load_labels(run / "labels.csv")
-    return predictions, labels, tuning, read_history(run / "log.jsonl"), _is_phantom(run)
+    predictions, labels = load_predictions(tables / "predictions.csv"), load_labels(tables / "labels.csv")
+    phantom = _is_phantom(run) if data_dir is None else (Path(data_dir) / "phantom.json").is_file()
+    return predictions, labels, tuning, read_history(run / "log.jsonl"), phantom
 
 
-def predict_run(run: Path, data_dir: str | Path | None, device: str | None, workers: int | None) -> None:
-    """Writes predictions.csv and labels.csv of the cohort's validation split into the run folder."""
+def foreign_folder(run: Path, data_dir: str | Path) -> Path:
+    """Where results of a run on a cohort other than its own go by default."""
+    return run / f"on_{Path(data_dir).resolve().name}"
+
+
+def predict_run(
+    run: Path, data_dir: str | Path | None, device: str | None, workers: int | None, tables: Path
+) -> None:
+    """Writes predictions.csv and labels.csv of the cohort's validation split into `tables`."""
     from ctclip_data import load_cohort
 
     record = run_record(run)
@@ -1008,8 +1021,9 @@ def predict_run(run: Path, data_dir: str | Path | None, device: str | None, work
     if not read:
         raise EvaluationError(f"{data_dir}: none of the {len(cohort)} volumes of its valid split could be read")
     names = [cohort.volumes[i].name for i in read]
-    write_table(run / "labels.csv", names, np.stack([cohort.volumes[i].labels for i in read]).astype(int))
-    write_table(run / "predictions.csv", names, logits.sigmoid().numpy())
+    tables.mkdir(parents=True, exist_ok=True)
+    write_table(tables / "labels.csv", names, np.stack([cohort.volumes[i].labels for i in read]).astype(int))
+    write_table(tables / "predictions.csv", names, logits.sigmoid().numpy())
 
 
 def run_record(run: Path) -> dict:
@@ -1052,7 +1066,13 @@ def _is_phantom(run: Path) -> bool:
 def choose_device(name: str | None = None) -> torch.device:
     import torch
 
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise EvaluationError(f"--device {name}: not usable here ({reason}), expected cpu, cuda or cuda:N") from error
+    return device
 
 
 def choose_precision(device: torch.device) -> torch.dtype:
@@ -1066,6 +1086,8 @@ def choose_precision(device: torch.device) -> torch.dtype:
 
 def choose_workers(workers: int | None) -> int:
     """Reading processes: what was asked for, else up to 8; none on two cores, where they only compete."""
+    if workers is not None and workers < 0:
+        raise EvaluationError(f"--workers is {workers}, expected at least 0")
     cpus = os.cpu_count() or 1
     return workers if workers is not None else min(8, cpus) if cpus > 2 else 0
 
@@ -1194,7 +1216,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         report(*_inputs(args), args.baseline, args.objective)
-    except (EvaluationError, CheckpointError, CohortError) as error:
+    except (EvaluationError, CheckpointError, CohortError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"Evaluation took {time.perf_counter() - started:.1f} s")
@@ -1224,8 +1246,8 @@ def _inputs(args: argparse.Namespace) -> tuple:
     run = Path(args.checkpoint) if args.checkpoint else newest_run()
     if not args.checkpoint:
         print(f"Evaluating the newest run, {run} (choose another with --checkpoint)")
-    tables = run_predictions(run, args.data_dir, args.device, args.workers)
-    return *tables, Path(args.output_dir or run)
+    folder = Path(args.output_dir or (foreign_folder(run, args.data_dir) if args.data_dir else run))
+    return *run_predictions(run, args.data_dir, args.device, args.workers, folder), folder
 
 
 def _parser() -> argparse.ArgumentParser:

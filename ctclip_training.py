@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ctclip_data import CohortError, Volume, VolumeError, load_cohort, split_by_patient, volume_loader
+from ctclip_data import (
+    PUBLISHED_SHAPE,
+    CohortError,
+    Volume,
+    VolumeError,
+    load_cohort,
+    split_by_patient,
+    volume_loader,
+)
 from ctclip_evaluation import (
     EvaluationError,
     choose_device,
@@ -106,7 +114,11 @@ class TrainingConfig:
             "backbone_learning_rate": (self.backbone_learning_rate >= 0, "at least 0"),
             "tuning_fraction": (0 < self.tuning_fraction < 1, "between 0 and 1"),
             "alpha": (0 < self.alpha < 1, "between 0 and 1 (it weighs the negatives)"),
-            "gamma": (self.gamma >= 0, "at least 0"),
+            "gamma": (0 <= self.gamma < math.inf, "a finite number of at least 0"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "clip_norm": (self.clip_norm > 0, "above 0"),
+            "warmup_fraction": (0 <= self.warmup_fraction <= 1, "between 0 and 1"),
+            "seed": (self.seed >= 0, "at least 0"),
             "limit": (self.limit is None or self.limit >= 2, "at least 2 volumes"),
         }
         for name, (good, expected) in bounds.items():
@@ -184,7 +196,8 @@ def cache_features(model: CTCLIPMultiAbnormalityModel, splits: dict[str, Split],
     total = sum(len(split.volumes) for split in splits.values())
     for name, split in splits.items():
         rows: dict[int, Tensor] = {}
-        loader = volume_loader(split.volumes, model.input_shape, run.batch_size, num_workers=run.workers)
+        size = piece_size(model.input_shape, run.batch_size)
+        loader = volume_loader(split.volumes, model.input_shape, size, num_workers=run.workers)
         progress = tqdm(total=len(split.volumes), desc=f"encode {name}", unit="vol", delay=2)
         for batch in loader:
             run.record(name, split.volumes, batch)
@@ -271,21 +284,37 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, config: TrainingConfig,
             group["lr"] = group["peak"] * schedule(progress, start, config.epochs, config.warmup_fraction)
 
 
-def training_batches(split: Split, run: Run, shape: tuple, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(input, labels) on the device, shuffled by seed and epoch: cached features where there are some, else volumes."""
+def piece_size(shape: tuple[int, int, int], batch_size: int) -> int:
+    """Volumes read and encoded at once: the largest divisor of the batch size within the voxels of two published ones.
+
+    A batch of 16 published volumes would be 3.5 GB before the network sees it; its gradients are accumulated instead.
+    """
+    most = max(1, 2 * math.prod(PUBLISHED_SHAPE) // math.prod(shape))
+    return max(size for size in range(1, batch_size + 1) if batch_size % size == 0 and size <= most)
+
+
+def training_batches(
+    split: Split, run: Run, shape: tuple[int, int, int], epoch: int
+) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
+    """(input, labels, share, last) on the device, shuffled by seed and epoch: cached features where there are some,
+    else volumes in pieces of a batch. `share` is the piece's part of its batch, `last` says that this completes it."""
     generator = torch.Generator().manual_seed(run.config.seed * 100_003 + epoch)
     order = torch.randperm(len(split.volumes), generator=generator)
     if split.features is not None:
         labels = split.labels
         for rows in tqdm(order.split(run.batch_size), desc=f"epoch {epoch + 1}", delay=2, leave=False):
-            yield split.features[rows].to(run.device).float(), labels[rows].to(run.device)
+            yield split.features[rows].to(run.device).float(), labels[rows].to(run.device), 1.0, True
         return
     volumes = [split.volumes[i] for i in order]
-    loader = volume_loader(volumes, shape, run.batch_size, num_workers=run.workers)
-    for batch in tqdm(loader, desc=f"epoch {epoch + 1}", delay=2, leave=False):
+    size = piece_size(shape, run.batch_size)
+    loader = volume_loader(volumes, shape, size, num_workers=run.workers)
+    for i, batch in enumerate(tqdm(loader, desc=f"epoch {epoch + 1}", delay=2, leave=False)):
         run.record("train", volumes, batch)
-        if len(batch.index):
-            yield batch.volumes.to(run.device, non_blocking=True), batch.labels.to(run.device, non_blocking=True)
+        first = i * size // run.batch_size * run.batch_size
+        whole = min(run.batch_size, len(volumes) - first)
+        last = (i + 1) * size >= first + whole
+        share = len(batch.index) / whole
+        yield batch.volumes.to(run.device, non_blocking=True), batch.labels.to(run.device), share, last
 
 
 @torch.no_grad()
@@ -299,7 +328,7 @@ def tune(model: CTCLIPMultiAbnormalityModel, split: Split, run: Run, criterion: 
         read, logits = predict_volumes(
             model,
             split.volumes,
-            batch_size=run.batch_size,
+            batch_size=piece_size(model.input_shape, run.batch_size),
             workers=run.workers,
             on_batch=lambda batch: run.record("tuning", split.volumes, batch),
         )
@@ -333,13 +362,13 @@ def train(config: TrainingConfig, folder: Path, device: str | None = None, worke
     print_head(run, model, cohort, splits, data_dir)
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_run_file(run, data_dir, phantom, splits, cohort, "running")
     first, best, history = 0, -math.inf, []
     state = load_state(folder)
     if state is not None:
         first, best, history = state["epoch"], state["best"], state["history"]
-        restore(state, run, model, optimizer)
+        restore(state, run, model, optimizer, splits)
         print(f"Continuing after epoch {first} of {config.epochs}")
+    write_run_file(run, data_dir, phantom, splits, cohort, "running")
 
     frozen = None
     trained_volumes = 0
@@ -360,24 +389,30 @@ def train(config: TrainingConfig, folder: Path, device: str | None = None, worke
         model.train()
         loss_sum, seen = 0.0, 0
         steps = math.ceil(len(splits["train"].volumes) / config.batch_size)
-        for step, (inputs, labels) in enumerate(training_batches(splits["train"], run, model.input_shape, epoch)):
-            set_learning_rates(optimizer, config, epoch + (step + 1) / steps)
-            with run.autocast():
-                logits = model.head(inputs) if splits["train"].features is not None else model(inputs)
-            loss = criterion(logits.float(), labels)
-            if not torch.isfinite(loss):
+        step, readable = 0, 0
+        for inputs, labels, share, last in training_batches(splits["train"], run, model.input_shape, epoch):
+            if len(labels):
+                with run.autocast():
+                    logits = model.head(inputs) if splits["train"].features is not None else model(inputs)
+                loss = criterion(logits.float(), labels)
+                run.scaler.scale(loss * share).backward()
+                loss_sum += loss.item() * len(labels)
+                readable += len(labels)
+            if not math.isfinite(loss_sum):
                 raise TrainingError(
-                    f"the loss is {loss.item()} in epoch {epoch + 1}, expected a finite number; lower --learning-rate "
+                    f"the loss is {loss_sum} in epoch {epoch + 1}, expected a finite number; lower --learning-rate "
                     f"(now {config.head_learning_rate:g}). The last good state is in {folder}"
                 )
-            optimizer.zero_grad(set_to_none=True)
-            run.scaler.scale(loss).backward()
+            if not last or not readable:
+                continue
+            step += 1
+            set_learning_rates(optimizer, config, epoch + step / steps)
             run.scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             run.scaler.step(optimizer)
             run.scaler.update()
-            loss_sum += loss.item() * len(labels)
-            seen += len(labels)
+            optimizer.zero_grad(set_to_none=True)
+            seen, readable = seen + readable, 0
         if not seen:
             raise TrainingError("none of the training volumes could be read; see the lines above")
         trained_volumes += seen
@@ -405,7 +440,7 @@ def train(config: TrainingConfig, folder: Path, device: str | None = None, worke
         if score > best:
             best = score
             save_best(run, model, splits["tuning"], logits)
-        save_state(run, model, optimizer, epoch + 1, best, history, frozen)
+        save_state(run, model, optimizer, splits, epoch + 1, best, history, frozen)
         with replacing(folder / "log.jsonl") as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in history))
 
@@ -420,16 +455,27 @@ def train(config: TrainingConfig, folder: Path, device: str | None = None, worke
 
 
 def save_best(run: Run, model: CTCLIPMultiAbnormalityModel, tuning: Split, logits: Tensor) -> None:
-    """The weights and the tuning predictions that belong to them; predictions of earlier weights are removed."""
-    for name in ("predictions.csv", "labels.csv"):
+    """The weights and the tuning predictions that belong to them; what was computed from earlier weights is removed."""
+    for name in ("predictions.csv", "labels.csv", "metrics.json", "per_label.csv"):
         (run.folder / name).unlink(missing_ok=True)
+    for figure in run.folder.glob("*.png"):
+        figure.unlink()
     model._save_pretrained(run.folder)
     names = [volume.name for volume in tuning.volumes]
     write_table(run.folder / "tuning_predictions.csv", names, logits.sigmoid().numpy())
     write_table(run.folder / "tuning_labels.csv", names, tuning.labels.numpy().astype(int))
 
 
-def save_state(run: Run, model, optimizer, epoch: int, best: float, history: list[dict], frozen: bool) -> None:
+def save_state(
+    run: Run,
+    model: CTCLIPMultiAbnormalityModel,
+    optimizer: torch.optim.Optimizer,
+    splits: dict[str, Split],
+    epoch: int,
+    best: float,
+    history: list[dict],
+    frozen: bool,
+) -> None:
     """Everything that the next epoch depends on. While the backbone is frozen its weights are left out: they are those
     of the file that the run started from."""
     state = {
@@ -440,6 +486,10 @@ def save_state(run: Run, model, optimizer, epoch: int, best: float, history: lis
         "optimizer": optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
+        "failures": run.failures,
+        "readings": run.readings,
+        "volumes": {name: [volume.name for volume in split.volumes] for name, split in splits.items()},
     }
     with replacing(run.folder / "resume.pt") as path:
         torch.save(state, path)
@@ -451,14 +501,28 @@ def load_state(folder: Path) -> dict | None:
     return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
 
 
-def restore(state: dict, run: Run, model: CTCLIPMultiAbnormalityModel, optimizer: torch.optim.Optimizer) -> None:
+def restore(
+    state: dict,
+    run: Run,
+    model: CTCLIPMultiAbnormalityModel,
+    optimizer: torch.optim.Optimizer,
+    splits: dict[str, Split],
+) -> None:
+    """Puts back what `save_state` wrote, the volumes that turned out unreadable included."""
     expected = set(model.head_state_dict() if len(state["model"]) < len(model.state_dict()) else model.state_dict())
     if set(state["model"]) != expected:
         raise TrainingError(f"{run.folder}/resume.pt belongs to another model; start a new run without --resume")
     model.load_state_dict(state["model"], strict=False)  # the frozen backbone is that of the run's weights file
     optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
+    if state["scaler"] and run.scaler.is_enabled():  # empty when the run began on a device without loss scaling
+        run.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] is not None and run.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"], run.device)
+    run.failures, run.readings = state["failures"], state["readings"]
+    for name, split in splits.items():
+        kept = set(state["volumes"][name])
+        split.volumes = [volume for volume in split.volumes if volume.name in kept]
 
 
 def write_run_file(run: Run, data_dir: Path, phantom: bool, splits: dict[str, Split], cohort, status: str) -> None:
@@ -524,8 +588,10 @@ def print_epoch(line: dict, epochs: int, is_best: bool) -> None:
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB of GPU memory"
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "not known on this system"
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GB"
 
@@ -577,7 +643,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add(plan, "epochs", "passes over the training volumes", type=int, metavar="N")
     add(plan, "freeze-epochs", "of those, with a frozen backbone (cheap: encoded once)", type=int, metavar="N")
     add(plan, "freeze-backbone", "never unfreeze", action="store_true")
-    add(plan, "batch-size", "volumes per step; memory of the unfrozen stage grows with it", type=int, metavar="N")
+    add(plan, "batch-size", "volumes per step; large ones are encoded two at a time", type=int, metavar="N")
     rates = ", ".join(f"{rate:g} for {kind}" for kind, rate in HEAD_LEARNING_RATE.items())
     add(plan, "learning-rate", f"peak rate of the head (default {rates})", type=float, metavar="R")
     add(plan, "backbone-learning-rate", "peak rate once unfrozen", type=float, metavar="R")
@@ -617,6 +683,8 @@ def run_folder(args: argparse.Namespace) -> tuple[Path, TrainingConfig]:
         if (folder / "run.json").is_file():
             raise TrainingError(f"{folder} holds a run already; add --resume {folder}, or choose another --output-dir")
         return folder, config
+    if args.output_dir:
+        raise TrainingError("--resume goes on in the run's own folder, found --output-dir too; leave it out")
     folder = newest_run() if args.resume == "" else Path(args.resume)
     file = folder / "run.json"
     if not file.is_file():
@@ -645,7 +713,7 @@ USER_ERRORS = (
     EvaluationError,
     CheckpointError,
     PretrainedWeightsError,
-    FileNotFoundError,
+    OSError,
 )
 
 

@@ -13,7 +13,17 @@ import sys
 import time
 from pathlib import Path
 
-from ctclip_evaluation import EvaluationError, newest_run, predict_files, report, run_predictions, write_table
+from ctclip_data import load_cohort
+from ctclip_evaluation import (
+    EvaluationError,
+    foreign_folder,
+    load_predictions,
+    newest_run,
+    predict_files,
+    report,
+    run_predictions,
+    write_table,
+)
 from ctclip_model import OneLineParser
 from ctclip_training import add_machine_flags, add_run_flags, add_training_flags, guarded, run_folder, train
 
@@ -39,6 +49,19 @@ def predict(args: argparse.Namespace) -> None:
         raise EvaluationError(f"{len(failures)} scans could not be read and are not in {output}; they are named above")
 
 
+def refuse_idle_flags(args: argparse.Namespace) -> None:
+    """A flag that the mode would not look at is an error: it may have been meant for another mode."""
+    training = args.task in ("full", "train")
+    for flag, given, belongs in (
+        ("--input", args.input, args.task == "predict"),
+        ("--checkpoint", args.checkpoint, not training),
+        ("--resume", args.resume is not None, training),
+        ("--output-dir", args.output_dir, training),
+    ):
+        if given and not belongs:
+            raise EvaluationError(f"found {flag} with --mode {args.task}, which does not use it; leave one of them out")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = "; ".join(f"{mode}: {what}" for mode, what in MODES.items())
@@ -59,16 +82,22 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
 
     def action() -> None:
+        refuse_idle_flags(args)
         if args.task == "predict":
             return predict(args)
         if args.task == "evaluate":
             run = Path(args.checkpoint) if args.checkpoint else newest_run()
         else:
+            if args.baseline:  # a wrong name is better known now than after training
+                load_predictions(args.baseline)
+            if args.task == "full" and hasattr(args, "data_dir"):
+                load_cohort(args.data_dir, "valid", limit=1)
             run = train(*reversed(run_folder(args)), args.device, args.workers)
         if args.task != "train":
             data_dir = getattr(args, "data_dir", None) if args.task == "evaluate" else None
-            tables = run_predictions(run, data_dir, args.device, args.workers)
-            report(*tables, output_dir=run, baseline=args.baseline)
+            folder = foreign_folder(run, data_dir) if data_dir else run
+            tables = run_predictions(run, data_dir, args.device, args.workers, folder)
+            report(*tables, output_dir=folder, baseline=args.baseline)
         print(f"\nDone in {time.perf_counter() - start:.0f} s: {run}")
 
     return guarded(action)

@@ -72,6 +72,24 @@ def test_evaluation_script_finds_the_newest_run_and_takes_a_baseline(job):
     assert metrics["tuned"] == first["tuned"] and metrics["baseline"] is not None
 
 
+def test_another_cohort_leaves_the_run_s_own_results_alone(job, phantoms, tmp_path):
+    import shutil
+
+    folder, _ = job
+    run = folder / "results" / "run"
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    other = tmp_path / "elsewhere"
+    shutil.copytree(phantoms, other)
+    (other / "phantom.json").unlink()  # as a cohort of patients would come: without the manifest of phantoms
+    flags = ["--checkpoint", "results/run", "--data-dir", str(other)]
+    done = call(folder, "run_task2.py", "--mode", "evaluate", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "These are phantoms" not in done.stdout
+    assert json.loads((run / "on_elsewhere" / "metrics.json").read_text())["phantom"] is False
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    shutil.rmtree(run / "on_elsewhere")
+
+
 def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, phantoms, tmp_path):
     folder, _ = job
     files = sorted(phantoms.glob("dataset/valid_fixed/*/*/*.nii.gz"))[:3]
@@ -99,7 +117,10 @@ def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, ph
         ("run_task2.py", ["--mode", "predict"], "needs --input"),
         ("run_task2.py", ["--mode", "predict", "--input", "x.nii.gz", "--checkpoint", "nothing.pt"], "found no .nii"),
         ("run_task2.py", ["--mode", "evaluate"], "found no run"),
-        ("run_task2.py", ["--data-dir", "nowhere", "--model", "ctclip"], "CT-CLIP model not found"),
+        ("run_task2.py", ["--data-dir", "nowhere", "--model", "ctclip"], "found no folder nowhere"),
+        ("run_task2.py", ["--input", "scans"], "found --input with --mode full"),
+        ("run_task2.py", ["--mode", "evaluate", "--output-dir", "x"], "found --output-dir with --mode evaluate"),
+        ("run_task2.py", ["--device", "cuda:77", "--mode", "train"], "--device cuda:77: not usable here"),
         ("run_task2.py", ["--modell", "ctclip"], "unrecognized arguments"),
         ("ctclip_training.py", ["--batch-size", "many"], "invalid int value"),
     ],

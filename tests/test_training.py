@@ -117,6 +117,29 @@ def test_interrupted_and_resumed_equals_undisturbed(config, tmp_path, monkeypatc
     assert losses[0] == losses[1]
 
 
+def test_batches_encoded_in_pieces_give_the_gradients_of_the_whole(config, tmp_path, monkeypatch):
+    build = ctclip_training.build_model
+
+    def without_dropout(*args):
+        model = build(*args)
+        model.dropout.p = 0.0  # its random numbers would fall on other rows
+        return model
+
+    monkeypatch.setattr(ctclip_training, "build_model", without_dropout)
+    whole = weights(train(config(epochs=1, freeze_epochs=0), tmp_path / "whole"))
+    monkeypatch.setattr(ctclip_training, "piece_size", lambda shape, batch_size: 2)
+    pieces = weights(train(config(epochs=1, freeze_epochs=0), tmp_path / "pieces"))
+    for key, value in whole.items():
+        torch.testing.assert_close(pieces[key], value, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "pieces"), [((240, 480, 480), 16, 2), ((240, 480, 480), 5, 1), ((64, 96, 96), 16, 16)]
+)
+def test_pieces_divide_the_batch_and_bound_the_memory(shape, batch, pieces):
+    assert ctclip_training.piece_size(shape, batch) == pieces
+
+
 def test_unreadable_volumes_are_counted_and_stop_nothing(config, tmp_path, phantoms, capsys):
     cohort = tmp_path / "cohort"
     shutil.copytree(phantoms, cohort)
