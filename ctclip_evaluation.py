@@ -992,7 +992,9 @@ def run_predictions(
     if (run / "tuning_predictions.csv").is_file():
         tuning = load_predictions(run / "tuning_predictions.csv"), load_labels(run / "tuning_labels.csv")
     predictions, labels = load_predictions(tables / "predictions.csv"), load_labels(tables / "labels.csv")
-    phantom = _is_phantom(run) if data_dir is None else (Path(data_dir) / "phantom.json").is_file()
+    from ctclip_phantom import is_phantom_cohort
+
+    phantom = _is_phantom(run) if data_dir is None else is_phantom_cohort(data_dir)
     return predictions, labels, tuning, read_history(run / "log.jsonl"), phantom
 
 

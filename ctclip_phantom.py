@@ -1464,6 +1464,11 @@ def write_volume(data_dir: Path, plan: Plan) -> None:
     _write_atomically(data_dir / plan.path, packed)
 
 
+def is_phantom_cohort(data_dir: str | os.PathLike) -> bool:
+    """Whether a cohort is one of this file's: it carries the manifest."""
+    return (Path(data_dir) / MANIFEST).is_file()
+
+
 def _write_atomically(path: Path, content: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -55,7 +55,7 @@ from ctclip_model import (
     create_balanced_loss,
     replacing,
 )
-from ctclip_phantom import MANIFEST, write_phantom_cohort
+from ctclip_phantom import is_phantom_cohort, write_phantom_cohort
 
 FEATURE_MEMORY = 4 * 2**30  # bytes of frozen features kept in memory; a larger cohort is encoded anew in every epoch
 
@@ -349,7 +349,7 @@ def train(config: TrainingConfig, folder: Path, device: str | None = None, worke
     torch.manual_seed(config.seed)
     run = Run(folder, config, device, workers)
     data_dir = Path(config.data_dir) if config.data_dir else built_in_cohort(config.train_volumes, config.valid_volumes)
-    phantom = (data_dir / MANIFEST).is_file()
+    phantom = is_phantom_cohort(data_dir)
     start = time.perf_counter()
     model = build_model(config, phantom).to(run.device)
     cohort = load_cohort(data_dir, "train", limit=config.limit)
