@@ -1,0 +1,55 @@
+"""The processes of one run: one, or as many as `torchrun` started. With one, every method is what it is for a single
+process, so that callers need no second path."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """Number, size and means of exchange of a group of processes. Take part in every call on all ranks or on none."""
+
+    def __init__(self, device: torch.device | None = None):
+        """Joins the group that torchrun's environment describes; gloo on CPU, nccl on `device`'s GPU."""
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device("cpu") if device is None else device
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return self.rank == 0
+
+    def share(self, items: list) -> list:
+        """This rank's part of `items`; the parts of all ranks together are `items`, each once."""
+        return items[self.rank :: self.world]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in the order of ranks, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def highest(self, *values: float) -> list[float]:
+        """Each value's maximum over the ranks."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
