@@ -6,13 +6,15 @@ one fastest, so its slices lie along the third: they are inflated and resampled 
 a float copy of it is ever held whole.
 
 preprocess_volume reads one file the way it is told to (version 1: metadata row; version 2: header), read_volume
-finds out which of the two a file is, load_cohort joins the tables, volume_loader makes batches.
+finds out which of the two a file is, load_cohort joins the tables, augment varies a tensor for training,
+volume_loader makes batches.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import warnings
 import zlib
 from collections import Counter
@@ -46,6 +48,9 @@ except ImportError:
 HU_MIN, HU_MAX = -1000, 1000  # clipping window, Hounsfield units
 FIELD_OF_VIEW_MM = 360.0  # edge of the cube that every input covers, whatever its number of voxels
 PUBLISHED_SHAPE = (240, 480, 480)  # (D, H, W) = (z, x, y)
+
+# Raise it with every change to this file that may alter a tensor or a HU verdict, by a single bit: caches rest on it.
+PREPROCESSING_VERSION = 1
 
 # Share of positive volumes on CT-RATE's train split, in the order of ABNORMALITIES.
 PREVALENCE = dict(
@@ -971,15 +976,62 @@ def _deal(rows: np.ndarray, wanted: int, order: np.ndarray) -> tuple[float, list
     return float(balance @ balance), held
 
 
+# ------------------------------------------------------------------ augmentation
+
+SHIFT = 0.03  # of each axis: how a patient lies on the table
+GAIN, OFFSET = 0.05, 0.02  # of HU / 1000: how scanners are calibrated, how much contrast medium there is
+NOISE = 0.02  # largest standard deviation, HU / 1000: dose and kernel
+
+
+def augment(volume: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Another plausible scan of the same patient: `volume` (1, D, H, W) float32 in [-1, 1], changed in place.
+
+    Moved by up to SHIFT of each axis (whole voxels, -1 = air moves in), HU times 1 +- GAIN plus +- OFFSET, Gaussian
+    noise of a deviation drawn from [0, NOISE], clipped to [-1, 1]. Never mirrored: left and right are findings (situs,
+    aortic arch, liver). Works slice by slice, so it needs the memory of two slices.
+    """
+    shifts = [_draw(round(SHIFT * size), generator) for size in volume.shape[1:]]
+    gain = 1 + GAIN * (2 * torch.rand((), generator=generator).item() - 1)
+    offset = OFFSET * (2 * torch.rand((), generator=generator).item() - 1)
+    sigma = NOISE * torch.rand((), generator=generator).item()
+    depth, rows, columns = volume.shape[1:]
+    (to_row, from_row), (to_column, from_column) = _moved(rows, shifts[1]), _moved(columns, shifts[2])
+    moved, noise = torch.empty(rows, columns), torch.empty(rows, columns)
+    order = range(depth) if shifts[0] < 0 else reversed(range(depth))  # a slice is read before it is overwritten
+    for k in order:
+        moved.fill_(-1)
+        if 0 <= k - shifts[0] < depth:
+            moved[to_row, to_column] = volume[0, k - shifts[0], from_row, from_column]
+        moved.mul_(gain).add_(offset).add_(noise.normal_(generator=generator), alpha=sigma)
+        torch.clamp(moved, -1, 1, out=volume[0, k])
+    return volume
+
+
+def _draw(most: int, generator: torch.Generator) -> int:
+    """A whole number from -most to most."""
+    return int(torch.randint(-most, most + 1, (), generator=generator))
+
+
+def _moved(size: int, by: int) -> tuple[slice, slice]:
+    """Where to and where from along an axis that is moved."""
+    return slice(max(by, 0), size + min(by, 0)), slice(max(-by, 0), size + min(-by, 0))
+
+
 # ------------------------------------------------------------------ batches
 
 
 class VolumeDataset(Dataset):
-    """Item i: (i, tensor, labels, verdict), or (i, None, name, reason) for a file that cannot be used."""
+    """Item i: (i, tensor, labels, verdict), or (i, None, name, reason) for a file that cannot be used.
 
-    def __init__(self, volumes: Sequence[Volume], shape: Sequence[int] = PUBLISHED_SHAPE):
+    With `augment_seed` the tensors are augmented. What is drawn for a volume follows from the seed and its name alone:
+    one seed per epoch gives the epoch's tensors again, in any order, worker or resumed run.
+    """
+
+    def __init__(
+        self, volumes: Sequence[Volume], shape: Sequence[int] = PUBLISHED_SHAPE, augment_seed: int | None = None
+    ):
         _check_shape(shape)
-        self.volumes, self.shape = list(volumes), tuple(shape)
+        self.volumes, self.shape, self.augment_seed = list(volumes), tuple(shape), augment_seed
 
     def __len__(self) -> int:
         return len(self.volumes)
@@ -991,6 +1043,9 @@ class VolumeDataset(Dataset):
         except (VolumeError, OSError, MemoryError) as error:  # one bad file never stops the others
             reason = str(error) or type(error).__name__
             return index, None, volume.name, reason.removeprefix(f"{volume.path.name}: ")
+        if self.augment_seed is not None:
+            seed = zlib.crc32(f"{self.augment_seed} {volume.name}".encode())  # hash() differs between processes
+            augment(tensor, torch.Generator().manual_seed(seed))
         return index, tensor, torch.from_numpy(np.asarray(volume.labels, np.float32)), verdict
 
     def collate(self, items: Sequence[tuple]) -> Batch:
@@ -1013,22 +1068,38 @@ def volume_loader(
     shuffle: bool = False,
     num_workers: int = 0,
     generator: torch.Generator | None = None,
+    augment_seed: int | None = None,
+    pieces: Sequence[Sequence[int]] | None = None,
 ) -> DataLoader:
-    """DataLoader of Batch. `generator` makes a shuffle repeatable.
+    """DataLoader of Batch. `generator` makes a shuffle repeatable; `augment_seed` is VolumeDataset's; `pieces` gives
+    the indices of every batch, in order, empty ones too, in place of `batch_size` and `shuffle`.
 
     Each worker prepares one batch ahead in shared memory: 221 MB per volume at the published shape. Where shared memory
     is small (containers give 64 or 128 MB) use num_workers=0.
     """
-    dataset = VolumeDataset(volumes, shape)
+    dataset = VolumeDataset(volumes, shape, augment_seed)
     if not shuffle:  # DataLoader draws a seed for its workers: reading must not disturb the random numbers of training
         generator = torch.Generator()
     ahead = {"persistent_workers": True, "prefetch_factor": 1} if num_workers else {}
+    batches = {"batch_size": batch_size, "shuffle": shuffle} if pieces is None else {"batch_sampler": pieces}
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        shuffle=shuffle,
+        **batches,
         num_workers=num_workers,
         generator=generator,
         collate_fn=dataset.collate,
+        worker_init_fn=_leave_stopping_to_the_main_process,
         **ahead,
     )
+
+
+def _leave_stopping_to_the_main_process(worker: int) -> None:
+    """Ctrl-C, `timeout` and the shell's `kill %1` signal every process of a group. The main one decides when to stop,
+    and a step in flight still needs its batch: workers ignore Ctrl-C and leave the group.
+
+    SIGTERM stays as torch has set it in a worker, in place of any handler of the main process: ended by that process it
+    exits with 0. With the default action instead, torch would report a killed worker whenever a run ends early.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()

@@ -2,10 +2,13 @@
 
 Legend   B batch, D H W voxels (D slices, then the two in-plane axes: x, y), T h w tokens (T = D / temporal patch,
          h = w = in-plane size / patch), C width, N heads, K head width, L latent, S slices of a volume.
+         "Heads" of the transformers are N; "the head" is the classifier on top.
 
 Ladder   volume (B, 1, D, H, W)  ->  patches (B, T, h, w, C)  ->  spatial transformer over h*w  ->  temporal
          transformer over T  ->  nearest codebook rows (B, T, h, w, C)  ->  mean over T, one linear map  ->
          latent (B, L), L2-normalised  ->  ReLU, dropout, linear  ->  logits (B, 18).
+         Head "mlp" adds a small network to the last step. Head "attention" leaves the latent out: each label pools the
+         codebook rows (B, T, h, w, C) by an attention of its own  ->  logits (B, 18).
          Published size: (B, 1, 240, 480, 480) -> T = h = w = 24, C = 512, N = 8, K = 32, 8192 codes, L = 512.
 
 Attribute names of the tower (`visual_transformer`, `enc_spatial_transformer`, `layers.0.1.to_q`, `vq._codebook.embed`,
@@ -17,6 +20,7 @@ from a Multimodal Dataset for 3D Computed Tomography" (CT-CLIP); the code is our
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -34,6 +38,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 ABNORMALITIES = (
     "Medical material",
@@ -78,6 +83,8 @@ UNUSED_KEYS = (
     ("._codebook.initted", "codebook training statistics"),
 )
 
+LINEAR_HEAD_KEYS = ("classifier.weight", "classifier.bias")  # ClassFine's
+
 # Where a slice backbone looks: the 360 mm cube of `ctclip_data` at 3 x 1.6 x 1.6 mm, so that a slice is 224 x 224.
 SLICE_INPUT_SHAPE = (120, 224, 224)
 
@@ -89,13 +96,31 @@ SLICE_INPUT_SHAPE = (120, 224, 224)
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; renamed to `path` when the block ends well, removed when it does not."""
+    """Yields a temporary name beside `path`; renamed to `path` when the block ends well, removed when it does not.
+
+    Both steps reach the disk before this returns, so that a machine that goes down leaves the old file or the new one.
+    """
     temporary = Path(f"{path}.tmp")
     try:
         yield temporary
+        with temporary.open("rb+") as file:  # Windows syncs only what is open for writing
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+        if os.name != "nt":  # Windows cannot open a folder
+            _sync_folder(temporary.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network mounts have no such thing; the file itself is on the disk
+            raise
+    finally:
+        os.close(handle)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -266,6 +291,7 @@ class GEGLU(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, sizes: TowerSizes, depth: int):
         super().__init__()
+        self.checkpointing = False  # keep only the layers' inputs for the backward pass and compute the rest again
         dim, inner = sizes.dim, sizes.feedforward
         self.layers = nn.ModuleList()
         for _ in range(depth):
@@ -283,11 +309,24 @@ class Transformer(nn.Module):
         self.norm_out = Norm(dim)
 
     def forward(self, x: Tensor, grid_shape: tuple[int, int, int, int], bias: Tensor | None = None) -> Tensor:
-        for peg, attention, _, feedforward in self.layers:
-            x = peg(x, grid_shape) + x
-            x = attention(x, bias) + x
-            x = feedforward(x) + x
+        for layer in self.layers:
+            if self.checkpointing and torch.is_grad_enabled() and (x.requires_grad or _any_open(layer)):
+                # No random numbers are drawn in a layer, so none need restoring.
+                x = checkpoint(self._run, layer, x, grid_shape, bias, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self._run(layer, x, grid_shape, bias)
         return self.norm_out(x)
+
+    @staticmethod
+    def _run(layer: nn.ModuleList, x: Tensor, grid_shape: tuple[int, int, int, int], bias: Tensor | None) -> Tensor:
+        peg, attention, _, feedforward = layer
+        x = peg(x, grid_shape) + x
+        x = attention(x, bias) + x
+        return feedforward(x) + x
+
+
+def _any_open(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 class SpatialBias(nn.Module):
@@ -394,6 +433,136 @@ class VisualTransformer(nn.Module):
         x = self.enc_temporal_transformer(x, grid_shape)  # (B*h*w, T, C)
         return x.view(B, h, w, T, -1).movedim(3, 1).contiguous()  # (B, T, h, w, C)
 
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Parameters to layers from input to output, in the form of timm's models: stem, spatial, temporal layers."""
+
+        def layers(name: str):
+            if coarse:
+                return rf"^{name}"
+            return [(rf"^{name}\.layers\.(\d+)", None), (rf"^{name}\.norm_out", (99999,))]  # timm: with the one before
+
+        return {
+            "stem": r"^to_patch_emb|^spatial_rel_pos_bias",
+            "spatial": layers("enc_spatial_transformer"),
+            "temporal": layers("enc_temporal_transformer"),
+        }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Heads
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def zero_linear(inputs: int) -> nn.Linear:
+    """(..., inputs) -> logits (..., 18), exactly 0 at the start."""
+    linear = nn.Linear(inputs, N_LABELS)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class MLPHead(nn.Linear):
+    """ClassFine's linear head plus a residual branch with one hidden layer: (B, L) after ReLU and dropout -> (B, 18).
+
+    The branch starts at 0, so that the head starts from the linear head's answers where the file has some. It can tell
+    combinations of latent features apart that a sum cannot; like the linear head it sees only the mean over depth.
+    """
+
+    def __init__(self, inputs: int, hidden: int = 256, dropout: float = 0.3):
+        super().__init__(inputs, N_LABELS)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.hidden = unit_input_linear(inputs, hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.out = zero_linear(hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.hidden(x)) / math.sqrt(self.hidden.out_features)
+        return super().forward(x) + self.out(self.dropout(hidden))
+
+
+def unit_input_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer for inputs of length about 1, as latents are: its outputs then have entries of about 1."""
+    linear = nn.Linear(inputs, outputs)
+    nn.init.normal_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class AttentionHead(nn.Module):
+    """One learned query per label pools all tokens of a volume: codes or tokens (B, T, h, w[, C]) -> logits (B, 18).
+
+    Each token gets, per label, a score (query . key) and its evidence for the finding (value . output weight). With
+    position terms for depth, row and column added to the score,
+
+        attention = softmax over the T*h*w tokens of (score + position),   logit = bias + sum(attention * evidence).
+
+    Tokens are rows of the codebook, and equal codes have equal evidence. Reordering the sum by code, the logit is
+    therefore the attention-weighted histogram over codes times the table of their evidence. So the small network runs
+    on the codebook once for a whole batch, and the volumes only gather from its (codes, 2 * 18) table.
+    """
+
+    def __init__(self, dim: int, grid: tuple[int, int, int], hidden: int = 64, dropout: float = 0.3):
+        super().__init__()
+        depth, rows, columns = grid
+        self.key = unit_input_linear(dim, hidden)
+        self.value = unit_input_linear(dim, hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.query = nn.Linear(hidden, N_LABELS, bias=False)
+        self.evidence = zero_linear(hidden)
+        nn.init.zeros_(self.query.weight)  # at the start every token counts the same
+        self.depth = nn.Parameter(torch.zeros(N_LABELS, depth))
+        self.row = nn.Parameter(torch.zeros(N_LABELS, rows))
+        self.column = nn.Parameter(torch.zeros(N_LABELS, columns))
+
+    def forward(self, x: Tensor, codebook: Tensor) -> Tensor:
+        """Code ids (B, T, h, w) of any integer type that torch can index with, or tokens (B, T, h, w, C)."""
+        attention, evidence = self.attend(x, codebook)
+        return (attention * evidence).sum((2, 3, 4)) + self.evidence.bias
+
+    def attend(self, x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids or tokens -> attention and evidence, (B, 18, T, h, w) each. Attention sums to 1 over T*h*w.
+
+        In float32 whatever the surrounding precision: half precision has too few digits for 13,824 shares of 1.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            if x.is_floating_point():
+                table = self._table(x.float())
+            else:
+                table = F.embedding(x, self._table(codebook.float()))  # (B, T, h, w, 36)
+            score, evidence = table.split(N_LABELS, dim=-1)
+            score = score + self._position(x.shape[1])
+            attention = score.flatten(1, 3).softmax(1).view_as(score)  # labels last: the order that the gather gives
+            return attention.movedim(-1, 1), evidence.movedim(-1, 1)
+
+    def _table(self, tokens: Tensor) -> Tensor:
+        """(..., C) -> scores and evidence, (..., 2 * 18), of each token by itself."""
+        tokens = F.layer_norm(tokens, tokens.shape[-1:]) / math.sqrt(tokens.shape[-1])  # of length 1
+        width = math.sqrt(self.key.out_features)
+        key = self.dropout(F.gelu(self.key(tokens)) / width)
+        value = self.dropout(F.gelu(self.value(tokens)) / width)
+        return torch.cat([self.query(key), F.linear(value, self.evidence.weight)], dim=-1)
+
+    def _position(self, T: int) -> Tensor:
+        """(T, h, w, 18). A depth other than the usual is taken as the same extent in other steps."""
+        depth = self.depth
+        if T != depth.shape[1]:
+            depth = F.interpolate(depth[None], T, mode="linear")[0]
+        row, column = self.row.T[:, None], self.column.T  # (h, 1, 18), (w, 18)
+        return depth.T[:, None, None] + row + column
+
+
+HEADS = ("linear", "mlp", "attention")
+
+
+def create_head(name: str, sizes: TowerSizes, dropout: float) -> nn.Module:
+    """The head of a CT-CLIP variant; its logits are exactly 0 until it is trained or loaded."""
+    if name == "mlp":
+        return MLPHead(sizes.latent, dropout=dropout)
+    if name == "attention":
+        return AttentionHead(sizes.dim, (sizes.grid,) * 3, dropout=dropout)
+    return zero_linear(sizes.latent)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints
@@ -470,6 +639,7 @@ def load_tower(model: nn.Module, state: dict[str, Tensor], path: str) -> LoadRep
     """Copies a checkpoint into `model`; every key on either side is loaded, excused by name, or an error.
 
     The head (`classifier.*`) is the one part that a file may lack: it then keeps its start values and is reported.
+    ClassFine's linear head is dropped where the model's head has no place for it.
     """
     own = model.state_dict()
     dropped: dict[str, int] = {}
@@ -477,7 +647,7 @@ def load_tower(model: nn.Module, state: dict[str, Tensor], path: str) -> LoadRep
     for key, value in state.items():
         if key in own:
             loaded[key] = value
-        elif reason := _unused_reason(key):
+        elif reason := "ClassFine's linear head" if key in LINEAR_HEAD_KEYS else _unused_reason(key):
             dropped[reason] = dropped.get(reason, 0) + 1
         else:
             unexpected.append(key)
@@ -493,8 +663,9 @@ def load_tower(model: nn.Module, state: dict[str, Tensor], path: str) -> LoadRep
         for title, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misfits))
         if keys
     ]
-    if len(new) == 1:
-        problems.append(f"half a head: {new[0]} is missing")
+    half = [key for key in LINEAR_HEAD_KEYS if key in new]
+    if len(half) == 1:
+        problems.append(f"half a head: {half[0]} is missing")
     if problems:
         raise CheckpointError(f"{path} does not fit a CT-CLIP image tower ({'; '.join(problems)}). Nothing was loaded")
     model.load_state_dict(loaded, strict=False)  # complete by the checks above; only the named `new` may be absent
@@ -576,9 +747,17 @@ def slice_triplets(volume: Tensor, count: int) -> Tensor:
     return volume[:, 0, index]
 
 
+def _pool(maps: Tensor) -> Tensor:
+    """(B, S, C, h, w) -> (B, C)"""
+    return maps.mean((3, 4)).mean(1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The classifier
 # ----------------------------------------------------------------------------------------------------------------------
+
+HEAD_PREFIXES = ("attention.", "classifier.")  # of all that is not backbone
+LATENT_CHUNK = 64  # volumes whose latents are computed at once from codes: 75 MB in between, at the published size
 
 
 class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
@@ -591,8 +770,17 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         attention: None, or "cbam" for channel and spatial attention on the slice backbone's feature map.
         pretrained: ImageNet weights for the slice backbone.
         n_slices: how many slice triplets of a volume the slice variant looks at (cost and memory grow with it).
-        dropout: before the last linear layer, in training.
+        dropout: in the head, in training.
         sizes: of a CT-CLIP tower with random weights, for `from_pretrained` and for training one from nothing.
+        head: of a CT-CLIP variant; a slice backbone has "linear" only.
+
+            | head      | takes           | parameters | when                                                         |
+            |-----------|-----------------|------------|--------------------------------------------------------------|
+            | linear    | latent          | 9 thousand | few labels (hundreds), ClassFine's answers, a baseline       |
+            | mlp       | latent          | 0.1 M      | thousands of labels, findings that show in combinations      |
+            | attention | codes or tokens | 0.1 M      | small findings, which a mean over depth thins out; heat maps |
+
+            (at the published size). Linear and mlp cost nothing next to the latent. See MLPHead and AttentionHead.
 
     Raises:
         FileNotFoundError: `ctclip_path` does not exist. Never random weights in its place.
@@ -609,8 +797,14 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         n_slices: int = 8,
         dropout: float = 0.3,
         sizes: dict[str, int] | None = None,
+        head: str = "linear",
     ):
         super().__init__()
+        if head not in HEADS:
+            raise ValueError(f"head='{head}' is not known; expected one of {', '.join(HEADS)}")
+        if head != "linear" and ctclip_path is None and sizes is None:
+            raise ValueError(f"head='{head}' is for CT-CLIP; a slice backbone (ctclip_path=None) takes head='linear'")
+        self.head_name = head
         self.dropout = nn.Dropout(dropout)
         self.backbone_frozen = False
         self.load_report: LoadReport | None = None
@@ -625,14 +819,14 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             with torch.device("meta") if state is not None else torch.device("cpu"):
                 self.visual_transformer = VisualTransformer(self.sizes)
                 self.to_visual_latent = nn.Linear(self.sizes.grid**2 * self.sizes.dim, self.sizes.latent, bias=False)
-            self.classifier = nn.Linear(self.sizes.latent, N_LABELS)
+            self.classifier = create_head(head, self.sizes, dropout)
         else:
             self._build_slice_variant(backbone, attention, pretrained, n_slices)
-        nn.init.zeros_(self.classifier.weight)
-        nn.init.zeros_(self.classifier.bias)
         if state is not None:
             self._materialise()
             self.load_report = load_tower(self, state, str(ctclip_path))
+        if head == "attention":
+            self.to_visual_latent.requires_grad_(False)  # it has no part in the logits; kept for `encode`
         # What `from_pretrained` needs to rebuild the model without the files it came from.
         self._hub_mixin_config = {
             "ctclip_path": None,
@@ -642,6 +836,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             "pretrained": False,
             "n_slices": n_slices,
             "dropout": dropout,
+            "head": head,
             "labels": list(ABNORMALITIES),
         }
 
@@ -653,7 +848,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         self.n_slices = n_slices
         self.backbone = SliceBackbone(backbone, pretrained)
         self.attention = nn.Identity() if attention is None else create_attn(attention, self.backbone.dim)
-        self.classifier = nn.Linear(self.backbone.dim, N_LABELS)
+        self.classifier = zero_linear(self.backbone.dim)
 
     def _materialise(self) -> None:
         """Gives the tower, built without memory, its storage: random initialisation of 0.7 GB is not worth its time."""
@@ -671,43 +866,118 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         """(D, H, W) that `ctclip_data.preprocess_volume` should produce for this model."""
         return self.sizes.input_shape if self.is_ctclip else SLICE_INPUT_SHAPE
 
+    @property
+    def compact_kind(self) -> str:
+        """What `compact` gives: "codes", "pooled" or "maps"."""
+        if self.is_ctclip:
+            return "codes"
+        return "pooled" if isinstance(self.attention, nn.Identity) else "maps"
+
     def _tower(self) -> list[nn.Module]:
-        return [self.visual_transformer, self.to_visual_latent] if self.is_ctclip else [self.backbone]
+        """What unfreezing trains. The attention head makes no use of latents, so that their projection is left out."""
+        if not self.is_ctclip:
+            return [self.backbone]
+        return (
+            [self.visual_transformer]
+            if self.head_name == "attention"
+            else [self.visual_transformer, self.to_visual_latent]
+        )
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         return [parameter for module in self._tower() for parameter in module.parameters()]
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Everything that is trained while the backbone is frozen (for the slice variant, the attention too)."""
-        tower = {id(parameter) for parameter in self.backbone_parameters()}
-        return [parameter for parameter in self.parameters() if id(parameter) not in tower]
+        return [parameter for name, parameter in self.named_parameters() if name.startswith(HEAD_PREFIXES)]
 
     def head_state_dict(self) -> dict[str, Tensor]:
-        """Tensors of everything that is not backbone, under the names they have in `state_dict()`."""
-        tower = {id(tensor) for module in self._tower() for tensor in module.state_dict(keep_vars=True).values()}
-        return {key: value.detach() for key, value in self.state_dict(keep_vars=True).items() if id(value) not in tower}
+        """Tensors of what `head_parameters` names, buffers included, under the names they have in `state_dict()`."""
+        return {key: value for key, value in self.state_dict().items() if key.startswith(HEAD_PREFIXES)}
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """Every tensor that `compact` depends on, by name: what a cache of it has to be keyed by."""
+        state = self.state_dict()
+        if self.is_ctclip:
+            return {key: value for key, value in state.items() if key.startswith("visual_transformer.")}
+        state = {key: value for key, value in state.items() if key.startswith("backbone.")}
+        fixed = {"mean": self.backbone.mean, "std": self.backbone.std, "n_slices": torch.tensor(self.n_slices)}
+        return state | {f"backbone.{key}": value for key, value in fixed.items()}
+
+    def layers(self) -> list[list[str]]:
+        """Names of the backbone's parameters in layers, from input to output; each name once.
+
+        timm's grouping. CT-CLIP: patch embedding and spatial bias, each spatial layer, each temporal layer.
+        """
+        from timm.models import group_parameters
+
+        body, prefix = (
+            (self.visual_transformer, "visual_transformer.") if self.is_ctclip else (self.backbone.net, "backbone.net.")
+        )
+        names = [name for name, _ in body.named_parameters()]
+        matcher = body.group_matcher() if hasattr(body, "group_matcher") else None
+        if isinstance(matcher, dict):
+            # What no pattern takes (a last norm, parts that stay unused without timm's classifier) is in the last layer.
+            matcher = matcher | {"rest": ((".", (99999,)),)}
+        groups = [names] if matcher is None else group_parameters(body, matcher).values()
+        layers = [[prefix + name for name in group] for group in groups]
+        if self.is_ctclip and self.head_name != "attention":
+            layers[-1].append("to_visual_latent.weight")
+        return layers
 
     # -- freezing ------------------------------------------------------------------------------------------------------
 
     def freeze_backbone(self) -> None:
         """No gradients, and evaluation mode even under `train()`: no tensor of the backbone moves."""
-        self._set_frozen(True)
+        self._set_open(set())
 
-    def unfreeze_backbone(self) -> None:
-        """Gradients for the backbone, through the quantiser straight-through; the codebook stays fixed."""
-        self._set_frozen(False)
+    def unfreeze_backbone(self, layers: int | None = None) -> None:
+        """Gradients for the backbone, through the quantiser straight-through; the codebook stays fixed.
 
-    def _set_frozen(self, frozen: bool) -> None:
-        self.backbone_frozen = frozen
-        for parameter in self.backbone_parameters():
-            parameter.requires_grad_(not frozen)
+        Args:
+            layers: only the last so many of `layers()`; those below stay as frozen as under `freeze_backbone`, and
+                the backward pass ends above them. None, or more than there are: all.
+        """
+        if layers is not None and layers < 1:
+            raise ValueError(f"layers is {layers}, expected at least 1, or None for all; freeze_backbone() opens none")
+        chosen = self.layers() if layers is None else self.layers()[-layers:]
+        self._set_open({name for layer in chosen for name in layer})
+
+    def _set_open(self, names: set[str]) -> None:
+        self.backbone_frozen = not names
+        backbone = {id(parameter) for parameter in self.backbone_parameters()}
+        for name, parameter in self.named_parameters():
+            if id(parameter) in backbone:
+                parameter.requires_grad_(name in names)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> CTCLIPMultiAbnormalityModel:
+        """Parts of the backbone whose parameters are all frozen stay in evaluation mode (batch statistics, drop path)."""
         super().train(mode)
-        for module in self._tower():
-            module.train(mode and not self.backbone_frozen)
+        for module in (part for tower in self._tower() for part in tower.modules()):
+            if any(True for _ in module.parameters()) and not _any_open(module):
+                module.eval()
         return self
+
+    def set_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Unfrozen training in less memory: a layer's inside is computed again in the backward pass, a third more time.
+
+        Gradients are the same. In a slice backbone, running batch statistics move twice per step (timm's way).
+        Raises ValueError for a slice backbone that has no such mode.
+        """
+        if self.is_ctclip:
+            for transformer in (
+                self.visual_transformer.enc_spatial_transformer,
+                self.visual_transformer.enc_temporal_transformer,
+            ):
+                transformer.checkpointing = enabled
+            return
+        try:
+            self.backbone.net.set_grad_checkpointing(enabled)
+        except (AttributeError, AssertionError) as error:  # timm's answer for models without
+            name = self._hub_mixin_config["backbone"]
+            raise ValueError(
+                f"'{name}' has no gradient checkpointing; leave it off, or take a smaller batch"
+            ) from error
 
     # -- forward -------------------------------------------------------------------------------------------------------
 
@@ -721,25 +991,65 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
     def features(self, x: Tensor) -> Tensor:
         """What the head takes; constant for a frozen backbone, so it needs computing once per volume.
 
-        CT-CLIP: latents (B, L). Slice variant: feature maps (B, S, C, h, w).
+        CT-CLIP, linear and mlp: latents (B, L). CT-CLIP, attention: code ids (B, T, h, w) int64, or quantised tokens
+        (B, T, h, w, C) where a gradient reaches them. Slice variant: pooled (B, C), with cbam maps (B, S, C, h, w).
         """
-        if self.is_ctclip:
+        if not self.is_ctclip:
+            return self._slice_features(x)
+        if self.head_name != "attention":
             return self.encode(x)
+        tokens, quantizer = self.visual_transformer(self._as_volume(x)), self.visual_transformer.vq
+        return quantizer(tokens) if tokens.requires_grad else quantizer.code_ids(tokens)
+
+    def _slice_features(self, x: Tensor) -> Tensor:
         if x.ndim == 5:
             self._check_volume(x)
             slices = slice_triplets(x, self.n_slices)  # (B, S, 3, H, W)
         else:
             self._check_slices(x)
             slices = x[:, None]
-        return self.backbone(slices.flatten(0, 1)).unflatten(0, slices.shape[:2])
+        maps = self.backbone(slices.flatten(0, 1)).unflatten(0, slices.shape[:2])  # (B, S, C, h, w)
+        return maps if self.compact_kind == "maps" else _pool(maps)
 
     def head(self, features: Tensor) -> Tensor:
-        """Output of `features` -> logits (B, 18). CT-CLIP: ClassFine's ReLU, dropout, linear."""
+        """Output of `features`, or of `from_compact`, -> logits (B, 18)."""
+        if self.head_name == "attention":
+            return self.classifier(features, self.codebook)
         if self.is_ctclip:
             return self.classifier(self.dropout(features.relu()))
-        maps = self.attention(features.flatten(0, 1))  # (B*S, C, h, w)
-        pooled = maps.mean((2, 3)).unflatten(0, features.shape[:2]).mean(1)  # (B, C)
-        return self.classifier(self.dropout(pooled))
+        if self.compact_kind == "maps":
+            features = _pool(self.attention(features.flatten(0, 1)).unflatten(0, features.shape[:2]))
+        return self.classifier(self.dropout(features))
+
+    @torch.no_grad()
+    def compact(self, x: Tensor) -> Tensor:
+        """The smallest thing that stands in for a volume exactly while the backbone stays as it is: what to cache.
+
+        CT-CLIP: code ids (B, T, h, w) int64. Slice variant: what `features` gives. In evaluation mode or with a frozen
+        backbone; batch statistics and drop path of a training backbone make every pass another.
+        """
+        return self.code_ids(x) if self.is_ctclip else self.features(x)
+
+    def from_compact(self, compact: Tensor) -> Tensor:
+        """Output of `compact`, codes in any integer type -> what the head takes (with frozen backbone: `features`)."""
+        if not self.is_ctclip:
+            return compact
+        codes = compact.int()  # torch cannot index with uint16, which is what codes are stored in
+        if self.head_name == "attention":
+            return codes
+        return torch.cat([self._latents(chunk) for chunk in codes.split(LATENT_CHUNK)])
+
+    def _latents(self, codes: Tensor) -> Tensor:
+        """(B, T, h, w) -> (B, L), L2-normalised: `project(lookup(codes))` without the (B, T, h, w, C) in between."""
+        B, T, h, w = codes.shape
+        columns = codes.movedim(1, -1).reshape(B * h * w, T)
+        means = F.embedding_bag(columns, self.codebook, mode="mean")  # (B*h*w, C)
+        return F.normalize(self.to_visual_latent(means.view(B, -1)), dim=-1)
+
+    @property
+    def codebook(self) -> Tensor:
+        """(codes, C), as stored. CT-CLIP variants only."""
+        return self.visual_transformer.vq._codebook.embed[0]
 
     def encode(self, x: Tensor) -> Tensor:
         """Volume or slices -> latents (B, L), L2-normalised. CT-CLIP variants only."""
@@ -820,15 +1130,17 @@ class AggressiveFocalLoss(nn.Module):
     Args:
         alpha: in (0, 1). At 0.5 an unsure case (probability one half) gets a logit of 0; above, the logit goes down.
         gamma: at least 0; higher values leave the easy cases alone. 0 is a weighted cross-entropy.
+        weight: (18,) or what else broadcasts to the labels; multiplies the loss of each, as in nn.BCEWithLogitsLoss.
     """
 
-    def __init__(self, alpha: float = 0.85, gamma: float = 4.0):
+    def __init__(self, alpha: float = 0.85, gamma: float = 4.0, weight: Tensor | None = None):
         super().__init__()
         if not 0 < alpha < 1:
             raise ValueError(f"alpha is {alpha}, expected a number between 0 and 1 (it weighs the negatives)")
         if not 0 <= gamma < math.inf:
             raise ValueError(f"gamma is {gamma}, expected a finite number of at least 0")
         self.alpha, self.gamma = alpha, gamma
+        self.register_buffer("weight", weight)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """logits and labels of the same shape -> scalar, float32. Computed in float32 through log-sigmoids, so that
@@ -840,7 +1152,8 @@ class AggressiveFocalLoss(nn.Module):
             log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
             positive = (1 - self.alpha) * labels * torch.exp(self.gamma * log_not_p) * -log_p
             negative = self.alpha * (1 - labels) * torch.exp(self.gamma * log_p) * -log_not_p
-            return 2 ** (self.gamma + 1) * (positive + negative).mean()
+            loss = positive + negative if self.weight is None else (positive + negative) * self.weight
+            return 2 ** (self.gamma + 1) * loss.mean()
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, gamma={self.gamma}"
@@ -849,6 +1162,48 @@ class AggressiveFocalLoss(nn.Module):
 def create_balanced_loss(alpha: float = 0.85, gamma: float = 4.0) -> AggressiveFocalLoss:
     """The loss against over-prediction; see AggressiveFocalLoss for which way each number pushes."""
     return AggressiveFocalLoss(alpha, gamma)
+
+
+def create_loss(
+    kind: str = "focal", alpha: float = 0.85, gamma: float = 4.0, label_weights: Tensor | None = None
+) -> nn.Module:
+    """The loss that `kind` names, a mean over volumes and labels. Move it to the logits' device.
+
+    Args:
+        kind: "focal" (AggressiveFocalLoss with `alpha` and `gamma`), "bce" (cross-entropy: probabilities that fit the
+            label rate) or "asl" (timm's asymmetric loss with its own constants: ranks well, probabilities too high).
+        label_weights: (18,), multiplies the loss of each label, positives and negatives alike.
+    """
+    if kind == "focal":
+        return AggressiveFocalLoss(alpha, gamma, label_weights)
+    if kind == "bce":
+        return nn.BCEWithLogitsLoss(weight=label_weights)
+    if kind != "asl":
+        raise ValueError(f"loss '{kind}' is not known; expected focal, bce or asl")
+    import timm
+    from timm.loss import AsymmetricLossMultiLabel
+
+    try:
+        return AsymmetricLossMultiLabel(reduction="mean", weight=label_weights)
+    except TypeError as error:
+        raise ValueError(
+            f"timm {timm.__version__} has no asymmetric loss with a mean; expected the version in requirements.txt: "
+            "run python ctclip_setup.py"
+        ) from error
+
+
+def balanced_label_weights(labels: Tensor) -> Tensor:
+    """Weights for `create_loss` from the training labels (n, 18): one over the rate of each label's rarer side.
+
+    At most ten times the smallest, and 1 on average; a label with one side only teaches nothing and gets the smallest.
+    All cases of a label weigh the same, positive or negative: unlike a weight on positives, this shifts attention
+    between labels and pushes no probability up or down.
+    """
+    rate = labels.float().mean(0)
+    rarer = torch.minimum(rate, 1 - rate)
+    weights = torch.where(rarer > 0, 1 / rarer, math.inf)
+    weights = torch.where(rarer > 0, weights, weights.min()).clamp(max=10 * weights.min().item())
+    return weights / weights.mean()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -884,7 +1239,7 @@ def describe(title: str, model: CTCLIPMultiAbnormalityModel, x: Tensor) -> None:
     labels = torch.zeros_like(logits)
     labels[:, ::2] = 1  # nine of eighteen
     loss = create_balanced_loss()(logits, labels).item()
-    untrained = not model.classifier.weight.any() and not model.classifier.bias.any()
+    untrained = not logits.any()
     note = "untrained head on balanced labels" if untrained else "trained head; an untrained one gives 0.6931"
     backbone = sum(p.numel() for p in model.backbone_parameters())
     head = sum(p.numel() for p in model.head_parameters())

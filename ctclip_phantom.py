@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from ctclip_data import PREVALENCE, labels_path, metadata_path, no_chest_path, volume_path
-from ctclip_model import ABNORMALITIES
+from ctclip_model import ABNORMALITIES, OneLineParser, replacing
 
 try:
     from isal import igzip  # three times as fast as zlib at the same size
@@ -1461,7 +1461,7 @@ def write_volume(data_dir: Path, plan: Plan) -> None:
     header["vox_offset"] = 352
     raw = header.binaryblock + bytes(4) + voxels.tobytes(order="F")
     packed = igzip.compress(raw, 1, mtime=0) if igzip is not None else gzip.compress(raw, 1, mtime=0)
-    _write_atomically(data_dir / plan.path, packed)
+    _write(data_dir / plan.path, packed)
 
 
 def is_phantom_cohort(data_dir: str | os.PathLike) -> bool:
@@ -1469,11 +1469,10 @@ def is_phantom_cohort(data_dir: str | os.PathLike) -> bool:
     return (Path(data_dir) / MANIFEST).is_file()
 
 
-def _write_atomically(path: Path, content: bytes | str) -> None:
+def _write(path: Path, content: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _write_tables(data_dir: Path, split: str, plans: list[Plan]) -> None:
@@ -1501,9 +1500,9 @@ def _write_tables(data_dir: Path, split: str, plans: list[Plan]) -> None:
             nx,
         )
         metadata.append(",".join(map(str, fields)))
-    _write_atomically(data_dir / labels_path(split), "\n".join(labels) + "\n")
-    _write_atomically(data_dir / metadata_path(split), "\n".join(metadata) + "\n")
-    _write_atomically(data_dir / no_chest_path(split), "".join(p.name + "\n" for p in plans if p.head))
+    _write(data_dir / labels_path(split), "\n".join(labels) + "\n")
+    _write(data_dir / metadata_path(split), "\n".join(metadata) + "\n")
+    _write(data_dir / no_chest_path(split), "".join(p.name + "\n" for p in plans if p.head))
 
 
 def _check_manifest(data_dir: Path, wanted: dict) -> bool:
@@ -1555,13 +1554,13 @@ def write_phantom_cohort(
     if _check_manifest(data_dir, wanted):
         return data_dir
     manifest = {**wanted, "complete": False, "note": DISCLAIMER}
-    _write_atomically(data_dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    _write(data_dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     plans = {split: plan_split(split, n, seed) for split, n in (("train", n_train), ("valid", n_valid))}
     for split, of_split in plans.items():
         _write_tables(data_dir, split, of_split)
     missing = [plan for of_split in plans.values() for plan in of_split if not (data_dir / plan.path).exists()]
     _write_all(data_dir, missing, workers or os.cpu_count() or 1, progress)
-    _write_atomically(data_dir / MANIFEST, json.dumps({**manifest, "complete": True}, indent=1) + "\n")
+    _write(data_dir / MANIFEST, json.dumps({**manifest, "complete": True}, indent=1) + "\n")
     return data_dir
 
 
@@ -1670,14 +1669,14 @@ def draw_montage(path: Path, progress: bool = True, spacing: Sequence[float] = (
     picture = Image.open(buffer).convert("L").quantize(64)
     packed = BytesIO()
     picture.save(packed, "PNG", optimize=True)
-    _write_atomically(path, packed.getvalue())
+    _write(path, packed.getvalue())
 
 
 # --------------------------------------------------------------------------------------------------------- script
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Write a cohort of synthetic chest CTs. " + DISCLAIMER)
+    parser = OneLineParser(description="Write a cohort of synthetic chest CTs. " + DISCLAIMER)
     cohort = parser.add_argument_group("cohort")
     cohort.add_argument("--data-dir", type=Path, help="folder for the cohort; reused if it holds the same one")
     cohort.add_argument("--train", type=int, default=200, help="training volumes, about 1 MB each (default 200)")
@@ -1686,16 +1685,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     cohort.add_argument("--workers", type=int, help="processes; changes the speed, not the files (default: all cores)")
     look = parser.add_argument_group("look")
     look.add_argument("--montage", type=Path, help="draw the 18 findings to this PNG instead of writing a cohort")
-    options = parser.parse_args([_dashes(word) for word in (sys.argv[1:] if arguments is None else arguments)])
+    options = parser.parse_args(arguments)
     if options.data_dir is None and options.montage is None:
         parser.error("found neither --data-dir nor --montage; name a folder for the cohort or a PNG file")
     return options
-
-
-def _dashes(word: str) -> str:
-    """--data_dir=a_b -> --data-dir=a_b; values stay as they are."""
-    flag, sign, value = word.partition("=")
-    return flag.replace("_", "-") + sign + value if word.startswith("--") else word
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

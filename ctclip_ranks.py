@@ -4,10 +4,13 @@ process, so that callers need no second path."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 class Ranks:
@@ -19,7 +22,9 @@ class Ranks:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device("cpu") if device is None else device
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # One rank may read slowly while the others wait: encoding a cohort takes hours.
+            wait = timedelta(hours=12)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=wait)
 
     @property
     def is_main(self) -> bool:
@@ -45,6 +50,12 @@ class Ranks:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
+
+    def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites each tensor with the main rank's."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -1,10 +1,13 @@
-"""Fine-tuning: the head on a frozen backbone first, then everything, with checkpoints that a run continues from.
+"""Fine-tuning: the head on a frozen backbone first, then layer by layer into it, with states that a run continues from.
 
-A frozen backbone gives the same features for a volume in every epoch, so the frozen stage computes them once and trains
-the head from memory. The unfrozen stage reads and encodes every volume in every epoch.
+A frozen backbone gives the same features for a volume in every epoch, so a frozen epoch reads them from the cache of
+`ctclip_cache` and costs next to nothing. An unfrozen epoch reads and encodes every volume.
 
     python ctclip_training.py --mode quick_test
-    python ctclip_training.py --mode full_train --data-dir D
+    python ctclip_training.py --mode full_train --data-dir D --cache-dir C
+    python ctclip_training.py --mode full_train --data-dir D --plan           what it will cost, before it costs
+    python ctclip_training.py --resume                                        after any interruption
+    torchrun --nproc-per-node=8 ctclip_training.py --mode full_train --data-dir D
 """
 
 from __future__ import annotations
@@ -12,245 +15,74 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
+import signal
 import sys
 import time
+import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from ctclip_cache import CacheError
 from ctclip_data import (
-    PUBLISHED_SHAPE,
     CohortError,
-    Volume,
     VolumeError,
-    load_cohort,
-    split_by_patient,
     volume_loader,
 )
 from ctclip_evaluation import (
     EvaluationError,
-    choose_device,
-    choose_precision,
-    choose_workers,
+    auroc_difference,
     compute_metrics,
     newest_run,
     predict_volumes,
+    run_record,
     write_table,
+    write_training_figure,
 )
 from ctclip_model import (
     ABNORMALITIES,
     CLASSFINE_PATH,
-    DEMO_PATH,
     CheckpointError,
     CTCLIPMultiAbnormalityModel,
     OneLineParser,
     PretrainedWeightsError,
-    create_balanced_loss,
     replacing,
 )
-from ctclip_phantom import is_phantom_cohort, write_phantom_cohort
+from ctclip_ranks import Ranks
+from ctclip_run import (
+    HEAD_LEARNING_RATE,
+    MOVABLE,
+    QUICK_TEST,
+    Interrupted,
+    Job,
+    Machine,
+    Run,
+    Split,
+    TrainingConfig,
+    TrainingError,
+    frozen_inputs,
+    load_features,
+    parts,
+    prepare,
+)
+from ctclip_state import StateError, load_newest, or_explain, save_state
 
-FEATURE_MEMORY = 4 * 2**30  # bytes of frozen features kept in memory; a larger cohort is encoded anew in every epoch
+CACHED_PIECE = 32  # a cached volume needs less than this fraction of the memory of one that is encoded
 
-# Peak rate of a head. A CT-CLIP latent has length 1, so its entries are small and the head's weights have far to go.
-HEAD_LEARNING_RATE = {"ctclip": 3e-2, "slice backbones": 1e-3}
-
-
-class TrainingError(ValueError):
-    """A run that cannot start or go on. One line: what was found, what was expected, what to do."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Everything a run depends on; the only owner of the defaults. Stored in run.json."""
-
-    mode: str = "full_train"
-    data_dir: str | None = None
-    train_volumes: int = 600  # built-in cohort only
-    valid_volumes: int = 250
-    limit: int | None = None
-    tuning_fraction: float = 0.2
-    model: str = "ctclip"
-    ctclip_path: str | None = None
-    use_attention: str = "none"
-    pretrained: bool = True
-    epochs: int = 22
-    freeze_epochs: int = 20
-    freeze_backbone: bool = False
-    batch_size: int = 16
-    learning_rate: float | None = None  # None: HEAD_LEARNING_RATE
-    backbone_learning_rate: float = 3e-5
-    weight_decay: float = 0.01
-    warmup_fraction: float = 0.05
-    clip_norm: float = 1.0
-    loss_type: str = "focal"
-    alpha: float = 0.35
-    gamma: float = 2.0
-    seed: int = 0
-
-    @property
-    def head_learning_rate(self) -> float:
-        kind = "ctclip" if self.model == "ctclip" else "slice backbones"
-        return HEAD_LEARNING_RATE[kind] if self.learning_rate is None else self.learning_rate
-
-    @property
-    def frozen_epochs(self) -> int:
-        return self.epochs if self.freeze_backbone else min(self.freeze_epochs, self.epochs)
-
-    def check(self) -> None:
-        """Raises TrainingError for a value that makes no run."""
-        bounds = {
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "freeze_epochs": (self.freeze_epochs >= 0, "at least 0"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "learning_rate": (self.head_learning_rate > 0, "above 0"),
-            "backbone_learning_rate": (self.backbone_learning_rate >= 0, "at least 0"),
-            "tuning_fraction": (0 < self.tuning_fraction < 1, "between 0 and 1"),
-            "alpha": (0 < self.alpha < 1, "between 0 and 1 (it weighs the negatives)"),
-            "gamma": (0 <= self.gamma < math.inf, "a finite number of at least 0"),
-            "weight_decay": (self.weight_decay >= 0, "at least 0"),
-            "clip_norm": (self.clip_norm > 0, "above 0"),
-            "warmup_fraction": (0 <= self.warmup_fraction <= 1, "between 0 and 1"),
-            "seed": (self.seed >= 0, "at least 0"),
-            "limit": (self.limit is None or self.limit >= 2, "at least 2 volumes"),
-        }
-        for name, (good, expected) in bounds.items():
-            if not good:
-                raise TrainingError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected {expected}")
-
-
-# What `--mode quick_test` changes: three epochs of which the last is unfrozen, on so many training and tuning volumes;
-# the cohort is a little larger, because a split by patient cannot hit two numbers exactly.
-QUICK_TEST = {"train_volumes": 270, "valid_volumes": 100, "epochs": 3, "freeze_epochs": 2}
-QUICK_TEST_VOLUMES = (200, 50)
+BAD_STEPS = 3  # steps in a row whose loss is not finite, after which a run ends
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Before the first step: data, model, features
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def built_in_cohort(n_train: int, n_valid: int, workers: int | None = None) -> Path:
-    """Folder of the phantom cohort of this size, made on first use. Prints the one line that says what it is."""
-    folder = Path("data", f"phantoms_{n_train}_{n_valid}")
-    print(
-        f"No --data-dir: using the built-in cohort of synthetic chests in {folder}. "
-        "Its results speak of the pipeline, not of patients."
-    )
-    try:
-        return write_phantom_cohort(folder, n_train, n_valid, workers=workers)
-    except ValueError as error:  # a cohort of another version in that folder, or a size that makes none
-        raise TrainingError(str(error)) from error
-
-
-def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormalityModel:
-    """The model that `--model` names: CT-CLIP from its weights file, or a timm backbone."""
-    if config.model == "ctclip":
-        if config.use_attention != "none":
-            raise TrainingError(
-                f"--use-attention {config.use_attention} is for slice backbones (--model efficientnet_b0, ...); "
-                "CT-CLIP attends by itself: leave the flag out"
-            )
-        return CTCLIPMultiAbnormalityModel(config.ctclip_path or (DEMO_PATH if phantom else CLASSFINE_PATH))
-    if config.ctclip_path:
-        raise TrainingError(f"--ctclip-path goes with --model ctclip, found --model {config.model}: leave one out")
-    attention = None if config.use_attention == "none" else config.use_attention
-    try:
-        return CTCLIPMultiAbnormalityModel(None, config.model, attention=attention, pretrained=config.pretrained)
-    except ValueError as error:
-        raise TrainingError(f"--model: {error}; or 'ctclip'") from error
-
-
-def create_loss(config: TrainingConfig) -> torch.nn.Module:
-    if config.loss_type == "focal":
-        return create_balanced_loss(config.alpha, config.gamma)
-    return torch.nn.BCEWithLogitsLoss()
-
-
-@dataclass
-class Split:
-    """The volumes of one side of the split, and their features while the backbone is frozen."""
-
-    volumes: list[Volume]
-    features: Tensor | None = None
-
-    @property
-    def labels(self) -> Tensor:
-        return torch.from_numpy(np.stack([volume.labels for volume in self.volumes]))
-
-
-@torch.no_grad()
-def cache_features(model: CTCLIPMultiAbnormalityModel, splits: dict[str, Split], run: Run) -> None:
-    """Fills `features` of every split and drops the volumes that cannot be read (reported, counted in the run).
-
-    Left empty when the features of all volumes would not fit FEATURE_MEMORY.
-    """
-    model.eval()
-    total = sum(len(split.volumes) for split in splits.values())
-    for name, split in splits.items():
-        rows: dict[int, Tensor] = {}
-        size = piece_size(model.input_shape, run.batch_size)
-        loader = volume_loader(split.volumes, model.input_shape, size, num_workers=run.workers)
-        progress = tqdm(total=len(split.volumes), desc=f"encode {name}", unit="vol", delay=2)
-        for batch in loader:
-            run.record(name, split.volumes, batch)
-            progress.update(len(batch.index) + len(batch.failures))
-            if not len(batch.index):
-                continue
-            with run.autocast():
-                features = model.features(batch.volumes.to(run.device))
-            features = features.half() if features.ndim > 2 else features.float()  # maps are large, vectors are not
-            rows |= dict(zip(batch.index.tolist(), features.cpu(), strict=True))
-            if features[0].nbytes * total > FEATURE_MEMORY:
-                progress.close()
-                print(
-                    f"Frozen features of {total} volumes need {features[0].nbytes * total / 2**30:.1f} GB: "
-                    "not kept in memory, every frozen epoch encodes anew"
-                )
-                return
-        progress.close()
-        if not rows:
-            raise TrainingError(f"none of the {len(split.volumes)} {name} volumes could be read; see the lines above")
-        split.volumes = [split.volumes[i] for i in sorted(rows)]
-        split.features = torch.stack([rows[i] for i in sorted(rows)])
-
-
-class Run:
-    """One run's folder, device and bookkeeping: which volumes were read how, and which failed."""
-
-    def __init__(self, folder: Path, config: TrainingConfig, device: str | None, workers: int | None):
-        self.folder = folder
-        self.config = config
-        self.batch_size = config.batch_size
-        self.device = choose_device(device)
-        self.workers = choose_workers(workers)
-        self.dtype = choose_precision(self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.failures: dict[str, str] = {}
-        self.readings: dict[str, str] = {}
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-    def record(self, role: str, volumes: list[Volume], batch) -> None:
-        """Keeps the verdicts and failures of a batch; a failure is printed once."""
-        for name, reason in batch.failures:
-            if name not in self.failures:
-                tqdm.write(f"left out ({role}): {name}: {reason}")
-            self.failures[name] = reason
-        for index, verdict in zip(batch.index.tolist(), batch.verdicts, strict=True):
-            self.readings[volumes[index].name] = verdict.reading
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop
+# What moves: optimiser, averages, exchange between ranks
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -263,190 +95,506 @@ def schedule(progress: float, start: float, end: float, warmup: float) -> float:
     return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def create_optimizer(model: CTCLIPMultiAbnormalityModel, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over head and backbone; no weight decay on vectors (norms, scales, biases)."""
-    groups = []
-    for name, parameters, rate in (
-        ("head", model.head_parameters(), config.head_learning_rate),
-        ("backbone", model.backbone_parameters(), config.backbone_learning_rate),
-    ):
-        for decayed in (True, False):
-            chosen = [p for p in parameters if (p.ndim > 1) == decayed]
-            decay = config.weight_decay if decayed else 0.0
-            groups.append({"params": chosen, "name": name, "peak": rate, "lr": 0.0, "weight_decay": decay})
-    return torch.optim.AdamW(groups)
+class Averages:
+    """Exponential moving average of the parameters that move (timm's ModelEmaV3), by name. Off with decay 0."""
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.steps = 0
+        self.average = None
+        self.live = nn.ParameterDict()
+
+    def follow(self, parameters: dict[str, nn.Parameter]) -> None:
+        """From now on average these; an average that exists goes on, a new one starts at the present value."""
+        if not self.decay:
+            return
+        from timm.utils import ModelEmaV3
+
+        before = self.tensors()
+        self.live = nn.ParameterDict({name.replace(".", "/"): value for name, value in parameters.items()})
+        self.average = ModelEmaV3(self.live, decay=self.decay, use_warmup=True)
+        self.set({name: value for name, value in before.items() if name in parameters})
+
+    def update(self) -> None:
+        if self.average is not None:
+            self.steps += 1
+            self.average.update(self.live, step=self.steps)
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self.average is None:
+            return {}
+        return {name.replace("/", "."): value.detach() for name, value in self.average.module.items()}
+
+    @torch.no_grad()
+    def set(self, tensors: dict[str, Tensor]) -> None:
+        own = self.tensors()
+        for name, value in tensors.items():
+            own[name].copy_(value)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, config: TrainingConfig, progress: float) -> None:
-    for group in optimizer.param_groups:
-        start = config.frozen_epochs if group["name"] == "backbone" else 0
-        if start < config.epochs:
-            group["lr"] = group["peak"] * schedule(progress, start, config.epochs, config.warmup_fraction)
+@contextmanager
+def weights_of(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Inside the block the model has these tensors, by name; afterwards its own again."""
+    own = {name: value for name, value in model.state_dict(keep_vars=True).items() if name in tensors}
+    with torch.no_grad():
+        before = {name: value.detach().clone() for name, value in own.items()}
+        for name, value in own.items():
+            value.copy_(tensors[name])
+        try:
+            yield
+        finally:
+            for name, value in own.items():
+                value.copy_(before[name])
 
 
-def piece_size(shape: tuple[int, int, int], batch_size: int) -> int:
-    """Volumes read and encoded at once: the largest divisor of the batch size within the voxels of two published ones.
+class GradientExchange(nn.Module):
+    """Averages accumulated gradients over ranks with DistributedDataParallel, in one pass without data.
 
-    A batch of 16 published volumes would be 3.5 GB before the network sees it; its gradients are accumulated instead.
+    Volumes go through the model itself, so that a rank may need more passes than another, run out of memory, or have
+    nothing readable in a step, without leaving the others waiting inside a backward pass.
     """
-    most = max(1, 2 * math.prod(PUBLISHED_SHAPE) // math.prod(shape))
-    return max(size for size in range(1, batch_size + 1) if batch_size % size == 0 and size <= most)
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        super().__init__()
+        self.open = nn.ParameterList(parameters)
+
+    def forward(self) -> Tensor:
+        return sum(parameter.sum() for parameter in self.open) * 0.0
 
 
-def training_batches(
-    split: Split, run: Run, shape: tuple[int, int, int], epoch: int
-) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
-    """(input, labels, share, last) on the device, shuffled by seed and epoch: cached features where there are some,
-    else volumes in pieces of a batch. `share` is the piece's part of its batch, `last` says that this completes it."""
+class Moving:
+    """The parameters that move at present, with optimiser, averages and the exchange between ranks."""
+
+    def __init__(self, run: Run, model: CTCLIPMultiAbnormalityModel):
+        self.run, self.model, self.config = run, model, run.config
+        self.layers = model.layers()
+        self.open = 0
+        self.epoch = -1  # up to which `advance` has been called
+        self.averages = Averages(self.config.ema_decay)
+        self.exchange: nn.Module | None = None
+        by_name = dict(model.named_parameters())
+        head = {id(parameter) for parameter in model.head_parameters()}
+        self.names = [name for name, parameter in by_name.items() if id(parameter) in head]
+        self.optimizer = torch.optim.AdamW(self._groups("head", self.names, self.config.head_learning_rate, 0))
+
+    def _groups(self, title: str, names: Sequence[str], rate: float, start: int) -> list[dict]:
+        """AdamW groups for these parameters; no weight decay on vectors (norms, scales, biases)."""
+        parameters = dict(self.model.named_parameters())
+        groups = []
+        for decayed in (True, False):
+            chosen = [parameters[name] for name in names if (parameters[name].ndim > 1) == decayed]
+            decay = self.config.weight_decay if decayed else 0.0
+            settings = {"title": title, "peak": rate, "start": start, "lr": 0.0, "weight_decay": decay}
+            groups += [{"params": chosen} | settings] if chosen else []
+        return groups
+
+    def advance(self, epoch: int) -> None:
+        """Opens the layers that are due up to this epoch, those nearest to the output first."""
+        for at in range(self.config.frozen_epochs, epoch + 1):
+            due = self.config.open_layers(at, len(self.layers))
+            for below in range(self.open, due):  # layers between this one and the output
+                names = self.layers[-1 - below]
+                rate = self.config.backbone_learning_rate * self.config.layer_decay**below
+                for group in self._groups(f"layer {len(self.layers) - below}", names, rate, at):
+                    self.optimizer.add_param_group(group)
+                self.names = [*self.names, *names]
+            self.open = max(self.open, due)
+        self.epoch = epoch
+        if self.open:
+            self.model.unfreeze_backbone(None if self.open == len(self.layers) else self.open)
+        else:
+            self.model.freeze_backbone()
+        parameters = self.parameters()
+        self.averages.follow(parameters)
+        if self.run.ranks.world > 1:
+            device = [self.run.device] if self.run.device.type == "cuda" else None
+            self.exchange = nn.parallel.DistributedDataParallel(
+                GradientExchange(list(parameters.values())), device_ids=device
+            )
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        everything = dict(self.model.named_parameters())
+        return {name: everything[name] for name in self.names}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that may have moved: open parameters, and running statistics of an open slice backbone."""
+        found = {name: value.detach() for name, value in self.parameters().items()}
+        if self.open and not self.model.is_ctclip:  # CT-CLIP's buffers (codebook, zeros) are fixed
+            found |= dict(self.model.named_buffers())
+        saved = self.model.state_dict()
+        return {name: value for name, value in found.items() if name in saved}
+
+    def best_tensors(self) -> dict[str, Tensor]:
+        """What is evaluated and saved: averages where there are any."""
+        return self.tensors() | self.averages.tensors()
+
+    def set_learning_rates(self, progress: float) -> None:
+        for group in self.optimizer.param_groups:
+            warmup, end = self.config.warmup_fraction, self.config.epochs
+            group["lr"] = group["peak"] * schedule(progress, group["start"], end, warmup)
+
+    def step(self, progress: float) -> bool:
+        """One optimiser step from the gradients of all ranks; False, and no step, if they are not finite."""
+        scaler = self.run.scaler
+        if self.exchange is not None:
+            with warnings.catch_warnings():  # on the strides of an axis of length 1
+                warnings.filterwarnings("ignore", message="Grad strides do not match")
+                self.exchange().backward()
+        if all(parameter.grad is None for parameter in self.parameters().values()):
+            return True  # nothing of this step could be read
+        self.set_learning_rates(progress)
+        scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters().values(), self.config.clip_norm)
+        # With loss scaling an overflow is no defect: the scaler leaves the step out and lowers its scale.
+        finite = scaler.is_enabled() or bool(norm.isfinite())
+        if finite:
+            scaler.step(self.optimizer)
+            scaler.update()
+            self.averages.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One step, one evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What a rank saw in one step: the sum of its losses, how many volumes, and those whose loss is not finite."""
+
+    loss_sum: float = 0.0
+    seen: int = 0
+    bad: list[str] = field(default_factory=list)
+
+
+def batches_of(split: Split, run: Run, epoch: int) -> list[list[int]]:
+    """Indices of the volumes of every step of an epoch, for all ranks together; the same for every call."""
     generator = torch.Generator().manual_seed(run.config.seed * 100_003 + epoch)
     order = torch.randperm(len(split.volumes), generator=generator)
-    if split.features is not None:
+    return [batch.tolist() for batch in order.split(run.config.batch_size)]
+
+
+def pieces_of(
+    run: Run, model: CTCLIPMultiAbnormalityModel, split: Split, batches: Sequence[list[int]], epoch: int
+) -> Iterator[tuple[Tensor, Tensor, list[str], bool]]:
+    """(input, labels, names, last) of this rank, on the device, in pieces of a step. Every step has a last piece, even
+    where nothing in it could be read."""
+    pieces, ends = [], []
+    for batch in batches:
+        mine = run.ranks.share(batch)
+        size = run.micro_batch * (1 if split.rows is None else CACHED_PIECE)
+        cut = [mine[start : start + size] for start in range(0, len(mine), size)] or [[]]
+        pieces += cut
+        ends += [False] * (len(cut) - 1) + [True]
+    if split.rows is not None:
         labels = split.labels
-        for rows in tqdm(order.split(run.batch_size), desc=f"epoch {epoch + 1}", delay=2, leave=False):
-            yield split.features[rows].to(run.device).float(), labels[rows].to(run.device), 1.0, True
+        for piece, last in zip(pieces, ends, strict=True):
+            inputs = frozen_inputs(run, model, split, piece) if piece else torch.empty(0)
+            yield inputs, labels[piece].to(run.device), [split.volumes[i].name for i in piece], last
         return
-    volumes = [split.volumes[i] for i in order]
-    size = piece_size(shape, run.batch_size)
-    loader = volume_loader(volumes, shape, size, num_workers=run.workers)
-    for i, batch in enumerate(tqdm(loader, desc=f"epoch {epoch + 1}", delay=2, leave=False)):
-        run.record("train", volumes, batch)
-        first = i * size // run.batch_size * run.batch_size
-        whole = min(run.batch_size, len(volumes) - first)
-        last = (i + 1) * size >= first + whole
-        share = len(batch.index) / whole
-        yield batch.volumes.to(run.device, non_blocking=True), batch.labels.to(run.device), share, last
+    seed = run.config.seed * 100_003 + epoch if run.config.augment else None
+    loader = volume_loader(split.volumes, model.input_shape, pieces=pieces, num_workers=run.workers, augment_seed=seed)
+    for batch, last in zip(loader, ends, strict=True):
+        run.record("train", split.volumes, batch)
+        names = [split.volumes[i].name for i in batch.index.tolist()]
+        yield batch.volumes.to(run.device, non_blocking=True), batch.labels.to(run.device), names, last
+
+
+def accumulate(
+    run: Run,
+    model: CTCLIPMultiAbnormalityModel,
+    criterion: nn.Module,
+    stream: Iterator[tuple[Tensor, Tensor, list[str], bool]],
+    whole: int,
+    cached: bool,
+) -> Outcome:
+    """Adds this rank's gradients of one step, of `whole` volumes over all ranks, piece by piece."""
+    outcome = Outcome()
+    for inputs, labels, names, last in stream:
+        if len(labels):
+            with run.autocast():
+                logits = model.head(inputs) if cached else model(inputs)
+            loss = criterion(logits.float(), labels)
+            if loss.isfinite():
+                # Gradients are averaged over ranks, and each rank only has its share of the step.
+                share = len(labels) / whole * run.ranks.world
+                run.scaler.scale(loss * share).backward()
+                outcome.loss_sum += loss.item() * len(labels)
+                outcome.seen += len(labels)
+            else:
+                finite = logits.isfinite().all(1).tolist()
+                culprits = [name for name, good in zip(names, finite, strict=True) if not good]
+                outcome.bad += culprits or names
+        if last:
+            return outcome
+    raise AssertionError("a step without a last piece")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the GPU or on the CPU (whose allocator raises a plain RuntimeError)."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def random_state(run: Run) -> dict[str, Tensor]:
+    on_gpu = {"cuda": torch.cuda.get_rng_state(run.device)} if run.device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state()} | on_gpu
+
+
+def set_random_state(run: Run, state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and run.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], run.device)
 
 
 @torch.no_grad()
-def tune(model: CTCLIPMultiAbnormalityModel, split: Split, run: Run, criterion: torch.nn.Module) -> tuple[dict, Tensor]:
-    """Metrics at 0.5 and loss on the tuning patients, and their logits (volumes that fail to read are dropped)."""
+def tune(model: CTCLIPMultiAbnormalityModel, split: Split, run: Run, criterion: nn.Module) -> tuple[dict, Tensor]:
+    """Metrics at 0.5 and loss on the tuning patients, and their logits (volumes that fail to read are dropped).
+
+    Every rank computes its share; all get the whole.
+    """
     model.eval()
-    if split.features is not None:
-        chunks = split.features.split(256)
-        logits = torch.cat([model.head(rows.to(run.device).float()).float().cpu() for rows in chunks])
+    mine = run.ranks.share(list(range(len(split.volumes))))
+    if split.rows is not None:
+        logits = [
+            model.head(frozen_inputs(run, model, split, mine[p.start : p.stop])).float().cpu() for p in parts(mine)
+        ]
+        found = dict(zip(mine, torch.cat(logits), strict=True)) if mine else {}
     else:
-        read, logits = predict_volumes(
-            model,
-            split.volumes,
-            batch_size=piece_size(model.input_shape, run.batch_size),
-            workers=run.workers,
-            on_batch=lambda batch: run.record("tuning", split.volumes, batch),
-        )
-        if not read:
-            raise TrainingError("none of the tuning volumes could be read; see the lines above")
-        split.volumes = [split.volumes[i] for i in read]
+        volumes = [split.volumes[i] for i in mine]
+
+        def on_batch(batch) -> None:
+            run.record("tuning", volumes, batch)
+            run.stop.check("the epoch's steps are saved")
+
+        read, logits = predict_volumes(model, volumes, run.micro_batch, run.workers, on_batch)
+        found = {mine[i]: row for i, row in zip(read, logits, strict=True)}
+    found = {i: row for part in run.ranks.gather(found) for i, row in part.items()}
+    if not found:
+        raise TrainingError("none of the tuning volumes could be read; see the lines above")
+    split.keep(sorted(found))
+    if split.rows is None:
+        run.exchange_records()
+    logits = torch.stack([found[i] for i in sorted(found)])
     metrics = compute_metrics(split.labels.numpy(), logits.sigmoid().numpy())
-    return metrics | {"loss": criterion(logits, split.labels).item()}, logits
+    loss = criterion(logits.to(run.device), split.labels.to(run.device)).item()
+    return metrics | {"loss": loss}, logits
 
 
-def train(config: TrainingConfig, folder: Path, device: str | None = None, workers: int | None = None) -> Path:
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Position:
+    """Where a run is, and what the epoch in progress has added up so far."""
+
+    epoch: int = 0
+    step: int = 0  # of this epoch
+    loss_sum: float = 0.0
+    seen: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    bad_names: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    falls: int = 0  # evaluations in a row that were worse than the best by more than the noise
+    stopped: str = ""  # why the run ended before its last epoch
+
+
+@dataclass
+class Best:
+    """The best evaluation so far. `tensors` holds its weights until they are written to the run's folder."""
+
+    score: float = -math.inf
+    epoch: int = 0
+    names: list[str] = field(default_factory=list)
+    logits: Tensor = field(default_factory=lambda: torch.zeros(0, len(ABNORMALITIES)))
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) -> Path:
     """Runs, or continues, the training that `folder` belongs to. Returns the folder.
 
-    Raises TrainingError, CohortError, CheckpointError, PretrainedWeightsError or FileNotFoundError with one line for
-    the user, and KeyboardInterrupt after which the same call with `--resume` goes on from the last finished epoch.
+    Raises one of USER_ERRORS or FileNotFoundError with one line for the user, and Interrupted (a KeyboardInterrupt)
+    after Ctrl-C or SIGTERM, when the state is saved: the same call goes on from there.
     """
-    config.check()
-    torch.manual_seed(config.seed)
-    run = Run(folder, config, device, workers)
-    data_dir = Path(config.data_dir) if config.data_dir else built_in_cohort(config.train_volumes, config.valid_volumes)
-    phantom = is_phantom_cohort(data_dir)
     start = time.perf_counter()
-    model = build_model(config, phantom).to(run.device)
-    cohort = load_cohort(data_dir, "train", limit=config.limit)
-    train_volumes, tuning_volumes = split_by_patient(cohort.volumes, config.tuning_fraction, config.seed)
-    if config.mode == "quick_test":
-        train_volumes, tuning_volumes = train_volumes[: QUICK_TEST_VOLUMES[0]], tuning_volumes[: QUICK_TEST_VOLUMES[1]]
-    splits = {"train": Split(train_volumes), "tuning": Split(tuning_volumes)}
-    criterion = create_loss(config)
-    optimizer = create_optimizer(model, config)
-    print_head(run, model, cohort, splits, data_dir)
-
+    job = prepare(config, folder, machine or Machine())
+    run, model, splits, criterion = job.run, job.model, job.splits, job.criterion
+    print_head(job)
+    position, best, history = Position(), Best(), []
+    moving = Moving(run, model)
     folder.mkdir(parents=True, exist_ok=True)
-    first, best, history = 0, -math.inf, []
-    state = load_state(folder)
+    state = load_newest(folder, run.say)
     if state is not None:
-        first, best, history = state["epoch"], state["best"], state["history"]
-        restore(state, run, model, optimizer, splits)
-        print(f"Continuing after epoch {first} of {config.epochs}")
-    write_run_file(run, data_dir, phantom, splits, cohort, "running")
+        position, best, history = restore(state, run, splits, moving)
+        left = position.stopped or f"going on after epoch {position.epoch} of {config.epochs} and {position.step} steps"
+        run.say(f"State found: {left}")
+    else:
+        torch.manual_seed(config.seed + run.ranks.rank)  # ranks drop other units
+    write_run_file(job, "running")
+    writer = open_tensorboard(run, position)
+    saved = time.perf_counter()
+    trained = 0
 
-    frozen = None
-    trained_volumes = 0
-    for epoch in range(first, config.epochs):
-        # 1. Freeze or unfreeze.
-        tick = time.perf_counter()
-        if frozen != (epoch < config.frozen_epochs):
-            frozen = epoch < config.frozen_epochs
-            if frozen:
-                model.freeze_backbone()
-                cache_features(model, splits, run)
-            else:
-                model.unfreeze_backbone()
+    def save() -> None:
+        nonlocal saved
+        save_all(run, splits, moving, position, best, history)
+        saved = time.perf_counter()
+
+    with run.stop:
+        while position.epoch < config.epochs and not position.stopped:
+            # 1. Freeze, or open the layers that are due.
+            tick = time.perf_counter() - position.seconds
+            epoch = position.epoch
+            moving.advance(epoch)
+            frozen = moving.open == 0
+            if frozen and splits["tuning"].rows is None:
+                load_features(run, model, splits)
+            elif not frozen:
                 for split in splits.values():
-                    split.features = None
+                    split.rows = split.features = None
+            train_split = splits["train"]
+            cached = train_split.rows is not None
 
-        # 2. One pass over the training volumes.
-        model.train()
-        loss_sum, seen = 0.0, 0
-        steps = math.ceil(len(splits["train"].volumes) / config.batch_size)
-        step, readable = 0, 0
-        for inputs, labels, share, last in training_batches(splits["train"], run, model.input_shape, epoch):
-            if len(labels):
-                with run.autocast():
-                    logits = model.head(inputs) if splits["train"].features is not None else model(inputs)
-                loss = criterion(logits.float(), labels)
-                run.scaler.scale(loss * share).backward()
-                loss_sum += loss.item() * len(labels)
-                readable += len(labels)
-            if not math.isfinite(loss_sum):
-                raise TrainingError(
-                    f"the loss is {loss_sum} in epoch {epoch + 1}, expected a finite number; lower --learning-rate "
-                    f"(now {config.head_learning_rate:g}). The last good state is in {folder}"
+            # 2. One pass over the training volumes, from wherever the last one was interrupted.
+            model.train()
+            batches = batches_of(train_split, run, epoch)
+            stream = None
+            progress = tqdm(
+                total=len(batches), initial=position.step, desc=f"epoch {epoch + 1}", unit="step", delay=2, leave=False,
+                disable=not run.ranks.is_main,
+            )  # fmt: skip
+            while position.step < len(batches):
+                if stream is None:
+                    stream = pieces_of(run, model, train_split, batches[position.step :], epoch)
+                random = random_state(run)
+                outcome, lacking = Outcome(), False
+                try:
+                    outcome = accumulate(run, model, criterion, stream, len(batches[position.step]), cached)
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    lacking = True
+                save_due = run.ranks.is_main and time.perf_counter() - saved >= 60 * run.machine.save_minutes
+                lacking, bad, save_due, stopping = run.ranks.highest(
+                    lacking, bool(outcome.bad), save_due, run.stop.number
                 )
-            if not last or not readable:
-                continue
-            step += 1
-            set_learning_rates(optimizer, config, epoch + step / steps)
-            run.scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            run.scaler.step(optimizer)
-            run.scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            seen, readable = seen + readable, 0
-        if not seen:
-            raise TrainingError("none of the training volumes could be read; see the lines above")
-        trained_volumes += seen
+                if lacking:
+                    moving.optimizer.zero_grad(set_to_none=True)
+                    stream = None  # closes its reading processes before new ones start
+                    run.use_less_memory(model)
+                    set_random_state(run, random)
+                    continue
+                position.step += 1
+                progress.update()
+                finite = False
+                if not bad:
+                    finite = moving.step(epoch + position.step / len(batches))
+                moving.optimizer.zero_grad(set_to_none=True)
+                if finite:
+                    position.loss_sum += outcome.loss_sum
+                    position.seen += outcome.seen
+                    trained += outcome.seen
+                count_bad_step(run, position, outcome, finite)
+                if stopping:
+                    run.stop.number = int(stopping)  # on another rank, perhaps
+                    break
+                if save_due:
+                    save()
+            progress.close()
+            position.seconds = time.perf_counter() - tick
+            if not frozen or run.stop.number:
+                save()
+            run.stop.check(f"saved after step {position.step} of {len(batches)} of epoch {epoch + 1}")
+            totals = run.ranks.gather((position.loss_sum, position.seen))
+            loss_sum, seen = (sum(values) for values in zip(*totals, strict=True))
+            if not seen:
+                raise TrainingError("none of the training volumes could be read; see the lines above")
+            run.ranks.copy_from_main(model.buffers())  # running statistics of slice backbones
 
-        # 3. Tuning patients: is this the best so far?
-        metrics, logits = tune(model, splits["tuning"], run, criterion)
-        # With one class in every label there is no AUROC; the loss then decides.
-        score = metrics["auroc_macro"] if metrics["auroc_macro"] is not None else -metrics["loss"]
-        history.append(
-            {
-                "epoch": epoch + 1,
-                "stage": "frozen" if frozen else "unfrozen",
-                "train_loss": loss_sum / seen,
-                "tuning_loss": metrics["loss"],
-                "tuning_auroc_macro": metrics["auroc_macro"],
-                "positive_rate": metrics["positive_rate"],
-                "label_rate": metrics["label_rate"],
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "seconds": time.perf_counter() - tick,
-            }
-        )
-        print_epoch(history[-1], config.epochs, score > best)
+            # 3. Tuning patients: is this the best so far?
+            with weights_of(model, moving.averages.tensors()):
+                metrics, logits = tune(model, splits["tuning"], run, criterion)
+            # With one class in every label there is no AUROC; the loss then decides.
+            score = metrics["auroc_macro"] if metrics["auroc_macro"] is not None else -metrics["loss"]
+            is_best = score > best.score
+            history.append(
+                {
+                    "epoch": epoch + 1,
+                    "stage": "frozen" if frozen else "unfrozen",
+                    "open_layers": moving.open,
+                    "train_loss": loss_sum / seen,
+                    "tuning_loss": metrics["loss"],
+                    "tuning_auroc_macro": metrics["auroc_macro"],
+                    "positive_rate": metrics["positive_rate"],
+                    "label_rate": metrics["label_rate"],
+                    "learning_rate": moving.optimizer.param_groups[0]["lr"],
+                    "skipped_steps": position.skipped,
+                    "best": is_best,
+                    "seconds": time.perf_counter() - tick,
+                }
+            )
+            run.say(epoch_line(history[-1], config.epochs))
+            log(writer, history[-1])
+            falls = 0
+            if is_best:
+                tensors = {name: value.detach().cpu().clone() for name, value in moving.best_tensors().items()}
+                best = Best(score, epoch + 1, splits["tuning"].names, logits, tensors)
+            elif not frozen and fell(best, splits["tuning"], logits):
+                falls = position.falls + 1
+            stopped = ""
+            if falls >= config.patience:
+                stopped = (
+                    f"AUROC of the tuning patients below the best ({best.score:.3f}) by more than its noise "
+                    f"{falls} times in a row: back to the weights of epoch {best.epoch}, training ends"
+                )
+                run.say(stopped)
 
-        # 4. Save: the best weights only when they are the best, the resume state always.
-        if score > best:
-            best = score
-            save_best(run, model, splits["tuning"], logits)
-        save_state(run, model, optimizer, splits, epoch + 1, best, history, frozen)
-        with replacing(folder / "log.jsonl") as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in history))
+            # 4. Save. While the backbone is frozen the best weights wait in the state, where they are small.
+            position = Position(epoch=epoch + 1, falls=falls, stopped=stopped, bad_in_a_row=position.bad_in_a_row)
+            if best.tensors and (not frozen or epoch + 1 in (config.frozen_epochs, config.epochs)):
+                save_best(run, model, splits["tuning"], best)
+            save()
+            write_history(run, history)
 
-    write_run_file(run, data_dir, phantom, splits, cohort, "finished")
-    print_tail(run, history, trained_volumes, time.perf_counter() - start)
+    finish(job, history, best, position.stopped, trained, time.perf_counter() - start)
+    if writer is not None:
+        writer.close()
     return folder
+
+
+def count_bad_step(run: Run, position: Position, outcome: Outcome, finite: bool) -> None:
+    """Counts a step that was left out because its loss or gradient is not finite; too many in a row end the run."""
+    if finite:
+        position.bad_in_a_row, position.bad_names = 0, []
+        return
+    names = sorted({name for part in run.ranks.gather(outcome.bad) for name in part})
+    position.skipped += 1
+    position.bad_in_a_row += 1
+    position.bad_names = [*position.bad_names, *names]
+    shown = ", ".join(names) or "gradient"
+    run.say(f"Step {position.step} of epoch {position.epoch + 1} left out: not finite ({shown})")
+    if position.bad_in_a_row >= BAD_STEPS:
+        listed = ", ".join(dict.fromkeys(position.bad_names)) or "none by itself: the gradients overflow"
+        raise TrainingError(
+            f"{BAD_STEPS} steps in a row were not finite, expected numbers (volumes: {listed}); look at these volumes, "
+            f"or lower --learning-rate (now {run.config.head_learning_rate:g}). The last good state is in {run.folder}"
+        )
+
+
+def fell(best: Best, tuning: Split, logits: Tensor) -> bool:
+    """Whether the macro AUROC is below the best one by more than the standard error of their difference."""
+    before = dict(zip(best.names, best.logits, strict=True))
+    both = [i for i, name in enumerate(tuning.names) if name in before]
+    first = torch.stack([before[tuning.names[i]] for i in both])
+    patients = [tuning.volumes[i].patient for i in both]
+    change = auroc_difference(
+        tuning.labels[both].numpy(), first.sigmoid().numpy(), logits[both].sigmoid().numpy(), patients
+    )
+    return change is not None and change[0] > change[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -454,90 +602,111 @@ def train(config: TrainingConfig, folder: Path, device: str | None = None, worke
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def save_best(run: Run, model: CTCLIPMultiAbnormalityModel, tuning: Split, logits: Tensor) -> None:
-    """The weights and the tuning predictions that belong to them; what was computed from earlier weights is removed."""
-    for name in ("predictions.csv", "labels.csv", "metrics.json", "per_label.csv"):
-        (run.folder / name).unlink(missing_ok=True)
-    for figure in run.folder.glob("*.png"):
-        figure.unlink()
-    model._save_pretrained(run.folder)
-    names = [volume.name for volume in tuning.volumes]
-    write_table(run.folder / "tuning_predictions.csv", names, logits.sigmoid().numpy())
-    write_table(run.folder / "tuning_labels.csv", names, tuning.labels.numpy().astype(int))
+def save_best(run: Run, model: CTCLIPMultiAbnormalityModel, tuning: Split, best: Best) -> None:
+    """The best weights and the tuning predictions that belong to them, complete; `best` no longer has to carry them.
+
+    What was computed from earlier weights is removed.
+    """
+    if run.ranks.is_main:
+        for name in ("predictions.csv", "labels.csv", "metrics.json", "per_label.csv"):
+            (run.folder / name).unlink(missing_ok=True)
+        for figure in run.folder.glob("*.png"):
+            figure.unlink()
+        with weights_of(model, best.tensors):
+            or_explain(run.folder, "The best weights", lambda: model._save_pretrained(run.folder))
+        labels = {volume.name: volume.labels for volume in tuning.volumes}
+        kept = [i for i, name in enumerate(best.names) if name in labels]
+        names = [best.names[i] for i in kept]
+        write_table(run.folder / "tuning_predictions.csv", names, best.logits[kept].sigmoid().numpy())
+        write_table(run.folder / "tuning_labels.csv", names, np.stack([labels[name] for name in names]).astype(int))
+    best.tensors = {}
 
 
-def save_state(
-    run: Run,
-    model: CTCLIPMultiAbnormalityModel,
-    optimizer: torch.optim.Optimizer,
-    splits: dict[str, Split],
-    epoch: int,
-    best: float,
-    history: list[dict],
-    frozen: bool,
+def save_all(
+    run: Run, splits: dict[str, Split], moving: Moving, position: Position, best: Best, history: list[dict]
 ) -> None:
-    """Everything that the next epoch depends on. While the backbone is frozen its weights are left out: they are those
-    of the file that the run started from."""
-    state = {
-        "epoch": epoch,
-        "best": best,
+    """Everything that the next step depends on. Of the model, what has moved; the rest is in the run's weights file."""
+    totals = run.ranks.gather((position.loss_sum, position.seen))
+    random = run.ranks.gather(random_state(run))
+    run.exchange_records()
+    if not run.ranks.is_main:
+        return
+    loss_sum, seen = (sum(values) for values in zip(*totals, strict=True))
+    content = {
+        "position": asdict(position) | {"loss_sum": loss_sum, "seen": seen},
+        "best": dict(vars(best)),
         "history": history,
-        "model": model.head_state_dict() if frozen else model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "advanced": moving.epoch,
+        "tensors": moving.tensors(),
+        "optimizer": moving.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
+        "averages": {"steps": moving.averages.steps, "tensors": moving.averages.tensors()},
+        "random": random,
+        "micro_batch": run.micro_batch,
+        "checkpointing": run.checkpointing,
         "failures": run.failures,
         "readings": run.readings,
-        "volumes": {name: [volume.name for volume in split.volumes] for name, split in splits.items()},
+        "volumes": {name: split.names for name, split in splits.items()},
     }
-    with replacing(run.folder / "resume.pt") as path:
-        torch.save(state, path)
+    save_state(run.folder, position.epoch, position.step, content)
 
 
-def load_state(folder: Path) -> dict | None:
-    """What `save_state` wrote, or None for a run that has not finished its first epoch."""
-    path = folder / "resume.pt"
-    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
-
-
-def restore(
-    state: dict,
-    run: Run,
-    model: CTCLIPMultiAbnormalityModel,
-    optimizer: torch.optim.Optimizer,
-    splits: dict[str, Split],
-) -> None:
-    """Puts back what `save_state` wrote, the volumes that turned out unreadable included."""
-    expected = set(model.head_state_dict() if len(state["model"]) < len(model.state_dict()) else model.state_dict())
-    if set(state["model"]) != expected:
-        raise TrainingError(f"{run.folder}/resume.pt belongs to another model; start a new run without --resume")
-    model.load_state_dict(state["model"], strict=False)  # the frozen backbone is that of the run's weights file
-    optimizer.load_state_dict(state["optimizer"])
+def restore(state: dict, run: Run, splits: dict[str, Split], moving: Moving) -> tuple[Position, Best, list[dict]]:
+    """Puts back what `save_all` wrote, the volumes that turned out unreadable included."""
+    position, best = Position(**state["position"]), Best(**state["best"])
+    moving.advance(state["advanced"])
+    own = moving.model.state_dict(keep_vars=True)
+    misfits = [name for name, value in state["tensors"].items() if name not in own or own[name].shape != value.shape]
+    if misfits:
+        raise TrainingError(f"{run.folder}: its state belongs to another model ({misfits[0]}); start a new run")
+    with torch.no_grad():
+        for name, value in state["tensors"].items():
+            own[name].copy_(value)
+    moving.optimizer.load_state_dict(state["optimizer"])
+    moving.averages.follow(moving.parameters())
+    moving.averages.steps = state["averages"]["steps"]
+    moving.averages.set(state["averages"]["tensors"])
     if state["scaler"] and run.scaler.is_enabled():  # empty when the run began on a device without loss scaling
         run.scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] is not None and run.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"], run.device)
+    set_random_state(run, state["random"][run.ranks.rank % len(state["random"])])
+    if run.machine.micro_batch is None:
+        run.micro_batch = state["micro_batch"]
+    if run.machine.gradient_checkpointing == "auto":
+        run.set_checkpointing(moving.model, state["checkpointing"])
     run.failures, run.readings = state["failures"], state["readings"]
     for name, split in splits.items():
         kept = set(state["volumes"][name])
         split.volumes = [volume for volume in split.volumes if volume.name in kept]
+    if not run.ranks.is_main:  # the sums of the epoch in progress are those of all ranks
+        position.loss_sum, position.seen = 0.0, 0
+    return position, best, state["history"]
 
 
-def write_run_file(run: Run, data_dir: Path, phantom: bool, splits: dict[str, Split], cohort, status: str) -> None:
+def write_history(run: Run, history: list[dict]) -> None:
+    if run.ranks.is_main:
+        with replacing(run.folder / "log.jsonl") as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in history))
+
+
+def write_run_file(job: Job, status: str) -> None:
     """run.json: what was run on what with which versions, and what became of each volume that was not used."""
     import timm
 
-    left_out = [{"name": name, "reason": reason} for name, reason in (*cohort.left_out, *run.failures.items())]
+    run, splits = job.run, job.splits
+    if not run.ranks.is_main:
+        return
+    left_out = [{"name": name, "reason": reason} for name, reason in (*job.cohort.left_out, *run.failures.items())]
     content = {
         "status": status,
         "config": asdict(run.config),
-        "data_dir": str(data_dir),
-        "phantom": phantom,
+        "data_dir": str(job.data_dir),
+        "phantom": job.phantom,
         "labels": list(ABNORMALITIES),
         "device": str(run.device),
+        "processes": run.ranks.world,
         "precision": str(run.dtype).removeprefix("torch."),
+        "micro_batch": run.micro_batch,
+        "gradient_checkpointing": run.checkpointing,
         "volumes": {name: len(split.volumes) for name, split in splits.items()},
         "patients": {name: len({v.patient for v in split.volumes}) for name, split in splits.items()},
         "tuning_patients": sorted({volume.patient for volume in splits["tuning"].volumes}),
@@ -549,39 +718,82 @@ def write_run_file(run: Run, data_dir: Path, phantom: bool, splits: dict[str, Sp
         path.write_text(json.dumps(content, indent=2))
 
 
+def open_tensorboard(run: Run, position: Position):
+    """A SummaryWriter on `<run>/tensorboard` when asked for, else None; a continued run goes on in the same curves."""
+    if not run.machine.tensorboard or not run.ranks.is_main:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise TrainingError(f"--tensorboard needs a package ({error}); pip install tensorboard") from error
+    return SummaryWriter(str(run.folder / "tensorboard"), purge_step=position.epoch + 1)
+
+
+def log(writer, line: dict) -> None:
+    if writer is not None:
+        for key, value in line.items():
+            if isinstance(value, (int, float)) and key != "epoch":
+                writer.add_scalar(key, value, line["epoch"])
+        writer.flush()
+
+
+def finish(job: Job, history: list[dict], best: Best, stopped: str, trained: int, seconds: float) -> None:
+    run = job.run
+    write_run_file(job, stopped or "finished")
+    if not run.ranks.is_main:
+        return
+    write_training_figure(history, run.folder / "training.png", job.phantom)
+    line = next((line for line in history if line["epoch"] == best.epoch), None)
+    if line is not None and line["tuning_auroc_macro"] is not None:
+        print(f"Best epoch {best.epoch}: macro AUROC {line['tuning_auroc_macro']:.3f} on the tuning patients")
+    skipped = sum(line["skipped_steps"] for line in history)
+    if skipped:
+        print(f"Steps left out because they were not finite: {skipped}")
+    if run.failures:
+        print(f"Left out while reading: {len(run.failures)} volumes, listed in {run.folder / 'run.json'}")
+    rate = trained / seconds  # every volume counts in every epoch
+    print(f"Training took {seconds:.0f} s, {rate:.0f} volumes per second, peak memory {peak_memory(run.device)}")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What is printed
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def print_head(run: Run, model: CTCLIPMultiAbnormalityModel, cohort, splits: dict[str, Split], data_dir: Path) -> None:
-    config = run.config
+def print_head(job: Job) -> None:
+    run, model, config, splits = job.run, job.model, job.run.config, job.splits
     backbone = sum(p.numel() for p in model.backbone_parameters())
     head = sum(p.numel() for p in model.head_parameters())
-    loss = f"focal (alpha {config.alpha:g}, gamma {config.gamma:g})" if config.loss_type == "focal" else "bce"
-    parts = ", ".join(
+    loss = (
+        f"focal (alpha {config.alpha:g}, gamma {config.gamma:g})" if config.loss_type == "focal" else config.loss_type
+    )
+    counted = ", ".join(
         f"{len(split.volumes)} {name} volumes of {len({v.patient for v in split.volumes})} patients"
         for name, split in splits.items()
     )
     stages = f"{config.frozen_epochs} frozen, {config.epochs - config.frozen_epochs} unfrozen"
-    print(cohort.summary())
-    print(f"Split by patient: {parts}")
-    print(f"Model:    {config.model}, backbone {backbone:,} parameters, head {head:,}, input {model.input_shape}")
+    precision = str(run.dtype).removeprefix("torch.")
+    processes = f"{run.ranks.world} processes, " if run.ranks.world > 1 else ""
+    kind = f"{config.model}, head {model.head_name}" if model.is_ctclip else config.model
+    run.say(job.cohort.summary())
+    run.say(f"Split by patient: {counted}")
+    run.say(f"Model:    {kind}; backbone {backbone:,} parameters, head {head:,}, input {model.input_shape}")
     if model.load_report:
-        print(f"Weights:  {model.load_report}")
-    print(f"Training: {config.epochs} epochs ({stages}), batch {config.batch_size}, loss {loss}")
-    print(f"Device:   {run.device} ({str(run.dtype).removeprefix('torch.')}), {run.workers} reading processes")
-    print(f"Run:      {run.folder}", flush=True)
+        run.say(f"Weights:  {model.load_report}")
+    run.say(f"Training: {config.epochs} epochs ({stages}), batch {config.batch_size}, loss {loss}")
+    run.say(f"Device:   {processes}{run.device} ({precision}), {run.workers} reading processes")
+    run.say(f"Cache:    {config.cache_dir}")
+    run.say(f"Run:      {run.folder}")
 
 
-def print_epoch(line: dict, epochs: int, is_best: bool) -> None:
+def epoch_line(line: dict, epochs: int) -> str:
     auroc = "undefined" if line["tuning_auroc_macro"] is None else f"{line['tuning_auroc_macro']:.3f}"
-    print(
-        f"epoch {line['epoch']:>2}/{epochs}  backbone {line['stage']:<8}  train loss {line['train_loss']:.4f}  "
+    stage = "frozen" if line["stage"] == "frozen" else f"unfrozen ({line['open_layers']} layers)"
+    return (
+        f"epoch {line['epoch']:>2}/{epochs}  backbone {stage}  train loss {line['train_loss']:.4f}  "
         f"validation loss {line['tuning_loss']:.4f}  AUROC {auroc}  "
         f"positive rate {line['positive_rate']:.3f} (labels {line['label_rate']:.3f})  {line['seconds']:.1f} s"
-        f"{'  best' if is_best else ''}",
-        flush=True,
+        f"{'  best' if line['best'] else ''}"
     )
 
 
@@ -594,16 +806,6 @@ def peak_memory(device: torch.device) -> str:
         return "not known on this system"
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GB"
-
-
-def print_tail(run: Run, history: list[dict], trained_volumes: int, seconds: float) -> None:
-    best = max(history, key=lambda line: line["tuning_auroc_macro"] or -math.inf)
-    if best["tuning_auroc_macro"] is not None:
-        print(f"Best epoch {best['epoch']}: macro AUROC {best['tuning_auroc_macro']:.3f} on the tuning patients")
-    if run.failures:
-        print(f"Left out while reading: {len(run.failures)} volumes, listed in {run.folder / 'run.json'}")
-    rate = trained_volumes / seconds  # every volume counts in every epoch
-    print(f"Training took {seconds:.0f} s, {rate:.0f} volumes per second, peak memory {peak_memory(run.device)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -628,9 +830,15 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add(data, "valid-volumes", "size of the built-in cohort's unseen split", type=int, metavar="N")
     add(data, "limit", "use only the first N volumes of the training split", type=int, metavar="N")
     add(data, "tuning-fraction", "share of patients kept for choosing epoch and thresholds", type=float, metavar="F")
+    add(data, "cache-dir", "what a frozen backbone makes of each volume is kept here, for all runs", metavar="C")
+    text = "shift and rescale voxels in training, add noise; no cache for them: every frozen epoch encodes anew"
+    add(data, "augment", text, action="store_true")
     model = parser.add_argument_group("model")
     add(model, "model", "'ctclip', or a timm name such as efficientnet_b0 for a slice classifier", metavar="NAME")
     add(model, "ctclip-path", f"CT-CLIP weights (default {CLASSFINE_PATH}; on phantoms the demo's)", metavar="FILE")
+    text = "linear: ClassFine's; mlp: and a hidden layer; attention: pools the token grid per finding, for small ones"
+    add(model, "head", text, choices=("linear", "mlp", "attention"))
+    add(model, "dropout", "share of the head's inputs dropped in training", type=float, metavar="F")
     add(model, "use-attention", "attention on a slice backbone's feature map", choices=("none", "cbam"))
     model.add_argument(
         "--no-pretrained",
@@ -641,19 +849,27 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     plan = parser.add_argument_group("schedule")
     add(plan, "epochs", "passes over the training volumes", type=int, metavar="N")
-    add(plan, "freeze-epochs", "of those, with a frozen backbone (cheap: encoded once)", type=int, metavar="N")
+    add(plan, "freeze-epochs", "of those, with a frozen backbone (cheap: read from the cache)", type=int, metavar="N")
     add(plan, "freeze-backbone", "never unfreeze", action="store_true")
-    add(plan, "batch-size", "volumes per step; large ones are encoded two at a time", type=int, metavar="N")
+    text = "layers opened per unfrozen epoch, from the output down; memory and time grow with them; 0: all at once"
+    add(plan, "unfreeze-layers", text, type=int, metavar="N")
+    text = "unfrozen: stop after N evaluations in a row below the best AUROC by more than its noise"
+    add(plan, "patience", text, type=int, metavar="N")
+    add(plan, "batch-size", "volumes per step, whatever the memory; gradients are accumulated", type=int, metavar="N")
     rates = ", ".join(f"{rate:g} for {kind}" for kind, rate in HEAD_LEARNING_RATE.items())
     add(plan, "learning-rate", f"peak rate of the head (default {rates})", type=float, metavar="R")
-    add(plan, "backbone-learning-rate", "peak rate once unfrozen", type=float, metavar="R")
+    add(plan, "backbone-learning-rate", "peak rate of the layer at the output, once open", type=float, metavar="R")
+    add(plan, "layer-decay", "each layer further from the output has this times the rate", type=float, metavar="F")
+    add(plan, "ema-decay", "evaluate and save an average of the weights (0: off; 0.999)", type=float, metavar="F")
     add(plan, "weight-decay", "AdamW's, on matrices only", type=float, metavar="R")
-    add(plan, "warmup-fraction", "share of a stage with rising learning rate", type=float, metavar="F")
+    add(plan, "warmup-fraction", "share of its epochs in which a rate rises", type=float, metavar="F")
     add(plan, "clip-norm", "largest gradient norm", type=float, metavar="R")
     add(plan, "seed", "of split, shuffling, dropout and new weights", type=int, metavar="N")
     loss = parser.add_argument_group("loss")
-    add(loss, "loss-type", "focal loss, or plain binary cross-entropy", choices=("focal", "bce"))
+    add(loss, "loss-type", "focal; bce: cross-entropy; asl: asymmetric loss (timm's)", choices=("focal", "bce", "asl"))
     add(loss, "alpha", "focal: weight of the negatives; higher: fewer positive predictions", type=float, metavar="A")
+    text = "weigh findings by how rare they are in the training labels; both sides alike, so rates do not rise"
+    add(loss, "class-weights", text, action="store_true")
     add(loss, "gamma", "focal: higher leaves easy cases alone and flattens the probabilities", type=float, metavar="G")
 
 
@@ -661,6 +877,37 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     machine.add_argument("--workers", type=int, metavar="N", help="reading processes beside the main one")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    default = Machine()
+    group = parser.add_argument_group("run")
+    group.add_argument("--output-dir", metavar="DIR", help="folder of the run (default results/<time>_<model>)")
+    group.add_argument(
+        "--resume", nargs="?", const="", metavar="DIR", help="go on with an earlier run (default: the newest)"
+    )
+    group.add_argument("--plan", action="store_true", help="measure for a minute what the run will need, and stop")
+    group.add_argument(
+        "--save-minutes",
+        type=float,
+        default=default.save_minutes,
+        metavar="M",
+        help="within an epoch, save the state so often; a kill costs no more (default %(default)g)",
+    )
+    group.add_argument(
+        "--micro-batch", type=int, metavar="N", help="volumes per forward pass (default: by size; halved when too many)"
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        choices=("auto", "on", "off"),
+        default=default.gradient_checkpointing,
+        help="unfrozen: a third slower, a fraction of the memory (auto: on CUDA)",
+    )
+    group.add_argument("--tensorboard", action="store_true", help="write TensorBoard events into the run's folder")
+
+
+def machine_from_flags(args: argparse.Namespace) -> Machine:
+    return Machine(**{field.name: getattr(args, field.name) for field in fields(Machine)})
 
 
 def config_from_flags(args: argparse.Namespace) -> TrainingConfig:
@@ -674,7 +921,8 @@ def config_from_flags(args: argparse.Namespace) -> TrainingConfig:
 def run_folder(args: argparse.Namespace) -> tuple[Path, TrainingConfig]:
     """Folder and configuration of the run that the flags ask for: a new one, or with --resume an earlier one.
 
-    A resumed run keeps its own configuration; a flag that says otherwise is refused rather than ignored.
+    A resumed run keeps its own configuration; a flag that says otherwise is refused rather than ignored, except for
+    folders, which may have moved.
     """
     config = config_from_flags(args)
     if args.resume is None:
@@ -689,25 +937,36 @@ def run_folder(args: argparse.Namespace) -> tuple[Path, TrainingConfig]:
     file = folder / "run.json"
     if not file.is_file():
         raise TrainingError(f"--resume: no run.json in {folder}; expected the folder of an earlier run")
-    stored = TrainingConfig(**json.loads(file.read_text())["config"])
+    try:
+        stored = TrainingConfig(**run_record(folder)["config"])
+    except (KeyError, TypeError) as error:
+        raise TrainingError(f"--resume: {file} is of another version ({error}); start a new run") from error
     known = asdict(stored)
-    changed = [name for name in known if name != "mode" and getattr(args, name, known[name]) != known[name]]
+    moved = {name: getattr(args, name) for name in MOVABLE if hasattr(args, name)}
+    changed = [
+        name for name in known if name not in ("mode", *MOVABLE) and getattr(args, name, known[name]) != known[name]
+    ]
     if changed:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
         raise TrainingError(f"--resume goes on as {folder} began, found other values for {flags}; leave them out")
-    return folder, stored
+    return folder, replace(stored, **moved)
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("run")
-    group.add_argument("--output-dir", metavar="DIR", help="folder of the run (default results/<time>_<model>)")
-    group.add_argument(
-        "--resume", nargs="?", const="", metavar="DIR", help="go on with an earlier run (default: the newest)"
-    )
+def run_training(args: argparse.Namespace) -> Path | None:
+    """Trains as the flags say and returns the run's folder; with --plan only says what that would need."""
+    folder, config = run_folder(args)
+    if args.plan:
+        from ctclip_plan import plan
+
+        plan(config, folder, machine_from_flags(args))
+        return None
+    return train(config, folder, machine_from_flags(args))
 
 
 USER_ERRORS = (
     TrainingError,
+    CacheError,
+    StateError,
     CohortError,
     VolumeError,
     EvaluationError,
@@ -718,15 +977,22 @@ USER_ERRORS = (
 
 
 def guarded(action) -> int:
-    """Runs `action()` and turns what a user can mend into one line and exit code 2; Ctrl-C into the way to go on."""
+    """Runs `action()` and turns what a user can mend into one line and exit code 2; Ctrl-C and SIGTERM, by which
+    nothing is lost, into the way to go on."""
+    rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     try:
         action()
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{rank}error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. Finished epochs are saved; add --resume to go on.", file=sys.stderr)
-        return 130
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        print(f"{rank}error: {reason}: open fewer layers (--unfreeze-layers 1), then --resume", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        what = str(error) or "what was saved last is kept"
+        print(f"\n{rank}Interrupted: {what}. Add --resume to go on.", file=sys.stderr)
+        return error.code if isinstance(error, Interrupted) else 128 + signal.SIGINT
     return 0
 
 
@@ -744,8 +1010,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def action() -> None:
-        folder = train(*reversed(run_folder(args)), args.device, args.workers)
-        print(f"Next: python ctclip_evaluation.py --checkpoint {folder}")
+        folder = run_training(args)
+        if folder is not None and Ranks().is_main:
+            print(f"Next: python ctclip_evaluation.py --checkpoint {folder}")
 
     return guarded(action)
 

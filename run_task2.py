@@ -25,7 +25,7 @@ from ctclip_evaluation import (
     write_table,
 )
 from ctclip_model import OneLineParser
-from ctclip_training import add_machine_flags, add_run_flags, add_training_flags, guarded, run_folder, train
+from ctclip_training import add_machine_flags, add_run_flags, add_training_flags, guarded, run_training
 
 MODES = {
     "full": "train, then evaluate on unseen patients (default)",
@@ -57,6 +57,7 @@ def refuse_idle_flags(args: argparse.Namespace) -> None:
         ("--checkpoint", args.checkpoint, not training),
         ("--resume", args.resume is not None, training),
         ("--output-dir", args.output_dir, training),
+        ("--plan", args.plan, training),
     ):
         if given and not belongs:
             raise EvaluationError(f"found {flag} with --mode {args.task}, which does not use it; leave one of them out")
@@ -92,7 +93,9 @@ def main(argv: list[str] | None = None) -> int:
                 load_predictions(args.baseline)
             if args.task == "full" and hasattr(args, "data_dir"):
                 load_cohort(args.data_dir, "valid", limit=1)
-            run = train(*reversed(run_folder(args)), args.device, args.workers)
+            run = run_training(args)
+            if run is None:  # --plan
+                return
         if args.task != "train":
             data_dir = getattr(args, "data_dir", None) if args.task == "evaluate" else None
             folder = foreign_folder(run, data_dir) if data_dir else run

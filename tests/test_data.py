@@ -1,8 +1,14 @@
 """Tables -> cohort -> batches, against small cohorts written by hand in the hub's layout.
 
 Checked: paths and names as the hub spells them; columns matched by name; every kind of bad row left out with a reason
-and never in the way of the others; version 2 preferred to version 1; splits by patient; loaders that survive bad files.
+and never in the way of the others; version 2 preferred to version 1; splits by patient; augmentation that follows from
+seed and name alone; loaders that survive bad files and Ctrl-C.
 """
+
+import multiprocessing
+import os
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +21,7 @@ from ctclip_data import (
     CohortError,
     Volume,
     VolumeDataset,
+    augment,
     labels_path,
     load_cohort,
     metadata_path,
@@ -306,3 +313,107 @@ def test_dataset_checks_its_shape():
     with pytest.raises(ValueError, match="three positive numbers"):
         VolumeDataset([], (480, 480))
     assert len(VolumeDataset([], SMALL)) == 0
+
+
+# ------------------------------------------------------------------ augmentation
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def marked():
+    """Air with a bright block left of the middle, in the upper back: axes (z, x, y), x to the left."""
+    volume = torch.full((1, 100, 100, 130), -1.0)
+    volume[0, 70:80, 75:85, 100:110] = 0.9
+    return volume
+
+
+def test_augmentation_moves_a_little_and_never_mirrors():
+    """The block stays where it was but for 3 % of each axis, and such moves do occur."""
+    shifts = []
+    for seed in range(40):
+        volume = marked()
+        assert augment(volume, seeded(seed)) is volume, "in place"
+        assert volume.min() >= -1 and volume.max() <= 1 and volume.isfinite().all()
+        block = (volume[0] > 0.4).nonzero()
+        assert len(block) == 1000
+        shifts.append((block.min(0).values - torch.tensor([70, 75, 100])).tolist())
+    shifts = np.array(shifts)
+    assert shifts.min(0).tolist() == [-3, -3, -4] and shifts.max(0).tolist() == [3, 3, 4]
+
+
+def test_augmentation_moves_air_in_and_keeps_the_rest_in_place():
+    """Every voxel has its own value: the voxel that lands somewhere is the one that should, all others are air."""
+    before = torch.rand(1, 40, 50, 60, generator=seeded(0)) - 0.3
+    for seed in range(8):
+        after = augment(before.clone(), seeded(seed))[0]
+        draws = seeded(seed)  # the order in which augment draws
+        shift = [int(torch.randint(-most, most + 1, (), generator=draws)) for most in (1, 2, 2)]
+        expected = torch.full_like(after, -1)
+        to = tuple(slice(max(s, 0), n + min(s, 0)) for s, n in zip(shift, after.shape, strict=True))
+        of = tuple(slice(max(-s, 0), n + min(-s, 0)) for s, n in zip(shift, after.shape, strict=True))
+        expected[to] = before[0][of]
+        inside = expected > -1
+        gain, offset = np.polyfit(expected[inside], after[inside], 1)
+        assert 0.95 <= gain <= 1.05 and -0.021 <= offset <= 0.021
+        noise = after[inside] - gain * expected[inside] - offset
+        assert noise.std() < 0.0201 and noise.abs().max() < 0.12
+        assert (after[~inside] < -0.8).all()
+
+
+def tensors(volumes, seed, **kwargs):
+    """Name -> tensor of one epoch."""
+    loader = volume_loader(volumes, SMALL, augment_seed=seed, **kwargs)
+    return {volumes[int(batch.index[0])].name: batch.volumes[0].clone() for batch in loader}
+
+
+def test_augmentation_follows_from_seed_and_name(data_dir):
+    volumes = load_cohort(data_dir, "valid").volumes
+    first = tensors(volumes, 7)
+    for again in (
+        tensors(volumes[::-1], 7),
+        tensors(volumes[1:], 7),  # a resumed epoch
+        tensors(volumes, 7, num_workers=2),
+        tensors(volumes, 7, shuffle=True, generator=seeded(3)),
+    ):
+        assert again and all(torch.equal(tensor, first[name]) for name, tensor in again.items())
+    other, plain = tensors(volumes, 8), tensors(volumes, None)
+    assert len(first) == 3
+    for volume in volumes:
+        assert not torch.equal(other[volume.name], first[volume.name])
+        untouched = preprocess_volume(volume.path, volume.metadata and row_for(volume), SMALL)
+        assert torch.equal(plain[volume.name], untouched) and not torch.equal(first[volume.name], untouched)
+    assert not torch.equal(first[A] - plain[A], first[C] - plain[C]), "every volume draws its own"
+
+
+# ------------------------------------------------------------------ signals
+
+
+class Telling(VolumeDataset):
+    """Says who reads instead of reading: process and its group."""
+
+    def __getitem__(self, index):
+        return torch.tensor([os.getpid(), os.getpgid(0)])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals to a process group are a POSIX matter")
+def test_workers_leave_stopping_to_the_main_process(monkeypatch):
+    """Ctrl-C, sent to a worker, changes nothing; the main process can end it, whatever SIGTERM does to itself."""
+    monkeypatch.setattr("ctclip_data.VolumeDataset", Telling)
+    monkeypatch.setattr(Telling, "collate", lambda self, items: items[0])
+    before = signal.signal(signal.SIGTERM, lambda *arguments: None)
+    try:
+        loader = volume_loader([None] * 6, SMALL, num_workers=1)
+        pids = []
+        for pid, group in loader:
+            assert group == pid != os.getpid()
+            os.kill(int(pid), signal.SIGINT)
+            pids.append(int(pid))
+        assert len(pids) == 6 and len(set(pids)) == 1, "one worker, from the first to the last"
+        (worker,) = (child for child in multiprocessing.active_children() if child.pid == pids[0])
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -170,6 +170,70 @@ def test_arrays_that_are_no_predictions_are_refused(change, message):
         ev.compute_metrics(*change(*with_ties()))
 
 
+# ------------------------------------------------------------------------------------- difference of two predictions
+
+
+def two_predictions(n_patients=150, seed=0):
+    """(labels, first, second, patients): frequent labels, correlated predictions with ties, two volumes a patient."""
+    rng = np.random.default_rng(seed)
+    y = np.repeat(rng.random((n_patients, 18)) < np.linspace(0.25, 0.5, 18), 2, axis=0).astype(int)
+    shared, own, other = (np.repeat(rng.normal(size=(n_patients, 18)), 2, axis=0) for _ in range(3))
+    first, second = (d * y + shared + 0.6 * n + 0.2 * rng.normal(size=y.shape) for d, n in ((1.0, own), (0.8, other)))
+    patients = np.repeat([f"valid_{i}" for i in range(n_patients)], 2)
+    return y, *(np.round(1 / (1 + np.exp(-s)), 2) for s in (first, second)), patients
+
+
+def test_auroc_difference_equals_scikit_learn():
+    y, first, second, patients = two_predictions()
+    y[:, 4], y[:, 9] = 0, 1  # no AUROC: left out
+    two = [j for j in range(18) if j not in (4, 9)]
+    expected = np.mean([sk.roc_auc_score(y[:, j], first[:, j]) - sk.roc_auc_score(y[:, j], second[:, j]) for j in two])
+    difference, error = ev.auroc_difference(y, first, second, patients)
+    assert difference == pytest.approx(expected, abs=1e-12) and 0 < error < 0.05
+    assert ev.auroc_difference(y, second, first, patients) == pytest.approx((-difference, error), abs=1e-15)
+    order = np.random.default_rng(1).permutation(len(y))
+    shuffled = ev.auroc_difference(y[order], first[order], second[order], patients[order])
+    assert shuffled == pytest.approx((difference, error), abs=1e-15)
+
+
+def test_auroc_difference_has_the_standard_error_of_a_bootstrap_over_patients():
+    """A patient drawn w times weighs w: a resample's AUROC is a ratio of weighted counts of ordered pairs."""
+    y, first, second, patients = two_predictions()
+    rng = np.random.default_rng(0)
+    weights = np.repeat(rng.multinomial(150, np.full(150, 1 / 150), size=2000), 2, axis=1).astype(np.float32)
+    resampled = np.zeros(2000)
+    for j in range(18):
+        positive, negative = weights[:, y[:, j] == 1], weights[:, y[:, j] == 0]
+        for sign, p in ((1, first[:, j]), (-1, second[:, j])):
+            gap = p[y[:, j] == 1][:, None] - p[y[:, j] == 0]
+            pairs = ((positive @ ((np.sign(gap) + 1) / 2).astype(np.float32)) * negative).sum(1)
+            resampled += sign * pairs / (positive.sum(1) * negative.sum(1)) / 18
+    error = ev.auroc_difference(y, first, second, patients)[1]
+    assert error == pytest.approx(resampled.std(), rel=0.1)
+    alone = ev.auroc_difference(y, first, second, range(len(y)))[1]
+    assert alone < 0.9 * error  # as if every volume were a patient of its own: too sure
+
+
+def test_auroc_difference_of_identical_predictions_is_nothing():
+    y, first, _, patients = two_predictions(20)
+    assert ev.auroc_difference(y, first, first, patients) == (0, 0)
+
+
+def test_duplicated_volumes_do_not_make_an_auroc_difference_surer():
+    y, first, second, patients = two_predictions(40)
+    once = ev.auroc_difference(y, first, second, patients)
+    twice = ev.auroc_difference(*(np.repeat(a, 3, axis=0) for a in (y, first, second, patients)))
+    assert twice == pytest.approx(once, abs=1e-12)
+
+
+def test_auroc_difference_that_is_undefined():
+    y, first, second, patients = two_predictions(10)
+    assert ev.auroc_difference(np.zeros_like(y), first, second, patients) is None
+    assert ev.auroc_difference(y, first, second, ["valid_1"] * len(y)) is None
+    with pytest.raises(EvaluationError, match="expected both"):
+        ev.auroc_difference(y, first, second[:-1], patients)
+
+
 # ------------------------------------------------------------------------------------------------------- thresholds
 
 SCORES = {  # by scikit-learn, for one label
@@ -459,6 +523,34 @@ def test_files_are_written_whole_and_read_back(tmp_path):
         assert table.loc[name, "recall_at_0.5"] == pytest.approx(metrics["per_label"][name]["at_0.5"]["recall"])
     for picture in out.glob("*.png"):
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 10_000
+
+
+HISTORY = [{"epoch": k, "stage": "frozen" if k < 3 else "unfrozen", "train_loss": 1 / k, "tuning_loss": 1.1 / k,
+            "tuning_auroc_macro": auroc, "positive_rate": 0.3, "label_rate": 0.2}
+           for k, auroc in enumerate((0.6, 0.75, None, 0.7), 1)]
+
+
+@pytest.mark.parametrize("best, ringed", [(None, None), ((1, 1, 0, 0), (2, 0.75)), ((1, 1, 1, 0), None)])
+def test_training_curves_ring_the_last_best_epoch(best, ringed):
+    """Rows of an older log have no `best`; a best epoch may have no AUROC (the loss decided)."""
+    rows = HISTORY if best is None else [
+        row | {"best": bool(b), "open_layers": 0, "skipped_steps": 0} for row, b in zip(HISTORY, best, strict=True)]
+    panels = ev.training_figure(rows).axes
+    rings = [tuple(point) for ax in panels for ring in ax.collections for point in ring.get_offsets()]
+    assert rings == ([ringed] if ringed else [])
+    assert [len(ax.lines) for ax in panels] == [2, 1, 2]
+    assert panels[1].lines[0].get_ydata() == pytest.approx([0.6, 0.75, np.nan, 0.7], nan_ok=True)
+
+
+def test_training_curves_are_saved_while_a_run_goes_on(tmp_path):
+    path = tmp_path / ev.TRAINING_CURVES
+    sizes = []
+    for phantom in (False, True):
+        ev.write_training_figure(HISTORY[:1], path, phantom)
+        picture = path.read_bytes()
+        assert picture[:8] == b"\x89PNG\r\n\x1a\n" and list(tmp_path.iterdir()) == [path]
+        sizes.append(int.from_bytes(picture[20:24], "big"))  # height, of the PNG's header
+    assert sizes[1] > sizes[0]  # room for the note, below
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):

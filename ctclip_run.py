@@ -1,0 +1,386 @@
+"""A run before its first step: what it is told (configuration, machine), what it works on (cohort, split, model, loss),
+and where the features of a frozen backbone come from (the cache)."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ctclip_cache import FeatureCache, encode_missing
+from ctclip_data import PUBLISHED_SHAPE, Cohort, Volume, load_cohort, split_by_patient
+from ctclip_evaluation import choose_device, choose_precision, choose_workers
+from ctclip_model import (
+    CLASSFINE_PATH,
+    DEMO_PATH,
+    CTCLIPMultiAbnormalityModel,
+    balanced_label_weights,
+    create_loss,
+)
+from ctclip_phantom import is_phantom_cohort, write_phantom_cohort
+from ctclip_ranks import Ranks
+
+# Peak rate of each head. A CT-CLIP latent has length 1, so its entries are small and the weights have far to go.
+HEAD_LEARNING_RATE = {"linear": 3e-2, "mlp": 3e-2, "attention": 3e-3, "slice backbones": 1e-3}
+
+
+class TrainingError(ValueError):
+    """A run that cannot start or go on. One line: what was found, what was expected, what to do."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, raised where nothing is lost. `code` is the exit code."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.code = 128 + number
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that the weights of a run depend on; the only owner of the defaults. Stored in run.json."""
+
+    mode: str = "full_train"
+    data_dir: str | None = None
+    train_volumes: int = 600  # built-in cohort only
+    valid_volumes: int = 250
+    limit: int | None = None
+    tuning_fraction: float = 0.2
+    cache_dir: str = "cache"
+    augment: bool = False
+    model: str = "ctclip"
+    ctclip_path: str | None = None
+    head: str = "linear"
+    dropout: float = 0.3
+    use_attention: str = "none"
+    pretrained: bool = True
+    epochs: int = 22
+    freeze_epochs: int = 20
+    freeze_backbone: bool = False
+    unfreeze_layers: int = 2
+    patience: int = 3
+    batch_size: int = 16
+    learning_rate: float | None = None  # None: HEAD_LEARNING_RATE
+    backbone_learning_rate: float = 3e-5
+    layer_decay: float = 0.8
+    weight_decay: float = 0.01
+    warmup_fraction: float = 0.05
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0
+    loss_type: str = "focal"
+    alpha: float = 0.35
+    gamma: float = 2.0
+    class_weights: bool = False
+    seed: int = 0
+
+    @property
+    def head_learning_rate(self) -> float:
+        kind = self.head if self.model == "ctclip" else "slice backbones"
+        return HEAD_LEARNING_RATE[kind] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def frozen_epochs(self) -> int:
+        return self.epochs if self.freeze_backbone else min(self.freeze_epochs, self.epochs)
+
+    def open_layers(self, epoch: int, layers: int) -> int:
+        """How many of the backbone's layers, counted from the output, move in this epoch."""
+        if epoch < self.frozen_epochs:
+            return 0
+        return min(layers, self.unfreeze_layers * (epoch - self.frozen_epochs + 1)) if self.unfreeze_layers else layers
+
+    def check(self) -> None:
+        """Raises TrainingError for a value that makes no run."""
+        bounds = {
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "freeze_epochs": (self.freeze_epochs >= 0, "at least 0"),
+            "unfreeze_layers": (self.unfreeze_layers >= 0, "at least 0 (0: all layers at once)"),
+            "patience": (self.patience >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "dropout": (0 <= self.dropout < 1, "at least 0 and below 1"),
+            "learning_rate": (self.head_learning_rate > 0, "above 0"),
+            "backbone_learning_rate": (self.backbone_learning_rate >= 0, "at least 0"),
+            "layer_decay": (0 < self.layer_decay <= 1, "above 0 and at most 1"),
+            "ema_decay": (0 <= self.ema_decay < 1, "at least 0 (off) and below 1"),
+            "tuning_fraction": (0 < self.tuning_fraction < 1, "between 0 and 1"),
+            "alpha": (0 < self.alpha < 1, "between 0 and 1 (it weighs the negatives)"),
+            "gamma": (0 <= self.gamma < math.inf, "a finite number of at least 0"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "clip_norm": (self.clip_norm > 0, "above 0"),
+            "warmup_fraction": (0 <= self.warmup_fraction <= 1, "between 0 and 1"),
+            "seed": (self.seed >= 0, "at least 0"),
+            "limit": (self.limit is None or self.limit >= 2, "at least 2 volumes"),
+        }
+        for name, (good, expected) in bounds.items():
+            if not good:
+                raise TrainingError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How a run is carried out. May differ between a run and its continuation, and changes weights by rounding only."""
+
+    device: str | None = None
+    workers: int | None = None
+    micro_batch: int | None = None
+    gradient_checkpointing: str = "auto"
+    save_minutes: float = 10.0
+    tensorboard: bool = False
+
+
+# What a continued run may be told anew: folders get mounted elsewhere.
+MOVABLE = ("data_dir", "cache_dir")
+
+# What `--mode quick_test` changes: three epochs of which the last is unfrozen, on so many training and tuning volumes;
+# the cohort is a little larger, because a split by patient cannot hit two numbers exactly.
+QUICK_TEST = {"train_volumes": 270, "valid_volumes": 100, "epochs": 3, "freeze_epochs": 2}
+QUICK_TEST_VOLUMES = (200, 50)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Before the first step: data, model, cached features
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def built_in_cohort(n_train: int, n_valid: int, workers: int | None = None) -> Path:
+    """Folder of the phantom cohort of this size, made on first use. Prints the one line that says what it is."""
+    folder = Path("data", f"phantoms_{n_train}_{n_valid}")
+    print(
+        f"No --data-dir: using the built-in cohort of synthetic chests in {folder}. "
+        "Its results speak of the pipeline, not of patients."
+    )
+    try:
+        return write_phantom_cohort(folder, n_train, n_valid, workers=workers)
+    except ValueError as error:  # a cohort of another version in that folder, or a size that makes none
+        raise TrainingError(str(error)) from error
+
+
+def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormalityModel:
+    """The model that `--model` names: CT-CLIP from its weights file, or a timm backbone."""
+    if config.model == "ctclip":
+        if config.use_attention != "none":
+            raise TrainingError(
+                f"--use-attention {config.use_attention} is for slice backbones (--model efficientnet_b0, ...); "
+                "CT-CLIP attends by itself: leave the flag out, or choose --head attention"
+            )
+        path = config.ctclip_path or (DEMO_PATH if phantom else CLASSFINE_PATH)
+        return CTCLIPMultiAbnormalityModel(path, head=config.head, dropout=config.dropout)
+    for flag, given in (("--ctclip-path", config.ctclip_path), ("--head", config.head != "linear" and config.head)):
+        if given:
+            raise TrainingError(f"{flag} goes with --model ctclip, found --model {config.model}: leave one out")
+    attention = None if config.use_attention == "none" else config.use_attention
+    try:
+        return CTCLIPMultiAbnormalityModel(
+            None, config.model, attention=attention, pretrained=config.pretrained, dropout=config.dropout
+        )
+    except ValueError as error:
+        raise TrainingError(f"--model: {error}; or 'ctclip'") from error
+
+
+@dataclass
+class Split:
+    """The volumes of one side of the split and, while the backbone is frozen, where their features are."""
+
+    volumes: list[Volume]
+    rows: list[int] | None = None  # in the cache
+    features: Tensor | None = None  # in memory, where they are small: what the head takes, (N, ...)
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.from_numpy(np.stack([volume.labels for volume in self.volumes]))
+
+    @property
+    def names(self) -> list[str]:
+        return [volume.name for volume in self.volumes]
+
+    def keep(self, indices: Sequence[int]) -> None:
+        self.volumes = [self.volumes[i] for i in indices]
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM, remembered until the step in flight is done and saved. A second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.number = 0
+        self.before: dict = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if self.number == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def check(self, message: str) -> None:
+        if self.number:
+            raise Interrupted(self.number, message)
+
+
+class Run:
+    """One run's folder, device and bookkeeping: which volumes were read how, and which failed."""
+
+    def __init__(self, folder: Path, config: TrainingConfig, machine: Machine):
+        self.folder = folder
+        self.config = config
+        self.machine = machine
+        name = machine.device
+        if name is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        self.device = choose_device(name)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.ranks = Ranks(self.device)
+        self.workers = choose_workers(machine.workers)
+        self.dtype = choose_precision(self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.micro_batch = 0  # volumes per forward pass; set by `prepare`
+        self.checkpointing = False
+        self.stop = StopRequest()
+        self.failures: dict[str, str] = {}
+        self.readings: dict[str, str] = {}
+        self.cache: FeatureCache | None = None
+
+    def say(self, text: str) -> None:
+        if self.ranks.is_main:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def record(self, role: str, volumes: list[Volume], batch) -> None:
+        """Keeps the verdicts and failures of a batch; a failure is printed once."""
+        for name, reason in batch.failures:
+            if name not in self.failures:
+                tqdm.write(f"left out ({role}): {name}: {reason}")
+            self.failures[name] = reason
+        for index, verdict in zip(batch.index.tolist(), batch.verdicts, strict=True):
+            self.readings[volumes[index].name] = verdict.reading
+
+    def exchange_records(self) -> None:
+        for failures, readings in self.ranks.gather((self.failures, self.readings)):
+            self.failures |= failures
+            self.readings |= readings
+
+    def set_checkpointing(self, model: CTCLIPMultiAbnormalityModel, enabled: bool) -> None:
+        self.checkpointing = enabled
+        model.set_gradient_checkpointing(enabled)
+
+    def use_less_memory(self, model: CTCLIPMultiAbnormalityModel) -> None:
+        """After an allocation failed: half the micro-batch, or recomputed activations; same effective batch."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.micro_batch > 1:
+            self.micro_batch //= 2
+            what = f"{self.micro_batch} volume{'s' * (self.micro_batch > 1)} at a time"
+        elif not self.checkpointing:
+            self.set_checkpointing(model, True)
+            what = "gradient checkpointing"
+        else:
+            raise TrainingError(
+                f"out of memory on {self.device} with one volume at a time and gradient checkpointing; open fewer "
+                "layers (--unfreeze-layers 1), keep the backbone frozen (--freeze-backbone), or use a larger device"
+            )
+        self.say(f"Out of memory on {self.device}: going on with {what}; a step still sees {self.config.batch_size}")
+
+
+def piece_size(shape: tuple[int, int, int], batch_size: int) -> int:
+    """Volumes per forward pass to begin with: the largest power of two within the voxels of two published volumes.
+
+    A batch of 16 published volumes would be 3.5 GB before the network sees it; its gradients are accumulated instead.
+    """
+    most = max(1, 2 * math.prod(PUBLISHED_SHAPE) // math.prod(shape))
+    return 1 << int(math.log2(min(most, batch_size)))
+
+
+def load_features(run: Run, model: CTCLIPMultiAbnormalityModel, splits: dict[str, Split]) -> None:
+    """Points every split to its features in the cache, encoding what is missing, and drops unreadable volumes."""
+    model.eval()
+    run.cache = FeatureCache(run.config.cache_dir, model)
+    for name, split in splits.items():
+        if name == "train" and run.config.augment:
+            run.say("--augment changes voxels: no cache for training volumes, every frozen epoch encodes them anew")
+            continue
+
+        def on_batch(volumes: list[Volume], batch, name: str = name) -> None:
+            run.record(name, volumes, batch)
+            run.stop.check("what has been encoded is in the cache")
+
+        encode_missing(model, run.cache, split.volumes, run.device, run.workers, run.ranks, on_batch)
+        rows = run.cache.rows(split.volumes)
+        split.keep([i for i, row in enumerate(rows) if row is not None])
+        split.rows = [row for row in rows if row is not None]
+        if not split.volumes:
+            raise TrainingError(f"none of the {len(rows)} {name} volumes could be read; see the lines above")
+        run.readings |= dict(zip(split.names, run.cache.readings(split.rows), strict=True))
+        if model.compact_kind == "pooled" or model.head_name in ("linear", "mlp"):
+            split.features = torch.cat([frozen_inputs(run, model, split, part).cpu() for part in parts(split.rows)])
+    run.exchange_records()
+
+
+def parts(items: Sequence, size: int = 64) -> list[range]:
+    return [range(start, min(start + size, len(items))) for start in range(0, len(items), size)]
+
+
+@torch.no_grad()
+def frozen_inputs(run: Run, model: CTCLIPMultiAbnormalityModel, split: Split, chosen: Sequence[int]) -> Tensor:
+    """What the head takes for these volumes of the split, on the device."""
+    if split.features is not None:
+        return split.features[list(chosen)].to(run.device)
+    compact = run.cache.load([split.rows[i] for i in chosen]).to(run.device)
+    return model.from_compact(compact.float() if compact.is_floating_point() else compact)
+
+
+@dataclass
+class Job:
+    """What is known before the first step."""
+
+    run: Run
+    data_dir: Path
+    phantom: bool
+    cohort: Cohort
+    splits: dict[str, Split]
+    model: CTCLIPMultiAbnormalityModel
+    criterion: nn.Module
+
+
+def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> Job:
+    """Cohort, split, model and loss of a run; nothing is written but the built-in cohort."""
+    config.check()
+    if machine.micro_batch is not None and machine.micro_batch < 1:
+        raise TrainingError(f"--micro-batch is {machine.micro_batch}, expected at least 1")
+    torch.manual_seed(config.seed)
+    run = Run(folder, config, machine)
+    data_dir = Path(config.data_dir or f"data/phantoms_{config.train_volumes}_{config.valid_volumes}")
+    if config.data_dir is None and run.ranks.is_main:
+        built_in_cohort(config.train_volumes, config.valid_volumes)
+    run.ranks.barrier()
+    phantom = is_phantom_cohort(data_dir)
+    model = build_model(config, phantom).to(run.device)
+    cohort = load_cohort(data_dir, "train", limit=config.limit)
+    train_volumes, tuning_volumes = split_by_patient(cohort.volumes, config.tuning_fraction, config.seed)
+    if config.mode == "quick_test":
+        train_volumes, tuning_volumes = train_volumes[: QUICK_TEST_VOLUMES[0]], tuning_volumes[: QUICK_TEST_VOLUMES[1]]
+    splits = {"train": Split(train_volumes), "tuning": Split(tuning_volumes)}
+    weights = balanced_label_weights(splits["train"].labels) if config.class_weights else None
+    criterion = create_loss(config.loss_type, config.alpha, config.gamma, weights).to(run.device)
+    run.micro_batch = machine.micro_batch or piece_size(model.input_shape, config.batch_size)
+    wanted = machine.gradient_checkpointing
+    run.set_checkpointing(model, run.device.type == "cuda" if wanted == "auto" else wanted == "on")
+    return Job(run, data_dir, phantom, cohort, splits, model, criterion)
