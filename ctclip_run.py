@@ -31,7 +31,7 @@ from ctclip_phantom import is_phantom_cohort, write_phantom_cohort
 from ctclip_ranks import Ranks
 
 # Peak rate of each head. A CT-CLIP latent has length 1, so its entries are small and the weights have far to go.
-HEAD_LEARNING_RATE = {"linear": 3e-2, "mlp": 3e-2, "attention": 3e-3, "slice backbones": 1e-3}
+HEAD_LEARNING_RATE = {"linear": 3e-2, "mlp": 3e-2, "attention": 3e-2, "slice backbones": 1e-3}
 
 
 class TrainingError(ValueError):
@@ -135,6 +135,13 @@ class Machine:
     gradient_checkpointing: str = "auto"
     save_minutes: float = 10.0
     tensorboard: bool = False
+
+    def check(self) -> None:
+        """Raises TrainingError for a value that makes no run."""
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise TrainingError(f"--micro-batch is {self.micro_batch}, expected at least 1")
+        if not self.save_minutes >= 0:
+            raise TrainingError(f"--save-minutes is {self.save_minutes}, expected at least 0 (0: after every step)")
 
 
 # What a continued run may be told anew: folders get mounted elsewhere.
@@ -278,9 +285,14 @@ class Run:
             self.failures |= failures
             self.readings |= readings
 
-    def set_checkpointing(self, model: CTCLIPMultiAbnormalityModel, enabled: bool) -> None:
+    def set_checkpointing(self, model: CTCLIPMultiAbnormalityModel, enabled: bool) -> bool:
+        """False where it cannot be done: some slice backbones have no such mode."""
+        try:
+            model.set_gradient_checkpointing(enabled)
+        except ValueError:
+            return False
         self.checkpointing = enabled
-        model.set_gradient_checkpointing(enabled)
+        return True
 
     def use_less_memory(self, model: CTCLIPMultiAbnormalityModel) -> None:
         """After an allocation failed: half the micro-batch, or recomputed activations; same effective batch."""
@@ -289,13 +301,13 @@ class Run:
         if self.micro_batch > 1:
             self.micro_batch //= 2
             what = f"{self.micro_batch} volume{'s' * (self.micro_batch > 1)} at a time"
-        elif not self.checkpointing:
-            self.set_checkpointing(model, True)
+        elif not self.checkpointing and self.set_checkpointing(model, True):
             what = "gradient checkpointing"
         else:
+            tried = "one volume at a time" + " and gradient checkpointing" * self.checkpointing
             raise TrainingError(
-                f"out of memory on {self.device} with one volume at a time and gradient checkpointing; open fewer "
-                "layers (--unfreeze-layers 1), keep the backbone frozen (--freeze-backbone), or use a larger device"
+                f"out of memory on {self.device} with {tried}; open fewer layers (--unfreeze-layers 1), keep the "
+                "backbone frozen (--freeze-backbone), or use a larger device"
             )
         self.say(f"Out of memory on {self.device}: going on with {what}; a step still sees {self.config.batch_size}")
 
@@ -329,7 +341,7 @@ def load_features(run: Run, model: CTCLIPMultiAbnormalityModel, splits: dict[str
         if not split.volumes:
             raise TrainingError(f"none of the {len(rows)} {name} volumes could be read; see the lines above")
         run.readings |= dict(zip(split.names, run.cache.readings(split.rows), strict=True))
-        if model.compact_kind == "pooled" or model.head_name in ("linear", "mlp"):
+        if model.compact_kind == "pooled" or (model.is_ctclip and model.head_name != "attention"):
             split.features = torch.cat([frozen_inputs(run, model, split, part).cpu() for part in parts(split.rows)])
     run.exchange_records()
 
@@ -363,8 +375,7 @@ class Job:
 def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> Job:
     """Cohort, split, model and loss of a run; nothing is written but the built-in cohort."""
     config.check()
-    if machine.micro_batch is not None and machine.micro_batch < 1:
-        raise TrainingError(f"--micro-batch is {machine.micro_batch}, expected at least 1")
+    machine.check()
     torch.manual_seed(config.seed)
     run = Run(folder, config, machine)
     data_dir = Path(config.data_dir or f"data/phantoms_{config.train_volumes}_{config.valid_volumes}")
@@ -382,5 +393,8 @@ def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> Job:
     criterion = create_loss(config.loss_type, config.alpha, config.gamma, weights).to(run.device)
     run.micro_batch = machine.micro_batch or piece_size(model.input_shape, config.batch_size)
     wanted = machine.gradient_checkpointing
-    run.set_checkpointing(model, run.device.type == "cuda" if wanted == "auto" else wanted == "on")
+    if not run.set_checkpointing(model, wanted == "on" or (wanted == "auto" and run.device.type == "cuda")):
+        if wanted == "on":
+            raise TrainingError(f"--gradient-checkpointing on: {config.model} has no such mode; leave it out")
+        run.say(f"{config.model} has no gradient checkpointing: going on without")
     return Job(run, data_dir, phantom, cohort, splits, model, criterion)

@@ -8,12 +8,13 @@ and no full disk, costs more than the time since the last save.
 from __future__ import annotations
 
 import errno
+import math
 import re
 import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -63,8 +64,17 @@ def _save(content: dict, path: Path) -> None:
         file.write(recorder.crc32.to_bytes(4, "little"))  # torch.load does not mind
 
 
-def or_explain(folder: Path, what: str, write: Callable[[], None]) -> None:
-    """Calls `write()`. A full disk becomes a StateError that says what is still usable and what to free."""
+def size_of(content: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists; the rest is small."""
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return sum(size_of(part) for part in parts)
+
+
+def or_explain(folder: Path, what: str, size: int, write: Callable[[], None]) -> None:
+    """Calls `write()`, which needs `size` bytes. A full disk becomes a StateError that says what is still usable and
+    what to free."""
     try:
         write()
     except (OSError, SafetensorError) as error:
@@ -76,12 +86,10 @@ def or_explain(folder: Path, what: str, write: Callable[[], None]) -> None:
         free = shutil.disk_usage(folder).free
         kept = states(folder)
         good = f"the last good state is {kept[-1]}" if kept else "no state has been saved yet"
-        size = max((path.stat().st_size for path in kept), default=0)
-        wanted = f"about {size / 1e6:,.0f} MB" if size else "more"
         reason = "a file-size limit is in force" if number == errno.EFBIG else f"{free / 1e6:,.0f} MB free"
         raise StateError(
-            f"{what} could not be written to {folder} ({reason}), expected room for {wanted}; {good}. Free space there "
-            f"(old runs under {folder.parent}, caches) and go on with --resume {folder}"
+            f"{what} could not be written to {folder} ({reason}), expected room for {math.ceil(size / 1e6):,} MB; "
+            f"{good}. Free space there (old runs under {folder.parent}, caches) and go on with --resume {folder}"
         ) from error
 
 
@@ -93,14 +101,14 @@ def states(folder: Path) -> list[Path]:
 def save_state(folder: Path, epoch: int, step: int, content: dict) -> Path:
     """Writes the state of `step` steps after `epoch` whole epochs, then removes states too old to be needed."""
     path = folder / "state" / f"{epoch:04d}-{step:06d}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
 
     def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             _save(content, temporary)
 
-    or_explain(folder, "The training state", write)
-    for old in states(folder)[:-KEEP]:
+    or_explain(folder, "The training state", size_of(content), write)
+    for old in (*states(folder)[:-KEEP], *path.parent.glob("*.tmp")):  # the latter from processes that were killed
         old.unlink()
     return path
 

@@ -39,6 +39,7 @@ from ctclip_data import (
     volume_loader,
 )
 from ctclip_evaluation import (
+    TRAINING_CURVES,
     EvaluationError,
     auroc_difference,
     compute_metrics,
@@ -74,7 +75,7 @@ from ctclip_run import (
     parts,
     prepare,
 )
-from ctclip_state import StateError, load_newest, or_explain, save_state
+from ctclip_state import StateError, load_newest, or_explain, save_state, size_of
 
 CACHED_PIECE = 32  # a cached volume needs less than this fraction of the memory of one that is encoded
 
@@ -463,55 +464,56 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
             model.train()
             batches = batches_of(train_split, run, epoch)
             stream = None
-            progress = tqdm(
+            with tqdm(
                 total=len(batches), initial=position.step, desc=f"epoch {epoch + 1}", unit="step", delay=2, leave=False,
                 disable=not run.ranks.is_main,
-            )  # fmt: skip
-            while position.step < len(batches):
-                if stream is None:
-                    stream = pieces_of(run, model, train_split, batches[position.step :], epoch)
-                random = random_state(run)
-                outcome, lacking = Outcome(), False
-                try:
-                    outcome = accumulate(run, model, criterion, stream, len(batches[position.step]), cached)
-                except (RuntimeError, MemoryError) as error:
-                    if not out_of_memory(error):
-                        raise
-                    lacking = True
-                save_due = run.ranks.is_main and time.perf_counter() - saved >= 60 * run.machine.save_minutes
-                lacking, bad, save_due, stopping = run.ranks.highest(
-                    lacking, bool(outcome.bad), save_due, run.stop.number
-                )
-                if lacking:
+            ) as progress:  # fmt: skip
+                while position.step < len(batches):
+                    if stream is None:
+                        stream = pieces_of(run, model, train_split, batches[position.step :], epoch)
+                    random = random_state(run)
+                    outcome, lacking = Outcome(), False
+                    try:
+                        outcome = accumulate(run, model, criterion, stream, len(batches[position.step]), cached)
+                    except (RuntimeError, MemoryError) as error:
+                        if not out_of_memory(error):
+                            raise
+                        lacking = True
+                    save_due = run.ranks.is_main and time.perf_counter() - saved >= 60 * run.machine.save_minutes
+                    lacking, bad, save_due, stopping = run.ranks.highest(
+                        lacking, bool(outcome.bad), save_due, run.stop.number
+                    )
+                    if lacking:
+                        moving.optimizer.zero_grad(set_to_none=True)
+                        stream = None  # closes its reading processes before new ones start
+                        run.use_less_memory(model)
+                        set_random_state(run, random)
+                        continue
+                    position.step += 1
+                    progress.update()
+                    finite = False
+                    if not bad:
+                        finite = moving.step(epoch + position.step / len(batches))
                     moving.optimizer.zero_grad(set_to_none=True)
-                    stream = None  # closes its reading processes before new ones start
-                    run.use_less_memory(model)
-                    set_random_state(run, random)
-                    continue
-                position.step += 1
-                progress.update()
-                finite = False
-                if not bad:
-                    finite = moving.step(epoch + position.step / len(batches))
-                moving.optimizer.zero_grad(set_to_none=True)
-                if finite:
-                    position.loss_sum += outcome.loss_sum
-                    position.seen += outcome.seen
-                    trained += outcome.seen
-                count_bad_step(run, position, outcome, finite)
-                if stopping:
-                    run.stop.number = int(stopping)  # on another rank, perhaps
-                    break
-                if save_due:
-                    save()
-            progress.close()
+                    if finite:
+                        position.loss_sum += outcome.loss_sum
+                        position.seen += outcome.seen
+                        trained += outcome.seen
+                    count_bad_step(run, position, outcome, finite)
+                    if stopping:
+                        break
+                    if save_due:
+                        save()
             position.seconds = time.perf_counter() - tick
-            if not frozen or run.stop.number:
+            (stopping,) = run.ranks.highest(run.stop.number)  # the ranks must agree, and a signal may reach one only
+            if not frozen or stopping:
                 save()
-            run.stop.check(f"saved after step {position.step} of {len(batches)} of epoch {epoch + 1}")
+            if stopping:
+                run.stop.number = int(stopping)
+                run.stop.check(f"saved after step {position.step} of {len(batches)} of epoch {epoch + 1}")
             totals = run.ranks.gather((position.loss_sum, position.seen))
             loss_sum, seen = (sum(values) for values in zip(*totals, strict=True))
-            if not seen:
+            if not seen and not position.skipped:
                 raise TrainingError("none of the training volumes could be read; see the lines above")
             run.ranks.copy_from_main(model.buffers())  # running statistics of slice backbones
 
@@ -526,7 +528,7 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
                     "epoch": epoch + 1,
                     "stage": "frozen" if frozen else "unfrozen",
                     "open_layers": moving.open,
-                    "train_loss": loss_sum / seen,
+                    "train_loss": loss_sum / seen if seen else None,
                     "tuning_loss": metrics["loss"],
                     "tuning_auroc_macro": metrics["auroc_macro"],
                     "positive_rate": metrics["positive_rate"],
@@ -554,7 +556,8 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
                 run.say(stopped)
 
             # 4. Save. While the backbone is frozen the best weights wait in the state, where they are small.
-            position = Position(epoch=epoch + 1, falls=falls, stopped=stopped, bad_in_a_row=position.bad_in_a_row)
+            in_a_row, names = position.bad_in_a_row, position.bad_names
+            position = Position(epoch + 1, falls=falls, stopped=stopped, bad_in_a_row=in_a_row, bad_names=names)
             if best.tensors and (not frozen or epoch + 1 in (config.frozen_epochs, config.epochs)):
                 save_best(run, model, splits["tuning"], best)
             save()
@@ -589,6 +592,8 @@ def fell(best: Best, tuning: Split, logits: Tensor) -> bool:
     """Whether the macro AUROC is below the best one by more than the standard error of their difference."""
     before = dict(zip(best.names, best.logits, strict=True))
     both = [i for i, name in enumerate(tuning.names) if name in before]
+    if not both:
+        return False
     first = torch.stack([before[tuning.names[i]] for i in both])
     patients = [tuning.volumes[i].patient for i in both]
     change = auroc_difference(
@@ -613,7 +618,8 @@ def save_best(run: Run, model: CTCLIPMultiAbnormalityModel, tuning: Split, best:
         for figure in run.folder.glob("*.png"):
             figure.unlink()
         with weights_of(model, best.tensors):
-            or_explain(run.folder, "The best weights", lambda: model._save_pretrained(run.folder))
+            size = size_of(model.state_dict())
+            or_explain(run.folder, "The best weights", size, lambda: model._save_pretrained(run.folder))
         labels = {volume.name: volume.labels for volume in tuning.volumes}
         kept = [i for i, name in enumerate(best.names) if name in labels]
         names = [best.names[i] for i in kept]
@@ -742,7 +748,7 @@ def finish(job: Job, history: list[dict], best: Best, stopped: str, trained: int
     write_run_file(job, stopped or "finished")
     if not run.ranks.is_main:
         return
-    write_training_figure(history, run.folder / "training.png", job.phantom)
+    write_training_figure(history, run.folder / TRAINING_CURVES, job.phantom)
     line = next((line for line in history if line["epoch"] == best.epoch), None)
     if line is not None and line["tuning_auroc_macro"] is not None:
         print(f"Best epoch {best.epoch}: macro AUROC {line['tuning_auroc_macro']:.3f} on the tuning patients")
@@ -788,9 +794,10 @@ def print_head(job: Job) -> None:
 
 def epoch_line(line: dict, epochs: int) -> str:
     auroc = "undefined" if line["tuning_auroc_macro"] is None else f"{line['tuning_auroc_macro']:.3f}"
+    loss = "undefined" if line["train_loss"] is None else f"{line['train_loss']:.4f}"
     stage = "frozen" if line["stage"] == "frozen" else f"unfrozen ({line['open_layers']} layers)"
     return (
-        f"epoch {line['epoch']:>2}/{epochs}  backbone {stage}  train loss {line['train_loss']:.4f}  "
+        f"epoch {line['epoch']:>2}/{epochs}  backbone {stage}  train loss {loss}  "
         f"validation loss {line['tuning_loss']:.4f}  AUROC {auroc}  "
         f"positive rate {line['positive_rate']:.3f} (labels {line['label_rate']:.3f})  {line['seconds']:.1f} s"
         f"{'  best' if line['best'] else ''}"
@@ -799,13 +806,13 @@ def epoch_line(line: dict, epochs: int) -> str:
 
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB of GPU memory"
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of GPU memory"
     try:
         import resource
     except ImportError:  # Windows
         return "not known on this system"
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GB"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -901,7 +908,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--gradient-checkpointing",
         choices=("auto", "on", "off"),
         default=default.gradient_checkpointing,
-        help="unfrozen: a third slower, a fraction of the memory (auto: on CUDA)",
+        help="unfrozen: a third slower, a fraction of the memory (default %(default)s: on CUDA)",
     )
     group.add_argument("--tensorboard", action="store_true", help="write TensorBoard events into the run's folder")
 
@@ -985,9 +992,11 @@ def guarded(action) -> int:
     except USER_ERRORS as error:
         print(f"{rank}error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        print(f"{rank}error: {reason}: open fewer layers (--unfreeze-layers 1), then --resume", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        way = "--resume on a larger device, or begin a run that opens fewer layers (--unfreeze-layers 1)"
+        print(f"{rank}error: out of memory; {way}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         what = str(error) or "what was saved last is kept"

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "ctclip_training.py"
 SAVE_MINUTES = "0.005"  # often within an epoch, but not at every step: some steps have to be done again
 # Half of it unfrozen; everything that draws random numbers, and everything that has a state of its own.
-SETTINGS = "--epochs 12 --freeze-epochs 6 --batch-size 8 --augment --dropout 0.3 --ema-decay 0.9 --patience 100".split()
+SETTINGS = ["--epochs=12", "--freeze-epochs=6", "--batch-size=8", "--augment", "--ema-decay=0.9", "--patience=100"]
 
 
 def start(folder: Path, flags: list[str], resume: bool) -> subprocess.Popen:
