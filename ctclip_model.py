@@ -25,12 +25,15 @@ import json
 import math
 import os
 import pickle
+import ssl
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +87,9 @@ UNUSED_KEYS = (
 )
 
 LINEAR_HEAD_KEYS = ("classifier.weight", "classifier.bias")  # ClassFine's
+
+# Arguments of the hub mixin that mean nothing for a local folder; its version 0.25 has two more than later ones.
+HUB_ONLY = ("revision", "cache_dir", "force_download", "proxies", "resume_download", "local_files_only", "token")
 
 # Where a slice backbone looks: the 360 mm cube of `ctclip_data` at 3 x 1.6 x 1.6 mm, so that a slice is 224 x 224.
 SLICE_INPUT_SHAPE = (120, 224, 224)
@@ -538,12 +544,12 @@ class AttentionHead(nn.Module):
     def _table(self, tokens: Tensor) -> Tensor:
         """(..., C) -> scores and evidence, (..., 2 * 18), of each token by itself.
 
-        The norm takes a token's length away. The quantiser compares directions only, so that the length of a code is
-        free to say something of its own: its logarithm goes in beside.
+        The quantiser compares directions only, so that the length of a code is free to say something of its own: its
+        logarithm goes in beside the direction.
         """
         length = tokens.norm(dim=-1, keepdim=True).clamp(min=1e-6).log10()
-        direction = F.layer_norm(tokens, tokens.shape[-1:]) / math.sqrt(tokens.shape[-1])  # of length 1
-        hidden = F.gelu(self.hidden(torch.cat([direction, length], dim=-1))) / math.sqrt(self.hidden.out_features)
+        hidden = F.gelu(self.hidden(torch.cat([F.normalize(tokens, dim=-1), length], dim=-1)))
+        hidden = hidden / math.sqrt(self.hidden.out_features)
         return F.linear(self.dropout(hidden), torch.cat([self.query.weight, self.evidence.weight]))
 
     def _position(self, T: int) -> Tensor:
@@ -685,6 +691,26 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0].split('. ')[0]}" if text else type(error).__name__
 
 
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Without a way to the hub, its client is offline inside the block: weights from its cache or an error at once,
+    where it would otherwise retry every file name for 23 s."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    if not before:
+        try:
+            urlopen(constants.ENDPOINT, timeout=5).close()
+        except HTTPError:
+            pass  # it answers
+        except OSError as error:  # a certificate that only Python refuses is an answer too
+            constants.HF_HUB_OFFLINE = not isinstance(getattr(error, "reason", None), ssl.SSLError)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def create_backbone(name: str, pretrained: bool) -> nn.Module:
     """A timm model without pooling and classifier. Raises ValueError for a name that timm does not know and
     PretrainedWeightsError when ImageNet weights are asked for and cannot be had."""
@@ -700,7 +726,8 @@ def create_backbone(name: str, pretrained: bool) -> nn.Module:
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # a dozen lines of retries; the one that counts is raised below
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="")
+        with _offline_if_unreachable() if pretrained else nullcontext():
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="")
     except (OSError, RuntimeError) as error:  # no network, no access, or no such weights
         if not pretrained:
             raise
@@ -1102,6 +1129,16 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             save_file(tensors, path, metadata={"format": "pt"})
         with replacing(folder / "config.json") as path:
             path.write_text(json.dumps(self._hub_mixin_config, indent=2))
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **kwargs):
+        """The mixin's, but for a local folder without the line that it prints about one."""
+        folder = Path(model_id)
+        if not folder.is_dir():
+            return super()._from_pretrained(model_id=model_id, map_location=map_location, strict=strict, **kwargs)
+        for name in HUB_ONLY:
+            kwargs.pop(name, None)
+        return cls._load_as_safetensor(cls(**kwargs), str(folder / "model.safetensors"), map_location, strict)
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file: str, map_location: str, strict: bool):

@@ -133,6 +133,23 @@ def test_second_ctrl_c_ends_at_once_and_the_last_state_serves(config, undisturbe
     assert differences(undisturbed, folder) == []
 
 
+def test_volumes_that_turned_out_unreadable_stay_left_out(config, phantoms, tmp_path):
+    """They are found out in the frozen stage; the batches of the unfrozen one depend on it."""
+    cohort = shutil.copytree(phantoms, tmp_path / "cohort")
+    harmed = sorted(cohort.glob("dataset/train*/*/*/*.nii.gz"))[:4]
+    assert len(harmed) == 4
+    for path in harmed:
+        path.write_bytes(b"not a scan")
+    config = ctclip_training.replace(config, data_dir=str(cohort), epochs=3)
+    undisturbed = train(config, tmp_path / "undisturbed")
+    left_out = {row["name"] for row in json.loads((undisturbed / "run.json").read_text())["left_out"]}
+    assert len(left_out & {path.name for path in harmed}) > 1
+    folder = tmp_path / "run"
+    assert interrupt(config, folder, "tune", 2, signal.SIGTERM) == 143
+    assert main(["--resume", str(folder)]) == 0
+    assert differences(undisturbed, folder) == []
+
+
 def test_a_stop_request_names_the_signal():
     with StopRequest() as stop:
         stop.check("nothing yet")

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/small_findings.py [--cohort D] [--as-shipped]
 
-The demo's tower with all codes brought to length 1: the lengths it ships with were fitted so that a mean over the token
-grid works on phantoms, which no published weights were. `--as-shipped` leaves them as they are. A finding is small where
-it touches at most 1.5 % of the tokens of a volume that has it. Phantoms: this speaks of the heads, not of patients.
+The demo's tower with all codes brought to length 1: the lengths it ships with were fitted so that a mean over the
+token grid works on phantoms, which no published weights were. `--as-shipped` leaves them as they are. A finding is
+small where it touches at most 1.5 % of the tokens of a volume that has it. Phantoms: this speaks of the heads, not of
+patients.
 """
 
 from __future__ import annotations
@@ -71,7 +72,11 @@ def main(argv: list[str] | None = None) -> int:
         found = {}
         for head in ("linear", "attention"):
             config = TrainingConfig(
-                data_dir=str(cohort), ctclip_path=str(weights), cache_dir=str(cache_dir), head=head, freeze_backbone=True
+                data_dir=str(cohort),
+                ctclip_path=str(weights),
+                cache_dir=str(cache_dir),
+                head=head,
+                freeze_backbone=True,
             )
             found[head] = aurocs(train(config, Path(work, head)), cohort, cache_dir)
         share = share_of_tokens(60)
