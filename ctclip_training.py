@@ -234,6 +234,18 @@ class Moving:
             warmup, end = self.config.warmup_fraction, self.config.epochs
             group["lr"] = group["peak"] * schedule(progress, group["start"], end, warmup)
 
+    def before_step(self) -> dict:
+        """What passes through the model change before the optimiser's step: random numbers, running statistics."""
+        statistics = [] if self.model.is_ctclip else [buffer.clone() for buffer in self.model.buffers()]
+        return {"random": random_state(self.run), "statistics": statistics}
+
+    def undo_step(self, before: dict) -> None:
+        """Gives up a step that the optimiser has not taken yet."""
+        self.optimizer.zero_grad(set_to_none=True)
+        set_random_state(self.run, before["random"])
+        for buffer, value in zip(self.model.buffers(), before["statistics"], strict=False):
+            buffer.copy_(value)
+
     def step(self, progress: float) -> bool:
         """One optimiser step from the gradients of all ranks; False, and no step, if they are not finite."""
         scaler = self.run.scaler
@@ -328,7 +340,7 @@ def accumulate(
                 finite = logits.isfinite().all(1).tolist()
                 culprits = [name for name, good in zip(names, finite, strict=True) if not good]
                 outcome.bad += culprits or names
-        if last:
+        if last or run.stop.number:  # a step may take minutes, and a signal gives seconds
             return outcome
     raise AssertionError("a step without a last piece")
 
@@ -471,23 +483,24 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
                 while position.step < len(batches):
                     if stream is None:
                         stream = pieces_of(run, model, train_split, batches[position.step :], epoch)
-                    random = random_state(run)
+                    before = moving.before_step()
                     outcome, lacking = Outcome(), False
                     try:
                         outcome = accumulate(run, model, criterion, stream, len(batches[position.step]), cached)
                     except (RuntimeError, MemoryError) as error:
-                        if not out_of_memory(error):
-                            raise
-                        lacking = True
+                        lacking = out_of_memory(error)
+                        if not lacking and not (run.stop.number and "DataLoader worker" in str(error)):
+                            raise  # the same signal may have ended a reading process
                     save_due = run.ranks.is_main and time.perf_counter() - saved >= 60 * run.machine.save_minutes
                     lacking, bad, save_due, stopping = run.ranks.highest(
                         lacking, bool(outcome.bad), save_due, run.stop.number
                     )
-                    if lacking:
-                        moving.optimizer.zero_grad(set_to_none=True)
+                    if stopping or lacking:  # as if this step had not begun
+                        moving.undo_step(before)
                         stream = None  # closes its reading processes before new ones start
+                        if stopping:
+                            break
                         run.use_less_memory(model)
-                        set_random_state(run, random)
                         continue
                     position.step += 1
                     progress.update()
@@ -500,8 +513,6 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
                         position.seen += outcome.seen
                         trained += outcome.seen
                     count_bad_step(run, position, outcome, finite)
-                    if stopping:
-                        break
                     if save_due:
                         save()
             position.seconds = time.perf_counter() - tick

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -51,6 +52,8 @@ def predict(args: argparse.Namespace) -> None:
 
 def refuse_idle_flags(args: argparse.Namespace) -> None:
     """A flag that the mode would not look at is an error: it may have been meant for another mode."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise EvaluationError("found torchrun with run_task2.py, expected ctclip_training.py; evaluate afterwards")
     training = args.task in ("full", "train")
     for flag, given, belongs in (
         ("--input", args.input, args.task == "predict"),

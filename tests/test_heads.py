@@ -156,7 +156,7 @@ def test_attention_equals_its_definition_token_by_token_and_the_histogram_over_c
     head, codebook = attention_head()
     ids = torch.randint(0, 50, (2, 3, 4, 5))
     tokens = codebook[ids]  # (B, T, h, w, C)
-    inputs = torch.cat([F.layer_norm(tokens, (12,)) / math.sqrt(12), tokens.norm(dim=-1, keepdim=True).log10()], -1)
+    inputs = torch.cat([F.normalize(tokens, dim=-1), tokens.norm(dim=-1, keepdim=True).log10()], -1)
     hidden = F.gelu(inputs @ head.hidden.weight.T + head.hidden.bias) / math.sqrt(8)
     for label in (0, 7, 17):
         score = hidden @ head.query.weight[label]

@@ -43,7 +43,7 @@ def test_full_run_prints_the_blocks_and_writes_the_folder(job):
     written = {path.name for path in run.iterdir()}
     tables = {"predictions.csv", "labels.csv", "tuning_predictions.csv", "tuning_labels.csv", "per_label.csv"}
     figures = {"roc.png", "threshold_sweep.png", "positive_rate.png", "training_curves.png"}
-    weights = {"model.safetensors", "config.json", "resume.pt"}
+    weights = {"model.safetensors", "config.json", "state"}
     assert tables | figures | weights | {"run.json", "log.jsonl", "metrics.json"} == written
 
 

@@ -77,10 +77,10 @@ def interrupt(config, folder: Path, function: str, number: int, *signals: int) -
 @pytest.mark.parametrize(
     ("function", "number", "number_of_signal", "where", "newest"),
     [
-        ("accumulate", STEPS + 3, signal.SIGTERM, "step 3 of 5 of epoch 2", "0001-000003"),  # from the cache
-        ("tune", 2, signal.SIGINT, "step 1 of 5 of epoch 3", "0002-000001"),  # frozen: over before it is noticed
-        ("accumulate", 2 * STEPS + 5, signal.SIGTERM, "step 5 of 5 of epoch 3", "0002-000005"),  # the last of the epoch
-        ("accumulate", 3 * STEPS + 2, signal.SIGINT, "step 2 of 5 of epoch 4", "0003-000002"),  # more layers are open
+        ("accumulate", STEPS + 3, signal.SIGTERM, "step 2 of 5 of epoch 2", "0001-000002"),  # from the cache
+        ("tune", 2, signal.SIGINT, "step 0 of 5 of epoch 3", "0002-000000"),  # frozen: over before it is noticed
+        ("accumulate", 2 * STEPS + 5, signal.SIGTERM, "step 4 of 5 of epoch 3", "0002-000004"),  # the last of the epoch
+        ("accumulate", 3 * STEPS + 2, signal.SIGINT, "step 1 of 5 of epoch 4", "0003-000001"),  # more layers are open
         ("predict_volumes", 1, signal.SIGTERM, "the epoch's steps are saved", "0002-000005"),
     ],
 )
@@ -172,7 +172,7 @@ def interrupted(config, undisturbed, tmp_path_factory) -> Path:
     """A run in its last epoch: two states. To be copied."""
     folder = tmp_path_factory.mktemp("interrupted") / "run"
     interrupt(config, folder, "accumulate", 3 * STEPS + 2, signal.SIGTERM)
-    assert [path.stem for path in states(folder)] == ["0003-000000", "0003-000002"]
+    assert [path.stem for path in states(folder)] == ["0003-000000", "0003-000001"]
     return folder
 
 
@@ -186,7 +186,7 @@ def test_damaged_newest_state_is_reported_and_the_one_before_serves(harm, interr
     harm(states(folder)[-1])
     assert main(["--resume", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "0003-000002.pt is damaged" in out and "using the state before it" in out
+    assert "0003-000001.pt is damaged" in out and "using the state before it" in out
     assert "going on after epoch 3 of 4 and 0 steps" in out
     assert differences(undisturbed, folder) == []
 
