@@ -13,6 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def is_main_process() -> bool:
+    """Whether this process is the one that prints and writes; also where no group has been joined."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 class Ranks:
     """Number, size and means of exchange of a group of processes. Take part in every call on all ranks or on none."""
 
@@ -62,5 +67,6 @@ class Ranks:
             dist.barrier()
 
     def leave(self) -> None:
+        """The end: no call on this object after it."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()

@@ -142,6 +142,11 @@ class Machine:
             raise TrainingError(f"--micro-batch is {self.micro_batch}, expected at least 1")
         if not self.save_minutes >= 0:
             raise TrainingError(f"--save-minutes is {self.save_minutes}, expected at least 0 (0: after every step)")
+        if self.tensorboard:
+            try:
+                import torch.utils.tensorboard  # noqa: F401
+            except ImportError as error:
+                raise TrainingError(f"--tensorboard needs a package ({error}); pip install tensorboard") from error
 
 
 # What a continued run may be told anew: folders get mounted elsewhere.

@@ -58,7 +58,7 @@ from ctclip_model import (
     PretrainedWeightsError,
     replacing,
 )
-from ctclip_ranks import Ranks
+from ctclip_ranks import is_main_process
 from ctclip_run import (
     HEAD_LEARNING_RATE,
     MOVABLE,
@@ -78,6 +78,8 @@ from ctclip_run import (
 from ctclip_state import StateError, load_newest, or_explain, save_state, size_of
 
 CACHED_PIECE = 32  # a cached volume needs less than this fraction of the memory of one that is encoded
+
+SMALL = 10**6  # bytes; more than a run's record, log and curves take
 
 BAD_STEPS = 3  # steps in a row whose loss is not finite, after which a run ends
 
@@ -447,7 +449,7 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
         run.say(f"State found: {left}")
     else:
         torch.manual_seed(config.seed + run.ranks.rank)  # ranks drop other units
-    write_run_file(job, "running")
+    or_explain(folder, "The run's record", SMALL, lambda: write_run_file(job, "running"))
     writer = open_tensorboard(run, position)
     saved = time.perf_counter()
     trained = 0
@@ -572,11 +574,14 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
             if best.tensors and (not frozen or epoch + 1 in (config.frozen_epochs, config.epochs)):
                 save_best(run, model, splits["tuning"], best)
             save()
-            write_history(run, history)
+            or_explain(folder, "The log", SMALL, lambda: write_history(run, history))
 
-    finish(job, history, best, position.stopped, trained, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    stopped = position.stopped
+    or_explain(folder, "The run's record", SMALL, lambda: finish(job, history, best, stopped, trained, seconds))
     if writer is not None:
         writer.close()
+    run.ranks.leave()
     return folder
 
 
@@ -739,10 +744,8 @@ def open_tensorboard(run: Run, position: Position):
     """A SummaryWriter on `<run>/tensorboard` when asked for, else None; a continued run goes on in the same curves."""
     if not run.machine.tensorboard or not run.ranks.is_main:
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise TrainingError(f"--tensorboard needs a package ({error}); pip install tensorboard") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(run.folder / "tensorboard"), purge_step=position.epoch + 1)
 
 
@@ -1031,7 +1034,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def action() -> None:
         folder = run_training(args)
-        if folder is not None and Ranks().is_main:
+        if folder is not None and is_main_process():
             print(f"Next: python ctclip_evaluation.py --checkpoint {folder}")
 
     return guarded(action)

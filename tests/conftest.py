@@ -23,3 +23,21 @@ def phantoms(tmp_path_factory) -> Path:
     from ctclip_phantom import write_phantom_cohort
 
     return write_phantom_cohort(tmp_path_factory.mktemp("phantoms"), 40, 16, seed=5, progress=False)
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """Volumes from memory, no figure, and one thread, as in processes that tests start: the last bit shows it."""
+    import torch
+    from helpers_training import read_once
+
+    import ctclip_data
+    import ctclip_training
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ctclip_data, "read_volume", read_once)
+        patch.setattr(ctclip_training, "write_training_figure", lambda *args: None)
+        yield
+    torch.set_num_threads(threads)

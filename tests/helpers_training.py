@@ -4,12 +4,10 @@ import json
 import math
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
 import ctclip_data
-import ctclip_training
 
 read_volume = ctclip_data.read_volume
 kept: dict[tuple, tuple] = {}
@@ -24,18 +22,6 @@ def read_once(volume, shape):
         kept[key] = read_volume(volume, shape)
     tensor, verdict = kept[key]
     return tensor.clone(), verdict
-
-
-@pytest.fixture(scope="module")
-def fast():
-    """Volumes from memory, no figure, and one thread, as in processes that tests start: the last bit shows it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ctclip_data, "read_volume", read_once)
-        patch.setattr(ctclip_training, "write_training_figure", lambda *args: None)
-        yield
-    torch.set_num_threads(threads)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_training import fast, one_line
+from helpers_training import one_line
 
 import ctclip_data
 import ctclip_plan
@@ -17,7 +17,7 @@ from ctclip_data import VolumeError
 from ctclip_plan import HEADROOM, Cost, Probe, duration, size_text
 from ctclip_training import TrainingConfig, main, train
 
-pytestmark = pytest.mark.usefixtures(fast.__name__)
+pytestmark = pytest.mark.usefixtures("fast")
 NAMES = ["Device", "Volumes", "Reading", "Encoding", "Frozen", "Unfrozen", "Memory", "Disk", "Total"]
 
 

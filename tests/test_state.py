@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_training import damage, fast, one_line
+from helpers_training import damage, one_line
 from safetensors import SafetensorError
 
 import ctclip_run
@@ -29,7 +29,7 @@ from ctclip_training import guarded, main, train
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 from killed_runs import differences, run_with_kills  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures(fast.__name__)
+pytestmark = pytest.mark.usefixtures("fast")
 STEPS = 5  # of an epoch
 
 

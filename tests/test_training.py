@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers_training import fast, history, one_line, weights
+from helpers_training import history, one_line, weights
 from torch import nn
 
 import ctclip_evaluation
@@ -40,7 +40,7 @@ from ctclip_run import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig, 
 from ctclip_state import states
 from ctclip_training import Averages, guarded, main, schedule, train
 
-pytestmark = pytest.mark.usefixtures(fast.__name__)
+pytestmark = pytest.mark.usefixtures("fast")
 ROOT = Path(__file__).resolve().parents[1]
 
 
