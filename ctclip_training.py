@@ -435,8 +435,8 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
     Raises one of USER_ERRORS or FileNotFoundError with one line for the user, and Interrupted (a KeyboardInterrupt)
     after Ctrl-C or SIGTERM, when the state is saved: the same call goes on from there.
     """
-    start = time.perf_counter()
     job = prepare(config, folder, machine or Machine())
+    start = time.perf_counter()
     run, model, splits, criterion = job.run, job.model, job.splits, job.criterion
     print_head(job)
     position, best, history = Position(), Best(), []
