@@ -1039,7 +1039,10 @@ class VolumeDataset(Dataset):
     def __getitem__(self, index: int) -> tuple:
         volume = self.volumes[index]
         try:
-            tensor, verdict = read_volume(volume, self.shape)
+            try:
+                tensor, verdict = read_volume(volume, self.shape)
+            except (OSError, MemoryError):  # a network mount or a full moment; a second failure counts
+                tensor, verdict = read_volume(volume, self.shape)
         except (VolumeError, OSError, MemoryError) as error:  # one bad file never stops the others
             reason = str(error) or type(error).__name__
             return index, None, volume.name, reason.removeprefix(f"{volume.path.name}: ")

@@ -22,7 +22,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -1186,28 +1185,28 @@ def predict_volumes(
 ) -> tuple[list[int], torch.Tensor]:
     """Runs `model`, in evaluation mode, over volumes; each is read once.
 
+    In float32 on every device: in half precision some codes flip, and reading a volume costs more than encoding it.
     Returns the indices of the volumes that could be read, ascending, and their logits (n, 18) float32 on the CPU.
     `on_batch` sees every batch, with the failures and verdicts in it.
     """
     import torch
     from tqdm import tqdm
 
+    from ctclip_cache import encoding
     from ctclip_data import volume_loader
 
     device = next(model.parameters()).device
-    dtype = choose_precision(device)
     loader = volume_loader(volumes, model.input_shape, batch_size, num_workers=choose_workers(workers))
     rows: dict[int, torch.Tensor] = {}
-    with torch.inference_mode(), tqdm(total=len(volumes), desc=title, unit="vol", delay=2, leave=False) as progress:
+    with encoding(model, device), tqdm(total=len(volumes), desc=title, unit="vol", delay=2, leave=False) as progress:
         for batch in loader:
             if on_batch is not None:
                 on_batch(batch)
             progress.update(len(batch.index) + len(batch.failures))
             if not len(batch.index):
                 continue
-            with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
-                logits = model(batch.volumes.to(device, non_blocking=True))
-            rows |= dict(zip(batch.index.tolist(), logits.float().cpu(), strict=True))
+            logits = model(batch.volumes.to(device))
+            rows |= dict(zip(batch.index.tolist(), logits.cpu(), strict=True))
     read = sorted(rows)
     return read, torch.stack([rows[i] for i in read]) if read else torch.zeros(0, N_LABELS)
 

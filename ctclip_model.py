@@ -106,7 +106,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
     Both steps reach the disk before this returns, so that a machine that goes down leaves the old file or the new one.
     """
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:  # Windows syncs only what is open for writing

@@ -149,8 +149,8 @@ class Machine:
                 raise TrainingError(f"--tensorboard needs a package ({error}); pip install tensorboard") from error
 
 
-# What a continued run may be told anew: folders get mounted elsewhere.
-MOVABLE = ("data_dir", "cache_dir")
+# What a continued run may be told anew: folders get mounted elsewhere. That content is the same is checked.
+MOVABLE = ("data_dir", "cache_dir", "ctclip_path")
 
 # What `--mode quick_test` changes: three epochs of which the last is unfrozen, on so many training and tuning volumes;
 # the cohort is a little larger, because a split by patient cannot hit two numbers exactly.
@@ -219,7 +219,9 @@ class Split:
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM, remembered until the step in flight is done and saved. A second Ctrl-C ends at once."""
+    """Ctrl-C, SIGTERM and a closed terminal, remembered until the state is saved. A second Ctrl-C ends at once."""
+
+    NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
     def __init__(self):
         self.number = 0
@@ -227,7 +229,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -252,8 +254,8 @@ class Run:
         self.config = config
         self.machine = machine
         name = machine.device
-        if name is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        if name in (None, "cuda") and torch.cuda.is_available():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # with its number, as torch.cuda.set_device wants it
         self.device = choose_device(name)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -261,6 +263,7 @@ class Run:
         self.workers = choose_workers(machine.workers)
         self.dtype = choose_precision(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.scaler.scale(torch.zeros((), device=self.device))  # sets it up; a rank's first step may have no volume
         self.micro_batch = 0  # volumes per forward pass; set by `prepare`
         self.checkpointing = False
         self.stop = StopRequest()
@@ -339,8 +342,7 @@ def load_features(run: Run, model: CTCLIPMultiAbnormalityModel, splits: dict[str
             run.record(name, volumes, batch)
             run.stop.check("what has been encoded is in the cache")
 
-        encode_missing(model, run.cache, split.volumes, run.device, run.workers, run.ranks, on_batch)
-        rows = run.cache.rows(split.volumes)
+        rows = encode_missing(model, run.cache, split.volumes, run.device, run.workers, run.ranks, on_batch)
         split.keep([i for i, row in enumerate(rows) if row is not None])
         split.rows = [row for row in rows if row is not None]
         if not split.volumes:
@@ -383,6 +385,7 @@ def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> Job:
     machine.check()
     torch.manual_seed(config.seed)
     run = Run(folder, config, machine)
+    run.folder = run.ranks.gather(folder)[0]  # its default name is the time, which may differ
     data_dir = Path(config.data_dir or f"data/phantoms_{config.train_volumes}_{config.valid_volumes}")
     if config.data_dir is None and run.ranks.is_main:
         built_in_cohort(config.train_volumes, config.valid_volumes)
@@ -398,7 +401,8 @@ def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> Job:
     criterion = create_loss(config.loss_type, config.alpha, config.gamma, weights).to(run.device)
     run.micro_batch = machine.micro_batch or piece_size(model.input_shape, config.batch_size)
     wanted = machine.gradient_checkpointing
-    if not run.set_checkpointing(model, wanted == "on" or (wanted == "auto" and run.device.type == "cuda")):
+    enabled = wanted == "on" or (wanted == "auto" and run.device.type == "cuda")
+    if enabled and not run.set_checkpointing(model, True):
         if wanted == "on":
             raise TrainingError(f"--gradient-checkpointing on: {config.model} has no such mode; leave it out")
         run.say(f"{config.model} has no gradient checkpointing: going on without")

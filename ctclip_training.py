@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ctclip_cache import CacheError
+from ctclip_cache import CacheError, encoder_digest
 from ctclip_data import (
     CohortError,
     VolumeError,
@@ -75,7 +75,7 @@ from ctclip_run import (
     parts,
     prepare,
 )
-from ctclip_state import StateError, load_newest, or_explain, save_state, size_of
+from ctclip_state import StateError, load_newest, or_explain, save_state
 
 CACHED_PIECE = 32  # a cached volume needs less than this fraction of the memory of one that is encoded
 
@@ -210,10 +210,8 @@ class Moving:
         parameters = self.parameters()
         self.averages.follow(parameters)
         if self.run.ranks.world > 1:
-            device = [self.run.device] if self.run.device.type == "cuda" else None
-            self.exchange = nn.parallel.DistributedDataParallel(
-                GradientExchange(list(parameters.values())), device_ids=device
-            )
+            self.exchange = None  # before the next one hooks into the same parameters
+            self.exchange = nn.parallel.DistributedDataParallel(GradientExchange(list(parameters.values())))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         everything = dict(self.model.named_parameters())
@@ -260,14 +258,15 @@ class Moving:
         self.set_learning_rates(progress)
         scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters().values(), self.config.clip_norm)
-        # With loss scaling an overflow is no defect: the scaler leaves the step out and lowers its scale.
-        finite = scaler.is_enabled() or bool(norm.isfinite())
-        if finite:
+        finite = bool(norm.isfinite())
+        if finite or scaler.is_enabled():  # on an overflow the scaler leaves the step out and lowers its scale
             scaler.step(self.optimizer)
             scaler.update()
+        if finite:
             self.averages.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return finite
+        # An overflow is part of loss scaling, until the scale has nowhere left to go.
+        return finite or (scaler.is_enabled() and scaler.get_scale() >= 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -314,7 +313,7 @@ def pieces_of(
     for batch, last in zip(loader, ends, strict=True):
         run.record("train", split.volumes, batch)
         names = [split.volumes[i].name for i in batch.index.tolist()]
-        yield batch.volumes.to(run.device, non_blocking=True), batch.labels.to(run.device), names, last
+        yield batch.volumes.to(run.device), batch.labels.to(run.device), names, last
 
 
 def accumulate(
@@ -329,8 +328,11 @@ def accumulate(
     outcome = Outcome()
     for inputs, labels, names, last in stream:
         if len(labels):
-            with run.autocast():
-                logits = model.head(inputs) if cached else model(inputs)
+            if cached:
+                logits = model.head(inputs)
+            else:
+                with run.autocast():
+                    logits = model(inputs)
             loss = criterion(logits.float(), labels)
             if loss.isfinite():
                 # Gradients are averaged over ranks, and each rank only has its share of the step.
@@ -349,7 +351,8 @@ def accumulate(
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on the GPU or on the CPU (whose allocator raises a plain RuntimeError)."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    told = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in told)
 
 
 def random_state(run: Run) -> dict[str, Tensor]:
@@ -364,37 +367,50 @@ def set_random_state(run: Run, state: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def tune(model: CTCLIPMultiAbnormalityModel, split: Split, run: Run, criterion: nn.Module) -> tuple[dict, Tensor]:
-    """Metrics at 0.5 and loss on the tuning patients, and their logits (volumes that fail to read are dropped).
+def tune(
+    model: CTCLIPMultiAbnormalityModel, split: Split, run: Run, criterion: nn.Module
+) -> tuple[dict, Tensor, list[int]]:
+    """(metrics at 0.5 and loss, logits, which volumes they are of) on the tuning patients, in float32 in every stage.
 
-    Every rank computes its share; all get the whole.
+    Every rank computes its share; all get the whole. A volume that cannot be read is left out of this evaluation.
     """
     model.eval()
     mine = run.ranks.share(list(range(len(split.volumes))))
     if split.rows is not None:
-        logits = [
-            model.head(frozen_inputs(run, model, split, mine[p.start : p.stop])).float().cpu() for p in parts(mine)
-        ]
-        found = dict(zip(mine, torch.cat(logits), strict=True)) if mine else {}
+        read, logits = mine, torch.zeros(0, len(ABNORMALITIES))
+        if mine:
+            chunks = [mine[part.start : part.stop] for part in parts(mine)]
+            logits = torch.cat([model.head(frozen_inputs(run, model, split, chunk)).float().cpu() for chunk in chunks])
     else:
-        volumes = [split.volumes[i] for i in mine]
-
-        def on_batch(batch) -> None:
-            run.record("tuning", volumes, batch)
-            run.stop.check("the epoch's steps are saved")
-
-        read, logits = predict_volumes(model, volumes, run.micro_batch, run.workers, on_batch)
-        found = {mine[i]: row for i, row in zip(read, logits, strict=True)}
-    found = {i: row for part in run.ranks.gather(found) for i, row in part.items()}
+        read, logits = encode_and_predict(model, split, run, mine)
+    gathered = run.ranks.gather((read, logits))
+    found = {i: row for indices, rows in gathered for i, row in zip(indices, rows, strict=True)}
     if not found:
         raise TrainingError("none of the tuning volumes could be read; see the lines above")
-    split.keep(sorted(found))
-    if split.rows is None:
-        run.exchange_records()
-    logits = torch.stack([found[i] for i in sorted(found)])
-    metrics = compute_metrics(split.labels.numpy(), logits.sigmoid().numpy())
-    loss = criterion(logits.to(run.device), split.labels.to(run.device)).item()
-    return metrics | {"loss": loss}, logits
+    read = sorted(found)
+    logits, labels = torch.stack([found[i] for i in read]), split.labels[read]
+    metrics = compute_metrics(labels.numpy(), logits.sigmoid().numpy())
+    return metrics | {"loss": criterion(logits.to(run.device), labels.to(run.device)).item()}, logits, read
+
+
+def encode_and_predict(
+    model: CTCLIPMultiAbnormalityModel, split: Split, run: Run, mine: list[int]
+) -> tuple[list[int], Tensor]:
+    """Indices, of those given, of the volumes that could be read, and their logits."""
+    volumes = [split.volumes[i] for i in mine]
+
+    def on_batch(batch) -> None:
+        run.record("tuning", volumes, batch)
+        run.stop.check("the epoch's steps are saved")
+
+    while True:
+        try:
+            read, logits = predict_volumes(model, volumes, run.micro_batch, run.workers, on_batch)
+            return [mine[i] for i in read], logits
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or run.micro_batch == 1:
+                raise
+        run.use_less_memory(model)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,7 +441,7 @@ class Best:
     score: float = -math.inf
     epoch: int = 0
     names: list[str] = field(default_factory=list)
-    logits: Tensor = field(default_factory=lambda: torch.zeros(0, len(ABNORMALITIES)))
+    logits: Tensor = field(default_factory=lambda: torch.zeros(0, len(ABNORMALITIES)))  # of these volumes
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -441,14 +457,27 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
     print_head(job)
     position, best, history = Position(), Best(), []
     moving = Moving(run, model)
-    folder.mkdir(parents=True, exist_ok=True)
+    began_with = encoder_digest(model)
+    folder = run.folder
+    if run.ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob("*.tmp"):  # by a process that was killed while saving
+            left_over.unlink()
     state = load_newest(folder, run.say)
+    if len(set(run.ranks.gather(None if state is None else str(state["position"])))) > 1:
+        raise TrainingError(f"{folder} holds different states on different machines; put it on a shared file system")
     if state is not None:
-        position, best, history = restore(state, run, splits, moving)
+        try:
+            position, best, history = restore(state, job, moving, began_with)
+        except (KeyError, TypeError) as error:
+            raise TrainingError(f"{folder}: its state is of another version ({error!r}); start a new run") from error
         left = position.stopped or f"going on after epoch {position.epoch} of {config.epochs} and {position.step} steps"
         run.say(f"State found: {left}")
+        write_history(run, history)  # the last line may be missing, after a kill between state and log
     else:
         torch.manual_seed(config.seed + run.ranks.rank)  # ranks drop other units
+        if (folder / "run.json").is_file():
+            run.say("No state has been saved yet: starting from the beginning")
     or_explain(folder, "The run's record", SMALL, lambda: write_run_file(job, "running"))
     writer = open_tensorboard(run, position)
     saved = time.perf_counter()
@@ -456,7 +485,8 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
 
     def save() -> None:
         nonlocal saved
-        save_all(run, splits, moving, position, best, history)
+        position.seconds = time.perf_counter() - tick
+        save_all(job, moving, position, best, history, began_with)
         saved = time.perf_counter()
 
     with run.stop:
@@ -508,7 +538,7 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
                     progress.update()
                     finite = False
                     if not bad:
-                        finite = moving.step(epoch + position.step / len(batches))
+                        finite = moving.step(epoch + (position.step - 0.5) / len(batches))
                     moving.optimizer.zero_grad(set_to_none=True)
                     if finite:
                         position.loss_sum += outcome.loss_sum
@@ -517,8 +547,9 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
                     count_bad_step(run, position, outcome, finite)
                     if save_due:
                         save()
-            position.seconds = time.perf_counter() - tick
             (stopping,) = run.ranks.highest(run.stop.number)  # the ranks must agree, and a signal may reach one only
+            if stopping and best.tensors:
+                save_best(run, model, splits["tuning"], best)
             if not frozen or stopping:
                 save()
             if stopping:
@@ -532,7 +563,9 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
 
             # 3. Tuning patients: is this the best so far?
             with weights_of(model, moving.averages.tensors()):
-                metrics, logits = tune(model, splits["tuning"], run, criterion)
+                metrics, logits, read = tune(model, splits["tuning"], run, criterion)
+            names = [splits["tuning"].volumes[i].name for i in read]
+            run.exchange_records()
             # With one class in every label there is no AUROC; the loss then decides.
             score = metrics["auroc_macro"] if metrics["auroc_macro"] is not None else -metrics["loss"]
             is_best = score > best.score
@@ -557,8 +590,8 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
             falls = 0
             if is_best:
                 tensors = {name: value.detach().cpu().clone() for name, value in moving.best_tensors().items()}
-                best = Best(score, epoch + 1, splits["tuning"].names, logits, tensors)
-            elif not frozen and fell(best, splits["tuning"], logits):
+                best = Best(score, epoch + 1, names, logits, tensors)
+            elif not frozen and fell(best, splits["tuning"], names, logits):
                 falls = position.falls + 1
             stopped = ""
             if falls >= config.patience:
@@ -569,12 +602,21 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
                 run.say(stopped)
 
             # 4. Save. While the backbone is frozen the best weights wait in the state, where they are small.
-            in_a_row, names = position.bad_in_a_row, position.bad_names
-            position = Position(epoch + 1, falls=falls, stopped=stopped, bad_in_a_row=in_a_row, bad_names=names)
-            if best.tensors and (not frozen or epoch + 1 in (config.frozen_epochs, config.epochs)):
+            position = Position(
+                epoch + 1,
+                falls=falls,
+                stopped=stopped,
+                bad_in_a_row=position.bad_in_a_row,
+                bad_names=position.bad_names,
+            )
+            milestone = not frozen or epoch + 1 in (1, config.frozen_epochs, config.epochs)
+            if best.tensors and milestone:
                 save_best(run, model, splits["tuning"], best)
+            tick = time.perf_counter()  # of the next epoch
             save()
             or_explain(folder, "The log", SMALL, lambda: write_history(run, history))
+            if milestone and run.ranks.is_main:
+                write_training_figure(history, folder / TRAINING_CURVES, job.phantom)
 
     seconds = time.perf_counter() - start
     stopped = position.stopped
@@ -604,17 +646,19 @@ def count_bad_step(run: Run, position: Position, outcome: Outcome, finite: bool)
         )
 
 
-def fell(best: Best, tuning: Split, logits: Tensor) -> bool:
-    """Whether the macro AUROC is below the best one by more than the standard error of their difference."""
-    before = dict(zip(best.names, best.logits, strict=True))
-    both = [i for i, name in enumerate(tuning.names) if name in before]
+def fell(best: Best, tuning: Split, names: list[str], logits: Tensor) -> bool:
+    """Whether the macro AUROC of these logits is below the best one by more than the standard error of the difference.
+
+    On the volumes that both evaluations could read.
+    """
+    volumes = {volume.name: volume for volume in tuning.volumes}
+    before, now = (dict(zip(*pair, strict=True)) for pair in ((best.names, best.logits), (names, logits)))
+    both = [name for name in names if name in before]
     if not both:
         return False
-    first = torch.stack([before[tuning.names[i]] for i in both])
-    patients = [tuning.volumes[i].patient for i in both]
-    change = auroc_difference(
-        tuning.labels[both].numpy(), first.sigmoid().numpy(), logits[both].sigmoid().numpy(), patients
-    )
+    first, second = (torch.stack([rows[name] for name in both]).sigmoid().numpy() for rows in (before, now))
+    labels = np.stack([volumes[name].labels for name in both])
+    change = auroc_difference(labels, first, second, [volumes[name].patient for name in both])
     return change is not None and change[0] > change[1]
 
 
@@ -626,28 +670,31 @@ def fell(best: Best, tuning: Split, logits: Tensor) -> bool:
 def save_best(run: Run, model: CTCLIPMultiAbnormalityModel, tuning: Split, best: Best) -> None:
     """The best weights and the tuning predictions that belong to them, complete; `best` no longer has to carry them.
 
-    What was computed from earlier weights is removed.
+    What was computed from earlier weights is removed, before the weights are replaced.
     """
-    if run.ranks.is_main:
-        for name in ("predictions.csv", "labels.csv", "metrics.json", "per_label.csv"):
-            (run.folder / name).unlink(missing_ok=True)
-        for figure in run.folder.glob("*.png"):
-            figure.unlink()
-        with weights_of(model, best.tensors):
-            size = size_of(model.state_dict())
-            or_explain(run.folder, "The best weights", size, lambda: model._save_pretrained(run.folder))
-        labels = {volume.name: volume.labels for volume in tuning.volumes}
-        kept = [i for i, name in enumerate(best.names) if name in labels]
-        names = [best.names[i] for i in kept]
-        write_table(run.folder / "tuning_predictions.csv", names, best.logits[kept].sigmoid().numpy())
-        write_table(run.folder / "tuning_labels.csv", names, np.stack([labels[name] for name in names]).astype(int))
-    best.tensors = {}
+    tensors, best.tensors = best.tensors, {}
+    if not run.ranks.is_main:
+        return
+    stale = ("predictions.csv", "labels.csv", "metrics.json", "per_label.csv", "tuning_predictions.csv")
+    for path in (*(run.folder / name for name in stale), *run.folder.glob("*.png")):
+        path.unlink(missing_ok=True)
+    size = sum(value.nbytes for value in model.state_dict().values())
+    labels = {volume.name: volume.labels for volume in tuning.volumes}
+    table = np.stack([labels[name] for name in best.names]).astype(int)
+
+    def write() -> None:
+        with weights_of(model, tensors):
+            model._save_pretrained(run.folder)
+        write_table(run.folder / "tuning_labels.csv", best.names, table)
+        write_table(run.folder / "tuning_predictions.csv", best.names, best.logits.sigmoid().numpy())
+
+    or_explain(run.folder, "The best weights", size, write)
 
 
-def save_all(
-    run: Run, splits: dict[str, Split], moving: Moving, position: Position, best: Best, history: list[dict]
-) -> None:
-    """Everything that the next step depends on. Of the model, what has moved; the rest is in the run's weights file."""
+def save_all(job: Job, moving: Moving, position: Position, best: Best, history: list[dict], began_with: str) -> None:
+    """Everything that the next step depends on. Of the model, what has moved; the rest is in the run's weights file,
+    whose digest is `began_with`."""
+    run = job.run
     totals = run.ranks.gather((position.loss_sum, position.seen))
     random = run.ranks.gather(random_state(run))
     run.exchange_records()
@@ -655,6 +702,7 @@ def save_all(
         return
     loss_sum, seen = (sum(values) for values in zip(*totals, strict=True))
     content = {
+        "began_with": began_with,
         "position": asdict(position) | {"loss_sum": loss_sum, "seen": seen},
         "best": dict(vars(best)),
         "history": history,
@@ -666,21 +714,27 @@ def save_all(
         "random": random,
         "micro_batch": run.micro_batch,
         "checkpointing": run.checkpointing,
+        "criterion": job.criterion.state_dict(),
         "failures": run.failures,
         "readings": run.readings,
-        "volumes": {name: split.names for name, split in splits.items()},
+        "volumes": {name: split.names for name, split in job.splits.items()},
     }
     save_state(run.folder, position.epoch, position.step, content)
 
 
-def restore(state: dict, run: Run, splits: dict[str, Split], moving: Moving) -> tuple[Position, Best, list[dict]]:
-    """Puts back what `save_all` wrote, the volumes that turned out unreadable included."""
+def restore(state: dict, job: Job, moving: Moving, began_with: str) -> tuple[Position, Best, list[dict]]:
+    """Puts back what `save_all` wrote: the split too, whatever the folder has gained or lost by now."""
+    run = job.run
     position, best = Position(**state["position"]), Best(**state["best"])
+    if state["began_with"] != began_with:
+        raise TrainingError(
+            f"--resume: the backbone's weights are not those that {run.folder} began with; expected the same file "
+            "(--ctclip-path names it); or start a new run"
+        )
+    restore_split(state["volumes"], job)
+    job.criterion.load_state_dict(state["criterion"])
     moving.advance(state["advanced"])
     own = moving.model.state_dict(keep_vars=True)
-    misfits = [name for name, value in state["tensors"].items() if name not in own or own[name].shape != value.shape]
-    if misfits:
-        raise TrainingError(f"{run.folder}: its state belongs to another model ({misfits[0]}); start a new run")
     with torch.no_grad():
         for name, value in state["tensors"].items():
             own[name].copy_(value)
@@ -693,15 +747,26 @@ def restore(state: dict, run: Run, splits: dict[str, Split], moving: Moving) -> 
     set_random_state(run, state["random"][run.ranks.rank % len(state["random"])])
     if run.machine.micro_batch is None:
         run.micro_batch = state["micro_batch"]
-    if run.machine.gradient_checkpointing == "auto":
-        run.set_checkpointing(moving.model, state["checkpointing"])
+    if run.machine.gradient_checkpointing == "auto" and state["checkpointing"]:
+        run.set_checkpointing(moving.model, True)
     run.failures, run.readings = state["failures"], state["readings"]
-    for name, split in splits.items():
-        kept = set(state["volumes"][name])
-        split.volumes = [volume for volume in split.volumes if volume.name in kept]
     if not run.ranks.is_main:  # the sums of the epoch in progress are those of all ranks
         position.loss_sum, position.seen = 0.0, 0
     return position, best, state["history"]
+
+
+def restore_split(volumes: dict[str, list[str]], job: Job) -> None:
+    """The split by name: split anew, a cohort with one volume more or less would put most patients elsewhere."""
+    here = {volume.name: volume for volume in job.cohort.volumes}
+    wanted = [name for names in volumes.values() for name in names]
+    gone = [name for name in wanted if name not in here]
+    if gone:
+        raise TrainingError(
+            f"--resume: found {len(wanted) - len(gone)} of the {len(wanted)} volumes of {job.run.folder} in "
+            f"{job.data_dir} (first missing: {gone[0]}), expected all; bring them back, or start a new run"
+        )
+    for name, split in job.splits.items():
+        split.volumes = [here[each] for each in volumes[name]]
 
 
 def write_history(run: Run, history: list[dict]) -> None:
@@ -759,6 +824,7 @@ def log(writer, line: dict) -> None:
 
 def finish(job: Job, history: list[dict], best: Best, stopped: str, trained: int, seconds: float) -> None:
     run = job.run
+    trained = sum(run.ranks.gather(trained))
     write_run_file(job, stopped or "finished")
     if not run.ranks.is_main:
         return
@@ -913,7 +979,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=default.save_minutes,
         metavar="M",
-        help="within an epoch, save the state so often; a kill costs no more (default %(default)g)",
+        help="save the state so often within an epoch's steps, beside its end (default %(default)g)",
     )
     group.add_argument(
         "--micro-batch", type=int, metavar="N", help="volumes per forward pass (default: by size; halved when too many)"
@@ -1013,8 +1079,8 @@ def guarded(action) -> int:
         print(f"{rank}error: out of memory; {way}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        what = str(error) or "what was saved last is kept"
-        print(f"\n{rank}Interrupted: {what}. Add --resume to go on.", file=sys.stderr)
+        what = str(error) or "what was saved last, if anything, is kept"
+        print(f"\n{rank}Interrupted: {what}. A run that has begun goes on with --resume.", file=sys.stderr)
         return error.code if isinstance(error, Interrupted) else 128 + signal.SIGINT
     return 0
 

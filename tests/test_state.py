@@ -14,6 +14,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from helpers_training import damage, one_line
@@ -127,7 +128,7 @@ def test_interrupted_while_encoding_keeps_what_is_encoded(config, undisturbed, t
 def test_second_ctrl_c_ends_at_once_and_the_last_state_serves(config, undisturbed, tmp_path, capsys):
     folder = tmp_path / "run"
     assert interrupt(config, folder, "accumulate", STEPS + 3, signal.SIGINT, signal.SIGINT) == 130
-    assert "what was saved last is kept" in capsys.readouterr().err
+    assert "what was saved last, if anything, is kept" in capsys.readouterr().err
     assert states(folder)[-1].stem == "0001-000000"
     assert main(["--resume", str(folder)]) == 0
     assert differences(undisturbed, folder) == []
@@ -222,8 +223,8 @@ def largest_file(size: int):
 @pytest.mark.parametrize(
     ("file", "what", "newest"),
     [
-        ("state/0003-000005.pt", "The training state", "0003-000000"),
-        ("model.safetensors", "The best weights", "0001-000000"),
+        ("state/0003-000005.pt", "The training state", "the last good state is {}/state/0003-000000.pt"),
+        ("model.safetensors", "The best weights", "no state has been saved yet"),  # after the first epoch
     ],
 )
 def test_full_disk_leaves_the_last_state_and_says_what_to_free(
@@ -234,10 +235,47 @@ def test_full_disk_leaves_the_last_state_and_says_what_to_free(
         assert guarded(lambda: train(config, folder)) == 2
     err = capsys.readouterr().err
     assert one_line(err) and what in err and "Free space there" in err and f"--resume {folder}" in err
-    assert f"the last good state is {folder / 'state' / newest}.pt" in err
+    assert newest.format(folder) in err
     assert not list(folder.rglob("*.tmp"))
     assert main(["--resume", str(folder)]) == 0
     assert differences(undisturbed, folder) == []
+
+
+def test_resume_keeps_the_split_of_a_cohort_that_has_grown_and_misses_what_is_gone(config, phantoms, tmp_path, capsys):
+    """A split made anew would move most patients to the other side."""
+    cohort = shutil.copytree(phantoms, tmp_path / "cohort")
+    table = next(cohort.glob("dataset/multi_abnormality_labels/train*.csv"))
+    rows = table.read_text().splitlines()
+    taken = next(row for row in rows if row.split(",")[0].endswith("_2.nii.gz"))
+    table.write_text("\n".join(row for row in rows if row != taken) + "\n")
+    config = ctclip_training.replace(config, data_dir=str(cohort), limit=None, class_weights=True)
+    undisturbed = train(config, tmp_path / "undisturbed")
+    folder = tmp_path / "run"
+    assert interrupt(config, folder, "tune", 3, signal.SIGTERM) == 143
+    table.write_text("\n".join(rows) + "\n")
+    assert main(["--resume", str(folder)]) == 0
+    assert differences(undisturbed, folder) == []
+    kept = pd.read_csv(folder / "tuning_labels.csv").VolumeName[0]
+    table.write_text("\n".join(row for row in rows if not row.startswith(kept)) + "\n")
+    capsys.readouterr()
+    assert main(["--resume", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and f"first missing: {kept}" in err and "bring them back" in err
+
+
+def test_resume_wants_the_weights_that_the_run_began_with(config, tiny_classfine, tmp_path, capsys):
+    folder = train(ctclip_training.replace(config, epochs=1), tmp_path / "run")
+    state = torch.load(tiny_classfine, weights_only=True)
+    other = dict(state)
+    key = next(key for key in other if key.endswith("enc_spatial_transformer.norm_out.gamma"))
+    other[key] = other[key] + 1e-3
+    torch.save(other, tmp_path / "other.pt")
+    torch.save(state, tmp_path / "moved.pt")
+    assert main(["--resume", str(folder), "--ctclip-path", str(tmp_path / "moved.pt")]) == 0
+    capsys.readouterr()
+    assert main(["--resume", str(folder), "--ctclip-path", str(tmp_path / "other.pt")]) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and "weights are not those" in err
 
 
 # ------------------------------------------------------------------ states
