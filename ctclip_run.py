@@ -31,7 +31,7 @@ from ctclip_phantom import is_phantom_cohort, write_phantom_cohort
 from ctclip_ranks import Ranks
 
 # Peak rate of each head. A CT-CLIP latent has length 1, so its entries are small and the weights have far to go.
-HEAD_LEARNING_RATE = {"linear": 3e-2, "mlp": 3e-2, "attention": 3e-2, "slice backbones": 1e-3}
+HEAD_LEARNING_RATE = {"ctclip": 3e-2, "slice backbones": 1e-3}
 
 
 class TrainingError(ValueError):
@@ -85,7 +85,7 @@ class TrainingConfig:
 
     @property
     def head_learning_rate(self) -> float:
-        kind = self.head if self.model == "ctclip" else "slice backbones"
+        kind = "ctclip" if self.model == "ctclip" else "slice backbones"
         return HEAD_LEARNING_RATE[kind] if self.learning_rate is None else self.learning_rate
 
     @property

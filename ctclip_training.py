@@ -988,7 +988,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--gradient-checkpointing",
         choices=("auto", "on", "off"),
         default=default.gradient_checkpointing,
-        help="unfrozen: a third slower, a fraction of the memory (default %(default)s: on CUDA)",
+        help="unfrozen: recompute instead of keep, less than half the memory (default %(default)s: on CUDA)",
     )
     group.add_argument("--tensorboard", action="store_true", help="write TensorBoard events into the run's folder")
 
