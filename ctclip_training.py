@@ -79,6 +79,8 @@ from ctclip_state import StateError, load_newest, or_explain, save_state
 
 CACHED_PIECE = 32  # a cached volume needs less than this fraction of the memory of one that is encoded
 
+TUNING_CHUNK = 128  # tuning volumes between two moments at which an evaluation can be saved
+
 SMALL = 10**6  # bytes; more than a run's record, log and curves take
 
 BAD_STEPS = 3  # steps in a row whose loss is not finite, after which a run ends
@@ -367,30 +369,23 @@ def set_random_state(run: Run, state: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def tune(
-    model: CTCLIPMultiAbnormalityModel, split: Split, run: Run, criterion: nn.Module
-) -> tuple[dict, Tensor, list[int]]:
-    """(metrics at 0.5 and loss, logits, which volumes they are of) on the tuning patients, in float32 in every stage.
+def tune(model: CTCLIPMultiAbnormalityModel, split: Split, run: Run, chosen: list[int]) -> dict[int, Tensor | None]:
+    """Logits (18,) of these tuning volumes, in float32 in every stage; None for one that cannot be read.
 
-    Every rank computes its share; all get the whole. A volume that cannot be read is left out of this evaluation.
+    Every rank computes its share; all get the whole.
     """
     model.eval()
-    mine = run.ranks.share(list(range(len(split.volumes))))
-    if split.rows is not None:
-        read, logits = mine, torch.zeros(0, len(ABNORMALITIES))
-        if mine:
-            chunks = [mine[part.start : part.stop] for part in parts(mine)]
-            logits = torch.cat([model.head(frozen_inputs(run, model, split, chunk)).float().cpu() for chunk in chunks])
-    else:
+    mine = run.ranks.share(chosen)
+    read, logits = mine, torch.zeros(0, len(ABNORMALITIES))
+    if mine and split.rows is not None:
+        chunks = [mine[part.start : part.stop] for part in parts(mine)]
+        logits = torch.cat([model.head(frozen_inputs(run, model, split, chunk)).float().cpu() for chunk in chunks])
+    elif mine:
         read, logits = encode_and_predict(model, split, run, mine)
-    gathered = run.ranks.gather((read, logits))
-    found = {i: row for indices, rows in gathered for i, row in zip(indices, rows, strict=True)}
-    if not found:
-        raise TrainingError("none of the tuning volumes could be read; see the lines above")
-    read = sorted(found)
-    logits, labels = torch.stack([found[i] for i in read]), split.labels[read]
-    metrics = compute_metrics(labels.numpy(), logits.sigmoid().numpy())
-    return metrics | {"loss": criterion(logits.to(run.device), labels.to(run.device)).item()}, logits, read
+    found: dict[int, Tensor | None] = dict.fromkeys(chosen)
+    for indices, rows in run.ranks.gather((read, logits)):
+        found |= {i: row.clone() for i, row in zip(indices, rows, strict=True)}
+    return found
 
 
 def encode_and_predict(
@@ -413,6 +408,19 @@ def encode_and_predict(
         run.use_less_memory(model)
 
 
+def judge(
+    split: Split, run: Run, criterion: nn.Module, tuned: dict[int, Tensor | None]
+) -> tuple[dict, list[str], Tensor]:
+    """(metrics at 0.5 and loss, names, logits) of the tuning volumes that could be read."""
+    read = sorted(i for i, row in tuned.items() if row is not None)
+    if not read:
+        raise TrainingError("none of the tuning volumes could be read; see the lines above")
+    logits, labels = torch.stack([tuned[i] for i in read]), split.labels[read]
+    metrics = compute_metrics(labels.numpy(), logits.sigmoid().numpy())
+    metrics["loss"] = criterion(logits.to(run.device), labels.to(run.device)).item()
+    return metrics, [split.volumes[i].name for i in read], logits
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 # ----------------------------------------------------------------------------------------------------------------------
@@ -430,6 +438,7 @@ class Position:
     bad_in_a_row: int = 0
     bad_names: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    tuned: dict[int, Tensor | None] = field(default_factory=dict)  # tuning volumes that are evaluated already
     falls: int = 0  # evaluations in a row that were worse than the best by more than the noise
     stopped: str = ""  # why the run ended before its last epoch
 
@@ -464,7 +473,8 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
         for left_over in folder.glob("*.tmp"):  # by a process that was killed while saving
             left_over.unlink()
     state = load_newest(folder, run.say)
-    if len(set(run.ranks.gather(None if state is None else str(state["position"])))) > 1:
+    found = None if state is None else (state["position"]["epoch"], state["position"]["step"])
+    if len(set(run.ranks.gather(found))) > 1:
         raise TrainingError(f"{folder} holds different states on different machines; put it on a shared file system")
     if state is not None:
         try:
@@ -482,6 +492,9 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
     writer = open_tensorboard(run, position)
     saved = time.perf_counter()
     trained = 0
+
+    def save_is_due() -> bool:
+        return run.ranks.is_main and time.perf_counter() - saved >= 60 * run.machine.save_minutes
 
     def save() -> None:
         nonlocal saved
@@ -523,9 +536,8 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
                         lacking = out_of_memory(error)
                         if not lacking and not (run.stop.number and "DataLoader worker" in str(error)):
                             raise  # the same signal may have ended a reading process
-                    save_due = run.ranks.is_main and time.perf_counter() - saved >= 60 * run.machine.save_minutes
                     lacking, bad, save_due, stopping = run.ranks.highest(
-                        lacking, bool(outcome.bad), save_due, run.stop.number
+                        lacking, bool(outcome.bad), save_is_due(), run.stop.number
                     )
                     if stopping or lacking:  # as if this step had not begun
                         moving.undo_step(before)
@@ -562,9 +574,14 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
             run.ranks.copy_from_main(model.buffers())  # running statistics of slice backbones
 
             # 3. Tuning patients: is this the best so far?
-            with weights_of(model, moving.averages.tensors()):
-                metrics, logits, read = tune(model, splits["tuning"], run, criterion)
-            names = [splits["tuning"].volumes[i].name for i in read]
+            left = [i for i in range(len(splits["tuning"].volumes)) if i not in position.tuned]
+            size = len(left) if frozen else TUNING_CHUNK * run.ranks.world
+            for first in range(0, len(left), size):
+                with weights_of(model, moving.averages.tensors()):
+                    position.tuned |= tune(model, splits["tuning"], run, left[first : first + size])
+                if run.ranks.highest(save_is_due())[0]:
+                    save()
+            metrics, names, logits = judge(splits["tuning"], run, criterion, position.tuned)
             run.exchange_records()
             # With one class in every label there is no AUROC; the loss then decides.
             score = metrics["auroc_macro"] if metrics["auroc_macro"] is not None else -metrics["loss"]
@@ -979,7 +996,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=default.save_minutes,
         metavar="M",
-        help="save the state so often within an epoch's steps, beside its end (default %(default)g)",
+        help="save the state so often, beside every epoch's end (default %(default)g)",
     )
     group.add_argument(
         "--micro-batch", type=int, metavar="N", help="volumes per forward pass (default: by size; halved when too many)"

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 import ctclip_run
 import ctclip_state
 import ctclip_training
-from ctclip_run import Interrupted, StopRequest, TrainingConfig
+from ctclip_run import Interrupted, Machine, StopRequest, TrainingConfig
 from ctclip_state import StateError, load_newest, or_explain, save_state, size_of, states
 from ctclip_training import guarded, main, train
 
@@ -98,6 +98,27 @@ def test_signals_end_a_run_that_goes_on_exactly(
     assert json.loads((folder / "run.json").read_text())["status"] == "running"
     assert main(["--resume", str(folder)]) == 0
     assert "State found: going on after epoch" in capsys.readouterr().out
+    assert differences(undisturbed, folder) == []
+
+
+def test_an_evaluation_that_was_cut_off_goes_on(config, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(ctclip_training, "TUNING_CHUNK", 2)
+    folder, machine = tmp_path / "run", Machine(save_minutes=0)
+    with pytest.MonkeyPatch.context() as patch:
+        call_before(patch, "predict_volumes", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert guarded(lambda: train(config, folder, machine)) == 143
+    assert len(load_newest(folder, print)["position"]["tuned"]) == 2
+    evaluated, predict = [], ctclip_training.predict_volumes
+
+    def counted(model, volumes, *rest):
+        evaluated.append([volume.name for volume in volumes])
+        return predict(model, volumes, *rest)
+
+    monkeypatch.setattr(ctclip_training, "predict_volumes", counted)
+    assert main(["--resume", str(folder)]) == 0
+    names = [name for chunk in evaluated for name in chunk]
+    tuning = json.loads((folder / "run.json").read_text())["volumes"]["tuning"]
+    assert len(names) == 2 * tuning - 2  # two unfrozen epochs, less what was evaluated before
     assert differences(undisturbed, folder) == []
 
 
