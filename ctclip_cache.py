@@ -39,11 +39,11 @@ from tqdm import tqdm
 from ctclip_data import (
     GEOMETRY_COLUMNS,
     PREPROCESSING_VERSION,
-    PUBLISHED_SHAPE,
     Batch,
     Verdict,
     Volume,
     _in_fixed_folder,
+    piece_size,
     volume_loader,
 )
 from ctclip_model import CTCLIPMultiAbnormalityModel
@@ -289,7 +289,7 @@ class FeatureCache:
         """Creates the next shard, which no other process can then take."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "key.json").exists():
-            # Not through `replacing`, whose temporary name is one for all: several writers may be here at once.
+            # Not through `replacing`: several writers may be here at once, on machines that number processes alike.
             temporary = self.folder / f"key-{uuid4().hex}.tmp"
             temporary.write_text(json.dumps(self.key, indent=2) + "\n")
             os.replace(temporary, self.folder / "key.json")
@@ -311,8 +311,7 @@ class FeatureCache:
 
     def room(self, count: int) -> tuple[int, int]:
         """Bytes that `count` more volumes need, and bytes that are free on the folder's disk."""
-        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-        return count * (self.record_bytes + LINE_BYTES), shutil.disk_usage(existing).free
+        return count * (self.record_bytes + LINE_BYTES), shutil.disk_usage(existing(self.folder)).free
 
     def no_room(self, count: int, found: str) -> str:
         """The one line for a disk that is full, or will be, or does not let us write."""
@@ -322,6 +321,11 @@ class FeatureCache:
             f"{count} more volumes; free that much on it, or choose a --cache-dir elsewhere, and start again: what is "
             "stored is kept"
         )
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _write(file: IO[bytes], data: bytes) -> None:
@@ -366,8 +370,7 @@ def encode_missing(
 
     mine = ranks.share(missing)
     chosen = [volumes[i] for i in mine]
-    # Read ahead at most the voxels of two published volumes, and at most 16.
-    size = min(16, max(1, 2 * prod(PUBLISHED_SHAPE) // prod(model.input_shape)))
+    size = piece_size(model.input_shape, 16)
     loader = volume_loader(chosen, model.input_shape, size, num_workers=workers if chosen else 0)
     done = 0
     progress = tqdm(total=len(chosen), desc="encode", unit="vol", delay=2, disable=not ranks.is_main)

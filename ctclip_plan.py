@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ctclip_cache import FeatureCache, encoding
+from ctclip_cache import FeatureCache, encoding, existing
 from ctclip_data import VolumeDataset
 from ctclip_phantom import DISCLAIMER
 from ctclip_run import Job, Machine, TrainingConfig, TrainingError, prepare
@@ -382,11 +382,6 @@ def available_memory(device: torch.device) -> float:
     text = limit.read_text().strip() if limit.exists() else "max"
     most = inf if text == "max" else int(text) / local_world()
     return min(linux_table("/proc/meminfo", "MemAvailable") / local_world() + held_memory(device), most)
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ctclip_cache import FeatureCache, encode_missing
-from ctclip_data import PUBLISHED_SHAPE, Cohort, Volume, load_cohort, split_by_patient
+from ctclip_data import Cohort, Volume, load_cohort, piece_size, split_by_patient
 from ctclip_evaluation import choose_device, choose_precision, choose_workers
 from ctclip_model import (
     CLASSFINE_PATH,
@@ -163,15 +163,19 @@ QUICK_TEST_VOLUMES = (200, 50)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def built_in_cohort(n_train: int, n_valid: int, workers: int | None = None) -> Path:
-    """Folder of the phantom cohort of this size, made on first use. Prints the one line that says what it is."""
-    folder = Path("data", f"phantoms_{n_train}_{n_valid}")
+def built_in_folder(config: TrainingConfig) -> Path:
+    return Path("data", f"phantoms_{config.train_volumes}_{config.valid_volumes}")
+
+
+def make_built_in_cohort(config: TrainingConfig) -> None:
+    """The phantom cohort of this size, made on first use. Prints the one line that says what it is."""
+    folder = built_in_folder(config)
     print(
         f"No --data-dir: using the built-in cohort of synthetic chests in {folder}. "
         "Its results speak of the pipeline, not of patients."
     )
     try:
-        return write_phantom_cohort(folder, n_train, n_valid, workers=workers)
+        write_phantom_cohort(folder, config.train_volumes, config.valid_volumes)
     except ValueError as error:  # a cohort of another version in that folder, or a size that makes none
         raise TrainingError(str(error)) from error
 
@@ -320,15 +324,6 @@ class Run:
         self.say(f"Out of memory on {self.device}: going on with {what}; a step still sees {self.config.batch_size}")
 
 
-def piece_size(shape: tuple[int, int, int], batch_size: int) -> int:
-    """Volumes per forward pass to begin with: the largest power of two within the voxels of two published volumes.
-
-    A batch of 16 published volumes would be 3.5 GB before the network sees it; its gradients are accumulated instead.
-    """
-    most = max(1, 2 * math.prod(PUBLISHED_SHAPE) // math.prod(shape))
-    return 1 << int(math.log2(min(most, batch_size)))
-
-
 def load_features(run: Run, model: CTCLIPMultiAbnormalityModel, splits: dict[str, Split]) -> None:
     """Points every split to its features in the cache, encoding what is missing, and drops unreadable volumes."""
     model.eval()
@@ -387,9 +382,9 @@ def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> Job:
     torch.manual_seed(config.seed)
     run = Run(folder, config, machine)
     run.folder = run.ranks.gather(folder)[0]  # its default name is the time, which may differ
-    data_dir = Path(config.data_dir or f"data/phantoms_{config.train_volumes}_{config.valid_volumes}")
+    data_dir = Path(config.data_dir) if config.data_dir else built_in_folder(config)
     if config.data_dir is None and run.ranks.is_main:
-        built_in_cohort(config.train_volumes, config.valid_volumes)
+        make_built_in_cohort(config)
     run.ranks.barrier()
     phantom = is_phantom_cohort(data_dir)
     model = build_model(config, phantom).to(run.device)

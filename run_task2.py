@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
                 return
         if args.task != "train":
             data_dir = getattr(args, "data_dir", None) if args.task == "evaluate" else None
-            folder = foreign_folder(run, data_dir) if data_dir else run
+            folder = foreign_folder(run, data_dir)
             tables = run_predictions(run, data_dir, args.device, args.workers, folder)
             report(*tables, output_dir=folder, baseline=args.baseline)
         print(f"\nDone in {time.perf_counter() - start:.0f} s: {run}")

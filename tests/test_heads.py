@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_model import OTHER_SIZES
 from torch import nn
 
 import ctclip_model
@@ -18,7 +19,6 @@ from ctclip_model import (
     AttentionHead,
     CheckpointError,
     CTCLIPMultiAbnormalityModel,
-    TowerSizes,
     balanced_label_weights,
     create_loss,
     read_checkpoint,
@@ -28,20 +28,6 @@ from ctclip_model import (
 FIXTURES = Path(__file__).parent / "fixtures"
 CLIP, CLASSFINE = str(FIXTURES / "tiny_a_clip.pt"), str(FIXTURES / "tiny_a_classfine.pt")
 HEADS = ("linear", "mlp", "attention")
-SIZES = TowerSizes(
-    dim=24,
-    heads=3,
-    dim_head=4,
-    patch=6,
-    temporal_patch=2,
-    grid=5,
-    spatial_depth=1,
-    temporal_depth=2,
-    codes=40,
-    latent=12,
-    feedforward=64,
-    bias_dim=10,
-)
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +233,7 @@ def test_half_precision_around_the_attention_head_does_not_reach_it():
 def test_attention_finds_a_token_of_many_that_the_mean_over_depth_drowns():
     """One token of 500 says whether the finding is there; 400 cases to learn it from, 200 to show it."""
     torch.manual_seed(0)
-    sizes = asdict(SIZES)
+    sizes = asdict(OTHER_SIZES)
     model = {head: CTCLIPMultiAbnormalityModel(sizes=sizes, head=head, dropout=0.0) for head in ("linear", "attention")}
     model["attention"].load_state_dict(
         {k: v for k, v in model["linear"].state_dict().items() if not k.startswith("classifier.")}, strict=False
@@ -284,7 +270,8 @@ def test_attention_finds_a_token_of_many_that_the_mean_over_depth_drowns():
 def test_codes_of_any_integer_type_stand_in_for_the_volume(head, path, volume):
     if path == "tiny":
         torch.manual_seed(2)
-        model, volume = CTCLIPMultiAbnormalityModel(sizes=asdict(SIZES), head=head), torch.rand(3, 1, 8, 30, 30) * 2 - 1
+        model = CTCLIPMultiAbnormalityModel(sizes=asdict(OTHER_SIZES), head=head)
+        volume = torch.rand(3, 1, 8, 30, 30) * 2 - 1
         scatter(model)
         model.eval()
     else:

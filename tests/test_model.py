@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers_model import OTHER_SIZES
 from torch import nn
 
 import ctclip_model
@@ -26,20 +27,6 @@ from ctclip_model import (
 FIXTURES = Path(__file__).parent / "fixtures"
 CLIP, CLASSFINE = FIXTURES / "tiny_a_clip.pt", FIXTURES / "tiny_a_classfine.pt"
 GOLDEN_SIZES = TowerSizes(32, 4, 8, 10, 5, 4, 2, 3, 64, 16, 85, 32)
-OTHER_SIZES = TowerSizes(
-    dim=24,
-    heads=3,
-    dim_head=4,
-    patch=6,
-    temporal_patch=2,
-    grid=5,
-    spatial_depth=1,
-    temporal_depth=2,
-    codes=40,
-    latent=12,
-    feedforward=64,
-    bias_dim=10,
-)
 
 
 @pytest.fixture(scope="module")

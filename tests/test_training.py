@@ -26,7 +26,7 @@ from torch import nn
 import ctclip_evaluation
 import ctclip_run
 import ctclip_training
-from ctclip_data import Volume, load_cohort, split_by_patient
+from ctclip_data import Volume, load_cohort, piece_size, split_by_patient
 from ctclip_model import (
     ABNORMALITIES,
     CTCLIPMultiAbnormalityModel,
@@ -36,7 +36,7 @@ from ctclip_model import (
     read_checkpoint,
 )
 from ctclip_phantom import plan_split
-from ctclip_run import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig, build_model, piece_size
+from ctclip_run import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig, build_model
 from ctclip_state import states
 from ctclip_training import Averages, guarded, main, schedule, train
 
