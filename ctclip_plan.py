@@ -173,13 +173,13 @@ class Probe:
         return f"{duration(self.reading_seconds)} per volume {who}: {readers / self.reading_seconds:.1f} volumes/s"
 
     def encoding(self, missing: int) -> str:
-        """Encoding is done once, in float32; evaluating in the precision of training, which may be faster."""
+        """Encoding, once, and evaluating are in float32; passes over augmented voxels in the precision of training."""
         run, model = self.run, self.model
         volume = self.volume[None].to(run.device)
         with encoding(model, run.device):
-            encoder = self.forward = measure_warm(run.device, lambda: model.compact(volume))
+            encoder = self.encoder = self.forward = measure_warm(run.device, lambda: model.compact(volume))
         self.needs.append(self.with_headroom(encoder.peak, run.micro_batch))
-        if run.dtype != torch.float32 and (self.unfrozen or self.config.augment):
+        if run.dtype != torch.float32 and self.config.augment:
             with torch.no_grad(), run.autocast():
                 self.forward = measure_warm(run.device, lambda: model.eval()(volume))
         if not missing:
@@ -225,7 +225,7 @@ class Probe:
             return "none"
         wanted = min(self.run.micro_batch, self.share)
         size, step = self.training_pass(wanted)
-        epoch = (len(self.train) * self.pace(step) + len(self.tuning) * self.pace(self.forward)) / self.world
+        epoch = (len(self.train) * self.pace(step) + len(self.tuning) * self.pace(self.encoder)) / self.world
         self.seconds += self.unfrozen * epoch
         return (
             f"{self.unfrozen} epochs x {duration(epoch)}, {self.opened} of {self.layers} layers open at the end, batch "
