@@ -66,6 +66,7 @@ SPLITS = ("train", "valid")
 SUFFIX = ".nii.gz"
 GEOMETRY_COLUMNS = ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")  # what a version-1 file needs
 OPTIONAL_COLUMNS = ("PatientSex", "PatientAge", "Manufacturer")
+SUBGROUP_COLUMNS = (*OPTIONAL_COLUMNS, "SliceThickness", "ZSpacing")
 
 
 class VolumeError(ValueError):
@@ -839,6 +840,20 @@ def _no_chest(path: Path) -> set[str] | None:
         raise CohortError(f"{path.name}: found an unreadable list ({error}), expected text; replace it") from None
     names = {PurePosixPath(line.strip().replace("\\", "/")).name for line in lines if line.strip()}
     return {name if name.endswith(SUFFIX) else name + SUFFIX for name in names}
+
+
+def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
+    """{volume: its row as text}, of those SUBGROUP_COLUMNS that there are.
+
+    Raises CohortError where the table cannot be read or has none of them. Contradictory rows are left out.
+    """
+    path = Path(path)
+    table = _table(path, ("VolumeName",))
+    columns = [column for column in SUBGROUP_COLUMNS if column in table.columns]
+    if not columns:
+        wanted = ", ".join(SUBGROUP_COLUMNS)
+        raise CohortError(f"{path.name}: found none of {wanted}, expected at least one; add one, or drop the table")
+    return {name: dict(zip(columns, row, strict=True)) for name, row in _unique(table, columns).rows.items()}
 
 
 class _Joiner:

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from ctclip_cache import FeatureCache, encode_missing
 from ctclip_data import Cohort, Volume, load_cohort, piece_size, split_by_patient
-from ctclip_evaluation import choose_device, choose_precision, choose_workers
 from ctclip_model import (
     CLASSFINE_PATH,
     DEMO_PATH,
@@ -28,6 +27,7 @@ from ctclip_model import (
     create_loss,
 )
 from ctclip_phantom import is_phantom_cohort, write_phantom_cohort
+from ctclip_predict import choose_device, choose_precision, choose_workers
 from ctclip_ranks import Ranks
 
 # Peak rate of each head. A CT-CLIP latent has length 1, so its entries are small and the weights have far to go.

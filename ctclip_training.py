@@ -38,17 +38,9 @@ from ctclip_data import (
     VolumeError,
     volume_loader,
 )
-from ctclip_evaluation import (
-    TRAINING_CURVES,
-    EvaluationError,
-    auroc_difference,
-    compute_metrics,
-    newest_run,
-    predict_volumes,
-    run_record,
-    write_table,
-    write_training_figure,
-)
+from ctclip_evaluation import RESULT_FILES, newest_run, run_record
+from ctclip_figures import TRAINING_CURVES, write_training_figure
+from ctclip_metrics import EvaluationError, auroc_difference, compute_metrics
 from ctclip_model import (
     ABNORMALITIES,
     CLASSFINE_PATH,
@@ -58,6 +50,7 @@ from ctclip_model import (
     PretrainedWeightsError,
     replacing,
 )
+from ctclip_predict import predict_volumes
 from ctclip_ranks import is_main_process
 from ctclip_run import (
     HEAD_LEARNING_RATE,
@@ -76,6 +69,7 @@ from ctclip_run import (
     prepare,
 )
 from ctclip_state import StateError, load_newest, or_explain, save_state
+from ctclip_tables import write_table
 
 CACHED_PIECE = 32  # a cached volume needs less than this fraction of the memory of one that is encoded
 
@@ -692,7 +686,7 @@ def save_best(run: Run, model: CTCLIPMultiAbnormalityModel, tuning: Split, best:
     tensors, best.tensors = best.tensors, {}
     if not run.ranks.is_main:
         return
-    stale = ("predictions.csv", "labels.csv", "metrics.json", "per_label.csv", "tuning_predictions.csv")
+    stale = ("predictions.csv", "labels.csv", "tuning_predictions.csv", *RESULT_FILES)
     for path in (*(run.folder / name for name in stale), *run.folder.glob("*.png")):
         path.unlink(missing_ok=True)
     size = sum(value.nbytes for value in model.state_dict().values())

@@ -16,16 +16,18 @@ from pathlib import Path
 
 from ctclip_data import load_cohort
 from ctclip_evaluation import (
-    EvaluationError,
+    add_evaluation_flags,
     foreign_folder,
-    load_predictions,
     newest_run,
-    predict_files,
     report,
-    run_predictions,
-    write_table,
+    run_calibration,
+    run_material,
+    settings_from_flags,
 )
+from ctclip_metrics import EvaluationError
 from ctclip_model import OneLineParser
+from ctclip_predict import predict_files
+from ctclip_tables import load_predictions, write_table
 from ctclip_training import add_machine_flags, add_run_flags, add_training_flags, guarded, run_training
 
 MODES = {
@@ -42,10 +44,20 @@ def predict(args: argparse.Namespace) -> None:
         raise EvaluationError("--mode predict needs --input, a .nii or .nii.gz file or a folder of them")
     checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run()
     output = Path(args.output)
+    calibration = run_calibration(checkpoint) if checkpoint.is_dir() else None
+    if args.map_thresholds and calibration is None:
+        raise EvaluationError(f"{checkpoint}: found no tuning patients, expected some to fit the thresholds that "
+                              "--map-thresholds puts on 0.5; name a run, or leave the flag out")
     names, probabilities, failures = predict_files(checkpoint, Path(args.input), args.device, args.workers)
+    if args.map_thresholds:
+        probabilities, how = calibration.map_to_half(probabilities), "no probabilities any more: tuned cuts on 0.5"
+    elif args.uncalibrated or calibration is None:
+        how = "probabilities as the model gives them, not calibrated"
+    else:
+        probabilities, how = calibration.apply(probabilities), f"calibrated probabilities ({calibration.method})"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_table(output, names, probabilities)
-    print(f"Wrote {output}: {len(names)} scans, model {checkpoint}")
+    print(f"Wrote {output}: {len(names)} scans, model {checkpoint}; {how}")
     if failures:
         raise EvaluationError(f"{len(failures)} scans could not be read and are not in {output}; they are named above")
 
@@ -57,6 +69,8 @@ def refuse_idle_flags(args: argparse.Namespace) -> None:
     training = args.task in ("full", "train")
     for flag, given, belongs in (
         ("--input", args.input, args.task == "predict"),
+        ("--map-thresholds", args.map_thresholds, args.task == "predict"),
+        ("--uncalibrated", args.uncalibrated, args.task == "predict"),
         ("--checkpoint", args.checkpoint, not training),
         ("--resume", args.resume is not None, training),
         ("--output-dir", args.output_dir, training),
@@ -72,9 +86,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", dest="task", choices=MODES, default="full", help=modes)
     group = parser.add_argument_group("evaluate and predict")
     group.add_argument("--checkpoint", metavar="RUN", help="run folder, or for predict a CT-CLIP file with a head")
-    group.add_argument("--baseline", metavar="CSV", help="other predictions for the same volumes, compared here")
     group.add_argument("--input", metavar="PATH", help="scan or folder of scans to predict")
     group.add_argument("--output", metavar="CSV", default="results/predictions.csv", help="where predictions go")
+    form = group.add_mutually_exclusive_group()
+    form.add_argument("--map-thresholds", action="store_true",
+                      help="values that cut at 0.5 as the tuned thresholds do, as the challenge needs them")
+    form.add_argument("--uncalibrated", action="store_true", help="the model's own probabilities")
+    add_evaluation_flags(parser)
     add_run_flags(parser)
     add_training_flags(parser)
     add_machine_flags(parser)
@@ -87,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def action() -> None:
         refuse_idle_flags(args)
+        settings = settings_from_flags(args)
         if args.task == "predict":
             return predict(args)
         if args.task == "evaluate":
@@ -102,8 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.task != "train":
             data_dir = getattr(args, "data_dir", None) if args.task == "evaluate" else None
             folder = foreign_folder(run, data_dir)
-            tables = run_predictions(run, data_dir, args.device, args.workers, folder)
-            report(*tables, output_dir=folder, baseline=args.baseline)
+            material = run_material(run, data_dir, args.device, args.workers, folder)
+            report(material, folder, settings, args.baseline, args.metadata, args.pictures)
         print(f"\nDone in {time.perf_counter() - start:.0f} s: {run}")
 
     return guarded(action)

@@ -1,6 +1,5 @@
-"""ctclip_evaluation against hand-worked cases, against scikit-learn (on data with ties), and against its promises:
-thresholds never see the patients they are reported on, bad input ends in one line and exit code 2, and every number
-of metrics.json is recomputed here by another route.
+"""ctclip_evaluation: every number of metrics.json recomputed by another route, thresholds and calibration that never
+see the patients they are reported on, tables whose faults end in one line and exit code 2, and the command itself.
 """
 
 import json
@@ -12,341 +11,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers_evaluation import decided, reference, simulate
 from sklearn import metrics as sk
 
+import ctclip_calibration as cal
 import ctclip_evaluation as ev
-from ctclip_evaluation import ABNORMALITIES, EvaluationError
+import ctclip_figures as figures
+from ctclip_metrics import ABNORMALITIES, EvaluationError, bin_of
+from ctclip_tables import join, rows_of
+from ctclip_text import PHANTOM_NOTE, format_report
 
 SCRIPT = Path(ev.__file__)
-RATES = np.linspace(0.07, 0.32, 18)  # a spread like CT-RATE's
-M_KEYS = {"auroc_macro", "auroc_micro", "f1_macro", "precision_macro", "recall_macro", "hamming_accuracy",
-          "exact_match", "positive_rate", "label_rate", "crg"}
-D_FOR_AUROC_075 = 0.954  # distance of two unit normals whose AUROC is 0.75: sqrt(2) * 0.6745
+NAMES = list(ABNORMALITIES)
+FEW = {"resamples": 20}  # where intervals are not what a test is about
 
 
-def simulate(n_patients, seed, shift=0.0, distance=D_FOR_AUROC_075, first=1, split="valid"):
-    """Two volumes per patient with the same labels and nearly the same score -> (predictions, labels) frames."""
-    rng = np.random.default_rng(seed)
-    y = np.repeat(rng.random((n_patients, 18)) < RATES, 2, axis=0).astype(np.int8)
-    score = distance * y + np.repeat(rng.normal(size=(n_patients, 18)), 2, axis=0) + 0.05 * rng.normal(size=y.shape)
-    names = [f"{split}_{i}_a_{k}.nii.gz" for i in range(first, first + n_patients) for k in (1, 2)]
-    index = pd.Index(names, name="VolumeName")
-    p = 1 / (1 + np.exp(-(score + shift)))
-    return pd.DataFrame(p, index, list(ABNORMALITIES)), pd.DataFrame(y, index, list(ABNORMALITIES))
-
-
-def with_ties(seed=0, n=80):
-    """(labels, probabilities) with few distinct values, 0, 0.5 and 1 among them, and every label two-class."""
-    rng = np.random.default_rng(seed)
-    y = (rng.random((n, 18)) < 0.3).astype(int)
-    p = np.clip(np.round((0.3 * y + rng.random((n, 18))) * 8) / 10, 0, 1)
-    y[0], y[1], p[2, :], p[3, :], p[4, :] = 1, 0, 0.0, 1.0, 0.5
-    return y, p
-
-
-def reference(y, p, cut=0.5):
-    """The dictionary M from scikit-learn and, for CRG, from the reference file's formula written out."""
-    two = [j for j in range(18) if 0 < y[:, j].sum() < len(y)]
-    return decided(y, (p >= cut).astype(int)) | {
-        "auroc_macro": np.mean([sk.roc_auc_score(y[:, j], p[:, j]) for j in two]),
-        "auroc_micro": sk.roc_auc_score(y.ravel(), p.ravel()),
-    }
-
-
-def decided(y, d):
-    x, a = y.size, y.sum()
-    (tn, fp), (fn, tp) = sk.confusion_matrix(y.ravel(), d.ravel(), labels=[0, 1])
-    r = (x - a) / (2 * a)
-    u = (x - a) / 2
-    return {
-        "f1_macro": sk.f1_score(y, d, average="macro", zero_division=0),
-        "precision_macro": sk.precision_score(y, d, average="macro", zero_division=0),
-        "recall_macro": sk.recall_score(y, d, average="macro", zero_division=0),
-        "hamming_accuracy": 1 - sk.hamming_loss(y, d),
-        "exact_match": sk.accuracy_score(y, d),
-        "positive_rate": d.sum() / d.size,
-        "label_rate": a / x,
-        "crg": u / (2 * u - (r * tp - r * fn - fp)),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------- metrics
-
-
-def test_metrics_by_hand():
-    """Three volumes; label 0: y 1 1 0, p .9 .4 .5 -> decisions 1 0 1; label 1 all positive, label 2 all negative,
-    each decided 1 0 0; all other labels negative and decided so."""
-    y, p = np.zeros((3, 18), int), np.zeros((3, 18))
-    y[:, 0], p[:, 0] = (1, 1, 0), (0.9, 0.4, 0.5)
-    y[:, 1], p[:, 1] = 1, (0.7, 0.1, 0.2)
-    y[:, 2], p[:, 2] = 0, (0.7, 0.1, 0.2)
-    m = ev.compute_metrics(y, p)
-    assert set(m) == M_KEYS
-    assert ev.undefined_labels(y) == list(ABNORMALITIES[1:])
-    assert m["auroc_macro"] == 0.5  # label 0 only: .9 beats .5, .4 does not
-    # label 0: precision 1/2, recall 1/2, F1 1/2; label 1: 1, 1/3, 1/2; label 2 and the rest: 0
-    assert m["precision_macro"] == pytest.approx(1.5 / 18)
-    assert m["recall_macro"] == pytest.approx((1 / 2 + 1 / 3) / 18)
-    assert m["f1_macro"] == pytest.approx(1 / 18)
-    assert m["hamming_accuracy"] == pytest.approx(1 - (2 + 2 + 1) / 54)
-    assert m["exact_match"] == 0
-    assert m["positive_rate"] == pytest.approx(4 / 54)
-    assert m["label_rate"] == pytest.approx(5 / 54)
-    # CRG: X 54, A 5, TP 2, FN 3, FP 2; r = 4.9, U = 24.5, s = 9.8 - 14.7 - 2 = -6.9
-    assert m["crg"] == pytest.approx(24.5 / (49 + 6.9))
-    # micro AUROC: positives .9 .4 .7 .1 .2 against negatives .5 .7 .1 .2 and 45 zeros
-    pairs = (49) + (45 + 2) + (48 + 0.5) + (45 + 0.5) + (46 + 0.5)
-    assert m["auroc_micro"] == pytest.approx(pairs / (5 * 49))
-    rows = ev.per_label_metrics(y, p)
-    assert list(rows) == list(ABNORMALITIES)
-    assert rows["Medical material"] == {
-        "auroc": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "accuracy": pytest.approx(1 / 3),
-        "positive_rate": pytest.approx(2 / 3), "label_rate": pytest.approx(2 / 3), "threshold": 0.5, "positives": 2}
-    assert rows["Arterial wall calcification"]["auroc"] is None and rows["Cardiomegaly"]["auroc"] is None
-
-
-def test_a_probability_on_the_threshold_is_positive():
-    y, p = with_ties()
-    assert ev.compute_metrics(y, np.full(p.shape, 0.5))["positive_rate"] == 1
-    assert ev.compute_metrics(y, np.full(p.shape, np.nextafter(0.5, 0)))["positive_rate"] == 0
-
-
-@pytest.mark.parametrize("labels", [0, 1])
-def test_one_class_truth_is_undefined_not_zero(labels):
-    y = np.full((4, 18), labels)
-    m = ev.compute_metrics(y, np.full((4, 18), 0.9))
-    assert m["auroc_macro"] is None and m["auroc_micro"] is None and m["crg"] is None
-    assert m["hamming_accuracy"] == labels and m["f1_macro"] == labels and m["label_rate"] == labels
-    assert ev.undefined_labels(y) == list(ABNORMALITIES)
-    json.dumps(m, allow_nan=False)
-
-
-@pytest.mark.parametrize("decided, expected", [(0.0, 1 / 3), (1.0, 1 / 3), (None, 1.0)])
-def test_crg_of_all_zero_all_one_and_perfect(decided, expected):
-    y, _ = with_ties()
-    p = y.astype(float) if decided is None else np.full(y.shape, decided)
-    assert ev.compute_metrics(y, p)["crg"] == pytest.approx(expected, abs=1e-12)
-
-
-def test_crg_of_random_decisions_is_a_third():
-    rng = np.random.default_rng(0)
-    y = rng.random((20_000, 18)) < 0.19
-    for rate in (0.05, 0.5, 0.97):
-        assert ev.crg_score(y, rng.random(y.shape) < rate) == pytest.approx(1 / 3, abs=0.005)
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_metrics_equal_scikit_learn_with_ties(seed):
-    y, p = with_ties(seed)
-    label_cuts = np.random.default_rng(seed).choice([0.2, 0.3, 0.5, 0.9], 18)
-    row_cuts = np.random.default_rng(seed).choice([0.2, 0.3, 0.5, 0.9], p.shape)
-    for cut in (0.5, 0.3, label_cuts, row_cuts):
-        assert ev.compute_metrics(y, p, cut) == pytest.approx(reference(y, p, cut), abs=1e-12)
-    for j, row in enumerate(ev.per_label_metrics(y, p, label_cuts).values()):
-        d = p[:, j] >= label_cuts[j]
-        expected = {
-            "auroc": sk.roc_auc_score(y[:, j], p[:, j]), "precision": sk.precision_score(y[:, j], d, zero_division=0),
-            "recall": sk.recall_score(y[:, j], d), "f1": sk.f1_score(y[:, j], d),
-            "accuracy": sk.accuracy_score(y[:, j], d), "positive_rate": d.mean(), "label_rate": y[:, j].mean(),
-            "threshold": label_cuts[j], "positives": y[:, j].sum()}
-        assert row == pytest.approx(expected, abs=1e-12)
-
-
-def test_metrics_are_plain_numbers():
-    y, p = with_ties()
-    m = ev.compute_metrics(y, p.astype(np.float32), np.full(18, 0.3))
-    assert {type(value) for value in m.values()} == {float}
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda y, p: (y[:, :17], p[:, :17]), "expected both"),
-    (lambda y, p: (y[:0], p[:0]), "N at least 1"),
-    (lambda y, p: (y * 2, p), "other than 0 and 1"),
-    (lambda y, p: (y, p * 3 - 1), "outside"),
-    (lambda y, p: (y, np.where(p == 0.5, np.nan, p)), "NaN"),
-])
-def test_arrays_that_are_no_predictions_are_refused(change, message):
-    with pytest.raises(EvaluationError, match=message):
-        ev.compute_metrics(*change(*with_ties()))
-
-
-# ------------------------------------------------------------------------------------- difference of two predictions
-
-
-def two_predictions(n_patients=150, seed=0):
-    """(labels, first, second, patients): frequent labels, correlated predictions with ties, two volumes a patient."""
-    rng = np.random.default_rng(seed)
-    y = np.repeat(rng.random((n_patients, 18)) < np.linspace(0.25, 0.5, 18), 2, axis=0).astype(int)
-    shared, own, other = (np.repeat(rng.normal(size=(n_patients, 18)), 2, axis=0) for _ in range(3))
-    first, second = (d * y + shared + 0.6 * n + 0.2 * rng.normal(size=y.shape) for d, n in ((1.0, own), (0.8, other)))
-    patients = np.repeat([f"valid_{i}" for i in range(n_patients)], 2)
-    return y, *(np.round(1 / (1 + np.exp(-s)), 2) for s in (first, second)), patients
-
-
-def test_auroc_difference_equals_scikit_learn():
-    y, first, second, patients = two_predictions()
-    y[:, 4], y[:, 9] = 0, 1  # no AUROC: left out
-    two = [j for j in range(18) if j not in (4, 9)]
-    expected = np.mean([sk.roc_auc_score(y[:, j], first[:, j]) - sk.roc_auc_score(y[:, j], second[:, j]) for j in two])
-    difference, error = ev.auroc_difference(y, first, second, patients)
-    assert difference == pytest.approx(expected, abs=1e-12) and 0 < error < 0.05
-    assert ev.auroc_difference(y, second, first, patients) == pytest.approx((-difference, error), abs=1e-15)
-    order = np.random.default_rng(1).permutation(len(y))
-    shuffled = ev.auroc_difference(y[order], first[order], second[order], patients[order])
-    assert shuffled == pytest.approx((difference, error), abs=1e-15)
-
-
-def test_auroc_difference_has_the_standard_error_of_a_bootstrap_over_patients():
-    """A patient drawn w times weighs w: a resample's AUROC is a ratio of weighted counts of ordered pairs."""
-    y, first, second, patients = two_predictions()
-    rng = np.random.default_rng(0)
-    weights = np.repeat(rng.multinomial(150, np.full(150, 1 / 150), size=2000), 2, axis=1).astype(np.float32)
-    resampled = np.zeros(2000)
-    for j in range(18):
-        positive, negative = weights[:, y[:, j] == 1], weights[:, y[:, j] == 0]
-        for sign, p in ((1, first[:, j]), (-1, second[:, j])):
-            gap = p[y[:, j] == 1][:, None] - p[y[:, j] == 0]
-            pairs = ((positive @ ((np.sign(gap) + 1) / 2).astype(np.float32)) * negative).sum(1)
-            resampled += sign * pairs / (positive.sum(1) * negative.sum(1)) / 18
-    error = ev.auroc_difference(y, first, second, patients)[1]
-    assert error == pytest.approx(resampled.std(), rel=0.1)
-    alone = ev.auroc_difference(y, first, second, range(len(y)))[1]
-    assert alone < 0.9 * error  # as if every volume were a patient of its own: too sure
-
-
-def test_auroc_difference_of_identical_predictions_is_nothing():
-    y, first, _, patients = two_predictions(20)
-    assert ev.auroc_difference(y, first, first, patients) == (0, 0)
-
-
-def test_duplicated_volumes_do_not_make_an_auroc_difference_surer():
-    y, first, second, patients = two_predictions(40)
-    once = ev.auroc_difference(y, first, second, patients)
-    twice = ev.auroc_difference(*(np.repeat(a, 3, axis=0) for a in (y, first, second, patients)))
-    assert twice == pytest.approx(once, abs=1e-12)
-
-
-def test_auroc_difference_that_is_undefined():
-    y, first, second, patients = two_predictions(10)
-    assert ev.auroc_difference(np.zeros_like(y), first, second, patients) is None
-    assert ev.auroc_difference(y, first, second, ["valid_1"] * len(y)) is None
-    with pytest.raises(EvaluationError, match="expected both"):
-        ev.auroc_difference(y, first, second[:-1], patients)
-
-
-# ------------------------------------------------------------------------------------------------------- thresholds
-
-SCORES = {  # by scikit-learn, for one label
-    "f1": lambda y, d: sk.f1_score(y, d, zero_division=0),
-    "prevalence": lambda y, d: -abs(d.mean() - y.mean()),
-    "hamming": sk.accuracy_score,
-    "youden": lambda y, d: sk.recall_score(y, d) + sk.recall_score(1 - y, ~d) - 1,
-}
-
-
-def test_every_objective_is_checked_here():
-    assert set(SCORES) == set(ev.OBJECTIVES)
-
-
-@pytest.mark.parametrize("objective", SCORES)
-def test_label_thresholds_reach_the_best_score_there_is(objective):
-    y, p = with_ties(3)
-    cuts = ev.tune_label_thresholds(y, p, objective)
-    for j in range(0, 18, 3):
-        every_split = [p[:, j] >= cut for cut in (*np.unique(p[:, j]), 2.0)]
-        best = max(SCORES[objective](y[:, j], d) for d in every_split)
-        assert SCORES[objective](y[:, j], p[:, j] >= cuts[j]) == pytest.approx(best, abs=1e-12)
-
-
-@pytest.mark.parametrize("objective", SCORES)
-def test_global_threshold_reaches_the_best_score_there_is(objective):
-    y, p = with_ties(4)
-
-    def score(cut):
-        d = p >= cut
-        if objective == "prevalence":  # pooled: one rate for all decisions
-            return -abs(d.mean() - y.mean())
-        return np.mean([SCORES[objective](y[:, j], d[:, j]) for j in range(18)])
-
-    assert len(np.unique(p)) < 15
-    best = max(score(cut) for cut in (*np.unique(p), 2.0))
-    assert score(ev.tune_global_threshold(y, p, objective)) == pytest.approx(best, abs=1e-12)
-
-
-def test_cuts_divide_ties_never_and_reach_both_ends():
-    values = np.array([0.2, 0.2, 0.4, np.nextafter(0.4, 1), 1.0])
-    cuts = ev.candidate_cuts(values)
-    assert [int((values >= cut).sum()) for cut in cuts] == [5, 3, 2, 1, 0]
-    assert cuts[1] == pytest.approx(0.3)
-    assert [int((np.zeros(3) >= cut).sum()) for cut in ev.candidate_cuts(np.zeros(3))] == [3, 0]
-
-
-def test_a_global_search_in_parts_is_the_whole_search():
-    rng = np.random.default_rng(0)
-    y, p = (rng.random((4000, 18)) < 0.2).astype(int), rng.random((4000, 18))  # 72,000 cuts: three parts
-    assert (p >= ev.tune_global_threshold(y, p, "prevalence")).sum() == y.sum()
-
-
-def test_a_label_with_one_class_takes_the_global_threshold_and_is_named():
-    predictions, labels = simulate(30, seed=1)
-    labels["Emphysema"], labels["Cardiomegaly"] = 0, 1
-    y, p = labels.to_numpy(), predictions.to_numpy()
-    cuts = ev.tune_label_thresholds(y, p, "f1")
-    common = ev.tune_global_threshold(y, p, "f1")
-    named = [name for name, cut in zip(ABNORMALITIES, cuts, strict=True) if cut == common]
-    assert named == ["Cardiomegaly", "Emphysema"] == ev.undefined_labels(y)
-    reported = simulate(30, seed=2, first=100)
-    metrics = ev.evaluate(*reported, tuning=(predictions, labels))
-    assert metrics["thresholds"]["took_global"] == named
-    assert "so the global cut: Cardiomegaly, Emphysema" in ev.format_report(metrics)
-
-
-def test_an_unknown_objective_is_refused():
-    with pytest.raises(EvaluationError, match="expected one of prevalence"):
-        ev.tune_label_thresholds(*with_ties(), objective="auroc")
-
-
-def test_cross_fit_covers_every_row_once_and_keeps_patients_apart():
-    predictions, labels = simulate(23, seed=0)
-    patients = ev.patients_of(predictions.index)
-    seen = []
-
-    def spy(y, p, objective):
-        others = {patients[row] for row in np.flatnonzero((predictions.to_numpy()[:, None] == p).all(-1).any(1))}
-        seen.append(others)
-        return np.full(18, len(seen) / 10)
-
-    cuts = ev.cross_fit_thresholds(labels.to_numpy(), predictions.to_numpy(), patients, tune=spy)
-    assert len(seen) == 5
-    for k, fitted_on in enumerate(seen, 1):
-        judged = set(patients[cuts[:, 0] == k / 10])
-        assert judged and not judged & fitted_on and judged | fitted_on == set(patients)
-
-
-def test_cross_fitted_cuts_do_not_depend_on_the_own_labels():
-    predictions, labels = simulate(20, seed=0)
-    p, y, patients = predictions.to_numpy(), labels.to_numpy(), ev.patients_of(predictions.index)
-    before = ev.cross_fit_thresholds(y, p, patients)
-    for patient in np.unique(patients)[:6]:
-        own = patients == patient
-        flipped = np.where(own[:, None], 1 - y, y)
-        after = ev.cross_fit_thresholds(flipped, p, patients)
-        assert np.array_equal(before[own], after[own])
-        assert not np.array_equal(before, after)
-
-
-def test_cross_fit_does_not_depend_on_the_order_of_rows():
-    predictions, labels = simulate(20, seed=0)
-    p, y, patients = predictions.to_numpy(), labels.to_numpy(), ev.patients_of(predictions.index)
-    order = np.random.default_rng(1).permutation(len(p))
-    before = ev.cross_fit_thresholds(y, p, patients)
-    assert np.array_equal(ev.cross_fit_thresholds(y[order], p[order], patients[order]), before[order])
-    assert not np.array_equal(ev.cross_fit_thresholds(y, p, patients, seed=1), before)
-
-
-def test_one_patient_cannot_be_cross_fitted():
-    with pytest.raises(EvaluationError, match="1 patient only .valid_1."):
-        ev.evaluate(*simulate(1, seed=0))
+def settings(**kwargs):
+    return ev.Settings(**(FEW | kwargs))
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -354,9 +35,9 @@ def test_one_patient_cannot_be_cross_fitted():
 
 def test_reported_labels_never_reach_the_thresholds():
     reported, tuning = simulate(40, seed=0), simulate(40, seed=1, first=100)
-    before = ev.evaluate(*reported, tuning=tuning)
+    before = ev.evaluate(*reported, tuning=tuning, **FEW)
     shuffled = reported[1].sample(frac=1, random_state=0).set_axis(reported[1].index)
-    after = ev.evaluate(reported[0], shuffled, tuning=tuning)
+    after = ev.evaluate(reported[0], shuffled, tuning=tuning, **FEW)
     assert after["thresholds"] == before["thresholds"]
     assert after["tuned"]["positive_rate"] == before["tuned"]["positive_rate"]
     assert after["tuned"]["hamming_accuracy"] != before["tuned"]["hamming_accuracy"]
@@ -371,7 +52,7 @@ def test_tuning_patients_among_the_reported_are_refused_by_name():
 def test_an_over_predictor_becomes_honest_on_unseen_patients(with_tuning):
     reported = simulate(500, seed=0, shift=2.2)
     tuning = simulate(200, seed=1, shift=2.2, first=1000) if with_tuning else None
-    metrics = ev.evaluate(*reported, tuning=tuning)
+    metrics = ev.evaluate(*reported, tuning=tuning, **FEW)
     half, tuned = metrics["at_0.5"], metrics["tuned"]
     assert half["auroc_macro"] == pytest.approx(0.75, abs=0.02)
     assert half["positive_rate"] == pytest.approx(0.97, abs=0.02)
@@ -380,50 +61,179 @@ def test_an_over_predictor_becomes_honest_on_unseen_patients(with_tuning):
     assert tuned["f1_macro"] > half["f1_macro"] + 0.05 and tuned["hamming_accuracy"] > half["hamming_accuracy"] + 0.4
 
 
+def drawn_rows(patients, resamples, seed=0):
+    """Row numbers of every resample, written out: patients in sorted order are drawn, with all of their rows."""
+    unique = np.unique(patients)
+    counts = np.random.default_rng(seed).multinomial(len(unique), np.full(len(unique), 1 / len(unique)), resamples)
+    return [np.repeat(np.arange(len(patients)), row[np.searchsorted(unique, patients)]) for row in counts]
+
+
+def percentiles(values):
+    """[low, high] as metrics.json has them, from one value per resample (None where undefined)."""
+    known = [value for value in values if value is not None]
+    if len(known) < 0.95 * len(values):
+        return None
+    return list(np.quantile(known, (0.025, 0.975)))
+
+
+def label_reference(y, p, decisions, j):
+    d = decisions[:, j]
+    two = 0 < y[:, j].sum() < len(y)
+    scores = (("precision", sk.precision_score), ("recall", sk.recall_score), ("f1", sk.f1_score))
+    return {name: score(y[:, j], d, zero_division=0) for name, score in scores} | {
+        "auroc": sk.roc_auc_score(y[:, j], p[:, j]) if two else None,
+        "average_precision": sk.average_precision_score(y[:, j], p[:, j]) if two else None,
+        "accuracy": sk.accuracy_score(y[:, j], d), "positive_rate": d.mean(), "label_rate": y[:, j].mean(),
+    }
+
+
+def without_ranking(row):
+    return {key: value for key, value in row.items() if key not in ("auroc", "average_precision")}
+
+
+def errors_reference(y, p):
+    """Brier score, calibration error and mean probability, (18,) each."""
+    ece = [sum(abs((p - y)[bin_of(p[:, j]) == k, j].sum()) for k in range(10)) / len(y) for j in range(18)]
+    brier = [sk.brier_score_loss(y[:, j], p[:, j], labels=[0, 1]) for j in range(18)]
+    return {"brier": np.array(brier), "ece": np.array(ece), "mean": p.mean(axis=0)}
+
+
+def sets_reference(y, p, q, cuts, one):
+    ranking = {key: reference(y, p)[key] for key in ("auroc_macro", "auroc_micro")}
+    micro = {"auroc_micro": sk.roc_auc_score(y.ravel(), q.ravel())}
+    return {
+        "at_0.5": reference(y, p), "calibrated": ranking | micro | decided(y, (q >= 0.5).astype(int)),
+        "tuned": reference(y, p, cuts), "tuned_global": reference(y, p, one),
+    }
+
+
 def test_every_number_of_metrics_json():
-    """The whole file, key by key, from scikit-learn; with a tuning set, a baseline and a one-class label."""
+    """The whole file, key by key, from scikit-learn on rows that are really drawn again; with a tuning set, a baseline,
+    a one-class label, subgroups and a table that holds more volumes."""
     predictions, labels = simulate(40, seed=0)
     labels["Bronchiectasis"] = 0
     tuning, (other, _) = simulate(45, seed=1, first=100), simulate(40, seed=0, distance=0.2)
     extra = simulate(1, seed=9, first=900)
-    metrics = ev.evaluate(predictions, pd.concat([labels, extra[1]]), tuning, pd.concat([other, extra[0]]))
+    metadata = {name: {"PatientSex": "F"} for name in predictions.index}
+    metrics = ev.evaluate(predictions, pd.concat([labels, extra[1]]), tuning, pd.concat([other, extra[0]]),
+                          metadata=metadata, resamples=5, allow_partial=True, objective="f1")
     stored = json.loads(json.dumps(metrics, allow_nan=False))  # the file's text, as a test below makes sure
     y, p, q = labels.to_numpy(), predictions.to_numpy(), other.to_numpy()
+    patients = ev.patients_of(predictions.index)
     fit_y, fit_p = tuning[1].to_numpy(), tuning[0].to_numpy()
-    cuts, one = ev.tune_label_thresholds(fit_y, fit_p), ev.tune_global_threshold(fit_y, fit_p)
-    base_cuts = ev.cross_fit_thresholds(y, q, ev.patients_of(predictions.index))
-    auroc = lambda z, j: sk.roc_auc_score(y[:, j], z[:, j]) if y[:, j].any() else None  # noqa: E731
-
-    def at(j, cut):
-        d = p[:, j] >= cut
-        rates = (sk.precision_score, sk.recall_score, sk.f1_score)
-        values = [score(y[:, j], d, zero_division=0) for score in rates]
-        names = ("precision", "recall", "f1", "accuracy", "positive_rate")
-        return dict(zip(names, [*values, sk.accuracy_score(y[:, j], d), d.mean()], strict=True))
-
+    calibration = cal.fit_calibration(fit_y, fit_p, ev.patients_of(tuning[0].index), objective="f1")
+    cuts, one = cal.tune_label_thresholds(fit_y, fit_p, "f1"), cal.tune_global_threshold(fit_y, fit_p, "f1")
+    calibrated = calibration.apply(p)
+    draws = drawn_rows(patients, 5)
+    expected = sets_reference(y, p, calibrated, cuts, one)
+    resampled = [sets_reference(y[i], p[i], calibrated[i], cuts, one) for i in draws]
+    intervals = {name: {key: percentiles([r[name][key] for r in resampled]) for key in row}
+                 for name, row in expected.items()}
+    tuned, half = p >= cuts, p >= 0.5
+    before, after = errors_reference(y, p), errors_reference(y, calibrated)
+    slopes = {"slope": calibration.slope, "intercept": calibration.intercept, "shift": np.zeros(18)}
+    per_label, bounds = {}, {}
+    for j, name in enumerate(NAMES):
+        again = [(label_reference(y[i], p[i], tuned[i], j), label_reference(y[i], p[i], half[i], j)) for i in draws]
+        at_half = without_ranking(label_reference(y, p, half, j))
+        per_label[name] = label_reference(y, p, tuned, j) | {
+            "threshold": cuts[j], "positives": y[:, j].sum(), "at_0.5": at_half}
+        bounds[name] = {key: percentiles([row[key] for row, _ in again]) for key in again[0][0]}
+        bounds[name]["at_0.5"] = {key: percentiles([row[key] for _, row in again]) for key in at_half}
     keys = ("hamming_accuracy", "f1_macro", "precision_macro", "recall_macro", "positive_rate")
-    expected = {
-        "at_0.5": reference(y, p), "tuned": reference(y, p, cuts), "tuned_global": reference(y, p, one),
-        "per_label": {
-            name: at(j, cuts[j]) | {"auroc": auroc(p, j), "label_rate": y[:, j].mean(), "threshold": cuts[j],
-                                    "positives": y[:, j].sum(), "at_0.5": at(j, 0.5)}
-            for j, name in enumerate(ABNORMALITIES)},
-        "thresholds": {"global": one, "per_label": dict(zip(ABNORMALITIES, cuts, strict=True)),
-                       "objective": "prevalence", "fitted_on": "tuning patients", "n_volumes": 90, "n_patients": 45,
-                       "took_global": []},
-        "undefined_auroc": ["Bronchiectasis"], "n_volumes": 80, "n_patients": 40, "labels_without_prediction": 2,
+    claims = {"tuned": cal.tune_label_thresholds(y, p, "f1"), "tuned_global": cal.tune_global_threshold(y, p, "f1")}
+    optimism_keys = ("positive_rate", "hamming_accuracy", "f1_macro", "crg")
+    expected |= {
+        "per_label": per_label,
+        "calibration": {
+            "method": "platt", "cross_validated_log_loss": calibration.losses,
+            "before": {key: column.mean() for key, column in before.items()},
+            "after": {key: column.mean() for key, column in after.items()},
+            "per_label": {
+                name: {key: column[j] for key, column in slopes.items()}
+                | {f"{key}_before": column[j] for key, column in before.items()}
+                | {f"{key}_after": column[j] for key, column in after.items()} for j, name in enumerate(NAMES)}},
+        "thresholds": {
+            "global": one, "per_label": dict(zip(NAMES, cuts, strict=True)),
+            "per_label_calibrated": dict(zip(NAMES, cal.sigmoid(
+                calibration.slope * cal.logit(np.clip(cuts, 0, 1)) + calibration.intercept), strict=True)),
+            "objective": "f1", "fitted_on": "tuning patients", "n_rows": 90, "n_volumes": 90, "n_patients": 45,
+            "took_global": []},
+        "optimism": {name: {"claimed": {key: reference(y, p, cut)[key] for key in optimism_keys},
+                            "honest": {key: expected[name][key] for key in optimism_keys}}
+                     for name, cut in claims.items()},
+        "undefined_auroc": ["Bronchiectasis"], "n_rows": 80, "n_volumes": 80, "n_patients": 40,
+        "unit": {"name": "volume", "how": "every reconstruction by itself, as the challenge counts",
+                 "conflicting_labels": 0},
+        "left_out": {"a table given in memory": 2},
         "probabilities": {"min": p.min(), "max": p.max(), "mean": p.mean()},
         "threshold_table": [{"threshold": c / 20} | {key: decided(y, (p >= c / 20).astype(int))[key] for key in keys}
                             for c in range(1, 20)],
-        "baseline": {"source": "a table given in memory", "at_0.5": reference(y, q),
-                     "tuned": reference(y, q, base_cuts), "fitted_on": "cross-fitted by patient",
-                     "auroc_per_label": {name: auroc(q, j) for j, name in enumerate(ABNORMALITIES)},
-                     "rows_not_compared": 2},
         "phantom": False,
+        "settings": {"objective": "f1", "calibration": "auto", "unit": "volume", "prevalence": None, "resamples": 5,
+                     "seed": 0, "allow_partial": True},
     }
-    criteria = stored.pop("success_criteria")
-    assert len(criteria) == 7
+    found = stored.pop("intervals")
+    errors = found.pop("calibration")
+    of_label = {name: {key: found["per_label"][name].pop(key) for key in
+                       ("brier_before", "brier_after", "ece_before", "ece_after")} for name in NAMES}
+    assert_same(found, intervals | {"per_label": bounds})
+    for when, values in (("before", p), ("after", calibrated)):
+        again = np.array([errors_reference(y[i], values[i])["brier"] for i in draws])
+        assert errors[when]["brier"] == pytest.approx(percentiles(list(again.mean(axis=1))), abs=1e-12)
+        for j, name in enumerate(NAMES):
+            assert of_label[name][f"brier_{when}"] == pytest.approx(percentiles(list(again[:, j])), abs=1e-12)
+            low, high = of_label[name][f"ece_{when}"]  # each resample is checked in test_bootstrap
+            assert low <= stored["calibration"]["per_label"][name][f"ece_{when}"] <= high
+    assert len(stored.pop("success_criteria")) == 7 and set(stored.pop("versions")) == {"python", "numpy"}
+    baseline, subgroups = stored.pop("baseline"), stored.pop("subgroups")
     assert_same(stored, expected)
+    assert list(subgroups) == ["Sex"] and subgroups["Sex"][0]["n_patients"] == 40  # its figures: test_bootstrap
+    check_comparison(baseline, y, p, q, patients, draws)
+
+
+def check_comparison(found, y, p, q, patients, draws):
+    """Baseline and this one judged alike: cross-fitted; differences on the same draws."""
+    names = np.array([f"{patient}_a_{k % 2}" for k, patient in enumerate(patients)])
+    sides = {}
+    for side, values in (("this", p), ("base", q)):
+        judged = ev.judge(ev.Rows(names, patients, y, values, len(y)), None, settings(objective="f1"))
+        sides[side] = values, judged.calibrated, judged.cuts
+    rows = {side: [sets_reference(y[i], values[i], after[i], cuts[i], 0.5) for i in (slice(None), *draws)]
+            for side, (values, after, cuts) in sides.items()}
+    for name in ("at_0.5", "calibrated", "tuned"):
+        assert_same(found[name], rows["base"][0][name])
+        assert_same(found["this"][name], rows["this"][0][name])
+        for key, row in found["differences"][name].items():
+            gaps = [one[name][key] - other[name][key] for one, other in zip(rows["this"], rows["base"], strict=True)]
+            assert_same(row, difference_reference(gaps), f"{name}/{key}")
+        assert set(found["differences"][name]) == set(found[name])
+    columns = {side: [[label_reference(y[i], values[i], values[i] >= cuts[i], j) for i in (slice(None), *draws)]
+                      for j in range(0, 18, 4)] for side, (values, _, cuts) in sides.items()}
+    per_label = found["differences"]["per_label"]
+    assert set(per_label) == {"auroc", "average_precision", "precision", "recall", "f1", "accuracy", "positive_rate"}
+    for key, by_label in per_label.items():
+        for k, name in enumerate(NAMES[::4]):
+            row = dict(by_label[name])
+            corrected = row.pop("p_corrected")
+            pairs = zip(columns["this"][k], columns["base"][k], strict=True)
+            gaps = [None if one[key] is None or other[key] is None else one[key] - other[key] for one, other in pairs]
+            assert_same(row, difference_reference(gaps), f"{key}/{name}")
+            assert (corrected is None) == (row["p"] is None) and (corrected is None or corrected >= row["p"])
+    assert per_label["auroc"]["Bronchiectasis"]["difference"] is found["auroc_per_label"]["Bronchiectasis"] is None
+    assert found["auroc_per_label"]["Emphysema"] == pytest.approx(sk.roc_auc_score(y[:, 7], q[:, 7]))
+    assert found["fitted_on"] == "cross-fitted by patient" and found["source"] == "a table given in memory"
+
+
+def difference_reference(gaps):
+    """`gaps`: the difference itself, then one per resample."""
+    bounds = percentiles(gaps[1:])
+    if gaps[0] is None or bounds is None:
+        return {"difference": None, "interval": None, "p": None}
+    known = np.array([gap for gap in gaps[1:] if gap is not None])
+    known[abs(known) < 1e-12] = 0  # differences that are rounding only
+    tail = min((known <= 0).sum(), (known >= 0).sum())
+    return {"difference": gaps[0], "interval": bounds, "p": min(1, 2 * (tail + 1) / (len(known) + 1))}
 
 
 def assert_same(found, expected, where="metrics.json"):
@@ -439,6 +249,77 @@ def assert_same(found, expected, where="metrics.json"):
         assert found == expected, where
     else:
         assert found == pytest.approx(expected, abs=1e-12), where
+
+
+def test_a_baseline_without_tuning_patients_is_compared_alike():
+    """Without tuning patients this one's own cross-fitted figures are the ones compared."""
+    predictions, labels = simulate(20, seed=0)
+    metrics = ev.evaluate(predictions, labels, baseline=simulate(20, seed=0, distance=0.3)[0], **FEW)
+    assert metrics["baseline"]["this"]["tuned"] == metrics["tuned"]
+    same = ev.evaluate(predictions, labels, baseline=predictions.sample(frac=1, random_state=0), **FEW)["baseline"]
+    assert same["at_0.5"] == same["this"]["at_0.5"]
+    for block in ("at_0.5", "calibrated", "tuned"):
+        assert {row["p"] for row in same["differences"][block].values()} == {1}
+
+
+# ----------------------------------------------------------------------------------- scans, patients, partial tables
+
+
+def small_tables():
+    """Patient 1: scan a twice, scan b once; patient 2: one scan; labels of 1_a differ, and 1_b has another finding."""
+    names = ["valid_1_a_1.nii.gz", "valid_2_a_1.nii.gz", "valid_1_b_1.nii.gz", "valid_1_a_2.nii.gz"]
+    p, y = np.full((4, 18), 0.5), np.zeros((4, 18), int)
+    p[:, 0], y[:, 0] = (0.2, 0.9, 0.7, 0.4), (0, 1, 0, 1)
+    y[2, 1] = 1
+    index = pd.Index(names, name="VolumeName")
+    return pd.DataFrame(p, index, NAMES), pd.DataFrame(y, index, NAMES)
+
+
+def test_volumes_become_scans_and_patients():
+    predictions, labels = small_tables()
+    scans = rows_of(predictions, labels, list(predictions.index), "scan")
+    assert scans.names.tolist() == ["valid_1_a", "valid_2_a", "valid_1_b"] and scans.unit == "scan"
+    assert scans.probabilities[:, 0] == pytest.approx([0.3, 0.9, 0.7])
+    assert scans.labels[:, :2].tolist() == [[1, 0], [1, 0], [0, 1]] and scans.conflicts == 1
+    patients = rows_of(predictions, labels, list(predictions.index), "patient")
+    assert patients.names.tolist() == patients.patients.tolist() == ["valid_1", "valid_2"]
+    assert patients.probabilities[:, 0] == pytest.approx([0.7, 0.9])
+    assert patients.labels[:, :2].tolist() == [[1, 1], [1, 0]]
+    assert patients.conflicts == 2 and patients.n_volumes == 4 and len(patients) == 2
+    with pytest.raises(EvaluationError, match="found unit 'study', expected one of volume, scan, patient"):
+        rows_of(predictions, labels, list(predictions.index), "study")
+
+
+@pytest.mark.parametrize("unit, n", [("scan", 30), ("patient", 30), ("volume", 60)])
+def test_the_unit_is_carried_through_and_printed(unit, n):
+    predictions, labels = simulate(30, seed=0)
+    metadata = {name: {"SliceThickness": "1" if "_1.nii" in name else "5"} for name in predictions.index}
+    metrics = ev.evaluate(predictions, labels, unit=unit, metadata=metadata, **FEW)
+    assert metrics["n_rows"] == n and metrics["n_volumes"] == 60 and metrics["n_patients"] == 30
+    assert metrics["thresholds"]["n_rows"] == n
+    assert f"Unit               {unit}: " in format_report(metrics)
+    groups = {g["group"]: g["n_rows"] for g in metrics["subgroups"]["Slice thickness"]}
+    assert groups == ({"up to 1 mm": 30, "over 4 mm": 30} if unit == "volume" else {"several": 30})
+
+
+def test_only_what_all_tables_hold_is_evaluated_when_allowed():
+    predictions, labels = simulate(20, seed=0)
+    other = predictions.iloc[::-1].iloc[4:]
+    names, left_out = join([predictions.iloc[2:], labels, other], allow_partial=True)
+    assert names == list(predictions.index[2:36])
+    assert left_out == {"a table given in memory": 6} or sum(left_out.values()) > 0
+    metrics = ev.evaluate(predictions.iloc[2:], labels, allow_partial=True, **FEW)
+    assert metrics["n_volumes"] == 38 and metrics["left_out"] == {"a table given in memory": 2}
+    assert "Left out           2 rows of a table given in memory" in format_report(metrics)
+    with pytest.raises(EvaluationError, match="no row for 2 of the 40 volumes.*first valid_1_a_1.nii.gz"):
+        ev.evaluate(predictions.iloc[2:], labels, **FEW)
+    with pytest.raises(EvaluationError, match="found no volume in common"):
+        ev.evaluate(predictions.iloc[:2], labels.iloc[2:], allow_partial=True)
+    with pytest.raises(EvaluationError, match="valid_1_a_1.nii.gz again"):
+        ev.evaluate(pd.concat([predictions, predictions.iloc[:1]]), labels)
+
+
+# ------------------------------------------------------------------------------------------------- what is printed
 
 
 def criteria_of(half, tuned, phantom):
@@ -464,14 +345,14 @@ def test_success_criteria():
 def test_report_blocks_width_and_rates_side_by_side():
     predictions, labels = simulate(40, seed=0, shift=2.2)
     labels["Coronary artery wall calcification"] = 0
-    metrics = ev.evaluate(predictions, labels, baseline=simulate(40, seed=0, distance=0.3)[0], phantom=True)
-    report = ev.format_report(metrics)
-    assert report == ev.format_report(json.loads(json.dumps(metrics)))
-    for block in ("PREDICTION ANALYSIS", "OPTIMAL THRESHOLD", "THRESHOLD TABLE", "PERFORMANCE COMPARISON",
-                  "COMPARISON WITH THE BASELINE", "SUCCESS CRITERIA"):
+    metrics = ev.evaluate(predictions, labels, baseline=simulate(40, seed=0, distance=0.3)[0], phantom=True, **FEW)
+    report = format_report(metrics)
+    assert report == format_report(json.loads(json.dumps(metrics)))
+    for block in ("PREDICTION ANALYSIS", "CALIBRATION", "OPTIMAL THRESHOLD", "THRESHOLD TABLE",
+                  "PERFORMANCE COMPARISON", "COMPARISON WITH THE BASELINE", "SUCCESS CRITERIA"):
         assert block in report.splitlines()
     assert max(map(len, report.splitlines())) <= 100
-    assert ev.PHANTOM_NOTE in report and "nan" not in report.lower().replace("no auroc", "")
+    assert PHANTOM_NOTE in report and "nan" not in report.lower().replace("no auroc", "")
     m = metrics["at_0.5"]
     rate, truth = f"{100 * m['positive_rate']:.1f} %", f"{100 * m['label_rate']:.1f} %"
     assert f"{rate} against {truth}" in report
@@ -480,15 +361,23 @@ def test_report_blocks_width_and_rates_side_by_side():
     assert "No AUROC, only one class here: Coronary artery wall calcification" in report
     table = report[report.index("THRESHOLD TABLE") : report.index("PERFORMANCE COMPARISON")]
     assert "does not depend on a threshold" in table and table.count("AUROC") == 1
-    assert ev.PHANTOM_NOTE not in ev.format_report(ev.evaluate(predictions, labels))
+    assert PHANTOM_NOTE not in format_report(ev.evaluate(predictions, labels, **FEW))
 
 
 def test_baseline_must_cover_the_same_volumes():
     predictions, labels = simulate(10, seed=0)
     with pytest.raises(EvaluationError, match="no row for 2 of the 20 volumes.*first valid_1_a_1.nii.gz"):
         ev.evaluate(predictions, labels, baseline=predictions.iloc[2:])
-    shuffled = ev.evaluate(predictions, labels, baseline=predictions.sample(frac=1, random_state=0))
-    assert shuffled["baseline"]["at_0.5"] == shuffled["at_0.5"]
+
+
+def test_groups_too_small_are_said_to_be():
+    predictions, labels = simulate(60, seed=0)
+    metadata = {name: {"PatientSex": "M" if k < 100 else "F"} for k, name in enumerate(predictions.index)}
+    report = format_report(ev.evaluate(predictions, labels, metadata=metadata, **FEW))
+    lines = report[report.index("SUBGROUPS") :].splitlines()
+    assert any(line.split()[:2] == ["male", "50"] and "(" in line for line in lines)
+    assert any(line.split() == ["female", "10", "too", "few", "patients"] for line in lines)
+    assert max(map(len, report.splitlines())) <= 100
 
 
 # ------------------------------------------------------------------------------------------------- tables and files
@@ -510,10 +399,10 @@ def test_files_are_written_whole_and_read_back(tmp_path):
     history = [{"epoch": 1, "stage": "frozen", "train_loss": 0.6, "tuning_loss": 0.7, "tuning_auroc_macro": None,
                 "positive_rate": 0.5, "label_rate": 0.2}]
     out = tmp_path / "new" / "folder"
-    metrics = ev.evaluate(predictions, labels, output_dir=out, history=history)
+    metrics = ev.evaluate(predictions, labels, output_dir=out, history=history, **FEW)
     assert sorted(path.name for path in out.iterdir()) == [
-        "metrics.json", "per_label.csv", "positive_rate.png", "predictions.csv", "roc.png", "threshold_sweep.png",
-        "training_curves.png"]
+        "calibration.json", "metrics.json", "per_label.csv", "positive_rate.png", "precision_recall.png",
+        "predictions.csv", "reliability.png", "report.html", "roc.png", "threshold_sweep.png", "training_curves.png"]
     assert json.loads((out / "metrics.json").read_text()) == metrics
     pd.testing.assert_frame_equal(ev.load_predictions(out / "predictions.csv"), predictions)
     table = pd.read_csv(out / "per_label.csv", index_col="label")
@@ -535,7 +424,7 @@ def test_training_curves_ring_the_last_best_epoch(best, ringed):
     """Rows of an older log have no `best`; a best epoch may have no AUROC (the loss decided)."""
     rows = HISTORY if best is None else [
         row | {"best": bool(b), "open_layers": 0, "skipped_steps": 0} for row, b in zip(HISTORY, best, strict=True)]
-    panels = ev.training_figure(rows).axes
+    panels = figures.training_figure(rows).axes
     rings = [tuple(point) for ax in panels for ring in ax.collections for point in ring.get_offsets()]
     assert rings == ([ringed] if ringed else [])
     assert [len(ax.lines) for ax in panels] == [2, 1, 2]
@@ -543,10 +432,10 @@ def test_training_curves_ring_the_last_best_epoch(best, ringed):
 
 
 def test_training_curves_are_saved_while_a_run_goes_on(tmp_path):
-    path = tmp_path / ev.TRAINING_CURVES
+    path = tmp_path / figures.TRAINING_CURVES
     sizes = []
     for phantom in (False, True):
-        ev.write_training_figure(HISTORY[:1], path, phantom)
+        figures.write_training_figure(HISTORY[:1], path, phantom)
         picture = path.read_bytes()
         assert picture[:8] == b"\x89PNG\r\n\x1a\n" and list(tmp_path.iterdir()) == [path]
         sizes.append(int.from_bytes(picture[20:24], "big"))  # height, of the PNG's header
@@ -581,6 +470,11 @@ def edit(path, line, column, value):
     path.write_text("\n".join(map(",".join, rows)) + "\n")
 
 
+def drop_line(path, line):
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join(rows[: line - 1] + rows[line:]) + "\n")
+
+
 def copy_line(path):
     path.write_text(path.read_text() + path.read_text().splitlines()[2] + "\n")
 
@@ -611,8 +505,10 @@ BAD = {
     "label not binary": ("l.csv", lambda f: edit(f, 5, 4, "2"),
                          "l.csv, line 5: found 2 for Pericardial effusion of valid_2_a_2.nii.gz, expected 0 or 1"),
     "label missing": ("l.csv", lambda f: edit(f, 5, 4, ""), "line 5: found no number"),
-    "prediction without label": ("l.csv", lambda f: edit(f, 2, 0, "valid_77_a_1.nii.gz"),
-                                 "l.csv: found no row for 1 of the 24 volumes in p.csv, first valid_1_a_1.nii.gz"),
+    "prediction without label": ("l.csv", lambda f: drop_line(f, 2), "l.csv: found no row for 1 of the 24 volumes in "
+                                 "p.csv, first valid_1_a_1.nii.gz (line 2), expected the same volumes"),
+    "label without prediction": ("p.csv", lambda f: drop_line(f, 3), "p.csv: found no row for 1 of the 24 volumes in "
+                                 "l.csv, first valid_1_a_2.nii.gz (line 3), expected the same volumes"),
 }
 
 
@@ -632,6 +528,14 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tables, capsys):
     (["--checkpoint", "nowhere"], "nowhere: found no such folder"),
     (["--checkpoint", "."], "found no predictions.csv with labels.csv"),
     (["--checkpoint", ".", "--labels", "l.csv"], "found --checkpoint with --labels"),
+    (["--example", "--predictions", "p.csv"], "found --example with --predictions"),
+    (["--apply", "c.json"], "expected --predictions CSV with it"),
+    (["--apply", "c.json", "--predictions", "p.csv", "--labels", "l.csv"], "and no other table"),
+    (["--apply", "c.json", "--predictions", "p.csv"], "c.json: found no readable file"),
+    (["--predictions", "p.csv", "--labels", "l.csv", "--objective", "auroc"], "found objective 'auroc'"),
+    (["--predictions", "p.csv", "--labels", "l.csv", "--resamples", "0"], "found 0 resamples"),
+    (["--predictions", "p.csv", "--labels", "l.csv", "--prevalence", "no.json"], "no.json: found no readable file"),
+    (["--predictions", "p.csv", "--labels", "l.csv", "--metadata", "no.csv"], "found no no.csv"),
     (["--predictions", "p.csv"], "found --predictions without --labels"),
     (["--labels", "l.csv"], "found --labels without --predictions"),
     (["--predictions", "p.csv", "--labels", "l.csv", "--tuning-labels", "l.csv"], "without --tuning-predictions"),
@@ -655,8 +559,8 @@ def test_script_on_tables(tables):
     done = run_script("--predictions", "p.csv", "--labels=l.csv", "--baseline", "p.csv", "--output_dir=re_sults/x",
                       "--objective", "f1", cwd=tables)  # spaces and =, dashes and underscores
     assert done.returncode == 0, done.stderr
-    assert "SUCCESS CRITERIA" in done.stdout and "Objective f1; fitted on 24 volumes of 12 patients." in done.stdout
-    assert "Wrote re_sults/x" in done.stdout and "difference +0.0000" in done.stdout
+    assert "SUCCESS CRITERIA" in done.stdout and "Objective f1; cross-fitted by patient on 24 volumes" in done.stdout
+    assert "Wrote re_sults/x" in done.stdout and "COMPARISON WITH THE BASELINE" in done.stdout
     assert (tables / "re_sults" / "x" / "metrics.json").is_file()  # the flag's underscore is turned, the value's is not
 
 
@@ -667,7 +571,7 @@ def test_script_error_carries_no_traceback(tables):
     assert done.stderr.startswith("error: p.csv: found an empty file, expected") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("argv", [["--predictons", "p.csv"], ["--objective", "auroc"], ["stray"]])
+@pytest.mark.parametrize("argv", [["--predictons", "p.csv"], ["--calibration", "x"], ["stray"]])
 def test_a_wrong_flag_is_one_line_and_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         ev.main(argv)
@@ -692,12 +596,12 @@ def test_newest_run_is_evaluated_and_named(tmp_path, monkeypatch, capsys):
     for path in Path("results/old").iterdir():
         os.utime(path, (1, 1))
     own = Path("results/new/predictions.csv").read_bytes()
-    for slow in ("roc_figure", "sweep_figure"):  # drawn in the tests above
-        monkeypatch.setattr(ev, slow, lambda *args: ev._new_figure(1, 1))
+    for slow in ("roc_figure", "precision_recall_figure", "reliability_figure", "sweep_figure"):  # drawn elsewhere
+        monkeypatch.setattr(ev, slow, lambda *args: figures._new_figure(1, 1))
     assert ev.main([]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].startswith(f"Evaluating the newest run, {Path('results/new')}")
-    assert ev.PHANTOM_NOTE in printed and "none of them reported here" in printed
+    assert PHANTOM_NOTE in printed and "none of them reported here" in printed
     assert Path("results/new/training_curves.png").is_file()
     assert Path("results/new/predictions.csv").read_bytes() == own  # its other columns are kept
     assert not Path("results/old/metrics.json").exists()
@@ -705,16 +609,47 @@ def test_newest_run_is_evaluated_and_named(tmp_path, monkeypatch, capsys):
 
 def test_a_run_is_read_as_training_left_it(tmp_path):
     make_run(tmp_path / "run", phantom=False)
-    predictions, labels, tuning, history, phantom = ev.run_predictions(tmp_path / "run")
-    assert len(predictions) == len(labels) == len(tuning[0]) == len(tuning[1]) == 24
-    assert [row["epoch"] for row in history] == [1, 2]  # the line cut off by an interruption is left out
-    assert phantom is False
+    run = ev.run_material(tmp_path / "run")
+    assert len(run.predictions) == len(run.labels) == len(run.tuning[0]) == len(run.tuning[1]) == 24
+    assert [row["epoch"] for row in run.history] == [1, 2]  # the line cut off by an interruption is left out
+    assert run.phantom is False
     (tmp_path / "run" / "log.jsonl").write_text('{"epoch": \n{"epoch": 2}\n')
     with pytest.raises(EvaluationError, match="log.jsonl, line 1: found no JSON"):
-        ev.run_predictions(tmp_path / "run")
+        ev.run_material(tmp_path / "run")
     (tmp_path / "run" / "labels.csv").unlink()
     with pytest.raises(EvaluationError, match="found no predictions.csv with labels.csv"):
-        ev.run_predictions(tmp_path / "run")
+        ev.run_material(tmp_path / "run")
+
+
+def test_applying_a_stored_calibration(tmp_path, monkeypatch, capsys):
+    """To predictions of other patients, with no labels: what `apply` and `map_to_half` give, in the files' columns."""
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "run")
+    calibration = ev.run_calibration(tmp_path / "run")
+    calibration.save(tmp_path / "run" / "calibration.json")
+    new, _ = simulate(9, seed=7, first=300)
+    new.to_csv("new.csv")
+    assert ev.main(["--apply", "run", "--predictions", "new.csv", "--output-dir", "out"]) == 0
+    assert "18 volumes; calibration" in capsys.readouterr().out
+    for name, function in (("calibrated", calibration.apply), ("mapped", calibration.map_to_half)):
+        written = ev.load_predictions(f"out/predictions_{name}.csv")
+        assert list(written.index) == list(new.index)
+        assert np.array_equal(written.to_numpy(), function(new.to_numpy()))
+    assert (written.to_numpy() >= 0.5).mean() == (new.to_numpy() >= calibration.cuts).mean()
+
+
+def test_a_run_s_calibration_is_stored_used_and_made_anew_where_it_does_not_fit(tmp_path):
+    run = tmp_path / "run"
+    make_run(run)
+    fitted = ev.run_calibration(run)
+    assert fitted.n_patients == 12 and not (run / "calibration.json").exists()
+    cal.Calibration(**{**fitted.__dict__, "method": "stored"}).save(run / "calibration.json")
+    assert ev.run_calibration(run).method == "stored"
+    cal.Calibration(**{**fitted.__dict__, "method": "stored", "unit": "scan"}).save(run / "calibration.json")
+    assert ev.run_calibration(run).method == fitted.method  # merged scans are not what predict sees
+    for name in ("calibration.json", "tuning_predictions.csv"):
+        (run / name).unlink()
+    assert ev.run_calibration(run) is None
 
 
 def test_tables_of_a_phantom_run_stay_phantoms(tmp_path, monkeypatch, capsys):
@@ -723,4 +658,4 @@ def test_tables_of_a_phantom_run_stay_phantoms(tmp_path, monkeypatch, capsys):
     folder = str(tmp_path / "run")
     argv = ["--predictions", f"{folder}/predictions.csv", "--labels", f"{folder}/labels.csv"]
     assert ev.main([*argv, "--output-dir", str(tmp_path / "out")]) == 0
-    assert ev.PHANTOM_NOTE in capsys.readouterr().out
+    assert PHANTOM_NOTE in capsys.readouterr().out

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from ctclip_calibration import load_calibration
 from ctclip_model import ABNORMALITIES
 
 SUITE = Path(__file__).resolve().parent.parent
@@ -33,8 +34,8 @@ def job(tmp_path_factory, phantoms, tiny_classfine):
 
 def test_full_run_prints_the_blocks_and_writes_the_folder(job):
     folder, done = job
-    blocks = ["PREDICTION ANALYSIS", "OPTIMAL THRESHOLD", "THRESHOLD TABLE", "PERFORMANCE COMPARISON"]
-    blocks.append("SUCCESS CRITERIA")
+    blocks = ["PREDICTION ANALYSIS", "CALIBRATION", "OPTIMAL THRESHOLD", "THRESHOLD TABLE", "PERFORMANCE COMPARISON"]
+    blocks += ["SUBGROUPS", "SUCCESS CRITERIA"]
     places = [done.stdout.index(block) for block in blocks]
     assert places == sorted(places)
     assert "speak of the pipeline, not of patients" in done.stdout
@@ -42,9 +43,13 @@ def test_full_run_prints_the_blocks_and_writes_the_folder(job):
     run = folder / "results" / "run"
     written = {path.name for path in run.iterdir()}
     tables = {"predictions.csv", "labels.csv", "tuning_predictions.csv", "tuning_labels.csv", "per_label.csv"}
+    tables |= {"predictions_calibrated.csv", "predictions_mapped.csv"}
     figures = {"roc.png", "threshold_sweep.png", "positive_rate.png", "training_curves.png"}
+    figures |= {"precision_recall.png", "reliability.png", "report.html"}
     weights = {"model.safetensors", "config.json", "state"}
-    assert tables | figures | weights | {"run.json", "log.jsonl", "metrics.json"} == written
+    assert tables | figures | weights | {"run.json", "log.jsonl", "metrics.json", "calibration.json"} == written
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") > 18 and "speak of the pipeline" in page
 
 
 def test_reported_patients_are_the_unseen_ones(job):
@@ -104,11 +109,17 @@ def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, ph
     reported = pd.read_csv(folder / "results" / "run" / "predictions.csv", index_col=0)
     both = table.index.intersection(reported.index)
     assert len(table) == 3 and len(both) >= 2
-    assert abs(table.loc[both] - reported.loc[both]).to_numpy().max() < 1e-5
+    calibration = load_calibration(folder / "results" / "run" / "calibration.json")
+    expected = calibration.apply(reported.loc[both].to_numpy())
+    assert f"calibrated probabilities ({calibration.method})" in done.stdout
+    assert abs(table.loc[both].to_numpy() - expected).max() < 1e-4
     (scans / files[0].name).write_bytes(files[0].read_bytes()[:3000])
-    done = call(folder, "run_task2.py", *flags)
+    done = call(folder, "run_task2.py", *flags, "--map-thresholds")
     assert done.returncode == 2 and files[0].name in done.stderr and "1 scans could not be read" in done.stderr
-    assert len(pd.read_csv(folder / "out" / "p.csv")) == 2
+    mapped = pd.read_csv(folder / "out" / "p.csv", index_col=0)
+    assert len(mapped) == 2 and "tuned cuts on 0.5" in done.stdout
+    both = mapped.index.intersection(reported.index)
+    assert abs(mapped.loc[both].to_numpy() - calibration.map_to_half(reported.loc[both].to_numpy())).max() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -117,6 +128,8 @@ def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, ph
         ("run_task2.py", ["--mode", "predict"], "needs --input"),
         ("run_task2.py", ["--mode", "predict", "--input", "x.nii.gz", "--checkpoint", "nothing.pt"], "found no .nii"),
         ("run_task2.py", ["--mode", "evaluate"], "found no run"),
+        ("run_task2.py", ["--mode", "evaluate", "--map-thresholds"], "found --map-thresholds with --mode evaluate"),
+        ("run_task2.py", ["--objective", "auroc"], "found objective 'auroc'"),
         ("run_task2.py", ["--data-dir", "nowhere", "--model", "ctclip"], "found no folder nowhere"),
         ("run_task2.py", ["--input", "scans"], "found --input with --mode full"),
         ("run_task2.py", ["--mode", "evaluate", "--output-dir", "x"], "found --output-dir with --mode evaluate"),

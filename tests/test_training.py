@@ -23,7 +23,8 @@ import torch
 from helpers_training import history, one_line, weights
 from torch import nn
 
-import ctclip_evaluation
+import ctclip_figures
+import ctclip_predict
 import ctclip_run
 import ctclip_training
 from ctclip_data import Volume, load_cohort, piece_size, split_by_patient
@@ -81,7 +82,7 @@ def assert_close(first: Path, second: Path, atol: float) -> None:
 
 
 def test_run_folder_is_complete_and_split_by_patient(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ctclip_training, "write_training_figure", ctclip_evaluation.write_training_figure)
+    monkeypatch.setattr(ctclip_training, "write_training_figure", ctclip_figures.write_training_figure)
     folder = train(config(), tmp_path / "run")
     lines = history(folder)
     assert [line["epoch"] for line in lines] == [1, 2, 3]
@@ -120,7 +121,7 @@ def test_saved_tuning_predictions_are_those_of_the_saved_weights(changes, config
     folder = train(config(**changes), tmp_path / "run")
     saved = pd.read_csv(folder / "tuning_predictions.csv", index_col=0)
     volumes = [volume for volume in load_cohort(phantoms, "train").volumes if volume.name in saved.index]
-    read, logits = ctclip_evaluation.predict_volumes(ctclip_evaluation.load_model(folder), volumes, workers=0)
+    read, logits = ctclip_predict.predict_volumes(ctclip_predict.load_model(folder), volumes, workers=0)
     again = pd.DataFrame(logits.sigmoid().numpy(), index=[volumes[i].name for i in read], columns=saved.columns)
     assert abs(again.loc[saved.index].to_numpy() - saved.to_numpy()).max() < 1e-6
     state = torch.load(states(folder)[-1], weights_only=True)

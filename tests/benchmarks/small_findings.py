@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 from ctclip_cache import FeatureCache, encode_missing  # noqa: E402
 from ctclip_data import load_cohort  # noqa: E402
-from ctclip_evaluation import load_model  # noqa: E402
 from ctclip_model import ABNORMALITIES, DEMO_PATH  # noqa: E402
 from ctclip_phantom import write_phantom_cohort  # noqa: E402
+from ctclip_predict import load_model  # noqa: E402
 from ctclip_ranks import Ranks  # noqa: E402
 from ctclip_training import TrainingConfig, train  # noqa: E402
 

@@ -1,0 +1,348 @@
+"""Labels and probabilities -> numbers, each defined here once: for a single table and for a thousand resamples of it.
+
+Legend: N rows (volumes, scans or patients), 18 labels, P patients, B resamples, `counts` (B, P) how often a patient is
+drawn; a plain evaluation is the one resample in which everyone is drawn once.
+
+- A label is called positive where `probability >= threshold`. The challenge cuts at 0.5.
+- Precision, recall and F1 are computed per label with 0/0 = 0 and averaged plainly over the 18, as the challenge does.
+- AUROC macro is the mean over labels with both classes present; the others are named, never counted as 0 or 0.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ctclip_model import ABNORMALITIES
+
+N_LABELS = len(ABNORMALITIES)
+TABLE_CUTS = np.arange(1, 20) / 20  # 0.05 to 0.95
+ECE_BINS = 10
+CHUNK = 2**18  # numbers of a (B, rows) array that are worked on at a time: 2 MB, which stay in the processor's cache
+
+
+class EvaluationError(ValueError):
+    """Bad input; the message is one line: what was found, what was expected, what to do."""
+
+
+# ------------------------------------------------------------------------------------------------- for one table
+
+
+def undefined_labels(labels: np.ndarray) -> list[str]:
+    """Names of the labels of (N, 18) that hold one class only: no AUROC, and no threshold of their own."""
+    positives = np.asarray(labels).sum(axis=0)
+    return [name for name, count in zip(ABNORMALITIES, positives, strict=True) if count in (0, len(labels))]
+
+
+def compute_metrics(labels: np.ndarray, probabilities: np.ndarray, thresholds: float | np.ndarray = 0.5) -> dict:
+    """The dictionary M of metrics.json for (N, 18) labels in {0, 1} and probabilities in [0, 1].
+
+    `thresholds` is one cut, (18,) cuts, or (N, 18) cuts per decision; positive means probability >= threshold.
+    Every value is a plain float, or None where it is undefined. AUROC does not depend on `thresholds`.
+    """
+    labels, probabilities = checked(labels, probabilities)
+    return ranking_metrics(labels, probabilities) | decision_metrics(labels, probabilities >= thresholds)
+
+
+def per_label_metrics(labels: np.ndarray, probabilities: np.ndarray, thresholds: float | np.ndarray = 0.5) -> dict:
+    """{label: auroc and average_precision (None where undefined), precision, recall, f1, accuracy, positive_rate,
+    label_rate, threshold, positives}; `thresholds` as in compute_metrics, and with (N, 18) of them `threshold` is the
+    column's median."""
+    labels, probabilities = checked(labels, probabilities)
+    auroc, average_precision = ranking_columns(labels, probabilities)
+    columns = {
+        "auroc": auroc,
+        "average_precision": average_precision,
+        **decision_columns(labels, probabilities >= thresholds),
+        "threshold": np.median(np.broadcast_to(thresholds, labels.shape), axis=0),
+    }
+    positives = labels.sum(axis=0, dtype=np.int64)
+    return {
+        name: {key: plain(column[j]) for key, column in columns.items()} | {"positives": int(positives[j])}
+        for j, name in enumerate(ABNORMALITIES)
+    }
+
+
+def crg_score(labels: np.ndarray, decisions: np.ndarray) -> float | None:
+    """The challenge's CRG, pooled over all labels and scans: 1 if perfect, 1/3 for all-zero, all-one and random
+    decisions; None where the truth holds one class only."""
+    return decision_metrics(np.asarray(labels, np.int8), np.asarray(decisions, bool))["crg"]
+
+
+def threshold_table(labels: np.ndarray, probabilities: np.ndarray, cuts: Sequence[float] = TABLE_CUTS) -> list[dict]:
+    """One row per cut: threshold, hamming_accuracy, f1_macro, precision_macro, recall_macro, positive_rate."""
+    labels, probabilities = checked(labels, probabilities)
+    keys = ("hamming_accuracy", "f1_macro", "precision_macro", "recall_macro", "positive_rate")
+    rows = []
+    for cut in cuts:
+        metrics = decision_metrics(labels, probabilities >= cut)
+        rows.append({"threshold": float(cut)} | {key: metrics[key] for key in keys})
+    return rows
+
+
+def decision_columns(labels: np.ndarray, decisions: np.ndarray) -> dict[str, np.ndarray]:
+    """Every per-label metric of (N, 18) decisions, (18,) each."""
+    return columns_of(decision_summands(labels, decisions).sum(axis=0))
+
+
+def decision_metrics(labels: np.ndarray, decisions: np.ndarray) -> dict:
+    """The part of M that depends on the decisions."""
+    return {key: plain(value) for key, value in summary_of(decision_summands(labels, decisions).sum(axis=0)).items()}
+
+
+def ranking_metrics(labels: np.ndarray, probabilities: np.ndarray) -> dict:
+    """The part of M that no threshold can change."""
+    auroc, _ = ranking_columns(labels, probabilities)
+    return {"auroc_macro": plain(nanmean(auroc)), "auroc_micro": plain(pooled_auroc(labels, probabilities)[0])}
+
+
+def ranking_columns(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC and average precision of each label, (18,), NaN where one class is absent."""
+    auroc, average_precision = resampled_ranking(labels, probabilities, *everyone(labels))
+    return auroc[0], average_precision[0]
+
+
+def calibration_columns(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, np.ndarray]:
+    """{"brier", "ece", "mean": (18,)}: see calibration_of; mean probability."""
+    errors = calibration_of(calibration_summands(labels, probabilities).sum(axis=0))
+    return errors | {"mean": probabilities.mean(axis=0)}
+
+
+def checked(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(labels int8, probabilities float64), both (N, 18); EvaluationError where they are not what they should be."""
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
+    if labels.shape != probabilities.shape or labels.ndim != 2 or labels.shape[1] != N_LABELS or not len(labels):
+        raise EvaluationError(
+            f"found labels {labels.shape} and probabilities {probabilities.shape}, expected both (N, {N_LABELS}) "
+            "with N at least 1; pass one row per volume and one column per abnormality"
+        )
+    if not np.isin(labels, (0, 1)).all():
+        raise EvaluationError("found labels other than 0 and 1, expected 0 or 1; binarise the labels first")
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():  # NaN fails both comparisons
+        raise EvaluationError("found probabilities outside [0, 1] or NaN; pass sigmoid outputs, not logits")
+    return labels.astype(np.int8), probabilities
+
+
+def plain(value: float) -> float | None:
+    """A float for JSON, None for NaN."""
+    return None if np.isnan(value) else float(value)
+
+
+def nanmean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is not NaN; NaN where nothing is left."""
+    known = ~np.isnan(values)
+    return _ratio(np.where(known, values, 0).sum(axis=-1), known.sum(axis=-1), np.nan)
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray, empty: float = 0.0) -> np.ndarray:
+    """numerator / denominator, `empty` for 0 / 0."""
+    numerator, denominator = np.broadcast_arrays(np.asarray(numerator, np.float64), denominator)
+    return np.divide(numerator, denominator, out=np.full(numerator.shape, empty), where=denominator != 0)
+
+
+# --------------------------------------------------------------------------------- sums over rows, and what they give
+
+# Everything that depends on decisions is a function of sums over rows. `*_summands` gives what each row adds; weighted
+# sums of it, one per resample, are a matrix product; `*_of` turns sums with any leading axes into metrics.
+
+
+def decision_summands(labels: np.ndarray, decisions: np.ndarray) -> np.ndarray:
+    """(N, 56): true positives, false positives, positives of each label; all 18 right; 1."""
+    labels, decisions = labels.astype(bool), np.asarray(decisions, bool)
+    right = (labels == decisions).all(axis=1, keepdims=True)
+    parts = [labels & decisions, ~labels & decisions, labels, right, np.ones_like(right)]
+    return np.concatenate(parts, axis=1).astype(np.float64)
+
+
+def _unpacked(sums: np.ndarray) -> tuple[np.ndarray, ...]:
+    tp, fp, positives, right, n = np.split(sums, [N_LABELS, 2 * N_LABELS, 3 * N_LABELS, 3 * N_LABELS + 1], axis=-1)
+    return tp, fp, positives, right[..., 0], n
+
+
+def columns_of(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Sums (..., 56) of decision_summands -> per-label metrics (..., 18)."""
+    tp, fp, positives, _, n = _unpacked(sums)
+    return {
+        "precision": _ratio(tp, tp + fp),
+        "recall": _ratio(tp, positives),
+        "f1": _ratio(2 * tp, tp + fp + positives),
+        "accuracy": (n - fp - positives + tp) / n,
+        "positive_rate": (tp + fp) / n,
+        "label_rate": positives / n,
+    }
+
+
+def summary_of(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Sums (..., 56) of decision_summands -> the part of M that depends on decisions, (...), NaN where undefined."""
+    tp, fp, positives, right, n = _unpacked(sums)
+    columns = columns_of(sums)
+    return {
+        "f1_macro": columns["f1"].mean(axis=-1),
+        "precision_macro": columns["precision"].mean(axis=-1),
+        "recall_macro": columns["recall"].mean(axis=-1),
+        "hamming_accuracy": columns["accuracy"].mean(axis=-1),
+        "exact_match": right / n[..., 0],
+        "positive_rate": columns["positive_rate"].mean(axis=-1),
+        "label_rate": columns["label_rate"].mean(axis=-1),
+        "crg": _crg(tp.sum(axis=-1), fp.sum(axis=-1), positives.sum(axis=-1), N_LABELS * n[..., 0]),
+    }
+
+
+def crg_exchange(positives: float, decisions: float) -> float:
+    """r: how many false alarms CRG holds to be worth one finding found or missed."""
+    return (decisions - positives) / (2 * positives)
+
+
+def _crg(tp: np.ndarray, fp: np.ndarray, a: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """CRG from pooled counts; NaN where the truth holds one class only."""
+    two = (a > 0) & (a < x)
+    r = crg_exchange(np.where(two, a, 1), x)
+    u = (x - a) / 2
+    score = r * tp - r * (a - tp) - fp
+    return np.where(two, _ratio(u, 2 * u - score, np.nan), np.nan)
+
+
+def calibration_summands(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """(N, 18 + 18 * ECE_BINS + 1): squared errors; probability minus label, in the column of its bin; 1.
+
+    Bins hold equal numbers of rows (edges are each label's own quantiles; equal probabilities share one): after a focal
+    loss all probabilities lie in a few bins of equal width.
+    """
+    error = probabilities - labels
+    binned = np.zeros((len(labels), N_LABELS, ECE_BINS))
+    for j in range(N_LABELS):
+        place = bin_of(probabilities[:, j])
+        binned[np.arange(len(labels)), j, place] = error[:, j]
+    return np.concatenate([error**2, binned.reshape(len(labels), -1), np.ones((len(labels), 1))], axis=1)
+
+
+def bin_of(probabilities: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:
+    """(N,) -> the bin of each, 0 to bins - 1, of about equal size."""
+    edges = np.quantile(probabilities, np.arange(1, bins) / bins)
+    return np.searchsorted(edges, probabilities, side="right")
+
+
+def calibration_of(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Sums (..., columns) of calibration_summands -> Brier score and expected calibration error per label, (..., 18).
+
+    Brier: mean squared difference of probability and label. ECE: |mean probability - label rate| of each bin, weighted
+    by its rows (Nixon et al. 2019 call this form adaptive). Brier, Monthly Weather Review 1950.
+    """
+    n = sums[..., -1:]
+    binned = sums[..., N_LABELS:-1].reshape(*sums.shape[:-1], N_LABELS, ECE_BINS)
+    return {"brier": sums[..., :N_LABELS] / n, "ece": np.abs(binned).sum(axis=-1) / n}
+
+
+# ---------------------------------------------------------------------------------------------- areas under curves
+
+
+def everyone(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(group, counts) of the resample in which every row is drawn once."""
+    return np.zeros(len(labels), np.int64), np.ones((1, 1))
+
+
+def areas(
+    labels: np.ndarray, scores: np.ndarray, group: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(AUROC (B,), average precision (B,)) of one ranking in B resamples; NaN where one class is absent.
+
+    labels, scores and group (rows,): group[i] is the column of `counts` (B, P) that says how often row i is drawn.
+    Ties count half in the AUROC and are one step of average precision, as in scikit-learn. All sums are of integers
+    and halves below 2**53: exact. The order is found once for all resamples.
+    """
+    order = np.argsort(-scores, kind="stable")
+    scores, positive, group = scores[order], labels[order] == 1, group[order]
+    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # last row of each run of ties
+    tied = len(ends) < len(scores)
+    auroc, average_precision = np.full(len(counts), np.nan), np.full(len(counts), np.nan)
+    for rows in _chunks(len(counts), len(scores)):
+        drawn = counts[rows][:, group]
+        tp = np.cumsum(drawn * positive, axis=1)
+        called = np.cumsum(drawn, axis=1)
+        if tied:
+            tp, called = tp[:, ends], called[:, ends]
+        gain, negatives = tp[:, -1], called[:, -1] - tp[:, -1]
+        found = np.diff(tp, axis=1, prepend=0)
+        behind = negatives[:, None] - (called - tp)  # negatives ranked lower than this run
+        alarms = np.diff(called, axis=1, prepend=0) - found
+        pairs = gain * negatives
+        auroc[rows] = _ratio((found * (behind + alarms / 2)).sum(axis=1), pairs, np.nan)
+        precision_sum = (found * tp / np.maximum(called, 1)).sum(axis=1)
+        average_precision[rows] = np.where(pairs > 0, _ratio(precision_sum, gain, np.nan), np.nan)
+    return auroc, average_precision
+
+
+def resampled_ranking(
+    labels: np.ndarray, probabilities: np.ndarray, group: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC and average precision of each label in B resamples, (B, 18) each; see areas."""
+    columns = [areas(labels[:, j], probabilities[:, j], group, counts) for j in range(N_LABELS)]
+    auroc, average_precision = zip(*columns, strict=True)
+    return np.stack(auroc, axis=1), np.stack(average_precision, axis=1)
+
+
+def pooled_auroc(
+    labels: np.ndarray, probabilities: np.ndarray, group: np.ndarray | None = None, counts: np.ndarray | None = None
+) -> np.ndarray:
+    """AUROC of all 18 x N decisions as one ranking ("micro"), in B resamples (B,); without them, in one of everyone."""
+    if group is None or counts is None:
+        group, counts = everyone(labels)
+    return areas(labels.ravel(), probabilities.ravel(), np.repeat(group, N_LABELS), counts)[0]
+
+
+def _chunks(resamples: int, rows: int) -> Iterator[slice]:
+    step = max(1, CHUNK // rows)
+    for start in range(0, resamples, step):
+        yield slice(start, start + step)
+
+
+# --------------------------------------------------------------------------- two predictions, without resampling
+
+
+def auroc_difference(
+    labels: np.ndarray, first: np.ndarray, second: np.ndarray, groups: Sequence
+) -> tuple[float, float] | None:
+    """(macro AUROC of `first` minus that of `second`, its standard error), for two predictions of the same volumes.
+
+    labels, first, second (N, 18), probabilities in [0, 1]; groups (N,) is each volume's patient. Labels with one class
+    are left out. Paired: what both predictions get right or wrong cancels. Clustered: a patient's volumes are not
+    independent. None where no label has both classes, or one patient leaves nothing to judge the spread by. Nothing is
+    resampled: the same input gives the same numbers, in O(18 N log N).
+
+    DeLong, DeLong & Clarke-Pearson, Biometrics 1988, for the influence of a volume on an AUROC; Obuchowski, Biometrics
+    1997, for summing it within a patient. Here it is averaged over the labels first, so that their covariance counts.
+    """
+    labels, first = checked(labels, first)
+    labels, second = checked(labels, second)
+    undefined = undefined_labels(labels)
+    defined = [j for j, name in enumerate(ABNORMALITIES) if name not in undefined]
+    unique, patient = np.unique(np.asarray(groups), return_inverse=True)
+    if not defined or len(unique) < 2:
+        return None
+    difference, influence = 0.0, np.zeros(len(labels))
+    for j in defined:
+        (auroc, of_first), (other, of_second) = (_auroc_influence(labels[:, j], p[:, j]) for p in (first, second))
+        difference += (auroc - other) / len(defined)
+        influence += (of_first - of_second) / len(defined)
+    by_patient = np.bincount(patient, weights=influence)
+    variance = (by_patient**2).sum() * len(unique) / (len(unique) - 1)
+    return float(difference), float(np.sqrt(variance))
+
+
+def _auroc_influence(labels: np.ndarray, scores: np.ndarray) -> tuple[float, np.ndarray]:
+    """(AUROC of one label, how much each volume raises it (N,)); the latter sums to 0 within either class."""
+    positive = labels == 1
+    ahead_of = _share_below(scores[~positive], scores[positive])  # DeLong's placement values, ties count half
+    behind = 1 - _share_below(scores[positive], scores[~positive])
+    auroc = ahead_of.mean()
+    influence = np.empty(len(labels))
+    influence[positive] = (ahead_of - auroc) / len(ahead_of)
+    influence[~positive] = (behind - auroc) / len(behind)
+    return auroc, influence
+
+
+def _share_below(others: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Share of `others` below each value, equal ones counted half."""
+    others = np.sort(others)
+    return (np.searchsorted(others, values, "left") + np.searchsorted(others, values, "right")) / (2 * len(others))
