@@ -97,7 +97,7 @@ from ctclip_tables import (
     source_of,
     write_table,
 )
-from ctclip_text import CROSS_FITTED, TUNING, decimal, format_report, percent
+from ctclip_text import CROSS_FITTED, PHANTOM_NOTE, TUNING, decimal, format_report, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -132,14 +132,35 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Material:
+    """What an evaluation is made of: tables as load_predictions gives them, and what is known about their origin.
+
+    `tuning` is (predictions, labels) of patients who do not occur in `predictions`. `history` is log.jsonl's list of
+    epochs. `data_dir` is the cohort's folder, where volumes and metadata are looked up; `record` is a run's run.json.
+    `note` says what the figures do not speak of; of phantoms it is PHANTOM_NOTE.
+    """
+
+    predictions: pd.DataFrame
+    labels: pd.DataFrame
+    tuning: tuple[pd.DataFrame, pd.DataFrame] | None = None
+    history: list[dict] | None = None
+    phantom: bool = False
+    data_dir: Path | None = None
+    record: Mapping = field(default_factory=dict)
+    note: str | None = None
+
+
+@dataclass(frozen=True)
 class Judgement:
     """How the reported rows are judged. `calibration` is for new patients; the reported ones have `calibrated` (N, 18)
-    probabilities and are cut at `cuts` and `global_cuts`, which broadcast to (N, 18), both fitted on other patients."""
+    probabilities and are cut at `cuts` and `global_cuts`, which broadcast to (N, 18), both fitted on other patients.
+    `left_out` counts the volumes of the tuning tables that one of them lacks."""
 
     calibration: Calibration
     fitted_on: str
     n_volumes: int
     took_global: list[str]
+    left_out: dict[str, int]
     calibrated: np.ndarray
     cuts: np.ndarray
     global_cuts: np.ndarray
@@ -152,7 +173,7 @@ class Evaluation:
     metrics: dict
     rows: Rows
     judgement: Judgement
-    predictions: pd.DataFrame
+    material: Material
 
 
 def evaluate(
@@ -173,26 +194,25 @@ def evaluate(
     for the same volumes. `history` is log.jsonl's list of epochs. `metadata` is {volume: row of text cells}, for
     subgroups. `settings` are those of Settings.
     """
-    evaluation = examine(predictions, labels, tuning, baseline, phantom, metadata, Settings(**settings))
+    material = Material(predictions, labels, tuning, history, phantom)
+    evaluation = examine(material, Settings(**settings), baseline, metadata)
     if output_dir is not None:
-        write_results(output_dir, evaluation, history, cases=most_wrong(evaluation))
+        write_results(output_dir, evaluation, most_wrong(evaluation))
     return evaluation.metrics
 
 
 def examine(
-    predictions: pd.DataFrame,
-    labels: pd.DataFrame,
-    tuning: tuple[pd.DataFrame, pd.DataFrame] | None,
-    baseline: pd.DataFrame | None,
-    phantom: bool,
-    metadata: Mapping[str, Mapping[str, str]] | None,
+    material: Material,
     settings: Settings,
+    baseline: pd.DataFrame | None = None,
+    metadata: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Evaluation:
     """`evaluate` before anything is written."""
+    predictions, labels = material.predictions, material.labels
     tables = [predictions, labels] if baseline is None else [predictions, labels, baseline]
     volumes, left_out = join(tables, settings.allow_partial)
     rows = rows_of(predictions, labels, volumes, settings.unit, left_out)
-    judgement = judge(rows, tuning, settings)
+    judgement = judge(rows, material.tuning, settings)
     resamples = draw(rows.patients, settings.resamples, settings.seed)
     measured = measure(rows, judgement, resamples)
     metrics = measured.point | {
@@ -205,13 +225,14 @@ def examine(
         "n_rows": len(rows),
         "n_volumes": rows.n_volumes,
         "n_patients": rows.n_patients,
-        "left_out": rows.left_out,
+        "left_out": rows.left_out | judgement.left_out,
         "probabilities": {name: float(getattr(rows.probabilities, name)()) for name in ("min", "max", "mean")},
         "threshold_table": threshold_table(rows.labels, rows.probabilities),
         "intervals": intervals(measured.tree) | {"per_label": _label_intervals(measured.column_tree)},
         "subgroups": None,
         "baseline": None,
-        "phantom": phantom,
+        "phantom": material.phantom,
+        "note": PHANTOM_NOTE if material.phantom else material.note,
         "settings": asdict(settings),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
     }
@@ -220,19 +241,19 @@ def examine(
         metrics["subgroups"] = subgroup_metrics(rows, tuned, _row_groups(rows, volumes, metadata), resamples)
     if baseline is not None:
         others = rows_of(baseline, labels, volumes, settings.unit)
-        alike = measured if tuning is None else measure(rows, judge(rows, None, settings), resamples)
+        alike = measured if material.tuning is None else measure(rows, judge(rows, None, settings), resamples)
         theirs = measure(others, judge(others, None, settings), resamples)
         metrics["baseline"] = {"source": source_of(baseline)} | _comparison(alike, theirs)
     metrics["success_criteria"] = success_criteria(metrics)
-    return Evaluation(metrics, rows, judgement, predictions.loc[volumes])
+    return Evaluation(metrics, rows, judgement, material)
 
 
 def judge(rows: Rows, tuning: tuple[pd.DataFrame, pd.DataFrame] | None, settings: Settings) -> Judgement:
     """Calibration and thresholds from tuning patients, or cross-fitted by patient where there are none."""
     fitted, fitted_on = rows, CROSS_FITTED
     if tuning is not None:
-        volumes, _ = join(tuning, settings.allow_partial)
-        fitted, fitted_on = rows_of(*tuning, volumes, settings.unit), TUNING
+        volumes, left_out = join(tuning, settings.allow_partial)
+        fitted, fitted_on = rows_of(*tuning, volumes, settings.unit, left_out), TUNING
         refuse_overlap(rows.patients, fitted.patients, source_of(tuning[0]))
 
     def fit(chosen: np.ndarray | slice) -> Calibration:
@@ -249,7 +270,8 @@ def judge(rows: Rows, tuning: tuple[pd.DataFrame, pd.DataFrame] | None, settings
             found = fold.apply(rows.probabilities[own]), fold.cuts, fold.global_cut
             for values, of_fold in zip(judged, found, strict=True):
                 values[own] = of_fold
-    return Judgement(calibration, fitted_on, fitted.n_volumes, undefined_labels(fitted.labels), *judged)
+    took_global = undefined_labels(fitted.labels)
+    return Judgement(calibration, fitted_on, fitted.n_volumes, took_global, fitted.left_out, *judged)
 
 
 @dataclass(frozen=True)
@@ -423,8 +445,9 @@ def success_criteria(metrics: dict) -> list[dict]:
         within = abs(gap) <= RATE_TOLERANCE + 1e-12
         add(f"Positive rate within {100 * RATE_TOLERANCE:.0f} points of the label rate, {name}", figure, within)
     published = {f" ({name} on CT-RATE, as published)": goal for name, goal in PUBLISHED_AUROC.items()}
+    goals = {"": PHANTOM_AUROC} if metrics["phantom"] else {} if metrics["note"] else published
     auroc = half["auroc_macro"]
-    for whose, goal in ({"": PHANTOM_AUROC} if metrics["phantom"] else published).items():
+    for whose, goal in goals.items():
         add(f"Macro AUROC >= {goal:g}{whose}", decimal(auroc), auroc is not None and auroc >= goal)
     hamming = tuned["hamming_accuracy"]
     figure = f"{hamming:.4f} against {all_negative:.4f}"
@@ -444,20 +467,14 @@ PAGE = "report.html"
 RESULT_FILES = ("metrics.json", "per_label.csv", CALIBRATION_FILE, PAGE, *APPLIED_FILES)
 
 
-def write_results(
-    output_dir: str | Path,
-    evaluation: Evaluation,
-    history: list[dict] | None = None,
-    record: Mapping | None = None,
-    cases: Sequence[Case] = (),
-) -> None:
+def write_results(output_dir: str | Path, evaluation: Evaluation, cases: Sequence[Case]) -> None:
     """RESULT_FILES, predictions.csv and the figures; each file is replaced whole or not at all."""
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_tables(folder, evaluation)
-        _write_figures(folder, evaluation, history)
-        write_page(folder / PAGE, evaluation, history, record or {}, cases)
+        _write_figures(folder, evaluation)
+        write_page(folder / PAGE, evaluation, evaluation.material.history, evaluation.material.record, cases)
     except OSError as error:
         raise EvaluationError(
             f"{folder}: found a place that cannot be written ({error.strerror}), expected a folder; change --output-dir"
@@ -468,10 +485,10 @@ def _write_tables(folder: Path, evaluation: Evaluation) -> None:
     metrics, rows, judgement = evaluation.metrics, evaluation.rows, evaluation.judgement
     with replacing(folder / "metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    own = folder / "predictions.csv"
-    if own.resolve() != Path(source_of(evaluation.predictions)).resolve():  # a run's own file stays as it was written
+    own, given = folder / "predictions.csv", evaluation.material.predictions
+    if own.resolve() != Path(source_of(given)).resolve():  # a run's own file stays as it was written
         with replacing(own) as path:
-            evaluation.predictions[list(ABNORMALITIES)].to_csv(path)
+            given[list(ABNORMALITIES)].to_csv(path)
     with replacing(folder / "per_label.csv") as path:
         _per_label_frame(metrics).to_csv(path)
     judgement.calibration.save(folder / CALIBRATION_FILE)
@@ -488,9 +505,10 @@ def _write_applied(folder: Path, calibration: Calibration, names: Sequence[str],
         write_table(folder / name, names, values)
 
 
-def _write_figures(folder: Path, evaluation: Evaluation, history: list[dict] | None) -> None:
+def _write_figures(folder: Path, evaluation: Evaluation) -> None:
     """The page's figures, for notebooks."""
-    metrics, y, p = evaluation.metrics, evaluation.rows.labels, evaluation.rows.probabilities
+    history, metrics = evaluation.material.history, evaluation.metrics
+    y, p = evaluation.rows.labels, evaluation.rows.probabilities
     figures = {
         "roc.png": roc_figure(y, p),
         "precision_recall.png": precision_recall_figure(y, p),
@@ -501,7 +519,7 @@ def _write_figures(folder: Path, evaluation: Evaluation, history: list[dict] | N
     if history:
         figures[TRAINING_CURVES] = training_figure(history)
     for name, figure in figures.items():
-        write_figure(figure, folder / name, metrics["phantom"])
+        write_figure(figure, folder / name, metrics["note"])
 
 
 def _per_label_frame(metrics: dict) -> pd.DataFrame:
@@ -531,22 +549,6 @@ def newest_run(results: str | Path = "results") -> Path:
             "'python ctclip_training.py --mode quick_test' or give --predictions and --labels"
         )
     return max(written, key=lambda path: path.stat().st_mtime).parent
-
-
-@dataclass(frozen=True)
-class Material:
-    """What an evaluation is made of: tables as load_predictions gives them, and what is known about their origin.
-
-    `data_dir` is the cohort's folder, where volumes and metadata are looked up; `record` is a run's run.json.
-    """
-
-    predictions: pd.DataFrame
-    labels: pd.DataFrame
-    tuning: tuple[pd.DataFrame, pd.DataFrame] | None = None
-    history: list[dict] | None = None
-    phantom: bool = False
-    data_dir: Path | None = None
-    record: Mapping = field(default_factory=dict)
 
 
 def run_material(
@@ -684,17 +686,19 @@ def report(
     `baseline` and `metadata` are files; `pictures` says how many of the most wrongly called volumes of each label and
     kind are shown as slices on the page.
     """
-    from ctclip_data import read_metadata
+    from ctclip_data import CohortError, read_metadata
 
     other = load_predictions(baseline) if baseline else None
     known = read_metadata(metadata) if metadata else run_metadata(material.data_dir)
-    evaluation = examine(material.predictions, material.labels, material.tuning, other, material.phantom, known,
-                         settings or Settings())
+    evaluation = examine(material, settings or Settings(), other, known)
     print(format_report(evaluation.metrics))
     cases, unseen = most_wrong(evaluation), []
     if material.data_dir is not None and pictures:
-        cases, unseen = with_pictures(cases, evaluation.rows.unit, material.data_dir, pictures)
-    write_results(output_dir, evaluation, material.history, material.record, cases)
+        try:
+            cases, unseen = with_pictures(cases, evaluation.rows.unit, material.data_dir, pictures)
+        except CohortError as error:  # the volumes may be elsewhere; the figures need none of them
+            unseen = [("any volume", str(error))]
+    write_results(output_dir, evaluation, cases)
     print(f"\nWrote {output_dir}: {PAGE}, metrics.json, tables (*.csv), {CALIBRATION_FILE}, figures (*.png)")
     for name, reason in unseen:
         print(f"No picture of {name}: {reason}")
@@ -758,9 +762,8 @@ def _inputs(args: argparse.Namespace) -> tuple[Material, Path]:
     """(material, output folder) that the flags ask for."""
     if args.example:
         folder = Path(args.output_dir or Path("results", "example"))
-        print(f"{EXAMPLE_NOTE}\nTheir tables: {folder}")
         reported, tuning = write_example(folder)
-        return Material(*reported, tuning=tuning), folder
+        return Material(*reported, tuning=tuning, note=EXAMPLE_NOTE), folder
     if args.predictions:
         tuning = None
         if args.tuning_predictions:

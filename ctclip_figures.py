@@ -11,7 +11,7 @@ import numpy as np
 
 from ctclip_metrics import bin_of, threshold_table, undefined_labels
 from ctclip_model import ABNORMALITIES, replacing
-from ctclip_text import PHANTOM_NOTE, percent
+from ctclip_text import percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,17 +22,17 @@ BLUE, ORANGE, GREEN, PURPLE, OLIVE = "#0072b2", "#d55e00", "#009e73", "#9a5b9e",
 
 
 
-def write_training_figure(history: list[dict], path: str | Path, phantom: bool) -> None:
+def write_training_figure(history: list[dict], path: str | Path, note: str | None) -> None:
     """Saves training_figure(history) as a PNG, whole or not at all; for a run that is still going on."""
-    write_figure(training_figure(history), Path(path), phantom)
+    write_figure(training_figure(history), Path(path), note)
 
 
-def write_figure(figure: Figure, path: Path, phantom: bool) -> None:
-    """Saves a PNG, whole or not at all; of phantoms it says so itself."""
-    if phantom:  # on the picture itself: pictures travel without their report
-        figure.text(0.004, -0.005, PHANTOM_NOTE, va="top", color=GREY, fontsize=7)  # below; "tight" makes room for it
+def write_figure(figure: Figure, path: Path, note: str | None) -> None:
+    """Saves a PNG, whole or not at all, with the note on the picture itself: pictures travel without their report."""
+    if note:
+        figure.text(0.004, -0.005, note, va="top", color=GREY, fontsize=7)  # below; "tight" makes room for it
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", bbox_inches="tight" if phantom else None)
+        figure.savefig(temporary, format="png", bbox_inches="tight" if note else None)
 
 
 def roc_figure(labels: np.ndarray, probabilities: np.ndarray) -> Figure:

@@ -363,7 +363,8 @@ def _cases(cases: Sequence[Case]) -> Html:
     blocks = []
     for label, own in by_label.items():
         missed = sum(case.kind == "missed" for case in own)
-        count = tag("small", f"{missed} missed, {len(own) - missed} false alarms")
+        alarms = len(own) - missed
+        count = tag("small", f"{missed} missed, {alarms} false alarm{'' if alarms == 1 else 's'}")
         shown = tag("div", *(_picture(case) for case in own if case.picture), class_="cases")
         others = tag("ul", *(tag("li", _verdict(case)) for case in own if not case.picture), class_="others")
         blocks.append(tag("details", tag("summary", label, " ", count), shown, others))
@@ -382,7 +383,7 @@ def _verdict(case: Case) -> Html:
 
 
 def _configuration(metrics: Mapping, record: Mapping, data: str) -> Html:
-    config = {key: value for key, value in record.get("config", {}).items() if key != "data_dir"}
+    config = {key: value for key, value in (record.get("config") or {}).items() if key != "data_dir"}  # named in "Run"
     run = {key: record[key] for key in ("status", "device", "precision", "volumes", "patients") if key in record}
     parts = {
         "Evaluation": metrics["settings"], "Evaluated with": metrics["versions"],
@@ -437,9 +438,9 @@ class Axes:
         self, what: str, marks: Iterable[Html], xticks: Sequence, yticks: Sequence, form: Callable = "{:g}".format
     ) -> Html:
         """A plot with a grid and ticks. Ticks are HTML, which nothing stretches; `form` writes those of y."""
-        grid = self.line([*self.x] * len(yticks), np.repeat(yticks, 2), "grid").replace("L0 ", "M0 ")
-        drawing = tag("svg", tag("title", what), Html(grid), *marks, role="img", viewBox="0 0 1000 1000",
-                      preserveAspectRatio="none")
+        grid = "".join(f"M0 {self.place(self.x[0], tick)[1]}h1000" for tick in yticks)
+        drawing = tag("svg", tag("title", what), tag("path", d=grid, class_="grid"), *marks, role="img",
+                      viewBox="0 0 1000 1000", preserveAspectRatio="none")
         ticks = [
             tag("span", write(round(tick, 10)), class_=side, style=f"{edge}:{100 * (tick - low) / (high - low):.4g}%")
             for side, edge, where, (low, high), write in (("x", "left", xticks, self.x, "{:g}".format),
@@ -554,6 +555,7 @@ def _training(history: list[dict]) -> Html:
     figures = []
     for title, curves in TRAINING:
         values = {key: np.array([row.get(key) for row in history], dtype=float) for key, _, _ in curves}
+        values = {key: np.where(np.isfinite(column), column, np.nan) for key, column in values.items()}
         if not all(np.isnan(column).all() for column in values.values()):
             figures.append(_training_figure(title, epochs, curves, values, frozen, best))
     keys = [("band", "backbone frozen")] * bool(frozen) + [("ring ink", f"best epoch, {epoch}") for epoch in best]
@@ -586,6 +588,8 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """Round numbers around low to high."""
     from matplotlib.ticker import MaxNLocator
 
+    if low == high and not whole:
+        low, high = low - 0.05, high + 0.05
     return MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1).tick_values(low, high).tolist()
 
 

@@ -29,6 +29,7 @@ from ctclip_model import (
 from ctclip_phantom import is_phantom_cohort, write_phantom_cohort
 from ctclip_predict import choose_device, choose_precision, choose_workers
 from ctclip_ranks import Ranks
+from ctclip_text import PHANTOM_NOTE
 
 # Peak rate of each head. A CT-CLIP latent has length 1, so its entries are small and the weights have far to go.
 HEAD_LEARNING_RATE = {"ctclip": 3e-2, "slice backbones": 1e-3}
@@ -373,6 +374,11 @@ class Job:
     splits: dict[str, Split]
     model: CTCLIPMultiAbnormalityModel
     criterion: nn.Module
+
+    @property
+    def note(self) -> str | None:
+        """What the figures of this run do not speak of."""
+        return PHANTOM_NOTE if self.phantom else None
 
 
 def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> Job:

@@ -57,7 +57,7 @@ def _analysis_block(metrics: dict) -> list[str]:
         f"(truly positive: {percent(half['label_rate'])})",
         "",
         *_table(["Label distribution", "positive", "label rate", "predicted rate at 0.5"], rows),
-        *_phantom_note(metrics),
+        *_note(metrics),
     ]
 
 
@@ -232,11 +232,11 @@ def _success_block(metrics: dict) -> list[str]:
     lines = ["SUCCESS CRITERIA"]
     for row in rows:
         lines.append(f"{'pass' if row['passed'] else 'SHORT':<5}  {row['criterion']:<{width}}  {row['figure']}")
-    return lines + _phantom_note(metrics)
+    return lines + _note(metrics)
 
 
-def _phantom_note(metrics: dict) -> list[str]:
-    return [PHANTOM_NOTE] if metrics["phantom"] else []
+def _note(metrics: dict) -> list[str]:
+    return _wrapped(metrics["note"]) if metrics["note"] else []
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

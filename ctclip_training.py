@@ -627,7 +627,7 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
             save()
             or_explain(folder, "The log", SMALL, lambda: write_history(run, history))
             if milestone and run.ranks.is_main:
-                write_training_figure(history, folder / TRAINING_CURVES, job.phantom)
+                write_training_figure(history, folder / TRAINING_CURVES, job.note)
 
     seconds = time.perf_counter() - start
     stopped = position.stopped
@@ -839,7 +839,7 @@ def finish(job: Job, history: list[dict], best: Best, stopped: str, trained: int
     write_run_file(job, stopped or "finished")
     if not run.ranks.is_main:
         return
-    write_training_figure(history, run.folder / TRAINING_CURVES, job.phantom)
+    write_training_figure(history, run.folder / TRAINING_CURVES, job.note)
     line = next((line for line in history if line["epoch"] == best.epoch), None)
     if line is not None and line["tuning_auroc_macro"] is not None:
         print(f"Best epoch {best.epoch}: macro AUROC {line['tuning_auroc_macro']:.3f} on the tuning patients")

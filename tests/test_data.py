@@ -28,6 +28,7 @@ from ctclip_data import (
     no_chest_path,
     patient_of,
     preprocess_volume,
+    read_metadata,
     scan_of,
     split_by_patient,
     volume_loader,
@@ -417,3 +418,14 @@ def test_workers_leave_stopping_to_the_main_process(monkeypatch):
         assert worker.exitcode == 0
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_metadata_rows_for_subgroups(tmp_path):
+    path = tmp_path / "m.csv"
+    path.write_text(f"VolumeName,PatientAge,PatientSex,Rows\n{A}, 036Y ,F,512\n{B},,M,512\n{C},1Y,M,1\n{C},2Y,M,1\n")
+    assert read_metadata(path) == {  # C is there twice, and differently
+        A: {"PatientSex": "F", "PatientAge": "036Y"}, B: {"PatientSex": "M", "PatientAge": ""}}
+    path.write_text(f"VolumeName,Rows\n{A},512\n")
+    with pytest.raises(CohortError, match="found none of PatientSex.*expected at least one") as error:
+        read_metadata(path)
+    assert "\n" not in str(error.value)
