@@ -69,7 +69,7 @@ def reliability_figure(labels: np.ndarray, before: np.ndarray, after: np.ndarray
         ax.plot([0, 1], [0, 1], color=LIGHT, linewidth=1)
         for values, color in ((p[:, 0], ORANGE), (p[:, 1], BLUE)):
             ax.plot(*reliability_points(y, values), "o-", color=color, markersize=3, linewidth=1.2)
-        return f"mean p {p[:, 0].mean():.2f}, {p[:, 1].mean():.2f}; label rate {y.mean():.2f}"
+        return f"mean p {p[:, 0].mean():.2f}, now {p[:, 1].mean():.2f}; rate {y.mean():.2f}"
 
     both = np.stack([before, after], axis=2)
     figure = _label_panels(labels, both, draw, "Mean probability in the bin", "Label rate in the bin", one_class=True)

@@ -27,7 +27,7 @@ from ctclip_figures import reliability_points
 from ctclip_metrics import N_LABELS, decision_metrics
 from ctclip_model import ABNORMALITIES, replacing
 from ctclip_subgroups import MIN_CASES, MIN_PATIENTS
-from ctclip_text import AUROCS, MEASURES, PHANTOM_NOTE, TUNING, decimal, percent
+from ctclip_text import AUROCS, MEASURES, TUNING, decimal, percent
 
 if TYPE_CHECKING:
     from ctclip_evaluation import Evaluation
@@ -54,15 +54,14 @@ ARROW = " \N{RIGHTWARDS ARROW} "
 def write_page(
     path: Path, evaluation: Evaluation, history: list[dict] | None, record: Mapping, cases: Sequence[Case]
 ) -> None:
-    """Writes the page, whole or not at all. `history` is log.jsonl's list of epochs; `record` is the content of a run's
-    run.json, {} without a run, and may hold a "note" for the top of the page."""
+    """Writes the page, whole or not at all. `history` is log.jsonl's list of epochs, `record` the content of a run's
+    run.json, {} without a run."""
     metrics = evaluation.metrics
     data = _folder(record)
     slots = {
         "title": joined("CT-CLIP evaluation", f", {data}" if data else ""),
         "what": _what(metrics, data),
-        "notes": joined(*(tag("p", note, class_="note") for note in
-                          (metrics["phantom"] and PHANTOM_NOTE, record.get("note")) if note)),
+        "note": tag("p", metrics["note"], class_="note") if metrics["note"] else "",
         "resamples": joined(f"{metrics['settings']['resamples']:,}"),
         "fitted_on": joined(_fitted_on(metrics["thresholds"])),
         "headline": _headline(metrics),
@@ -193,10 +192,9 @@ def _what(metrics: Mapping, data: str) -> Html:
 
 
 def _fitted_on(cuts: Mapping) -> str:
-    counted = f"{cuts['n_volumes']:,} volumes of {cuts['n_patients']:,} patients"
     if cuts["fitted_on"] == TUNING:
-        return f"fitted on {counted}, none of them reported here"
-    return f"cross-fitted by patient: each fifth of {counted} is judged by what was fitted on the other four"
+        return f"fitted on {cuts['n_volumes']:,} volumes of {cuts['n_patients']:,} patients, none of them reported here"
+    return f"cross-fitted: each fifth of the {cuts['n_patients']:,} patients is judged by what was fitted on the others"
 
 
 def _label_remarks(metrics: Mapping) -> Iterable[str]:

@@ -38,8 +38,9 @@ from ctclip_data import (
     VolumeError,
     volume_loader,
 )
-from ctclip_evaluation import RESULT_FILES, newest_run, run_record
+from ctclip_evaluation import RESULT_FILES
 from ctclip_figures import TRAINING_CURVES, write_training_figure
+from ctclip_folders import newest_run, run_record
 from ctclip_metrics import EvaluationError, auroc_difference, compute_metrics
 from ctclip_model import (
     ABNORMALITIES,

@@ -15,15 +15,8 @@ import time
 from pathlib import Path
 
 from ctclip_data import load_cohort
-from ctclip_evaluation import (
-    add_evaluation_flags,
-    foreign_folder,
-    newest_run,
-    report,
-    run_calibration,
-    run_material,
-    settings_from_flags,
-)
+from ctclip_evaluation import add_evaluation_flags, report, settings_from_flags
+from ctclip_folders import foreign_folder, newest_run, run_calibration, run_material
 from ctclip_metrics import EvaluationError
 from ctclip_model import OneLineParser
 from ctclip_predict import predict_files

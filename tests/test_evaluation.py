@@ -17,6 +17,7 @@ from sklearn import metrics as sk
 import ctclip_calibration as cal
 import ctclip_evaluation as ev
 import ctclip_figures as figures
+import ctclip_folders as folders
 from ctclip_metrics import ABNORMALITIES, EvaluationError, bin_of
 from ctclip_tables import join, rows_of
 from ctclip_text import PHANTOM_NOTE, format_report
@@ -637,23 +638,23 @@ def test_newest_run_is_evaluated_and_named(tmp_path, monkeypatch, capsys):
 
 def test_a_run_is_read_as_training_left_it(tmp_path):
     make_run(tmp_path / "run", phantom=False)
-    run = ev.run_material(tmp_path / "run")
+    run = folders.run_material(tmp_path / "run")
     assert len(run.predictions) == len(run.labels) == len(run.tuning[0]) == len(run.tuning[1]) == 24
     assert [row["epoch"] for row in run.history] == [1, 2]  # the line cut off by an interruption is left out
     assert run.phantom is False
     (tmp_path / "run" / "log.jsonl").write_text('{"epoch": \n{"epoch": 2}\n')
     with pytest.raises(EvaluationError, match="log.jsonl, line 1: found no JSON"):
-        ev.run_material(tmp_path / "run")
+        folders.run_material(tmp_path / "run")
     (tmp_path / "run" / "labels.csv").unlink()
     with pytest.raises(EvaluationError, match="found no predictions.csv with labels.csv"):
-        ev.run_material(tmp_path / "run")
+        folders.run_material(tmp_path / "run")
 
 
 def test_applying_a_stored_calibration(tmp_path, monkeypatch, capsys):
     """To predictions of other patients, with no labels: what `apply` and `map_to_half` give, in the files' columns."""
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "run")
-    calibration = ev.run_calibration(tmp_path / "run")
+    calibration = folders.run_calibration(tmp_path / "run")
     calibration.save(tmp_path / "run" / "calibration.json")
     new, _ = simulate(9, seed=7, first=300)
     new.to_csv("new.csv")
@@ -669,15 +670,15 @@ def test_applying_a_stored_calibration(tmp_path, monkeypatch, capsys):
 def test_a_run_s_calibration_is_stored_used_and_made_anew_where_it_does_not_fit(tmp_path):
     run = tmp_path / "run"
     make_run(run)
-    fitted = ev.run_calibration(run)
+    fitted = folders.run_calibration(run)
     assert fitted.n_patients == 12 and not (run / "calibration.json").exists()
     cal.Calibration(**{**fitted.__dict__, "method": "stored"}).save(run / "calibration.json")
-    assert ev.run_calibration(run).method == "stored"
+    assert folders.run_calibration(run).method == "stored"
     cal.Calibration(**{**fitted.__dict__, "method": "stored", "unit": "scan"}).save(run / "calibration.json")
-    assert ev.run_calibration(run).method == fitted.method  # merged scans are not what predict sees
+    assert folders.run_calibration(run).method == fitted.method  # merged scans are not what predict sees
     for name in ("calibration.json", "tuning_predictions.csv"):
         (run / name).unlink()
-    assert ev.run_calibration(run) is None
+    assert folders.run_calibration(run) is None
 
 
 def test_tables_of_a_phantom_run_stay_phantoms(tmp_path, monkeypatch, capsys):

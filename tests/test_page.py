@@ -14,7 +14,7 @@ import pytest
 from helpers_evaluation import simulate
 
 from ctclip_cases import Case
-from ctclip_evaluation import Settings, examine
+from ctclip_evaluation import Material, Settings, examine
 from ctclip_metrics import compute_metrics, per_label_metrics
 from ctclip_model import ABNORMALITIES
 from ctclip_page import MOST_POINTS, thinned, write_page
@@ -26,7 +26,7 @@ ONE_CLASS = "Hiatal hernia"  # without positives
 LABEL = 9
 CUTS = (0, 137, 300, 500, 501, 812, 1000)
 KEYS = ("positive_rate", "hamming_accuracy", "f1_macro", "precision_macro", "recall_macro", "crg")
-RECORD = {"config": {"model": "ctclip", BREAKOUT: BREAKOUT, "data_dir": "/secret/place"}, "note": BREAKOUT,
+RECORD = {"config": {"model": "ctclip", BREAKOUT: BREAKOUT, "data_dir": "/secret/place"},
           "data_dir": f"/data/{HOSTILE}", "device": "cpu", "volumes": {"train": 3}, "versions": {"torch": "2"}}
 MOVE = """cuts => cuts.map(k => {
   const slider = document.getElementById("cut");
@@ -55,7 +55,8 @@ def evaluation():
     sexes = {name: {"PatientSex": "FM"[i % 2], "Manufacturer": HOSTILE if i < 90 else "rare"}
              for i, name in enumerate(tables[0].index)}
     tuning = simulate(40, seed=2, shift=1.0, split="train")
-    return examine(tables[0], tables[1], tuning, tables[2], False, sexes, Settings(resamples=50))
+    material = Material(tables[0], tables[1], tuning, note=BREAKOUT)
+    return examine(material, Settings(resamples=50), tables[2], sexes)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_blocks_come_and_go(evaluation, path, tmp_path):
     optional = {"training", "subgroups", "baseline", "cases"}
     full = path.read_text(encoding="utf-8")
     assert optional <= set(re.findall(r'<section id="(\w+)"', full)) and PHANTOM_NOTE not in full
-    bare = evaluation.metrics | {"subgroups": None, "baseline": None, "phantom": True}
+    bare = evaluation.metrics | {"subgroups": None, "baseline": None, "phantom": True, "note": PHANTOM_NOTE}
     write_page(tmp_path / "bare.html", dataclasses.replace(evaluation, metrics=bare), None, {}, [])
     text = (tmp_path / "bare.html").read_text(encoding="utf-8")
     sections = re.findall(r'<section id="(\w+)"', text)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import run_task2
 from ctclip_calibration import load_calibration
 from ctclip_model import ABNORMALITIES
 
@@ -122,24 +123,43 @@ def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, ph
     assert abs(mapped.loc[both].to_numpy() - calibration.map_to_half(reported.loc[both].to_numpy())).max() < 1e-4
 
 
+WRONG_USAGE = [
+    (["--mode", "predict"], "needs --input"),
+    (["--mode", "predict", "--input", "x.nii.gz", "--checkpoint", "nothing.pt"], "found no .nii"),
+    (["--mode", "evaluate"], "found no run"),
+    (["--mode", "evaluate", "--map-thresholds"], "found --map-thresholds with --mode evaluate"),
+    (["--objective", "auroc"], "found objective 'auroc'"),
+    (["--data-dir", "nowhere", "--model", "ctclip"], "found no folder nowhere"),
+    (["--input", "scans"], "found --input with --mode full"),
+    (["--mode", "evaluate", "--output-dir", "x"], "found --output-dir with --mode evaluate"),
+    (["--device", "cuda:77", "--mode", "train"], "--device cuda:77: not usable here"),
+    (["--modell", "ctclip"], "unrecognized arguments"),
+]
+
+
+@pytest.mark.parametrize(("flags", "line"), WRONG_USAGE)
+def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, flags, line):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = run_task2.main(flags)
+    except SystemExit as stop:  # the parser's own way out
+        code = stop.code
+    printed = capsys.readouterr().err
+    assert code == 2 and line in printed
+    assert printed.startswith("error: ") and printed.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # nothing was left behind
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "line"),
     [
-        ("run_task2.py", ["--mode", "predict"], "needs --input"),
-        ("run_task2.py", ["--mode", "predict", "--input", "x.nii.gz", "--checkpoint", "nothing.pt"], "found no .nii"),
-        ("run_task2.py", ["--mode", "evaluate"], "found no run"),
-        ("run_task2.py", ["--mode", "evaluate", "--map-thresholds"], "found --map-thresholds with --mode evaluate"),
-        ("run_task2.py", ["--objective", "auroc"], "found objective 'auroc'"),
-        ("run_task2.py", ["--data-dir", "nowhere", "--model", "ctclip"], "found no folder nowhere"),
-        ("run_task2.py", ["--input", "scans"], "found --input with --mode full"),
-        ("run_task2.py", ["--mode", "evaluate", "--output-dir", "x"], "found --output-dir with --mode evaluate"),
-        ("run_task2.py", ["--device", "cuda:77", "--mode", "train"], "--device cuda:77: not usable here"),
-        ("run_task2.py", ["--modell", "ctclip"], "unrecognized arguments"),
+        ("run_task2.py", *WRONG_USAGE[2]),
+        ("run_task2.py", *WRONG_USAGE[-1]),
         ("ctclip_training.py", ["--batch-size", "many"], "invalid int value"),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path, script, flags, line):
+def test_scripts_exit_with_that_line_and_code(tmp_path, script, flags, line):
     done = call(tmp_path, script, *flags)
     assert done.returncode == 2 and line in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())  # nothing was left behind
+    assert not list(tmp_path.iterdir())
