@@ -76,6 +76,11 @@ class Calibration:
         over = np.maximum(np.abs(logits) - LOGIT_LIMIT, 0)
         return sigmoid(np.sign(logits) * (np.minimum(np.abs(logits), LOGIT_LIMIT) + np.log1p(over)))
 
+    @property
+    def calibrated_cuts(self) -> np.ndarray:
+        """`cuts` (18,) on the calibrated scale."""
+        return self.apply(np.clip(self.cuts, 0, 1))
+
     def map_to_half(self, probabilities: np.ndarray) -> np.ndarray:
         """(N, 18) probabilities as given -> values whose cut at 0.5 decides like `cuts`; see map_cuts_to_half."""
         return map_cuts_to_half(probabilities, self.cuts)

@@ -42,10 +42,10 @@ class Case:
 def worst_cases(rows: Rows, calibrated: np.ndarray, cuts: np.ndarray, calibrated_cuts: np.ndarray) -> list[Case]:
     """Up to LISTED missed ones and as many false alarms of each label, the most wrong first.
 
-    rows: as evaluated; calibrated (N, 18); cuts on probabilities as given, which decide, and `calibrated_cuts` (18,),
-    which are shown.
+    rows: as evaluated; calibrated (N, 18); cuts on probabilities as given, which decide, and the same calibrated, which
+    are shown; both broadcast to (N, 18).
     """
-    called = rows.probabilities >= cuts
+    called, shown = rows.probabilities >= cuts, np.broadcast_to(calibrated_cuts, calibrated.shape)
     cases = []
     for j, label in enumerate(ABNORMALITIES):
         for kind, wrong, order in (
@@ -54,7 +54,7 @@ def worst_cases(rows: Rows, calibrated: np.ndarray, cuts: np.ndarray, calibrated
         ):
             chosen = np.flatnonzero(wrong)
             for i in chosen[np.argsort(order[chosen], kind="stable")][:LISTED]:
-                cases.append(Case(label, kind, str(rows.names[i]), float(calibrated[i, j]), float(calibrated_cuts[j])))
+                cases.append(Case(label, kind, str(rows.names[i]), float(calibrated[i, j]), float(shown[i, j])))
     return cases
 
 
@@ -116,7 +116,7 @@ def picture(volume: torch.Tensor, window: tuple[float, float]) -> bytes:
     from PIL import Image
 
     hu = volume[0].numpy()
-    lung = (hu > LUNG_DENSITY[0]) & (hu < LUNG_DENSITY[1])
+    lung = _eroded((hu > LUNG_DENSITY[0]) & (hu < LUNG_DENSITY[1]), 2)
     axial = hu[lung.sum(axis=(1, 2)).argmax()].T
     coronal = hu[::-1, :, lung.sum(axis=(0, 1)).argmax()]
     level, width = window
@@ -124,3 +124,13 @@ def picture(volume: torch.Tensor, window: tuple[float, float]) -> bytes:
     file = io.BytesIO()
     Image.fromarray((255 * grey).round().astype(np.uint8)).save(file, "JPEG", quality=80)
     return file.getvalue()
+
+
+def _eroded(mask: np.ndarray, steps: int) -> np.ndarray:
+    """What of a 3-D mask lies at least so many voxels inside: without the thin shells that partial volumes make."""
+    for axis in range(3):
+        inside = mask.copy()
+        for by in range(1, steps + 1):
+            inside &= np.roll(mask, by, axis) & np.roll(mask, -by, axis)
+        mask = inside
+    return mask

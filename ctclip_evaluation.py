@@ -134,8 +134,9 @@ class Settings:
 @dataclass(frozen=True)
 class Judgement:
     """How the reported rows are judged. `calibration` is for new patients; the reported ones have `calibrated` (N, 18)
-    probabilities and are cut at `cuts` and `global_cuts`, which broadcast to (N, 18), both fitted on other patients.
-    `left_out` counts the volumes of the tuning tables that one of them lacks."""
+    probabilities and are cut at `cuts` and `global_cuts`, which broadcast to (N, 18), all fitted on other patients;
+    `calibrated_cuts` are `cuts` on the calibrated scale. `left_out` counts the volumes of the tuning tables that one of
+    them lacks."""
 
     calibration: Calibration
     fitted_on: str
@@ -144,6 +145,7 @@ class Judgement:
     left_out: dict[str, int]
     calibrated: np.ndarray
     cuts: np.ndarray
+    calibrated_cuts: np.ndarray
     global_cuts: np.ndarray
 
 
@@ -241,15 +243,16 @@ def judge(rows: Rows, tuning: tuple[pd.DataFrame, pd.DataFrame] | None, settings
         return fit_calibration(fitted.labels[chosen], fitted.probabilities[chosen], fitted.patients[chosen],
                                settings.calibration, settings.objective, settings.prevalence, settings.unit)
 
+    def judged_by(fitted: Calibration, own: np.ndarray | slice) -> tuple:
+        return fitted.apply(rows.probabilities[own]), fitted.cuts, fitted.calibrated_cuts, np.array(fitted.global_cut)
+
     calibration = fit(slice(None))
     if tuning is not None:
-        judged = calibration.apply(rows.probabilities), calibration.cuts, np.array(calibration.global_cut)
+        judged = judged_by(calibration, slice(None))
     else:
-        judged = tuple(np.empty(rows.labels.shape) for _ in range(3))
+        judged = tuple(np.empty(rows.labels.shape) for _ in range(4))
         for others, own in cross_folds(rows.patients):
-            fold = fit(others)
-            found = fold.apply(rows.probabilities[own]), fold.cuts, fold.global_cut
-            for values, of_fold in zip(judged, found, strict=True):
+            for values, of_fold in zip(judged, judged_by(fit(others), own), strict=True):
                 values[own] = of_fold
     took_global = undefined_labels(fitted.labels)
     return Judgement(calibration, fitted_on, fitted.n_volumes, took_global, fitted.left_out, *judged)
@@ -339,11 +342,10 @@ def _label_intervals(column_tree: Mapping) -> dict:
 def _thresholds(judgement: Judgement) -> dict:
     """What metrics.json holds under "thresholds": cuts for new patients, on probabilities as given, and calibrated."""
     calibration = judgement.calibration
-    calibrated = calibration.apply(np.clip(calibration.cuts, 0, 1))
     return {
         "global": calibration.global_cut,
         "per_label": dict(zip(ABNORMALITIES, calibration.cuts.tolist(), strict=True)),
-        "per_label_calibrated": dict(zip(ABNORMALITIES, calibrated.tolist(), strict=True)),
+        "per_label_calibrated": dict(zip(ABNORMALITIES, calibration.calibrated_cuts.tolist(), strict=True)),
         "objective": calibration.objective,
         "fitted_on": judgement.fitted_on,
         "n_rows": calibration.n_rows,
@@ -407,8 +409,7 @@ def _comparison(this: Measured, other: Measured) -> dict:
 def most_wrong(evaluation: Evaluation) -> list[Case]:
     """The cases that the tuned cuts got most wrong."""
     judgement = evaluation.judgement
-    shown = np.array(list(evaluation.metrics["thresholds"]["per_label_calibrated"].values()))
-    return worst_cases(evaluation.rows, judgement.calibrated, judgement.cuts, shown)
+    return worst_cases(evaluation.rows, judgement.calibrated, judgement.cuts, judgement.calibrated_cuts)
 
 
 def success_criteria(metrics: dict) -> list[dict]:

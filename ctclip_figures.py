@@ -51,15 +51,24 @@ def roc_figure(labels: np.ndarray, probabilities: np.ndarray) -> Figure:
 
 def precision_recall_figure(labels: np.ndarray, probabilities: np.ndarray) -> Figure:
     """18 small precision-recall curves with average precision; the line across is what chance gives, the label rate."""
-    from sklearn.metrics import average_precision_score, precision_recall_curve
+    from sklearn.metrics import average_precision_score
 
     def draw(ax, y: np.ndarray, p: np.ndarray) -> str:
         ax.axhline(y.mean(), color=GREY, linewidth=1, linestyle="--")
-        precision, recall, _ = precision_recall_curve(y, p)
-        ax.step(recall, precision, where="post", color=BLUE, linewidth=1.6)
+        ax.step(*precision_recall_stairs(y, p), where="post", color=BLUE, linewidth=1.6)
         return f"AP {average_precision_score(y, p):.3f}, label rate {y.mean():.3f}"
 
     return _label_panels(labels, probabilities, draw, "Recall", "Precision")
+
+
+def precision_recall_stairs(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(recall, precision) of one label from recall 1 down to 0, each precision held down to the next recall: the area
+    below is average precision. (scikit-learn ends with a point at precision 1 that nobody has reached.)"""
+    from sklearn.metrics import precision_recall_curve
+
+    precision, recall, _ = precision_recall_curve(labels, probabilities)
+    precision, recall = precision[recall > 0], recall[recall > 0]
+    return np.append(recall, 0), np.append(precision, precision[-1])
 
 
 def reliability_figure(labels: np.ndarray, before: np.ndarray, after: np.ndarray) -> Figure:

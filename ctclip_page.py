@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip_cases import Case  # defined there, beside what finds and pictures them
-from ctclip_figures import reliability_points
+from ctclip_cases import Case
+from ctclip_figures import precision_recall_stairs, reliability_points
 from ctclip_metrics import N_LABELS, decision_metrics
 from ctclip_model import ABNORMALITIES, replacing
 from ctclip_subgroups import MIN_CASES, MIN_PATIENTS
-from ctclip_text import AUROCS, MEASURES, TUNING, decimal, percent
+from ctclip_text import AUROCS, MEASURES, TUNING, decimal, fitted_on, percent
 
 if TYPE_CHECKING:
     from ctclip_evaluation import Evaluation
@@ -63,7 +63,7 @@ def write_page(
         "what": _what(metrics, data),
         "note": tag("p", metrics["note"], class_="note") if metrics["note"] else "",
         "resamples": joined(f"{metrics['settings']['resamples']:,}"),
-        "fitted_on": joined(_fitted_on(metrics["thresholds"])),
+        "fitted_on": joined(fitted_on(metrics["thresholds"])),
         "headline": _headline(metrics),
         "criteria": _criteria(metrics),
         "comparison": _comparison(metrics),
@@ -191,12 +191,6 @@ def _what(metrics: Mapping, data: str) -> Html:
     return joined("; ".join(lines) + ".")
 
 
-def _fitted_on(cuts: Mapping) -> str:
-    if cuts["fitted_on"] == TUNING:
-        return f"fitted on {cuts['n_volumes']:,} volumes of {cuts['n_patients']:,} patients, none of them reported here"
-    return f"cross-fitted: each fifth of the {cuts['n_patients']:,} patients is judged by what was fitted on the others"
-
-
 def _label_remarks(metrics: Mapping) -> Iterable[str]:
     cuts, undefined = metrics["thresholds"], metrics["undefined_auroc"]
     if cuts["fitted_on"] != TUNING:
@@ -211,7 +205,7 @@ def _label_remarks(metrics: Mapping) -> Iterable[str]:
 def _method(metrics: Mapping) -> str:
     calibration = metrics["calibration"]
     tried = ", ".join(f"{name} {loss:.4f}" for name, loss in calibration["cross_validated_log_loss"].items())
-    return (f"Method: {calibration['method']}, {_fitted_on(metrics['thresholds'])}."
+    return (f"Method: {calibration['method']}, {fitted_on(metrics['thresholds'])}."
             + (f" It has the lowest log loss on patients it was not fitted on: {tried}." if tried else "")
             + (" It is moved to the prevalence asked for." if metrics["settings"]["prevalence"] else ""))
 
@@ -496,14 +490,10 @@ def _roc(evaluation: Evaluation) -> Html:
 
 
 def _precision_recall(evaluation: Evaluation) -> Html:
-    from sklearn.metrics import precision_recall_curve
-
     metrics, rows = evaluation.metrics, evaluation.rows
 
     def draw(j: int) -> tuple[str, list[Html]]:
-        precision, recall, _ = precision_recall_curve(rows.labels[:, j], rows.probabilities[:, j])
-        precision, recall = precision[recall > 0], recall[recall > 0]
-        stairs = np.append(recall, 0), np.append(precision, precision[-1])  # the area below is average precision
+        stairs = precision_recall_stairs(rows.labels[:, j], rows.probabilities[:, j])
         chance = UNIT.line((0, 1), [rows.labels[:, j].mean()] * 2, "chance dashed")
         return _area(metrics, j, "average_precision"), [chance, UNIT.line(*thinned(*stairs), "blue", steps=True)]
 

@@ -64,7 +64,7 @@ def _analysis_block(metrics: dict) -> list[str]:
 def _calibration_block(metrics: dict) -> list[str]:
     calibration, cuts, found = metrics["calibration"], metrics["thresholds"], metrics["intervals"]["calibration"]
     losses = calibration["cross_validated_log_loss"]
-    lines = ["CALIBRATION", *_wrapped(f"Method {calibration['method']}; {_fitted_on(cuts)}.")]
+    lines = ["CALIBRATION", *_wrapped(f"Method {calibration['method']}; {fitted_on(cuts)}.")]
     if losses:
         tried = ", ".join(f"{method} {loss:.4f}" for method, loss in losses.items())
         lines += _wrapped(f"Chosen for the lowest log loss on patients it was not fitted on: {tried}.")
@@ -95,12 +95,9 @@ def _optimal_block(metrics: dict) -> list[str]:
          f"{decimal(row['auroc'], 3)} {_range(found[name]['auroc'], 3)}".strip()]
         for name, row in metrics["per_label"].items()
     ]
-    lines = ["OPTIMAL THRESHOLD", *_wrapped(f"Objective {cuts['objective']}; {_fitted_on(cuts)}.")]
+    lines = ["OPTIMAL THRESHOLD", *_wrapped(f"Objective {cuts['objective']}; {fitted_on(cuts)}.")]
     if cuts["fitted_on"] == CROSS_FITTED:
-        lines += [
-            "The cuts below are for new patients. The results are cross-fitted by patient: every patient was",
-            "judged by cuts fitted on other patients only.",
-        ]
+        lines.append("The cuts below are for new patients; the results beside them are those of the cross-fitted cuts.")
     lines += [
         f"Global: {cuts['global']:.4f} -> positive rate {percent(one['positive_rate'])} "
         f"(label rate {percent(one['label_rate'])}), F1 {one['f1_macro']:.4f}, Hamming {one['hamming_accuracy']:.4f}",
@@ -149,7 +146,7 @@ def _comparison_block(metrics: dict) -> list[str]:
     settings = metrics["settings"]
     lines = [
         "PERFORMANCE COMPARISON",
-        *_wrapped(f"Thresholds and calibration: {_fitted_on(metrics['thresholds'])}; tuned = one cut per label. "
+        *_wrapped(f"Thresholds and calibration: {fitted_on(metrics['thresholds'])}; tuned = one cut per label. "
                   f"95 % CI: {settings['resamples']:,} bootstrap resamples of the {metrics['n_patients']:,} patients."),
         *_table(["", "at 0.5", "calibrated", "global cut", "tuned", "95 % CI", "tuned - 0.5"], rows),
         "AUROC (needs no threshold): " + ", ".join(
@@ -254,11 +251,11 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, drop_whitespace=True)
 
 
-def _fitted_on(cuts: dict) -> str:
-    counted = f"{cuts['n_volumes']:,} volumes of {cuts['n_patients']:,} patients"
+def fitted_on(cuts: dict) -> str:
+    """Where thresholds and calibration come from, of metrics.json's "thresholds"."""
     if cuts["fitted_on"] == TUNING:
-        return f"fitted on {counted}, none of them reported here"
-    return f"cross-fitted by patient on {counted}"
+        return f"fitted on {cuts['n_volumes']:,} volumes of {cuts['n_patients']:,} patients, none of them reported here"
+    return f"cross-fitted: each fifth of the {cuts['n_patients']:,} patients is judged by what was fitted on the others"
 
 
 def percent(value: float) -> str:

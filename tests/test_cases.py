@@ -36,10 +36,11 @@ def test_the_most_wrong_volumes_by_hand():
 def test_the_picture_is_turned_as_radiologists_look():
     """Axes (z, x, y) in LPS: markers at the patient's right, front and head lie to the left, at the top and the top."""
     hu = torch.full((1, *cases.PICTURE_SHAPE), -1.0)
-    hu[0, 100, 90:110, 90:110] = hu[0, 90:110, 90:110, 100] = -0.8  # the planes with the most lung
-    hu[0, 100, 10:14, 100] = 1  # right
-    hu[0, 100, 100, 10:14] = 1  # front
-    hu[0, 190:194, 100, 100] = 1  # head
+    hu[0, :, :, 30:33] = -0.8  # a thin shell, as partial volumes make it: not lung
+    hu[0, 97:104, 80:120, 80:120] = hu[0, 80:120, 80:120, 97:104] = -0.8  # the planes with the most lung
+    hu[0, 97:104, 10:14, 97:104] = 1  # right
+    hu[0, 97:104, 97:104, 10:14] = 1  # front
+    hu[0, 190:194, 97:104, 97:104] = 1  # head
     shown = np.array(Image.open(io.BytesIO(cases.picture(hu, (0, 2)))))
     assert shown.shape == (200, 400)
     axial, coronal = shown[:, :200], shown[:, 200:]

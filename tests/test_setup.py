@@ -370,7 +370,7 @@ def test_unknown_errors_lose_the_token():
 def test_requirements_file_is_read_and_has_a_floor_for_each():
     runtime, development = setup.parse_requirements((ROOT / "requirements.txt").read_text())
     assert [need.name for need in runtime[:3]] == ["torch", "timm", "numpy"]
-    assert [need.name for need in development] == ["pytest", "ruff", "tensorboard"]
+    assert [need.name for need in development] == ["pytest", "ruff", "playwright", "tensorboard"]
     assert all(setup.release(need.floor) for need in runtime + development)
 
 
@@ -472,7 +472,7 @@ def test_bare_interpreter_explains_itself(suite, tmp_path):
 def test_check_changes_nothing_and_asks_nobody(suite, hub):
     done = fetch(suite, hub, "--check", "--dev", "--model", "classfine", "zeroshot")
     assert done.returncode == 0 and hub.requests == []
-    assert "packages    14 of 14 are here: torch" in done.stdout
+    assert "packages    15 of 15 are here: torch" in done.stdout
     assert "zeroshot: models/ctclip_zeroshot.pt is not here" in done.stdout.replace("\\", "/")
     assert not (suite / "models").exists() and not (suite / "results").exists()
 
