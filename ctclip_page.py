@@ -252,11 +252,13 @@ def _criteria(metrics: Mapping) -> Html:
 def _comparison(metrics: Mapping) -> Html:
     sets, bounds = ("at_0.5", "calibrated", "tuned_global", "tuned"), metrics["intervals"]["tuned"]
     rows = [
-        [title, *(figure(metrics[name][key], key) for name in sets), span(bounds[key], key)]
-        for title, key in (*AUROCS, *MEASURES)
+        [title, *(figure(metrics[name][key], key) for name in sets), span(bounds[key], key)] for title, key in MEASURES
     ]
     header = ("At 0.5", "Calibrated, at 0.5", "One global cut", "Tuned, one per label", "95 % interval, tuned")
-    return table("Performance comparison", ("Metric", *header), rows)
+    needs_none = [[title, with_span(metrics["at_0.5"][key], metrics["intervals"]["at_0.5"][key], 4)]
+                  for title, key in AUROCS]
+    return joined(table("Performance comparison", ("Metric", *header), rows),
+                  table("AUROC", ("Needs no threshold", "Probabilities as given"), needs_none))
 
 
 def _per_label(metrics: Mapping) -> Html:
@@ -279,8 +281,10 @@ def _calibration(metrics: Mapping) -> Html:
         [title, *(with_span(calibration[state][key], found[state][key], 4) for state in when)]
         for title, key in (("Brier score", "brier"), ("Expected calibration error (ECE)", "ece"))
     ]
-    overall.append(["Positive rate at 0.5", *(percent(metrics[name]["positive_rate"])
-                                              for name in ("at_0.5", "calibrated"))])
+    overall += [
+        [title, *(percent(metrics[name][key]) for name in ("at_0.5", "calibrated"))]
+        for title, key in (("Positive rate at 0.5", "positive_rate"), ("Label rate", "label_rate"))
+    ]
     rows = [
         [name, f"{row['slope']:.2f}", change(row["intercept"], "", 2),
          *(percent(row[f"mean_{state}"]) for state in when), percent(metrics["per_label"][name]["label_rate"]),
@@ -356,7 +360,7 @@ def _cases(cases: Sequence[Case]) -> Html:
     for label, own in by_label.items():
         missed = sum(case.kind == "missed" for case in own)
         alarms = len(own) - missed
-        count = tag("small", f"{missed} missed, {alarms} false alarm{'' if alarms == 1 else 's'}")
+        count = tag("small", f"listed: {missed} missed, {alarms} false alarm{'' if alarms == 1 else 's'}")
         shown = tag("div", *(_picture(case) for case in own if case.picture), class_="cases")
         others = tag("ul", *(tag("li", _verdict(case)) for case in own if not case.picture), class_="others")
         blocks.append(tag("details", tag("summary", label, " ", count), shown, others))
