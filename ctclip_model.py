@@ -346,10 +346,10 @@ class SpatialBias(nn.Module):
         self.net.append(nn.Linear(dim, heads))
 
     def forward(self, h: int, w: int) -> Tensor:
-        device = self.net[2].weight.device
+        device, dtype = self.net[2].weight.device, self.net[2].weight.dtype
         dy = torch.arange(1 - h, h, device=device)
         dx = torch.arange(1 - w, w, device=device)
-        offsets = torch.cartesian_prod(dy, dx).float()  # ((2h-1)(2w-1), 2)
+        offsets = torch.cartesian_prod(dy, dx).to(dtype)  # ((2h-1)(2w-1), 2)
         x = offsets.sign() * torch.log(offsets.abs() + 1)
         for layer in self.net:
             x = layer(x)
