@@ -87,6 +87,7 @@ from ctclip_subgroups import groups_of, subgroup_metrics
 from ctclip_tables import (
     UNITS,
     Rows,
+    count_unnamed,
     join,
     load_labels,
     load_predictions,
@@ -208,6 +209,7 @@ def examine(
         "n_rows": len(rows),
         "n_volumes": rows.n_volumes,
         "n_patients": rows.n_patients,
+        "volumes_without_patient": count_unnamed(volumes),
         "left_out": rows.left_out | judgement.left_out,
         "probabilities": {name: float(getattr(rows.probabilities, name)()) for name in ("min", "max", "mean")},
         "threshold_table": threshold_table(rows.labels, rows.probabilities),
@@ -632,6 +634,8 @@ def _inputs(args: argparse.Namespace) -> tuple[Material, Path]:
 def settings_from_flags(args: argparse.Namespace) -> Settings:
     """The Settings that add_evaluation_flags' flags ask for."""
     objective_score(args.objective)  # a wrong name is better known before anything is computed
+    if args.pictures < 0:
+        raise EvaluationError(f"found --pictures {args.pictures}, expected 0 or more; 0 shows none")
     return Settings(
         args.objective, args.calibration, args.unit, read_prevalence(args.prevalence) if args.prevalence else None,
         args.resamples, allow_partial=args.allow_partial,

@@ -186,6 +186,8 @@ def _what(metrics: Mapping, data: str) -> Html:
         f"written {datetime.now():%Y-%m-%d %H:%M}",
         *(f"left out: {count:,} rows of {source}, absent elsewhere" for source, count in metrics["left_out"].items()),
     ]
+    if metrics["volumes_without_patient"]:
+        lines.append(f"{metrics['volumes_without_patient']:,} names tell no patient and count as a patient each")
     if unit["conflicting_labels"]:
         lines.append(f"labels differ within {unit['conflicting_labels']:,} of the rows: present in any counts")
     return joined("; ".join(lines) + ".")

@@ -254,6 +254,11 @@ def patients_of(names: Sequence[str]) -> np.ndarray:
     return np.array([patient_of(name) for name in names])
 
 
+def count_unnamed(names: Sequence[str]) -> int:
+    """Volumes whose name does not tell the patient as CT-RATE's do; each counts as a patient of its own."""
+    return sum(len(name.split("_")) < 4 for name in names)
+
+
 def scans_of(names: Sequence[str]) -> np.ndarray:
     """Scan of each volume, read from its name: train_12_a_1.nii.gz and train_12_a_2.nii.gz are both train_12_a."""
     from ctclip_data import scan_of

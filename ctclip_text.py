@@ -50,6 +50,8 @@ def _analysis_block(metrics: dict) -> list[str]:
         *_wrapped(f"Unit               {unit['name']}: {unit['how']} ({metrics['n_rows']:,} rows)"),
         *([f"                   labels differ within {unit['conflicting_labels']:,} of them: present in any counts"]
           if unit["conflicting_labels"] else []),
+        *([f"                   {metrics['volumes_without_patient']:,} names tell no patient (train_12_a_1.nii.gz "
+           "would be train_12): a patient each"] if metrics["volumes_without_patient"] else []),
         *(f"Left out           {count:,} rows of {source}, absent elsewhere (--allow-partial)"
           for source, count in metrics["left_out"].items()),
         f"Probabilities      {p['min']:.4f} to {p['max']:.4f}, mean {p['mean']:.4f}",

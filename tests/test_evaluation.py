@@ -166,7 +166,7 @@ def test_every_number_of_metrics_json():
         "undefined_auroc": ["Bronchiectasis"], "n_rows": 80, "n_volumes": 80, "n_patients": 40,
         "unit": {"name": "volume", "how": "every reconstruction by itself, as the challenge counts",
                  "conflicting_labels": 0},
-        "left_out": {"a table given in memory": 2},
+        "left_out": {"a table given in memory": 2}, "volumes_without_patient": 0,
         "probabilities": {"min": p.min(), "max": p.max(), "mean": p.mean()},
         "threshold_table": [{"threshold": c / 20} | {key: decided(y, (p >= c / 20).astype(int))[key] for key in keys}
                             for c in range(1, 20)],
@@ -327,6 +327,13 @@ def test_the_unit_is_carried_through_and_printed(unit, n):
     assert f"Unit               {unit}: " in format_report(metrics)
     groups = {g["group"]: g["n_rows"] for g in metrics["subgroups"]["Slice thickness"]}
     assert groups == ({"up to 1 mm": 30, "over 4 mm": 30} if unit == "volume" else {"several": 30})
+
+
+def test_names_that_tell_no_patient_are_counted_as_patients_and_said():
+    predictions, labels = (t.set_axis([f"scan {k}" for k in range(40)]) for t in simulate(20, seed=0))
+    metrics = ev.evaluate(predictions, labels, **FEW)
+    assert metrics["n_patients"] == metrics["volumes_without_patient"] == 40
+    assert "40 names tell no patient" in format_report(metrics)
 
 
 def test_only_what_all_tables_hold_is_evaluated_when_allowed():
@@ -563,6 +570,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tables, capsys):
     (["--apply", "c.json", "--predictions", "p.csv"], "c.json: found no readable file"),
     (["--predictions", "p.csv", "--labels", "l.csv", "--objective", "auroc"], "found objective 'auroc'"),
     (["--predictions", "p.csv", "--labels", "l.csv", "--resamples", "0"], "found 0 resamples"),
+    (["--predictions", "p.csv", "--labels", "l.csv", "--pictures", "-1"], "found --pictures -1"),
     (["--predictions", "p.csv", "--labels", "l.csv", "--prevalence", "no.json"], "no.json: found no readable file"),
     (["--predictions", "p.csv", "--labels", "l.csv", "--metadata", "no.csv"], "found no no.csv"),
     (["--predictions", "p.csv"], "found --predictions without --labels"),
