@@ -24,8 +24,9 @@ FOLDS = 5
 METHODS = ("none", "temperature", "platt")  # from the simplest to the richest
 SLOPE_SPREAD = 0.6  # how far the labels' slopes lie apart, standard deviation of the logarithm (LOG.md)
 COMMON_SPREAD = 2.0  # the same for the slope all labels share: next to no opinion
-LOGIT_LIMIT = 20.0  # calibrated logits are compressed beyond: float64 rounds to 1 from 37 on, and ranks would be lost
-FINITE = 1e-7  # probabilities nearer to 0 or 1 count as this near where something is fitted
+LOGIT_LIMIT = 12.0  # calibrated logits are compressed beyond: float64 rounds to 1 from 37 on, and ranks would be lost
+FINITE = 1e-7  # probabilities nearer to 0 or 1 count as this near in a log loss
+EDGE = 7.0  # logits beyond (0.1 %, 99.9 %) are compressed into one more unit before anything is fitted
 CALIBRATION_FILE = "calibration.json"
 
 
@@ -36,6 +37,17 @@ def logit(probabilities: np.ndarray) -> np.ndarray:
     """Of values in [0, 1]; -inf and inf at the ends."""
     with np.errstate(divide="ignore"):
         return np.log(probabilities) - np.log1p(-np.asarray(probabilities, np.float64))
+
+
+def edged_logit(probabilities: np.ndarray) -> np.ndarray:
+    """Logit up to +-EDGE, then bent so that 0 and 1 come to +-(EDGE + 1): finite everywhere, and still increasing.
+
+    With the plain logit, a table rounded to two decimals would hold infinities that no slope can move.
+    """
+    plain = logit(probabilities)
+    with np.errstate(divide="ignore"):
+        beyond = 1 / (1 + 1 / np.maximum(np.abs(plain) - EDGE, 0))
+    return np.sign(plain) * (np.minimum(np.abs(plain), EDGE) + beyond)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -52,6 +64,8 @@ def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
 @dataclass(frozen=True)
 class Calibration:
     """What was learned from tuning patients, per label (18,): calibrated logit = slope * logit + intercept + shift.
+
+    The logit is edged_logit's; with the method "none", the plain one, so that nothing but the shift moves anything.
 
     `cuts` (18,) and `global_cut` are thresholds on probabilities as given (they may be just above 1: nothing is
     positive). `shift` moves to another prevalence. `losses` is the cross-validated log loss of each method tried;
@@ -71,15 +85,18 @@ class Calibration:
     unit: str = "volume"
 
     def apply(self, probabilities: np.ndarray) -> np.ndarray:
-        """(N, 18) probabilities as given -> calibrated ones; strictly increasing in each column."""
-        logits = self.slope * logit(probabilities) + self.intercept + self.shift
+        """(N, 18) probabilities as given -> calibrated ones; increasing in each column, so that no order changes.
+
+        Values that differ stay different, also where float32 sigmoids saturate.
+        """
+        logits = _logits(probabilities, self.method, self.slope, self.intercept) + self.shift
         over = np.maximum(np.abs(logits) - LOGIT_LIMIT, 0)
         return sigmoid(np.sign(logits) * (np.minimum(np.abs(logits), LOGIT_LIMIT) + np.log1p(over)))
 
     @property
     def calibrated_cuts(self) -> np.ndarray:
-        """`cuts` (18,) on the calibrated scale."""
-        return self.apply(np.clip(self.cuts, 0, 1))
+        """`cuts` (18,) on the calibrated scale; a cut that nothing reaches stays one."""
+        return np.where(self.cuts > 1, np.nextafter(1, 2), self.apply(np.clip(self.cuts, 0, 1)))
 
     def map_to_half(self, probabilities: np.ndarray) -> np.ndarray:
         """(N, 18) probabilities as given -> values whose cut at 0.5 decides like `cuts`; see map_cuts_to_half."""
@@ -113,8 +130,11 @@ def load_calibration(path: str | Path) -> Calibration:
             raise ValueError("its labels are not the 18 abnormalities in their order")
         columns = {key: np.array([float(row[key]) for row in rows.values()])
                    for key in ("slope", "intercept", "shift", "threshold")}
+        cuts = np.append(columns["threshold"], float(content["global_threshold"]))
         if not all(np.isfinite(column).all() for column in columns.values()) or (columns["slope"] <= 0).any():
             raise ValueError("a number in it is not finite, or a slope not above 0")
+        if not ((cuts >= 0) & (cuts <= np.nextafter(1, 2))).all():
+            raise ValueError("a threshold in it is not in [0, 1]")
         return Calibration(
             str(content["method"]), columns["slope"], columns["intercept"], columns["shift"], columns["threshold"],
             float(content["global_threshold"]), str(content["objective"]), dict(content["cross_validated_log_loss"]),
@@ -154,7 +174,8 @@ def fit_calibration(
     slope, intercept = _fit_slopes(labels, probabilities, n_patients, method)
     rates = _target_rates(labels, prevalence)
     # Elkan, IJCAI 2001; Saerens, Latinne & Decaestecker, Neural Computation 2002
-    shift = np.zeros(N_LABELS) if prevalence is None else logit(rates) - logit(_smoothed_rates(labels))
+    fitted_rates = _targets(labels, n_patients).mean(axis=0)  # what Platt's calibrated probabilities come to on average
+    shift = np.zeros(N_LABELS) if prevalence is None else logit(rates) - logit(fitted_rates)
     return Calibration(
         method, slope, intercept, shift,
         tune_label_thresholds(labels, probabilities, objective, prevalence),
@@ -172,8 +193,18 @@ def _cross_validated_losses(labels: np.ndarray, probabilities: np.ndarray, patie
         n_patients = len(np.unique(patients[others]))
         for method, values in calibrated.items():
             slope, intercept = _fit_slopes(labels[others], probabilities[others], n_patients, method)
-            values[own] = sigmoid(slope * logit(probabilities[own]) + intercept)
+            values[own] = sigmoid(_logits(probabilities[own], method, slope, intercept))
     return {method: log_loss(labels, values) for method, values in calibrated.items()}
+
+
+def _logits(probabilities: np.ndarray, method: str, slope: np.ndarray, intercept: np.ndarray) -> np.ndarray:
+    return logit(probabilities) if method == "none" else slope * edged_logit(probabilities) + intercept
+
+
+def _targets(labels: np.ndarray, n_patients: int) -> np.ndarray:
+    """(N, 18) labels as Platt (1999) fits them: a little inside 0 and 1, the further the fewer patients there are."""
+    positives = n_patients * labels.mean(axis=0)
+    return np.where(labels == 1, (positives + 1) / (positives + 2), 1 / (n_patients - positives + 2))
 
 
 def _fit_slopes(
@@ -182,17 +213,14 @@ def _fit_slopes(
     """(slope (18,), intercept (18,)) that minimise log loss; slopes above 0 and pulled towards a common one.
 
     A rare finding has a handful of positives, too few for a slope of its own: the logarithms of the slopes are taken
-    as spread around a common one, fitted first, by SLOPE_SPREAD. Targets are Platt's (1999), so that a label with one
-    class, or perfectly separated, stays finite. A patient's volumes say the same thing twice: they share one patient's
-    weight.
+    as spread around a common one, fitted first, by SLOPE_SPREAD. Targets are Platt's, so that a label with one class,
+    or perfectly separated, stays finite. A patient's volumes say the same thing twice: all rows together weigh as much
+    as there are patients.
     """
     if method == "none":
         return np.ones(N_LABELS), np.zeros(N_LABELS)
-    weight = n_patients / len(labels)
-    positives = weight * labels.sum(axis=0)
-    high, low = (positives + 1) / (positives + 2), 1 / (n_patients - positives + 2)
-    targets = np.where(labels == 1, high, low)
-    x = logit(np.clip(probabilities, FINITE, 1 - FINITE))
+    weight, targets = n_patients / len(labels), _targets(labels, n_patients)
+    x = edged_logit(probabilities)
     free = 1.0 if method == "platt" else 0.0  # whether intercepts may move
     middle = free * x.mean(axis=0)  # about it, slope and intercept hardly depend on each other
     x = x - middle
@@ -432,8 +460,8 @@ def candidate_cuts(probabilities: np.ndarray) -> np.ndarray:
 def map_cuts_to_half(probabilities: np.ndarray, cuts: np.ndarray) -> np.ndarray:
     """Values in [0, 1] that are >= 0.5 exactly where `probabilities` >= `cuts`, for readers that cut at 0.5.
 
-    Two straight lines per label, from 0 to the cut and from the cut to 1: increasing, so that no label's AUROC changes.
-    What comes out ranks and decides; it is no probability any more.
+    Two straight lines per label, from 0 to the cut and from the cut to 1: increasing, so that no label's AUROC changes
+    (values closer than 1e-16 may fall together). What comes out ranks and decides; it is no probability any more.
     """
     p, cuts = np.broadcast_arrays(np.asarray(probabilities, np.float64), cuts)
     above = p >= cuts

@@ -72,7 +72,7 @@ def with_pictures(
 
     volumes = _volumes_by_row(load_cohort(data_dir, "valid").volumes, unit)
     wanted: dict[str, list[int]] = {}
-    for (_, _), places in _places(cases).items():
+    for places in _places(cases).values():
         for place in places[:most]:
             wanted.setdefault(cases[place].name, []).append(place)
     done, failures = list(cases), []
@@ -113,16 +113,16 @@ def picture(volume: torch.Tensor, window: tuple[float, float]) -> bytes:
 
     As radiologists look: the patient's right on the left, front or head at the top.
     """
-    from PIL import Image
+    from matplotlib.image import imsave
 
     hu = volume[0].numpy()
     lung = _eroded((hu > LUNG_DENSITY[0]) & (hu < LUNG_DENSITY[1]), 2)
     axial = hu[lung.sum(axis=(1, 2)).argmax()].T
     coronal = hu[::-1, :, lung.sum(axis=(0, 1)).argmax()]
     level, width = window
-    grey = np.clip((np.concatenate([axial, coronal], axis=1) - level) / width + 0.5, 0, 1)
+    shown, (low, high) = np.concatenate([axial, coronal], axis=1), (level - width / 2, level + width / 2)
     file = io.BytesIO()
-    Image.fromarray((255 * grey).round().astype(np.uint8)).save(file, "JPEG", quality=80)
+    imsave(file, shown, vmin=low, vmax=high, cmap="gray", format="jpg", pil_kwargs={"quality": 80})
     return file.getvalue()
 
 

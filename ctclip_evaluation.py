@@ -30,12 +30,14 @@ import numpy as np
 from ctclip_bootstrap import (
     RESAMPLES,
     Resamples,
+    brier_tree,
     by_label,
-    calibration_tree,
     compare,
     compare_labels,
     decisions_tree,
     draw,
+    ece_if_calibrated,
+    enough_cases,
     intervals,
     ranking_tree,
 )
@@ -66,7 +68,16 @@ from ctclip_figures import (
     training_figure,
     write_figure,
 )
-from ctclip_folders import Material, foreign_folder, newest_run, run_material, run_metadata, run_record
+from ctclip_folders import (
+    Material,
+    foreign_folder,
+    make_folder,
+    newest_run,
+    refuse_run_folder,
+    run_material,
+    run_metadata,
+    run_record,
+)
 from ctclip_metrics import (
     EvaluationError,
     calibration_columns,
@@ -108,6 +119,8 @@ __all__ = [  # for scripts of your own; the rest of this file is the command
     "load_calibration", "load_labels", "load_predictions", "map_cuts_to_half", "per_label_metrics",
 ]
 
+NEED_CASES = ("auroc", "average_precision", "precision", "recall", "f1")  # no interval without enough cases
+RESAMPLES_BETWEEN = 100, 10_000  # fewer say nothing, more need more memory than they are worth
 RATE_TOLERANCE = 0.05  # positive rate against label rate, in fractions of all decisions
 PHANTOM_AUROC = 0.85  # what the built-in cohort must reach
 PUBLISHED_AUROC = {"CT-CLIP zero-shot": 0.731, "CT-CLIP ClassFine": 0.756}  # macro, CT-RATE valid, as published
@@ -193,14 +206,14 @@ def examine(
 ) -> Evaluation:
     """`evaluate` before anything is written."""
     predictions, labels = material.predictions, material.labels
-    tables = [predictions, labels] if baseline is None else [predictions, labels, baseline]
+    tables = {"predictions": predictions, "labels": labels} | ({} if baseline is None else {"baseline": baseline})
     volumes, left_out = join(tables, settings.allow_partial)
     rows = rows_of(predictions, labels, volumes, settings.unit, left_out)
     judgement = judge(rows, material.tuning, settings)
     resamples = draw(rows.patients, settings.resamples, settings.seed)
     measured = measure(rows, judgement, resamples)
     metrics = measured.point | {
-        "calibration": measured.point["calibration"] | _calibration_report(rows, judgement),
+        "calibration": measured.point["calibration"] | _calibration_report(measured, judgement.calibration),
         "per_label": _per_label(rows, judgement),
         "thresholds": _thresholds(judgement),
         "optimism": _optimism(rows, measured, settings),
@@ -237,7 +250,8 @@ def judge(rows: Rows, tuning: tuple[pd.DataFrame, pd.DataFrame] | None, settings
     """Calibration and thresholds from tuning patients, or cross-fitted by patient where there are none."""
     fitted, fitted_on = rows, CROSS_FITTED
     if tuning is not None:
-        volumes, left_out = join(tuning, settings.allow_partial)
+        tables = dict(zip(("tuning predictions", "tuning labels"), tuning, strict=True))
+        volumes, left_out = join(tables, settings.allow_partial)
         fitted, fitted_on = rows_of(*tuning, volumes, settings.unit, left_out), TUNING
         refuse_overlap(rows.patients, fitted.patients, source_of(tuning[0]))
 
@@ -248,22 +262,23 @@ def judge(rows: Rows, tuning: tuple[pd.DataFrame, pd.DataFrame] | None, settings
     def judged_by(fitted: Calibration, own: np.ndarray | slice) -> tuple:
         return fitted.apply(rows.probabilities[own]), fitted.cuts, fitted.calibrated_cuts, np.array(fitted.global_cut)
 
-    calibration = fit(slice(None))
+    calibration, took_global = fit(slice(None)), set(undefined_labels(fitted.labels))
     if tuning is not None:
         judged = judged_by(calibration, slice(None))
     else:
         judged = tuple(np.empty(rows.labels.shape) for _ in range(4))
         for others, own in cross_folds(rows.patients):
+            took_global |= set(undefined_labels(rows.labels[others]))
             for values, of_fold in zip(judged, judged_by(fit(others), own), strict=True):
                 values[own] = of_fold
-    took_global = undefined_labels(fitted.labels)
-    return Judgement(calibration, fitted_on, fitted.n_volumes, took_global, fitted.left_out, *judged)
+    named = [name for name in ABNORMALITIES if name in took_global]
+    return Judgement(calibration, fitted_on, fitted.n_volumes, named, fitted.left_out, *judged)
 
 
 @dataclass(frozen=True)
 class Measured:
     """Metrics of one table: `point` {set: M, "calibration": errors}, `tree` the same in every resample, (B,) each;
-    `columns` {"tuned", "at_0.5": {metric: (18,)}} and `column_tree` the same with (B, 18)."""
+    `columns` {set: {metric: (18,)}} and `column_tree` the same with (B, 18), NaN where cases are too few to say."""
 
     point: dict
     tree: dict
@@ -277,46 +292,49 @@ def measure(rows: Rows, judgement: Judgement, resamples: Resamples) -> Measured:
     auroc, average_precision = ranking_columns(y, p)
     ranking = ranking_metrics(y, p)
     ranking_in, ranked_in = ranking_tree(y, p, resamples)
+    measured = Measured({}, {}, {}, {})
+    for name, decided in (
+        ("at_0.5", p >= 0.5),
+        ("calibrated", q >= 0.5),
+        ("tuned", p >= judgement.cuts),
+        ("tuned_global", p >= judgement.global_cuts),
+    ):
+        summary_in, measured.column_tree[name] = decisions_tree(y, decided, resamples)
+        measured.columns[name] = decision_columns(y, decided)
+        measured.point[name] = ranking | decision_metrics(y, decided)
+        measured.tree[name] = ranking_in | summary_in
     # A monotone map leaves each label's AUROC alone; only the pooled one moves. (Cross-fitted columns are made of five
     # maps, so their own AUROC would differ a little, and would be of no map that anyone applies.)
-    pooled = {"auroc_micro": plain(pooled_auroc(y, q)[0])}
-    pooled_in = {"auroc_micro": pooled_auroc(y, q, resamples.group, resamples.counts)}
-    measured = Measured({}, {}, {}, {})
-    for name, decided, moved, moved_in in (
-        ("at_0.5", p >= 0.5, {}, {}),
-        ("calibrated", q >= 0.5, pooled, pooled_in),
-        ("tuned", p >= judgement.cuts, {}, {}),
-        ("tuned_global", p >= judgement.global_cuts, {}, {}),
-    ):
-        summary_in, columns_in = decisions_tree(y, decided, resamples)
-        measured.point[name] = ranking | moved | decision_metrics(y, decided)
-        measured.tree[name] = ranking_in | moved_in | summary_in
-        if name in ("at_0.5", "tuned"):
-            measured.columns[name], measured.column_tree[name] = decision_columns(y, decided), columns_in
+    measured.point["calibrated"]["auroc_micro"] = plain(pooled_auroc(y, q)[0])
+    del measured.tree["calibrated"]["auroc_micro"]
     measured.columns["tuned"] |= {"auroc": auroc, "average_precision": average_precision}
     measured.column_tree["tuned"] |= ranked_in
-    states = (("before", p), ("after", q))
-    measured.point["calibration"] = {
-        when: {key: float(column.mean()) for key, column in calibration_columns(y, values).items()}
-        for when, values in states
-    }
-    columns_in = {when: calibration_tree(y, values, resamples) for when, values in states}
-    measured.tree["calibration"] = {
-        when: {key: column.mean(axis=1) for key, column in columns.items()} for when, columns in columns_in.items()
-    }
-    measured.column_tree["calibration"] = {
-        f"{key}_{when}": column for when, columns in columns_in.items() for key, column in columns.items()
-    }
+    enough = enough_cases(y, rows.patients)
+    for columns in measured.column_tree.values():
+        columns |= {key: np.where(enough, columns[key], np.nan) for key in NEED_CASES if key in columns}
+    _measure_calibration(measured, rows, judgement, resamples)
     return measured
 
 
-def _calibration_report(rows: Rows, judgement: Judgement) -> dict:
-    """What metrics.json holds under "calibration", beside the errors before and after."""
-    calibration = judgement.calibration
-    columns = {"slope": calibration.slope, "intercept": calibration.intercept, "shift": calibration.shift}
+def _measure_calibration(measured: Measured, rows: Rows, judgement: Judgement, resamples: Resamples) -> None:
+    """Adds "calibration": errors as given ("before") and calibrated ("after")."""
+    point, tree, columns, column_tree = {}, {}, {}, {}
     for when, values in (("before", rows.probabilities), ("after", judgement.calibrated)):
-        errors = calibration_columns(rows.labels, values)
+        errors, brier_in = calibration_columns(rows.labels, values), brier_tree(rows.labels, values, resamples)
+        point[when] = {key: float(column.mean()) for key, column in errors.items()}
+        point[when]["ece_if_calibrated"] = ece_if_calibrated(values, resamples.group)
+        tree[when] = {"brier": brier_in.mean(axis=1)}
         columns |= {f"{key}_{when}": column for key, column in errors.items()}
+        column_tree[f"brier_{when}"] = brier_in
+    for whole, part in ((measured.point, point), (measured.tree, tree), (measured.columns, columns),
+                        (measured.column_tree, column_tree)):
+        whole["calibration"] = part
+
+
+def _calibration_report(measured: Measured, calibration: Calibration) -> dict:
+    """What metrics.json holds under "calibration", beside the errors before and after."""
+    columns = {"slope": calibration.slope, "intercept": calibration.intercept, "shift": calibration.shift}
+    columns |= measured.columns["calibration"]
     return {
         "method": calibration.method,
         "cross_validated_log_loss": dict(calibration.losses),
@@ -336,7 +354,7 @@ def _per_label(rows: Rows, judgement: Judgement) -> dict:
 
 
 def _label_intervals(column_tree: Mapping) -> dict:
-    """{label: {metric: interval, calibration error before and after: interval, "at_0.5": {metric: interval}}}."""
+    """{label: {metric: interval, Brier score before and after: interval, "at_0.5": {metric: interval}}}."""
     tuned, half, errors = (by_label(intervals(column_tree[name])) for name in ("tuned", "at_0.5", "calibration"))
     return {name: row | errors[name] | {"at_0.5": half[name]} for name, row in tuned.items()}
 
@@ -360,7 +378,7 @@ def _thresholds(judgement: Judgement) -> dict:
 def _optimism(rows: Rows, measured: Measured, settings: Settings) -> dict:
     """What the same search on the reported patients would have claimed, beside what the honest cuts gave."""
     y, p = rows.labels, rows.probabilities
-    keys = ("positive_rate", "hamming_accuracy", "f1_macro", "crg")
+    keys = ("positive_rate", "hamming_accuracy", "f1_macro", "recall_macro", "crg")
     result = {}
     for name, tune in (("tuned", tune_label_thresholds), ("tuned_global", tune_global_threshold)):
         claimed = decision_metrics(y, p >= tune(y, p, settings.objective, settings.prevalence))
@@ -453,16 +471,10 @@ RESULT_FILES = ("metrics.json", "per_label.csv", CALIBRATION_FILE, PAGE, *APPLIE
 
 def write_results(output_dir: str | Path, evaluation: Evaluation, cases: Sequence[Case]) -> None:
     """RESULT_FILES, predictions.csv and the figures; each file is replaced whole or not at all."""
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_tables(folder, evaluation)
-        _write_figures(folder, evaluation)
-        write_page(folder / PAGE, evaluation, evaluation.material.history, evaluation.material.record, cases)
-    except OSError as error:
-        raise EvaluationError(
-            f"{folder}: found a place that cannot be written ({error.strerror}), expected a folder; change --output-dir"
-        ) from error
+    folder = make_folder(output_dir)
+    _write_tables(folder, evaluation)
+    _write_figures(folder, evaluation)
+    write_page(folder / PAGE, evaluation, evaluation.material.history, evaluation.material.record, cases)
 
 
 def _write_tables(folder: Path, evaluation: Evaluation) -> None:
@@ -541,6 +553,9 @@ def report(
 
     other = load_predictions(baseline) if baseline else None
     known = read_metadata(metadata) if metadata else run_metadata(material.data_dir)
+    if metadata and not set(known) & set(material.predictions.index):
+        raise EvaluationError(f"{metadata}: found no row for any of the {len(material.predictions)} volumes, expected "
+                              "rows named as they are; check VolumeName")
     evaluation = examine(material, settings or Settings(), other, known)
     print(format_report(evaluation.metrics))
     cases, unseen = most_wrong(evaluation), []
@@ -561,8 +576,8 @@ def apply_calibration(source: str, predictions: str, output_dir: Path) -> None:
     path = Path(source)
     calibration = load_calibration(path / CALIBRATION_FILE if path.is_dir() else path)
     frame = load_predictions(predictions)
-    rows = rows_of(frame, frame.round(0) * 0, list(frame.index), calibration.unit)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    rows = rows_of(frame, None, list(frame.index), calibration.unit)
+    make_folder(output_dir)
     _write_applied(output_dir, calibration, rows.names, rows.probabilities)
     positive = (rows.probabilities >= calibration.cuts).mean()
     print(f"{len(rows):,} {rows.unit}s; calibration {calibration.method}, thresholds for {calibration.objective}: "
@@ -585,6 +600,9 @@ def main(argv: list[str] | None = None) -> int:
     except (EvaluationError, CheckpointError, CohortError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted. Each file is whole, old or new; the same command starts again.", file=sys.stderr)
+        return 130
     print(f"Evaluation took {time.perf_counter() - started:.1f} s")
     return 0
 
@@ -594,9 +612,14 @@ def _refuse_idle_flags(args: argparse.Namespace) -> None:
     tables = {"--predictions": args.predictions, "--labels": args.labels,
               "--tuning-predictions": args.tuning_predictions, "--tuning-labels": args.tuning_labels}
     given = [flag for flag, value in tables.items() if value]
+    reading = [flag for flag, value in (("--device", args.device), ("--workers", args.workers)) if value is not None]
     if args.apply:
-        if given != ["--predictions"] or args.checkpoint or args.example:
-            raise EvaluationError("found --apply, expected --predictions CSV with it and no other table; correct it")
+        idle = [flag for flag, value in (("--checkpoint", args.checkpoint), ("--example", args.example),
+                                         ("--data-dir", args.data_dir)) if value]
+        if given != ["--predictions"] or idle or reading or given_evaluation_flags(args):
+            found = ", ".join([*given[1:], *idle, *reading, *given_evaluation_flags(args)]) or "no --predictions"
+            raise EvaluationError(f"found --apply with {found}, expected --predictions CSV with it and no other table "
+                                  "or setting; correct it")
         return
     if (args.checkpoint or args.example) and given:
         flag = "--checkpoint" if args.checkpoint else "--example"
@@ -607,39 +630,66 @@ def _refuse_idle_flags(args: argparse.Namespace) -> None:
             raise EvaluationError(f"found {has} without {lacks}, expected both; add {lacks} FILE.csv")
     if args.tuning_predictions and not args.predictions:
         raise EvaluationError("found tuning tables only, expected --predictions and --labels too; add them")
+    if reading and (given or args.example):
+        raise EvaluationError(f"found {reading[0]} with tables, expected it with a run only; leave it out")
 
 
 def _inputs(args: argparse.Namespace) -> tuple[Material, Path]:
     """(material, output folder) that the flags ask for."""
+    from ctclip_phantom import is_phantom_cohort
+
     if args.example:
-        folder = Path(args.output_dir or Path("results", "example"))
+        folder = make_folder(args.output_dir or Path("results", "example"))
+        refuse_run_folder(folder)
         reported, tuning = write_example(folder)
         return Material(*reported, tuning=tuning, note=EXAMPLE_NOTE), folder
     if args.predictions:
         tuning = None
         if args.tuning_predictions:
             tuning = load_predictions(args.tuning_predictions), load_labels(args.tuning_labels)
-        phantom = bool(run_record(Path(args.predictions).parent).get("phantom"))  # a run's tables stay what they are
         data_dir = Path(args.data_dir) if args.data_dir else None
+        phantom = bool(run_record(Path(args.predictions).parent).get("phantom"))  # a run's tables stay what they are
+        phantom = phantom or (data_dir is not None and is_phantom_cohort(data_dir))
         tables = load_predictions(args.predictions), load_labels(args.labels)
         folder = Path(args.output_dir or Path("results", "evaluation"))
+        refuse_run_folder(folder, Path(args.predictions).parent)
         return Material(*tables, tuning, phantom=phantom, data_dir=data_dir), folder
     run = Path(args.checkpoint) if args.checkpoint else newest_run()
     if not args.checkpoint:
         print(f"Evaluating the newest run, {run} (choose another with --checkpoint)")
     folder = Path(args.output_dir or foreign_folder(run, args.data_dir))
+    refuse_run_folder(folder, None if args.data_dir else run)
     return run_material(run, args.data_dir, args.device, args.workers, folder), folder
 
 
 def settings_from_flags(args: argparse.Namespace) -> Settings:
-    """The Settings that add_evaluation_flags' flags ask for."""
-    objective_score(args.objective)  # a wrong name is better known before anything is computed
+    """The Settings that add_evaluation_flags' flags ask for. What is wrong with a flag is said before any work."""
+    objective_score(args.objective)
+    low, high = RESAMPLES_BETWEEN
+    if not low <= args.resamples <= high:
+        raise EvaluationError(f"found --resamples {args.resamples}, expected {low} to {high:,}; 1000 are usual")
     if args.pictures < 0:
         raise EvaluationError(f"found --pictures {args.pictures}, expected 0 or more; 0 shows none")
+    if args.baseline:
+        load_predictions(args.baseline)
+    if args.metadata:
+        from ctclip_data import read_metadata
+
+        read_metadata(args.metadata)
     return Settings(
         args.objective, args.calibration, args.unit, read_prevalence(args.prevalence) if args.prevalence else None,
         args.resamples, allow_partial=args.allow_partial,
     )
+
+
+def given_evaluation_flags(args: argparse.Namespace) -> list[str]:
+    """Flags of add_evaluation_flags that were given a value other than their default."""
+    defaults = argparse.ArgumentParser()
+    add_evaluation_flags(defaults)
+    return [
+        "--" + name.replace("_", "-") for name, value in vars(defaults.parse_args([])).items()
+        if getattr(args, name) != value
+    ]
 
 
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:

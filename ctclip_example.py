@@ -36,7 +36,6 @@ def over_predictor(n_patients: int, seed: int, prefix: str) -> tuple[list[str], 
 
 def write_example(folder: Path, n_patients: int = 1000, n_tuning: int = 300) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
     """(predictions, labels) of an over-predictor on reported and on tuning patients, written under a run's names."""
-    folder.mkdir(parents=True, exist_ok=True)
     for prefix, n, seed in (("", n_patients, 0), ("tuning_", n_tuning, 1)):
         names, labels, probabilities = over_predictor(n, seed, f"simulated{prefix.rstrip('_')}")
         write_table(folder / f"{prefix}labels.csv", names, labels)

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 TRAINING_CURVES = "training_curves.png"  # in a run folder; training and evaluation both write it
 INK, GREY, LIGHT = "#222222", "#767676", "#dddddd"
 BLUE, ORANGE, GREEN, PURPLE, OLIVE = "#0072b2", "#d55e00", "#009e73", "#9a5b9e", "#a08a00"
-
+COLOURS = {"ink": INK, "blue": BLUE, "orange": ORANGE, "green": GREEN}
+TRAINING_PANELS = (  # title; curves: key of log.jsonl, name, colour
+    ("Loss", (("train_loss", "training", "blue"), ("tuning_loss", "tuning patients", "orange"))),
+    ("Macro AUROC, tuning patients", (("tuning_auroc_macro", "macro AUROC", "green"),)),
+    ("Positive rate at 0.5", (("positive_rate", "predicted", "orange"), ("label_rate", "labels", "ink"))),
+)
 
 
 def write_training_figure(history: list[dict], path: str | Path, note: str | None) -> None:
@@ -173,26 +178,23 @@ def rate_figure(metrics: dict) -> Figure:
 def training_figure(history: list[dict]) -> Figure:
     """Loss, tuning AUROC and positive rate by epoch, from log.jsonl; frozen epochs are shaded, the best is ringed."""
     epochs = [row.get("epoch", number) for number, row in enumerate(history, 1)]
-    panels = (
-        ("Loss", (("train_loss", "Training", BLUE), ("tuning_loss", "Tuning patients", ORANGE))),
-        ("Macro AUROC, tuning patients", (("tuning_auroc_macro", "Macro AUROC", GREEN),)),
-        ("Positive rate at 0.5, %", (("positive_rate", "Predicted", ORANGE), ("label_rate", "Labels", INK))),
-    )
     frozen = [epoch for epoch, row in zip(epochs, history, strict=True) if row.get("stage") == "frozen"]
     best = [(n, row.get("tuning_auroc_macro")) for n, row in zip(epochs, history, strict=True) if row.get("best")]
     figure = _new_figure(13, 4)
-    for ax, (title, curves) in zip(figure.subplots(1, 3), panels, strict=True):
+    for ax, (title, curves) in zip(figure.subplots(1, 3), TRAINING_PANELS, strict=True):
         if frozen:
             shade = {"facecolor": "#f0f0f0", "edgecolor": GREY, "linewidth": 0.5, "zorder": 0}
             ax.axvspan(min(epochs) - 0.5, max(frozen) + 0.5, label="Backbone frozen", **shade)
-        for key, name, color in curves:
+        percent_scale = any(key.endswith("_rate") for key, _, _ in curves)
+        for key, name, colour in curves:
+            color = COLOURS[colour]
             values = np.array([row.get(key) for row in history], dtype=float)  # None where an epoch has no value
-            ax.plot(epochs, values * (100 if key.endswith("_rate") else 1), "o-", color=color, markersize=4, label=name)
+            ax.plot(epochs, values * (100 if percent_scale else 1), "o-", color=color, markersize=4, label=name)
             if key == "tuning_auroc_macro" and best and best[-1][1] is not None:
                 ring = {"facecolors": "none", "edgecolors": INK, "linewidths": 1.3, "zorder": 3}
                 ax.scatter(*best[-1], s=90, label=f"Best, epoch {best[-1][0]}", **ring)
         ax.set(xlabel="Epoch", xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
-        ax.set_title(title, loc="left", fontsize=11)
+        ax.set_title(title + (", %" if percent_scale else ""), loc="left", fontsize=11)
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         ax.legend(frameon=False, fontsize=9)
         _tidy(ax)

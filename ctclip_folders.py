@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip_calibration import CALIBRATION_FILE, Calibration, fit_calibration, load_calibration
+from ctclip_calibration import (
+    CALIBRATION_FILE,
+    DEFAULT_OBJECTIVE,
+    Calibration,
+    fit_calibration,
+    load_calibration,
+)
 from ctclip_metrics import EvaluationError
 from ctclip_predict import load_model, predict_volumes, print_failures
 from ctclip_tables import join, load_labels, load_predictions, rows_of, write_table
@@ -78,6 +84,26 @@ def run_material(
     return Material(predictions, labels, run_tuning(run), history, phantom, Path(cohort) if cohort else None, record)
 
 
+def make_folder(path: str | Path) -> Path:
+    """The folder, made where there is none."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(
+            f"{folder}: found a place that cannot be written ({error.strerror}), expected a folder; change --output-dir"
+        ) from error
+    return folder
+
+
+def refuse_run_folder(folder: Path, own: Path | None = None) -> None:
+    """A run's tables are replaced by nothing but its own: refuse to write others into its folder."""
+    if (folder / "run.json").is_file() and (own is None or own.resolve() != folder.resolve()):
+        raise EvaluationError(
+            f"{folder}: found a run, whose tables others would replace, expected another folder; change --output-dir"
+        )
+
+
 def foreign_folder(run: Path, data_dir: str | Path | None) -> Path:
     """Where results of a run go by default: into its folder; on a cohort other than its own, into a folder in there."""
     return run if data_dir is None else run / f"on_{Path(data_dir).resolve().name}"
@@ -96,8 +122,8 @@ def predict_run(
             f"{run}: found no predictions.csv with labels.csv, expected them or a finished epoch to make them with; "
             "let training go on (--resume), or give --predictions and --labels"
         )
-    model = load_model(run, device)
     cohort = load_cohort(data_dir, "valid")
+    model = load_model(run, device)
     print(f"Predicting the unseen split of {data_dir}\n{cohort.summary()}")
     read, logits = predict_volumes(model, cohort.volumes, workers=workers, on_batch=print_failures)
     if not read:
@@ -139,17 +165,20 @@ def read_history(path: str | Path) -> list[dict] | None:
 
 def run_calibration(run: Path) -> Calibration | None:
     """The calibration stored with a run; fitted now on its tuning patients where there is none yet; None where it has
-    no tuning patients. One that was fitted on merged scans or patients (`--unit`) is not for single volumes."""
+    no tuning patients. One that was fitted on merged scans or patients (`--unit`) is not for single volumes: it is
+    fitted anew, with the same objective."""
+    objective = DEFAULT_OBJECTIVE
     if (run / CALIBRATION_FILE).is_file():
         stored = load_calibration(run / CALIBRATION_FILE)
         if stored.unit == "volume":
             return stored
+        objective = stored.objective
     tuning = run_tuning(run)
     if tuning is None:
         return None
-    volumes, _ = join(tuning)
+    volumes, _ = join(dict(zip(("tuning predictions", "tuning labels"), tuning, strict=True)))
     rows = rows_of(*tuning, volumes)
-    return fit_calibration(rows.labels, rows.probabilities, rows.patients)
+    return fit_calibration(rows.labels, rows.probabilities, rows.patients, objective=objective)
 
 
 def run_tuning(run: Path) -> tuple[pd.DataFrame, pd.DataFrame] | None:

@@ -64,12 +64,6 @@ def per_label_metrics(labels: np.ndarray, probabilities: np.ndarray, thresholds:
     }
 
 
-def crg_score(labels: np.ndarray, decisions: np.ndarray) -> float | None:
-    """The challenge's CRG, pooled over all labels and scans: 1 if perfect, 1/3 for all-zero, all-one and random
-    decisions; None where the truth holds one class only."""
-    return decision_metrics(np.asarray(labels, np.int8), np.asarray(decisions, bool))["crg"]
-
-
 def threshold_table(labels: np.ndarray, probabilities: np.ndarray, cuts: Sequence[float] = TABLE_CUTS) -> list[dict]:
     """One row per cut: threshold, hamming_accuracy, f1_macro, precision_macro, recall_macro, positive_rate."""
     labels, probabilities = checked(labels, probabilities)
@@ -248,8 +242,8 @@ def areas(
     """(AUROC (B,), average precision (B,)) of one ranking in B resamples; NaN where one class is absent.
 
     labels, scores and group (rows,): group[i] is the column of `counts` (B, P) that says how often row i is drawn.
-    Ties count half in the AUROC and are one step of average precision, as in scikit-learn. All sums are of integers
-    and halves below 2**53: exact. The order is found once for all resamples.
+    Ties count half in the AUROC and are one step of average precision, as in scikit-learn. The AUROC's sums are of
+    integers and halves below 2**53: exact. The order is found once for all resamples.
     """
     order = np.argsort(-scores, kind="stable")
     scores, positive, group = scores[order], labels[order] == 1, group[order]

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ctclip_bootstrap import MIN_CASES
 from ctclip_cases import Case
-from ctclip_figures import precision_recall_stairs, reliability_points
+from ctclip_figures import TRAINING_PANELS, precision_recall_stairs, reliability_points
 from ctclip_metrics import N_LABELS, decision_metrics
 from ctclip_model import ABNORMALITIES, replacing
-from ctclip_subgroups import MIN_CASES, MIN_PATIENTS
+from ctclip_subgroups import MIN_PATIENTS
 from ctclip_text import AUROCS, MEASURES, TUNING, decimal, fitted_on, percent
 
 if TYPE_CHECKING:
@@ -42,11 +43,6 @@ SWEEP = (  # key of M; name for all labels, for one; colour
     ("precision_macro", "Precision macro", "Precision", "olive"),
     ("recall_macro", "Recall macro", "Recall", "purple"),
     ("crg", "CRG", "CRG", "ink"),
-)
-TRAINING = (  # title; curves: key of log.jsonl, name, colour
-    ("Loss", (("train_loss", "training", "blue"), ("tuning_loss", "tuning patients", "orange"))),
-    ("Macro AUROC, tuning patients", (("tuning_auroc_macro", "macro AUROC", "green"),)),
-    ("Positive rate at 0.5", (("positive_rate", "predicted", "orange"), ("label_rate", "labels", "ink"))),
 )
 ARROW = " \N{RIGHTWARDS ARROW} "
 
@@ -184,10 +180,11 @@ def _what(metrics: Mapping, data: str) -> Html:
         f"{metrics['n_volumes']:,} volumes of {metrics['n_patients']:,} patients{f' from {data}' if data else ''}",
         f"unit: {unit['name']} ({unit['how']}" + (")" if unit["name"] == "volume" else f"; {rows:,} rows)"),
         f"written {datetime.now():%Y-%m-%d %H:%M}",
-        *(f"left out: {count:,} rows of {source}, absent elsewhere" for source, count in metrics["left_out"].items()),
+        *(f"left out: {count:,} rows of the {table}, absent elsewhere" for table, count in metrics["left_out"].items()),
     ]
     if metrics["volumes_without_patient"]:
-        lines.append(f"{metrics['volumes_without_patient']:,} names tell no patient and count as a patient each")
+        lines.append(f"{metrics['volumes_without_patient']:,} names are not like CT-RATE’s: patients may be told apart "
+                     "wrongly")
     if unit["conflicting_labels"]:
         lines.append(f"labels differ within {unit['conflicting_labels']:,} of the rows: present in any counts")
     return joined("; ".join(lines) + ".")
@@ -280,8 +277,9 @@ def _per_label(metrics: Mapping) -> Html:
 def _calibration(metrics: Mapping) -> Html:
     calibration, found, when = metrics["calibration"], metrics["intervals"]["calibration"], ("before", "after")
     overall = [
-        [title, *(with_span(calibration[state][key], found[state][key], 4) for state in when)]
-        for title, key in (("Brier score", "brier"), ("Expected calibration error (ECE)", "ece"))
+        ["Brier score", *(with_span(calibration[state]["brier"], found[state]["brier"], 4) for state in when)],
+        ["Expected calibration error (ECE)", *(figure(calibration[state]["ece"]) for state in when)],
+        ["ECE if they were right", *(figure(calibration[state]["ece_if_calibrated"]) for state in when)],
     ]
     overall += [
         [title, *(percent(metrics[name][key]) for name in ("at_0.5", "calibrated"))]
@@ -547,7 +545,7 @@ def _training(history: list[dict]) -> Html:
     frozen = [n for n, row in zip(epochs, history, strict=True) if row.get("stage") == "frozen"]
     best = [n for n, row in zip(epochs, history, strict=True) if row.get("best")][-1:]
     figures = []
-    for title, curves in TRAINING:
+    for title, curves in TRAINING_PANELS:
         values = {key: np.array([row.get(key) for row in history], dtype=float) for key, _, _ in curves}
         values = {key: np.where(np.isfinite(column), column, np.nan) for key, column in values.items()}
         if not all(np.isnan(column).all() for column in values.values()):

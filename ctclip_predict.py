@@ -51,13 +51,19 @@ def choose_workers(workers: int | None) -> int:
 
 def load_model(checkpoint: str | Path, device: str | None = None) -> CTCLIPMultiAbnormalityModel:
     """The model of a run folder, or of a CT-CLIP file that brings its head, in evaluation mode on the device."""
+    from safetensors import SafetensorError
+
     from ctclip_model import CTCLIPMultiAbnormalityModel
 
     checkpoint = Path(checkpoint)
     if checkpoint.is_dir():
         if not (checkpoint / "model.safetensors").is_file():
             raise EvaluationError(f"{checkpoint}: found no model.safetensors, expected a run with a finished epoch")
-        model = CTCLIPMultiAbnormalityModel.from_pretrained(checkpoint)
+        try:
+            model = CTCLIPMultiAbnormalityModel.from_pretrained(checkpoint)
+        except SafetensorError as error:
+            raise CheckpointError(f"{checkpoint}/model.safetensors: found a damaged file ({error}), expected a run's "
+                                  "weights; resume the run, or copy the file again") from error
     else:
         model = CTCLIPMultiAbnormalityModel(str(checkpoint))
         if model.load_report.new:

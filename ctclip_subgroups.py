@@ -7,19 +7,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ctclip_bootstrap import Resamples, decisions_tree, interval
-from ctclip_metrics import N_LABELS, decision_metrics, nanmean, plain, ranking_columns, resampled_ranking
+from ctclip_bootstrap import Resamples, decisions_tree, enough_cases, interval
+from ctclip_metrics import decision_metrics, nanmean, plain, ranking_columns, resampled_ranking
 from ctclip_tables import Rows
 
 MIN_PATIENTS = 20  # fewer say nothing
-MIN_CASES = 5  # patients with and without a finding, for its AUROC to count
 UNKNOWN = "not stated"
 AGE_BANDS = ((40, "under 40"), (60, "40 to 59"), (75, "60 to 74"), (np.inf, "75 and older"))  # years, below
 THICKNESS_BANDS = ((1, "up to 1 mm"), (2, "over 1 to 2 mm"), (4, "over 2 to 4 mm"), (np.inf, "over 4 mm"))
 BANDS = [name for _, name in (*AGE_BANDS, *THICKNESS_BANDS)]
 SEXES = {"F": "female", "M": "male"}
-AGE = re.compile(r"(\d+)([YMWD])")  # DICOM's age string
-PER_YEAR = {"Y": 1, "M": 12, "W": 52.18, "D": 365.25}
+AGE = re.compile(r"(\d+)([YMWD]?)")  # DICOM's age string, or years
+PER_YEAR = {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}
 MEASURES = ("positive_rate", "label_rate", "hamming_accuracy", "f1_macro")  # of M, beside the AUROC
 
 
@@ -61,10 +60,9 @@ def subgroup_metrics(
 ) -> dict[str, list[dict]]:
     """{attribute: [{group, n_rows, n_patients, n_positives, too_small, metrics...}]}, bands in order, others by size.
 
-    `groups` gives each row's attributes. A group's macro AUROC counts the findings with at least MIN_CASES patients
-    with and without them in it, `auroc_labels` of them; groups differ in which, so `auroc_everyone` is the whole
-    cohort's over the same findings. Below MIN_PATIENTS patients nothing is computed. Attributes that nobody has stated
-    are left out.
+    `groups` gives each row's attributes. A group's macro AUROC counts the findings with enough_cases in it,
+    `auroc_labels` of them; groups differ in which, so `auroc_everyone` is the whole cohort's over the same findings.
+    Below MIN_PATIENTS patients nothing is computed. Attributes that nobody has stated are left out.
     """
     overall, _ = ranking_columns(rows.labels, rows.probabilities)
     result: dict[str, list[dict]] = {}
@@ -90,7 +88,7 @@ def _one_group(
     if count["n_patients"] < MIN_PATIENTS:
         return count | {"too_small": True}
     own = resamples.only(chosen)
-    counted = _countable(labels, patients)
+    counted = enough_cases(labels, patients)
     auroc, _ = ranking_columns(labels, probabilities)
     resampled, _ = resampled_ranking(labels, probabilities, own.group, own.counts)
     summary, _ = decisions_tree(labels, decisions[chosen], own)
@@ -104,10 +102,3 @@ def _one_group(
         "intervals": {"auroc_macro": interval(nanmean(resampled[:, counted]))}
         | {key: interval(summary[key]) for key in MEASURES},
     }
-
-
-def _countable(labels: np.ndarray, patients: np.ndarray) -> np.ndarray:
-    """(18,) mask: labels that enough patients have, and enough lack."""
-    having = [len(np.unique(patients[labels[:, j] == 1])) for j in range(N_LABELS)]
-    lacking = [len(np.unique(patients[labels[:, j] == 0])) for j in range(N_LABELS)]
-    return (np.minimum(having, lacking) >= MIN_CASES)

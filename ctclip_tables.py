@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -170,17 +170,18 @@ class Rows:
         return len(np.unique(self.patients))
 
 
-def join(tables: Sequence[pd.DataFrame], allow_partial: bool = False) -> tuple[list[str], dict[str, int]]:
+def join(tables: Mapping[str, pd.DataFrame], allow_partial: bool = False) -> tuple[list[str], dict[str, int]]:
     """(volume names that all tables hold, in the first one's order; {table: how many of its volumes are left out}).
 
     Unless `allow_partial`, the tables must hold the same volumes: EvaluationError names the first that does not.
     """
-    for table in tables:
+    for table in tables.values():
         if not table.index.is_unique:
             twice = table.index[table.index.duplicated()][0]
             raise EvaluationError(f"{source_of(table)}: found {twice} again, expected one row per volume; remove one")
-    first, names = tables[0], set(tables[0].index)
-    for table in tables[1:]:
+    first, *others = tables.values()
+    names = set(first.index)
+    for table in others:
         for has, lacks in ((first, table), (table, first)):
             missing = has.index.difference(lacks.index, sort=False)
             if len(missing) and not allow_partial:
@@ -192,22 +193,23 @@ def join(tables: Sequence[pd.DataFrame], allow_partial: bool = False) -> tuple[l
                 )
         names &= set(table.index)
     if not names:
-        found = " and ".join(source_of(table) for table in tables)
+        found = " and ".join(map(source_of, tables.values()))
         raise EvaluationError(f"{found}: found no volume in common, expected the same volumes; check VolumeName")
-    left_out = {source_of(table): len(table) - len(names) for table in tables if len(table) > len(names)}
+    left_out = {what: len(table) - len(names) for what, table in tables.items() if len(table) > len(names)}
     return [name for name in first.index if name in names], left_out
 
 
 def rows_of(
     predictions: pd.DataFrame,
-    labels: pd.DataFrame,
+    labels: pd.DataFrame | None,
     names: Sequence[str],
     unit: str = "volume",
     left_out: dict[str, int] | None = None,
 ) -> Rows:
-    """The named volumes of both tables, merged to `unit`."""
+    """The named volumes of both tables, merged to `unit`; without `labels`, all of them are 0."""
     columns = list(ABNORMALITIES)
-    y, p = checked(labels.loc[names, columns].to_numpy(), predictions.loc[names, columns].to_numpy())
+    p = predictions.loc[names, columns].to_numpy()
+    y, p = checked(np.zeros(p.shape) if labels is None else labels.loc[names, columns].to_numpy(), p)
     rows = Rows(np.array(names), patients_of(names), y, p, len(names), left_out=left_out or {})
     if unit not in UNITS:
         raise EvaluationError(f"found unit {unit!r}, expected one of {', '.join(UNITS)}")
@@ -255,7 +257,7 @@ def patients_of(names: Sequence[str]) -> np.ndarray:
 
 
 def count_unnamed(names: Sequence[str]) -> int:
-    """Volumes whose name does not tell the patient as CT-RATE's do; each counts as a patient of its own."""
+    """Volumes whose name is not of CT-RATE's form, so that patients_of may tell patients apart wrongly."""
     return sum(len(name.split("_")) < 4 for name in names)
 
 

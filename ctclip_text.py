@@ -5,8 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from ctclip_bootstrap import MIN_CASES
 from ctclip_metrics import N_LABELS
-from ctclip_subgroups import MIN_CASES, MIN_PATIENTS
+from ctclip_subgroups import MIN_PATIENTS
 
 PHANTOM_NOTE = "These are phantoms: the figures speak of the pipeline, not of patients."
 WIDTH = 100
@@ -50,9 +51,9 @@ def _analysis_block(metrics: dict) -> list[str]:
         *_wrapped(f"Unit               {unit['name']}: {unit['how']} ({metrics['n_rows']:,} rows)"),
         *([f"                   labels differ within {unit['conflicting_labels']:,} of them: present in any counts"]
           if unit["conflicting_labels"] else []),
-        *([f"                   {metrics['volumes_without_patient']:,} names tell no patient (train_12_a_1.nii.gz "
-           "would be train_12): a patient each"] if metrics["volumes_without_patient"] else []),
-        *(f"Left out           {count:,} rows of {source}, absent elsewhere (--allow-partial)"
+        *([f"                   {metrics['volumes_without_patient']:,} names are not like train_12_a_1.nii.gz: "
+           "patients may be told apart wrongly"] if metrics["volumes_without_patient"] else []),
+        *(f"Left out           {count:,} rows of the {source}, absent elsewhere (--allow-partial)"
           for source, count in metrics["left_out"].items()),
         f"Probabilities      {p['min']:.4f} to {p['max']:.4f}, mean {p['mean']:.4f}",
         f"At or above 0.5    {percent(half['positive_rate'])} of {metrics['n_rows'] * N_LABELS:,} decisions "
@@ -72,17 +73,19 @@ def _calibration_block(metrics: dict) -> list[str]:
         lines += _wrapped(f"Chosen for the lowest log loss on patients it was not fitted on: {tried}.")
     if metrics["settings"]["prevalence"]:
         lines += _wrapped("Moved to the prevalence asked for, which is not that of the patients it was fitted on.")
+    states = ("before", "after")
     overall = [
-        [title, *(f"{calibration[when][key]:.4f} {_range(found[when][key])}" for when in ("before", "after"))]
-        for title, key in (("Brier score", "brier"), ("Expected calibration error", "ece"))
+        ["Brier score", *(f"{calibration[when]['brier']:.4f} {_range(found[when]['brier'])}" for when in states)],
+        ["Expected calibration error", *(f"{calibration[when]['ece']:.4f}" for when in states)],
+        ["  if p were right", *(f"{calibration[when]['ece_if_calibrated']:.4f}" for when in states)],
     ]
     for title, key in (("Positive rate at 0.5", "positive_rate"), ("Label rate", "label_rate")):
         overall.append([title, *(percent(metrics[name][key]) for name in ("at_0.5", "calibrated"))])
     rows = [
         [name, f"{row['slope']:.2f}", f"{row['intercept']:+.2f}",
-         *(percent(row[f"mean_{when}"]) for when in ("before", "after")),
+         *(percent(row[f"mean_{when}"]) for when in states),
          percent(metrics["per_label"][name]["label_rate"]),
-         *(f"{row[f'{key}_{when}']:.3f}" for key in ("brier", "ece") for when in ("before", "after"))]
+         *(f"{row[f'{key}_{when}']:.3f}" for key in ("brier", "ece") for when in states)]
         for name, row in calibration["per_label"].items()
     ]
     header = ["Per label", "slope", "icpt.", "mean p", "after", "labels", "Brier", "after", "ECE", "after"]
@@ -115,7 +118,9 @@ def _optimism_lines(optimism: dict) -> list[str]:
     rows = []
     for title, name in (("one cut per label", "tuned"), ("one global cut", "tuned_global")):
         claimed, honest = optimism[name]["claimed"], optimism[name]["honest"]
-        for measure, key in (("F1 macro", "f1_macro"), ("Hamming accuracy", "hamming_accuracy"), ("CRG", "crg")):
+        for measure, key in MEASURES:
+            if key not in honest:
+                continue
             rows.append([f"{measure}, {title}", _figure(honest, key), _figure(claimed, key),
                          _difference(honest, claimed, key)])
     return [

@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 from ctclip_data import load_cohort
-from ctclip_evaluation import add_evaluation_flags, report, settings_from_flags
+from ctclip_evaluation import add_evaluation_flags, given_evaluation_flags, report, settings_from_flags
 from ctclip_folders import foreign_folder, newest_run, run_calibration, run_material
 from ctclip_metrics import EvaluationError
 from ctclip_model import OneLineParser
 from ctclip_predict import predict_files
-from ctclip_tables import load_predictions, write_table
+from ctclip_tables import write_table
 from ctclip_training import add_machine_flags, add_run_flags, add_training_flags, guarded, run_training
 
 MODES = {
@@ -43,11 +43,13 @@ def predict(args: argparse.Namespace) -> None:
                               "--map-thresholds puts on 0.5; name a run, or leave the flag out")
     names, probabilities, failures = predict_files(checkpoint, Path(args.input), args.device, args.workers)
     if args.map_thresholds:
-        probabilities, how = calibration.map_to_half(probabilities), "no probabilities any more: tuned cuts on 0.5"
+        probabilities = calibration.map_to_half(probabilities)
+        how = f"no probabilities any more: tuned cuts ({calibration.objective}) on 0.5"
     elif args.uncalibrated or calibration is None:
         how = "probabilities as the model gives them, not calibrated"
     else:
-        probabilities, how = calibration.apply(probabilities), f"calibrated probabilities ({calibration.method})"
+        probabilities = calibration.apply(probabilities)
+        how = f"calibrated probabilities ({calibration.method}, {calibration.n_patients} tuning patients)"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_table(output, names, probabilities)
     print(f"Wrote {output}: {len(names)} scans, model {checkpoint}; {how}")
@@ -68,6 +70,7 @@ def refuse_idle_flags(args: argparse.Namespace) -> None:
         ("--resume", args.resume is not None, training),
         ("--output-dir", args.output_dir, training),
         ("--plan", args.plan, training),
+        *((flag, True, args.task in ("full", "evaluate")) for flag in given_evaluation_flags(args)),
     ):
         if given and not belongs:
             raise EvaluationError(f"found {flag} with --mode {args.task}, which does not use it; leave one of them out")
@@ -104,8 +107,6 @@ def main(argv: list[str] | None = None) -> int:
         if args.task == "evaluate":
             run = Path(args.checkpoint) if args.checkpoint else newest_run()
         else:
-            if args.baseline:  # a wrong name is better known now than after training
-                load_predictions(args.baseline)
             if args.task == "full" and hasattr(args, "data_dir"):
                 load_cohort(args.data_dir, "valid", limit=1)
             run = run_training(args)

@@ -50,21 +50,25 @@ def test_every_resample_is_what_scikit_learn_says_of_the_rows_drawn(ties):
             np.testing.assert_allclose(columns[key][b], values, atol=1e-12)
 
 
-def test_resampled_brier_scores_and_calibration_errors():
-    """In the bins of the whole table. Calibration errors are moved to have the estimate as their mean."""
+def test_resampled_brier_scores():
     y, p, patients = cohort()
     resamples = boot.draw(patients, 30)
-    tree = boot.calibration_tree(y, p, resamples)
-    raw = np.empty((30, 18))
+    tree = boot.brier_tree(y, p, resamples)
     for b, counts in enumerate(resamples.counts.astype(int)):
         drawn = np.repeat(np.arange(len(y)), counts[resamples.group])
-        for j in range(18):
-            error, place = (p - y)[drawn, j], cm.bin_of(p[:, j])[drawn]
-            assert tree["brier"][b, j] == pytest.approx((error**2).mean(), abs=1e-12)
-            raw[b, j] = sum(abs(error[place == k].sum()) for k in range(10)) / len(drawn)
-    estimate = cm.calibration_columns(y, p)["ece"]
-    assert (raw.mean(axis=0) > estimate).all()
-    np.testing.assert_allclose(tree["ece"], np.maximum(raw - raw.mean(axis=0) + estimate, 0), atol=1e-12)
+        np.testing.assert_allclose(tree[b], ((p - y)[drawn] ** 2).mean(axis=0), atol=1e-12)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_the_calibration_error_that_a_finite_table_shows_of_itself(copies):
+    """The mean over many tables whose labels are drawn from the probabilities, once for all copies of a row."""
+    rng = np.random.default_rng(0)
+    p = np.repeat(rng.beta(1, 4, size=(150, 18)), copies, axis=0)
+    group = np.repeat(np.arange(150), copies)
+    observed = [cm.calibration_columns((rng.random((150, 18))[group] < p).astype(np.int8), p)["ece"].mean()
+                for _ in range(100)]
+    assert boot.ece_if_calibrated(p, group) == pytest.approx(np.mean(observed), rel=0.03)
+    assert boot.ece_if_calibrated(np.repeat(p, 10, axis=0), np.arange(1500 * copies)) < 0.5 * np.mean(observed)
 
 
 def test_patients_are_drawn_not_volumes():
@@ -151,6 +155,13 @@ def test_holm_by_hand():
     assert all(row["p_corrected"] == pytest.approx(18 * 2 / 1000) for row in rows.values()) and list(rows) == NAMES
 
 
+def test_labels_with_too_few_patients_of_either_class():
+    patients = np.repeat(np.arange(30), 2)
+    y = np.zeros((60, 18), np.int8)
+    y[:20, 0], y[:18, 1], y[:40, 2], y[:42, 3], y[:20:2, 4] = 1, 1, 1, 1, 1
+    assert np.flatnonzero(boot.enough_cases(y, patients)).tolist() == [0, 2, 4]  # 10; 9; 10 without; 9 without; 10
+
+
 # --------------------------------------------------------------------------------------------------------- subgroups
 
 
@@ -164,6 +175,7 @@ def test_holm_by_hand():
     ({"PatientAge": "075Y", "ZSpacing": "5"}, ("not stated", "75 and older", "not stated", "over 4 mm")),
     ({"PatientAge": "018M", "ZSpacing": "nan"}, ("not stated", "under 40", "not stated", "not stated")),
     ({"PatientAge": "old", "ZSpacing": "-1"}, ("not stated",) * 4),
+    ({"PatientAge": "61"}, ("not stated", "60 to 74", "not stated", "not stated")),
     ({}, ("not stated",) * 4),
 ])
 def test_attributes_of_a_metadata_row(row, expected):
@@ -172,7 +184,7 @@ def test_attributes_of_a_metadata_row(row, expected):
 
 def test_subgroups_are_the_metrics_of_their_rows():
     predictions, labels = simulate(120, seed=0)
-    labels.iloc[:100, 3] = 0
+    labels.iloc[:100, 9] = 0
     r = rows(predictions, labels)
     decisions = r.probabilities >= 0.6
     kinds = np.where(np.arange(240) < 100, "one", np.where(np.arange(240) < 204, "two", "tiny"))
@@ -185,8 +197,8 @@ def test_subgroups_are_the_metrics_of_their_rows():
     for group in found["Sex"][:2]:
         own = kinds == group["group"]
         y, p = r.labels[own], r.probabilities[own]
-        enough = [j for j in range(18) if min(y[:, j].sum(), (1 - y[:, j]).sum()) >= 10]  # of five patients
-        assert (3 in enough) == (group["group"] == "two") and len(enough) == group["auroc_labels"] < 18
+        enough = [j for j in range(18) if min(y[:, j].sum(), (1 - y[:, j]).sum()) >= 20]  # of ten patients
+        assert (9 in enough) == (group["group"] == "two") and len(enough) == group["auroc_labels"] < 18
         assert group["auroc_macro"] == pytest.approx(np.mean([sk.roc_auc_score(y[:, j], p[:, j]) for j in enough]))
         everyone = [sk.roc_auc_score(r.labels[:, j], r.probabilities[:, j]) for j in enough]
         assert group["auroc_everyone"] == pytest.approx(np.mean(everyone))

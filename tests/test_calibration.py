@@ -39,7 +39,7 @@ def test_slopes_without_a_common_one_are_logistic_regression_on_platts_targets(m
     predictions, labels = over_predictor(60, seed=0)
     calibration = fitted(predictions, labels, method=method)
     for j in range(18):
-        y, x = labels.to_numpy()[:, j], cal.logit(predictions.to_numpy()[:, [j]])
+        y, x = labels.to_numpy()[:, j], cal.edged_logit(predictions.to_numpy()[:, [j]])
         positives = y.sum() / 2  # two volumes share the weight of their patient
         high, low = (positives + 1) / (positives + 2), 1 / (60 - positives + 2)
         t = np.where(y == 1, high, low)
@@ -57,7 +57,7 @@ def test_the_fit_is_the_minimum_of_what_it_says_it_minimises():
     from scipy.optimize import minimize
 
     predictions, labels = over_predictor(40, seed=1)
-    y, x = labels.to_numpy(), cal.logit(predictions.to_numpy())
+    y, x = labels.to_numpy(), cal.edged_logit(predictions.to_numpy())
     calibration = fitted(predictions, labels, method="platt")
     positives = y.sum(axis=0) / 2
     t = np.where(y == 1, (positives + 1) / (positives + 2), 1 / (40 - positives + 2))
@@ -181,7 +181,10 @@ def test_moving_to_another_prevalence():
     plain, moved = fitted(*tuning, method="platt"), fitted(*tuning, method="platt", prevalence=rates)
     p = np.full((1, 18), 0.7)
     before, after = cal.logit(plain.apply(p)), cal.logit(moved.apply(p))
-    expected = cal.logit(np.array(list(rates.values()))) - cal.logit(tuning[1].mean().to_numpy())
+    y = tuning[1].to_numpy()
+    k = y.sum(axis=0) / 2  # patients; what Platt's targets come to on average is the rate that is moved from
+    mean = (k * (k + 1) / (k + 2) + (300 - k) / (300 - k + 2)) / 300
+    expected = cal.logit(np.array(list(rates.values()))) - cal.logit(mean)
     np.testing.assert_allclose(after - before, expected[None], atol=1e-9)
     # a cohort with those rates: patients drawn from a large one by their labels' odds
     predictions, labels = over_predictor(6000, seed=1)
@@ -196,11 +199,33 @@ def test_moving_to_another_prevalence():
         assert abs((predictions[name].to_numpy()[keep] >= plain.cuts[j]).mean() - rates[name]) > 0.04
 
 
-def test_the_tuning_patients_own_prevalence_changes_nothing():
-    tuning = over_predictor(60, seed=0)
+def test_the_tuning_patients_own_prevalence_changes_next_to_nothing():
+    tuning = over_predictor(300, seed=0)
     own = dict(zip(NAMES, tuning[1].mean(), strict=True))
     plain, moved = fitted(*tuning), fitted(*tuning, prevalence=own)
-    assert np.allclose(moved.shift, 0) and np.array_equal(moved.cuts, plain.cuts)
+    assert abs(moved.shift).max() < 0.05 and np.array_equal(moved.cuts, plain.cuts)
+
+
+@pytest.mark.parametrize("positives", [0, 1, 3])
+def test_rare_labels_are_moved_to_the_prevalence_asked_for_too(positives):
+    predictions, labels = simulate(300, seed=0)
+    labels.iloc[:, 0] = 0
+    labels.iloc[: 2 * positives, 0] = 1
+    moved = fitted(predictions, labels, method="platt", prevalence={NAMES[0]: 0.3})
+    assert moved.apply(predictions.to_numpy())[:, 0].mean() == pytest.approx(0.3, abs=0.04)
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 2, 3])
+def test_rounded_probabilities_are_calibrated_too(decimals):
+    """Rounding makes zeros and ones, whose plain logits no slope could move."""
+    tuning, (unseen, labels) = simulate(200, seed=0, shift=2.2), simulate(400, seed=1, shift=2.2, first=900)
+    exact, rounded = fitted(*tuning), fitted(tuning[0].round(decimals), tuning[1])
+    assert rounded.method == "platt"
+    y = labels.to_numpy()
+    q, reference = rounded.apply(unseen.round(decimals).to_numpy()), exact.apply(unseen.to_numpy())
+    assert abs(q.mean() - y.mean()) < 0.02
+    assert cal.log_loss(y, q) < cal.log_loss(y, reference) + (0.09 if decimals == 0 else 0.04)
+    assert cal.log_loss(y, q) < cal.log_loss(y, np.broadcast_to(y.mean(axis=0), y.shape)) + 0.002
 
 
 def test_a_calibration_is_read_back_as_it_was_written(tmp_path):
@@ -216,6 +241,8 @@ def test_a_calibration_is_read_back_as_it_was_written(tmp_path):
     (lambda c: c["per_label"].pop("Emphysema"), "18 abnormalities"),
     (lambda c: c["per_label"]["Emphysema"].update(slope=-1), "slope not above 0"),
     (lambda c: c["per_label"]["Emphysema"].update(intercept="x"), "found no calibration"),
+    (lambda c: c["per_label"]["Emphysema"].update(threshold=-5), "threshold in it is not in"),
+    (lambda c: c.update(global_threshold=2), "threshold in it is not in"),
     (lambda c: c.clear(), "found no calibration"),
 ])
 def test_a_spoiled_calibration_is_refused_in_one_line(spoil, message, tmp_path):

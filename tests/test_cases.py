@@ -41,7 +41,7 @@ def test_the_picture_is_turned_as_radiologists_look():
     hu[0, 97:104, 10:14, 97:104] = 1  # right
     hu[0, 97:104, 97:104, 10:14] = 1  # front
     hu[0, 190:194, 97:104, 97:104] = 1  # head
-    shown = np.array(Image.open(io.BytesIO(cases.picture(hu, (0, 2)))))
+    shown = np.array(Image.open(io.BytesIO(cases.picture(hu, (0, 2)))).convert("L"))
     assert shown.shape == (200, 400)
     axial, coronal = shown[:, :200], shown[:, 200:]
     for slice_, row, column in ((axial, 100, 12), (axial, 12, 100), (coronal, 8, 100)):
