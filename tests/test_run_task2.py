@@ -112,7 +112,7 @@ def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, ph
     assert len(table) == 3 and len(both) >= 2
     calibration = load_calibration(folder / "results" / "run" / "calibration.json")
     expected = calibration.apply(reported.loc[both].to_numpy())
-    assert f"calibrated probabilities ({calibration.method})" in done.stdout
+    assert f"calibrated probabilities ({calibration.method}, {calibration.n_patients} tuning" in done.stdout
     assert abs(table.loc[both].to_numpy() - expected).max() < 1e-4
     (scans / files[0].name).write_bytes(files[0].read_bytes()[:3000])
     done = call(folder, "run_task2.py", *flags, "--map-thresholds")
