@@ -577,7 +577,7 @@ def apply_calibration(source: str, predictions: str, output_dir: Path) -> None:
     calibration = load_calibration(path / CALIBRATION_FILE if path.is_dir() else path)
     frame = load_predictions(predictions)
     rows = rows_of(frame, None, list(frame.index), calibration.unit)
-    make_folder(output_dir)
+    refuse_run_folder(make_folder(output_dir))
     _write_applied(output_dir, calibration, rows.names, rows.probabilities)
     positive = (rows.probabilities >= calibration.cuts).mean()
     print(f"{len(rows):,} {rows.unit}s; calibration {calibration.method}, thresholds for {calibration.objective}: "
@@ -652,7 +652,8 @@ def _inputs(args: argparse.Namespace) -> tuple[Material, Path]:
         phantom = phantom or (data_dir is not None and is_phantom_cohort(data_dir))
         tables = load_predictions(args.predictions), load_labels(args.labels)
         folder = Path(args.output_dir or Path("results", "evaluation"))
-        refuse_run_folder(folder, Path(args.predictions).parent)
+        given = Path(args.predictions)
+        refuse_run_folder(folder, given.parent if given.name == "predictions.csv" else None)
         return Material(*tables, tuning, phantom=phantom, data_dir=data_dir), folder
     run = Path(args.checkpoint) if args.checkpoint else newest_run()
     if not args.checkpoint:

@@ -715,6 +715,10 @@ def test_a_run_is_evaluated_into_its_own_folder_only(tmp_path, monkeypatch):
     tables = ["--predictions", f"{run}/predictions.csv", "--labels", f"{run}/labels.csv"]
     assert ev.main(["--checkpoint", run]) == ev.main([*tables, "--output-dir", run]) == 0
     assert ev.main(["--checkpoint", run, "--data-dir", str(tmp_path), "--output-dir", run]) == 2
+    tuning = ["--predictions", f"{run}/tuning_predictions.csv", "--labels", f"{run}/tuning_labels.csv"]
+    assert ev.main([*tuning, "--output-dir", run]) == 2
+    folders.run_calibration(tmp_path / "run").save(tmp_path / "run" / "calibration.json")
+    assert ev.main(["--apply", run, *tables[:2], "--output-dir", run]) == 2
 
 
 def test_tables_of_a_phantom_run_stay_phantoms(tmp_path, monkeypatch, capsys):
