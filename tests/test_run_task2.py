@@ -13,7 +13,8 @@ import pytest
 
 import run_task2
 from ctclip_calibration import load_calibration
-from ctclip_model import ABNORMALITIES
+from ctclip_model import ABNORMALITIES, CheckpointError
+from ctclip_predict import load_model
 
 SUITE = Path(__file__).resolve().parent.parent
 
@@ -118,7 +119,7 @@ def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, ph
     done = call(folder, "run_task2.py", *flags, "--map-thresholds")
     assert done.returncode == 2 and files[0].name in done.stderr and "1 scans could not be read" in done.stderr
     mapped = pd.read_csv(folder / "out" / "p.csv", index_col=0)
-    assert len(mapped) == 2 and "tuned cuts on 0.5" in done.stdout
+    assert len(mapped) == 2 and "tuned cuts (prevalence) on 0.5" in done.stdout
     both = mapped.index.intersection(reported.index)
     assert abs(mapped.loc[both].to_numpy() - calibration.map_to_half(reported.loc[both].to_numpy())).max() < 1e-4
 
@@ -163,3 +164,12 @@ def test_scripts_exit_with_that_line_and_code(tmp_path, script, flags, line):
     assert done.returncode == 2 and line in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_weights_are_named(job, tmp_path):
+    run = job[0] / "results" / "run"
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="model.safetensors: found a damaged file") as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
