@@ -14,15 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ctclip_metrics import (
-    ECE_BINS,
     N_LABELS,
     EvaluationError,
-    bin_of,
-    calibration_of,
-    calibration_summands,
+    calibration_errors,
     columns_of,
     decision_summands,
     nanmean,
+    places_of,
     plain,
     pooled_auroc,
     resampled_ranking,
@@ -86,7 +84,8 @@ def ranking_tree(labels: np.ndarray, probabilities: np.ndarray, resamples: Resam
 def brier_tree(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> np.ndarray:
     """Brier scores (B, 18). Calibration errors are not resampled: noise in a bin counts as error, so an estimate lies
     above the truth and resamples above the estimate; see ece_if_calibrated."""
-    return calibration_of(resamples.sums(calibration_summands(labels, probabilities)))["brier"]
+    sums = resamples.sums(np.column_stack([(probabilities - labels) ** 2, np.ones(len(labels))]))
+    return sums[:, :-1] / sums[:, -1:]
 
 
 def ece_if_calibrated(probabilities: np.ndarray, group: np.ndarray, draws: int = 100, seed: int = 0) -> float:
@@ -95,14 +94,9 @@ def ece_if_calibrated(probabilities: np.ndarray, group: np.ndarray, draws: int =
     Labels are drawn from the probabilities, `draws` times, one random number for all of a patient's rows (`group`,
     (N,)). What an observed error is to be compared with: it is never 0 on a finite table.
     """
-    rng = np.random.default_rng(seed)
-    place = np.stack([bin_of(column) for column in probabilities.T], axis=1) + ECE_BINS * np.arange(N_LABELS)
-    expected = np.bincount(place.ravel(), probabilities.ravel(), N_LABELS * ECE_BINS)
-    errors = []
-    for _ in range(draws):
-        labels = rng.random((group.max() + 1, N_LABELS))[group] < probabilities
-        errors.append(np.abs(expected - np.bincount(place.ravel(), labels.ravel(), N_LABELS * ECE_BINS)).sum())
-    return float(np.mean(errors)) / probabilities.size
+    rng, places = np.random.default_rng(seed), places_of(probabilities)
+    drawn = (rng.random((group.max() + 1, N_LABELS))[group] < probabilities for _ in range(draws))
+    return float(np.mean([calibration_errors(labels, probabilities, places).mean() for labels in drawn]))
 
 
 # --------------------------------------------------------------------------------------------------------- intervals

@@ -98,9 +98,34 @@ def ranking_columns(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.n
 
 
 def calibration_columns(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, np.ndarray]:
-    """{"brier", "ece", "mean": (18,)}: see calibration_of; mean probability."""
-    errors = calibration_of(calibration_summands(labels, probabilities).sum(axis=0))
-    return errors | {"mean": probabilities.mean(axis=0)}
+    """{"brier", "ece", "mean": (18,)}: Brier score (mean squared difference of probability and label; Monthly Weather
+    Review 1950), expected calibration error, mean probability."""
+    return {
+        "brier": ((probabilities - labels) ** 2).mean(axis=0),
+        "ece": calibration_errors(labels, probabilities, places_of(probabilities)),
+        "mean": probabilities.mean(axis=0),
+    }
+
+
+def calibration_errors(labels: np.ndarray, probabilities: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Expected calibration error of each label (18,): |mean probability - label rate| of each bin, weighted by rows.
+
+    `places` are those of places_of. Nixon et al., CVPR Workshops 2019, call bins of equal size adaptive.
+    """
+    gaps = np.bincount(places.ravel(), (probabilities - labels).ravel(), N_LABELS * ECE_BINS)
+    return np.abs(gaps).reshape(N_LABELS, ECE_BINS).sum(axis=1) / len(labels)
+
+
+def places_of(probabilities: np.ndarray) -> np.ndarray:
+    """(N, 18) -> the bin of each, numbered through all labels."""
+    return np.stack([bin_of(column) for column in probabilities.T], axis=1) + ECE_BINS * np.arange(N_LABELS)
+
+
+def bin_of(probabilities: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:
+    """(N,) -> the bin of each, 0 to bins - 1. Bins hold equal numbers of rows (edges are quantiles; equal probabilities
+    share a bin): after a focal loss all probabilities lie in a few bins of equal width."""
+    edges = np.quantile(probabilities, np.arange(1, bins) / bins)
+    return np.searchsorted(edges, probabilities, side="right")
 
 
 def checked(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -137,8 +162,8 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray, empty: float = 0.0) -
 
 # --------------------------------------------------------------------------------- sums over rows, and what they give
 
-# Everything that depends on decisions is a function of sums over rows. `*_summands` gives what each row adds; weighted
-# sums of it, one per resample, are a matrix product; `*_of` turns sums with any leading axes into metrics.
+# Everything that depends on decisions is a function of sums over rows. decision_summands gives what each row adds;
+# weighted sums of it, one per resample, are a matrix product; `*_of` turns sums with any leading axes into metrics.
 
 
 def decision_summands(labels: np.ndarray, decisions: np.ndarray) -> np.ndarray:
@@ -195,37 +220,6 @@ def _crg(tp: np.ndarray, fp: np.ndarray, a: np.ndarray, x: np.ndarray) -> np.nda
     u = (x - a) / 2
     score = r * tp - r * (a - tp) - fp
     return np.where(two, _ratio(u, 2 * u - score, np.nan), np.nan)
-
-
-def calibration_summands(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """(N, 18 + 18 * ECE_BINS + 1): squared errors; probability minus label, in the column of its bin; 1.
-
-    Bins hold equal numbers of rows (edges are each label's own quantiles; equal probabilities share one): after a focal
-    loss all probabilities lie in a few bins of equal width.
-    """
-    error = probabilities - labels
-    binned = np.zeros((len(labels), N_LABELS, ECE_BINS))
-    for j in range(N_LABELS):
-        place = bin_of(probabilities[:, j])
-        binned[np.arange(len(labels)), j, place] = error[:, j]
-    return np.concatenate([error**2, binned.reshape(len(labels), -1), np.ones((len(labels), 1))], axis=1)
-
-
-def bin_of(probabilities: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:
-    """(N,) -> the bin of each, 0 to bins - 1, of about equal size."""
-    edges = np.quantile(probabilities, np.arange(1, bins) / bins)
-    return np.searchsorted(edges, probabilities, side="right")
-
-
-def calibration_of(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """Sums (..., columns) of calibration_summands -> Brier score and expected calibration error per label, (..., 18).
-
-    Brier: mean squared difference of probability and label. ECE: |mean probability - label rate| of each bin, weighted
-    by its rows (Nixon et al. 2019 call this form adaptive). Brier, Monthly Weather Review 1950.
-    """
-    n = sums[..., -1:]
-    binned = sums[..., N_LABELS:-1].reshape(*sums.shape[:-1], N_LABELS, ECE_BINS)
-    return {"brier": sums[..., :N_LABELS] / n, "ece": np.abs(binned).sum(axis=-1) / n}
 
 
 # ---------------------------------------------------------------------------------------------- areas under curves
