@@ -306,7 +306,7 @@ def measure(rows: Rows, judgement: Judgement, resamples: Resamples) -> Measured:
     # A monotone map leaves each label's AUROC alone; only the pooled one moves. (Cross-fitted columns are made of five
     # maps, so their own AUROC would differ a little, and would be of no map that anyone applies.)
     measured.point["calibrated"]["auroc_micro"] = plain(pooled_auroc(y, q)[0])
-    del measured.tree["calibrated"]["auroc_micro"]
+    measured.tree["calibrated"]["auroc_micro"] = pooled_auroc(y, q, resamples.group, resamples.counts)
     measured.columns["tuned"] |= {"auroc": auroc, "average_precision": average_precision}
     measured.column_tree["tuned"] |= ranked_in
     enough = enough_cases(y, rows.patients)
