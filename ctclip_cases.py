@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ctclip_model import ABNORMALITIES
-from ctclip_tables import Rows, patients_of, scans_of
+from ctclip_tables import Rows, row_keys
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 LISTED = 3  # of each label and kind
 PICTURE_SHAPE = (200, 200, 200)  # voxels of 1.8 mm over the 360 mm cube; a slice is as many pixels
 LUNG_WINDOW, SOFT_WINDOW = (-0.6, 1.5), (0.04, 0.4)  # level and width, HU / 1000
-SOFT_LABELS = frozenset(ABNORMALITIES[:7])  # heart, vessels, lymph nodes, hernia and devices, and the effusion below
-SOFT_LABELS |= {"Pleural effusion"}
+SOFT_LABELS = frozenset((*ABNORMALITIES[:7], "Pleural effusion"))  # devices, vessels, heart, hernia, lymph nodes
 LUNG_DENSITY = (-0.95, -0.5)  # HU / 1000
 
 
@@ -100,11 +99,9 @@ def _places(cases: Sequence[Case]) -> dict[tuple[str, str], list[int]]:
 
 def _volumes_by_row(volumes: Sequence[Volume], unit: str) -> Mapping[str, Volume]:
     """{name of a row of that unit: its first volume}."""
-    names = [volume.name for volume in volumes]
-    keys = {"volume": list, "scan": scans_of, "patient": patients_of}[unit](names)
     first: dict[str, Volume] = {}
-    for key, volume in zip(keys, volumes, strict=True):
-        first.setdefault(str(key), volume)
+    for key, volume in zip(row_keys([volume.name for volume in volumes], unit), volumes, strict=True):
+        first.setdefault(key, volume)
     return first
 
 

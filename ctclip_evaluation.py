@@ -102,11 +102,11 @@ from ctclip_tables import (
     join,
     load_labels,
     load_predictions,
-    patients_of,
     refuse_overlap,
+    row_keys,
     rows_of,
-    scans_of,
     source_of,
+    tuning_rows,
     write_table,
 )
 from ctclip_text import CROSS_FITTED, PHANTOM_NOTE, TUNING, decimal, format_report, percent
@@ -214,7 +214,7 @@ def examine(
     measured = measure(rows, judgement, resamples)
     metrics = measured.point | {
         "calibration": measured.point["calibration"] | _calibration_report(measured, judgement.calibration),
-        "per_label": _per_label(rows, judgement),
+        "per_label": _per_label(rows, judgement, measured),
         "thresholds": _thresholds(judgement),
         "optimism": _optimism(rows, measured, settings),
         "undefined_auroc": undefined_labels(rows.labels),
@@ -250,9 +250,7 @@ def judge(rows: Rows, tuning: tuple[pd.DataFrame, pd.DataFrame] | None, settings
     """Calibration and thresholds from tuning patients, or cross-fitted by patient where there are none."""
     fitted, fitted_on = rows, CROSS_FITTED
     if tuning is not None:
-        tables = dict(zip(("tuning predictions", "tuning labels"), tuning, strict=True))
-        volumes, left_out = join(tables, settings.allow_partial)
-        fitted, fitted_on = rows_of(*tuning, volumes, settings.unit, left_out), TUNING
+        fitted, fitted_on = tuning_rows(tuning, settings.unit, settings.allow_partial), TUNING
         refuse_overlap(rows.patients, fitted.patients, source_of(tuning[0]))
 
     def fit(chosen: np.ndarray | slice) -> Calibration:
@@ -344,12 +342,11 @@ def _calibration_report(measured: Measured, calibration: Calibration) -> dict:
     }
 
 
-def _per_label(rows: Rows, judgement: Judgement) -> dict:
+def _per_label(rows: Rows, judgement: Judgement, measured: Measured) -> dict:
     """Per-label metrics at the tuned cuts, with those that depend on the cut repeated at 0.5 under "at_0.5"."""
-    columns = decision_columns(rows.labels, rows.probabilities >= 0.5)
     table = per_label_metrics(rows.labels, rows.probabilities, judgement.cuts)
     for j, row in enumerate(table.values()):
-        row["at_0.5"] = {key: float(column[j]) for key, column in columns.items()}
+        row["at_0.5"] = {key: float(column[j]) for key, column in measured.columns["at_0.5"].items()}
     return table
 
 
@@ -391,10 +388,9 @@ def _row_groups(
     rows: Rows, volumes: Sequence[str], metadata: Mapping[str, Mapping[str, str]]
 ) -> list[dict[str, str]]:
     """Attributes of each row; a row whose volumes differ in one is in the group "several"."""
-    keys = {"volume": np.array, "scan": scans_of, "patient": patients_of}[rows.unit](volumes)
     merged: dict[str, dict[str, str]] = {}
-    for key, groups in zip(keys, groups_of(volumes, metadata), strict=True):
-        known = merged.setdefault(str(key), dict(groups))
+    for key, groups in zip(row_keys(volumes, rows.unit), groups_of(volumes, metadata), strict=True):
+        known = merged.setdefault(key, dict(groups))
         for attribute, group in groups.items():
             if known[attribute] != group:
                 known[attribute] = "several"
@@ -636,8 +632,6 @@ def _refuse_idle_flags(args: argparse.Namespace) -> None:
 
 def _inputs(args: argparse.Namespace) -> tuple[Material, Path]:
     """(material, output folder) that the flags ask for."""
-    from ctclip_phantom import is_phantom_cohort
-
     if args.example:
         folder = make_folder(args.output_dir or Path("results", "example"))
         refuse_run_folder(folder)
@@ -647,6 +641,8 @@ def _inputs(args: argparse.Namespace) -> tuple[Material, Path]:
         tuning = None
         if args.tuning_predictions:
             tuning = load_predictions(args.tuning_predictions), load_labels(args.tuning_labels)
+        from ctclip_phantom import is_phantom_cohort
+
         data_dir = Path(args.data_dir) if args.data_dir else None
         phantom = bool(run_record(Path(args.predictions).parent).get("phantom"))  # a run's tables stay what they are
         phantom = phantom or (data_dir is not None and is_phantom_cohort(data_dir))

@@ -19,7 +19,7 @@ from ctclip_calibration import (
 )
 from ctclip_metrics import EvaluationError
 from ctclip_predict import load_model, predict_volumes, print_failures
-from ctclip_tables import join, load_labels, load_predictions, rows_of, write_table
+from ctclip_tables import load_labels, load_predictions, tuning_rows, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,7 @@ class Material:
 
     `tuning` is (predictions, labels) of patients who do not occur in `predictions`. `history` is log.jsonl's list of
     epochs. `data_dir` is the cohort's folder, where volumes and metadata are looked up; `record` is a run's run.json.
-    `note` says what the figures do not speak of; of phantoms it is PHANTOM_NOTE.
+    `note` says what the figures do not speak of, where they are not of phantoms.
     """
 
     predictions: pd.DataFrame
@@ -176,8 +176,7 @@ def run_calibration(run: Path) -> Calibration | None:
     tuning = run_tuning(run)
     if tuning is None:
         return None
-    volumes, _ = join(dict(zip(("tuning predictions", "tuning labels"), tuning, strict=True)))
-    rows = rows_of(*tuning, volumes)
+    rows = tuning_rows(tuning)
     return fit_calibration(rows.labels, rows.probabilities, rows.patients, objective=objective)
 
 

@@ -121,10 +121,10 @@ def places_of(probabilities: np.ndarray) -> np.ndarray:
     return np.stack([bin_of(column) for column in probabilities.T], axis=1) + ECE_BINS * np.arange(N_LABELS)
 
 
-def bin_of(probabilities: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:
-    """(N,) -> the bin of each, 0 to bins - 1. Bins hold equal numbers of rows (edges are quantiles; equal probabilities
-    share a bin): after a focal loss all probabilities lie in a few bins of equal width."""
-    edges = np.quantile(probabilities, np.arange(1, bins) / bins)
+def bin_of(probabilities: np.ndarray) -> np.ndarray:
+    """(N,) -> the bin of each, 0 to ECE_BINS - 1. Bins hold equal numbers of rows (edges are quantiles; equal
+    probabilities share one): after a focal loss all probabilities lie in a few bins of equal width."""
+    edges = np.quantile(probabilities, np.arange(1, ECE_BINS) / ECE_BINS)
     return np.searchsorted(edges, probabilities, side="right")
 
 

@@ -218,6 +218,14 @@ def rows_of(
     return _merged(rows, "patient", rows.patients, "max") if unit == "patient" else rows
 
 
+def tuning_rows(
+    tuning: tuple[pd.DataFrame, pd.DataFrame], unit: str = "volume", allow_partial: bool = False
+) -> Rows:
+    """Rows of (predictions, labels) of tuning patients."""
+    volumes, left_out = join(dict(zip(("tuning predictions", "tuning labels"), tuning, strict=True)), allow_partial)
+    return rows_of(*tuning, volumes, unit, left_out)
+
+
 def _merged(rows: Rows, unit: str, keys: np.ndarray, how: str) -> Rows:
     """One row per key, in order of first appearance; probabilities by their mean or maximum, labels by any."""
     _, first, inverse, sizes = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
@@ -266,6 +274,11 @@ def scans_of(names: Sequence[str]) -> np.ndarray:
     from ctclip_data import scan_of
 
     return np.array([scan_of(name) for name in names])
+
+
+def row_keys(names: Sequence[str], unit: str) -> list[str]:
+    """The row of that unit to which each volume belongs."""
+    return {"volume": np.array, "scan": scans_of, "patient": patients_of}[unit](names).tolist()
 
 
 def source_of(frame: pd.DataFrame) -> str:

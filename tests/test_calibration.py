@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 import ctclip_calibration as cal
 import ctclip_evaluation as ev
 from ctclip_calibration import ABNORMALITIES, EvaluationError
+from ctclip_tables import patients_of
 
 NAMES = list(ABNORMALITIES)
 
@@ -427,7 +428,7 @@ def test_a_label_with_one_class_takes_the_global_threshold_and_is_named():
 
 def test_folds_cover_every_row_once_and_keep_patients_apart():
     predictions, _ = simulate(23, seed=0)
-    patients = ev.patients_of(predictions.index)
+    patients = patients_of(predictions.index)
     folds = list(cal.cross_folds(patients))
     assert len(folds) == 5 and (sum(own.astype(int) for _, own in folds) == 1).all()
     for others, own in folds:

@@ -19,7 +19,7 @@ import ctclip_evaluation as ev
 import ctclip_figures as figures
 import ctclip_folders as folders
 from ctclip_metrics import ABNORMALITIES, EvaluationError, bin_of
-from ctclip_tables import join, rows_of
+from ctclip_tables import join, patients_of, rows_of
 from ctclip_text import PHANTOM_NOTE, format_report
 
 SCRIPT = Path(ev.__file__)
@@ -120,9 +120,9 @@ def test_every_number_of_metrics_json():
                           metadata=metadata, resamples=5, allow_partial=True, objective="f1")
     stored = json.loads(json.dumps(metrics, allow_nan=False))  # the file's text, as a test below makes sure
     y, p, q = labels.to_numpy(), predictions.to_numpy(), other.to_numpy()
-    patients = ev.patients_of(predictions.index)
+    patients = patients_of(predictions.index)
     fit_y, fit_p = tuning[1].to_numpy(), tuning[0].to_numpy()
-    calibration = cal.fit_calibration(fit_y, fit_p, ev.patients_of(tuning[0].index), objective="f1")
+    calibration = cal.fit_calibration(fit_y, fit_p, patients_of(tuning[0].index), objective="f1")
     cuts, one = cal.tune_label_thresholds(fit_y, fit_p, "f1"), cal.tune_global_threshold(fit_y, fit_p, "f1")
     calibrated = calibration.apply(p)
     draws = drawn_rows(patients, 5)
@@ -281,8 +281,8 @@ def test_the_example_goes_from_97_percent_to_honest(tmp_path, monkeypatch, capsy
         assert sk.roc_auc_score(y[:, j], calibrated[:, j]) == sk.roc_auc_score(y[:, j], mapped[:, j]) == auroc
     assert (mapped >= 0.5).mean() == pytest.approx(tuned["positive_rate"], abs=1e-12)
     assert abs(calibrated.mean() - y.mean()) < 0.01
-    fitted = set(ev.patients_of(ev.load_predictions(folder / "tuning_predictions.csv").index))
-    assert not fitted & set(ev.patients_of(ev.load_predictions(folder / "predictions.csv").index))
+    fitted = set(patients_of(ev.load_predictions(folder / "tuning_predictions.csv").index))
+    assert not fitted & set(patients_of(ev.load_predictions(folder / "predictions.csv").index))
 
 
 def test_a_baseline_without_tuning_patients_is_compared_alike():
