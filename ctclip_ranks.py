@@ -3,6 +3,7 @@ process, so that callers need no second path."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable
 from datetime import timedelta
@@ -10,6 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the group there is on import as the default of an argument. Imported later, by DDP or an optimiser,
+# it keeps the group alive after its end, whose threads may then abort the interpreter.
+import torch.distributed.nn.functional  # noqa: F401
 from torch import Tensor
 
 
@@ -70,3 +75,4 @@ class Ranks:
         """The end: no call on this object after it."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+            gc.collect()  # what still refers to the group, in cycles: it ends with the last of them

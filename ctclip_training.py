@@ -635,6 +635,7 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
     or_explain(folder, "The run's record", SMALL, lambda: finish(job, history, best, stopped, trained, seconds))
     if writer is not None:
         writer.close()
+    moving.exchange = None
     run.ranks.leave()
     return folder
 

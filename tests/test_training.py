@@ -495,13 +495,26 @@ def test_auroc_within_its_noise_ends_nothing(difference, config, tmp_path, monke
 # ------------------------------------------------------------------ two processes
 
 
+TRAIN_AND_LIST_THREADS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from ctclip_training import main
+code = main()
+print("threads", *[task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()])
+sys.exit(code)
+"""
+
+
 def test_two_processes_come_to_the_numbers_of_one(config, flags, tmp_path):
     one = train(config(epochs=2, freeze_epochs=1, dropout=0.0), tmp_path / "one")
     two, cache = tmp_path / "two", tmp_path / "cache"
     changes = ["--epochs", "2", "--freeze-epochs", "1", "--dropout", "0", "--cache-dir", cache, "--output-dir", two]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = tmp_path / "script.py"
+    script.write_text(TRAIN_AND_LIST_THREADS.format(root=str(ROOT)))
     ended = subprocess.run(
-        [*launcher, ROOT / "ctclip_training.py", *flags, *changes],
+        [*launcher, script, *flags, *changes],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -509,6 +522,8 @@ def test_two_processes_come_to_the_numbers_of_one(config, flags, tmp_path):
         timeout=300,
     )
     assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("threads ") == 2
+    assert "gloo" not in ended.stdout  # threads of a group that outlive it may abort the interpreter at its end
     assert ended.stdout.count("epoch  1/") == 1 == ended.stdout.count("Next: ") and "2 processes" in ended.stdout
     for expected, found in zip(history(one), history(two), strict=True):
         assert found["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-5)
