@@ -37,6 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ctclip_data import (
+    FETCH,
     GEOMETRY_COLUMNS,
     PREPROCESSING_VERSION,
     Batch,
@@ -44,6 +45,7 @@ from ctclip_data import (
     Volume,
     _in_fixed_folder,
     piece_size,
+    split_of,
     volume_loader,
 )
 from ctclip_model import CTCLIPMultiAbnormalityModel
@@ -60,26 +62,32 @@ class CacheError(ValueError):
 
 
 def source_of(volume: Volume) -> str | None:
-    """Digest of everything about a volume that decides its tensor and its HU verdict; None if the file is not there.
+    """Digest of everything about a volume that decides its tensor and its HU verdict; None if that is not known, with
+    no file there and no stamp of it.
 
     Name, folder (version 2 or not), the geometry and scaling in the metadata row, and which file it is: size and last 8
     bytes of a .gz, which are the CRC-32 and length of its content, so that it is known without being read and survives
     a copy; size and time of change of other files. The verdict on how to read the voxels follows from just these, by
-    the code that PREPROCESSING_VERSION stands for: another verdict is always another entry.
+    the code that PREPROCESSING_VERSION stands for: another verdict is always another entry. Of a streamed volume, size
+    and last bytes are its stamp.
     """
     try:
-        with open(volume.path, "rb") as file:
-            status = os.fstat(file.fileno())
-            if volume.path.suffix == ".gz":
-                file.seek(max(0, status.st_size - 8))
-                content = file.read(8).hex()
-            else:
-                content = status.st_mtime_ns
+        size, content = volume.stamp or stamp_of(volume.path)
     except OSError:  # reading it will fail as well, and say why
         return None
     row = volume.metadata and {column: volume.metadata.get(column) for column in GEOMETRY_COLUMNS}
-    parts = [volume.name, _in_fixed_folder(volume.path), row, status.st_size, content]
+    parts = [volume.name, _in_fixed_folder(volume.path), row, size, content]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def stamp_of(path: Path) -> tuple[int, str | int]:
+    """(size, last 8 bytes in hex) of a .gz file, (size, time of change in ns) of another. Raises OSError."""
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        if path.suffix != ".gz":
+            return status.st_size, status.st_mtime_ns
+        file.seek(max(0, status.st_size - 8))
+        return status.st_size, file.read(8).hex()
 
 
 def sources_of(volumes: Sequence[Volume]) -> list[str | None]:
@@ -248,6 +256,24 @@ class FeatureCache:
             out[i] = self._record(row)
         return torch.from_numpy(out)
 
+    def head_inputs(self, model: CTCLIPMultiAbnormalityModel, rows: Sequence[int], device: torch.device) -> Tensor:
+        """What the head of `model`, whose cache this is, takes for these entries, on the device."""
+        compact = self.load(rows)
+        compact = compact.float() if compact.is_floating_point() else compact.int()  # few operations know 16 bits
+        return model.from_compact(compact.to(device))
+
+    def out_of_reach(self, volumes: Sequence[Volume], rows: Sequence[int | None]) -> str | None:
+        """The one line for streamed volumes that have no entry, and no file to make one from; None without such."""
+        streamed = [(volume, row) for volume, row in zip(volumes, rows, strict=True) if volume.stamp is not None]
+        known = sum(row is not None for _, row in streamed)
+        if known == len(streamed):
+            return None
+        return (
+            f"{self.folder}: found features of {known} of {len(streamed)} volumes that were streamed and have no file, "
+            "expected those of all; choose the --cache-dir and the encoder (--model, --ctclip-path) that they were "
+            f"streamed with, or fetch the files with {FETCH} {split_of(streamed[0][0].name)}"
+        )
+
     def append(
         self,
         volumes: Sequence[Volume],
@@ -351,16 +377,20 @@ def encode_missing(
     """Encodes, on all ranks together, what `cache` does not have; returns the row of each volume, None if unreadable.
 
     `model` is on `device` and is the one that the cache was opened with. `on_batch` gets the list that a batch's
-    `index` points into, and the batch with its failures and verdicts. Raises CacheError when the disk has too little
-    room (before anything is encoded), fills up, or is not one that all ranks see.
+    `index` points into, and the batch with its failures and verdicts. Raises CacheError when a streamed volume is not
+    in the cache or the disk has too little room (before anything is encoded), when the disk fills up, or when it is not
+    one that all ranks see.
     """
     sources = sources_of(volumes)
     damaged = cache.verify([row for row in cache.rows_of(sources) if row is not None])
     if damaged and ranks.is_main:
-        tqdm.write(f"{cache.folder}: found {damaged} damaged entries, encoding them again")
-    missing = [i for i, row in enumerate(cache.rows_of(sources)) if row is None]
+        tqdm.write(f"{cache.folder}: found {damaged} damaged entries, counting them as missing")
+    rows = cache.rows_of(sources)
+    missing = [i for i, row in enumerate(rows) if row is None]
     need, free = cache.room(len(missing))
-    problem = cache.no_room(len(missing), "too little room") if need > free else None
+    problem = cache.out_of_reach(volumes, rows)
+    if problem is None and need > free:
+        problem = cache.no_room(len(missing), "too little room")
     # What the main rank sees counts: another one may have looked when the first new entries were there already.
     missing, problem = ranks.gather((missing, problem))[0]
     if problem:

@@ -62,12 +62,12 @@ def with_pictures(
 ) -> tuple[list[Case], list[tuple[str, str]]]:
     """(the cases, the first `most` of each label and kind with a picture; what could not be read, as (name, reason)).
 
-    A row of merged volumes shows the first of them. Each volume is read once. Raises CohortError where `data_dir` has
-    no usable cohort.
+    A row of merged volumes shows the first of them. Each volume is read once; those that were streamed and have no file
+    are counted under one reason. Raises CohortError where `data_dir` has no usable cohort.
     """
     from tqdm import tqdm
 
-    from ctclip_data import VolumeError, load_cohort, read_volume
+    from ctclip_data import FETCH, VolumeError, load_cohort, read_volume
 
     volumes = _volumes_by_row(load_cohort(data_dir, "valid").volumes, unit)
     wanted: dict[str, list[int]] = {}
@@ -75,7 +75,13 @@ def with_pictures(
         for place in places[:most]:
             wanted.setdefault(cases[place].name, []).append(place)
     done, failures = list(cases), []
+    streamed = {name for name in wanted if name in volumes and volumes[name].stamp is not None}
+    if streamed:
+        reason = f"streamed, and their files not kept; {FETCH} valid fetches them"
+        failures.append((f"{len(streamed)} volumes", reason))
     for name, places in tqdm(wanted.items(), desc="pictures", unit="vol", delay=2, leave=False):
+        if name in streamed:
+            continue
         if name not in volumes:
             failures.append((name, f"not in {data_dir}"))
             continue

@@ -12,6 +12,7 @@ volume_loader makes batches.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -67,6 +68,7 @@ SUFFIX = ".nii.gz"
 GEOMETRY_COLUMNS = ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")  # what a version-1 file needs
 OPTIONAL_COLUMNS = ("PatientSex", "PatientAge", "Manufacturer")
 SUBGROUP_COLUMNS = (*OPTIONAL_COLUMNS, "SliceThickness", "ZSpacing")
+FETCH = "python ctclip_setup.py --data"  # and a split: what brings files back that were streamed and not kept
 
 
 class VolumeError(ValueError):
@@ -78,6 +80,11 @@ class CohortError(ValueError):
 
 
 # ------------------------------------------------------------------ the hub's layout, relative to data_dir
+
+
+def split_of(name: str) -> str:
+    """train_12_a_1.nii.gz -> train."""
+    return name.split("_")[0]
 
 
 def scan_of(name: str) -> str:
@@ -92,7 +99,7 @@ def patient_of(name: str) -> str:
 
 def volume_path(name: str, fixed: bool) -> Path:
     """Where the hub keeps a volume: `fixed` chooses version 2 (already HU), else version 1 (raw stored values)."""
-    folder = name.split("_")[0] + ("_fixed" if fixed else "")
+    folder = split_of(name) + ("_fixed" if fixed else "")
     return Path("dataset", folder, patient_of(name), scan_of(name), name)
 
 
@@ -112,17 +119,27 @@ def no_chest_path(split: str) -> Path:
     return Path("dataset", "metadata", f"no_chest_{split}.txt")
 
 
+def streamed_path(split: str) -> Path:
+    """Manifest of the volumes of a split that were encoded and not kept, one JSON object per line."""
+    return Path(f"streamed_{split}.jsonl")
+
+
 # ------------------------------------------------------------------ what this file hands out
 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """One reconstruction: file, 18 labels (float32, 0 or 1) and its metadata row (None if there is no usable one)."""
+    """One reconstruction: file, 18 labels (float32, 0 or 1) and its metadata row (None if there is no usable one).
+
+    `stamp` is set where the file was streamed and is not on the disk any more: its size and its last 8 bytes in hex,
+    by which `ctclip_cache.source_of` finds what was encoded of it. `path` is then where the file would be.
+    """
 
     name: str
     path: Path
     labels: np.ndarray
     metadata: Mapping[str, Any] | None = None
+    stamp: tuple[int, str] | None = None
 
     @property
     def patient(self) -> str:
@@ -131,6 +148,20 @@ class Volume:
     @property
     def scan(self) -> str:
         return scan_of(self.name)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What is known of a file that was encoded and deleted; with a `reason`, of one that could not be read.
+
+    fixed: version 2; size in bytes; tail: its last 8 bytes in hex.
+    """
+
+    fixed: bool
+    size: int
+    tail: str
+    sha256: str | None
+    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -154,14 +185,22 @@ class Cohort:
     def __len__(self) -> int:
         return len(self.volumes)
 
+    def reasons(self) -> dict[str, list[str]]:
+        """{reason for leaving out: names}, the most frequent first."""
+        counts = Counter(reason for _, reason in self.left_out)
+        return {reason: [name for name, why in self.left_out if why == reason] for reason, _ in counts.most_common()}
+
     def summary(self) -> str:
         """A few lines of text: counts, what was left out by reason with its first names, remarks."""
         scans, patients = {v.scan for v in self.volumes}, {v.patient for v in self.volumes}
         lines = [f"{len(self)} volumes, {len(scans)} scans, {len(patients)} patients"]
         if self.not_on_disk:
             lines.append(f"not on disk: {self.not_on_disk} (listed in the labels, no file)")
-        for reason, count in Counter(reason for _, reason in self.left_out).most_common():
-            names = [name for name, why in self.left_out if why == reason]
+        streamed = sum(volume.stamp is not None for volume in self.volumes)
+        if streamed:
+            lines.append(f"without a file: {streamed} (streamed, known only by their cached codes)")
+        for reason, names in self.reasons().items():
+            count = len(names)
             lines.append(f"left out: {count} x {reason}: {', '.join(names[:3])}{', ...' if count > 3 else ''}")
         return "\n".join(lines + self.notes)
 
@@ -734,6 +773,11 @@ def read_volume(volume: Volume, shape: Sequence[int] = PUBLISHED_SHAPE) -> tuple
     """
     _check_shape(shape)
     path, fixed = volume.path, _in_fixed_folder(volume.path)
+    if volume.stamp is not None and not os.path.exists(path):
+        expected = "its features in the cache of this encoder"
+        fetch = f"fetch the file with {FETCH} {split_of(volume.name)}"
+        remedy = f"train with --freeze-backbone on that cache, or {fetch}"
+        raise _problem(path, "no file (it was streamed)", expected, remedy)
     row = None if volume.metadata is None else _metadata_reading(volume.metadata, path.name)
 
     def judge(header: _Header, evidence: _Evidence) -> Verdict:
@@ -856,8 +900,43 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     return {name: dict(zip(columns, row, strict=True)) for name, row in _unique(table, columns).rows.items()}
 
 
+STREAMED_TYPES = {
+    "fixed": bool,
+    "size": int,
+    "tail": str,
+    "sha256": (str, type(None)),
+    "reason": (str, type(None)),
+}
+
+
+def read_streamed(data_dir: str | Path, split: str) -> dict[str, Streamed]:
+    """{volume: what is known of its file} from a split's manifest, {} where there is none.
+
+    The last line of a volume counts; one that a kill has torn, or that is anything else, is ignored. Raises CohortError
+    where the manifest cannot be read.
+    """
+    path = Path(data_dir, streamed_path(split))
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        found = f"an unreadable manifest ({error.strerror})"
+        raise CohortError(f"{path.name}: found {found}, expected a file; check its permissions") from None
+    streamed = {}
+    for line in lines:
+        try:
+            content = json.loads(line)
+            name, values = content["name"], {key: content[key] for key in STREAMED_TYPES}
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isinstance(name, str) and all(isinstance(values[key], kind) for key, kind in STREAMED_TYPES.items()):
+            streamed[name] = Streamed(**values)
+    return streamed
+
+
 class _Joiner:
-    """Joins label rows, metadata rows, the no-chest list and the disk, one volume at a time."""
+    """Joins label rows, metadata rows, the no-chest list, the disk and the manifest, one volume at a time."""
 
     def __init__(self, data_dir: Path, split: str):
         self.data_dir = data_dir
@@ -876,20 +955,25 @@ class _Joiner:
         if no_chest is None:
             self.notes.append(f"no {no_chest_path(split).name}: scans of other body parts are not left out")
         self.no_chest = no_chest or set()
+        self.streamed = read_streamed(data_dir, split)
         for source, what in ((self.labels, "label"), (self.metadata, "metadata")):
             if source.repeated:
                 self.notes.append(f"duplicate {what} rows with the same content, counted once: {source.repeated}")
 
-    def find(self, name: str) -> tuple[Path, bool] | None:
-        """(path, whether version 2), version 2 first: it is the corrected one."""
+    def find(self, name: str) -> tuple[Path, bool, Streamed | None] | None:
+        """(path, whether version 2, None) of the file, version 2 first: it is the corrected one. Without a file, where
+        it would be and what the manifest says of it."""
         for fixed in (True, False):
             path = self.data_dir / volume_path(name, fixed)
             if os.path.exists(path):  # False also where a folder may not be entered
-                return path, fixed
-        return None
+                return path, fixed, None
+        streamed = self.streamed.get(name)
+        return streamed and (self.data_dir / volume_path(name, streamed.fixed), streamed.fixed, streamed)
 
-    def join(self, name: str, path: Path, fixed: bool) -> Volume | str:
+    def join(self, name: str, path: Path, fixed: bool, streamed: Streamed | None) -> Volume | str:
         """The volume, or the reason for leaving it out."""
+        if streamed is not None and streamed.reason is not None:
+            return f"quarantined: {streamed.reason}"
         if name in self.no_chest:
             return "not a chest (no-chest list)"
         if name in self.labels.contradictory:
@@ -902,7 +986,7 @@ class _Joiner:
         row, problem = self.row(name)
         if problem and not fixed:
             return f"{problem} (needed by a version-1 file)"
-        return Volume(name, path, labels, row)
+        return Volume(name, path, labels, row, streamed and (streamed.size, streamed.tail))
 
     def row(self, name: str) -> tuple[dict[str, Any] | None, str | None]:
         """(usable metadata row, None) or (None, what is wrong with it)."""
@@ -925,8 +1009,9 @@ def load_cohort(data_dir: str | Path, split: str, limit: int | None = None) -> C
     """Volumes of one split in the hub's layout under data_dir, in the order of the label table.
 
     Joins labels, metadata and the no-chest list by VolumeName; a volume present in both versions is taken from the
-    `_fixed` folder. `limit` stops after that many usable volumes. Paths are built from names, the tree is never listed.
-    Raises CohortError where a table or a column is missing or nothing usable is left.
+    `_fixed` folder, one present in neither from the manifest of streamed ones, with its `stamp`. `limit` stops after
+    that many usable volumes. Paths are built from names, the tree is never listed. Raises CohortError where a table or
+    a column is missing or nothing usable is left.
     """
     data_dir = Path(data_dir)
     if split not in SPLITS:
@@ -952,6 +1037,23 @@ def load_cohort(data_dir: str | Path, split: str, limit: int | None = None) -> C
     if not cohort.volumes:
         found = "; ".join(cohort.summary().splitlines()[1:]) or "an empty label table"
         raise CohortError(f"{data_dir}: found no usable {split} volume ({found}), expected at least one; add volumes")
+    return cohort
+
+
+def listed_volumes(data_dir: str | Path, split: str, fixed: bool) -> Cohort:
+    """Every usable volume that the tables of a split list, whether its file is here or not; `fixed`: as version 2.
+
+    For choosing what to fetch. Raises CohortError where a table or a column is missing.
+    """
+    data_dir = Path(data_dir)
+    joiner = _Joiner(data_dir, split)
+    cohort = Cohort([], notes=joiner.notes)
+    for name in (*joiner.labels.rows, *sorted(joiner.labels.contradictory)):
+        result = joiner.join(name, data_dir / volume_path(name, fixed), fixed, None)
+        if isinstance(result, Volume):
+            cohort.volumes.append(result)
+        else:
+            cohort.left_out.append((name, result))
     return cohort
 
 

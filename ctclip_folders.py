@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,10 @@ from ctclip_tables import load_labels, load_predictions, tuning_rows, write_tabl
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from ctclip_cache import FeatureCache
+    from ctclip_data import Volume
+    from ctclip_model import CTCLIPMultiAbnormalityModel
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,11 @@ def foreign_folder(run: Path, data_dir: str | Path | None) -> Path:
 def predict_run(
     run: Path, data_dir: str | Path | None, device: str | None, workers: int | None, tables: Path
 ) -> None:
-    """Writes predictions.csv and labels.csv of the cohort's validation split into `tables`."""
-    from ctclip_data import load_cohort
+    """Writes predictions.csv and labels.csv of the cohort's validation split into `tables`.
+
+    What the run's cache has of the volumes is taken from there; streamed volumes are nowhere else.
+    """
+    from ctclip_data import FETCH, load_cohort
 
     record = run_record(run)
     data_dir = data_dir or record.get("data_dir")
@@ -125,13 +132,41 @@ def predict_run(
     cohort = load_cohort(data_dir, "valid")
     model = load_model(run, device)
     print(f"Predicting the unseen split of {data_dir}\n{cohort.summary()}")
-    read, logits = predict_volumes(model, cohort.volumes, workers=workers, on_batch=print_failures)
+    cache = run_cache(record, model)
+    if not within_reach(cohort.volumes, cache):
+        where = f"{run_cache_dir(record)} (no such folder)" if cache is None else cache.folder
+        raise EvaluationError(
+            f"{data_dir}: found none of the {len(cohort)} volumes on disk (they were streamed) and none in {where}, "
+            "expected them in the cache of this encoder; evaluate a run that was trained with --freeze-backbone on the "
+            f"cache they were streamed into, or fetch the files with {FETCH} valid"
+        )
+    read, logits = predict_volumes(model, cohort.volumes, workers=workers, on_batch=print_failures, cache=cache)
     if not read:
         raise EvaluationError(f"{data_dir}: none of the {len(cohort)} volumes of its valid split could be read")
     names = [cohort.volumes[i].name for i in read]
     tables.mkdir(parents=True, exist_ok=True)
     write_table(tables / "labels.csv", names, np.stack([cohort.volumes[i].labels for i in read]).astype(int))
     write_table(tables / "predictions.csv", names, logits.sigmoid().numpy())
+
+
+def run_cache_dir(record: Mapping) -> str:
+    """The --cache-dir of a run, as its record has it."""
+    return record.get("config", {}).get("cache_dir", "cache")
+
+
+def run_cache(record: Mapping, model: CTCLIPMultiAbnormalityModel) -> FeatureCache | None:
+    """The cache of the folder that a run's record names, to read from; None where there is no such folder."""
+    from ctclip_cache import FeatureCache
+
+    folder = Path(run_cache_dir(record))
+    return FeatureCache(folder, model) if folder.is_dir() else None
+
+
+def within_reach(volumes: Sequence[Volume], cache: FeatureCache | None) -> bool:
+    """Whether any of the volumes has a file or, where it was streamed, an entry in the cache."""
+    if any(volume.stamp is None for volume in volumes):
+        return True
+    return cache is not None and any(row is not None for row in cache.rows(volumes))
 
 
 def run_record(run: Path) -> dict:

@@ -86,6 +86,8 @@ UNUSED_KEYS = (
     ("._codebook.initted", "codebook training statistics"),
 )
 
+SLIM_OF = "slim_of"  # in the header of a slim copy: the name of the file it was made from
+
 LINEAR_HEAD_KEYS = ("classifier.weight", "classifier.bias")  # ClassFine's
 
 # Arguments of the hub mixin that mean nothing for a local folder; its version 0.25 has two more than later ones.
@@ -593,6 +595,19 @@ class LoadReport:
         return f"{self.path}: {self.loaded} tensors loaded; dropped by name: {dropped}; not in the file: {new}"
 
 
+def existing_weights(path: str | os.PathLike) -> Path:
+    """`path`; where there is no such file, the slim copy that `ctclip_setup.py --slim` put in its place, if it did."""
+    path = Path(path)
+    slim = path.with_suffix(".safetensors")
+    if not path.exists() and slim.is_file():
+        try:
+            with safe_open(slim, framework="pt") as file:
+                return slim if (file.metadata() or {}).get(SLIM_OF) == path.name else path
+        except SafetensorError:  # reading it will say what is wrong with it
+            return slim
+    return path
+
+
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     """Tensors of a .pt or .safetensors file, memory-mapped, prefixes removed.
 
@@ -615,7 +630,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
             "Expected a plain state dict; run python ctclip_setup.py for the published weights"
         ) from error
     except (RuntimeError, EOFError, OSError, SafetensorError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} is not a readable weights file ({reason}); if a download was cut off, delete it and run "
             "python ctclip_setup.py again"
@@ -840,6 +855,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         self.load_report: LoadReport | None = None
         state = None
         if sizes is None and ctclip_path is not None:
+            ctclip_path = existing_weights(ctclip_path)
             state = read_checkpoint(ctclip_path)
             sizes = asdict(TowerSizes.from_state_dict(state))
         self.sizes = None if sizes is None else TowerSizes(**sizes)

@@ -81,7 +81,10 @@ class Probe:
             cache = FeatureCache(self.config.cache_dir, self.model)
             # Without frozen epochs there is no cache; augmented training volumes have none.
             cached = [] if not self.frozen else self.tuning if self.config.augment else [*self.train, *self.tuning]
-            missing = cache.rows(cached).count(None)
+            rows = cache.rows(cached)
+            missing = rows.count(None)
+            if problem := cache.out_of_reach(cached, rows):
+                raise TrainingError(problem)
             disk = self.disk(cache, missing)
             self.read_some()
             lines |= {
@@ -135,8 +138,17 @@ class Probe:
         )
 
     def read_some(self) -> None:
-        """Reads training volumes as the run will. Others each time: what was read before may come from memory."""
-        chosen = random.Random().sample(self.train, min(MOST_VOLUMES, len(self.train)))
+        """Reads training volumes as the run will. Others each time: what was read before may come from memory.
+
+        Where training volumes were streamed, what may have to be read is among the tuning volumes; where all were,
+        `measured` stays 0, and there is no reading and no encoding to measure.
+        """
+        self.measured = self.failed = 0
+        on_disk = [[volume for volume in side if volume.stamp is None] for side in (self.train, self.tuning)]
+        readable = on_disk[0] or on_disk[1]
+        if not readable:
+            return
+        chosen = random.Random().sample(readable, min(MOST_VOLUMES, len(readable)))
         dataset = VolumeDataset(chosen, self.model.input_shape, 0 if self.config.augment else None)
         times, reasons = [], []
         for i in range(len(chosen)):
@@ -168,12 +180,16 @@ class Probe:
         return f"{number}{run.device}, {name}, {free}; {precision}"
 
     def reading(self) -> str:
+        if not self.measured:
+            return "not measured: the volumes were streamed and have no file"
         readers = self.readers * self.world
         who = f"and process, {readers} processes" if self.run.workers else "by the main process"
         return f"{duration(self.reading_seconds)} per volume {who}: {readers / self.reading_seconds:.1f} volumes/s"
 
     def encoding(self, missing: int) -> str:
         """Encoding, once, and evaluating are in float32; passes over augmented voxels in the precision of training."""
+        if not self.measured:
+            return "nothing left to encode"
         run, model = self.run, self.model
         volume = self.volume[None].to(run.device)
         with encoding(model, run.device):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ctclip_cache import FeatureCache, encode_missing
-from ctclip_data import Cohort, Volume, load_cohort, piece_size, split_by_patient
+from ctclip_data import FETCH, Cohort, Volume, load_cohort, piece_size, split_by_patient
 from ctclip_model import (
     CLASSFINE_PATH,
     DEMO_PATH,
@@ -358,9 +358,23 @@ def frozen_inputs(run: Run, model: CTCLIPMultiAbnormalityModel, split: Split, ch
     """What the head takes for these volumes of the split, on the device."""
     if split.features is not None:
         return split.features[list(chosen)].to(run.device)
-    compact = run.cache.load([split.rows[i] for i in chosen])
-    compact = compact.float() if compact.is_floating_point() else compact.int()  # few operations know 16 bits
-    return model.from_compact(compact.to(run.device))
+    return run.cache.head_inputs(model, [split.rows[i] for i in chosen], run.device)
+
+
+def refuse_lost_voxels(config: TrainingConfig, data_dir: Path, volumes: Sequence[Volume]) -> None:
+    """Raises TrainingError where the run would read voxels of volumes that were streamed and have no file any more."""
+    wanted = {}
+    if config.frozen_epochs < config.epochs:
+        wanted["unfrozen epochs"] = "add --freeze-backbone"
+    if config.augment:
+        wanted["--augment"] = "leave --augment out"
+    lost = sum(volume.stamp is not None for volume in volumes)
+    if lost and wanted:
+        raise TrainingError(
+            f"{data_dir}: found {lost} of {len(volumes)} volumes without a file (streamed, only their codes are left), "
+            f"expected files, because {' and '.join(wanted)} read voxels; {' and '.join(wanted.values())}, or fetch "
+            f"the files with {FETCH} train"
+        )
 
 
 @dataclass
@@ -395,6 +409,7 @@ def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> Job:
     phantom = is_phantom_cohort(data_dir)
     model = build_model(config, phantom).to(run.device)
     cohort = load_cohort(data_dir, "train", limit=config.limit)
+    refuse_lost_voxels(config, data_dir, cohort.volumes)
     train_volumes, tuning_volumes = split_by_patient(cohort.volumes, config.tuning_fraction, config.seed)
     if config.mode == "quick_test":
         train_volumes, tuning_volumes = train_volumes[: QUICK_TEST_VOLUMES[0]], tuning_volumes[: QUICK_TEST_VOLUMES[1]]

@@ -1,7 +1,13 @@
-"""Sets the suite up: packages, folders, weights, one forward pass, and a summary of what works.
+"""Sets the suite up: packages, folders, weights, data, one forward pass, and a summary of what works.
 
     python ctclip_setup.py                    packages and the ClassFine weights
     python ctclip_setup.py --dev              also pytest and ruff
+    python ctclip_setup.py --slim             keep 0.7 GB of the weights' 1.77 GB, proven to compute the same
+    python ctclip_setup.py --data valid --volumes 100
+                                              tables and volumes of CT-RATE
+    python ctclip_setup.py --data train --patients 500 --stream-cache
+                                              the same as codes of 28 KB each, through a few GB of disk
+    python ctclip_setup.py --doctor           what works here, and what to do about the rest
     python ctclip_setup.py --check            look only: installs and downloads nothing
 
 Standard library only at import, so that it runs and explains itself on a bare interpreter. Versions are typed in
@@ -14,277 +20,44 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import importlib.util
-import json
 import os
 import re
-import shlex
-import shutil
 import subprocess
 import sys
-import sysconfig
-import tempfile
-import textwrap
-import threading
 import time
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple, Sequence  # noqa: UP035  (3.8 must get as far as check_python)
-from urllib.parse import urlsplit
+from typing import Sequence  # noqa: UP035  (3.8 must get as far as check_python)
 
-SUITE = Path(__file__).resolve().parent  # the code; models/ and results/ belong to the working folder
-OLDEST_PYTHON = (3, 10)
+from ctclip_doctor import REINSTALL, ForwardFailed, doctor, forward_pass
+from ctclip_hub import (
+    HUB_SECONDS,
+    REPOSITORY,
+    TERMS_PAGE,
+    WEIGHTS,
+    HubTrouble,
+    WeightsFile,
+    check_disk,
+    explain,
+    fetch,
+    find_token,
+    look_up,
+    parts_of,
+    sha256_of,
+    write_record,
+)
+from ctclip_packages import (
+    SUITE,
+    SetupError,
+    check_python,
+    packages_step,
+    read_requirements,
+    survey,
+    versions_text,
+    wanted_text,
+)
+from ctclip_rows import join, row, size_text
 
-REPOSITORY = "ibrahimhamamci/CT-RATE"  # a dataset repository, gated
-TERMS_PAGE = "https://huggingface.co/datasets/ibrahimhamamci/CT-RATE"
-TOKENS_PAGE = "https://huggingface.co/settings/tokens"
-WEIGHTS = {  # name on the command line -> file in the repository; saved as models/ctclip_<name>.pt
-    "classfine": "models/CT-CLIP-Related/CT_LiPro_v2.pt",
-    "vocabfine": "models/CT-CLIP-Related/CT_VocabFine_v2.pt",
-    "zeroshot": "models/CT-CLIP-Related/CT-CLIP_v2.pt",
-}
-WEIGHTS_BYTES = 1_800_000_000  # room to ask for when the hub does not announce a size
-SPARE_BYTES = 50_000_000
-HUB_SECONDS = 10  # for the first answer; the hub's host name has several addresses, each with its own time-out
-
-WIDTH, INDENT, TIED = 100, 12, "\u00a0"  # TIED: a space at which no line is broken
-
-
-class SetupError(Exception):
-    """Stops setup with exit code 2; the message is one line: what was found, what to do."""
-
-
-class HubTrouble(Exception):
-    """Weights that could not be had: `reason` in one sentence, `steps` to take. Setup goes on without them.
-
-    `one_file`: the trouble is with this file alone, so the next one is worth asking for.
-    """
-
-    def __init__(self, reason: str, *steps: str, one_file: bool = False):
-        super().__init__(reason)
-        self.reason, self.steps, self.one_file = reason, steps, one_file
-
-
-# ---- output
-
-
-def row(label: str, text: str) -> None:
-    """One aligned entry of at most 100 columns; its further lines keep its own indentation, number or [seconds]."""
-    hanging = " " * len(re.match(r" *(\d\. |\[[ \d]+ s\] )?", text).group())
-    body = textwrap.wrap(
-        text, WIDTH - INDENT, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
-    )
-    for number, line in enumerate(body):
-        print(f"{label if number == 0 else '':<{INDENT}}{line}".replace(TIED, " "), flush=True)
-
-
-def join(items: Iterable) -> str:
-    return ", ".join(str(item) for item in items)
-
-
-def versions_text(versions: dict[str, str]) -> str:
-    return join(f"{name}{TIED}{version}" for name, version in versions.items())
-
-
-def size_text(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
-# ---- Python and packages
-
-
-def check_python(version: Sequence[int] = tuple(sys.version_info)) -> None:
-    if tuple(version[:2]) < OLDEST_PYTHON:
-        found = ".".join(str(part) for part in version[:3])
-        raise SetupError(f"found Python {found}, expected 3.10 or newer; run this with a newer one (python3.11, ...)")
-
-
-class Requirement(NamedTuple):
-    name: str
-    floor: str
-
-    def __str__(self) -> str:
-        return f"{self.name}>={self.floor}"
-
-
-def parse_requirements(text: str) -> tuple[list[Requirement], list[Requirement]]:
-    """requirements.txt -> (what the suite runs on, what its tests need in addition: all below the line `# dev ...`)."""
-    runtime: list[Requirement] = []
-    development: list[Requirement] = []
-    target = runtime
-    for line in text.splitlines():
-        if line.startswith("# dev"):
-            target = development
-        specification = line.split("#")[0].strip()
-        if specification:
-            name, _, floor = specification.partition(">=")
-            target.append(Requirement(name.strip(), floor.strip()))
-    return runtime, development
-
-
-def release(version: str) -> tuple[int, ...]:
-    """"2.6.0+cu124" -> (2, 6). Pre-releases count as their release: vendors ship a working torch as 2.6.0a0."""
-    numbers = re.match(r"v?(?:\d+!)?(\d+(?:\.\d+)*)", version.strip())
-    parts = [int(part) for part in numbers.group(1).split(".")] if numbers else []
-    while parts and parts[-1] == 0:
-        parts.pop()
-    return tuple(parts)
-
-
-def installed_version(name: str) -> str | None:
-    """None when absent, and when a broken uninstall left metadata without a version."""
-    from importlib import metadata
-
-    try:
-        return metadata.version(name)
-    except (metadata.PackageNotFoundError, KeyError):
-        return None
-
-
-def survey(
-    requirements: Sequence[Requirement], version_of: Callable[[str], str | None] = installed_version
-) -> tuple[dict[str, str], dict[Requirement, str | None]]:
-    """-> (name: version for what meets its floor; requirement: version found, None if absent, for what does not)."""
-    ready, wanted = {}, {}
-    for requirement in requirements:
-        found = version_of(requirement.name)
-        if found and release(found) >= release(requirement.floor):
-            ready[requirement.name] = found
-        else:
-            wanted[requirement] = found
-    return ready, wanted
-
-
-def pins(ready: dict[str, str], version_of: Callable[[str], str | None] = installed_version) -> list[str]:
-    """Constraints that keep pip from replacing a torch that is good enough, and the torchvision built against it."""
-    if "torch" not in ready:
-        return []
-    found = {name: version_of(name) for name in ("torch", "torchvision")}
-    return [f"{name}=={version}" for name, version in found.items() if version]
-
-
-def on_colab() -> bool:
-    try:
-        return importlib.util.find_spec("google.colab") is not None
-    except ModuleNotFoundError:
-        return False
-
-
-def pip_refusal(stdlib: Path, packages: Path, in_venv: bool) -> str | None:
-    """Why pip may not install into this interpreter, or None. `stdlib` is where PEP 668 puts its marker."""
-    managed = (stdlib / "EXTERNALLY-MANAGED").exists() and not in_venv
-    if managed and os.environ.get("PIP_BREAK_SYSTEM_PACKAGES", "0") in ("", "0"):
-        return "is managed by the operating system (PEP 668)"
-    existing = next(folder for folder in (packages, *packages.parents) if folder.exists())
-    if not os.access(existing, os.W_OK):
-        return f"keeps its packages in {packages}, which you may not write to"
-    if importlib.util.find_spec("pip") is None:
-        return "has no pip"
-    return None
-
-
-def check_pip() -> None:
-    paths = sysconfig.get_paths()
-    refusal = pip_refusal(Path(paths["stdlib"]), Path(paths["purelib"]), sys.prefix != sys.base_prefix)
-    if refusal and not on_colab():
-        activate = r".venv\Scripts\activate" if os.name == "nt" else ". .venv/bin/activate"
-        debian = "" if importlib.util.find_spec("ensurepip") else " (Debian, Ubuntu: apt install python3-venv first)"
-        raise SetupError(
-            f"this Python ({sys.executable}) {refusal}; make a virtual environment{debian} and run this again in it: "
-            f"{shlex.quote(sys.executable)} -m venv .venv && {activate}"
-        )
-
-
-def pip_event(line: str) -> str | None:
-    """What is worth a line of its own in pip's output: wheels that take a while, and the unpacking."""
-    wheel = re.match(r"\s*(Downloading|Using cached) (?:\S*/)?(\w+)-([^-\s]+)-\S+ \(([\d.]+) (MB|GB)\)", line)
-    if wheel and (wheel.group(5) == "GB" or float(wheel.group(4)) >= 100):
-        verb = "downloading" if wheel.group(1) == "Downloading" else "from pip's cache:"
-        return f"{verb} {wheel.group(2).replace('_', '-')} {wheel.group(3)} ({wheel.group(4)} {wheel.group(5)})"
-    if line.startswith("Installing collected packages:"):
-        return f"unpacking {line.count(',') + 1} packages" + (", a minute or two" if " torch," in line else "")
-    return None
-
-
-def run_pip(command: list[str]) -> tuple[int, list[str]]:
-    """Runs pip, printing its few events with the seconds since the start; -> (exit code, its whole output)."""
-    started, lines = time.monotonic(), []
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, encoding="utf-8", errors="replace"
-    ) as process:
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            event = pip_event(line)
-            if event:
-                row("", f"[{time.monotonic() - started:4.0f} s] {event}")
-    return process.returncode, lines
-
-
-def pip_failure(lines: Sequence[str]) -> str:
-    """pip's own last error line and what to do about it, in one line."""
-    errors = [line.strip()[len("ERROR: ") :] for line in lines if line.strip().startswith("ERROR: ")]
-    said = errors[-1] if errors else next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-    text = "\n".join(lines)
-    if "No space left" in text:
-        remedy = "free some disk: torch with its CUDA libraries takes about 6 GB"
-    elif re.search(r"NewConnectionError|NameResolutionError|name resolution|ProxyError|timed out|SSLError", text):
-        remedy = "check the network and the proxy (HTTPS_PROXY, PIP_INDEX_URL), then run this again"
-    else:
-        remedy = "see all of it with: python -m pip install -r requirements.txt"
-    return f"pip could not install the packages: {said}; {remedy}"
-
-
-def install(wanted: Sequence[Requirement], constraints: Sequence[str]) -> None:
-    names = [str(requirement) for requirement in wanted]
-    if any(requirement.name == "torch" for requirement in wanted):
-        names.append("torchvision")  # timm imports it and an older one is tied to the torch being replaced
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        constraint_file = Path(folder, "constraints.txt")
-        constraint_file.write_text("\n".join(constraints) + "\n")
-        code, lines = run_pip(
-            [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
-            + ["--progress-bar", "off", "-c", str(constraint_file), *names]
-        )
-    if code != 0:
-        raise SetupError(pip_failure(lines))
-    importlib.invalidate_caches()
-    ready, missing = survey(wanted)
-    if missing:
-        raise SetupError(f"pip reported success but {join(missing)} cannot be found; run this again")
-    row("", f"[{time.monotonic() - started:4.0f} s] installed {installed_text(ready, lines)}")
-
-
-def installed_text(ready: dict[str, str], lines: Sequence[str]) -> str:
-    count = sum(len(line.split()) - 2 for line in lines if line.startswith("Successfully installed "))
-    others = count - len(ready)
-    return versions_text(ready) + (f", and {others} more that they need" if others > 0 else "")
-
-
-def read_requirements(with_development: bool) -> list[Requirement]:
-    try:
-        runtime, development = parse_requirements((SUITE / "requirements.txt").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SetupError(f"cannot read {SUITE / 'requirements.txt'} ({error.strerror}); get the whole suite") from error
-    return runtime + (development if with_development else [])
-
-
-def wanted_text(wanted: dict[Requirement, str | None]) -> str:
-    return join(f"{need} (found {found})" if found else need for need, found in wanted.items())
-
-
-def packages_step(requirements: Sequence[Requirement]) -> None:
-    ready, wanted = survey(requirements)
-    if not wanted:
-        row("packages", f"all {len(ready)} are here: {versions_text(ready)}")
-        return
-    check_pip()
-    if ready:
-        row("packages", f"kept as they are: {versions_text(ready)}")
-    row("" if ready else "packages", "installing " + wanted_text(wanted))
-    install(list(wanted), pins(ready))
-
+DATA_DIR = Path("data", "ct_rate")
 
 # ---- folders
 
@@ -303,298 +76,141 @@ def folders_step() -> None:
 # ---- weights
 
 
-def token_steps() -> list[str]:
-    steps = [f"1. accept the terms, once: {TERMS_PAGE}"]
-    if on_colab():
-        steps += [
-            f"2. make a read token ({TOKENS_PAGE}), store it as the Colab secret HF_TOKEN, "
-            "and run this cell, because a !python cell does not see Colab's secrets:",
-            "       import os",
-            "       from google.colab import userdata",
-            '       os.environ["HF_TOKEN"] = userdata.get("HF_TOKEN")',
-        ]
-    else:
-        steps += [f"2. make a read token ({TOKENS_PAGE}) and set it: export{TIED}HF_TOKEN=hf_..."]
-    return [*steps, "then run this again"]
+WEIGHTS_BYTES = 1_800_000_000  # room to ask for when the hub does not announce a size
+SLIM_BYTES = 720_000_000
 
 
-def hub_host() -> str:
-    """Host of the hub, without the user and password a mirror's address may carry."""
-    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    try:
-        port = f":{address.port}" if address.port else ""
-    except ValueError:
-        port = ""
-    return f"{address.hostname or 'the address in HF_ENDPOINT'}{port}"
-
-
-def find_token() -> str:
-    """HF_TOKEN or what `hf auth login` stored. Refuses what would end up, quoted, in an HTTP library's message."""
-    from huggingface_hub import get_token
-
-    token = get_token()
-    if not token:
-        raise HubTrouble("no Hugging Face token found", *token_steps())
-    if not re.fullmatch(r"[A-Za-z0-9_.~+/=-]+", token):
-        raise HubTrouble(
-            "the Hugging Face token holds characters that no token has (a quote, a space?)",
-            "set HF_TOKEN again: letters, digits and _ only, without quotes; then run this again",
-        )
-    return token
-
-
-def answer_of_status(status: int, gated: bool, file: str) -> HubTrouble:
-    """What an HTTP status of the hub means to the person whose token was sent."""
-    if status == 401:
-        return HubTrouble(
-            "the hub refused the token (401): mistyped, expired or revoked",
-            f"make a new read token ({TOKENS_PAGE}), set HF_TOKEN to it, then run this again",
-        )
-    if status == 403 and gated:
-        return HubTrouble(
-            "the token is valid, but its account has not accepted CT-RATE's terms (403)",
-            f"accept them with that account: {TERMS_PAGE} and run this again",
-        )
-    if status == 403:
-        return HubTrouble(
-            "the token may not read gated repositories (403)",
-            f'at {TOKENS_PAGE} give it "Read access to contents of all public gated repos you can access", '
-            "or make a token of type Read; then run this again",
-        )
-    if status == 404:
-        return HubTrouble(
-            f"{hub_host()} has no {file} in {REPOSITORY} (404)",
-            f"unset HF_ENDPOINT if it names a mirror; otherwise look for the file at {TERMS_PAGE}",
-            one_file=True,
-        )
-    if status == 429:
-        return HubTrouble("the hub asks to slow down (429)", "wait a few minutes, then run this again")
-    return HubTrouble(
-        f"{hub_host()} answered with an error of its own ({status})",
-        "nothing is wrong here: run this again later (https://status.huggingface.co)",
-    )
-
-
-NETWORK_ERRORS = {"ConnectError", "ConnectionError", "NetworkError", "RemoteProtocolError", "ChunkedEncodingError"}
-TIMEOUT_ERRORS = {"TimeoutException", "Timeout", "TimeoutError"}
-
-
-def error_chain(error: BaseException) -> list[BaseException]:
-    chain = [error]
-    while chain[-1].__cause__ is not None and len(chain) < 8:
-        chain.append(chain[-1].__cause__)
-    return chain
-
-
-def class_names(chain: Sequence[BaseException]) -> set[str]:
-    return {base.__name__ for link in chain for base in type(link).__mro__}
-
-
-def explain(error: BaseException, file: str, token: str) -> HubTrouble:
-    """Any failure of huggingface_hub -> reason and remedy.
-
-    Told apart by class *names*: the HTTP library underneath changed twice (requests, httpx, httpx2), and 0.x and
-    later versions wrap the same failure differently. Text that others wrote is shown with the token taken out.
-    """
-    if isinstance(error, HubTrouble):
-        return error
-    chain = error_chain(error)
-    names = class_names(chain)
-    for link in chain:
-        status = getattr(getattr(link, "response", None), "status_code", None)
-        if status is not None:
-            return answer_of_status(status, "GatedRepoError" in names, file)
-    again = "then run this again"
-    if "OfflineModeIsEnabled" in names:
-        return HubTrouble("HF_HUB_OFFLINE is set, so nothing is fetched", f"unset HF_HUB_OFFLINE, {again}")
-    if "ProxyError" in names:
-        return HubTrouble(
-            f"the proxy let nothing through to {hub_host()}", f"check HTTPS_PROXY and HTTP_PROXY, {again}"
-        )
-    if names & TIMEOUT_ERRORS:
-        return no_answer()
-    if names & NETWORK_ERRORS:
-        return HubTrouble(
-            f"no connection to {hub_host()}", f"check the network, the proxy (HTTPS_PROXY) and HF_ENDPOINT, {again}"
-        )
-    if any(getattr(link, "errno", None) == 28 for link in chain):
-        return HubTrouble("the disk is full", f"free {size_text(WEIGHTS_BYTES)}, {again}")
-    said = str(error).replace(token, "***") if token else str(error)
-    first = next((line.strip() for line in said.splitlines() if line.strip()), "")[:200]
-    return HubTrouble(f"huggingface_hub stopped with {type(error).__name__}: {first}", "run this again")
-
-
-def no_answer() -> HubTrouble:
-    return HubTrouble(
-        f"no answer from {hub_host()} within {HUB_SECONDS} s",
-        "check the network and the proxy (HTTPS_PROXY), or wait a few minutes; then run this again",
-    )
-
-
-def within(seconds: float, function: Callable):
-    """function() or HubTrouble after `seconds`; a thread, because no HTTP time-out covers all addresses of a host."""
-    outcome: list = []
-
-    def work() -> None:
-        try:
-            outcome.append((function(), None))
-        except Exception as error:  # handed to the caller below
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise no_answer()
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    return value
-
-
-def announced_size(file: str, token: str) -> int | None:
-    """Size of the file on the hub; also the cheapest way to learn whether this token may have it."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    url = hf_hub_url(REPOSITORY, file, repo_type="dataset")
-    return within(HUB_SECONDS, lambda: get_hf_file_metadata(url, token=token, timeout=HUB_SECONDS)).size
-
-
-def check_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed + SPARE_BYTES:
-        raise HubTrouble(
-            f"the disk is too small: {size_text(free)} free in {folder}/, {size_text(needed + SPARE_BYTES)} needed",
-            "free some, or run this in a folder on a larger disk",
-            one_file=True,  # another may be here already
-        )
-
-
-def transfer(file: str, folder: Path, token: str) -> str:
-    from huggingface_hub import hf_hub_download
-
-    for attempts_left in (2, 1, 0):
-        try:
-            return hf_hub_download(
-                REPOSITORY, file, repo_type="dataset", local_dir=folder, token=token, etag_timeout=HUB_SECONDS
-            )
-        except Exception as error:
-            if not attempts_left or not class_names(error_chain(error)) & (NETWORK_ERRORS | TIMEOUT_ERRORS):
-                raise
-            row("", "the transfer was cut; going on")
-            time.sleep(1)
-    raise AssertionError("unreachable")
-
-
-def download(name: str, size: int | None, token: str) -> None:
-    """Fetches into models/.download-<name>/ and moves the complete file into place: there is never half a file.
-
-    Not every version of the hub's client goes on by itself after a cut, hence the second and third attempt.
-    """
-    target, staging = weights_path(name), Path("models", f".download-{name}")
-    check_disk(target.parent, size or WEIGHTS_BYTES)
-    row("", f"{name}: fetching {size_text(size) if size else 'a file of unknown size'} to {target}")
-    fetched = transfer(WEIGHTS[name], staging, token)
-    found = os.path.getsize(fetched)
-    if size and found != size:
-        os.remove(fetched)
-        raise HubTrouble(f"the file that arrived has {found} bytes, expected {size}", "run this again", one_file=True)
-    os.replace(fetched, target)
-    shutil.rmtree(staging, ignore_errors=True)
-
-
-def weights_path(name: str) -> Path:
-    return Path("models", f"ctclip_{name}.pt")
-
-
-def fetch(name: str) -> str:
-    """Makes models/ctclip_<name>.pt the hub's file; -> one phrase on what was done. Raises HubTrouble."""
-    path, file, token = weights_path(name), WEIGHTS[name], ""
+def fetch_weights(weights: WeightsFile, slim: bool) -> str:
+    """Makes the file the hub's; -> one phrase on what was done. `slim`: a copy beside it has to fit on the disk too."""
+    token = ""
     try:
         token = find_token()
-        size = announced_size(file, token)
-        if path.exists() and size in (None, path.stat().st_size):
-            return f"already here, {size_text(path.stat().st_size)}, " + ("the hub's size" if size else "not verified")
-        if path.exists():
-            row("", f"{name}: {path} has {path.stat().st_size} bytes where the hub has {size}")
+        remote = look_up(weights.file, token)
+        checked = f"{remote.checksum} as on the hub" if remote.checksum else "the hub's size; it told no checksum"
+        if weights.path:
+            problem = weights.damage(remote)
+            if problem is None:
+                return f"already here, {weights.path}, {weights.size}, {checked}"
+            row("", f"{weights.name}: {weights.path} is damaged: {problem}; fetching it again")
+        begun = sum(part.stat().st_size for part in parts_of(weights.whole))
+        check_disk(weights.whole.parent, (remote.size or WEIGHTS_BYTES) - begun + slim * SLIM_BYTES)
+        size = size_text(remote.size) if remote.size else "a file of unknown size"
+        going_on = f", of which {size_text(begun)} are here" if begun else ""
+        row("", f"{weights.name}: fetching {size}{going_on} to {weights.whole}")
         started = time.monotonic()
-        download(name, size, token)
-        return f"{path}, {size_text(path.stat().st_size)} in {time.monotonic() - started:.0f} s"
+        fetch(weights.file, weights.whole, token, lambda text: row("", f"{weights.name}: {text}"), remote)
+        weights.slim.unlink(missing_ok=True)
+        weights.record.unlink(missing_ok=True)
+        origin = {"repository": REPOSITORY, "file": weights.file, "size": remote.size}
+        write_record(weights.whole, **origin, sha256=sha256_of(weights.whole))
+        return f"{weights.whole}, {weights.size} in {time.monotonic() - started:.0f} s, {checked}"
     except Exception as error:
-        raise explain(error, file, token) from error
+        raise explain(error, weights.file, token) from error
 
 
-def weights_step(names: Sequence[str]) -> dict[str, HubTrouble]:
+def make_usable(weights: WeightsFile, slim: bool, hub_trouble: HubTrouble | None) -> HubTrouble | None:
+    """Fetches or checks one file and prints what was done; -> why the hub could not be asked, if so.
+
+    `hub_trouble`: known before. Raises HubTrouble where the file is neither here nor to be had.
+    """
+    try:
+        if hub_trouble:
+            raise hub_trouble
+        row("", f"{weights.name}: {fetch_weights(weights, slim)}")
+        return None
+    except HubTrouble as trouble:
+        problem = weights.damage() if weights.path else None
+        if weights.path is None or problem:
+            here = f"{weights.path} is damaged: {problem}" if problem else "not here"
+            row("", f"{weights.name}: {here}: {trouble.reason}")
+            raise
+        known = "as it was when it was fetched" if weights.kept().get("sha256") else "not verified"
+        row("", f"{weights.name}: already here, {weights.size}, {known}: {trouble.reason}")
+        return trouble
+
+
+def fingerprint_step(weights: WeightsFile, slim: bool) -> None:
+    """The fingerprint, printed and kept; with `slim`, of the slim copy that takes the file's place.
+
+    In a process of its own, which needs 2.3 GB of memory, unless it is kept already. Raises HubTrouble where the file
+    is no model, or another one than was kept.
+    """
+    kept = weights.kept().get("fingerprint")
+    if kept and not slim:
+        row("", f"{weights.name}: fingerprint {kept['digest'][:12]}, kept in {weights.record}")
+        return
+    command = [sys.executable, str(SUITE / "ctclip_weights.py"), str(weights.path), *(["--slim"] if slim else [])]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    for line in done.stdout.splitlines():
+        row("", f"{weights.name}: {line}")
+    if done.returncode != 0:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        reason = (said[-1] if said else f"ended with code {done.returncode}").removeprefix("error: ")
+        row("", f"{weights.name}: {reason}")
+        raise HubTrouble(reason, f"see python ctclip_weights.py {weights.path}", kind="file")
+    if slim:
+        write_record(weights.whole, slim_sha256=sha256_of(weights.slim))
+
+
+def weights_step(names: Sequence[str], slim: bool) -> dict[str, HubTrouble]:
     """Fetches each; -> the ones that are not usable, with why. A file that cannot be verified stays usable."""
-    # read when huggingface_hub is imported; its own default is as long, a caller's value wins
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", str(HUB_SECONDS))
     troubles: dict[str, HubTrouble] = {}
     hub_trouble = None  # without token, access or network there is no need to wait for the same answer again
     row("weights", f"{join(names)} from {REPOSITORY}")
     for name in names:
+        weights = WeightsFile(name)
         try:
-            if hub_trouble:
-                raise hub_trouble
-            row("", f"{name}: {fetch(name)}")
-        except HubTrouble as trouble:
-            hub_trouble = None if trouble.one_file else trouble
-            if weights_path(name).exists():
-                found = size_text(weights_path(name).stat().st_size)
-                row("", f"{name}: already here, {found}, not verified: {trouble.reason}")
-            else:
-                row("", f"{name}: not here: {trouble.reason}")
-                troubles[name] = trouble
+            trouble = make_usable(weights, slim, hub_trouble)
+            fingerprint_step(weights, slim and weights.path == weights.whole)
+        except HubTrouble as error:
+            trouble = troubles[name] = error
+        hub_trouble = trouble if trouble and not trouble.one_file else None
     return troubles
 
 
 def weights_look(names: Sequence[str]) -> None:
     for number, name in enumerate(names):
-        path = weights_path(name)
-        found = f"{path}, {size_text(path.stat().st_size)}" if path.exists() else f"{path} is not here"
+        weights = WeightsFile(name)
+        found = f"{weights.path}, {weights.size}" if weights.path else f"{weights.whole} is not here"
         row("weights" if number == 0 else "", f"{name}: {found}")
 
 
-# ---- verification
-
-FORWARD = """
-import json, sys, time
-sys.path.insert(0, sys.argv[1])
-import timm, torch
-from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
-if sys.argv[2]:
-    model = CTCLIPMultiAbnormalityModel(ctclip_path=sys.argv[2])
-    volume = torch.zeros(1, 1, *model.input_shape)
-else:
-    model = CTCLIPMultiAbnormalityModel(ctclip_path=None, backbone="resnet18", pretrained=False)
-    volume = torch.zeros(1, 3, 64, 64)
-device = "cuda" if torch.cuda.is_available() else "cpu"
-model = model.to(device).eval()
-start = time.monotonic()
-with torch.no_grad():
-    logits = model(volume.to(device))
-if tuple(logits.shape) != (1, len(ABNORMALITIES)) or not bool(torch.isfinite(logits).all()):
-    raise SystemExit("logits of shape %s, expected finite (1, %d)" % (tuple(logits.shape), len(ABNORMALITIES)))
-print(json.dumps({"torch": torch.__version__, "seconds": time.monotonic() - start, "input": list(volume.shape),
-    "logits": list(logits.shape), "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu"}))
-"""
+# ---- data
 
 
-class ForwardFailed(Exception):
-    """The installation does not compute; the message is the last line of its error."""
+def data_step(options: argparse.Namespace) -> None:
+    """`--data`: tables, volumes or codes of CT-RATE. Raises SetupError with the one line for whatever went wrong."""
+    from huggingface_hub.utils import disable_progress_bars
 
+    from ctclip_cache import CacheError
+    from ctclip_data import CohortError
+    from ctclip_download import Selection, download_tables, download_volumes
+    from ctclip_metrics import EvaluationError
+    from ctclip_model import CheckpointError
 
-def forward_pass() -> dict:
-    """A small volume through the demo model (the slice model where that file is absent), in its own process."""
-    demo = SUITE / "models" / "ctclip_demo.pt"
-    command = [sys.executable, "-c", FORWARD, str(SUITE), str(demo) if demo.exists() else ""]
+    disable_progress_bars()  # one for each file; ours counts volumes
+    data_dir = Path(options.data_dir or DATA_DIR)
+    fixed = options.data_version == 2
+    selection = Selection(options.data, options.volumes, options.patients, options.seed, fixed)
     try:
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=300)
-    except subprocess.TimeoutExpired as error:
-        raise ForwardFailed("no result within 300 s") from error
-    if done.returncode != 0:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise ForwardFailed(lines[-1] if lines else f"the process ended with code {done.returncode}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        if options.data == "labels":
+            download_tables(data_dir)
+        elif options.stream_cache:
+            from ctclip_stream import Places, stream
+
+            weights = Path(options.ctclip_path or WeightsFile(options.model[0]).whole)
+            stream(selection, Places(data_dir, Path(options.cache_dir), weights, options.disk_gb, options.device))
+        else:
+            download_volumes(selection, data_dir)
+    except HubTrouble as trouble:
+        raise SetupError(trouble.line()) from trouble
+    except (CacheError, CohortError, CheckpointError, EvaluationError, FileNotFoundError) as error:
+        raise SetupError(str(error)) from error
+    except OSError as error:
+        raise SetupError(f"{error.filename or data_dir}: {error.strerror or error}; name another --data-dir") from error
+
+
+# ---- verification
 
 
 def verify_step() -> dict:
@@ -626,7 +242,7 @@ def summary(troubles: dict[str, HubTrouble], fetched: Sequence[str], device: str
     where = "on the CPU (no GPU found)" if device == "cpu" else f"on {device}"
     row("works now", f"training, evaluation and prediction on the built-in cohort, {where}")
     for name in fetched:
-        row("", f"CT-CLIP {name}: {weights_path(name)}")
+        row("", f"CT-CLIP {name}: {WeightsFile(name).path}")
     not_yet(troubles)
     folder = "" if Path.cwd() == SUITE else f"{SUITE}{os.sep}"
     row("next", f"python {folder}run_task2.py")
@@ -635,8 +251,7 @@ def summary(troubles: dict[str, HubTrouble], fetched: Sequence[str], device: str
 
 
 def failed(error: ForwardFailed) -> int:
-    reinstall = "python -m pip install --force-reinstall torch torchvision timm"
-    print(f"error: the forward pass failed: {error}; if the packages are at fault: {reinstall}", file=sys.stderr)
+    print(f"error: the forward pass failed: {error}; if the packages are at fault: {REINSTALL}", file=sys.stderr)
     return 1
 
 
@@ -656,37 +271,101 @@ def check(options: argparse.Namespace) -> int:
 
 def setup(options: argparse.Namespace) -> int:
     started = time.monotonic()
+    # read when huggingface_hub is imported; its own default is as long, a caller's value wins
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", str(HUB_SECONDS))
+    if options.doctor:
+        return doctor(Path(options.data_dir) if options.data_dir else None, options.json)
     row("setup", f"CT-CLIP Task 2 suite in {SUITE}, Python {sys.version.split()[0]}")
     if options.check:
         return check(options)
     folders_step()
     packages_step(read_requirements(options.dev))
-    names = [] if options.no_weights else options.model
-    troubles = weights_step(names) if names else {}
-    device = verify_step()["device"]
-    summary(troubles, [name for name in names if name not in troubles], device, options.dev)
+    troubles = weights_step(options.model, options.slim) if options.model else {}
+    if options.data:
+        needed = options.model if options.stream_cache else []
+        if needed and troubles:
+            raise SetupError(f"--stream-cache needs the weights: {next(iter(troubles.values())).line()}")
+        data_step(options)
+    else:
+        device = verify_step()["device"]
+        summary(troubles, [name for name in options.model if name not in troubles], device, options.dev)
     row("", f"done in {time.monotonic() - started:.0f} s")
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Installs what is missing, fetches CT-CLIP's weights and checks that everything computes.",
         epilog="models/ and results/ are made in the folder you run this in, where the other scripts look for them. "
-        f"The weights are gated: accept the terms at {TERMS_PAGE} and set HF_TOKEN; without them the built-in cohort "
-        "works all the same. HF_ENDPOINT (a mirror) and HF_HOME (the cache) are honoured.",
+        f"Weights and data are gated: accept the terms at {TERMS_PAGE} and set HF_TOKEN; without them the built-in "
+        "cohort works all the same. HF_ENDPOINT (a mirror) and HF_HOME (token and cache) are honoured.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--dev", action="store_true", help="also install pytest and ruff, to run the tests")
-    parser.add_argument(
-        "--model", nargs="+", choices=list(WEIGHTS), default=["classfine"], metavar="NAME",
+    add = parser.add_argument
+    add("--dev", action="store_true", help="also install pytest and ruff, to run the tests")
+    add("--check", action="store_true", help="look only; install and fetch nothing, use no network")
+    add("--doctor", action="store_true", help="a table of what works here, with a remedy for what does not")
+    add("--json", action="store_true", help="with --doctor: the table for scripts")
+    group = parser.add_argument_group("weights")
+    add = group.add_argument
+    add(
+        "--model", nargs="+", choices=list(WEIGHTS), metavar="NAME",
         help="weights to fetch, 1.77 GB each: classfine (default; predicts at once), vocabfine, zeroshot",
     )  # fmt: skip
-    parser.add_argument("--no-weights", action="store_true", help="fetch no weights: enough for the built-in cohort")
-    parser.add_argument("--check", action="store_true", help="look only; install and fetch nothing, use no network")
+    add("--no-weights", action="store_true", help="fetch no weights: enough for the built-in cohort")
+    add("--slim", action="store_true", help="replace each file by the tensors in use (0.7 GB; with prompts 1.2 GB)")
+    group = parser.add_argument_group("data", "From CT-RATE, 21 TB in all; a volume has about 225 MB.")
+    add = group.add_argument
+    add("--data", choices=("labels", "train", "valid"), help="labels: the tables only; train, valid: volumes as well")
+    add("--volumes", type=int, metavar="N", help="so many, of patients drawn so that every label occurs")
+    add("--patients", type=int, metavar="N", help="all volumes of so many patients, drawn likewise")
+    add("--seed", type=int, default=0, help="of the draw (default 0); more of the same seed contain the fewer")
+    add("--data-version", type=int, choices=(1, 2), default=2, help="2 (default): HU, right headers; 1: raw values")
+    add("--data-dir", metavar="D", help=f"folder of the cohort (default {DATA_DIR}); with --doctor, the one to look at")
+    group = parser.add_argument_group("streaming")
+    add = group.add_argument
+    add("--stream-cache", action="store_true", help="keep each volume's codes (28 KB) in place of the volume")
+    add("--disk-gb", type=float, metavar="GB", help="never use more disk than this (default 10, or what is free)")
+    add("--cache-dir", default="cache", metavar="C", help="where the codes go (default cache)")
+    add("--ctclip-path", metavar="FILE", help="weights of the encoder (default: those of --model)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     dashed = [
         re.sub(r"^--[\w-]+", lambda flag: flag.group().replace("_", "-"), argument) for argument in arguments
     ]  # --no_weights is --no-weights
-    return parser.parse_args(dashed)
+    options = parser.parse_args(dashed)
+    refuse_idle_flags(parser, options)
+    if options.no_weights or options.doctor or options.ctclip_path or (options.data and not options.stream_cache):
+        options.model = [] if options.no_weights else options.model or []
+    else:
+        options.model = options.model or ["classfine"]
+    return options
+
+
+def refuse_idle_flags(parser: Parser, options: argparse.Namespace) -> None:
+    """A flag that nothing would look at is an error: something else was meant."""
+    volumes = options.data in ("train", "valid")
+    for flag, given, needed, there in (
+        ("--json", options.json, "--doctor", options.doctor),
+        ("--slim", options.slim and options.no_weights, "weights", False),
+        ("--volumes", options.volumes is not None, "--data train or valid", volumes),
+        ("--patients", options.patients is not None, "--data train or valid", volumes),
+        ("--stream-cache", options.stream_cache, "--data train or valid", volumes),
+        ("--disk-gb", options.disk_gb is not None, "--stream-cache", options.stream_cache),
+        ("--ctclip-path", options.ctclip_path, "--stream-cache", options.stream_cache),
+        ("--device", options.device, "--stream-cache", options.stream_cache),
+        ("--data-dir", options.data_dir, "--data or --doctor", options.data or options.doctor),
+    ):
+        if given and not there:
+            parser.error(f"found {flag} without {needed}")
+    if options.disk_gb is not None and not options.disk_gb > 0:
+        parser.error(f"--disk-gb is {options.disk_gb:g}, expected more than 0")
+    if options.stream_cache and options.no_weights and not options.ctclip_path:
+        parser.error("--stream-cache needs weights to encode with: leave --no-weights out, or name --ctclip-path")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,9 +1,8 @@
-"""ctclip_setup.py through its real command line, in a subprocess, offline.
+"""ctclip_setup.py through its real command line, in a subprocess.
 
 Reference: the sentences a user reads, exit codes, and the bytes that end up in models/. The hub is a server of these
-tests on 127.0.0.1 that the real huggingface_hub talks to through HF_ENDPOINT. It serves one dataset file the way the
-hub does (HEAD and GET, ETag, X-Repo-Commit, Content-Length, Range) and answers with a chosen failure on request.
-Nothing is installed: pip is never started, and torch and timm are stand-ins wherever the forward pass is not the point.
+tests on 127.0.0.1 (helpers_hub) that the real huggingface_hub talks to through HF_ENDPOINT. Nothing is installed: pip
+is never started, and torch, timm and ctclip_weights are stand-ins wherever they are not the point.
 """
 
 import hashlib
@@ -13,75 +12,32 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from helpers_hub import TOKEN, Hub
 
-import ctclip_setup as setup
+import ctclip_packages as packages
+from ctclip_doctor import forward_pass
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKEN = "hf_" + "Zq7" * 11  # nobody's
 PAYLOAD = bytes(range(256)) * 1200
-PATH = "/datasets/ibrahimhamamci/CT-RATE/resolve/main/models/CT-CLIP-Related/CT_LiPro_v2.pt"
+FILE = "models/CT-CLIP-Related/CT_LiPro_v2.pt"
 TERMS = "https://huggingface.co/datasets/ibrahimhamamci/CT-RATE"
 
 # ---- the hub
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Answers `server.status` (with X-Error-Code `server.code`) to every request, and counts them."""
-
-    def log_message(self, *arguments):
-        pass
-
-    def reply(self, status, headers, body=b""):
-        self.send_response(status)
-        for name, value in {"X-Repo-Commit": "c" * 40, "Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def answer(self):
-        server = self.server
-        if self.path.startswith("/datasets/"):  # the client also asks for things of its own
-            server.requests.append((self.command, self.path, self.headers.get("Authorization")))
-        time.sleep(server.delay)
-        if server.status != 200:
-            return self.reply(server.status, {"X-Error-Code": server.code} if server.code else {})
-        if self.path != PATH:
-            return self.reply(404, {"X-Error-Code": "EntryNotFound"})
-        headers = {"ETag": f'"{hashlib.sha256(PAYLOAD).hexdigest()}"', "Accept-Ranges": "bytes"}
-        if self.command == "HEAD":
-            return self.reply(200, {**headers, "Content-Length": str(len(PAYLOAD) + server.lie)})
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-")).group(1))
-        if start == 0 and server.cut:
-            server.cut -= 1
-            self.reply(200, {**headers, "Content-Length": str(len(PAYLOAD))}, PAYLOAD[:100_000])
-            self.close_connection = True
-            return None
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(PAYLOAD) - 1}/{len(PAYLOAD)}"
-        return self.reply(206 if start else 200, headers, PAYLOAD[start:])
-
-    do_GET = do_HEAD = answer
-
-
 @pytest.fixture
 def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.status, server.code, server.delay, server.lie, server.cut, server.requests = 200, "", 0, 0, 0, []
-    server.daemon_threads = True
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Hub({FILE: PAYLOAD}) as server:
+        yield server
+
+
+def failing(status):
+    """Every request of a file is answered so."""
+    return lambda verb, path, n: str(status) if path.startswith("models/") else None
 
 
 # ---- the command line
@@ -111,7 +67,22 @@ class CTCLIPMultiAbnormalityModel:
     def eval(self): return self
     def __call__(self, volume): return torch.Tensor(1, 18)
 """,
+    "ctclip_weights.py": """
+import json, pathlib, sys
+path = pathlib.Path(sys.argv[1])
+if path.read_bytes() == b"no model": sys.exit("error: %s is not a readable weights file" % path)
+record = path.with_suffix(".json")
+kept = json.loads(record.read_text()) if record.exists() else {}
+if "--slim" in sys.argv:
+    slim = path.with_suffix(".safetensors")
+    slim.write_bytes(path.read_bytes()[:100_000])
+    path.unlink()
+    print("slim: %s" % slim)
+record.write_text(json.dumps({**kept, "fingerprint": {"digest": "5efe6dc2d671" + 52 * "0"}}))
+print("fingerprint 5efe6dc2d671; logits of the fixed phantom: 0.133 -0.182")
+""",
 }
+REAL = ("ctclip_setup", "ctclip_hub", "ctclip_rows", "ctclip_packages", "ctclip_doctor")
 
 
 @pytest.fixture
@@ -119,7 +90,7 @@ def suite(tmp_path):
     """A folder with the real setup script and requirements, and stand-ins for torch, timm and the model."""
     folder = tmp_path / "suite"
     folder.mkdir()
-    for name in ("ctclip_setup.py", "requirements.txt"):
+    for name in ("requirements.txt", *(f"{module}.py" for module in REAL)):
         shutil.copy(ROOT / name, folder)
     for name, text in STAND_INS.items():
         (folder / name).write_text(text)
@@ -169,99 +140,124 @@ def test_weights_arrive_whole_and_are_not_fetched_twice(suite, hub):
     first = fetch(suite, hub)
     assert first.returncode == 0, first.stderr
     assert weights(suite).read_bytes() == PAYLOAD
-    assert os.listdir(weights(suite).parent) == ["ctclip_classfine.pt"]  # nothing half, nothing left over
-    assert {header for *_, header in hub.requests} == {f"Bearer {TOKEN}"}
+    assert sorted(os.listdir(weights(suite).parent)) == ["ctclip_classfine.json", "ctclip_classfine.pt"]
+    assert "classfine: models/ctclip_classfine.pt, 0.31 MB in 0 s, SHA-256 as on the hub" in first.stdout
+    assert "classfine: fingerprint 5efe6dc2d671; logits of the fixed phantom: 0.133 -0.182" in first.stdout
     assert "CT-CLIP classfine: models" in first.stdout and "not yet" not in first.stdout
 
     hub.requests.clear()
     second = fetch(suite, hub)
     assert second.returncode == 0
     assert [verb for verb, *_ in hub.requests] == ["HEAD"]
-    assert "classfine: already here, 0.31 MB, the hub's size" in second.stdout
+    said = "classfine: already here, models/ctclip_classfine.pt, 0.31 MB, SHA-256 as on the hub"
+    assert said in second.stdout
+    assert "classfine: fingerprint 5efe6dc2d671, kept in models/ctclip_classfine.json" in second.stdout
 
 
-def test_a_file_of_the_wrong_size_is_named_and_replaced(suite, hub):
+@pytest.mark.parametrize("size", [4, len(PAYLOAD)])
+def test_a_damaged_file_is_named_and_replaced(suite, hub, size):
     weights(suite).parent.mkdir()
-    weights(suite).write_bytes(b"half")
+    weights(suite).write_bytes(bytes(size))
     done = fetch(suite, hub)
-    assert "ctclip_classfine.pt has 4 bytes where the hub has 307200" in done.stdout
+    problem = "4 bytes where the hub has 307200" if size == 4 else "SHA-256 [0-9a-f]{12}... where the hub has [0-9a-f]"
+    assert re.search(f"classfine: models/ctclip_classfine.pt is damaged: {problem}", flat(done.stdout))
+    assert "fetching it again" in flat(done.stdout)
     assert weights(suite).read_bytes() == PAYLOAD
 
 
-def test_a_transfer_that_is_cut_goes_on_where_it_stopped(suite, hub):
-    hub.cut = 1
+def test_a_transfer_that_is_cut_goes_on(suite, hub):
+    hub.fault = lambda verb, path, n: "cut" if verb == "GET" and n == 1 else None
     assert fetch(suite, hub).returncode == 0
     assert weights(suite).read_bytes() == PAYLOAD
-    assert [verb for verb, *_ in hub.requests].count("GET") == 2
+    assert hub.count("GET") == 2
 
 
-def test_a_transfer_that_is_cut_for_good_is_given_up(monkeypatch):
-    """The client is replaced here alone: with the real one, three times its own retries take 18 s."""
-    calls = []
-    monkeypatch.delenv("HF_ENDPOINT", raising=False)
-
-    def cut(*arguments, **options):
-        calls.append(arguments)
-        raise ConnectionError("cut")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", cut)
-    monkeypatch.setattr(setup.time, "sleep", lambda seconds: None)
-    with pytest.raises(ConnectionError) as caught:
-        setup.transfer("x.pt", Path("staging"), TOKEN)
-    assert len(calls) == 3
-    assert setup.explain(caught.value, "x.pt", TOKEN).reason == "no connection to huggingface.co"
+def test_a_beginning_that_is_here_is_said(suite, hub):
+    weights(suite).parent.mkdir()
+    etag = hashlib.sha256(PAYLOAD).hexdigest()[:12]
+    weights(suite).with_name(f".ctclip_classfine.pt.{etag}.part").write_bytes(PAYLOAD[:200_000])
+    done = fetch(suite, hub)
+    assert "fetching 0.31 MB, of which 0.20 MB are here to models" in done.stdout
+    assert [first for verb, *_, first in hub.requests if verb == "GET"] == [200_000]
+    assert weights(suite).read_bytes() == PAYLOAD
 
 
-def test_bytes_that_do_not_add_up_never_get_the_final_name(suite, hub):
-    hub.lie = 5
+def test_bytes_that_are_not_the_hubs_never_get_the_final_name(suite, hub):
+    hub.fault = lambda verb, path, n: "wrong" if verb == "GET" else None
     done = fetch(suite, hub)
     assert done.returncode == 0
-    assert "classfine: not here: " in done.stdout and "307205" in done.stdout
-    assert not weights(suite).exists()
+    assert "classfine: not here: ctclip_classfine.pt did not arrive as it is on the hub: SHA-256" in flat(done.stdout)
+    assert os.listdir(weights(suite).parent) == []
 
 
 def test_every_file_of_the_hub_is_asked_for_by_its_path(suite, hub):
     done = fetch(suite, hub, "--model", "vocabfine", "zeroshot")
     assert done.returncode == 0
-    asked = [path.rsplit("/", 1)[1] for _, path, _ in hub.requests]
+    asked = [path.rsplit("/", 1)[1] for _, path, *_ in hub.requests]
     assert asked == ["CT_VocabFine_v2.pt", "CT-CLIP_v2.pt"]
     assert "vocabfine: not here: 127.0.0.1:" in done.stdout  # this hub has only ClassFine
     assert done.stdout.count("unset HF_ENDPOINT") == 1
 
 
 def test_a_refusal_is_not_asked_for_again(suite, hub):
-    hub.status = 401
+    hub.fault = failing(401)
     done = fetch(suite, hub, "--model", "vocabfine", "zeroshot")
     assert len(hub.requests) == 1
     assert "CT-CLIP vocabfine, zeroshot for real CT: the hub refused the token (401)" in flat(done.stdout)
 
 
+def test_a_file_that_is_no_model_is_not_usable(suite, hub):
+    hub.files[FILE] = b"no model"
+    done = fetch(suite, hub)
+    assert done.returncode == 0
+    said = "models/ctclip_classfine.pt is not a readable weights file"
+    assert f"not yet CT-CLIP classfine for real CT: {said}" in flat(done.stdout)
+
+
+def test_a_slim_copy_takes_the_place_and_is_not_fetched_again(suite, hub):
+    slim = weights(suite).with_suffix(".safetensors")
+    first = fetch(suite, hub, "--slim")
+    assert first.returncode == 0 and slim.exists() and not weights(suite).exists()
+    hub.requests.clear()
+    second = fetch(suite, hub)
+    assert "classfine: already here, models/ctclip_classfine.safetensors, 0.10 MB" in second.stdout
+    assert [verb for verb, *_ in hub.requests] == ["HEAD"]
+    slim.write_bytes(bytes(100_000))
+    third = fetch(suite, hub)
+    assert "models/ctclip_classfine.safetensors is damaged: SHA-256" in third.stdout
+    assert weights(suite).read_bytes() == PAYLOAD and not slim.exists()
+    fetch(suite, hub, "--slim")
+    hub.files[FILE] = PAYLOAD[::-1]  # the hub has another version now
+    fourth = fetch(suite, hub)
+    assert "not made from the file that the hub has now" in flat(fourth.stdout)
+    assert weights(suite).read_bytes() == PAYLOAD[::-1]
+
+
 # ---- weights, when something is wrong: each its own sentence and remedy, and exit code 0
 
 REFUSALS = {
-    "bad token": (401, "", "the hub refused the token (401): mistyped, expired or revoked", "make a new read token"),
-    "bad token, gated": (401, "GatedRepo", "the hub refused the token (401)", "make a new read token"),
+    "bad token": ("401", "the hub refused the token (401): mistyped, expired or revoked", "make a new read token"),
+    "bad token, gated": ("401 GatedRepo", "the hub refused the token (401)", "make a new read token"),
     "terms": (
-        403,
-        "GatedRepo",
+        "403 GatedRepo",
         "the token is valid, but its account has not accepted CT-RATE's terms (403)",
         f"accept them with that account: {TERMS}",
     ),
-    "scope": (403, "", "the token may not read gated repositories (403)", '"Read access to contents of all'),
+    "scope": ("403", "the token may not read gated repositories (403)", '"Read access to contents of all'),
     "moved": (
-        404,
-        "EntryNotFound",
+        "404 EntryNotFound",
         "has no models/CT-CLIP-Related/CT_LiPro_v2.pt in ibrahimhamamci/CT-RATE (404)",
         "unset HF_ENDPOINT if it names a mirror",
     ),
-    "no repository": (404, "RepoNotFound", "in ibrahimhamamci/CT-RATE (404)", "unset HF_ENDPOINT"),
-    "down": (500, "", "answered with an error of its own (500)", "run this again later"),
+    "no repository": ("404 RepoNotFound", "in ibrahimhamamci/CT-RATE (404)", "unset HF_ENDPOINT"),
+    "down": ("500", "answered with an error of its own (500)", "run this again later"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refusals_of_the_hub(suite, hub, case):
-    hub.status, hub.code, reason, remedy = REFUSALS[case]
+    status, reason, remedy = REFUSALS[case]
+    hub.fault = failing(status)
     done = fetch(suite, hub)
     assert done.returncode == 0
     text = flat(done.stdout)
@@ -334,121 +330,107 @@ def test_offline_switch_and_a_file_that_cannot_be_verified(suite):
     assert "not yet" not in done.stdout
 
 
-def test_a_hub_that_never_answers_costs_seconds(hub, monkeypatch):
-    monkeypatch.setattr(setup, "HUB_SECONDS", 0.2)
-    started = time.monotonic()
-    with pytest.raises(setup.HubTrouble, match="no answer from .* within 0.2 s"):
-        setup.within(setup.HUB_SECONDS, lambda: time.sleep(5))
-    assert time.monotonic() - started < 2
+def test_without_the_hub_a_file_is_compared_with_what_was_fetched(suite, hub):
+    fetch(suite, hub)
+    kept = run(suite, HF_TOKEN=TOKEN, HF_HUB_OFFLINE="1")
+    assert "0.31 MB, as it was when it was fetched: HF_HUB_OFFLINE is set" in flat(kept.stdout)
+    weights(suite).write_bytes(bytes(len(PAYLOAD)))
+    damaged = run(suite, HF_TOKEN=TOKEN, HF_HUB_OFFLINE="1")
+    assert damaged.returncode == 0 and "models/ctclip_classfine.pt is damaged: SHA-256" in damaged.stdout
+    assert "not yet CT-CLIP classfine for real CT: HF_HUB_OFFLINE is set" in flat(damaged.stdout)
 
 
-def test_disk_too_small_is_said_before_anything_is_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(setup.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
-    with pytest.raises(setup.HubTrouble) as caught:
-        setup.check_disk(Path("models"), 1_770_000_000)
-    assert caught.value.reason == "the disk is too small: 1.00 GB free in models/, 1.82 GB needed"
-    setup.check_disk(Path("models"), 500_000_000)
-
-
-def test_too_many_requests_by_the_status_alone():
-    """Not through the server: some versions of the client wait for minutes before they hand this one on."""
-    error = RuntimeError()
-    error.response = type("Response", (), {"status_code": 429})
-    trouble = setup.explain(error, "x.pt", TOKEN)
-    assert trouble.reason == "the hub asks to slow down (429)"
-    assert trouble.steps == ("wait a few minutes, then run this again",)
-
-
-def test_unknown_errors_lose_the_token():
-    trouble = setup.explain(RuntimeError(f"bad header Bearer {TOKEN}\nmore"), "x.pt", TOKEN)
-    assert trouble.reason == "huggingface_hub stopped with RuntimeError: bad header Bearer ***"
+def test_the_token_is_in_no_file(suite, hub):
+    fetch(suite, hub)
+    written = [path for path in suite.parent.rglob("*") if path.is_file()]
+    assert len(written) > 5 and not any(TOKEN.encode() in path.read_bytes() for path in written)
 
 
 # ---- packages
 
 
 def test_requirements_file_is_read_and_has_a_floor_for_each():
-    runtime, development = setup.parse_requirements((ROOT / "requirements.txt").read_text())
+    runtime, development = packages.parse_requirements((ROOT / "requirements.txt").read_text())
     assert [need.name for need in runtime[:3]] == ["torch", "timm", "numpy"]
     assert [need.name for need in development] == ["pytest", "ruff", "playwright", "tensorboard"]
-    assert all(setup.release(need.floor) for need in runtime + development)
+    assert all(packages.release(need.floor) for need in runtime + development)
 
 
 def test_versions_compare_as_numbers():
-    assert setup.release("1.10") > setup.release("1.9.3")
-    assert setup.release("2.6") == setup.release("2.6.0+cu124") == setup.release("2.6.0a0+ecd3bbf")
-    assert setup.release("1!2.0.post1") == (2,)
-    assert setup.release("unknown") == ()
+    assert packages.release("1.10") > packages.release("1.9.3")
+    assert packages.release("2.6") == packages.release("2.6.0+cu124") == packages.release("2.6.0a0+ecd3bbf")
+    assert packages.release("1!2.0.post1") == (2,)
+    assert packages.release("unknown") == ()
 
 
 def test_missing_and_too_old_are_told_apart():
     found = {"torch": "2.10.1+cpu", "timm": "0.9.16"}
-    needs = [setup.Requirement("torch", "2.6"), setup.Requirement("timm", "1.0"), setup.Requirement("isal", "1.6")]
-    ready, wanted = setup.survey(needs, found.get)
+    needs = [packages.Requirement(*pair) for pair in (("torch", "2.6"), ("timm", "1.0"), ("isal", "1.6"))]
+    ready, wanted = packages.survey(needs, found.get)
     assert ready == {"torch": "2.10.1+cpu"}
-    assert setup.wanted_text(wanted) == "timm>=1.0 (found 0.9.16), isal>=1.6"
+    assert packages.wanted_text(wanted) == "timm>=1.0 (found 0.9.16), isal>=1.6"
 
 
 def test_a_good_torch_is_pinned_with_its_torchvision():
     found = {"torch": "2.6.0+cu124", "torchvision": "0.21.0+cu124"}
-    assert setup.pins({"torch": "2.6.0+cu124"}, found.get) == ["torch==2.6.0+cu124", "torchvision==0.21.0+cu124"]
-    assert setup.pins({"torch": "2.6.0+cu124"}, {"torch": "2.6.0+cu124"}.get) == ["torch==2.6.0+cu124"]
-    assert setup.pins({}, found.get) == []
+    assert packages.pins({"torch": "2.6.0+cu124"}, found.get) == ["torch==2.6.0+cu124", "torchvision==0.21.0+cu124"]
+    assert packages.pins({"torch": "2.6.0+cu124"}, {"torch": "2.6.0+cu124"}.get) == ["torch==2.6.0+cu124"]
+    assert packages.pins({}, found.get) == []
 
 
 def test_an_interpreter_pip_may_not_write_to(tmp_path):
-    assert setup.pip_refusal(tmp_path, tmp_path, in_venv=False) is None
+    assert packages.pip_refusal(tmp_path, tmp_path, in_venv=False) is None
     (tmp_path / "EXTERNALLY-MANAGED").touch()
-    assert setup.pip_refusal(tmp_path, tmp_path, in_venv=False) == "is managed by the operating system (PEP 668)"
-    assert setup.pip_refusal(tmp_path, tmp_path, in_venv=True) is None
+    assert packages.pip_refusal(tmp_path, tmp_path, in_venv=False) == "is managed by the operating system (PEP 668)"
+    assert packages.pip_refusal(tmp_path, tmp_path, in_venv=True) is None
 
 
 def test_packages_folder_that_is_read_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(setup.os, "access", lambda path, mode: False)  # root may write anywhere
-    said = setup.pip_refusal(tmp_path, tmp_path, in_venv=True)
+    monkeypatch.setattr(packages.os, "access", lambda path, mode: False)  # root may write anywhere
+    said = packages.pip_refusal(tmp_path, tmp_path, in_venv=True)
     assert said == f"keeps its packages in {tmp_path}, which you may not write to"
 
 
 def test_the_refusal_is_one_line_with_the_two_commands(monkeypatch):
-    monkeypatch.setattr(setup, "pip_refusal", lambda *_: "is managed by the operating system (PEP 668)")
-    monkeypatch.setattr(setup.sys, "executable", "/usr/bin/python3")
-    with pytest.raises(setup.SetupError) as caught:
-        setup.check_pip()
+    monkeypatch.setattr(packages, "pip_refusal", lambda *_: "is managed by the operating system (PEP 668)")
+    monkeypatch.setattr(packages.sys, "executable", "/usr/bin/python3")
+    with pytest.raises(packages.SetupError) as caught:
+        packages.check_pip()
     assert re.fullmatch(
         r"this Python \(/usr/bin/python3\) is managed by the operating system \(PEP 668\); make a virtual environment"
         r".* and run this again in it: /usr/bin/python3 -m venv \.venv && \S.*activate",
         str(caught.value),
     )
-    monkeypatch.setattr(setup, "on_colab", lambda: True)
-    setup.check_pip()
+    monkeypatch.setattr(packages, "on_colab", lambda: True)
+    packages.check_pip()
 
 
 def test_what_pip_says_is_made_terse():
-    assert setup.pip_event("Collecting torch>=2.6\n") is None
-    assert setup.pip_event("  Downloading torch-2.15.0-cp311-cp311-x86_64.whl.metadata (29 kB)\n") is None
+    assert packages.pip_event("Collecting torch>=2.6\n") is None
+    assert packages.pip_event("  Downloading torch-2.15.0-cp311-cp311-x86_64.whl.metadata (29 kB)\n") is None
     wheel = "torch-2.15.0-cp311-cp311-manylinux_2_28_x86_64.whl (526.1 MB)\n"
-    assert setup.pip_event(f"Downloading {wheel}") == "downloading torch 2.15.0 (526.1 MB)"
-    assert setup.pip_event(f"  Using cached https://host/{wheel}") == "from pip's cache: torch 2.15.0 (526.1 MB)"
-    assert setup.pip_event("Installing collected packages: a, b, c\n") == "unpacking 3 packages"
-    assert setup.pip_event("Installing collected packages: torch, b\n") == "unpacking 2 packages, a minute or two"
+    assert packages.pip_event(f"Downloading {wheel}") == "downloading torch 2.15.0 (526.1 MB)"
+    assert packages.pip_event(f"  Using cached https://host/{wheel}") == "from pip's cache: torch 2.15.0 (526.1 MB)"
+    assert packages.pip_event("Installing collected packages: a, b, c\n") == "unpacking 3 packages"
+    assert packages.pip_event("Installing collected packages: torch, b\n") == "unpacking 2 packages, a minute or two"
 
 
 def test_pip_failures_end_with_a_remedy():
-    said = setup.pip_failure(["WARNING: NewConnectionError(...)", "ERROR: No matching distribution found for x"])
+    said = packages.pip_failure(["WARNING: NewConnectionError(...)", "ERROR: No matching distribution found for x"])
     assert said == (
         "pip could not install the packages: No matching distribution found for x; "
         "check the network and the proxy (HTTPS_PROXY, PIP_INDEX_URL), then run this again"
     )
-    assert "about 6 GB" in setup.pip_failure(["ERROR: Could not install: [Errno 28] No space left on device"])
+    assert "about 6 GB" in packages.pip_failure(["ERROR: Could not install: [Errno 28] No space left on device"])
 
 
 # ---- the rest of the command line
 
 
 def test_old_python_gets_one_line():
-    with pytest.raises(setup.SetupError, match=r"found Python 3\.9\.18, expected 3\.10 or newer"):
-        setup.check_python((3, 9, 18, "final", 0))
-    setup.check_python((3, 10, 0))
+    with pytest.raises(packages.SetupError, match=r"found Python 3\.9\.18, expected 3\.10 or newer"):
+        packages.check_python((3, 9, 18, "final", 0))
+    packages.check_python((3, 10, 0))
 
 
 def test_bare_interpreter_explains_itself(suite, tmp_path):
@@ -464,7 +446,7 @@ def test_bare_interpreter_explains_itself(suite, tmp_path):
         "error: packages are missing or too old; to install them: python ctclip_setup.py\n"
     )
     assert not (suite / "models").exists()
-    real = run(suite, python=[bare, "-I", "-S"])
+    real = run(suite, python=[bare])
     assert real.returncode == 2 and real.stderr.count("\n") == 1
     assert "has no pip; make a virtual environment" in real.stderr
 
@@ -520,5 +502,5 @@ def test_a_folder_one_may_not_write_to(suite):
 
 def test_the_real_suite_passes_its_own_verification():
     """No stand-ins: the installed torch and timm, the suite's model."""
-    result = setup.forward_pass()
+    result = forward_pass()
     assert result["logits"] == [1, 18]

@@ -1,0 +1,307 @@
+"""CT-RATE's tables and volumes from the hub: which ones, and a few transfers at a time within a room on the disk.
+
+Which volumes there are is read from the label table; the repository (over 50,000 of them, 21 TB) is never listed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ctclip_data import SPLITS, Cohort, Volume, labels_path, listed_volumes, metadata_path, no_chest_path, volume_path
+from ctclip_hub import HubTrouble, check_disk, explain, fetch, find_token, look_up, parts_of, sizes_of
+from ctclip_model import ABNORMALITIES
+from ctclip_rows import row, size_text
+
+TRANSFERS = 3  # at once: one connection rarely fills a line
+AHEAD = 8  # files that have arrived, are on their way or are in use
+IN_A_ROW = 3  # volumes that fail for the same reason outside of them end the run
+
+
+# ---- tables
+
+
+def fetch_tables(splits: Sequence[str], data_dir: Path, token: str) -> None:
+    """Labels, metadata and no-chest lists of the splits; one that is here and intact is not fetched again."""
+    for split in splits:
+        for path in (labels_path(split), metadata_path(split), no_chest_path(split)):
+            target = data_dir / path
+            try:
+                remote = look_up(path.as_posix(), token)
+                if not target.exists() or remote.differs(target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    fetch(path.as_posix(), target, token, print_note, remote)
+            except Exception as error:
+                raise explain(error, path.as_posix(), token) from error
+
+
+def print_note(text: str) -> None:
+    tqdm.write(f"{'':<12}{text}")
+
+
+# ---- which volumes
+
+
+def draw_patients(volumes: Sequence[Volume], seed: int) -> list[str]:
+    """All patients in random order, but those ahead who show a label that nobody before them does.
+
+    So the first few of them hold every label that there is, and a larger cohort of the same seed contains the smaller.
+    """
+    labels: dict[str, np.ndarray] = {}
+    for volume in volumes:
+        labels[volume.patient] = np.maximum(labels.get(volume.patient, 0), volume.labels)
+    patients = sorted(labels)
+    seen = np.zeros(len(ABNORMALITIES))
+    ahead, others = [], []
+    for i in np.random.default_rng(seed).permutation(len(patients)):
+        mine = labels[patients[i]]
+        (ahead if (mine > seen).any() else others).append(patients[i])
+        seen = np.maximum(seen, mine)
+    return ahead + others
+
+
+def choose(listed: Sequence[Volume], volumes: int | None, patients: int | None, seed: int) -> list[Volume]:
+    """So many volumes or patients of those listed; all of them where neither number is given."""
+    if volumes is None and patients is None:
+        return list(listed)
+    by_patient: dict[str, list[Volume]] = {}
+    for volume in listed:
+        by_patient.setdefault(volume.patient, []).append(volume)
+    drawn = draw_patients(listed, seed)
+    return [volume for patient in drawn[:patients] for volume in by_patient[patient]][:volumes]
+
+
+def absent_labels(chosen: Sequence[Volume]) -> list[str]:
+    found = np.sum([volume.labels for volume in chosen], axis=0)
+    return [name for name, count in zip(ABNORMALITIES, found, strict=True) if not count]
+
+
+# ---- transfers
+
+
+@dataclass(eq=False)
+class Item:
+    """A volume to fetch: the hub's file, where it goes, its size; once it arrived, its SHA-256 if the hub told one."""
+
+    volume: Volume
+    file: str
+    target: Path
+    size: int
+    trouble: HubTrouble | None = None
+    sha256: str | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its file is in place: only whole ones that had the hub's checksum get that name."""
+        return self.target.exists() and self.target.stat().st_size == self.size
+
+
+class Transfers:
+    """Fetches items in their order, `TRANSFERS` at a time, while those not released yet are `AHEAD` at most and fit
+    `room`.
+
+    Iterate over it for the items as they arrive (`trouble` says which did not), and `release` each when its file has
+    gone or counts no more. Threads are daemons: a process that ends does not wait for them, and a transfer that is cut
+    off there goes on from its last byte.
+    """
+
+    def __init__(self, items: Sequence[Item], token: str, room: Callable[[], float], note=print_note):
+        self.waiting, self.token, self.room, self.note = deque(items), token, room, note
+        self.left = len(items)
+        self.held = self.count = 0  # bytes and files that are here, or on their way, and not released
+        self.done: deque[Item] = deque()
+        self.changed = threading.Condition()
+        self.stopped = False
+
+    def __enter__(self) -> Transfers:
+        for _ in range(TRANSFERS):
+            threading.Thread(target=self._work, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
+
+    def __iter__(self) -> Iterator[Item]:
+        while self.left:
+            with self.changed:
+                self.changed.wait_for(lambda: self.done)
+                item = self.done.popleft()
+            self.left -= 1
+            yield item
+
+    def release(self, item: Item) -> None:
+        with self.changed:
+            self.held -= item.size
+            self.count -= 1
+            self.changed.notify_all()
+
+    def _next(self) -> Item | None:
+        """The next item, its room reserved; None when there are no more."""
+
+        def ready() -> bool:
+            if self.stopped or not self.waiting:
+                return True
+            return self.count < AHEAD and self.held + self.waiting[0].size <= self.room()
+
+        with self.changed:
+            self.changed.wait_for(ready)
+            if self.stopped or not self.waiting:
+                return None
+            self.held += self.waiting[0].size
+            self.count += 1
+            return self.waiting.popleft()
+
+    def _work(self) -> None:
+        while item := self._next():
+            try:
+                if not item.is_here:
+                    item.target.parent.mkdir(parents=True, exist_ok=True)
+                    remote = fetch(item.file, item.target, self.token, self.note)
+                    item.sha256 = remote.etag if remote.checksum == "SHA-256" else None
+            except Exception as error:
+                item.trouble = explain(error, item.file, self.token)
+            with self.changed:
+                self.done.append(item)
+                self.changed.notify_all()
+
+
+@dataclass
+class Failures:
+    """Items that did not arrive, and how many in a row for the same reason."""
+
+    items: list[Item] = field(default_factory=list)
+    kind: str = ""
+    in_a_row: int = 0
+
+    def add(self, item: Item) -> None:
+        """Raises the trouble once it has kept `IN_A_ROW` items from arriving, one after the other."""
+        self.items.append(item)
+        self.in_a_row = self.in_a_row + 1 if item.trouble.kind == self.kind else 1
+        self.kind = item.trouble.kind
+        if self.in_a_row >= IN_A_ROW and self.kind != "file":
+            raise item.trouble
+
+    def good(self) -> None:
+        self.in_a_row, self.kind = 0, ""
+
+    def raise_if_any(self, kept: str) -> None:
+        """The end of a run that could not do everything."""
+        if self.items:
+            first = self.items[0]
+            names = ", ".join(item.volume.name for item in self.items[:3])
+            more = ", ..." if len(self.items) > 3 else ""
+            raise HubTrouble(
+                f"{len(self.items)} volumes could not be fetched ({names}{more}): {first.trouble.reason}",
+                f"run the same command again: {kept}",
+            )
+
+
+# ---- the command
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which part of CT-RATE: split, how many (None: all), and which of its two versions of the files."""
+
+    split: str
+    volumes: int | None = None
+    patients: int | None = None
+    seed: int = 0
+    fixed: bool = True
+
+    def check(self) -> None:
+        if self.volumes is not None and self.patients is not None:
+            raise HubTrouble("found --volumes and --patients, expected one of them", "leave one out")
+        for flag, value in (("--volumes", self.volumes), ("--patients", self.patients)):
+            if value is not None and value < 1:
+                raise HubTrouble(f"{flag} is {value}, expected at least 1", "give a number of at least 1")
+        if self.seed < 0:
+            raise HubTrouble(f"--seed is {self.seed}, expected at least 0", "give another")
+
+
+def fetch_selection(selection: Selection, data_dir: Path, token: str) -> tuple[Cohort, list[Volume]]:
+    """Tables of the split, fetched; -> (what they list, the volumes chosen). Prints both."""
+    selection.check()
+    fetch_tables([selection.split], data_dir, token)
+    listed = listed_volumes(data_dir, selection.split, selection.fixed)
+    chosen = choose(listed.volumes, selection.volumes, selection.patients, selection.seed)
+    patients = len({volume.patient for volume in chosen})
+    row("data", f"{selection.split}: {len(chosen)} of {len(listed)} volumes, {patients} patients, in {data_dir}")
+    for reason, names in listed.reasons().items():
+        row("", f"left out: {len(names)} x {reason}")
+    if missing := absent_labels(chosen):
+        row("", f"without any {', '.join(missing)}: choose more of them to have every label")
+    return listed, chosen
+
+
+def items_of(chosen: Sequence[Volume], fixed: bool, token: str, place: Callable[[str], Path]) -> list[Item]:
+    """What is to be fetched, with sizes, each to place(its name); volumes the hub does not have are named, left out."""
+    files = {volume: volume_path(volume.name, fixed).as_posix() for volume in chosen}
+    try:
+        sizes = sizes_of(list(files.values()), token)
+    except Exception as error:
+        raise explain(error, "the volumes", token) from error
+    absent = [volume.name for volume, file in files.items() if file not in sizes]
+    if absent:
+        row("", f"not on the hub: {len(absent)} volumes ({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''})")
+    return [
+        Item(volume, file, place(volume.name), sizes[file]) for volume, file in files.items() if file in sizes
+    ]
+
+
+def download_tables(data_dir: Path) -> None:
+    """`--data labels`."""
+    token = find_token()
+    fetch_tables(SPLITS, data_dir, token)
+    for split in SPLITS:
+        listed = listed_volumes(data_dir, split, fixed=True)
+        patients = len({volume.patient for volume in listed.volumes})
+        row("data" if split == SPLITS[0] else "", f"{split}: {len(listed)} volumes, {patients} patients, {data_dir}")
+
+
+def download_volumes(selection: Selection, data_dir: Path) -> None:
+    """`--data train|valid`: the chosen volumes as files in the hub's layout; those that are here are not fetched."""
+    token = find_token()
+    _, chosen = fetch_selection(selection, data_dir, token)
+    items = items_of(chosen, selection.fixed, token, lambda name: data_dir / volume_path(name, selection.fixed))
+    wanted = [item for item in items if not item.is_here]
+    total = sum(item.size for item in wanted)
+    here = f"{len(items) - len(wanted)} are here, " if len(wanted) < len(items) else ""
+    row("", f"{here}{len(wanted)} to fetch, {size_text(total)}")
+    try:
+        check_disk(data_dir, total - sum(_begun(item) for item in wanted))
+    except HubTrouble as trouble:
+        few = "take fewer (--volumes, --patients), name a --data-dir on a larger disk, or keep only the codes of each "
+        raise HubTrouble(trouble.reason, few + "volume with --stream-cache", kind="disk") from trouble
+    failures, start = Failures(), time.monotonic()
+    bar = tqdm(total=total, desc="fetch", unit="B", unit_scale=True, disable=not wanted)
+    with bar, Transfers(wanted, token, lambda: float("inf")) as transfers:
+        for item in transfers:
+            if item.trouble:
+                print_note(f"{item.volume.name}: {item.trouble.reason}")
+                failures.add(item)
+            else:
+                failures.good()
+                bar.update(item.size)
+            transfers.release(item)
+    failures.raise_if_any("what has arrived is kept")
+    if wanted:
+        seconds = time.monotonic() - start
+        row("", f"{len(wanted)} volumes, {size_text(total)} in {seconds:.0f} s, each with the hub's checksum")
+    row("next", f"python ctclip_training.py --data-dir {data_dir}" if selection.split == "train" else
+        f"python ctclip_evaluation.py --checkpoint results/RUN --data-dir {data_dir}")
+
+
+def _begun(item: Item) -> int:
+    """Bytes of it that are on the disk already."""
+    return sum(os.path.getsize(part) for part in parts_of(item.target))
