@@ -580,7 +580,8 @@ def cohort_rows(data_dir: Path | None) -> Iterator[Row]:
             yield Row("cohort", "failed", lead + found, remedy, {"split": seen["split"]})
             continue
         tried = len(seen["readings"]) + len(seen["faults"])
-        found = "; ".join([*seen["summary"], f"{len(seen['readings'])} of {tried} files tried can be read"])
+        counts = [f"{len(seen['readings'])} of {tried} files tried can be read"] if tried else []  # else: streamed
+        found = "; ".join([*seen["summary"], *counts])
         groups: dict[tuple[str, str], list[str]] = {}
         for name, reading, evidence in seen["readings"]:
             groups.setdefault((reading, evidence), []).append(name)
