@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -113,8 +114,8 @@ class Transfers:
     off there goes on from its last byte.
     """
 
-    def __init__(self, items: Sequence[Item], token: str, room: Callable[[], float], note=print_note):
-        self.waiting, self.token, self.room, self.note = deque(items), token, room, note
+    def __init__(self, items: Sequence[Item], token: str, room: float):
+        self.waiting, self.token, self.room = deque(items), token, room
         self.left = len(items)
         self.held = self.count = 0  # bytes and files that are here, or on their way, and not released
         self.done: deque[Item] = deque()
@@ -151,7 +152,7 @@ class Transfers:
         def ready() -> bool:
             if self.stopped or not self.waiting:
                 return True
-            return self.count < AHEAD and self.held + self.waiting[0].size <= self.room()
+            return self.count < AHEAD and self.held + self.waiting[0].size <= self.room
 
         with self.changed:
             self.changed.wait_for(ready)
@@ -166,7 +167,7 @@ class Transfers:
             try:
                 if not item.is_here:
                     item.target.parent.mkdir(parents=True, exist_ok=True)
-                    remote = fetch(item.file, item.target, self.token, self.note)
+                    remote = fetch(item.file, item.target, self.token, print_note)
                     item.sha256 = remote.etag if remote.checksum == "SHA-256" else None
             except Exception as error:
                 item.trouble = explain(error, item.file, self.token)
@@ -285,7 +286,7 @@ def download_volumes(selection: Selection, data_dir: Path) -> None:
         raise HubTrouble(trouble.reason, few + "volume with --stream-cache", kind="disk") from trouble
     failures, start = Failures(), time.monotonic()
     bar = tqdm(total=total, desc="fetch", unit="B", unit_scale=True, disable=not wanted)
-    with bar, Transfers(wanted, token, lambda: float("inf")) as transfers:
+    with bar, Transfers(wanted, token, inf) as transfers:
         for item in transfers:
             if item.trouble:
                 print_note(f"{item.volume.name}: {item.trouble.reason}")

@@ -196,10 +196,12 @@ def data_step(options: argparse.Namespace) -> None:
         if options.data == "labels":
             download_tables(data_dir)
         elif options.stream_cache:
-            from ctclip_stream import Places, stream
+            from ctclip_stream import DISK_GB, Places, stream
 
             weights = Path(options.ctclip_path or WeightsFile(options.model[0]).whole)
-            stream(selection, Places(data_dir, Path(options.cache_dir), weights, options.disk_gb, options.device))
+            scratch = Path(options.scratch_dir) if options.scratch_dir else None
+            disk_gb = DISK_GB if options.disk_gb is None else options.disk_gb
+            stream(selection, Places(data_dir, Path(options.cache_dir), weights, scratch, disk_gb, options.device))
         else:
             download_volumes(selection, data_dir)
     except HubTrouble as trouble:
@@ -332,6 +334,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--stream-cache", action="store_true", help="keep each volume's codes (28 KB) in place of the volume")
     add("--disk-gb", type=float, metavar="GB", help="never use more disk than this (default 10, or what is free)")
     add("--cache-dir", default="cache", metavar="C", help="where the codes go (default cache)")
+    add("--scratch-dir", metavar="S", help="where files are until encoded (default: in --data-dir); not on Drive")
     add("--ctclip-path", metavar="FILE", help="weights of the encoder (default: those of --model)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     dashed = [
@@ -356,6 +359,7 @@ def refuse_idle_flags(parser: Parser, options: argparse.Namespace) -> None:
         ("--patients", options.patients is not None, "--data train or valid", volumes),
         ("--stream-cache", options.stream_cache, "--data train or valid", volumes),
         ("--disk-gb", options.disk_gb is not None, "--stream-cache", options.stream_cache),
+        ("--scratch-dir", options.scratch_dir, "--stream-cache", options.stream_cache),
         ("--ctclip-path", options.ctclip_path, "--stream-cache", options.stream_cache),
         ("--device", options.device, "--stream-cache", options.stream_cache),
         ("--data-dir", options.data_dir, "--data or --doctor", options.data or options.doctor),

@@ -1,7 +1,7 @@
 """CT-RATE through a disk of any size: volume N + 1 is fetched while volume N is read and encoded into the code cache,
 and each file is deleted as soon as its codes are on the disk.
 
-    <data_dir>/.stream/...                the files that are here at present
+    <scratch_dir>/.stream/...             the files that are here at present
     <data_dir>/streamed_<split>.jsonl     what was encoded and deleted, and what could not be read and why
     <cache_dir>/codes-.../                the codes (see ctclip_cache)
 
@@ -58,12 +58,14 @@ class Places:
     data_dir: Path
     cache_dir: Path
     weights: Path
-    disk_gb: float | None = None  # None: DISK_GB, or less where less is free
+    scratch_dir: Path | None = None  # None: data_dir
+    disk_gb: float = DISK_GB
     device: str | None = None
 
     @property
     def staging(self) -> Path:
-        return self.data_dir / ".stream"
+        """A folder of its own, because what does not belong there is deleted."""
+        return (self.scratch_dir or self.data_dir) / ".stream"
 
 
 # ---- the manifest
@@ -176,39 +178,45 @@ def bytes_in(folder: Path) -> int:
     return total
 
 
+@dataclass
 class Budget:
-    """How much of the disk the stream uses: what it has encoded, and a part for the files in transit."""
+    """How the stream uses the disk: `limit` in all, of which `room` for files in transit; `encoded` by now, codes and
+    lines of the manifest at `per_volume` each."""
 
-    def __init__(self, places: Places, cache: FeatureCache, items: Sequence[Item]):
-        """Raises HubTrouble where the largest volume and all codes have no room, in the budget or on the disk."""
-        self.per_volume = cache.record_bytes + LINE_BYTES + MANIFEST_BYTES
-        self.encoded = bytes_in(cache.folder)
-        largest = max(items, key=lambda item: item.size)
-        growth = len(items) * self.per_volume
-        least = self.encoded + growth + largest.size
-        what = (
-            f"{size_text(least)} for {largest.volume.name} ({size_text(largest.size)}) and the codes of {len(items)} "
-            "volumes"
-        )
-        limit = (DISK_GB if places.disk_gb is None else places.disk_gb) * 1e9
-        if limit < least:
-            found = f"found --disk-gb {limit / 1e9:g}, expected at least {what}"
-            raise HubTrouble(found, "raise it, or choose fewer volumes", kind="disk")
-        staged = bytes_in(places.staging)
-        free = shutil.disk_usage(existing(places.staging)).free + staged + self.encoded - SPARE_BYTES
-        if free < least:
-            found = f"the disk is too small: {size_text(max(free, 0))} free, {what} needed"
-            raise HubTrouble(found, "free some, or name a --data-dir and --cache-dir on a larger disk", kind="disk")
-        self.limit = min(limit, free)
-        self.growth = growth
+    limit: float
+    room: float
+    encoded: float
+    per_volume: int
 
-    def room(self) -> float:
-        """Bytes that files in transit may take, so that all codes still fit in."""
-        return self.limit - self.encoded - self.growth
 
-    def add(self) -> None:
-        self.encoded += self.per_volume
-        self.growth -= self.per_volume
+def plan_disk(places: Places, cache: FeatureCache, items: Sequence[Item]) -> Budget:
+    """The budget for these items: all their codes, and the rest for files. Raises HubTrouble where the largest file and
+    the codes do not fit, in --disk-gb or on the disks as they are."""
+    per_volume = cache.record_bytes + LINE_BYTES + MANIFEST_BYTES
+    encoded, growth = bytes_in(cache.folder), len(items) * per_volume
+    largest = max(items, key=lambda item: item.size)
+    codes = f"the codes of {len(items)} volumes"
+    file = f"{largest.volume.name} ({size_text(largest.size)})"
+    limit = places.disk_gb * 1e9
+    if limit < (least := encoded + growth + largest.size):
+        found = f"found --disk-gb {places.disk_gb:g}, expected at least {size_text(least)} for {file} and {codes}"
+        raise HubTrouble(found, "raise it, or choose fewer volumes", kind="disk")
+    scratch, store = existing(places.staging), existing(cache.folder)
+    together = scratch.stat().st_dev == store.stat().st_dev
+    free = shutil.disk_usage(scratch).free + bytes_in(places.staging) - SPARE_BYTES - together * growth
+    if free < largest.size:
+        what = f"{file} and {codes}" if together else file
+        raise too_small(scratch, shutil.disk_usage(scratch).free, largest.size + together * growth + SPARE_BYTES, what)
+    if not together and shutil.disk_usage(store).free < growth + SPARE_BYTES:
+        raise too_small(store, shutil.disk_usage(store).free, growth + SPARE_BYTES, codes)
+    room = min(limit - encoded - growth, free)
+    return Budget(encoded + growth + room, room, encoded, per_volume)
+
+
+def too_small(folder: Path, free: float, needed: float, what: str) -> HubTrouble:
+    found = f"the disk is too small: {size_text(free)} free in {folder}, {size_text(needed)} needed for {what}"
+    remedy = "free some, or name a --data-dir, --scratch-dir and --cache-dir on larger disks"
+    return HubTrouble(found, remedy, kind="disk")
 
 
 # ---- fetch, read, encode
@@ -267,17 +275,22 @@ def arrivals(transfers: Transfers, shape: tuple[int, int, int], tick: Callable[[
 
 @contextmanager
 def alone(staging: Path) -> Iterator[None]:
-    """One stream per cohort: two would delete each other's files. The lock goes with the process, however it ends."""
+    """One stream per folder: two would delete each other's files. The lock goes with the process, however it ends."""
     from filelock import FileLock, Timeout  # torch and huggingface_hub bring it
 
     staging.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(staging / "lock", timeout=0)
     try:
-        with FileLock(staging / "lock", timeout=0):
-            yield
+        lock.acquire()
     except Timeout:
-        raise HubTrouble(
-            f"another stream is at work in {staging.parent}", "wait for it to end, or name another --data-dir"
-        ) from None
+        found = f"another stream is at work in {staging.parent}"
+        raise HubTrouble(found, "wait for it to end, or name another --scratch-dir") from None
+    except NotImplementedError:  # some network file systems
+        print_note(f"{staging} cannot be locked: do not start a second stream with this --scratch-dir")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def stream(selection: Selection, places: Places) -> None:
@@ -298,10 +311,10 @@ def stream(selection: Selection, places: Places) -> None:
         total = size_text(sum(item.size for item in work.items))
         there = f"{work.done} are in the cache, {work.quarantined} in quarantine, {len(work.here)} have a file here"
         row("", f"{there}, {len(work.items)} to fetch, {total}")
-        budget = Budget(places, cache, work.items) if work.items else None
-        clear_staging(places.staging, work.items, budget.room() if budget else 0)
+        budget = plan_disk(places, cache, work.items) if work.items else None
+        clear_staging(places.staging, work.items, budget.room if budget else 0)
         if budget:
-            transit = size_text(budget.room())
+            transit = size_text(budget.room)
             row("", f"disk: at most {size_text(budget.limit)}, of which {transit} for files in transit")
             encode_arrivals(model, cache, work.items, budget, selection, places, token)
         for folder in places.staging.iterdir():
@@ -373,7 +386,7 @@ def encode_arrivals(
                     cache.append([arrival.volume], codes, [arrival.verdict], [arrival.source], len(items) - done)
                 manifest.add(name, Streamed(selection.fixed, *arrival.stamp, item.sha256, arrival.unreadable))
                 remove(item.target)
-                budget.add()
+                budget.encoded += budget.per_volume
             transfers.release(item)
             done += 1
             show(refresh=False)

@@ -148,3 +148,7 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_GET
 
+    def do_CONNECT(self):
+        """Asked to be a proxy: one that lets nothing through."""
+        self.send_error(502)
+

@@ -320,6 +320,16 @@ def test_no_connection(suite):
     assert "secret" not in done.stdout + done.stderr
 
 
+def test_a_proxy_that_lets_nothing_through(suite, hub):
+    variables = {"HF_ENDPOINT": "https://hub.invalid", "HTTPS_PROXY": hub.url, "HF_TOKEN": TOKEN}
+    done = run(suite, **variables)
+    assert done.returncode == 0
+    assert (
+        "not yet CT-CLIP classfine for real CT: the proxy let nothing through to hub.invalid check HTTPS_PROXY and "
+        "HTTP_PROXY, then run this again next"
+    ) in flat(done.stdout)
+
+
 def test_offline_switch_and_a_file_that_cannot_be_verified(suite):
     weights(suite).parent.mkdir()
     weights(suite).write_bytes(PAYLOAD)

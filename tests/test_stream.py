@@ -7,10 +7,12 @@ what the hub saw, and sizes sampled while a stream runs. The client is the real 
 import json
 import os
 import random
+import re
 import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -255,6 +257,7 @@ def test_a_stream_gives_the_cache_that_files_give(stream, hub, undisturbed, tiny
     assert code == 0, error
     assert "not on the hub: 8 volumes" in out and "32 to fetch" in out
     assert "stream 32 volumes encoded in" in out
+    assert re.search(r"32/32 \[\d+:\d+, ETA 00:00, [\d.]+ vol/min, disk 0\.\d+ MB of 10\.00 GB\]", error)
     assert entries(cache_of("C", tiny_classfine)) == undisturbed and len(undisturbed) == 32
     assert volumes_in(Path("D")) == [] and [path.name for path in Path("D/.stream").iterdir()] == ["lock"]
     known = read_streamed("D", "train")
@@ -325,8 +328,43 @@ def test_a_disk_with_less_than_that_is_refused(stream, hub, monkeypatch):
     monkeypatch.setattr(ctclip_stream.shutil, "disk_usage", lambda path: SimpleNamespace(free=50_100_000))
     code, _, error = stream()
     assert code == 2 and hub.count("GET", ".gz") == 0 and error.count("\n") == 1
-    assert error.startswith("error: the disk is too small: 0.10 MB free, 1.")
-    assert error.endswith("needed; free some, or name a --data-dir and --cache-dir on a larger disk\n")
+    assert error.startswith("error: the disk is too small: 50.10 MB free in D/.stream, 51.")
+    remedy = "free some, or name a --data-dir, --scratch-dir and --cache-dir on larger disks\n"
+    assert error.endswith(f"MB) and the codes of 32 volumes; {remedy}")
+
+
+def test_a_cache_on_another_disk_is_checked_there(setup, stream, hub, monkeypatch, tmp_path):
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system, /dev/shm")
+    setup("--data", "labels", "--data-dir", "D")
+    with tempfile.TemporaryDirectory(dir=shared) as scratch:
+        monkeypatch.setattr(
+            ctclip_stream.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9 if "shm" in str(path) else 100)
+        )
+        code, _, error = stream("--scratch-dir", scratch)
+        assert code == 2 and hub.count("GET", ".gz") == 0
+        assert error.startswith("error: the disk is too small: 0.00 MB free in ")
+        assert "needed for the codes of 32 volumes; free some" in error
+
+
+def test_files_in_transit_can_be_elsewhere(stream, undisturbed, tiny_classfine, tmp_path, monkeypatch):
+    """On Colab: tables, manifest and codes on Drive, where a deleted file goes to the bin, and files on the machine."""
+    (tmp_path / "S").mkdir()
+    (tmp_path / "S" / "mine.txt").write_text("not the stream's")
+    seen, read = set(), ctclip_stream.read
+
+    def noting(item, shape):
+        seen.add(item.target.parents[3])
+        return read(item, shape)
+
+    monkeypatch.setattr(ctclip_stream, "read", noting)
+    code, _, error = stream("--scratch-dir", tmp_path / "S", "--volumes", 6)
+    assert code == 0, error
+    assert seen == {tmp_path / "S" / ".stream"}
+    assert sorted(path.name for path in (tmp_path / "S").iterdir()) == [".stream", "mine.txt"]
+    found = entries(cache_of("C", tiny_classfine))
+    assert len(found) >= 5 and all(found[name] == undisturbed[name] for name in found)
 
 
 def test_unreadable_volumes_are_quarantined_with_the_reason(stream, hub, files, undisturbed, tiny_classfine):
@@ -410,7 +448,7 @@ def test_a_second_stream_of_the_cohort_is_refused(stream):
     with ctclip_stream.alone(Path("D", ".stream")):
         code, _, error = stream()
     assert code == 2
-    assert error == "error: another stream is at work in D; wait for it to end, or name another --data-dir\n"
+    assert error == "error: another stream is at work in D; wait for it to end, or name another --scratch-dir\n"
 
 
 def test_a_manifest_torn_by_a_kill_goes_on(stream, undisturbed, tiny_classfine):
