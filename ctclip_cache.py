@@ -17,6 +17,7 @@ ignored. Nothing is ever rewritten: a change of encoder, preprocessing or volume
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -297,17 +298,20 @@ class FeatureCache:
         try:
             shard, data, index = self._writing = self._writing or self._new_shard()
             number = data.tell() // self.record_bytes
-            _write(data, records.tobytes())
+            write_all(data, records.tobytes())
             lines = []
             for volume, source, verdict, record in zip(volumes, sources, verdicts, records, strict=True):
                 line = {"record": number + len(lines), "name": volume.name, "source": source}
                 lines.append(json.dumps(line | {"reading": verdict.reading, "crc32": zlib.crc32(record)}) + "\n")
-            _write(index, "".join(lines).encode())
+            write_all(index, "".join(lines).encode())
         except BaseException as error:
             self.close()  # half a record must stay the last of its shard
             if isinstance(error, OSError):
                 found = error.strerror or str(error)
-                raise CacheError(self.no_room(max(remaining, len(volumes)), found)) from error
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise CacheError(self.no_room(max(remaining, len(volumes)), found)) from error
+                remedy = "choose another --cache-dir"
+                raise CacheError(f"{self.folder}: found {found}, expected a folder to write to; {remedy}") from error
             raise
         self._read_index(shard)
 
@@ -354,7 +358,7 @@ def existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def _write(file: IO[bytes], data: bytes) -> None:
+def write_all(file: IO[bytes], data: bytes) -> None:
     """All of it, to the disk. An unbuffered write may take only a part, as it does when the disk is nearly full."""
     view = memoryview(data)
     while view:

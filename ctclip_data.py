@@ -909,10 +909,10 @@ STREAMED_TYPES = {
 }
 
 
-def read_streamed(data_dir: str | Path, split: str) -> dict[str, Streamed]:
-    """{volume: what is known of its file} from a split's manifest, {} where there is none.
+def read_streamed(data_dir: str | Path, split: str) -> dict[tuple[str, bool], Streamed]:
+    """{(volume, whether version 2): what is known of that file} from a split's manifest, {} where there is none.
 
-    The last line of a volume counts; one that a kill has torn, or that is anything else, is ignored. Raises CohortError
+    The last line of a file counts; one that a kill has torn, or that is anything else, is ignored. Raises CohortError
     where the manifest cannot be read.
     """
     path = Path(data_dir, streamed_path(split))
@@ -931,7 +931,7 @@ def read_streamed(data_dir: str | Path, split: str) -> dict[str, Streamed]:
         except (ValueError, KeyError, TypeError):
             continue
         if isinstance(name, str) and all(isinstance(values[key], kind) for key, kind in STREAMED_TYPES.items()):
-            streamed[name] = Streamed(**values)
+            streamed[name, values["fixed"]] = Streamed(**values)
     return streamed
 
 
@@ -967,7 +967,8 @@ class _Joiner:
             path = self.data_dir / volume_path(name, fixed)
             if os.path.exists(path):  # False also where a folder may not be entered
                 return path, fixed, None
-        streamed = self.streamed.get(name)
+        known = [entry for fixed in (True, False) if (entry := self.streamed.get((name, fixed)))]
+        streamed = next((entry for entry in known if entry.reason is None), known[0] if known else None)
         return streamed and (self.data_dir / volume_path(name, streamed.fixed), streamed.fixed, streamed)
 
     def join(self, name: str, path: Path, fixed: bool, streamed: Streamed | None) -> Volume | str:

@@ -30,6 +30,7 @@ from ctclip_packages import (
     SetupError,
     installed_version,
     read_requirements,
+    script,
     survey,
     versions_text,
     wanted_text,
@@ -158,7 +159,7 @@ def found_and_remedy(line: str) -> tuple[str, tuple[str, ...]]:
 
 
 def setup_command() -> str:
-    return "python " + ("" if Path.cwd() == SUITE else f"{SUITE}{os.sep}") + "ctclip_setup.py"
+    return f"python {script('ctclip_setup.py')}"
 
 
 # ---- processes of their own

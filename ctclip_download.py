@@ -6,6 +6,7 @@ Which volumes there are is read from the label table; the repository (over 50,00
 from __future__ import annotations
 
 import os
+import shlex
 import threading
 import time
 from collections import deque
@@ -17,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ctclip_data import SPLITS, Cohort, Volume, labels_path, listed_volumes, metadata_path, no_chest_path, volume_path
-from ctclip_hub import HubTrouble, check_disk, explain, fetch, find_token, look_up, parts_of, sizes_of
+from ctclip_data import SPLITS, Volume, labels_path, listed_volumes, metadata_path, no_chest_path, volume_path
+from ctclip_hub import HubTrouble, check_disk, explain, fetch, find_token, listed, look_up, parts_of, persist
 from ctclip_model import ABNORMALITIES
+from ctclip_packages import script
 from ctclip_rows import row, size_text
 
 TRANSFERS = 3  # at once: one connection rarely fills a line
@@ -34,14 +36,19 @@ def fetch_tables(splits: Sequence[str], data_dir: Path, token: str) -> None:
     """Labels, metadata and no-chest lists of the splits; one that is here and intact is not fetched again."""
     for split in splits:
         for path in (labels_path(split), metadata_path(split), no_chest_path(split)):
-            target = data_dir / path
-            try:
-                remote = look_up(path.as_posix(), token)
-                if not target.exists() or remote.differs(target):
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    fetch(path.as_posix(), target, token, print_note, remote)
-            except Exception as error:
-                raise explain(error, path.as_posix(), token) from error
+            file, target = path.as_posix(), data_dir / path
+            remote = persist(lambda file=file: look_up(file, token), file, token, print_note)
+            if not target.exists() or remote.differs(target):
+                make_folder(target.parent)
+                fetch(file, target, token, print_note, remote)
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        found = f"found {folder}, which cannot be made ({error.strerror}), expected a folder to write to"
+        raise HubTrouble(found, "name another --data-dir", kind="disk") from error
 
 
 def print_note(text: str) -> None:
@@ -90,14 +97,14 @@ def absent_labels(chosen: Sequence[Volume]) -> list[str]:
 
 @dataclass(eq=False)
 class Item:
-    """A volume to fetch: the hub's file, where it goes, its size; once it arrived, its SHA-256 if the hub told one."""
+    """A volume to fetch: the hub's file, where it goes, its size and, if the hub told it, its SHA-256."""
 
     volume: Volume
     file: str
     target: Path
     size: int
+    sha256: str | None
     trouble: HubTrouble | None = None
-    sha256: str | None = None
 
     @property
     def is_here(self) -> bool:
@@ -166,9 +173,8 @@ class Transfers:
         while item := self._next():
             try:
                 if not item.is_here:
-                    item.target.parent.mkdir(parents=True, exist_ok=True)
-                    remote = fetch(item.file, item.target, self.token, print_note)
-                    item.sha256 = remote.etag if remote.checksum == "SHA-256" else None
+                    make_folder(item.target.parent)
+                    fetch(item.file, item.target, self.token, print_note, size=item.size)
             except Exception as error:
                 item.trouble = explain(error, item.file, self.token)
             with self.changed:
@@ -220,44 +226,37 @@ class Selection:
     seed: int = 0
     fixed: bool = True
 
-    def check(self) -> None:
-        if self.volumes is not None and self.patients is not None:
-            raise HubTrouble("found --volumes and --patients, expected one of them", "leave one out")
-        for flag, value in (("--volumes", self.volumes), ("--patients", self.patients)):
-            if value is not None and value < 1:
-                raise HubTrouble(f"{flag} is {value}, expected at least 1", "give a number of at least 1")
-        if self.seed < 0:
-            raise HubTrouble(f"--seed is {self.seed}, expected at least 0", "give another")
 
-
-def fetch_selection(selection: Selection, data_dir: Path, token: str) -> tuple[Cohort, list[Volume]]:
-    """Tables of the split, fetched; -> (what they list, the volumes chosen). Prints both."""
-    selection.check()
+def fetch_selection(selection: Selection, data_dir: Path, token: str) -> list[Volume]:
+    """The tables of the split, fetched, and the volumes chosen from them. Prints what it finds."""
     fetch_tables([selection.split], data_dir, token)
-    listed = listed_volumes(data_dir, selection.split, selection.fixed)
-    chosen = choose(listed.volumes, selection.volumes, selection.patients, selection.seed)
+    cohort = listed_volumes(data_dir, selection.split, selection.fixed)
+    if not cohort.volumes:
+        found = "; ".join(f"{len(names)} x {reason}" for reason, names in cohort.reasons().items()) or "an empty table"
+        table = data_dir / labels_path(selection.split)
+        raise HubTrouble(f"{table}: found no usable volume ({found}), expected at least one", "see the hub's own table")
+    chosen = choose(cohort.volumes, selection.volumes, selection.patients, selection.seed)
     patients = len({volume.patient for volume in chosen})
-    row("data", f"{selection.split}: {len(chosen)} of {len(listed)} volumes, {patients} patients, in {data_dir}")
-    for reason, names in listed.reasons().items():
+    row("data", f"{selection.split}: {len(chosen)} of {len(cohort)} volumes, {patients} patients, in {data_dir}")
+    for reason, names in cohort.reasons().items():
         row("", f"left out: {len(names)} x {reason}")
     if missing := absent_labels(chosen):
         row("", f"without any {', '.join(missing)}: choose more of them to have every label")
-    return listed, chosen
+    return chosen
 
 
 def items_of(chosen: Sequence[Volume], fixed: bool, token: str, place: Callable[[str], Path]) -> list[Item]:
     """What is to be fetched, with sizes, each to place(its name); volumes the hub does not have are named, left out."""
     files = {volume: volume_path(volume.name, fixed).as_posix() for volume in chosen}
-    try:
-        sizes = sizes_of(list(files.values()), token)
-    except Exception as error:
-        raise explain(error, "the volumes", token) from error
-    absent = [volume.name for volume, file in files.items() if file not in sizes]
+    found = persist(lambda: listed(list(files.values()), token), "the volumes", token, print_note)
+    absent = [volume.name for volume, file in files.items() if file not in found]
     if absent:
         row("", f"not on the hub: {len(absent)} volumes ({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''})")
-    return [
-        Item(volume, file, place(volume.name), sizes[file]) for volume, file in files.items() if file in sizes
-    ]
+    return [Item(volume, file, place(volume.name), *found[file]) for volume, file in files.items() if file in found]
+
+
+def nothing_there(chosen: Sequence[Volume]) -> HubTrouble:
+    return HubTrouble(f"the hub has none of the {len(chosen)} volumes chosen", "see --data-version", kind="file")
 
 
 def download_tables(data_dir: Path) -> None:
@@ -265,16 +264,18 @@ def download_tables(data_dir: Path) -> None:
     token = find_token()
     fetch_tables(SPLITS, data_dir, token)
     for split in SPLITS:
-        listed = listed_volumes(data_dir, split, fixed=True)
-        patients = len({volume.patient for volume in listed.volumes})
-        row("data" if split == SPLITS[0] else "", f"{split}: {len(listed)} volumes, {patients} patients, {data_dir}")
+        cohort = listed_volumes(data_dir, split, fixed=True)
+        patients = len({volume.patient for volume in cohort.volumes})
+        row("data" if split == SPLITS[0] else "", f"{split}: {len(cohort)} volumes, {patients} patients, {data_dir}")
 
 
 def download_volumes(selection: Selection, data_dir: Path) -> None:
     """`--data train|valid`: the chosen volumes as files in the hub's layout; those that are here are not fetched."""
     token = find_token()
-    _, chosen = fetch_selection(selection, data_dir, token)
+    chosen = fetch_selection(selection, data_dir, token)
     items = items_of(chosen, selection.fixed, token, lambda name: data_dir / volume_path(name, selection.fixed))
+    if not items:
+        raise nothing_there(chosen)
     wanted = [item for item in items if not item.is_here]
     total = sum(item.size for item in wanted)
     here = f"{len(items) - len(wanted)} are here, " if len(wanted) < len(items) else ""
@@ -299,8 +300,15 @@ def download_volumes(selection: Selection, data_dir: Path) -> None:
     if wanted:
         seconds = time.monotonic() - start
         row("", f"{len(wanted)} volumes, {size_text(total)} in {seconds:.0f} s, each with the hub's checksum")
-    row("next", f"python ctclip_training.py --data-dir {data_dir}" if selection.split == "train" else
-        f"python ctclip_evaluation.py --checkpoint results/RUN --data-dir {data_dir}")
+    row("next", next_command(selection.split, data_dir))
+
+
+def next_command(split: str, data_dir: Path, more: str = "") -> str:
+    """What to do with a split that is here; `more` flags for training."""
+    where = f"--data-dir {shlex.quote(str(data_dir))}"
+    if split == "valid":
+        return f"python {script('ctclip_evaluation.py')} --checkpoint results/RUN {where}"
+    return f"python {script('ctclip_training.py')} {where}{more}"
 
 
 def _begun(item: Item) -> int:

@@ -7,16 +7,19 @@ into a message, not written to a file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
 import os
 import re
 import shutil
+import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence  # noqa: UP035  (ctclip_setup must get as far as its Python check)
+from typing import Callable, Iterator, NamedTuple, Sequence  # noqa: UP035  (ctclip_setup must get as far as its Python check)
 from urllib.parse import urlsplit
 
 from ctclip_rows import TIED, size_text
@@ -99,14 +102,27 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
 
 
+def is_hubs(url: str) -> bool:
+    """Whether an address is on the hub itself; the bytes of large files are elsewhere, under signed addresses."""
+    return urlsplit(url).netloc in {urlsplit(own).netloc for own in (endpoint(), HUB)}
+
+
+def check_endpoint() -> None:
+    """Raises HubTrouble where HF_ENDPOINT is no address: huggingface_hub would not import. It may hold a password."""
+    try:
+        address = urlsplit(endpoint())
+        good = address.scheme in ("http", "https") and address.hostname and (address.port or True)
+    except ValueError:
+        good = False
+    if not good:
+        found = "found something else than an address in HF_ENDPOINT, expected https://HOST"
+        raise HubTrouble(found, "correct it, or unset it for the hub itself", kind="access")
+
+
 def hub_host() -> str:
     """Host of the hub, without the user and password a mirror's address may carry."""
     address = urlsplit(endpoint())
-    try:
-        port = f":{address.port}" if address.port else ""
-    except ValueError:
-        port = ""
-    return f"{address.hostname or 'the address in HF_ENDPOINT'}{port}"
+    return f"{address.hostname}:{address.port}" if address.port else str(address.hostname)
 
 
 def find_token() -> str:
@@ -207,6 +223,8 @@ def explain(error: BaseException, file: str, token: str) -> HubTrouble:
         status = getattr(response, "status_code", None)
         if status is not None:
             wait = asked_wait(getattr(response, "headers", {}))
+            if status in (401, 403, 404, 410) and not is_hubs(str(getattr(response, "url", endpoint()))):
+                return HubTrouble(f"the address of a file's bytes has expired ({status})", "run this again", kind="hub")
             return answer_of_status(status, "GatedRepoError" in names, file, wait)
     said = " ".join(str(link) for link in chain)
     if "OfflineModeIsEnabled" in names:
@@ -233,8 +251,12 @@ def explain(error: BaseException, file: str, token: str) -> HubTrouble:
             f"check the network, the proxy (HTTPS_PROXY) and HF_ENDPOINT, {AGAIN}",
             kind="network",
         )
-    if any(getattr(link, "errno", None) == 28 for link in chain):
-        return HubTrouble("the disk is full", f"free some, {AGAIN}", kind="disk")
+    for link in chain:
+        if getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return HubTrouble("the disk is full", f"free some, {AGAIN}", kind="disk")
+        if isinstance(link, OSError) and link.filename:
+            what = f"{link.filename}: {link.strerror}"
+            return HubTrouble(what, f"make it writable, or name another folder, {AGAIN}", kind="disk")
     if "Consistency check failed" in said:
         return HubTrouble("the transfer of a file ended before its last byte", "run this again", kind="bytes")
     shown = re.sub(r"//[^/@\s]+@", "//***@", str(error).replace(token, "***") if token else str(error))
@@ -333,22 +355,31 @@ def look_up(file: str, token: str) -> Remote:
     return Remote(file, found.size, (found.etag or "").lower(), found.location or url)
 
 
-def sizes_of(files: Sequence[str], token: str) -> dict[str, int]:
-    """Sizes of those of the files that the hub has. They are asked for by name: listing the repository takes hours.
+class Listed(NamedTuple):
+    """A file as a listing has it: size, and SHA-256 where it is a large one."""
+
+    size: int
+    sha256: str | None
+
+
+def listed(files: Sequence[str], token: str) -> dict[str, Listed]:
+    """Those of the files that the hub has. They are asked for by name: listing the repository takes hours.
 
     Raises whatever huggingface_hub raises.
     """
     from huggingface_hub import HfApi
 
-    sizes: dict[str, int] = {}
+    found: dict[str, Listed] = {}
     for start in range(0, len(files), PATHS_AT_ONCE):
         part = list(files[start : start + PATHS_AT_ONCE])
-        found = within(
+        entries = within(
             LISTING_SECONDS,
             lambda part=part: HfApi(endpoint()).get_paths_info(REPOSITORY, part, repo_type="dataset", token=token),
         )
-        sizes |= {entry.path: entry.size for entry in found if hasattr(entry, "size")}
-    return sizes
+        for entry in entries:
+            if hasattr(entry, "size"):  # a file
+                found[entry.path] = Listed(entry.size, entry.lfs.sha256 if entry.lfs else None)
+    return found
 
 
 def check_disk(folder: Path, needed: int) -> None:
@@ -382,8 +413,7 @@ def receive(remote: Remote, target: Path, token: str) -> None:
         part.unlink()
         have = 0
     check_disk(target.parent, (remote.size or 0) - have)
-    hosts = {urlsplit(url).netloc for url in (endpoint(), HUB)}
-    own = urlsplit(remote.location).netloc in hosts  # elsewhere the address is signed, and the token is not for them
+    own = is_hubs(remote.location)  # the token is for nobody else
     with open(part, "ab") as file:
         http_get(
             remote.location,
@@ -405,32 +435,80 @@ def receive(remote: Remote, target: Path, token: str) -> None:
     os.replace(part, target)
 
 
-def fetch(
-    file: str, target: Path, token: str, note: Callable[[str], None] = lambda text: None, remote: Remote | None = None
-) -> Remote:
-    """Makes `target` the hub's `file`, trying again after `WAITS` where that may help; -> what the hub announced.
+def persist(attempt: Callable, file: str, token: str, note: Callable[[str], None]):
+    """attempt(), again after each of `WAITS` while it fails in a way that may pass. Raises HubTrouble.
 
-    `note` gets a phrase for each failed attempt. `remote`: from a `look_up` just made. Raises HubTrouble.
+    `note` gets a phrase for each failed attempt. Bytes that are wrong twice will not get right.
     """
     damaged = 0
     for wait in (*WAITS, None):
         try:
-            remote = remote or look_up(file, token)
-            receive(remote, target, token)
-            return remote
+            return attempt()
         except Exception as error:
             trouble = explain(error, file, token)
-            if trouble.kind == "bytes":
-                damaged += 1
-                for part in parts_of(target):
-                    part.unlink()
+            damaged += trouble.kind == "bytes"
             if wait is None or not trouble.passes or damaged > 1:
                 raise trouble from error
             pause = max(wait, trouble.wait)
             note(f"{trouble.reason}; going on in {pause:.0f} s")
             time.sleep(pause)
-            remote = None  # its address may have expired
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[bool]:
+    """Holds `path` against other processes of this user and machine; yields whether another one holds it, and then does
+    not wait. The lock goes with the process, however it ends, and does not lie on the disk of `path`, which may know
+    none (network mounts)."""
+    from filelock import FileLock, Timeout  # huggingface_hub brings it
+
+    owner = os.getuid() if hasattr(os, "getuid") else ""
+    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir(), f"ctclip-{owner}-{name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield True
+        return
+    try:
+        yield False
+    finally:
+        lock.release()
+
+
+def fetch(
+    file: str,
+    target: Path,
+    token: str,
+    note: Callable[[str], None] = lambda text: None,
+    remote: Remote | None = None,
+    size: int | None = None,
+) -> Remote:
+    """Makes `target` the hub's `file`, trying again where that may help; -> what the hub announced.
+
+    `remote`: from a `look_up` just made. `size`: what room there is for. Raises HubTrouble, also where another process
+    is fetching it.
+    """
+
+    def attempt() -> Remote:
+        nonlocal remote
+        found, remote = remote or look_up(file, token), None  # a second time its address may have expired
+        if size is not None and found.size != size:
+            changed = f"{file} was changed on the hub meanwhile: {found.size} bytes where {size} were announced"
+            raise HubTrouble(changed, "run this again", kind="file")
+        try:
+            receive(found, target, token)
+        except Exception as error:
+            if explain(error, file, token).kind == "bytes":
+                for part in parts_of(target):
+                    part.unlink()
+            raise
+        return found
+
+    with alone(target) as busy:
+        if busy:
+            raise HubTrouble(f"another process is fetching {target}", "wait for it to end, then run this again")
+        return persist(attempt, file, token, note)
 
 
 # ---- weights on this machine
@@ -491,6 +569,6 @@ def read_record(weights: Path) -> dict:
 def write_record(weights: Path, **changes) -> None:
     """Keeps these fields beside what is kept already."""
     path = record_path(weights)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(read_record(weights) | changes, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)

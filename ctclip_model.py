@@ -599,13 +599,16 @@ def existing_weights(path: str | os.PathLike) -> Path:
     """`path`; where there is no such file, the slim copy that `ctclip_setup.py --slim` put in its place, if it did."""
     path = Path(path)
     slim = path.with_suffix(".safetensors")
-    if not path.exists() and slim.is_file():
-        try:
-            with safe_open(slim, framework="pt") as file:
-                return slim if (file.metadata() or {}).get(SLIM_OF) == path.name else path
-        except SafetensorError:  # reading it will say what is wrong with it
-            return slim
-    return path
+    return slim if not path.exists() and slim.is_file() and is_slim_copy(slim, path) else path
+
+
+def is_slim_copy(slim: Path, path: Path) -> bool:
+    """Whether a .safetensors file says that it was made from `path`; True for a damaged one: reading it says more."""
+    try:
+        with safe_open(slim, framework="pt") as file:
+            return (file.metadata() or {}).get(SLIM_OF) == path.name
+    except SafetensorError:
+        return True
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:

@@ -25,6 +25,11 @@ SUITE = Path(__file__).resolve().parent  # the code; models/ and results/ belong
 OLDEST_PYTHON = (3, 10)
 
 
+def script(name: str) -> str:
+    """How one of the suite's scripts is started from the working folder."""
+    return name if Path.cwd() == SUITE else shlex.quote(str(SUITE / name))
+
+
 class SetupError(Exception):
     """Stops setup with exit code 2; the message is one line: what was found, what to do."""
 

@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ from ctclip_hub import (
     HubTrouble,
     WeightsFile,
     check_disk,
+    check_endpoint,
     explain,
     fetch,
     find_token,
@@ -51,6 +53,7 @@ from ctclip_packages import (
     check_python,
     packages_step,
     read_requirements,
+    script,
     survey,
     versions_text,
     wanted_text,
@@ -90,6 +93,9 @@ def fetch_weights(weights: WeightsFile, slim: bool) -> str:
         if weights.path:
             problem = weights.damage(remote)
             if problem is None:
+                if weights.path == weights.whole and remote.checksum == "SHA-256":
+                    keep_origin(weights, remote.etag)
+                checked = checked if weights.path == weights.whole else "a slim copy of the hub's file, as it was made"
                 return f"already here, {weights.path}, {weights.size}, {checked}"
             row("", f"{weights.name}: {weights.path} is damaged: {problem}; fetching it again")
         begun = sum(part.stat().st_size for part in parts_of(weights.whole))
@@ -101,11 +107,18 @@ def fetch_weights(weights: WeightsFile, slim: bool) -> str:
         fetch(weights.file, weights.whole, token, lambda text: row("", f"{weights.name}: {text}"), remote)
         weights.slim.unlink(missing_ok=True)
         weights.record.unlink(missing_ok=True)
-        origin = {"repository": REPOSITORY, "file": weights.file, "size": remote.size}
-        write_record(weights.whole, **origin, sha256=sha256_of(weights.whole))
+        keep_origin(weights, remote.etag if remote.checksum == "SHA-256" else sha256_of(weights.whole))
         return f"{weights.whole}, {weights.size} in {time.monotonic() - started:.0f} s, {checked}"
     except Exception as error:
         raise explain(error, weights.file, token) from error
+
+
+def keep_origin(weights: WeightsFile, sha256: str) -> None:
+    """Keeps whose file it is, unless that is kept; what was kept of other bytes is dropped."""
+    if weights.kept().get("sha256") != sha256:
+        weights.record.unlink(missing_ok=True)
+        size = weights.whole.stat().st_size
+        write_record(weights.whole, repository=REPOSITORY, file=weights.file, size=size, sha256=sha256)
 
 
 def make_usable(weights: WeightsFile, slim: bool, hub_trouble: HubTrouble | None) -> HubTrouble | None:
@@ -136,8 +149,9 @@ def fingerprint_step(weights: WeightsFile, slim: bool) -> None:
     is no model, or another one than was kept.
     """
     kept = weights.kept().get("fingerprint")
-    if kept and not slim:
-        row("", f"{weights.name}: fingerprint {kept['digest'][:12]}, kept in {weights.record}")
+    digest = kept.get("digest") if isinstance(kept, dict) else None
+    if digest and weights.kept_sha256 and not slim:  # the file has just been compared with it, or with the hub's
+        row("", f"{weights.name}: fingerprint {str(digest)[:12]}, kept in {weights.record}")
         return
     command = [sys.executable, str(SUITE / "ctclip_weights.py"), str(weights.path), *(["--slim"] if slim else [])]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
@@ -148,9 +162,6 @@ def fingerprint_step(weights: WeightsFile, slim: bool) -> None:
         reason = (said[-1] if said else f"ended with code {done.returncode}").removeprefix("error: ")
         row("", f"{weights.name}: {reason}")
         raise HubTrouble(reason, f"see python ctclip_weights.py {weights.path}", kind="file")
-    if slim:
-        write_record(weights.whole, slim_sha256=sha256_of(weights.slim))
-
 
 def weights_step(names: Sequence[str], slim: bool) -> dict[str, HubTrouble]:
     """Fetches each; -> the ones that are not usable, with why. A file that cannot be verified stays usable."""
@@ -180,6 +191,7 @@ def weights_look(names: Sequence[str]) -> None:
 
 def data_step(options: argparse.Namespace) -> None:
     """`--data`: tables, volumes or codes of CT-RATE. Raises SetupError with the one line for whatever went wrong."""
+    import torch
     from huggingface_hub.utils import disable_progress_bars
 
     from ctclip_cache import CacheError
@@ -190,8 +202,8 @@ def data_step(options: argparse.Namespace) -> None:
 
     disable_progress_bars()  # one for each file; ours counts volumes
     data_dir = Path(options.data_dir or DATA_DIR)
-    fixed = options.data_version == 2
-    selection = Selection(options.data, options.volumes, options.patients, options.seed, fixed)
+    fixed = options.data_version != 1
+    selection = Selection(options.data, options.volumes, options.patients, options.seed or 0, fixed)
     try:
         if options.data == "labels":
             download_tables(data_dir)
@@ -201,7 +213,8 @@ def data_step(options: argparse.Namespace) -> None:
             weights = Path(options.ctclip_path or WeightsFile(options.model[0]).whole)
             scratch = Path(options.scratch_dir) if options.scratch_dir else None
             disk_gb = DISK_GB if options.disk_gb is None else options.disk_gb
-            stream(selection, Places(data_dir, Path(options.cache_dir), weights, scratch, disk_gb, options.device))
+            cache_dir = Path(options.cache_dir or "cache")
+            stream(selection, Places(data_dir, cache_dir, weights, scratch, disk_gb, options.device))
         else:
             download_volumes(selection, data_dir)
     except HubTrouble as trouble:
@@ -210,6 +223,9 @@ def data_step(options: argparse.Namespace) -> None:
         raise SetupError(str(error)) from error
     except OSError as error:
         raise SetupError(f"{error.filename or data_dir}: {error.strerror or error}; name another --data-dir") from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        found = f"out of memory ({str(error).split('. ')[0] or 'on the CPU'})"
+        raise SetupError(f"{found}; what has been encoded is kept: go on with --device cpu, or more memory") from error
 
 
 # ---- verification
@@ -246,10 +262,9 @@ def summary(troubles: dict[str, HubTrouble], fetched: Sequence[str], device: str
     for name in fetched:
         row("", f"CT-CLIP {name}: {WeightsFile(name).path}")
     not_yet(troubles)
-    folder = "" if Path.cwd() == SUITE else f"{SUITE}{os.sep}"
-    row("next", f"python {folder}run_task2.py")
+    row("next", f"python {script('run_task2.py')}")
     if development:
-        row("", f"python -m pytest {folder}".rstrip())
+        row("", "python -m pytest" if Path.cwd() == SUITE else f"python -m pytest {shlex.quote(str(SUITE))}")
 
 
 def failed(error: ForwardFailed) -> int:
@@ -275,6 +290,10 @@ def setup(options: argparse.Namespace) -> int:
     started = time.monotonic()
     # read when huggingface_hub is imported; its own default is as long, a caller's value wins
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", str(HUB_SECONDS))
+    try:
+        check_endpoint()
+    except HubTrouble as trouble:
+        raise SetupError(trouble.line()) from trouble
     if options.doctor:
         return doctor(Path(options.data_dir) if options.data_dir else None, options.json)
     row("setup", f"CT-CLIP Task 2 suite in {SUITE}, Python {sys.version.split()[0]}")
@@ -326,14 +345,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--data", choices=("labels", "train", "valid"), help="labels: the tables only; train, valid: volumes as well")
     add("--volumes", type=int, metavar="N", help="so many, of patients drawn so that every label occurs")
     add("--patients", type=int, metavar="N", help="all volumes of so many patients, drawn likewise")
-    add("--seed", type=int, default=0, help="of the draw (default 0); more of the same seed contain the fewer")
-    add("--data-version", type=int, choices=(1, 2), default=2, help="2 (default): HU, right headers; 1: raw values")
+    add("--seed", type=int, help="of the draw (default 0); more of the same seed contain the fewer")
+    add("--data-version", type=int, choices=(1, 2), help="2 (default): HU, right headers; 1: raw values")
     add("--data-dir", metavar="D", help=f"folder of the cohort (default {DATA_DIR}); with --doctor, the one to look at")
     group = parser.add_argument_group("streaming")
     add = group.add_argument
     add("--stream-cache", action="store_true", help="keep each volume's codes (28 KB) in place of the volume")
     add("--disk-gb", type=float, metavar="GB", help="never use more disk than this (default 10, or what is free)")
-    add("--cache-dir", default="cache", metavar="C", help="where the codes go (default cache)")
+    add("--cache-dir", metavar="C", help="where the codes go (default cache)")
     add("--scratch-dir", metavar="S", help="where files are until encoded (default: in --data-dir); not on Drive")
     add("--ctclip-path", metavar="FILE", help="weights of the encoder (default: those of --model)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -351,21 +370,33 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def refuse_idle_flags(parser: Parser, options: argparse.Namespace) -> None:
     """A flag that nothing would look at is an error: something else was meant."""
-    volumes = options.data in ("train", "valid")
-    for flag, given, needed, there in (
-        ("--json", options.json, "--doctor", options.doctor),
-        ("--slim", options.slim and options.no_weights, "weights", False),
-        ("--volumes", options.volumes is not None, "--data train or valid", volumes),
-        ("--patients", options.patients is not None, "--data train or valid", volumes),
-        ("--stream-cache", options.stream_cache, "--data train or valid", volumes),
-        ("--disk-gb", options.disk_gb is not None, "--stream-cache", options.stream_cache),
-        ("--scratch-dir", options.scratch_dir, "--stream-cache", options.stream_cache),
-        ("--ctclip-path", options.ctclip_path, "--stream-cache", options.stream_cache),
-        ("--device", options.device, "--stream-cache", options.stream_cache),
-        ("--data-dir", options.data_dir, "--data or --doctor", options.data or options.doctor),
+    volumes, counted = options.data in ("train", "valid"), options.volumes or options.patients
+    for flag, needed, there in (
+        ("--json", "--doctor", options.doctor),
+        ("--volumes", "--data train or valid", volumes),
+        ("--patients", "--data train or valid", volumes),
+        ("--seed", "--volumes or --patients", counted),
+        ("--data-version", "--data train or valid", volumes),
+        ("--stream-cache", "--data train or valid", volumes),
+        ("--disk-gb", "--stream-cache", options.stream_cache),
+        ("--cache-dir", "--stream-cache", options.stream_cache),
+        ("--scratch-dir", "--stream-cache", options.stream_cache),
+        ("--ctclip-path", "--stream-cache", options.stream_cache),
+        ("--device", "--stream-cache", options.stream_cache),
+        ("--data-dir", "--data or --doctor", options.data or options.doctor),
+        ("--slim", "weights to fetch (--no-weights, --check, --doctor)", not (
+            options.no_weights or options.check or options.doctor)),
+        ("--data", "being allowed to fetch (--check, --doctor)", not (options.check or options.doctor)),
     ):
-        if given and not there:
+        if getattr(options, flag[2:].replace("-", "_")) not in (None, False) and not there:
             parser.error(f"found {flag} without {needed}")
+    if options.volumes is not None and options.patients is not None:
+        parser.error("found --volumes and --patients, expected one of them")
+    for flag, value, least in (
+        ("--volumes", options.volumes, 1), ("--patients", options.patients, 1), ("--seed", options.seed, 0)
+    ):
+        if value is not None and value < least:
+            parser.error(f"{flag} is {value}, expected at least {least}")
     if options.disk_gb is not None and not options.disk_gb > 0:
         parser.error(f"--disk-gb is {options.disk_gb:g}, expected more than 0")
     if options.stream_cache and options.no_weights and not options.ctclip_path:

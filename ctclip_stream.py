@@ -14,11 +14,12 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shlex
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -26,7 +27,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ctclip_cache import LINE_BYTES, FeatureCache, encode_missing, encoding, existing, source_of, stamp_of
+from ctclip_cache import (
+    LINE_BYTES,
+    FeatureCache,
+    encode_missing,
+    encoding,
+    existing,
+    source_of,
+    stamp_of,
+    write_all,
+)
 from ctclip_data import (
     SUFFIX,
     Streamed,
@@ -39,8 +49,19 @@ from ctclip_data import (
     streamed_path,
     volume_path,
 )
-from ctclip_download import Failures, Item, Selection, Transfers, fetch_selection, items_of, print_note
-from ctclip_hub import SPARE_BYTES, HubTrouble, find_token, parts_of
+from ctclip_download import (
+    Failures,
+    Item,
+    Selection,
+    Transfers,
+    fetch_selection,
+    items_of,
+    make_folder,
+    next_command,
+    nothing_there,
+    print_note,
+)
+from ctclip_hub import SPARE_BYTES, HubTrouble, alone, find_token, parts_of
 from ctclip_model import CLASSFINE_PATH, CTCLIPMultiAbnormalityModel
 from ctclip_predict import choose_device
 from ctclip_ranks import Ranks
@@ -83,8 +104,7 @@ class Manifest:
     def add(self, name: str, entry: Streamed) -> None:
         line = {"name": name, "fixed": entry.fixed, "size": entry.size, "tail": entry.tail}
         line |= {"sha256": entry.sha256, "reason": entry.reason}
-        self.file.write((json.dumps(line) + "\n").encode())
-        os.fsync(self.file.fileno())
+        write_all(self.file, (json.dumps(line) + "\n").encode())
 
     def close(self) -> None:
         self.file.close()
@@ -106,23 +126,22 @@ class Work:
 def plan_work(
     chosen: Sequence[Volume], places: Places, selection: Selection, cache: FeatureCache, token: str
 ) -> Work:
-    """Compares the chosen volumes with disk, manifest and cache; asks the hub for the sizes of those it has to fetch.
+    """Compares the chosen volumes with disk, manifest and cache, and asks the hub about those without a file here.
 
-    A file whose size on the hub is another one than in the manifest was replaced there: it counts as new.
+    A file that has another size or SHA-256 on the hub than in the manifest was replaced there: it counts as new.
     """
     paths = {volume.name: places.data_dir / volume_path(volume.name, selection.fixed) for volume in chosen}
     here = [replace(volume, path=paths[volume.name]) for volume in chosen if paths[volume.name].exists()]
     away = [volume for volume in chosen if not paths[volume.name].exists()]
     items = items_of(away, selection.fixed, token, lambda name: staged_path(places.staging, name, selection.fixed))
-    known = {
-        name: entry
-        for name, entry in read_streamed(places.data_dir, selection.split).items()
-        if entry.fixed == selection.fixed
-    }
+    if not here and not items:
+        raise nothing_there(chosen)
+    streamed = read_streamed(places.data_dir, selection.split)
+    known = {name: entry for (name, fixed), entry in streamed.items() if fixed == selection.fixed}
     quarantined, encoded, wanted = 0, [], []
     for item in items:
         entry = known.get(item.volume.name)
-        if entry is None or entry.size != item.size:
+        if entry is None or entry.size != item.size or (entry.sha256 and item.sha256 not in (None, entry.sha256)):
             wanted.append(item)
         elif entry.reason is not None:
             quarantined += 1
@@ -144,7 +163,7 @@ def clear_staging(staging: Path, items: Sequence[Item], room: float) -> None:
     """Deletes what an earlier process left there, but for the beginning of `items`, as many as fit `room` together."""
     totals = accumulate(item.size for item in items)
     wanted = {item.target for item, total in zip(items, totals, strict=True) if total <= room}
-    for path in [path for path in staging.rglob("*") if path.is_file() and path != staging / "lock"]:
+    for path in [path for path in staging.rglob("*") if path.is_file()]:
         target = path.with_name(path.name[1:].rsplit(".", 2)[0]) if path.suffix == ".part" else path
         if target not in wanted:
             remove(path)
@@ -242,8 +261,13 @@ def read(item: Item, shape: tuple[int, int, int]) -> Arrival:
     arrival.source, arrival.stamp = source_of(arrival.volume), stamp_of(item.target)
     try:
         arrival.tensor, arrival.verdict = read_volume(arrival.volume, shape)
-    except VolumeError as error:  # the bytes are the hub's: fetching them again would not help
-        arrival.unreadable = str(error).removeprefix(f"{item.target.name}: ")
+    except VolumeError as error:
+        cause = error.__context__
+        if isinstance(cause, OSError) and cause.errno:  # the disk's fault, not the volume's
+            found = f"{item.target} could not be read ({cause.strerror})"
+            item.trouble = HubTrouble(found, "check the disk of --scratch-dir, then run this again", kind="disk")
+        else:  # the bytes are the hub's: fetching them again would not help
+            arrival.unreadable = str(error).removeprefix(f"{item.target.name}: ")
     return arrival
 
 
@@ -274,23 +298,13 @@ def arrivals(transfers: Transfers, shape: tuple[int, int, int], tick: Callable[[
 
 
 @contextmanager
-def alone(staging: Path) -> Iterator[None]:
-    """One stream per folder: two would delete each other's files. The lock goes with the process, however it ends."""
-    from filelock import FileLock, Timeout  # torch and huggingface_hub bring it
-
-    staging.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(staging / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        found = f"another stream is at work in {staging.parent}"
-        raise HubTrouble(found, "wait for it to end, or name another --scratch-dir") from None
-    except NotImplementedError:  # some network file systems
-        print_note(f"{staging} cannot be locked: do not start a second stream with this --scratch-dir")
-    try:
+def without_others(*folders: Path) -> Iterator[None]:
+    """One stream at a time in each of the folders: two would fetch the same, and delete each other's files."""
+    with ExitStack() as held:
+        for folder in dict.fromkeys(folder.resolve() for folder in folders):
+            if held.enter_context(alone(folder)):
+                raise HubTrouble(f"another stream is at work in {folder}", "wait for it to end, or name another folder")
         yield
-    finally:
-        lock.release()
 
 
 def stream(selection: Selection, places: Places) -> None:
@@ -299,8 +313,9 @@ def stream(selection: Selection, places: Places) -> None:
     Raises HubTrouble, CacheError, CohortError or CheckpointError, each one line; what has been encoded is kept.
     """
     token = find_token()
-    _, chosen = fetch_selection(selection, places.data_dir, token)
-    with alone(places.staging):
+    with without_others(places.data_dir, places.staging):
+        chosen = fetch_selection(selection, places.data_dir, token)
+        make_folder(places.staging)
         device = choose_device(places.device)
         model = CTCLIPMultiAbnormalityModel(str(places.weights)).to(device).eval()
         row("encoder", f"{model.load_report} on {device}")
@@ -317,15 +332,12 @@ def stream(selection: Selection, places: Places) -> None:
             transit = size_text(budget.room)
             row("", f"disk: at most {size_text(budget.limit)}, of which {transit} for files in transit")
             encode_arrivals(model, cache, work.items, budget, selection, places, token)
-        for folder in places.staging.iterdir():
-            with suppress(OSError):  # the lock, and what is not empty
+        for folder in (*places.staging.iterdir(), places.staging):
+            with suppress(OSError):  # not empty
                 folder.rmdir()
-    where = f"--data-dir {places.data_dir}"
-    if selection.split == "valid":
-        row("next", f"python ctclip_evaluation.py --checkpoint results/RUN {where}")
-    else:
-        encoder = "" if str(places.weights) == CLASSFINE_PATH else f" --ctclip-path {places.weights}"
-        row("next", f"python ctclip_training.py {where} --cache-dir {places.cache_dir}{encoder} --freeze-backbone")
+    encoder = "" if str(places.weights) == CLASSFINE_PATH else f" --ctclip-path {shlex.quote(str(places.weights))}"
+    more = f" --cache-dir {shlex.quote(str(places.cache_dir))}{encoder} --freeze-backbone"
+    row("next", next_command(selection.split, places.data_dir, more))
 
 
 def is_encoded(cache: FeatureCache, source: str) -> bool:
@@ -385,8 +397,8 @@ def encode_arrivals(
                     codes = model.compact(arrival.tensor[None].to(device))
                     cache.append([arrival.volume], codes, [arrival.verdict], [arrival.source], len(items) - done)
                 manifest.add(name, Streamed(selection.fixed, *arrival.stamp, item.sha256, arrival.unreadable))
-                remove(item.target)
                 budget.encoded += budget.per_volume
+            remove(item.target)
             transfers.release(item)
             done += 1
             show(refresh=False)

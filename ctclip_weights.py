@@ -22,12 +22,13 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ctclip_cache import encoding
 from ctclip_data import preprocess_volume
-from ctclip_hub import SPARE_BYTES, read_record, record_path, write_record
+from ctclip_hub import SPARE_BYTES, read_record, record_path, sha256_of, write_record
 from ctclip_model import (
     LINEAR_HEAD_KEYS,
     SLIM_OF,
@@ -35,6 +36,7 @@ from ctclip_model import (
     CTCLIPMultiAbnormalityModel,
     OneLineParser,
     _unused_reason,
+    is_slim_copy,
     read_checkpoint,
 )
 from ctclip_phantom import make_phantom
@@ -105,8 +107,12 @@ def fingerprint(model: CTCLIPMultiAbnormalityModel) -> Fingerprint:
 
 
 def kept_fingerprint(weights: Path) -> Fingerprint | None:
+    """That of the record; None where there is none, or something else in its place."""
     kept = read_record(weights).get("fingerprint")
-    return Fingerprint(**kept | {"values": tuple(kept["values"])}) if kept else None
+    try:
+        return Fingerprint(**kept | {"values": tuple(map(float, kept["values"]))})
+    except (TypeError, KeyError, ValueError):
+        return None
 
 
 # ---- slim
@@ -132,8 +138,14 @@ def tensors_in_use(path: Path, model: CTCLIPMultiAbnormalityModel) -> dict[str, 
 def make_slim(path: Path) -> tuple[Path, Fingerprint]:
     """Puts a slim copy in the place of `path` once it is proven to compute the same, to the bit; -> (it, fingerprint).
 
-    Raises CheckpointError where there is no room for both, or the proof fails; `path` is then as it was.
+    Raises CheckpointError where there is no room for both, another file is in its place, or the proof fails; `path` is
+    then as it was.
     """
+    target = slim_path(path)
+    if target.exists() and not is_slim_copy(target, path):
+        raise CheckpointError(
+            f"{target}: found a file that was not made from {path.name}, expected none; move it, or leave --slim out"
+        )
     model = CTCLIPMultiAbnormalityModel(str(path))
     before = fingerprint(model)
     kept = tensors_in_use(path, model)
@@ -143,9 +155,8 @@ def make_slim(path: Path) -> tuple[Path, Fingerprint]:
             f"{path.parent}/: found {size_text(free)} free, expected {size_text(size + SPARE_BYTES)} for the slim copy "
             "beside the file it is made from; free some, or leave --slim out"
         )
-    target = slim_path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".slim-") as folder:
-        copy = Path(folder, target.name)
+    copy = path.with_name(f".{path.stem}.slim.safetensors")  # always this name: one left by a kill is overwritten
+    try:
         save_file(kept, copy, metadata={SLIM_OF: path.name})
         del kept, model
         with open(copy, "rb+") as file:
@@ -155,6 +166,8 @@ def make_slim(path: Path) -> tuple[Path, Fingerprint]:
             raise CheckpointError(f"{path}: the slim copy gives {after}, expected {before}; it was not kept")
         shutil.copymode(path, copy)
         os.replace(copy, target)
+    finally:
+        copy.unlink(missing_ok=True)
     path.unlink()
     return target, after
 
@@ -175,12 +188,19 @@ def main(argv: list[str] | None = None) -> int:
             print(f"slim: {path}, {size_text(path.stat().st_size)} in place of {size_text(size)}: the same to the bit")
         else:
             found = fingerprint(CTCLIPMultiAbnormalityModel(str(path)))
-    except (CheckpointError, FileNotFoundError) as error:
+    except (CheckpointError, FileNotFoundError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     kept = kept_fingerprint(path)
     difference = kept and found.difference(kept)
-    print(f"{found}{'' if difference else ', as kept' if kept else f', kept now in {record_path(path)}'}")
+    if kept is None or args.slim:
+        made = {"slim_sha256": sha256_of(path)} if args.slim else {}
+        try:
+            write_record(path, fingerprint=asdict(found), **made)
+            how = f", kept now in {record_path(path)}"
+        except OSError as error:
+            how = f", not kept: {record_path(path)}: {error.strerror}"
+    print(f"{found}{'' if difference else ', as kept' if kept else how}")
     if difference:
         print(
             f"error: {path}: found {difference}, expected the kept one ({record_path(path)}); fetch the file again, or "
@@ -188,7 +208,6 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    write_record(path, fingerprint=asdict(found))
     return 0
 
 

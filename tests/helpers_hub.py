@@ -62,6 +62,10 @@ class Hub(ThreadingHTTPServer):
         return sum(request[0] == verb and request[1].endswith(part) for request in self.requests)
 
 
+def is_small(path):
+    return path.endswith((".csv", ".txt"))
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -107,7 +111,7 @@ class Handler(BaseHTTPRequestHandler):
         if inside not in hub.files:
             return self.answer(404, {"X-Error-Code": "EntryNotFound"})
         content = hub.files[inside]
-        if inside.endswith((".csv", ".txt")):
+        if is_small(inside):
             etag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
             if self.command == "HEAD":
                 return self.answer(200, {"ETag": f'"{etag}"'}, length=len(content))
@@ -119,6 +123,10 @@ class Handler(BaseHTTPRequestHandler):
         files = self.server.files
         found = [path for path in paths if path in files]
         entries = [{"type": "file", "path": path, "size": len(files[path]), "oid": "0" * 40} for path in found]
+        for entry, content in zip(entries, map(files.get, found), strict=True):
+            if not is_small(entry["path"]):
+                digest = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
         self.answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
 
     def send(self, content, start, fault):

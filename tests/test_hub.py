@@ -13,7 +13,7 @@ import pytest
 from helpers_hub import NEWCOMER, TOKEN, UNSCOPED, Hub
 
 import ctclip_hub
-from ctclip_hub import HubTrouble, explain, fetch, look_up, parts_of, sizes_of
+from ctclip_hub import HubTrouble, explain, fetch, listed, look_up, parts_of
 
 LARGE, SMALL = "dataset/valid_fixed/a.nii.gz", "dataset/labels.csv"
 CONTENT = {LARGE: bytes(range(256)) * 8000, SMALL: b"VolumeName\na\n"}  # 2 MB
@@ -126,11 +126,50 @@ def test_it_waits_as_long_as_the_hub_asks(monkeypatch):
     assert explain(error, "x", TOKEN).wait == 3
 
 
-def test_sizes_are_asked_for_by_name_many_at_a_time(hub, monkeypatch):
+def test_files_are_asked_for_by_name_many_at_a_time(hub, monkeypatch):
     monkeypatch.setattr(ctclip_hub, "PATHS_AT_ONCE", 2)
-    found = sizes_of([LARGE, "dataset/nowhere.nii.gz", SMALL], TOKEN)
-    assert found == {LARGE: len(CONTENT[LARGE]), SMALL: len(CONTENT[SMALL])}
+    found = listed([LARGE, "dataset/nowhere.nii.gz", SMALL], TOKEN)
+    digest = hashlib.sha256(CONTENT[LARGE]).hexdigest()
+    assert found == {LARGE: (len(CONTENT[LARGE]), digest), SMALL: (len(CONTENT[SMALL]), None)}
     assert [request[0] for request in hub.requests] == ["POST", "POST"]
+
+
+def test_an_address_that_expired_is_asked_for_again(hub, tmp_path):
+    """A 403 of the storage, which knows no tokens, says nothing of the token."""
+    hub.fault = failing("GET", "403", times=1)
+    notes = []
+    fetch(LARGE, tmp_path / "file", TOKEN, notes.append)
+    assert notes == ["the address of a file's bytes has expired (403); going on in 0 s"]
+    assert hub.count("HEAD") == 2 and (tmp_path / "file").read_bytes() == CONTENT[LARGE]
+
+
+def test_a_file_that_another_process_is_fetching_is_left_to_it(hub, tmp_path):
+    hub.fault, hub.pause = failing("GET", "slow"), 0.02
+    target, outcomes = tmp_path / "file", []
+
+    def work():
+        try:
+            outcomes.append(fetch(LARGE, target, TOKEN).size)
+        except HubTrouble as trouble:
+            outcomes.append(trouble.line())
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    busy = f"another process is fetching {target}; wait for it to end, then run this again"
+    assert sorted(outcomes, key=str) == [len(CONTENT[LARGE]), busy, busy]
+    assert target.read_bytes() == CONTENT[LARGE] and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_that_has_grown_meanwhile_is_not_fetched(hub, tmp_path):
+    with pytest.raises(HubTrouble) as caught:
+        fetch(LARGE, tmp_path / "file", TOKEN, size=1_000_000)
+    assert caught.value.reason == (
+        f"{LARGE} was changed on the hub meanwhile: 2048000 bytes where 1000000 were announced"
+    )
+    assert caught.value.kind == "file" and hub.count("GET") == 0
 
 
 # ---- each failure its own sentence
@@ -245,9 +284,18 @@ def test_a_disk_that_fills_up(hub, tmp_path):
     assert explain(error, LARGE, TOKEN).line() == "the disk is full; free some, then run this again"
 
 
-def test_unknown_errors_lose_the_token():
+def test_a_folder_one_may_not_write_to(hub, tmp_path):
+    error = PermissionError(13, "Permission denied", "models/x.part")
+    assert explain(error, LARGE, TOKEN).line() == (
+        "models/x.part: Permission denied; make it writable, or name another folder, then run this again"
+    )
+
+
+def test_unknown_errors_lose_token_and_password():
     trouble = explain(RuntimeError(f"bad header Bearer {TOKEN}\nmore"), "x.pt", TOKEN)
     assert trouble.line() == "huggingface_hub stopped with RuntimeError: bad header Bearer ***; run this again"
+    trouble = explain(RuntimeError("no scheme in 'htp://someone:secret@mirror/x'"), "x.pt", TOKEN)
+    assert trouble.reason == "huggingface_hub stopped with RuntimeError: no scheme in 'htp://***@mirror/x'"
 
 
 def test_a_transfer_that_is_cut_for_good_is_given_up_and_kept(hub, tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ class CTCLIPMultiAbnormalityModel:
     def __call__(self, volume): return torch.Tensor(1, 18)
 """,
     "ctclip_weights.py": """
-import json, pathlib, sys
+import hashlib, json, pathlib, sys
 path = pathlib.Path(sys.argv[1])
 if path.read_bytes() == b"no model": sys.exit("error: %s is not a readable weights file" % path)
 record = path.with_suffix(".json")
@@ -78,6 +78,7 @@ if "--slim" in sys.argv:
     slim.write_bytes(path.read_bytes()[:100_000])
     path.unlink()
     print("slim: %s" % slim)
+    kept["slim_sha256"] = hashlib.sha256(slim.read_bytes()).hexdigest()
 record.write_text(json.dumps({**kept, "fingerprint": {"digest": "5efe6dc2d671" + 52 * "0"}}))
 print("fingerprint 5efe6dc2d671; logits of the fixed phantom: 0.133 -0.182")
 """,
@@ -182,6 +183,23 @@ def test_a_beginning_that_is_here_is_said(suite, hub):
     assert weights(suite).read_bytes() == PAYLOAD
 
 
+def test_a_file_put_there_by_hand_is_recorded_and_not_fetched_once_it_is_slim(suite, hub):
+    weights(suite).parent.mkdir()
+    weights(suite).write_bytes(PAYLOAD)
+    fetch(suite, hub, "--slim")
+    done = fetch(suite, hub)
+    assert "already here, models/ctclip_classfine.safetensors" in done.stdout and hub.count("GET") == 0
+
+
+def test_an_endpoint_that_is_no_address(suite):
+    for address in ("someone:secret@mirror", "http://[bad", "http://mirror:99999"):
+        done = run(suite, HF_ENDPOINT=address, HF_TOKEN=TOKEN)
+        assert done.returncode == 2 and done.stderr == (
+            "error: found something else than an address in HF_ENDPOINT, expected https://HOST; correct it, or unset "
+            "it for the hub itself\n"
+        )
+
+
 def test_bytes_that_are_not_the_hubs_never_get_the_final_name(suite, hub):
     hub.fault = lambda verb, path, n: "wrong" if verb == "GET" else None
     done = fetch(suite, hub)
@@ -220,7 +238,8 @@ def test_a_slim_copy_takes_the_place_and_is_not_fetched_again(suite, hub):
     assert first.returncode == 0 and slim.exists() and not weights(suite).exists()
     hub.requests.clear()
     second = fetch(suite, hub)
-    assert "classfine: already here, models/ctclip_classfine.safetensors, 0.10 MB" in second.stdout
+    said = "models/ctclip_classfine.safetensors, 0.10 MB, a slim copy of the hub's file, as it was made"
+    assert f"classfine: already here, {said}" in flat(second.stdout)
     assert [verb for verb, *_ in hub.requests] == ["HEAD"]
     slim.write_bytes(bytes(100_000))
     third = fetch(suite, hub)

@@ -24,6 +24,7 @@ import pytest
 import torch
 from helpers_hub import NEWCOMER, TOKEN, Hub
 
+import ctclip_data
 import ctclip_hub
 import ctclip_setup
 import ctclip_stream
@@ -259,9 +260,10 @@ def test_a_stream_gives_the_cache_that_files_give(stream, hub, undisturbed, tiny
     assert "stream 32 volumes encoded in" in out
     assert re.search(r"32/32 \[\d+:\d+, ETA 00:00, [\d.]+ vol/min, disk 0\.\d+ MB of 10\.00 GB\]", error)
     assert entries(cache_of("C", tiny_classfine)) == undisturbed and len(undisturbed) == 32
-    assert volumes_in(Path("D")) == [] and [path.name for path in Path("D/.stream").iterdir()] == ["lock"]
+    assert volumes_in(Path("D")) == [] and not Path("D/.stream").exists()
     known = read_streamed("D", "train")
-    assert set(known) == set(undisturbed) and all(entry.reason is None for entry in known.values())
+    assert set(known) == {(name, True) for name in undisturbed}
+    assert all(entry.reason is None for entry in known.values())
     cohort = load_cohort("D", "train")
     assert len(cohort) == 32 and cohort.not_on_disk == 9  # eight are version 1, one is a head
     assert all(row is not None for row in cache_of("C", tiny_classfine).rows(cohort.volumes))
@@ -362,7 +364,7 @@ def test_files_in_transit_can_be_elsewhere(stream, undisturbed, tiny_classfine, 
     code, _, error = stream("--scratch-dir", tmp_path / "S", "--volumes", 6)
     assert code == 0, error
     assert seen == {tmp_path / "S" / ".stream"}
-    assert sorted(path.name for path in (tmp_path / "S").iterdir()) == [".stream", "mine.txt"]
+    assert [path.name for path in (tmp_path / "S").iterdir()] == ["mine.txt"]
     found = entries(cache_of("C", tiny_classfine))
     assert len(found) >= 5 and all(found[name] == undisturbed[name] for name in found)
 
@@ -375,7 +377,7 @@ def test_unreadable_volumes_are_quarantined_with_the_reason(stream, hub, files, 
     code, out, _ = stream()
     assert code == 0 and "stream 30 volumes encoded" in out
     assert "in quarantine, with the reason in D/streamed_train.jsonl: 2" in out
-    reasons = {name: entry.reason for name, entry in read_streamed("D", "train").items() if entry.reason}
+    reasons = {name: entry.reason for (name, _), entry in read_streamed("D", "train").items() if entry.reason}
     assert set(reasons) == set(names)
     assert reasons[names[0]].startswith("found a truncated file") and "first bytes b'no'" in reasons[names[1]]
     assert set(entries(cache_of("C", tiny_classfine))) == set(undisturbed) - set(names)
@@ -424,14 +426,89 @@ def test_one_volume_that_fails_does_not_stop_the_others(stream, hub, undisturbed
 
 @pytest.mark.parametrize("fault", ["429", "503", "cut", "wrong"])
 def test_what_passes_is_waited_for(stream, hub, undisturbed, tiny_classfine, monkeypatch, fault):
+    """Of tables, of the list of sizes and of volumes."""
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
-    verb = "HEAD" if fault[0].isdigit() else "GET"
-    hub.fault = lambda v, path, n: fault if v == verb and path.endswith(".gz") and n == 1 else None
+    verbs = ("HEAD", "POST") if fault[0].isdigit() else ("GET",)
+    hub.fault = lambda verb, path, n: fault if verb in verbs and n == 1 else None
     code, out, error = stream("--volumes", 6)
     assert code == 0, error
     found = entries(cache_of("C", tiny_classfine))
     assert len(found) >= 5 and all(found[name] == undisturbed[name] for name in found)
     assert fault == "cut" or "going on in 0 s" in out
+
+
+def test_a_disk_that_does_not_give_a_file_back_is_not_the_volume_s_fault(stream, tiny_classfine, monkeypatch):
+    fill, left = ctclip_data._VolumeFile._fill, [2]
+
+    def broken(self, buffer):
+        try:
+            if left[0] and ".stream" in str(self.path):
+                left[0] -= 1
+                raise OSError(5, "Input/output error")
+        except OSError:
+            raise ctclip_data._problem(self.path, "damaged data (5)", "a readable file", "copy it again") from None
+        return fill(self, buffer)
+
+    monkeypatch.setattr(ctclip_data._VolumeFile, "_fill", broken)
+    code, out, error = stream("--volumes", 6)
+    assert code == 2 and "could not be read (Input/output error)" in error
+    assert all(entry.reason is None for entry in read_streamed("D", "train").values())
+    code, out, error = stream("--volumes", 6)
+    assert code == 0 and len(entries(cache_of("C", tiny_classfine))) >= 5, error
+
+
+def test_a_volume_replaced_by_another_of_its_size_is_new(stream, hub, files):
+    stream("--volumes", 4)
+    name = next(iter(read_streamed("D", "train")))[0]
+    path = str(volume_path(name, True))
+    hub.files[path] = files[path][:4] + bytes([files[path][4] ^ 1]) + files[path][5:]  # the time in the gzip header
+    code, out, _ = stream("--volumes", 4)
+    assert code == 0 and "1 to fetch" in out
+
+
+def test_both_versions_of_a_volume_are_known_by_the_manifest(stream, hub, files, undisturbed):
+    name = sorted(undisturbed)[0]
+    hub.files[str(volume_path(name, False))] = files[str(volume_path(name, True))]
+    for version in (2, 1, 2):
+        code, out, error = stream("--data-version", version)
+        assert code == 0, error
+    assert "32 are in the cache, 0 in quarantine, 0 have a file here, 0 to fetch" in out
+    cohort = load_cohort("D", "train")
+    assert len(cohort) == 40 and "train_fixed" in str(next(v.path for v in cohort.volumes if v.name == name))
+
+
+def test_a_full_disk_loses_no_line_of_the_manifest(stream, tiny_classfine, monkeypatch):
+    """The file takes a part of the first line, then nothing: what is here stays, and the next stream goes on."""
+    write, full = ctclip_stream.write_all, [True]
+
+    def half(file, data):
+        if full[0] and file.name.endswith("streamed_train.jsonl"):
+            full[0] = False
+            write(file, data[:30])
+            raise OSError(28, "No space left on device", file.name)
+        write(file, data)
+
+    monkeypatch.setattr(ctclip_stream, "write_all", half)
+    code, _, error = stream("--volumes", 4)
+    assert code == 2 and error.splitlines()[-1].startswith("error: ") and "No space left on device" in error
+    code, out, error = stream("--volumes", 4)
+    known = read_streamed("D", "train")
+    assert code == 0 and len(known) >= 3 and len(known) == len(entries(cache_of("C", tiny_classfine))), error
+
+
+def test_what_the_hub_does_not_have_at_all_is_an_error(stream, setup, hub, files):
+    hub.files = {path: content for path, content in files.items() if not path.endswith(".gz")}
+    for call in (stream, lambda: setup("--data", "valid", "--data-dir", "D")):
+        code, _, error = call()
+        assert code == 2 and error.startswith("error: the hub has none of the ") and error.count("\n") == 1
+
+
+def test_a_table_without_a_usable_row_is_an_error(setup, hub):
+    table = "dataset/multi_abnormality_labels/valid_predicted_labels.csv"
+    hub.files[table] = hub.files[table].splitlines()[0] + b"\n"
+    code, _, error = setup("--data", "valid", "--volumes", 3, "--data-dir", "D")
+    found = "found no usable volume (an empty table), expected at least one"
+    assert code == 2 and error == f"error: D/{table}: {found}; see the hub's own table\n"
 
 
 def test_files_that_are_here_are_encoded_and_stay(setup, stream, hub, tiny_classfine):
@@ -444,11 +521,13 @@ def test_files_that_are_here_are_encoded_and_stay(setup, stream, hub, tiny_class
     assert hub.count("GET", ".gz") == len(entries(cache_of("C", tiny_classfine))) - len(here)
 
 
-def test_a_second_stream_of_the_cohort_is_refused(stream):
-    with ctclip_stream.alone(Path("D", ".stream")):
-        code, _, error = stream()
-    assert code == 2
-    assert error == "error: another stream is at work in D; wait for it to end, or name another --scratch-dir\n"
+@pytest.mark.parametrize("folder", ["D", "S/.stream"])
+def test_a_second_stream_of_a_cohort_or_scratch_folder_is_refused(stream, hub, tmp_path, folder):
+    with ctclip_stream.without_others(Path(folder)):
+        code, _, error = stream("--scratch-dir", "S")
+    place = tmp_path.resolve() / folder
+    assert code == 2 and hub.requests == []
+    assert error == f"error: another stream is at work in {place}; wait for it to end, or name another folder\n"
 
 
 def test_a_manifest_torn_by_a_kill_goes_on(stream, undisturbed, tiny_classfine):
@@ -458,7 +537,7 @@ def test_a_manifest_torn_by_a_kill_goes_on(stream, undisturbed, tiny_classfine):
     manifest.write_bytes(content[:-20])  # its codes are in the cache, but who knows of what
     code, out, error = stream()
     assert code == 0, error
-    assert set(read_streamed("D", "train")) == set(undisturbed)
+    assert set(read_streamed("D", "train")) == {(name, True) for name in undisturbed}
     cache = cache_of("C", tiny_classfine)
     assert all(row is not None for row in cache.rows(load_cohort("D", "train").volumes))
 

@@ -221,11 +221,12 @@ def test_lines_that_are_none_are_ignored_and_the_last_counts(tmp_path):
     bad += [json.dumps({key: line[key] for key in line if key != "tail"}).encode()]
     path = tmp_path / streamed_path("valid")
     path.write_bytes(b"\n".join([whole.replace(b"10", b"9"), whole, *bad]) + b"\n")
-    assert read_streamed(tmp_path, "valid") == {A: Streamed(True, 10, "00" * 8, "ab", None)}
+    assert read_streamed(tmp_path, "valid") == {(A, True): Streamed(True, 10, "00" * 8, "ab", None)}
     other = json.dumps(line | {"name": B, "more": 1}).encode()  # a later version may say more
     for cut in range(len(other) + 1):  # torn at every byte
         path.write_bytes(whole + b"\n" + other[:cut])
-        assert list(read_streamed(tmp_path, "valid")) == ([A, B] if cut == len(other) else [A])
+        known = [name for name, _ in read_streamed(tmp_path, "valid")]
+        assert known == ([A, B] if cut == len(other) else [A])
     path.unlink()
     path.mkdir()
     with pytest.raises(CohortError, match=r"streamed_valid.jsonl: found an unreadable manifest \(Is a directory\)"):
