@@ -328,7 +328,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--dev", action="store_true", help="also install pytest and ruff, to run the tests")
+    add("--dev", action="store_true", help="also install pytest, ruff and what else the tests take")
     add("--check", action="store_true", help="look only; install and fetch nothing, use no network")
     add("--doctor", action="store_true", help="a table of what works here, with a remedy for what does not")
     add("--json", action="store_true", help="with --doctor: the table for scripts")

@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
-# Before huggingface_hub is imported; the hub client's tests start processes of their own.
+# Before huggingface_hub and torch are imported, and for the processes that tests start: no way to a model hub, where a
+# test does not open one; and one thread, because models of 93 thousand parameters are slower with two.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 

@@ -566,6 +566,10 @@ def test_weights_that_are_not_there_are_one_line(setup):
 # ---- killed
 
 
+def manifest_lines(folder: Path) -> int:
+    return len(read_streamed(folder / "D", "train"))
+
+
 def test_killed_at_ten_random_moments_a_stream_ends_in_the_same_cache(hub, undisturbed, tiny_classfine, tmp_path):
     hub.fault, hub.pause = lambda verb, path, n: "slow" if verb == "GET" else None, 0.01
     budget = 4_000_000
@@ -579,18 +583,24 @@ def test_killed_at_ten_random_moments_a_stream_ends_in_the_same_cache(hub, undis
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path,
         env=os.environ | {"HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1,localhost"},
     ) as server:  # fmt: skip
-        for seconds in [*(moments.uniform(0.15, 0.9) for _ in range(10)), 100]:
+        for lines in [*(moments.randrange(6) for _ in range(10)), None]:
             server.stdin.write("start\n")
             server.stdin.flush()
             child = int(server.stdout.readline())
-            end = time.monotonic() + seconds
-            while time.monotonic() < end and not select.select([server.stdout], [], [], 0.005)[0]:
+            # So many lines further, or anywhere before the first one; and then at a random moment.
+            start = begun = time.monotonic()
+            after = moments.uniform(0, 0.2 if lines else 0.7)
+            while not select.select([server.stdout], [], [], 0.005)[0] and time.monotonic() < start + 100:
                 most = max(most, disk_in_use(tmp_path))
+                if lines is not None and manifest_lines(tmp_path) < sum(progress[-1:]) + lines:
+                    begun = time.monotonic()
+                elif lines is not None and time.monotonic() > begun + after:
+                    break
             with suppress(ProcessLookupError):  # it has ended by itself
                 os.kill(child, signal.SIGKILL)
             code = int(server.stdout.readline())
             most = max(most, disk_in_use(tmp_path))
-            progress.append(len(read_streamed(tmp_path / "D", "train")))
+            progress.append(manifest_lines(tmp_path))
     log = (tmp_path / "log.txt").read_text()
     assert code == 0, f"seed {seed}: {log[-2000:]}"
     assert entries(cache_of(tmp_path / "C", tiny_classfine)) == undisturbed, f"seed {seed}"
