@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ctclip_data import SPLITS, Volume, labels_path, listed_volumes, metadata_path, no_chest_path, volume_path
-from ctclip_hub import HubTrouble, check_disk, explain, fetch, find_token, listed, look_up, parts_of, persist
+from ctclip_hub import HubTrouble, alone, check_disk, explain, fetch, find_token, listed, look_up, parts_of, persist
 from ctclip_model import ABNORMALITIES
 from ctclip_packages import script
 from ctclip_rows import row, size_text
@@ -262,7 +262,8 @@ def nothing_there(chosen: Sequence[Volume]) -> HubTrouble:
 def download_tables(data_dir: Path) -> None:
     """`--data labels`."""
     token = find_token()
-    fetch_tables(SPLITS, data_dir, token)
+    with alone(data_dir):
+        fetch_tables(SPLITS, data_dir, token)
     for split in SPLITS:
         cohort = listed_volumes(data_dir, split, fixed=True)
         patients = len({volume.patient for volume in cohort.volumes})
@@ -272,6 +273,12 @@ def download_tables(data_dir: Path) -> None:
 def download_volumes(selection: Selection, data_dir: Path) -> None:
     """`--data train|valid`: the chosen volumes as files in the hub's layout; those that are here are not fetched."""
     token = find_token()
+    with alone(data_dir):
+        fetch_volumes(selection, data_dir, token)
+    row("next", next_command(selection.split, data_dir))
+
+
+def fetch_volumes(selection: Selection, data_dir: Path, token: str) -> None:
     chosen = fetch_selection(selection, data_dir, token)
     items = items_of(chosen, selection.fixed, token, lambda name: data_dir / volume_path(name, selection.fixed))
     if not items:
@@ -300,7 +307,6 @@ def download_volumes(selection: Selection, data_dir: Path) -> None:
     if wanted:
         seconds = time.monotonic() - start
         row("", f"{len(wanted)} volumes, {size_text(total)} in {seconds:.0f} s, each with the hub's checksum")
-    row("next", next_command(selection.split, data_dir))
 
 
 def next_command(split: str, data_dir: Path, more: str = "") -> str:

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence  # noqa: UP035  (ctclip_setup must get as far as its Python check)
 from urllib.parse import urlsplit
@@ -456,24 +456,24 @@ def persist(attempt: Callable, file: str, token: str, note: Callable[[str], None
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[bool]:
-    """Holds `path` against other processes of this user and machine; yields whether another one holds it, and then does
-    not wait. The lock goes with the process, however it ends, and does not lie on the disk of `path`, which may know
-    none (network mounts)."""
+def alone(*paths: Path) -> Iterator[None]:
+    """Holds files or folders against other processes of this user and machine. Raises HubTrouble where one is held.
+
+    A lock goes with its process, however that ends, and does not lie on the disk of the path, which may know none
+    (network mounts).
+    """
     from filelock import FileLock, Timeout  # huggingface_hub brings it
 
     owner = os.getuid() if hasattr(os, "getuid") else ""
-    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
-    lock = FileLock(Path(tempfile.gettempdir(), f"ctclip-{owner}-{name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield True
-        return
-    try:
-        yield False
-    finally:
-        lock.release()
+    with ExitStack() as held:
+        for path in dict.fromkeys(path.resolve() for path in paths):
+            name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+            try:
+                held.enter_context(FileLock(Path(tempfile.gettempdir(), f"ctclip-{owner}-{name}.lock"), timeout=0))
+            except Timeout:
+                found = f"another process is at work on {path}"
+                raise HubTrouble(found, f"wait for it to end, {AGAIN}", kind="file") from None
+        yield
 
 
 def fetch(
@@ -486,8 +486,8 @@ def fetch(
 ) -> Remote:
     """Makes `target` the hub's `file`, trying again where that may help; -> what the hub announced.
 
-    `remote`: from a `look_up` just made. `size`: what room there is for. Raises HubTrouble, also where another process
-    is fetching it.
+    `remote`: from a `look_up` just made. `size`: what room there is for. The caller holds the target, or a folder above
+    it: see `alone`. Raises HubTrouble.
     """
 
     def attempt() -> Remote:
@@ -505,10 +505,7 @@ def fetch(
             raise
         return found
 
-    with alone(target) as busy:
-        if busy:
-            raise HubTrouble(f"another process is fetching {target}", "wait for it to end, then run this again")
-        return persist(attempt, file, token, note)
+    return persist(attempt, file, token, note)
 
 
 # ---- weights on this machine

@@ -37,6 +37,7 @@ from ctclip_hub import (
     WEIGHTS,
     HubTrouble,
     WeightsFile,
+    alone,
     check_disk,
     check_endpoint,
     explain,
@@ -129,7 +130,8 @@ def make_usable(weights: WeightsFile, slim: bool, hub_trouble: HubTrouble | None
     try:
         if hub_trouble:
             raise hub_trouble
-        row("", f"{weights.name}: {fetch_weights(weights, slim)}")
+        with alone(weights.whole):
+            row("", f"{weights.name}: {fetch_weights(weights, slim)}")
         return None
     except HubTrouble as trouble:
         problem = weights.damage() if weights.path else None

@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -297,23 +297,13 @@ def arrivals(transfers: Transfers, shape: tuple[int, int, int], tick: Callable[[
         yield arrival
 
 
-@contextmanager
-def without_others(*folders: Path) -> Iterator[None]:
-    """One stream at a time in each of the folders: two would fetch the same, and delete each other's files."""
-    with ExitStack() as held:
-        for folder in dict.fromkeys(folder.resolve() for folder in folders):
-            if held.enter_context(alone(folder)):
-                raise HubTrouble(f"another stream is at work in {folder}", "wait for it to end, or name another folder")
-        yield
-
-
 def stream(selection: Selection, places: Places) -> None:
     """The chosen volumes into the cache; prints what it does.
 
     Raises HubTrouble, CacheError, CohortError or CheckpointError, each one line; what has been encoded is kept.
     """
     token = find_token()
-    with without_others(places.data_dir, places.staging):
+    with alone(places.data_dir, places.staging):
         chosen = fetch_selection(selection, places.data_dir, token)
         make_folder(places.staging)
         device = choose_device(places.device)

@@ -143,24 +143,17 @@ def test_an_address_that_expired_is_asked_for_again(hub, tmp_path):
     assert hub.count("HEAD") == 2 and (tmp_path / "file").read_bytes() == CONTENT[LARGE]
 
 
-def test_a_file_that_another_process_is_fetching_is_left_to_it(hub, tmp_path):
-    hub.fault, hub.pause = failing("GET", "slow"), 0.02
-    target, outcomes = tmp_path / "file", []
-
-    def work():
-        try:
-            outcomes.append(fetch(LARGE, target, TOKEN).size)
-        except HubTrouble as trouble:
-            outcomes.append(trouble.line())
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    busy = f"another process is fetching {target}; wait for it to end, then run this again"
-    assert sorted(outcomes, key=str) == [len(CONTENT[LARGE]), busy, busy]
-    assert target.read_bytes() == CONTENT[LARGE] and list(tmp_path.iterdir()) == [target]
+def test_what_another_one_holds_is_left_to_it(tmp_path):
+    with ctclip_hub.alone(tmp_path / "a", tmp_path / "b"):
+        for paths in ([tmp_path / "b"], [tmp_path / "c", tmp_path / "c" / ".." / "a"]):
+            with pytest.raises(HubTrouble) as caught, ctclip_hub.alone(*paths):
+                raise AssertionError("both hold it")
+            place = tmp_path.resolve() / paths[-1].name
+            assert caught.value.line() == (
+                f"another process is at work on {place}; wait for it to end, then run this again"
+            )
+    with ctclip_hub.alone(tmp_path / "b", tmp_path / "c"):  # nothing is held any more
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_has_grown_meanwhile_is_not_fetched(hub, tmp_path):

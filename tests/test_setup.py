@@ -19,6 +19,7 @@ import pytest
 from helpers_hub import TOKEN, Hub
 
 import ctclip_packages as packages
+from ctclip_hub import alone
 
 ROOT = Path(__file__).resolve().parent.parent
 PAYLOAD = bytes(range(256)) * 1200
@@ -188,6 +189,13 @@ def test_a_file_put_there_by_hand_is_recorded_and_not_fetched_once_it_is_slim(su
     fetch(suite, hub, "--slim")
     done = fetch(suite, hub)
     assert "already here, models/ctclip_classfine.safetensors" in done.stdout and hub.count("GET") == 0
+
+
+def test_weights_that_another_process_is_fetching_are_left_to_it(suite, hub):
+    with alone(weights(suite)):
+        done = fetch(suite, hub)
+    assert done.returncode == 0 and hub.requests == []
+    assert "classfine: not here: another process is at work on" in flat(done.stdout)
 
 
 def test_an_endpoint_that_is_no_address(suite):

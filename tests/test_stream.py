@@ -522,12 +522,15 @@ def test_files_that_are_here_are_encoded_and_stay(setup, stream, hub, tiny_class
 
 
 @pytest.mark.parametrize("folder", ["D", "S/.stream"])
-def test_a_second_stream_of_a_cohort_or_scratch_folder_is_refused(stream, hub, tmp_path, folder):
-    with ctclip_stream.without_others(Path(folder)):
-        code, _, error = stream("--scratch-dir", "S")
+def test_a_second_process_for_a_cohort_or_scratch_folder_is_refused(setup, stream, hub, tmp_path, folder):
+    calls = [lambda: stream("--scratch-dir", "S")]
+    if folder == "D":
+        calls += [lambda what=what: setup("--data", what, "--data-dir", "D") for what in ("labels", "valid")]
+    with ctclip_hub.alone(Path(folder)):
+        ended = [call() for call in calls]
     place = tmp_path.resolve() / folder
-    assert code == 2 and hub.requests == []
-    assert error == f"error: another stream is at work in {place}; wait for it to end, or name another folder\n"
+    line = f"error: another process is at work on {place}; wait for it to end, then run this again\n"
+    assert [(code, error) for code, _, error in ended] == [(2, line)] * len(calls) and hub.requests == []
 
 
 def test_a_manifest_torn_by_a_kill_goes_on(stream, undisturbed, tiny_classfine):
