@@ -17,7 +17,6 @@ ignored. Nothing is ever rewritten: a change of encoder, preprocessing or volume
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -49,6 +48,7 @@ from ctclip_data import (
     split_of,
     volume_loader,
 )
+from ctclip_hub import FULL
 from ctclip_model import CTCLIPMultiAbnormalityModel
 from ctclip_ranks import Ranks
 
@@ -244,6 +244,11 @@ class FeatureCache:
                 del self._newest[self._entries[row].source]
         return len(damaged)
 
+    def intact(self, sources: Sequence[str | None]) -> tuple[list[int | None], int]:
+        """(row of each intact entry, None without one; how many were damaged and count as missing from now on)."""
+        damaged = self.verify([row for row in self.rows_of(sources) if row is not None])
+        return self.rows_of(sources), damaged
+
     def load(self, rows: Sequence[int]) -> Tensor:
         """(n, *shape), as stored: uint16 or int32 codes, float16 maps, float32 pooled features.
 
@@ -308,7 +313,7 @@ class FeatureCache:
             self.close()  # half a record must stay the last of its shard
             if isinstance(error, OSError):
                 found = error.strerror or str(error)
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if error.errno in FULL:
                     raise CacheError(self.no_room(max(remaining, len(volumes)), found)) from error
                 remedy = "choose another --cache-dir"
                 raise CacheError(f"{self.folder}: found {found}, expected a folder to write to; {remedy}") from error
@@ -386,10 +391,9 @@ def encode_missing(
     one that all ranks see.
     """
     sources = sources_of(volumes)
-    damaged = cache.verify([row for row in cache.rows_of(sources) if row is not None])
+    rows, damaged = cache.intact(sources)
     if damaged and ranks.is_main:
         tqdm.write(f"{cache.folder}: found {damaged} damaged entries, counting them as missing")
-    rows = cache.rows_of(sources)
     missing = [i for i, row in enumerate(rows) if row is None]
     need, free = cache.room(len(missing))
     problem = cache.out_of_reach(volumes, rows)

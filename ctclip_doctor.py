@@ -505,7 +505,7 @@ def weights_row(weights: WeightsFile) -> Row:
     file = weights.path
     numbers = {"weights": weights.name, "file": str(file), "bytes": file.stat().st_size, "sha256": sha256_of(file)}
     lead = f"{weights.name}: {file}, {weights.size}"
-    if problem := weights.damage():
+    if problem := weights.unlike_kept(numbers["sha256"]):
         again = f"fetch it again: {setup_command()} --model {weights.name}"
         return Row("weights", "failed", f"{lead}: {problem}", (again,), numbers)
     try:

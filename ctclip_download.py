@@ -76,14 +76,14 @@ def draw_patients(volumes: Sequence[Volume], seed: int) -> list[str]:
     return ahead + others
 
 
-def choose(listed: Sequence[Volume], volumes: int | None, patients: int | None, seed: int) -> list[Volume]:
-    """So many volumes or patients of those listed; all of them where neither number is given."""
+def choose(usable: Sequence[Volume], volumes: int | None, patients: int | None, seed: int) -> list[Volume]:
+    """So many of the usable volumes or patients; all of them where neither number is given."""
     if volumes is None and patients is None:
-        return list(listed)
+        return list(usable)
     by_patient: dict[str, list[Volume]] = {}
-    for volume in listed:
+    for volume in usable:
         by_patient.setdefault(volume.patient, []).append(volume)
-    drawn = draw_patients(listed, seed)
+    drawn = draw_patients(usable, seed)
     return [volume for patient in drawn[:patients] for volume in by_patient[patient]][:volumes]
 
 

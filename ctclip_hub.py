@@ -39,6 +39,7 @@ HUB_SECONDS = 10  # for the first answer; the hub's host name has several addres
 LISTING_SECONDS = 60  # for the sizes of PATHS_AT_ONCE files
 PATHS_AT_ONCE = 500
 SPARE_BYTES = 50_000_000  # left free on any disk
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # how a disk without room answers
 WAITS = (1, 2, 4, 8, 16)  # seconds before each further attempt
 LONGEST_WAIT = 300  # that the hub may ask for
 
@@ -252,7 +253,7 @@ def explain(error: BaseException, file: str, token: str) -> HubTrouble:
             kind="network",
         )
     for link in chain:
-        if getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if getattr(link, "errno", None) in FULL:
             return HubTrouble("the disk is full", f"free some, {AGAIN}", kind="disk")
         if isinstance(link, OSError) and link.filename:
             what = f"{link.filename}: {link.strerror}"
@@ -517,7 +518,7 @@ class WeightsFile:
     def __init__(self, name: str):
         self.name, self.file = name, WEIGHTS[name]
         self.whole = Path("models", f"ctclip_{name}.pt")
-        self.slim = self.whole.with_suffix(".safetensors")
+        self.slim = slim_path(self.whole)
         self.record = record_path(self.whole)
 
     @property
@@ -546,9 +547,16 @@ class WeightsFile:
             return remote.differs(self.path)
         if remote is not None and remote.checksum == "SHA-256" and self.kept().get("sha256") != remote.etag:
             return f"not made from the file that the hub has now, says {self.record}"
+        return self.unlike_kept(sha256_of(self.path)) if self.kept_sha256 else None
+
+    def unlike_kept(self, sha256: str) -> str | None:
+        """What is wrong with a file of that SHA-256, by what was kept."""
         known = self.kept_sha256
-        found = known and sha256_of(self.path)
-        return None if found == known else f"SHA-256 {found[:12]}... where {known[:12]}... was kept"
+        return None if known in (None, sha256) else f"SHA-256 {sha256[:12]}... where {known[:12]}... was kept"
+
+
+def slim_path(weights: Path) -> Path:
+    return weights.with_suffix(".safetensors")
 
 
 def record_path(weights: Path) -> Path:

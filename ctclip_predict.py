@@ -100,9 +100,7 @@ def predict_volumes(
     device = next(model.parameters()).device
     entries: list[int | None] = [None] * len(volumes)
     if cache is not None:
-        sources = sources_of(volumes)
-        cache.verify([entry for entry in cache.rows_of(sources) if entry is not None])
-        entries = cache.rows_of(sources)
+        entries, _ = cache.intact(sources_of(volumes))
     stored = _pieces([i for i, entry in enumerate(entries) if entry is not None], batch_size)
     unread = _pieces([i for i, entry in enumerate(entries) if entry is None], batch_size)
     readers = choose_workers(workers) if unread else 0

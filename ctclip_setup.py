@@ -305,8 +305,7 @@ def setup(options: argparse.Namespace) -> int:
     packages_step(read_requirements(options.dev))
     troubles = weights_step(options.model, options.slim) if options.model else {}
     if options.data:
-        needed = options.model if options.stream_cache else []
-        if needed and troubles:
+        if options.stream_cache and troubles:
             raise SetupError(f"--stream-cache needs the weights: {next(iter(troubles.values())).line()}")
         data_step(options)
     else:
@@ -363,10 +362,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     ]  # --no_weights is --no-weights
     options = parser.parse_args(dashed)
     refuse_idle_flags(parser, options)
-    if options.no_weights or options.doctor or options.ctclip_path or (options.data and not options.stream_cache):
-        options.model = [] if options.no_weights else options.model or []
-    else:
-        options.model = options.model or ["classfine"]
+    unneeded = options.doctor or options.ctclip_path or (options.data and not options.stream_cache)
+    options.model = [] if options.no_weights else options.model or ([] if unneeded else ["classfine"])
     return options
 
 

@@ -19,14 +19,13 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 
+from ctclip_hub import FULL
 from ctclip_model import replacing
 
 KEEP = 2  # states: the one before the newest serves when the newest turns out damaged
 
 # CRC-32 of anything followed by its own CRC-32, least significant byte first. States end in theirs.
 INTACT = 0x2144DF1C
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StateError(ValueError):

@@ -34,6 +34,7 @@ from ctclip_cache import (
     encoding,
     existing,
     source_of,
+    sources_of,
     stamp_of,
     write_all,
 )
@@ -63,7 +64,7 @@ from ctclip_download import (
 )
 from ctclip_hub import SPARE_BYTES, HubTrouble, alone, find_token, parts_of
 from ctclip_model import CLASSFINE_PATH, CTCLIPMultiAbnormalityModel
-from ctclip_predict import choose_device
+from ctclip_predict import choose_device, print_failures
 from ctclip_ranks import Ranks
 from ctclip_rows import row, size_text
 
@@ -138,25 +139,23 @@ def plan_work(
         raise nothing_there(chosen)
     streamed = read_streamed(places.data_dir, selection.split)
     known = {name: entry for (name, fixed), entry in streamed.items() if fixed == selection.fixed}
-    quarantined, encoded, wanted = 0, [], []
-    for item in items:
-        entry = known.get(item.volume.name)
-        if entry is None or entry.size != item.size or (entry.sha256 and item.sha256 not in (None, entry.sha256)):
-            wanted.append(item)
-        elif entry.reason is not None:
-            quarantined += 1
-        else:
-            encoded.append(item)
-    stamps = [(known[item.volume.name].size, known[item.volume.name].tail) for item in encoded]
-    as_encoded = [
-        replace(item.volume, path=item.target, stamp=stamp) for item, stamp in zip(encoded, stamps, strict=True)
-    ]
-    rows = cache.rows(as_encoded)
-    cache.verify([row for row in rows if row is not None])
-    lost = [item for item, row in zip(encoded, cache.rows(as_encoded), strict=True) if row is None]
-    order = {volume.name: i for i, volume in enumerate(chosen)}
-    wanted = sorted([*wanted, *lost], key=lambda item: order[item.volume.name])
-    return Work(here, wanted, len(encoded) - len(lost), quarantined)
+    current = {
+        item: entry
+        for item in items
+        if (entry := known.get(item.volume.name))
+        and entry.size == item.size
+        and (entry.sha256 is None or item.sha256 in (None, entry.sha256))
+    }
+    quarantined = [item for item, entry in current.items() if entry.reason is not None]
+    streamed_once = {
+        item: replace(item.volume, path=item.target, stamp=(entry.size, entry.tail))
+        for item, entry in current.items()
+        if entry.reason is None
+    }
+    rows, _ = cache.intact(sources_of(list(streamed_once.values())))
+    done = [item for item, row in zip(streamed_once, rows, strict=True) if row is not None]
+    settled = {*quarantined, *done}
+    return Work(here, [item for item in items if item not in settled], len(done), len(quarantined))
 
 
 def clear_staging(staging: Path, items: Sequence[Item], room: float) -> None:
@@ -312,7 +311,7 @@ def stream(selection: Selection, places: Places) -> None:
         cache = FeatureCache(places.cache_dir, model)
         work = plan_work(chosen, places, selection, cache, token)
         if work.here:
-            encode_missing(model, cache, work.here, device, 0, Ranks(), lambda volumes, batch: name_failures(batch))
+            encode_missing(model, cache, work.here, device, 0, Ranks(), lambda volumes, batch: print_failures(batch))
         total = size_text(sum(item.size for item in work.items))
         there = f"{work.done} are in the cache, {work.quarantined} in quarantine, {len(work.here)} have a file here"
         row("", f"{there}, {len(work.items)} to fetch, {total}")
@@ -332,13 +331,8 @@ def stream(selection: Selection, places: Places) -> None:
 
 def is_encoded(cache: FeatureCache, source: str) -> bool:
     """Whether its codes are there, intact: a process may have been killed after them and before their line."""
-    (row,) = cache.rows_of([source])
-    return row is not None and not cache.verify([row])
-
-
-def name_failures(batch) -> None:
-    for name, reason in batch.failures:
-        print_note(f"left out: {name}: {reason}")
+    (row,), _ = cache.intact([source])
+    return row is not None
 
 
 def encode_arrivals(

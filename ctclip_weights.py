@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ctclip_cache import encoding
 from ctclip_data import preprocess_volume
-from ctclip_hub import SPARE_BYTES, read_record, record_path, sha256_of, write_record
+from ctclip_hub import SPARE_BYTES, read_record, record_path, sha256_of, slim_path, write_record
 from ctclip_model import (
     LINEAR_HEAD_KEYS,
     SLIM_OF,
@@ -118,10 +118,6 @@ def kept_fingerprint(weights: Path) -> Fingerprint | None:
 # ---- slim
 
 
-def slim_path(weights: Path) -> Path:
-    return weights.with_suffix(".safetensors")
-
-
 def tensors_in_use(path: Path, model: CTCLIPMultiAbnormalityModel) -> dict[str, Tensor]:
     """Of the file at `path`: what `model`, loaded from it, computes with, what its sizes are read from, and, where it
     has no head, the text tower, which is what such a file classifies with."""
@@ -192,22 +188,22 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     kept = kept_fingerprint(path)
-    difference = kept and found.difference(kept)
-    if kept is None or args.slim:
-        made = {"slim_sha256": sha256_of(path)} if args.slim else {}
-        try:
-            write_record(path, fingerprint=asdict(found), **made)
-            how = f", kept now in {record_path(path)}"
-        except OSError as error:
-            how = f", not kept: {record_path(path)}: {error.strerror}"
-    print(f"{found}{'' if difference else ', as kept' if kept else how}")
-    if difference:
+    if kept and (difference := found.difference(kept)):
+        print(found)
         print(
             f"error: {path}: found {difference}, expected the kept one ({record_path(path)}); fetch the file again, or "
             "delete the record if you replaced the file yourself",
             file=sys.stderr,
         )
         return 2
+    how = "as kept" if kept else f"kept now in {record_path(path)}"
+    if kept is None or args.slim:
+        made = {"slim_sha256": sha256_of(path)} if args.slim else {}
+        try:
+            write_record(path, fingerprint=asdict(found), **made)
+        except OSError as error:
+            how = f"not kept: {record_path(path)}: {error.strerror}"
+    print(f"{found}, {how}")
     return 0
 
 
