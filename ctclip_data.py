@@ -1,13 +1,12 @@
 """CT volume files -> preprocessed tensors, and CT-RATE's tables -> cohort -> batches.
 
 Legend: x, y, z patient axes in LPS order (x to the left, y to the back, z to the head); D, H, W = z, x, y, the order
-the network was trained on (in plane that is the transpose of the usual picture). A file stores three axes, the first
-one fastest, so its slices lie along the third: they are inflated and resampled one by one, and neither the file nor
-a float copy of it is ever held whole.
+the network was trained on (in plane that is the transpose of the usual picture). Slices are resampled one by one as
+`ctclip_files` reads them: neither the file nor a float copy of it is ever held whole.
 
 preprocess_volume reads one file the way it is told to (version 1: metadata row; version 2: header), read_volume
-finds out which of the two a file is, load_cohort joins the tables, augment varies a tensor for training,
-volume_loader makes batches.
+finds out which of the two a file is, place_volume tells where its voxels lie in the tensor, load_cohort joins the
+tables, augment varies a tensor for training, volume_loader makes batches.
 """
 
 from __future__ import annotations
@@ -19,38 +18,29 @@ import signal
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain
 from math import ceil, isfinite, log2, prod, sqrt
 from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
 from nibabel.orientations import io_orientation
 from torch.utils.data import DataLoader, Dataset
 
+from ctclip_files import Header, VolumeError, open_volume, problem, times
 from ctclip_model import ABNORMALITIES
-
-try:  # inflates about twice as fast as zlib, and checks the same checksums
-    from isal.igzip import IGzipFile as GzipFile
-    from isal.isal_zlib import IsalError as InflateError
-except ImportError:
-    from gzip import GzipFile
-
-    InflateError = zlib.error
 
 HU_MIN, HU_MAX = -1000, 1000  # clipping window, Hounsfield units
 FIELD_OF_VIEW_MM = 360.0  # edge of the cube that every input covers, whatever its number of voxels
 PUBLISHED_SHAPE = (240, 480, 480)  # (D, H, W) = (z, x, y)
 
-# Raise it with every change to this file that may alter a tensor or a HU verdict, by a single bit: caches rest on it.
+# Raise it with every change here or in ctclip_files that may alter a tensor or a HU verdict, by a single bit: caches
+# rest on it.
 PREPROCESSING_VERSION = 1
 
 # Share of positive volumes on CT-RATE's train split, in the order of ABNORMALITIES.
@@ -69,10 +59,6 @@ GEOMETRY_COLUMNS = ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")
 OPTIONAL_COLUMNS = ("PatientSex", "PatientAge", "Manufacturer")
 SUBGROUP_COLUMNS = (*OPTIONAL_COLUMNS, "SliceThickness", "ZSpacing")
 FETCH = "python ctclip_setup.py --data"  # and a split: what brings files back that were streamed and not kept
-
-
-class VolumeError(ValueError):
-    """A volume file that cannot be used: one line naming what was found, what was expected, what to do."""
 
 
 class CohortError(ValueError):
@@ -217,189 +203,6 @@ class Batch:
     verdicts: list[Verdict]
 
 
-# ------------------------------------------------------------------ the file: header, then slices as stored
-
-
-def _problem(path: Path, found: str, expected: str, remedy: str) -> VolumeError:
-    return VolumeError(f"{path.name}: found {found}, expected {expected}; {remedy}")
-
-
-AGAIN = "copy or download the file again"
-CONVERT = "convert it to a 3-D NIfTI of numbers"
-# NIfTI code -> stored type
-STORED_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8"}
-DEFLATE_LIMIT = 1032  # deflate cannot shrink anything by more than this
-SLAB_BYTES = 4 << 20  # read and inflated at a time
-
-
-@dataclass(frozen=True)
-class _Header:
-    """What a NIfTI header says. Three file axes, fastest first; affine None where it states no orientation."""
-
-    shape: tuple[int, int, int]
-    dtype: np.dtype
-    offset: int
-    slope: float
-    intercept: float
-    spacing: tuple[float, ...]
-    affine: np.ndarray | None
-
-    @property
-    def blank(self) -> bool:
-        """No orientation and unit spacing: what a writer leaves when it was told nothing (CT-RATE version 1)."""
-        return self.affine is None and set(self.spacing) == {1.0}
-
-
-class _VolumeFile:
-    """A NIfTI file, plain or gzip, read once from front to back. Every fault raises VolumeError."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        try:
-            self.raw = open(self.path, "rb")  # noqa: SIM115  closed in __exit__
-        except FileNotFoundError:
-            raise _problem(self.path, "no such file", "a volume", "check the path or download it") from None
-        except OSError as error:
-            raise _problem(self.path, f"unreadable ({error.strerror})", "a file", "check its permissions") from None
-        try:
-            self.stream = self._inflating()
-            self.header = self._read_header()
-        except BaseException:
-            self.raw.close()
-            raise
-
-    def __enter__(self) -> _VolumeFile:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.raw.close()
-
-    def _inflating(self) -> IO[bytes]:
-        magic = self.raw.read(2)
-        self.raw.seek(0)
-        if magic == b"\x1f\x8b":
-            return GzipFile(fileobj=self.raw, mode="rb")
-        if self.path.suffix == ".gz":
-            found = f"first bytes {magic!r}" if magic else "an empty file"
-            raise _problem(self.path, found, "gzip data (b'\\x1f\\x8b')", AGAIN)
-        return self.raw
-
-    def _fill(self, buffer: np.ndarray) -> None:
-        """Fill a uint8 array from the stream, to the last byte."""
-        view, done = memoryview(buffer), 0
-        try:
-            while done < len(view):
-                count = self.stream.readinto(view[done:])
-                if not count:
-                    raise EOFError
-                done += count
-        except EOFError:
-            raise _problem(self.path, "a truncated file", "as many voxels as its header declares", AGAIN) from None
-        except (OSError, zlib.error, InflateError) as error:
-            raise _problem(self.path, f"damaged data ({error})", "a readable file", AGAIN) from None
-
-    def _check_end(self) -> None:
-        """Reading past the last voxel makes gzip compare its checksum; bytes after the voxels are tolerated."""
-        try:
-            self.stream.read(1)
-        except (EOFError, OSError, zlib.error, InflateError) as error:
-            raise _problem(self.path, f"damaged data ({error})", "a readable file", AGAIN) from None
-
-    def _read_header(self) -> _Header:
-        block = np.zeros(540, np.uint8)
-        self._fill(block[:348])
-        size = block[:4].tobytes()
-        kind = nib.Nifti1Header
-        if int.from_bytes(size, "little") == 540 or int.from_bytes(size, "big") == 540:
-            kind = nib.Nifti2Header
-            self._fill(block[348:])
-        elif 348 not in (int.from_bytes(size, "little"), int.from_bytes(size, "big")):
-            raise _problem(self.path, f"first bytes {size!r}", "a NIfTI header", CONVERT)
-        length = kind.sizeof_hdr
-        header = _parse_header(kind(block[:length].tobytes(), check=False), self.path)
-        self._check_size(header)
-        self._fill(np.empty(header.offset - length, np.uint8))  # extensions, at least four bytes
-        return header
-
-    def _check_size(self, header: _Header) -> None:
-        """Refuse a size that the file cannot hold, before allocating anything of that size."""
-        declared = header.offset + prod(header.shape) * header.dtype.itemsize
-        at_most = self.path.stat().st_size * (DEFLATE_LIMIT if self.stream is not self.raw else 1)
-        if declared > at_most:
-            found = f"{_times(header.shape)} voxels declared, {declared} bytes"
-            raise _problem(self.path, found, f"at most {at_most} bytes in a file of this size (truncated?)", AGAIN)
-
-    def slabs(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(first index, slices as stored (n, middle axis, fastest axis)). Valid until the next one is asked for.
-
-        While one slab is being worked on, a thread inflates the next.
-        """
-        fast, middle, slow = self.header.shape
-        plane = fast * middle * self.header.dtype.itemsize
-        step = min(slow, max(1, SLAB_BYTES // plane))
-        starts = range(0, slow, step)
-        buffers = [np.empty(step * plane, np.uint8) for _ in range(2)]
-        sizes = [min(step, slow - start) * plane for start in starts]
-        with ThreadPoolExecutor(1) as inflater:
-            pending = inflater.submit(self._fill, buffers[0][: sizes[0]])
-            for i, start in enumerate(starts):
-                pending.result()
-                if i + 1 < len(starts):
-                    pending = inflater.submit(self._fill, buffers[(i + 1) % 2][: sizes[i + 1]])
-                else:
-                    pending = inflater.submit(self._check_end)
-                yield start, buffers[i % 2][: sizes[i]].view(self.header.dtype).reshape(-1, middle, fast)
-            pending.result()
-
-
-def _times(shape: Sequence[int]) -> str:
-    return " x ".join(str(n) for n in shape)
-
-
-def _parse_header(header: nib.Nifti1Header, path: Path) -> _Header:
-    if header["magic"].item().rstrip(b"\0") not in (b"n+1", b"n+2", b"n+2\0\r\n\x1a\n"):
-        magic = header["magic"].item()
-        raise _problem(path, f"magic {magic!r}", "b'n+1' (header and voxels in one file)", CONVERT)
-    dims = [int(n) for n in header["dim"]]
-    shape = dims[1 : 1 + dims[0]] if 0 < dims[0] <= 7 else dims
-    if len(shape) < 3 or any(n > 1 for n in shape[3:]) or min(shape[:3]) < 2:
-        expected = "3 axes of at least 2 voxels"
-        raise _problem(path, f"{len(shape)} axes of {_times(shape)} voxels", expected, CONVERT)
-    code = int(header["datatype"])
-    if code not in STORED_TYPES:
-        raise _problem(path, f"voxels of NIfTI type {code}", "integers or floats", CONVERT)
-    dtype = np.dtype(header.endianness + STORED_TYPES[code])
-    offset = float(header["vox_offset"]) or float(header.single_vox_offset)  # some writers leave it 0
-    if not header.sizeof_hdr <= offset < 1e9:  # False for NaN too
-        raise _problem(path, f"voxels at byte {offset}", f"at least {header.sizeof_hdr}", CONVERT)
-    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if not isfinite(slope) or slope == 0:  # the standard's way of saying "not scaled"
-        slope, intercept = 1.0, 0.0
-    # The shortest decimal that gives the stored float32: 6.8 mm is 6.8, not 6.80000019.
-    spacing = tuple(float(str(p)) for p in header["pixdim"][1:4])
-    intercept = intercept if isfinite(intercept) else 0.0
-    return _Header(tuple(shape[:3]), dtype, int(offset), slope, intercept, spacing, _affine(header))
-
-
-def _affine(header: nib.Nifti1Header) -> np.ndarray | None:
-    """File index -> RAS mm from sform, else qform; None if neither is set or all it says is the identity.
-
-    NaN where one is set and unusable: that is no fault as long as the metadata row gives the geometry.
-    """
-    stated = False
-    for code, get in (("sform_code", header.get_sform), ("qform_code", header.get_qform)):
-        if header[code] == 0:
-            continue
-        stated = True
-        try:
-            affine = np.asarray(get(), float)
-        except (ValueError, nib.spatialimages.HeaderDataError):  # an impossible quaternion
-            continue
-        if np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-9:
-            return None if np.array_equal(affine, np.eye(4)) else affine
-    return np.full((4, 4), np.nan) if stated else None
-
-
 # ------------------------------------------------------------------ a reading: voxels -> HU, file axes -> patient axes
 
 
@@ -450,24 +253,24 @@ def _metadata_reading(metadata: Mapping[str, Any], name: str) -> _Reading:
 
 def _check_spacing(spacing: Sequence[float], name: str, where: str) -> None:
     if not all(isfinite(s) and s > 0 for s in spacing):
-        found = f"found spacing {_times(spacing)} mm in {where}"
+        found = f"found spacing {times(spacing)} mm in {where}"
         raise VolumeError(f"{name}: {found}, expected three positive numbers; correct it or leave the volume out")
 
 
-def _header_reading(header: _Header, path: Path) -> _Reading:
+def _header_reading(header: Header, path: Path) -> _Reading:
     """Version 2: scaling, spacing and orientation from the header; without orientation the stored order is LPS."""
     _check_spacing(header.spacing, path.name, "the header")
     if header.blank:
         remedy = "pass metadata with RescaleSlope, RescaleIntercept, XYSpacing and ZSpacing"
-        raise _problem(path, "a blank header (no orientation, 1 mm)", "spacing in the header or metadata", remedy)
+        raise problem(path, "a blank header (no orientation, 1 mm)", "spacing in the header or metadata", remedy)
     if header.affine is None:
         return _Reading(header.slope, header.intercept, header.spacing)
     if np.isnan(header.affine).any():
-        raise _problem(path, "a singular orientation matrix", "an invertible one", "write the header again")
+        raise problem(path, "a singular orientation matrix", "an invertible one", "write the header again")
     lengths = np.linalg.norm(header.affine[:3, :3], axis=0)
     if not np.allclose(lengths, header.spacing, rtol=0.01):
-        found = f"spacing {_times(header.spacing)} mm beside an orientation of {_times(lengths.round(4))} mm"
-        raise _problem(path, found, "the same twice", "write the header again")
+        found = f"spacing {times(header.spacing)} mm beside an orientation of {times(lengths.round(4))} mm"
+        raise problem(path, found, "the same twice", "write the header again")
     axes, signs = io_orientation(header.affine).T  # RAS axis of each file axis, +1 towards right, front, head
     towards_lps = (-1, -1, 1)
     backwards = tuple(bool(sign != towards_lps[int(axis)]) for axis, sign in zip(axes, signs, strict=True))
@@ -495,22 +298,35 @@ class _Taps:
 
 def _taps(size: int, spacing: float, target_size: int, backwards: bool) -> _Taps | None:
     """Where each output voxel lies between the inputs; None if the axis is too short to give a single voxel."""
-    # Published arithmetic, to the bit where it decides a size: 0.6 mm must not become one voxel more or less.
-    resampled = int(size * (spacing / (FIELD_OF_VIEW_MM / target_size)))
-    if resampled < 1:
+    fit = _fit(size, spacing, target_size)
+    if fit.resampled < 1:
         return None
-    first = max((resampled - target_size) // 2, 0)  # centre crop ...
-    before = max((target_size - resampled) // 2, 0)  # ... or centre pad
-    count = min(resampled, target_size)
+    count = min(fit.resampled, target_size)
     # torch's align_corners=False source index: the grid follows from the sizes. In float64, as published (nibabel's
     # arrays are); a float32 grid is up to 4e-6 off in the result.
-    source = np.maximum((np.arange(first, first + count) + 0.5) * (size / resampled) - 0.5, 0)
+    source = np.maximum((np.arange(fit.first, fit.first + count) + 0.5) * (size / fit.resampled) - 0.5, 0)
     low = np.minimum(source.astype(np.intp), size - 1)
     high = np.minimum(low + 1, size - 1)
     weight = np.clip(source - low, 0, 1).astype(np.float32)
     if backwards:  # only the look-up is turned round, so every orientation gives the same arithmetic
         low, high = size - 1 - low, size - 1 - high
-    return _Taps(slice(before, before + count), low, high, weight)
+    return _Taps(slice(fit.before, fit.before + count), low, high, weight)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """One axis laid into the cube: its resampled voxels, of which those before `first` are cropped, or before which
+    `before` are padded."""
+
+    resampled: int
+    first: int
+    before: int
+
+
+def _fit(size: int, spacing: float, target_size: int) -> _Fit:
+    # Published arithmetic, to the bit where it decides a size: 0.6 mm must not become one voxel more or less.
+    resampled = int(size * (spacing / (FIELD_OF_VIEW_MM / target_size)))
+    return _Fit(resampled, max((resampled - target_size) // 2, 0), max((target_size - resampled) // 2, 0))
 
 
 class _Rows:
@@ -537,9 +353,9 @@ def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray | np.float32, ou
 class _Resampler:
     """Takes slices in file order and writes finished output slices; holds two input slices at a time."""
 
-    def __init__(self, header: _Header, reading: _Reading, out: np.ndarray, path: Path):
+    def __init__(self, header: Header, reading: _Reading, out: np.ndarray, path: Path):
         self.reading = reading
-        target = [(1, 2, 0)[axis] for axis in reading.axes]  # axis of out (z, x, y) for each file axis
+        target = _cube_axes(reading)
         taps = [
             _taps(size, spacing, out.shape[axis], backwards)
             for size, spacing, axis, backwards in zip(
@@ -547,8 +363,8 @@ class _Resampler:
             )
         ]
         if None in taps:
-            found = f"{_times(header.shape)} voxels of {_times(reading.spacing)} mm"
-            raise _problem(path, found, f"at least one voxel of the {_times(out.shape)} input", "check the spacing")
+            found = f"{times(header.shape)} voxels of {times(reading.spacing)} mm"
+            raise problem(path, found, f"at least one voxel of the {times(out.shape)} input", "check the spacing")
         fast, middle, self.slow = taps
         self.crop = middle.span, fast.span
         rows, columns = (span.stop - span.start for span in self.crop)
@@ -599,7 +415,7 @@ SAMPLE = 1_000_000  # voxels looked at
 class _Evidence:
     """Minimum and maximum of all voxels and a regular sample of them, as stored."""
 
-    def __init__(self, header: _Header, path: Path):
+    def __init__(self, header: Header, path: Path):
         self.path = path
         self.step = ceil(sqrt(max(1, prod(header.shape) / SAMPLE)))
         self.low, self.high = float("inf"), float("-inf")
@@ -608,7 +424,7 @@ class _Evidence:
     def add(self, index: int, stored: np.ndarray) -> None:
         low, high = float(stored.min()), float(stored.max())
         if not (isfinite(low) and isfinite(high)):
-            raise _problem(self.path, f"NaN or infinite voxels (slice {index})", "numbers", "leave the volume out")
+            raise problem(self.path, f"NaN or infinite voxels (slice {index})", "numbers", "leave the volume out")
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.sample.append(stored[:: self.step, :: self.step].astype(np.float32).ravel())
 
@@ -617,7 +433,7 @@ class _Evidence:
 
     def check(self) -> None:
         if self.low == self.high:
-            raise _problem(self.path, f"every voxel equal to {self.low:g}", "a picture", "leave the volume out")
+            raise problem(self.path, f"every voxel equal to {self.low:g}", "a picture", "leave the volume out")
 
 
 def _shares(hu: np.ndarray) -> dict[str, float]:
@@ -687,13 +503,13 @@ def decide_reading(
 
 
 def _load(
-    path: Path, shape: Sequence[int], choose: Callable[[_Header, _Evidence], _Reading]
-) -> tuple[torch.Tensor, _Header, _Evidence]:
+    path: Path, shape: Sequence[int], choose: Callable[[Header, _Evidence], _Reading]
+) -> tuple[torch.Tensor, Header, _Evidence]:
     """One pass over a file: evidence on everything, resampling of what survives the crop.
 
     `choose` gives the reading, from the header and the evidence of the first slab.
     """
-    with _VolumeFile(path) as file, closing(file.slabs()) as slabs:
+    with open_volume(path) as file, closing(file.slabs()) as slabs:
         evidence = _Evidence(file.header, path)
         start, slab = next(slabs)
         for offset, stored in enumerate(slab):
@@ -713,7 +529,7 @@ def _load(
 def preprocess_volume(
     path: str | Path, metadata: Mapping[str, Any] | None = None, shape: Sequence[int] = PUBLISHED_SHAPE
 ) -> torch.Tensor:
-    """NIfTI file -> (1, D, H, W) = (1, z, x, y) float32 in [-1, 1], HU / 1000, equal to CT-CLIP's published one.
+    """NIfTI, .mha or DICOM series -> (1, D, H, W) = (1, z, x, y) float32 in [-1, 1], HU / 1000, as CT-CLIP had it.
 
     metadata: a mapping with RescaleSlope, RescaleIntercept, XYSpacing and ZSpacing for version-1 files, whose voxels
     are then taken in stored order; None for files whose header is right, which are brought to LPS. `shape` sets the
@@ -739,12 +555,54 @@ def preprocess_volume(
     return out
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where a file's voxels lie in the cube that a model sees.
+
+    shape: voxels along the file's axes, fastest first; affine (4, 4): file index -> RAS mm, None where the file states
+    no orientation (then it is read as LPS); axes: for each file axis, which axis of (D, H, W) it runs along; position:
+    for each file axis, each voxel's place along that axis of the cube, in (0, 1) inside, outside below 0 or above 1.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray | None
+    axes: tuple[int, int, int]
+    position: tuple[np.ndarray, ...]
+
+
+def place_volume(path: str | Path, shape: Sequence[int] = PUBLISHED_SHAPE) -> Placement:
+    """Where the voxels of a file with a right header lie in `preprocess_volume(path, shape=shape)`; reads the header
+    only. Raises VolumeError."""
+    path = Path(path)
+    _check_shape(shape)
+    with open_volume(path) as file:
+        header = file.header
+    reading = _header_reading(header, path)
+    axes = _cube_axes(reading)
+    places = zip(header.shape, reading.spacing, axes, reading.backwards, strict=True)
+    position = tuple(_positions(size, spacing, shape[axis], turned) for size, spacing, axis, turned in places)
+    return Placement(header.shape, header.affine, axes, position)
+
+
+def _positions(size: int, spacing: float, target_size: int, backwards: bool) -> np.ndarray:
+    """Centres of the voxels of a file axis, as a share of the cube's edge: _taps, looked up the other way round."""
+    fit = _fit(size, spacing, target_size)
+    resampled = (np.arange(size) + 0.5) * (fit.resampled / size)
+    position = (resampled - fit.first + fit.before) / target_size
+    return position[::-1].copy() if backwards else position
+
+
+def _cube_axes(reading: _Reading) -> tuple[int, int, int]:
+    """Axis of (D, H, W) = (z, x, y) for each file axis."""
+    return tuple((1, 2, 0)[axis] for axis in reading.axes)
+
+
 def _check_shape(shape: Sequence[int]) -> None:
     if len(shape) != 3 or any(int(n) != n or n < 1 for n in shape):
         raise ValueError(f"found shape {tuple(shape)}, expected three positive numbers (D, H, W)")
 
 
-def _refuse_scaling_hu(header: _Header, reading: _Reading, evidence: _Evidence) -> None:
+def _refuse_scaling_hu(header: Header, reading: _Reading, evidence: _Evidence) -> None:
     """A metadata row applied to a file that is HU already puts most voxels below -1000: the published mistake."""
     if (header.slope, header.intercept) == (reading.slope, reading.intercept):
         return
@@ -754,16 +612,16 @@ def _refuse_scaling_hu(header: _Header, reading: _Reading, evidence: _Evidence) 
     # Air must be visible as air: raw values of a nearly empty picture would pass as soft tissue otherwise.
     if _plausible(as_hu) and as_hu["air"] >= 0.02 and not _plausible(as_stored):
         found = f"voxels that are HU already ({_percent(as_hu)})"
-        raise _problem(evidence.path, found, "raw stored values for this metadata", "pass metadata=None")
+        raise problem(evidence.path, found, "raw stored values for this metadata", "pass metadata=None")
 
 
-def _refuse_raw(header: _Header, evidence: _Evidence) -> None:
+def _refuse_raw(header: Header, evidence: _Evidence) -> None:
     values = evidence.values() * header.slope + header.intercept
     lowest = min(end * header.slope + header.intercept for end in (evidence.low, evidence.high))
     high = float((values > 700).mean())
     if lowest >= 0 and high > 0.2:
         found = f"raw stored values (no voxel below 0, {high:.0%} above 700)"
-        raise _problem(evidence.path, found, "HU", "pass metadata with RescaleSlope and RescaleIntercept")
+        raise problem(evidence.path, found, "HU", "pass metadata with RescaleSlope and RescaleIntercept")
 
 
 def read_volume(volume: Volume, shape: Sequence[int] = PUBLISHED_SHAPE) -> tuple[torch.Tensor, Verdict]:
@@ -777,15 +635,15 @@ def read_volume(volume: Volume, shape: Sequence[int] = PUBLISHED_SHAPE) -> tuple
         expected = "its features in the cache of this encoder"
         fetch = f"fetch the file with {FETCH} {split_of(volume.name)}"
         remedy = f"train with --freeze-backbone on that cache, or {fetch}"
-        raise _problem(path, "no file (it was streamed)", expected, remedy)
+        raise problem(path, "no file (it was streamed)", expected, remedy)
     row = None if volume.metadata is None else _metadata_reading(volume.metadata, path.name)
 
-    def judge(header: _Header, evidence: _Evidence) -> Verdict:
+    def judge(header: Header, evidence: _Evidence) -> Verdict:
         scale = None if row is None else (row.slope, row.intercept)
         own = header.slope, header.intercept
         return decide_reading(evidence.values(), own, scale, fixed, header.blank, path.name)
 
-    def reading_of(verdict: str, header: _Header) -> _Reading:
+    def reading_of(verdict: str, header: Header) -> _Reading:
         if verdict == "stored" and row is not None:
             return row
         if header.blank and row is not None:  # HU that lost its header: the row still knows the spacing
@@ -794,7 +652,7 @@ def read_volume(volume: Volume, shape: Sequence[int] = PUBLISHED_SHAPE) -> tuple
 
     used: list[_Reading] = []
 
-    def provisional(header: _Header, evidence: _Evidence) -> _Reading:
+    def provisional(header: Header, evidence: _Evidence) -> _Reading:
         try:
             used.append(reading_of(judge(header, evidence).reading, header))
         except VolumeError:  # the first slab may be padding only: go on with what the folder says

@@ -23,6 +23,7 @@ import torch
 from helpers_data import SMALL, affine_of, chest, published, put, reoriented, row, write
 
 import ctclip_data
+import ctclip_files
 from ctclip_data import Volume, VolumeError, decide_reading, preprocess_volume, read_volume
 
 GOLDEN = Path(__file__).parent / "fixtures" / "volumes"
@@ -210,9 +211,9 @@ def test_nifti_2_and_a_fourth_axis_of_one_are_fine(tmp_path):
 def test_slab_size_and_inflater_do_not_matter(tmp_path, monkeypatch):
     path = write(tmp_path / "a.nii.gz", chest((30, 31, 33)))
     expected = preprocess_volume(path, None, SMALL)
-    monkeypatch.setattr(ctclip_data, "GzipFile", gzip.GzipFile)
+    monkeypatch.setattr(ctclip_files, "GzipFile", gzip.GzipFile)
     for slab in (1, 5000, 1 << 30):
-        monkeypatch.setattr(ctclip_data, "SLAB_BYTES", slab)
+        monkeypatch.setattr(ctclip_files, "SLAB_BYTES", slab)
         assert torch.equal(preprocess_volume(path, None, SMALL), expected)
 
 
@@ -441,7 +442,7 @@ def test_first_slab_can_mislead_without_harm(tmp_path, monkeypatch):
     hu = chest((40, 40, 30))
     hu[:, :, :8] = -1024
     path = tmp_path / "train" / "train_1" / "train_1_a" / "train_1_a_1.nii.gz"
-    monkeypatch.setattr(ctclip_data, "SLAB_BYTES", 4 * 40 * 40 * 2)
+    monkeypatch.setattr(ctclip_files, "SLAB_BYTES", 4 * 40 * 40 * 2)
     volume, verdict = read_volume(_volume(write(path, hu), row()), SMALL)
     assert verdict.reading == "hu"
     assert np.abs(volume.numpy() - published(hu, (8.0, 8.0, 12.0), SMALL)).max() < 3e-7
@@ -449,8 +450,8 @@ def test_first_slab_can_mislead_without_harm(tmp_path, monkeypatch):
 
 def test_a_file_is_inflated_once(tmp_path, monkeypatch):
     opened = []
-    original = ctclip_data._VolumeFile.__init__
-    monkeypatch.setattr(ctclip_data._VolumeFile, "__init__", lambda s, p: (opened.append(p), original(s, p))[1])
+    original = ctclip_files.StreamFile.__init__
+    monkeypatch.setattr(ctclip_files.StreamFile, "__init__", lambda s, p: (opened.append(p), original(s, p))[1])
     read_volume(_volume(put(tmp_path, "valid_1_a_1.nii.gz", False), row()), SMALL)
     assert len(opened) == 1
 

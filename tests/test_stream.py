@@ -24,7 +24,7 @@ import pytest
 import torch
 from helpers_hub import NEWCOMER, TOKEN, Hub
 
-import ctclip_data
+import ctclip_files
 import ctclip_hub
 import ctclip_setup
 import ctclip_stream
@@ -438,7 +438,7 @@ def test_what_passes_is_waited_for(stream, hub, undisturbed, tiny_classfine, mon
 
 
 def test_a_disk_that_does_not_give_a_file_back_is_not_the_volume_s_fault(stream, tiny_classfine, monkeypatch):
-    fill, left = ctclip_data._VolumeFile._fill, [2]
+    fill, left = ctclip_files.StreamFile.fill, [2]
 
     def broken(self, buffer):
         try:
@@ -446,10 +446,10 @@ def test_a_disk_that_does_not_give_a_file_back_is_not_the_volume_s_fault(stream,
                 left[0] -= 1
                 raise OSError(5, "Input/output error")
         except OSError:
-            raise ctclip_data._problem(self.path, "damaged data (5)", "a readable file", "copy it again") from None
+            raise ctclip_files.problem(self.path, "damaged data (5)", "a readable file", "copy it again") from None
         return fill(self, buffer)
 
-    monkeypatch.setattr(ctclip_data._VolumeFile, "_fill", broken)
+    monkeypatch.setattr(ctclip_files.StreamFile, "fill", broken)
     code, out, error = stream("--volumes", 6)
     assert code == 2 and "could not be read (Input/output error)" in error
     assert all(entry.reason is None for entry in read_streamed("D", "train").values())
