@@ -102,9 +102,10 @@ class Calibration:
         """(N, 18) probabilities as given -> values whose cut at 0.5 decides like `cuts`; see map_cuts_to_half."""
         return map_cuts_to_half(probabilities, self.cuts)
 
-    def save(self, path: str | Path) -> None:
+    def content(self) -> dict:
+        """What calibration.json holds."""
         columns = {"slope": self.slope, "intercept": self.intercept, "shift": self.shift, "threshold": self.cuts}
-        content = {
+        return {
             "method": self.method,
             "per_label": {
                 name: {key: float(column[j]) for key, column in columns.items()} for j, name in enumerate(ABNORMALITIES)
@@ -116,8 +117,10 @@ class Calibration:
             "n_rows": self.n_rows,
             "n_patients": self.n_patients,
         }
+
+    def save(self, path: str | Path) -> None:
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self.content(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def load_calibration(path: str | Path) -> Calibration:

@@ -1,4 +1,4 @@
-"""Does this machine do what the suite needs: ten checks, each with what was found and what to do about it.
+"""Does this machine do what the suite needs: a dozen checks, each with what was found and what to do about it.
 
 Standard library only at import. What imports torch does so in a process of its own, because an import can end a
 process: one forward pass, and the probes below, which run as `ctclip_doctor.py gpu` and `ctclip_doctor.py cohort D`.
@@ -23,7 +23,18 @@ from math import inf
 from pathlib import Path, PurePosixPath
 from typing import Iterator  # noqa: UP035  (ctclip_setup must get as far as its Python check)
 
-from ctclip_hub import WEIGHTS, HubTrouble, WeightsFile, explain, find_token, hub_host, look_up, sha256_of
+from ctclip_hub import (
+    PROMPTED,
+    WEIGHTS,
+    HubTrouble,
+    WeightsFile,
+    explain,
+    find_token,
+    hub_host,
+    look_up,
+    sha256_of,
+    vocabulary_path,
+)
 from ctclip_packages import (
     OLDEST_PYTHON,
     SUITE,
@@ -119,6 +130,7 @@ def examine(data_dir: Path | None) -> Iterator[Row]:
         "token": token_rows,
         "hub": hub_rows,
         "weights": weights_rows,
+        "prompts": prompts_rows,
         "cohort": lambda: cohort_rows(data_dir),
         "forward pass": forward_rows,
     }
@@ -519,6 +531,26 @@ def weights_row(weights: WeightsFile) -> Row:
     numbers["fingerprint"] = digest and digest[1]
     checked = ", SHA-256 as kept" if weights.kept_sha256 else ""
     return Row("weights", "ok", f"{lead}{checked}; {said}", numbers=numbers)
+
+
+def prompts_rows() -> Iterator[Row]:
+    """What predicting by prompts needs beside the weights; no row where no weights classify that way."""
+    files = [weights for weights in map(WeightsFile, PROMPTED) if weights.path]
+    if not files:
+        return
+    vocabulary, transformers = vocabulary_path(files[0].whole), installed_version("transformers")
+    numbers = {"vocabulary": str(vocabulary), "transformers": transformers}
+    remedies = {
+        "its vocabulary": not vocabulary.exists() and f"{setup_command()} --model {files[0].name} fetches it",
+        "the package transformers": transformers is None and "pip install transformers",
+    }
+    lacking = {what: remedy for what, remedy in remedies.items() if remedy}
+    names = join(weights.name for weights in files)
+    if lacking:
+        found = f"{names}: without {' and '.join(lacking)} no prediction by prompts; fine-tuning works"
+        yield Row("prompts", "warning", found, tuple(lacking.values()), numbers)
+    else:
+        yield Row("prompts", "ok", f"{names}: {vocabulary}, transformers {transformers}", numbers=numbers)
 
 
 # ---- the cohort

@@ -34,6 +34,9 @@ WEIGHTS = {  # name on the command line -> file in the repository; saved as mode
     "vocabfine": "models/CT-CLIP-Related/CT_VocabFine_v2.pt",
     "zeroshot": "models/CT-CLIP-Related/CT-CLIP_v2.pt",
 }
+PROMPTED = ("vocabfine", "zeroshot")  # of these, the ones that classify by prompts
+VOCABULARY_REPOSITORY = "microsoft/BiomedVLP-CXR-BERT-specialized"  # a model repository, public; of their text tower
+VOCABULARY = "vocab.txt"
 
 HUB_SECONDS = 10  # for the first answer; the hub's host name has several addresses, each with its own time-out
 LISTING_SECONDS = 60  # for the sizes of PATHS_AT_ONCE files
@@ -145,8 +148,16 @@ def find_token() -> str:
 # ---- what went wrong
 
 
-def answer_of_status(status: int, gated: bool, file: str, wait: float = 0) -> HubTrouble:
-    """What an HTTP status of the hub means to the person whose token was sent."""
+def answer_of_status(
+    status: int, gated: bool, file: str, wait: float = 0, repository: str = REPOSITORY
+) -> HubTrouble:
+    """What an HTTP status of the hub means to the person whose token was sent (to CT-RATE; to others goes none)."""
+    if status in (401, 403, 404) and repository != REPOSITORY:
+        return HubTrouble(
+            f"{hub_host()} gives no {file} of {repository} ({status})",
+            f"unset HF_ENDPOINT if it names a mirror; otherwise see {HUB}/{repository}",
+            kind="file",
+        )
     if status == 401:
         return HubTrouble(
             "the hub refused the token (401): mistyped, expired or revoked",
@@ -208,7 +219,7 @@ def error_chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def explain(error: BaseException, file: str, token: str) -> HubTrouble:
+def explain(error: BaseException, file: str, token: str, repository: str = REPOSITORY) -> HubTrouble:
     """Any failure of huggingface_hub -> reason and remedy.
 
     Told apart by class *names*: the HTTP library underneath changed twice (requests, httpx, httpx2), and 0.x and
@@ -226,7 +237,7 @@ def explain(error: BaseException, file: str, token: str) -> HubTrouble:
             wait = asked_wait(getattr(response, "headers", {}))
             if status in (401, 403, 404, 410) and not is_hubs(str(getattr(response, "url", endpoint()))):
                 return HubTrouble(f"the address of a file's bytes has expired ({status})", "run this again", kind="hub")
-            return answer_of_status(status, "GatedRepoError" in names, file, wait)
+            return answer_of_status(status, "GatedRepoError" in names, file, wait, repository)
     said = " ".join(str(link) for link in chain)
     if "OfflineModeIsEnabled" in names:
         return HubTrouble(
@@ -338,21 +349,22 @@ def git_sha1_of(path: Path) -> str:
     return digest_of(path, hashlib.sha1(f"blob {path.stat().st_size}\0".encode()))
 
 
-def file_url(file: str) -> str:
+def file_url(file: str, repository: str = REPOSITORY) -> str:
     from huggingface_hub import hf_hub_url
 
-    return hf_hub_url(REPOSITORY, file, repo_type="dataset", endpoint=endpoint())
+    kind = "dataset" if repository == REPOSITORY else "model"
+    return hf_hub_url(repository, file, repo_type=kind, endpoint=endpoint())
 
 
-def look_up(file: str, token: str) -> Remote:
+def look_up(file: str, token: str, repository: str = REPOSITORY) -> Remote:
     """Size and checksum of a file on the hub; also the cheapest way to learn whether this token may have it.
 
-    Raises whatever huggingface_hub raises: see `explain`.
+    `token`: "" for none, for what is public. Raises whatever huggingface_hub raises: see `explain`.
     """
     from huggingface_hub import get_hf_file_metadata
 
-    url = file_url(file)
-    found = within(HUB_SECONDS, lambda: get_hf_file_metadata(url, token=token, timeout=HUB_SECONDS))
+    url = file_url(file, repository)
+    found = within(HUB_SECONDS, lambda: get_hf_file_metadata(url, token=token or False, timeout=HUB_SECONDS))
     return Remote(file, found.size, (found.etag or "").lower(), found.location or url)
 
 
@@ -420,7 +432,7 @@ def receive(remote: Remote, target: Path, token: str) -> None:
             remote.location,
             file,
             resume_size=have,
-            headers=build_hf_headers(token=token if own else False),
+            headers=build_hf_headers(token=(token if own else "") or False),
             expected_size=remote.size,
             displayed_filename=target.name,
         )
@@ -436,7 +448,9 @@ def receive(remote: Remote, target: Path, token: str) -> None:
     os.replace(part, target)
 
 
-def persist(attempt: Callable, file: str, token: str, note: Callable[[str], None]):
+def persist(
+    attempt: Callable, file: str, token: str, note: Callable[[str], None], repository: str = REPOSITORY
+):
     """attempt(), again after each of `WAITS` while it fails in a way that may pass. Raises HubTrouble.
 
     `note` gets a phrase for each failed attempt. Bytes that are wrong twice will not get right.
@@ -446,7 +460,7 @@ def persist(attempt: Callable, file: str, token: str, note: Callable[[str], None
         try:
             return attempt()
         except Exception as error:
-            trouble = explain(error, file, token)
+            trouble = explain(error, file, token, repository)
             damaged += trouble.kind == "bytes"
             if wait is None or not trouble.passes or damaged > 1:
                 raise trouble from error
@@ -484,6 +498,7 @@ def fetch(
     note: Callable[[str], None] = lambda text: None,
     remote: Remote | None = None,
     size: int | None = None,
+    repository: str = REPOSITORY,
 ) -> Remote:
     """Makes `target` the hub's `file`, trying again where that may help; -> what the hub announced.
 
@@ -493,20 +508,20 @@ def fetch(
 
     def attempt() -> Remote:
         nonlocal remote
-        found, remote = remote or look_up(file, token), None  # a second time its address may have expired
+        found, remote = remote or look_up(file, token, repository), None  # a second time its address may have expired
         if size is not None and found.size != size:
             changed = f"{file} was changed on the hub meanwhile: {found.size} bytes where {size} were announced"
             raise HubTrouble(changed, "run this again", kind="file")
         try:
             receive(found, target, token)
         except Exception as error:
-            if explain(error, file, token).kind == "bytes":
+            if explain(error, file, token, repository).kind == "bytes":
                 for part in parts_of(target):
                     part.unlink()
             raise
         return found
 
-    return persist(attempt, file, token, note)
+    return persist(attempt, file, token, note, repository)
 
 
 # ---- weights on this machine
@@ -553,6 +568,11 @@ class WeightsFile:
         """What is wrong with a file of that SHA-256, by what was kept."""
         known = self.kept_sha256
         return None if known in (None, sha256) else f"SHA-256 {sha256[:12]}... where {known[:12]}... was kept"
+
+
+def vocabulary_path(weights: Path) -> Path:
+    """Where the vocabulary of a weights file's text tower is looked for."""
+    return weights.parent / VOCABULARY_REPOSITORY.rpartition("/")[2] / VOCABULARY
 
 
 def slim_path(weights: Path) -> Path:

@@ -8,7 +8,8 @@ Ladder   volume (B, 1, D, H, W)  ->  patches (B, T, h, w, C)  ->  spatial transf
          transformer over T  ->  nearest codebook rows (B, T, h, w, C)  ->  mean over T, one linear map  ->
          latent (B, L), L2-normalised  ->  ReLU, dropout, linear  ->  logits (B, 18).
          Head "mlp" adds a small network to the last step. Head "attention" leaves the latent out: each label pools the
-         codebook rows (B, T, h, w, C) by an attention of its own  ->  logits (B, 18).
+         codebook rows (B, T, h, w, C) by an attention of its own  ->  logits (B, 18). Head "prompts", made by
+         `ctclip_prompts` from the file's text tower, takes the latent without ReLU  ->  logits (B, n) of n findings.
          Published size: (B, 1, 240, 480, 480) -> T = h = w = 24, C = 512, N = 8, K = 32, 8192 codes, L = 512.
 
 Attribute names of the tower (`visual_transformer`, `enc_spatial_transformer`, `layers.0.1.to_q`, `vq._codebook.embed`,
@@ -30,7 +31,7 @@ import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -42,6 +43,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ctclip_prompts import PromptError, Prompts, prompt_head
 
 ABNORMALITIES = (
     "Medical material",
@@ -458,9 +461,9 @@ class VisualTransformer(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def zero_linear(inputs: int) -> nn.Linear:
-    """(..., inputs) -> logits (..., 18), exactly 0 at the start."""
-    linear = nn.Linear(inputs, N_LABELS)
+def zero_linear(inputs: int, outputs: int = N_LABELS) -> nn.Linear:
+    """(..., inputs) -> logits (..., outputs), exactly 0 at the start."""
+    linear = nn.Linear(inputs, outputs)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
@@ -563,16 +566,19 @@ class AttentionHead(nn.Module):
         return depth.T[:, None, None] + row + column
 
 
-HEADS = ("linear", "mlp", "attention")
+HEADS = ("linear", "mlp", "attention", "prompts")
 
 
-def create_head(name: str, sizes: TowerSizes, dropout: float) -> nn.Module:
-    """The head of a CT-CLIP variant; its logits are exactly 0 until it is trained or loaded."""
+def create_head(name: str, sizes: TowerSizes, dropout: float, outputs: int = N_LABELS) -> nn.Module:
+    """The head of a CT-CLIP variant; its logits are exactly 0 until it is trained or loaded.
+
+    `outputs`: how many labels; other than the 18 with "prompts" only.
+    """
     if name == "mlp":
         return MLPHead(sizes.latent, dropout=dropout)
     if name == "attention":
         return AttentionHead(sizes.dim, (sizes.grid,) * 3, dropout=dropout)
-    return zero_linear(sizes.latent)
+    return zero_linear(sizes.latent, outputs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -582,17 +588,20 @@ def create_head(name: str, sizes: TowerSizes, dropout: float) -> nn.Module:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a weights file's tensors. Every one is counted once."""
+    """What became of a weights file's tensors, every one counted once, and where the head came from."""
 
     path: str
     loaded: int
     dropped: dict[str, int]  # reason -> number of tensors
-    new: tuple[str, ...]  # tensors of the model that the file does not have and that start fresh
+    new: tuple[str, ...]  # tensors of the model that start fresh: neither in the file nor made from its text tower
+    head: str = ""
+    why_no_prompts: str | None = None  # of a new head, where the file's text tower was to make one: what it lacked
 
     def __str__(self) -> str:
         dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "none"
         new = ", ".join(self.new) or "none"
-        return f"{self.path}: {self.loaded} tensors loaded; dropped by name: {dropped}; not in the file: {new}"
+        text = f"{self.path}: {self.loaded} tensors loaded; dropped by name: {dropped}; not in the file: {new}"
+        return f"{text}; head: {self.head}" + (f" (no prompts: {self.why_no_prompts})" if self.why_no_prompts else "")
 
 
 def existing_weights(path: str | os.PathLike) -> Path:
@@ -662,17 +671,19 @@ def _unused_reason(key: str) -> str | None:
     return next((reason for part, reason in UNUSED_KEYS if key.startswith(part) or part in f".{key}"), None)
 
 
-def load_tower(model: nn.Module, state: dict[str, Tensor], path: str) -> LoadReport:
+def load_tower(
+    model: nn.Module, state: dict[str, Tensor], path: str, made: dict[str, Tensor] | None = None
+) -> LoadReport:
     """Copies a checkpoint into `model`; every key on either side is loaded, excused by name, or an error.
 
     The head (`classifier.*`) is the one part that a file may lack: it then keeps its start values and is reported.
-    ClassFine's linear head is dropped where the model's head has no place for it.
+    ClassFine's linear head is dropped where the model's head has no place for it, or takes the tensors in `made`.
     """
-    own = model.state_dict()
+    own, made = model.state_dict(), made or {}
     dropped: dict[str, int] = {}
-    unexpected, loaded = [], {}
+    unexpected, loaded = [], dict(made)
     for key, value in state.items():
-        if key in own:
+        if key in own and key not in made:
             loaded[key] = value
         elif reason := "ClassFine's linear head" if key in LINEAR_HEAD_KEYS else _unused_reason(key):
             dropped[reason] = dropped.get(reason, 0) + 1
@@ -696,7 +707,7 @@ def load_tower(model: nn.Module, state: dict[str, Tensor], path: str) -> LoadRep
     if problems:
         raise CheckpointError(f"{path} does not fit a CT-CLIP image tower ({'; '.join(problems)}). Nothing was loaded")
     model.load_state_dict(loaded, strict=False)  # complete by the checks above; only the named `new` may be absent
-    return LoadReport(path, len(loaded), dropped, new)
+    return LoadReport(path, len(loaded) - len(made), dropped, new)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -804,6 +815,54 @@ def _pool(maps: Tensor) -> Tensor:
 # The classifier
 # ----------------------------------------------------------------------------------------------------------------------
 
+def _labels(head: str | None, prompts: Prompts | None, labels: Sequence[str] | None) -> tuple[str, ...]:
+    """What the logits stand for, by the constructor's arguments."""
+    if prompts is not None and head != "prompts":
+        raise ValueError(f"prompts go with head='prompts', found head={head!r}; leave one of them out")
+    default = ABNORMALITIES if prompts is None else prompts.names
+    names = default if labels is None else tuple(labels)
+    if prompts is not None and names != prompts.names:
+        raise ValueError("found labels that are not the prompts' names in their order; leave labels out")
+    if names != ABNORMALITIES and head != "prompts":
+        raise ValueError(f"found {len(names)} labels of your own with head={head!r}, which has the 18; leave them out")
+    return names
+
+
+@dataclass(frozen=True)
+class HeadStart:
+    """Which head a CT-CLIP model gets, and what it starts from: `tensors` made from the file's text tower."""
+
+    name: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    why_no_prompts: str | None = None
+
+    @classmethod
+    def of(cls, head: str | None, path: Path, state: dict[str, Tensor], prompts: Prompts) -> HeadStart:
+        """`head`: None for the file's own. Raises CheckpointError where "prompts" is asked for and cannot be made."""
+        if head not in (None, "prompts") or (head is None and any(key in state for key in LINEAR_HEAD_KEYS)):
+            return cls(head or "linear")
+        try:
+            weight = prompt_head(path, state, prompts, replacing)
+        except PromptError as error:
+            if head is None:
+                return cls("linear", why_no_prompts=str(error))
+            raise CheckpointError(f"{path}: {error}") from error
+        return cls("prompts", dict(zip(LINEAR_HEAD_KEYS, (weight, torch.zeros(len(weight))), strict=True)))
+
+    def told(self, report: LoadReport) -> LoadReport:
+        """The report with the head's origin in it."""
+        if self.tensors:
+            dropped = dict(report.dropped)
+            dropped["text tower, once made into the head"] = dropped.pop("text tower")
+            origin = f"for {len(self.tensors[LINEAR_HEAD_KEYS[0]])} findings, made from the file's text tower"
+        elif report.new:
+            linear_is_there = self.name == "mlp" and LINEAR_HEAD_KEYS[0] not in report.new
+            dropped, origin = report.dropped, "its linear part from the file" if linear_is_there else "new"
+        else:
+            dropped, origin = report.dropped, "from the file"
+        return replace(report, dropped=dropped, head=f"{self.name}, {origin}", why_no_prompts=self.why_no_prompts)
+
+
 HEAD_PREFIXES = ("attention.", "classifier.")  # of all that is not backbone
 LATENT_CHUNK = 64  # volumes whose latents are computed at once from codes: 75 MB in between, at the published size
 
@@ -812,28 +871,34 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
     """18-label chest CT classifier on CT-CLIP (`ctclip_path` given) or on a timm slice backbone (`ctclip_path=None`).
 
     Args:
-        ctclip_path: a CT-CLIP, VocabFine or ClassFine file, .pt or .safetensors; layout and sizes are read from it. A
-            ClassFine file brings its linear head; any other head is new and its logits start at exactly 0 ("mlp" is new
-            beside the linear one, and starts at its answers).
+        ctclip_path: a CT-CLIP, VocabFine or ClassFine file, .pt or .safetensors; layout and sizes are read from it.
         backbone: timm name, used when `ctclip_path` is None.
         attention: None, or "cbam" for channel and spatial attention on the slice backbone's feature map.
         pretrained: ImageNet weights for the slice backbone.
         n_slices: how many slice triplets of a volume the slice variant looks at (cost and memory grow with it).
         dropout: in the head, in training.
         sizes: of a CT-CLIP tower with random weights, for `from_pretrained` and for training one from nothing.
-        head: of a CT-CLIP variant; a slice backbone has "linear" only.
+        head: of a CT-CLIP variant; a slice backbone has "linear" only. None takes what the file has: ClassFine's linear
+            head, or from any other file the prompt head. Where that one cannot be made (`load_report.why_no_prompts`),
+            and with "linear" for such a file, the head is new and its logits are exactly 0; so is "attention" always,
+            and "mlp" beside the linear head, at whose answers it starts.
 
             | head      | takes           | parameters | step     | when                                               |
             |-----------|-----------------|------------|----------|----------------------------------------------------|
             | linear    | latent          | 0.01 M     | < 0.1 ms | hundreds of volumes; ClassFine's answers; baseline |
             | mlp       | latent          | 0.15 M     | < 0.1 ms | thousands; starts where linear is and goes further |
             | attention | codes or tokens | 0.07 M     | 7 ms     | small findings, which a mean over depth thins out  |
+            | prompts   | latent, signed  | 0.01 M     | < 0.1 ms | none: zero-shot answers; any findings, in words    |
 
             At the published size; step: forward and backward pass per cached volume, in batches of 16, on one CPU core.
+        prompts: with head="prompts", the findings and their wording (default: the published one). See `ctclip_prompts`
+            for what making that head needs; a saved model needs none of it.
+        labels: what the logits stand for, in order; default: the prompts' names, or ABNORMALITIES. Others than these 18
+            go with head="prompts".
 
     Raises:
         FileNotFoundError: `ctclip_path` does not exist. Never random weights in its place.
-        CheckpointError: the file is not, or not only, a CT-CLIP checkpoint.
+        CheckpointError: the file is not, or not only, a CT-CLIP checkpoint; or head="prompts" cannot be made from it.
         PretrainedWeightsError: ImageNet weights cannot be fetched.
     """
 
@@ -846,21 +911,29 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         n_slices: int = 8,
         dropout: float = 0.3,
         sizes: dict[str, int] | None = None,
-        head: str = "linear",
+        head: str | None = None,
+        prompts: Prompts | None = None,
+        labels: Sequence[str] | None = None,
     ):
         super().__init__()
-        if head not in HEADS:
+        if head not in (None, *HEADS):
             raise ValueError(f"head='{head}' is not known; expected one of {', '.join(HEADS)}")
-        if head != "linear" and ctclip_path is None and sizes is None:
+        if head not in (None, "linear") and ctclip_path is None and sizes is None:
             raise ValueError(f"head='{head}' is for CT-CLIP; a slice backbone (ctclip_path=None) takes head='linear'")
-        self.head_name = head
+        self.labels = _labels(head, prompts, labels)
         self.dropout = nn.Dropout(dropout)
         self.load_report: LoadReport | None = None
-        state = None
+        self.folder: Path | None = None  # the run or copy of one that `from_pretrained` loaded
+        state, start = None, HeadStart(head or "linear")
         if sizes is None and ctclip_path is not None:
             ctclip_path = existing_weights(ctclip_path)
             state = read_checkpoint(ctclip_path)
             sizes = asdict(TowerSizes.from_state_dict(state))
+            start = HeadStart.of(head, ctclip_path, state, prompts or Prompts.of(self.labels))
+            if start.tensors:
+                state = None  # mapped anew: the text tower's 0.4 GB leave memory before the image tower comes in
+                state = read_checkpoint(ctclip_path)
+        self.head_name = head = start.name
         self.sizes = None if sizes is None else TowerSizes(**sizes)
         if self.sizes is not None:
             if attention is not None:
@@ -868,12 +941,12 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             with torch.device("meta") if state is not None else torch.device("cpu"):
                 self.visual_transformer = VisualTransformer(self.sizes)
                 self.to_visual_latent = nn.Linear(self.sizes.grid**2 * self.sizes.dim, self.sizes.latent, bias=False)
-            self.classifier = create_head(head, self.sizes, dropout)
+            self.classifier = create_head(head, self.sizes, dropout, len(self.labels))
         else:
             self._build_slice_variant(backbone, attention, pretrained, n_slices)
         if state is not None:
             self._materialise()
-            self.load_report = load_tower(self, state, str(ctclip_path))
+            self.load_report = start.told(load_tower(self, state, str(ctclip_path), start.tensors))
         if head == "attention":
             self.to_visual_latent.requires_grad_(False)  # it has no part in the logits; kept for `encode`
         # What `from_pretrained` needs to rebuild the model without the files it came from.
@@ -886,7 +959,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             "n_slices": n_slices,
             "dropout": dropout,
             "head": head,
-            "labels": list(ABNORMALITIES),
+            "labels": list(self.labels),
         }
 
     def _build_slice_variant(self, backbone: str, attention: str | None, pretrained: bool, n_slices: int) -> None:
@@ -1019,7 +1092,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
     # -- forward -------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """Volume (B, 1, D, H, W) or three adjacent axial slices (B, 3, H, W), HU / 1000 in [-1, 1] -> logits (B, 18).
+        """Volume (B, 1, D, H, W) or three adjacent axial slices (B, 3, H, W), HU / 1000 in [-1, 1] -> logits (B, 18);
+        with prompts for n findings (B, n), columns as in `labels`.
 
         In-plane axes are x then y, as `preprocess_volume` gives them: the transpose of the usual image.
         """
@@ -1028,8 +1102,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
     def features(self, x: Tensor) -> Tensor:
         """What the head takes; constant for a frozen backbone, so it needs computing once per volume.
 
-        CT-CLIP, linear and mlp: latents (B, L). CT-CLIP, attention: code ids (B, T, h, w) int64, or quantised tokens
-        (B, T, h, w, C) where a gradient reaches them. Slice variant: pooled (B, C), with cbam maps (B, S, C, h, w).
+        CT-CLIP: latents (B, L); with head "attention" code ids (B, T, h, w) int64, or quantised tokens (B, T, h, w, C)
+        where a gradient reaches them. Slice variant: pooled (B, C), with cbam maps (B, S, C, h, w).
         """
         if not self.is_ctclip:
             return self._slice_features(x)
@@ -1049,11 +1123,13 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         return maps if self.compact_kind == "maps" else _pool(maps)
 
     def head(self, features: Tensor) -> Tensor:
-        """Output of `features`, or of `from_compact`, -> logits (B, 18)."""
+        """Output of `features`, or of `from_compact`, -> logits (B, 18), with prompts (B, n)."""
         if self.head_name == "attention":
             return self.classifier(features, self.codebook)
         if self.is_ctclip:
-            return self.classifier(self.dropout(features.relu()))
+            # ReLU is ClassFine's; prompts compare whole directions.
+            features = features if self.head_name == "prompts" else features.relu()
+            return self.classifier(self.dropout(features))
         if self.compact_kind == "maps":
             features = _pool(self.attention(features.flatten(0, 1)).unflatten(0, features.shape[:2]))
         return self.classifier(self.dropout(features))
@@ -1143,23 +1219,46 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         with replacing(folder / "config.json") as path:
             path.write_text(json.dumps(self._hub_mixin_config, indent=2))
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """The mixin's, with a model card and, where these weights are a run's, its record, metrics and calibration.
+
+        Raises ctclip_card.CardError for the folder of a run with other weights, before anything is written.
+        """
+        from ctclip_card import carry
+
+        wishes = kwargs.get("model_card_kwargs") or {}
+        carry(self, Path(save_directory), wishes.get("repo_id"), wishes.get("cohort"))
+        return super().save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """The mixin's. `ctclip_card.push_run` is private by default, and ends in one line when the hub refuses."""
+        from ctclip_card import CARRIED
+
+        kwargs["model_card_kwargs"] = {"repo_id": repo_id} | (kwargs.get("model_card_kwargs") or {})
+        kwargs.setdefault("delete_patterns", list(CARRIED))  # what is there of other weights, and not replaced
+        return super().push_to_hub(repo_id, **kwargs)
+
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **kwargs):
-        """The mixin's, but for a local folder without the line that it prints about one."""
+        """From a folder, or from the hub with the files that `save_pretrained` puts beside the weights."""
+        hub = {name: kwargs.pop(name) for name in HUB_ONLY if name in kwargs}
         folder = Path(model_id)
         if not folder.is_dir():
-            return super()._from_pretrained(model_id=model_id, map_location=map_location, strict=strict, **kwargs)
-        for name in HUB_ONLY:
-            kwargs.pop(name, None)
-        return cls._load_as_safetensor(cls(**kwargs), str(folder / "model.safetensors"), map_location, strict)
+            from huggingface_hub import snapshot_download
+
+            from ctclip_card import ON_THE_HUB
+
+            folder = Path(snapshot_download(model_id, allow_patterns=list(ON_THE_HUB), **hub))
+        weights = folder / "model.safetensors"
+        if not weights.is_file():
+            raise CheckpointError(f"{model_id}: found no model.safetensors, expected a saved model, not a pickle")
+        model = cls._load_as_safetensor(cls(**kwargs), str(weights), map_location, strict)
+        model.folder = folder
+        return model
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file: str, map_location: str, strict: bool):
         return super()._load_as_safetensor(model, model_file, map_location, True)  # the mixin's default is False
-
-    @classmethod
-    def _load_as_pickle(cls, model, model_file: str, map_location: str, strict: bool):
-        raise CheckpointError(f"{model_file}: weights are saved as model.safetensors; a pickle is not loaded")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ class TrainingConfig:
     model: str = "ctclip"
     ctclip_path: str | None = None
     head: str = "linear"
+    init_head: str = "file"
     dropout: float = 0.3
     use_attention: str = "none"
     pretrained: bool = True
@@ -182,7 +183,15 @@ def make_built_in_cohort(config: TrainingConfig) -> None:
 
 
 def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormalityModel:
-    """The model that `--model` names: CT-CLIP from its weights file, or a timm backbone."""
+    """The model that `--model` names: CT-CLIP from its weights file, or a timm backbone.
+
+    With `--init-head prompts` its head is the one that answers zero-shot, to be trained on from there.
+    """
+    if config.init_head != "file" and (config.model, config.head) != ("ctclip", "linear"):
+        raise TrainingError(
+            f"--init-head {config.init_head} goes with --model ctclip and --head linear, found --model {config.model} "
+            f"and --head {config.head}: leave it out"
+        )
     if config.model == "ctclip":
         if config.use_attention != "none":
             raise TrainingError(
@@ -190,7 +199,8 @@ def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormality
                 "CT-CLIP attends by itself: leave the flag out, or choose --head attention"
             )
         path = config.ctclip_path or (DEMO_PATH if phantom else CLASSFINE_PATH)
-        return CTCLIPMultiAbnormalityModel(path, head=config.head, dropout=config.dropout)
+        head = "prompts" if config.init_head == "prompts" else config.head
+        return CTCLIPMultiAbnormalityModel(path, head=head, dropout=config.dropout)
     for flag, given in (("--ctclip-path", config.ctclip_path), ("--head", config.head != "linear" and config.head)):
         if given:
             raise TrainingError(f"{flag} goes with --model ctclip, found --model {config.model}: leave one out")

@@ -32,10 +32,14 @@ from typing import Sequence  # noqa: UP035  (3.8 must get as far as check_python
 from ctclip_doctor import REINSTALL, ForwardFailed, doctor, forward_pass
 from ctclip_hub import (
     HUB_SECONDS,
+    PROMPTED,
     REPOSITORY,
     TERMS_PAGE,
+    VOCABULARY,
+    VOCABULARY_REPOSITORY,
     WEIGHTS,
     HubTrouble,
+    Remote,
     WeightsFile,
     alone,
     check_disk,
@@ -46,12 +50,14 @@ from ctclip_hub import (
     look_up,
     parts_of,
     sha256_of,
+    vocabulary_path,
     write_record,
 )
 from ctclip_packages import (
     SUITE,
     SetupError,
     check_python,
+    installed_version,
     packages_step,
     read_requirements,
     script,
@@ -90,7 +96,7 @@ def fetch_weights(weights: WeightsFile, slim: bool) -> str:
     try:
         token = find_token()
         remote = look_up(weights.file, token)
-        checked = f"{remote.checksum} as on the hub" if remote.checksum else "the hub's size; it told no checksum"
+        checked = checked_text(remote)
         if weights.path:
             problem = weights.damage(remote)
             if problem is None:
@@ -112,6 +118,10 @@ def fetch_weights(weights: WeightsFile, slim: bool) -> str:
         return f"{weights.whole}, {weights.size} in {time.monotonic() - started:.0f} s, {checked}"
     except Exception as error:
         raise explain(error, weights.file, token) from error
+
+
+def checked_text(remote: Remote) -> str:
+    return f"{remote.checksum} as on the hub" if remote.checksum else "the hub's size; it told no checksum"
 
 
 def keep_origin(weights: WeightsFile, sha256: str) -> None:
@@ -165,6 +175,7 @@ def fingerprint_step(weights: WeightsFile, slim: bool) -> None:
         row("", f"{weights.name}: {reason}")
         raise HubTrouble(reason, f"see python ctclip_weights.py {weights.path}", kind="file")
 
+
 def weights_step(names: Sequence[str], slim: bool) -> dict[str, HubTrouble]:
     """Fetches each; -> the ones that are not usable, with why. A file that cannot be verified stays usable."""
     troubles: dict[str, HubTrouble] = {}
@@ -178,6 +189,8 @@ def weights_step(names: Sequence[str], slim: bool) -> dict[str, HubTrouble]:
         except HubTrouble as error:
             trouble = troubles[name] = error
         hub_trouble = trouble if trouble and not trouble.one_file else None
+    if any(name in PROMPTED and name not in troubles for name in names):
+        vocabulary_step(hub_trouble)
     return troubles
 
 
@@ -186,6 +199,58 @@ def weights_look(names: Sequence[str]) -> None:
         weights = WeightsFile(name)
         found = f"{weights.path}, {weights.size}" if weights.path else f"{weights.whole} is not here"
         row("weights" if number == 0 else "", f"{name}: {found}")
+    if any(name in PROMPTED for name in names):
+        target = vocabulary_target()
+        row("", f"vocabulary of the prompts: {target}{'' if target.exists() else ' is not here'}")
+        note_transformers()
+
+
+# ---- what prompts need beside the weights
+
+
+def vocabulary_target() -> Path:
+    return vocabulary_path(WeightsFile(PROMPTED[0]).whole)  # all weights lie in one folder
+
+
+def fetch_vocabulary(target: Path) -> str:
+    """Makes the file the hub's; -> one phrase on what was done. It is public: no token is sent for it."""
+    try:
+        remote = look_up(VOCABULARY, "", VOCABULARY_REPOSITORY)
+        if target.exists():
+            problem = remote.differs(target)
+            if problem is None:
+                return f"already here, {target}, {checked_text(remote)}"
+            row("", f"vocabulary: {target} is damaged: {problem}; fetching it again")
+            target.unlink()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fetch(VOCABULARY, target, "", lambda text: row("", f"vocabulary: {text}"), remote, None, VOCABULARY_REPOSITORY)
+        return f"{target}, {size_text(target.stat().st_size)}, {checked_text(remote)}"
+    except Exception as error:
+        raise explain(error, VOCABULARY, "", VOCABULARY_REPOSITORY) from error
+
+
+def vocabulary_step(hub_trouble: HubTrouble | None) -> None:
+    """Fetches or checks the text tower's vocabulary and prints what was done. Without it the weights are usable all the
+    same, to be fine-tuned. `hub_trouble`: known before; of the token it says nothing here."""
+    target = vocabulary_target()
+    try:
+        if hub_trouble and hub_trouble.kind == "network":
+            raise hub_trouble
+        with alone(target):
+            row("", f"vocabulary of the prompts: {fetch_vocabulary(target)}")
+    except HubTrouble as trouble:
+        if target.exists():
+            row("", f"vocabulary of the prompts: already here, {target}, not verified: {trouble.reason}")
+        else:
+            row("", f"vocabulary of the prompts: not here: {trouble.reason}; until it is, prompts cannot be used")
+            for step in trouble.steps:
+                row("", f"  {step}")
+    note_transformers()
+
+
+def note_transformers() -> None:
+    if installed_version("transformers") is None:
+        row("", "prompts need one more package: pip install transformers")
 
 
 # ---- data

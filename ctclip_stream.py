@@ -306,7 +306,7 @@ def stream(selection: Selection, places: Places) -> None:
         chosen = fetch_selection(selection, places.data_dir, token)
         make_folder(places.staging)
         device = choose_device(places.device)
-        model = CTCLIPMultiAbnormalityModel(str(places.weights)).to(device).eval()
+        model = CTCLIPMultiAbnormalityModel(str(places.weights), head="linear").to(device).eval()  # only encodes
         row("encoder", f"{model.load_report} on {device}")
         cache = FeatureCache(places.cache_dir, model)
         work = plan_work(chosen, places, selection, cache, token)

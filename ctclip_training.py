@@ -52,6 +52,7 @@ from ctclip_model import (
     replacing,
 )
 from ctclip_predict import predict_volumes
+from ctclip_prompts import PromptError
 from ctclip_ranks import is_main_process
 from ctclip_run import (
     HEAD_LEARNING_RATE,
@@ -938,6 +939,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add(model, "ctclip-path", f"CT-CLIP weights (default {CLASSFINE_PATH}; on phantoms the demo's)", metavar="FILE")
     text = "linear: ClassFine's; mlp: and a hidden layer; attention: pools the token grid per finding, for small ones"
     add(model, "head", text, choices=("linear", "mlp", "attention"))
+    text = "of --head linear: what the file has, or new; prompts: at its zero-shot answers, made by its text tower"
+    add(model, "init-head", text, choices=("file", "prompts"))
     add(model, "dropout", "share of the head's inputs dropped in training", type=float, metavar="F")
     add(model, "use-attention", "attention on a slice backbone's feature map", choices=("none", "cbam"))
     model.add_argument(
@@ -1072,6 +1075,7 @@ USER_ERRORS = (
     EvaluationError,
     CheckpointError,
     PretrainedWeightsError,
+    PromptError,
     OSError,
 )
 

@@ -70,6 +70,12 @@ class Fingerprint:
         return None
 
 
+def load(path: Path) -> CTCLIPMultiAbnormalityModel:
+    """The file's own tensors and nothing made of them: its fingerprint must not depend on what else is in the folder,
+    as a head of prompts does."""
+    return CTCLIPMultiAbnormalityModel(str(path), head="linear")
+
+
 def tensors_digest(model: CTCLIPMultiAbnormalityModel) -> str:
     """SHA-256 over names, types, shapes and bytes of the model's tensors, in the order of their names."""
     digest = hashlib.sha256()
@@ -142,7 +148,7 @@ def make_slim(path: Path) -> tuple[Path, Fingerprint]:
         raise CheckpointError(
             f"{target}: found a file that was not made from {path.name}, expected none; move it, or leave --slim out"
         )
-    model = CTCLIPMultiAbnormalityModel(str(path))
+    model = load(path)
     before = fingerprint(model)
     kept = tensors_in_use(path, model)
     size, free = sum(value.nbytes for value in kept.values()), shutil.disk_usage(path.parent).free
@@ -157,7 +163,7 @@ def make_slim(path: Path) -> tuple[Path, Fingerprint]:
         del kept, model
         with open(copy, "rb+") as file:
             os.fsync(file.fileno())
-        after = fingerprint(CTCLIPMultiAbnormalityModel(str(copy)))
+        after = fingerprint(load(copy))
         if (after.digest, after.values) != (before.digest, before.values):
             raise CheckpointError(f"{path}: the slim copy gives {after}, expected {before}; it was not kept")
         shutil.copymode(path, copy)
@@ -183,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
             path, found = make_slim(path)
             print(f"slim: {path}, {size_text(path.stat().st_size)} in place of {size_text(size)}: the same to the bit")
         else:
-            found = fingerprint(CTCLIPMultiAbnormalityModel(str(path)))
+            found = fingerprint(load(path))
     except (CheckpointError, FileNotFoundError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

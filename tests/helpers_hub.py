@@ -1,4 +1,4 @@
-"""A small hub on the loopback interface, for the real huggingface_hub: one gated dataset repository.
+"""A small hub on the loopback interface, for the real huggingface_hub: one gated dataset repository, one public model.
 
 As the hub does, it answers HEAD and GET of /datasets/.../resolve/main/<file> (small files itself, with git's SHA-1 as
 ETag; large ones by a redirect to a signed address on another host, with their SHA-256 in X-Linked-Etag), ranges, and
@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 REPOSITORY = "ibrahimhamamci/CT-RATE"
+PUBLIC = "microsoft/BiomedVLP-CXR-BERT-specialized"
 TOKEN = "hf_" + "Zq7" * 11  # nobody's
 NEWCOMER = "hf_" + "Yp5" * 11  # has not accepted the terms
 UNSCOPED = "hf_" + "Xo3" * 11  # may not read gated repositories
@@ -23,7 +24,7 @@ BLOCK = 1 << 16
 
 
 class Hub(ThreadingHTTPServer):
-    """files: {path in the repository: bytes}. fault(verb, path, n) -> what goes wrong with the n-th such request:
+    """files: {path in its repository: bytes}. fault(verb, path, n) -> what goes wrong with the n-th such request:
 
     "500", "404 EntryNotFound", ...   that status, and the hub's code for it
     "cut"      half of the bytes asked for
@@ -88,10 +89,12 @@ class Handler(BaseHTTPRequestHandler):
     def handle_one(self):
         hub, path = self.server, unquote(urlsplit(self.path).path)
         start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range") or "bytes=0-")[1])
-        inside = path.removeprefix(f"/datasets/{REPOSITORY}/resolve/main/").removeprefix("/storage/")
+        public = path.startswith(f"/{PUBLIC}/resolve/main/")
+        repository = f"/{PUBLIC}" if public else f"/datasets/{REPOSITORY}"
+        inside = path.removeprefix(f"{repository}/resolve/main/").removeprefix("/storage/")
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if REPOSITORY not in path and not path.startswith("/storage/"):  # the client also asks for things of its own
+        if REPOSITORY not in path and not path.startswith((f"/{PUBLIC}/", "/storage/")):  # others the client asks for
             return self.answer(404)
         with hub.lock:
             hub.seen[self.command, inside] += 1
@@ -104,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(int(status), {"X-Error-Code": code} if code else {})
         if path.startswith("/storage/"):
             return self.send(hub.files[inside], start, fault)
-        if refusal := self.refusal():
+        if not public and (refusal := self.refusal()):
             return self.answer(refusal[0], {"X-Error-Code": refusal[1]} if refusal[1] else {})
         if path == f"/api/datasets/{REPOSITORY}/paths-info/main":
             return self.paths_info(parse_qs(body.decode())["paths"])

@@ -24,7 +24,7 @@ from ctclip_packages import Requirement, SetupError
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = "models/CT-CLIP-Related/CT_LiPro_v2.pt"
-NAMES = ["python", "packages", "gpu", "memory", "shared memory", "disk", "token", "hub", "weights", "cohort"]
+NAMES = ["python", "packages", "gpu", "memory", "shared memory", "disk", "token", "hub", "weights", "prompts", "cohort"]
 NAMES += ["forward pass"]
 
 
@@ -103,8 +103,8 @@ def test_an_interpreter_with_nothing_installed(tmp_path):
     assert done.returncode == 2
     lines = done.stdout.splitlines()
     starts = {line[6:21].strip(): line for line in lines if line[:4].strip() in doctor.MARKS.values()}
-    assert list(starts) == NAMES
-    for name, need in {"gpu": "torch", "token": "huggingface_hub", "cohort": "nibabel", "forward pass": "timm"}.items():
+    assert list(starts) == [name for name in NAMES if name != "prompts"]  # no weights that take any
+    for name, need in {"gpu": "torch", "token": "huggingface_hub", "cohort": "numpy", "forward pass": "timm"}.items():
         assert starts[name] == f"{'skip':<6}{name:<15}needs {need}"
     assert starts["packages"].startswith("FAIL  packages       0 of 11 are here; missing or too old: torch>=2.6")
     assert f"      -> python {ROOT / 'ctclip_setup.py'} installs them" in lines
@@ -500,6 +500,21 @@ def models(tmp_path, monkeypatch):
 def test_no_weights(models):
     row = only(doctor.weights_rows())
     assert row.state == "warning" and "ctclip_setup.py" in row.remedy[0]
+
+
+def test_what_prompts_lack_is_a_warning_with_both_remedies(models, monkeypatch):
+    assert list(doctor.prompts_rows()) == []
+    (models / "ctclip_zeroshot.safetensors").write_bytes(b"slim")
+    monkeypatch.setattr(doctor, "installed_version", lambda name: None)
+    row = only(doctor.prompts_rows())
+    assert row.state == "warning" and row.remedy[0].endswith("ctclip_setup.py --model zeroshot fetches it")
+    assert row.found.startswith("zeroshot: without its vocabulary and the package transformers no prediction by")
+    assert row.remedy[1] == "pip install transformers"
+    (models / "BiomedVLP-CXR-BERT-specialized").mkdir()
+    (models / "BiomedVLP-CXR-BERT-specialized" / "vocab.txt").touch()
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "5.24.0")
+    row = only(doctor.prompts_rows())
+    assert row.state == "ok" and row.found.endswith("vocab.txt, transformers 5.24.0")
 
 
 def answering(monkeypatch, answer):
