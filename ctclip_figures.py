@@ -108,7 +108,7 @@ def _label_panels(
     """3 x 6 panels on unit axes. `draw(ax, labels (N,), values (N, ...))` returns the second line of the title; labels
     with one class say so instead, unless `one_class`."""
     undefined = () if one_class else undefined_labels(labels)
-    figure = _new_figure(13, 7.4, layout=None)  # solving the layout of 18 panels takes a second; this one is fixed
+    figure = new_figure(13, 7.4, layout=None)  # solving the layout of 18 panels takes a second; this one is fixed
     axes = figure.subplots(3, 6, sharex=True, sharey=True)
     figure.subplots_adjust(left=0.055, right=0.99, bottom=0.075, top=0.92, wspace=0.2, hspace=0.42)
     for j, (ax, name) in enumerate(zip(axes.flat, ABNORMALITIES, strict=True)):
@@ -129,7 +129,7 @@ def sweep_figure(labels: np.ndarray, probabilities: np.ndarray, metrics: dict) -
     """What one cut for all labels does to each metric, with 0.5, the global cut and the label rate marked."""
     rows = threshold_table(labels, probabilities, np.arange(1, 100) / 100)
     cuts = [row["threshold"] for row in rows]
-    figure = _new_figure(8.5, 5)
+    figure = new_figure(8.5, 5)
     ax = figure.subplots()
     curves = (("Hamming accuracy", "hamming_accuracy", GREEN), ("F1 macro", "f1_macro", BLUE),
               ("Precision macro", "precision_macro", OLIVE), ("Recall macro", "recall_macro", PURPLE),
@@ -155,7 +155,7 @@ def rate_figure(metrics: dict) -> Figure:
     truth = 100 * np.array([row["label_rate"] for _, row in rows])
     half = 100 * np.array([row["at_0.5"]["positive_rate"] for _, row in rows])
     tuned = 100 * np.array([row["positive_rate"] for _, row in rows])
-    figure = _new_figure(9, 6)
+    figure = new_figure(9, 6)
     ax = figure.subplots()
     ax.hlines(places, truth, half, color=LIGHT, linewidth=2, zorder=1)
     ax.scatter(truth, places, marker="|", s=170, linewidths=2.6, color=INK, label="Label rate", zorder=2)
@@ -180,7 +180,7 @@ def training_figure(history: list[dict]) -> Figure:
     epochs = [row.get("epoch", number) for number, row in enumerate(history, 1)]
     frozen = [epoch for epoch, row in zip(epochs, history, strict=True) if row.get("stage") == "frozen"]
     best = [(n, row.get("tuning_auroc_macro")) for n, row in zip(epochs, history, strict=True) if row.get("best")]
-    figure = _new_figure(13, 4)
+    figure = new_figure(13, 4)
     for ax, (title, curves) in zip(figure.subplots(1, 3), TRAINING_PANELS, strict=True):
         if frozen:
             shade = {"facecolor": "#f0f0f0", "edgecolor": GREY, "linewidth": 0.5, "zorder": 0}
@@ -201,7 +201,7 @@ def training_figure(history: list[dict]) -> Figure:
     return figure
 
 
-def _new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
+def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
     """A figure on the Agg canvas, apart from pyplot's global state: a notebook's own figures stay untouched."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

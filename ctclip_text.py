@@ -10,6 +10,7 @@ from ctclip_metrics import N_LABELS
 from ctclip_subgroups import MIN_PATIENTS
 
 PHANTOM_NOTE = "These are phantoms: the figures speak of the pipeline, not of patients."
+PHANTOM_MODEL_NOTE = "A model trained on phantoms: its answers speak of the pipeline, not of patients."
 WIDTH = 100
 TUNING, CROSS_FITTED = "tuning patients", "cross-fitted by patient"  # where thresholds and calibration come from
 MEASURES = (  # of the dictionary M, in the order they are printed

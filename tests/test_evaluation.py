@@ -651,7 +651,7 @@ def test_newest_run_is_evaluated_and_named(tmp_path, monkeypatch, capsys):
         os.utime(path, (1, 1))
     own = Path("results/new/predictions.csv").read_bytes()
     for slow in ("roc_figure", "precision_recall_figure", "reliability_figure", "sweep_figure"):  # drawn elsewhere
-        monkeypatch.setattr(ev, slow, lambda *args: figures._new_figure(1, 1))
+        monkeypatch.setattr(ev, slow, lambda *args: figures.new_figure(1, 1))
     assert ev.main([]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].startswith(f"Evaluating the newest run, {Path('results/new')}")

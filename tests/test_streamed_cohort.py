@@ -87,7 +87,7 @@ def streamed(phantoms, model, tmp_path_factory) -> tuple[Path, Path]:
 def no_figures(monkeypatch):
     monkeypatch.setattr(ctclip_training, "write_training_figure", lambda *args: None)
     for slow in ("roc_figure", "precision_recall_figure", "reliability_figure", "sweep_figure", "rate_figure"):
-        monkeypatch.setattr(ctclip_evaluation, slow, lambda *args: ctclip_figures._new_figure(1, 1))
+        monkeypatch.setattr(ctclip_evaluation, slow, lambda *args: ctclip_figures.new_figure(1, 1))
 
 
 def train_flags(data_dir: Path, cache_dir: Path, weights_file: str, *more: str) -> list[str]:
