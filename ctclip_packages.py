@@ -52,6 +52,9 @@ class Requirement(NamedTuple):
         return f"{self.name}>={self.floor}"
 
 
+NOT_ON_WINDOWS = 'sys_platform != "win32"'  # the one condition that requirements.txt makes, in pip's words
+
+
 def parse_requirements(text: str) -> tuple[list[Requirement], list[Requirement]]:
     """requirements.txt -> (what the suite runs on, what its tests need in addition: all below the line `# dev ...`)."""
     runtime: list[Requirement] = []
@@ -60,8 +63,8 @@ def parse_requirements(text: str) -> tuple[list[Requirement], list[Requirement]]
     for line in text.splitlines():
         if line.startswith("# dev"):
             target = development
-        specification = line.split("#")[0].strip()
-        if specification:
+        specification, _, marker = (part.strip() for part in line.split("#")[0].partition(";"))
+        if specification and not (marker == NOT_ON_WINDOWS and sys.platform == "win32"):
             name, _, floor = specification.partition(">=")
             target.append(Requirement(name.strip(), floor.strip()))
     return runtime, development

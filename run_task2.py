@@ -4,6 +4,12 @@
     python run_task2.py --data-dir D                      the same on CT-RATE, or on a private cohort in its layout
     python run_task2.py --mode evaluate --checkpoint results/RUN
     python run_task2.py --mode predict --checkpoint results/RUN --input SCANS --output probabilities.csv
+    python run_task2.py --mode predict --input SCANS --output results.json --map-thresholds       for the challenge
+    python run_task2.py --mode predict --input SCAN --explain "Pleural effusion"                  where it is seen
+    python run_task2.py --mode predict --checkpoint models/ctclip_zeroshot.pt --prompts my.txt --input SCANS
+    python run_task2.py --export onnx --checkpoint results/RUN --output model.onnx
+
+In a script of your own: `from run_task2 import predict` (ctclip_scans says what it takes and gives).
 """
 
 from __future__ import annotations
@@ -16,13 +22,14 @@ from pathlib import Path
 
 from ctclip_data import load_cohort
 from ctclip_evaluation import add_evaluation_flags, given_evaluation_flags, report, settings_from_flags
-from ctclip_folders import foreign_folder, newest_run, run_calibration, run_material
+from ctclip_folders import foreign_folder, newest_run, run_material
 from ctclip_metrics import EvaluationError
-from ctclip_model import OneLineParser
-from ctclip_predict import predict_files
-from ctclip_tables import write_table
+from ctclip_model import ABNORMALITIES, OneLineParser
+from ctclip_prompts import read_prompts
+from ctclip_scans import check_output, predict, write_predictions
 from ctclip_training import add_machine_flags, add_run_flags, add_training_flags, guarded, run_training
 
+PREDICTIONS = "results/predictions.csv"
 MODES = {
     "full": "train, then evaluate on unseen patients (default)",
     "train": "fine-tune only",
@@ -31,30 +38,47 @@ MODES = {
 }
 
 
-def predict(args: argparse.Namespace) -> None:
+def predict_mode(args: argparse.Namespace) -> None:
     """`--mode predict`: a table of probabilities; unreadable scans are listed and named by the exit code."""
     if not args.input:
-        raise EvaluationError("--mode predict needs --input, a .nii or .nii.gz file or a folder of them")
-    checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run()
-    output = Path(args.output)
-    calibration = run_calibration(checkpoint) if checkpoint.is_dir() else None
-    if args.map_thresholds and calibration is None:
-        raise EvaluationError(f"{checkpoint}: found no tuning patients, expected some to fit the thresholds that "
-                              "--map-thresholds puts on 0.5; name a run, or leave the flag out")
-    names, probabilities, failures = predict_files(checkpoint, Path(args.input), args.device, args.workers)
-    if args.map_thresholds:
-        probabilities = calibration.map_to_half(probabilities)
-        how = f"no probabilities any more: tuned cuts ({calibration.objective}) on 0.5"
-    elif args.uncalibrated or calibration is None:
-        how = "probabilities as the model gives them, not calibrated"
-    else:
-        probabilities = calibration.apply(probabilities)
-        how = f"calibrated probabilities ({calibration.method}, {calibration.n_patients} tuning patients)"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_table(output, names, probabilities)
-    print(f"Wrote {output}: {len(names)} scans, model {checkpoint}; {how}")
+        raise EvaluationError("--mode predict needs --input, a scan (.nii, .nii.gz, .mha, a DICOM series) or a folder")
+    prompts = read_prompts(args.prompts) if args.prompts else None
+    checkpoint, output = Path(args.checkpoint) if args.checkpoint else newest_run(), Path(args.output or PREDICTIONS)
+    check_output(output, prompts.names if prompts else ABNORMALITIES)
+    table = predict(
+        args.input,
+        checkpoint,
+        form="mapped" if args.map_thresholds else "uncalibrated" if args.uncalibrated else "calibrated",
+        prompts=prompts,
+        explain=args.explain,
+        explain_dir=output.parent / f"{output.stem}_explain",
+        device=args.device,
+        workers=args.workers,
+    )
+    write_predictions(output, table, checkpoint)
+    failures, files = table.attrs["failures"], table.attrs["files"]
+    print(f"Wrote {output}: {len(table)} scans, model {checkpoint}; {table.attrs['how']}")
+    if table.attrs["note"]:
+        print(table.attrs["note"])
+    if files:
+        print(f"Wrote {len(files)} heat maps and pictures to {files[0].parent}")
     if failures:
-        raise EvaluationError(f"{len(failures)} scans could not be read and are not in {output}; they are named above")
+        print("\n".join(f"left out: {name}: {reason}" for name, reason in failures), file=sys.stderr)
+        instead = "are answered with the training prevalence" if output.suffix == ".json" else "are not in it"
+        raise EvaluationError(f"{output}: {len(failures)} of {len(failures) + len(table)} scans could not be read and "
+                              f"{instead}; they are named above")
+
+
+def export(args: argparse.Namespace) -> None:
+    """`--export onnx`: encoder and head as one graph, compared with the model."""
+    from ctclip_export import ExportError, export_run
+
+    checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run()
+    default = checkpoint / "model.onnx" if checkpoint.is_dir() else checkpoint.with_suffix(".onnx")
+    try:
+        print("\n".join(export_run(checkpoint, args.output or default, args.device)))
+    except ExportError as error:
+        raise EvaluationError(str(error)) from error
 
 
 def refuse_idle_flags(args: argparse.Namespace) -> None:
@@ -64,8 +88,11 @@ def refuse_idle_flags(args: argparse.Namespace) -> None:
     training = args.task in ("full", "train")
     for flag, given, belongs in (
         ("--input", args.input, args.task == "predict"),
+        ("--output", args.output, args.task in ("predict", "export")),
         ("--map-thresholds", args.map_thresholds, args.task == "predict"),
         ("--uncalibrated", args.uncalibrated, args.task == "predict"),
+        ("--prompts", args.prompts, args.task == "predict"),
+        ("--explain", args.explain is not None, args.task == "predict"),
         ("--checkpoint", args.checkpoint, not training),
         ("--resume", args.resume is not None, training),
         ("--output-dir", args.output_dir, training),
@@ -73,17 +100,28 @@ def refuse_idle_flags(args: argparse.Namespace) -> None:
         *((flag, True, args.task in ("full", "evaluate")) for flag in given_evaluation_flags(args)),
     ):
         if given and not belongs:
-            raise EvaluationError(f"found {flag} with --mode {args.task}, which does not use it; leave one of them out")
+            mode = "--export" if args.task == "export" else f"--mode {args.task}"
+            raise EvaluationError(f"found {flag} with {mode}, which does not use it; leave one of them out")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = "; ".join(f"{mode}: {what}" for mode, what in MODES.items())
-    parser.add_argument("--mode", dest="task", choices=MODES, default="full", help=modes)
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--mode", dest="task", choices=MODES, default="full", help=modes)
+    task.add_argument("--export", choices=["onnx"], help="encoder and head as an ONNX graph, checked against the model")
     group = parser.add_argument_group("evaluate and predict")
-    group.add_argument("--checkpoint", metavar="RUN", help="run folder, or for predict a CT-CLIP file with a head")
-    group.add_argument("--input", metavar="PATH", help="scan or folder of scans to predict")
-    group.add_argument("--output", metavar="CSV", default="results/predictions.csv", help="where predictions go")
+    group.add_argument("--checkpoint", metavar="RUN", help="run folder, or for predict a CT-CLIP file")
+    group.add_argument("--input", metavar="PATH",
+                       help="scan to predict (.nii, .nii.gz, .mha, DICOM series), or a folder of scans, nested or not")
+    group.add_argument("--output", metavar="FILE",
+                       help=f"predict: .csv, a table (default {PREDICTIONS}), or .json, the challenge's results.json "
+                       "with an answer for every input; export: the .onnx file")
+    group.add_argument("--explain", metavar="LABEL[,LABEL]",
+                       help="heat maps of these findings, or all: NIfTI on the scan's grid and PNG, beside the output; "
+                       "doubles the time")
+    group.add_argument("--prompts", metavar="TXT",
+                       help="findings of your own, one on each line, for a CT-CLIP file with its text tower")
     form = group.add_mutually_exclusive_group()
     form.add_argument("--map-thresholds", action="store_true",
                       help="values that cut at 0.5 as the tuned thresholds do, as the challenge needs them")
@@ -92,7 +130,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_run_flags(parser)
     add_training_flags(parser)
     add_machine_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.task = "export" if args.export else args.task
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,7 +143,9 @@ def main(argv: list[str] | None = None) -> int:
         refuse_idle_flags(args)
         settings = settings_from_flags(args)
         if args.task == "predict":
-            return predict(args)
+            return predict_mode(args)
+        if args.task == "export":
+            return export(args)
         if args.task == "evaluate":
             run = Path(args.checkpoint) if args.checkpoint else newest_run()
         else:

