@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ def write_dicom(
     `shear` moves each slice so many mm along its rows, as a tilted gantry does; `tags` replace some.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    before = locale.setlocale(locale.LC_ALL)
     image = as_itk(hu, affine)  # ITK turns HU into what is stored
     row, column, normal = (np.array(image.GetDirection()).reshape(3, 3)[:, axis] for axis in range(3))
     writer = SimpleITK.ImageFileWriter()
@@ -67,4 +69,5 @@ def write_dicom(
             piece.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{prefix}{number:04d}.dcm"))
         writer.Execute(piece)
+    locale.setlocale(locale.LC_ALL, before)  # ITK's DICOM writer leaves the process in C, where text is ASCII
     return folder
