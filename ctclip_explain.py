@@ -435,4 +435,4 @@ def explain_scan(
 def _account(values: np.ndarray, remainder: float, logit: float) -> str:
     speaks, against = values[values > 0].sum(), values[values < 0].sum()
     tokens = f"tokens for it {speaks:+.2f}, tokens against it {against:+.2f}"
-    return f"Logit {logit:+.2f}: {tokens}, remainder {remainder:+.2f}"
+    return f"Logit {logit:+.2f}, before calibration: {tokens}, remainder {remainder:+.2f}"

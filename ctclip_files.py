@@ -419,6 +419,7 @@ def _flag(fields: Mapping[str, str], name: str, path: Path, default: str = "Fals
 # ------------------------------------------------------------------ DICOM series
 
 ORIENTATION, POSITION, SERIES, MODALITY, SERIES_NUMBER = "0020|0037", "0020|0032", "0020|000e", "0008|0060", "0020|0011"
+SERIES_PREFIX = "series_"  # before its number, in the name of a series that shares its folder
 JITTER = 0.1  # of the slice distance: how far a slice may lie from its place; a missing one is ten times that off
 TILT = 1.0  # degrees between the slices' normal and the way from slice to slice
 
@@ -447,6 +448,7 @@ def series_of(folder: Path) -> dict[str, Path]:
 
     A series that is alone has the folder's name; others have their series number put behind a slash.
     """
+    folder = folder.resolve()  # "." has no name
     itk = simple_itk(folder)
     found: dict[str, Path] = {}
     identities = itk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
@@ -455,7 +457,7 @@ def series_of(folder: Path) -> dict[str, Path]:
         name = folder.name
         if len(identities) > 1:
             number = _information(itk, first)[1].get(SERIES_NUMBER, "").strip() or str(len(found) + 1)
-            name = f"{folder.name}/series_{number}"
+            name = f"{folder.name}/{SERIES_PREFIX}{number}"
             if name in found:
                 name += f"_{identity.rsplit('.', 1)[-1]}"
         found[name] = first

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ctclip_files import FILE_SUFFIXES, SERIES_PREFIX, VolumeError, is_dicom, series_of
 from ctclip_folders import newest_run, run_calibration, run_record, run_tuning
 from ctclip_metrics import EvaluationError
 from ctclip_model import ABNORMALITIES, replacing
@@ -23,27 +24,33 @@ from ctclip_text import PHANTOM_MODEL_NOTE
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
     from ctclip_calibration import Calibration
     from ctclip_model import CTCLIPMultiAbnormalityModel
     from ctclip_prompts import Prompts
 
 FORMS = ("calibrated", "uncalibrated", "mapped")
+Answer = Callable[[np.ndarray], np.ndarray]
 RESULTS_VERSION = {"major": 1, "minor": 0}  # of the challenge's file
 
 
 @dataclass(frozen=True)
 class Scan:
-    """An input: its name (path below the folder that was given), and its file, or one file of its DICOM series."""
+    """An input: its name, and its file or one file of its DICOM series."""
 
     name: str
     path: Path
 
     @property
+    def short(self) -> str:
+        """The name without folders; a series that shares its folder with others keeps that one."""
+        parts = self.name.split("/")
+        return "/".join(parts[-2:] if parts[-1].startswith(SERIES_PREFIX) else parts[-1:])
+
+    @property
     def stem(self) -> str:
         """The name without its suffix: what the challenge calls a scan."""
-        from ctclip_files import FILE_SUFFIXES
-
         suffix = max((s for s in FILE_SUFFIXES if self.name.lower().endswith(s)), key=len, default="")
         return self.name[: len(self.name) - len(suffix)]
 
@@ -52,7 +59,10 @@ def find_scans(sources: str | Path | Sequence[str | Path]) -> list[Scan]:
     """The scans that files and folders hold, folders with all below them, in the order of their names.
 
     .nii, .nii.gz and .mha files, and the DICOM series of each folder; hidden files are left alone. No scan is opened,
-    so that one that cannot be read is found as well. Raises EvaluationError where there is none, or two of one name.
+    so that one that cannot be read is found as well. A scan is called as its file or, for DICOM, its folder; where two
+    would be called alike, all are called by their paths below the folder that was given.
+
+    Raises EvaluationError where there is none, or two of one name all the same.
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     scans = [scan for source in sources for scan in _scans_of(Path(source))]
@@ -60,6 +70,9 @@ def find_scans(sources: str | Path | Sequence[str | Path]) -> list[Scan]:
         where = ", ".join(map(str, sources)) or "an empty list"
         raise EvaluationError(f"{where}: found no .nii, .nii.gz or .mha file and no DICOM series, expected a scan or a "
                               "folder of scans")
+    short = [replace(scan, name=scan.short) for scan in scans]
+    if len({scan.stem for scan in short}) == len(short):
+        return short
     paths: dict[str, Path] = {}
     for scan in scans:
         if scan.stem in paths:
@@ -71,8 +84,6 @@ def find_scans(sources: str | Path | Sequence[str | Path]) -> list[Scan]:
 
 
 def _scans_of(source: Path) -> Iterator[Scan]:
-    from ctclip_files import FILE_SUFFIXES, is_dicom
-
     if not source.exists():
         raise EvaluationError(f"{source}: found no such file or folder, expected a scan or a folder of scans; check "
                               "the path")
@@ -93,8 +104,6 @@ def _scans_of(source: Path) -> Iterator[Scan]:
 
 
 def _series_in(folder: Path, source: Path) -> Iterator[Scan]:
-    from ctclip_files import VolumeError, series_of
-
     above = folder.relative_to(source).parent.as_posix()
     try:
         found = series_of(folder)
@@ -119,7 +128,7 @@ def predict(
 
     Args:
         scans: .nii, .nii.gz or .mha files, DICOM series (a folder, or any file of one), or folders of all these. Voxels
-            in HU, spacing and orientation in the header. A name is the path below the folder that was given.
+            in HU, spacing and orientation in the header. `find_scans` says what they are called.
         checkpoint: a run's folder (default: the newest under results/), or a CT-CLIP file with a head or a text tower.
         form: "calibrated" (the run's calibration, where it has one), "uncalibrated" (as the model gives them) or
             "mapped" (no probabilities any more: the run's tuned cuts lie on 0.5, the order of scans is kept).
@@ -150,12 +159,13 @@ def predict(
                               "--map-thresholds puts on 0.5; name a run, or leave the flag out")
     model = load_model(checkpoint, device, prompts)
     calibration = calibration if model.labels == ABNORMALITIES else None
-    final, how = _form(form, calibration, model)
+    final, how = _form(form, calibration)
     blank = np.zeros(len(ABNORMALITIES), np.float32)
     volumes = [Volume(scan.name, scan.path, blank) for scan in found]
     failures: list[tuple[str, str]] = []
     note = PHANTOM_MODEL_NOTE if checkpoint.is_dir() and run_record(checkpoint).get("phantom") else None
-    pictures = None if explain is None else _Pictures(model, found, explain, Path(explain_dir), final, note)
+    shown, _ = _form("calibrated" if form == "mapped" else form, calibration)
+    pictures = None if explain is None else _Pictures(model, found, explain, Path(explain_dir), shown, note)
     read, logits = predict_volumes(
         model,
         volumes,
@@ -170,8 +180,8 @@ def predict(
     return table
 
 
-def _form(form: str, calibration: Calibration | None, model: CTCLIPMultiAbnormalityModel):
-    """(function from the model's probabilities (N, labels) to the answers, what they are)."""
+def _form(form: str, calibration: Calibration | None) -> tuple[Answer, str]:
+    """(the model's probabilities (N, labels) -> the answers, what they are)."""
     if form == "mapped":
         return calibration.map_to_half, f"no probabilities any more: tuned cuts ({calibration.objective}) on 0.5"
     if form == "uncalibrated" or calibration is None:
@@ -183,20 +193,27 @@ def _form(form: str, calibration: Calibration | None, model: CTCLIPMultiAbnormal
 class _Pictures:
     """Heat maps of every scan that is read."""
 
-    def __init__(self, model: CTCLIPMultiAbnormalityModel, scans: Sequence[Scan], labels: str, folder: Path, final,
-                 note: str | None):
+    def __init__(
+        self,
+        model: CTCLIPMultiAbnormalityModel,
+        scans: Sequence[Scan],
+        labels: str,
+        folder: Path,
+        probability: Answer,
+        note: str | None,
+    ):
         from ctclip_explain import parse_labels
 
-        self.model, self.scans, self.folder, self.final, self.note = model, scans, folder, final, note
+        self.model, self.scans, self.folder, self.probability, self.note = model, scans, folder, probability, note
         self.labels = parse_labels(labels, model.labels)
         self.files: list[Path] = []
 
-    def __call__(self, index: int, voxels, logits) -> None:
+    def __call__(self, index: int, voxels: torch.Tensor, logits: torch.Tensor) -> None:
         from ctclip_data import place_volume
         from ctclip_explain import explain_scan
 
         scan = self.scans[index]
-        answers = self.final(logits.sigmoid().numpy()[None])[0]
+        answers = self.probability(logits.sigmoid().numpy()[None])[0]
         placement = place_volume(scan.path, self.model.input_shape)
         folder, name = self.folder / Path(scan.stem).parent, Path(scan.stem).name
         self.files += explain_scan(self.model, voxels, placement, self.labels, folder, name, answers, self.note)

@@ -425,3 +425,35 @@ def test_init_head_goes_with_ctclip_and_the_linear_head(weights, tiny_classfine)
 def test_a_run_of_before_there_was_a_choice_is_the_same_run():
     stored = asdict(TrainingConfig())
     assert stored.pop("init_head") == "file" and TrainingConfig(**stored) == TrainingConfig()
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_file_predicts_the_18_findings_and_ones_own(weights, tmp_path, monkeypatch, capsys):
+    import pandas as pd
+    from helpers_data import chest, write
+
+    import run_task2
+    from ctclip_data import preprocess_volume
+
+    scan = write(tmp_path / "scans" / "a.nii.gz", chest())
+    (tmp_path / "my.txt").write_text("Hernia\nLung nodules\n")
+    flags = ["--mode", "predict", "--checkpoint", str(weights), "--input", str(scan.parent), "--device", "cpu"]
+    assert run_task2.main([*flags, "--output", str(tmp_path / "all.csv")]) == 0
+    assert "as the model gives them" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "all.csv", index_col=0)
+    model = CTCLIPMultiAbnormalityModel(str(weights)).eval()
+    with torch.no_grad():
+        answers = model(preprocess_volume(scan, shape=model.input_shape)[None]).sigmoid()
+    np.testing.assert_allclose(table.to_numpy(), answers.numpy(), atol=1e-6)
+    without_transformers(monkeypatch)  # the head is kept by now
+    assert run_task2.main([*flags, "--output", str(tmp_path / "all.json")]) == 0
+    monkeypatch.undo()
+    own = [*flags, "--prompts", str(tmp_path / "my.txt")]
+    assert run_task2.main([*own, "--output", str(tmp_path / "own.csv"), "--explain", "hernia"]) == 0
+    assert list(pd.read_csv(tmp_path / "own.csv", index_col=0).columns) == ["Hernia", "Lung nodules"]
+    assert (tmp_path / "own_explain" / "a_Hernia.png").is_file()
+    capsys.readouterr()
+    assert run_task2.main([*own, "--output", str(tmp_path / "own.json")]) == 2
+    assert "expected the challenge's 18 labels" in capsys.readouterr().err

@@ -65,6 +65,23 @@ def test_same_scan_in_every_format_and_orientation_has_the_same_probabilities(st
     assert table.iloc[0].std() > 0.01, "a model that answers alike everywhere would show nothing"
 
 
+def test_names_are_those_of_files_unless_two_are_alike(tmp_path):
+    """So that predictions of a cohort in the hub's layout join its label table."""
+    for name in ("train_1/train_1_a/train_1_a_1.nii.gz", "train_2/train_2_a/train_2_a_1.nii.gz"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        (tmp_path / "in" / name).touch()
+    assert [scan.name for scan in find_scans(tmp_path / "in")] == ["train_1_a_1.nii.gz", "train_2_a_1.nii.gz"]
+    write_dicom(tmp_path / "in" / "patient" / "ct", chest((20, 18, 8)), affine_of(SPACING))
+    write_dicom(tmp_path / "in" / "patient" / "ct", chest((20, 18, 8)), affine_of(SPACING), uid="1.2.3.4.6", prefix="b")
+    names = [scan.name for scan in find_scans(tmp_path / "in")]
+    assert names[:2] == ["ct/series_5", "ct/series_6"] and len(names) == 4
+    (tmp_path / "in" / "train_2_a_1.mha").touch()
+    assert [scan.name for scan in find_scans(tmp_path / "in")] == [
+        "train_2_a_1.mha", "patient/ct/series_5", "patient/ct/series_6",
+        "train_1/train_1_a/train_1_a_1.nii.gz", "train_2/train_2_a/train_2_a_1.nii.gz",
+    ]  # fmt: skip
+
+
 def test_a_single_file_a_series_folder_and_one_of_its_files(stored):
     whole = predict(stored, MODEL, device="cpu")
     one = next((stored / "dicom").iterdir())
@@ -267,3 +284,27 @@ def test_write_predictions_by_ending(tmp_path):
     table = predict(tmp_path / "a.nii.gz", MODEL, device="cpu")
     write_predictions(tmp_path / "p.csv", table, MODEL)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "p.csv", index_col=0), table, check_dtype=False, atol=1e-6)
+
+
+# ------------------------------------------------------------------ with heat maps, with prompts
+
+
+def test_explain_writes_maps_on_each_scan_s_grid_beside_the_output(stored, tmp_path, capsys):
+    import nibabel
+
+    for name in ("a.nii.gz", "RAS_m.mha"):
+        flags = ["--input", stored / name, "--explain", "lung nodule,Emphysema"]
+        assert call(*flags, "--output", tmp_path / "p.csv") == 0
+        stem = name.split(".")[0]
+        pair = [f"{stem}_{label}" for label in ("Lung_nodule", "Emphysema")]
+        made = {path.name for path in (tmp_path / "p_explain").glob(f"{stem}_*")}
+        assert made == {f"{path}{ending}" for path in pair for ending in (".nii.gz", ".png")}
+    assert "Wrote 4 heat maps and pictures" in capsys.readouterr().out
+    heat = nibabel.load(tmp_path / "p_explain" / "RAS_m_Emphysema.nii.gz")
+    np.testing.assert_allclose(heat.affine, nibabel.load(stored / "RAS.nii.gz").affine, atol=1e-4)
+    assert heat.shape == nibabel.load(stored / "RAS.nii.gz").shape and heat.get_fdata().any()
+
+
+def test_the_folder_one_is_in_is_a_series_by_its_own_name(stored, monkeypatch):
+    monkeypatch.chdir(stored / "dicom")
+    assert [scan.name for scan in find_scans(".")] == ["dicom"]
