@@ -123,6 +123,7 @@ def predict(
     explain_dir: str | Path = "results/explain",
     device: str | None = None,
     workers: int | None = None,
+    on_scan: Callable[[str, np.ndarray], None] | None = None,
 ) -> pd.DataFrame:
     """Probabilities of scans, (scans, labels), indexed by VolumeName; one volume in memory while the next is read.
 
@@ -136,6 +137,7 @@ def predict(
         explain: labels separated by commas, or "all": heat maps of them go to `explain_dir`.
         device: cpu, cuda, cuda:1, ...; default cuda where there is one.
         workers: threads that read ahead.
+        on_scan: called with each scan's name and row as soon as there is one.
 
     Returns:
         The table. `attrs["failures"]` lists what could not be read, as (name, reason), and has no row; `attrs["scans"]`
@@ -166,12 +168,19 @@ def predict(
     note = PHANTOM_MODEL_NOTE if checkpoint.is_dir() and run_record(checkpoint).get("phantom") else None
     shown, _ = _form("calibrated" if form == "mapped" else form, calibration)
     pictures = None if explain is None else _Pictures(model, found, explain, Path(explain_dir), shown, note)
+
+    def on_answer(index: int, voxels: torch.Tensor, logits: torch.Tensor) -> None:
+        if pictures is not None:
+            pictures.add(index, voxels, logits)
+        if on_scan is not None:
+            on_scan(found[index].name, final(logits.sigmoid().numpy()[None])[0])
+
     read, logits = predict_volumes(
         model,
         volumes,
         workers=workers,
         on_batch=lambda batch: failures.extend(batch.failures),
-        on_answer=pictures,
+        on_answer=on_answer,
     )
     index = pd.Index([found[i].name for i in read], name="VolumeName")
     table = pd.DataFrame(final(logits.sigmoid().numpy()), index=index, columns=list(model.labels))
@@ -208,7 +217,7 @@ class _Pictures:
         self.labels = parse_labels(labels, model.labels)
         self.files: list[Path] = []
 
-    def __call__(self, index: int, voxels: torch.Tensor, logits: torch.Tensor) -> None:
+    def add(self, index: int, voxels: torch.Tensor, logits: torch.Tensor) -> None:
         from ctclip_data import place_volume
         from ctclip_explain import explain_scan
 
@@ -222,6 +231,15 @@ class _Pictures:
 # ------------------------------------------------------------------ files
 
 
+def labels_of(checkpoint: Path) -> tuple[str, ...]:
+    """What a run, or a model saved with prompts of its own, answers; the 18 findings where its folder does not say."""
+    path = checkpoint / "config.json"
+    try:
+        return tuple(json.loads(path.read_text(encoding="utf-8"))["labels"]) if path.is_file() else ABNORMALITIES
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{path}: found no labels ({error}), expected a saved model's; save it again") from error
+
+
 def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> None:
     """Refuses, before anything is computed, a place or a form that cannot be written."""
     path = Path(path)
@@ -229,7 +247,7 @@ def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> Non
         raise EvaluationError(f"--output {path}: found the ending {path.suffix or 'none'}, expected .csv (a table) or "
                               ".json (the challenge's results.json); rename it")
     if path.suffix == ".json" and tuple(labels) != ABNORMALITIES:
-        raise EvaluationError(f"--output {path}: found prompts of your own, expected the challenge's 18 labels in a "
+        raise EvaluationError(f"--output {path}: found labels of your own, expected the challenge's 18 in a "
                               "results.json; write a .csv")
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):

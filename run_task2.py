@@ -18,15 +18,18 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from ctclip_data import load_cohort
 from ctclip_evaluation import add_evaluation_flags, given_evaluation_flags, report, settings_from_flags
 from ctclip_folders import foreign_folder, newest_run, run_material
 from ctclip_metrics import EvaluationError
-from ctclip_model import ABNORMALITIES, OneLineParser
+from ctclip_model import OneLineParser
 from ctclip_prompts import read_prompts
-from ctclip_scans import check_output, predict, write_predictions
+from ctclip_scans import check_output, labels_of, predict, write_predictions
 from ctclip_training import add_machine_flags, add_run_flags, add_training_flags, guarded, run_training
 
 PREDICTIONS = "results/predictions.csv"
@@ -44,17 +47,23 @@ def predict_mode(args: argparse.Namespace) -> None:
         raise EvaluationError("--mode predict needs --input, a scan (.nii, .nii.gz, .mha, a DICOM series) or a folder")
     prompts = read_prompts(args.prompts) if args.prompts else None
     checkpoint, output = Path(args.checkpoint) if args.checkpoint else newest_run(), Path(args.output or PREDICTIONS)
-    check_output(output, prompts.names if prompts else ABNORMALITIES)
-    table = predict(
-        args.input,
-        checkpoint,
-        form="mapped" if args.map_thresholds else "uncalibrated" if args.uncalibrated else "calibrated",
-        prompts=prompts,
-        explain=args.explain,
-        explain_dir=output.parent / f"{output.stem}_explain",
-        device=args.device,
-        workers=args.workers,
-    )
+    labels = prompts.names if prompts else labels_of(checkpoint)
+    check_output(output, labels)
+    done: dict[str, np.ndarray] = {}
+    try:
+        table = predict(
+            args.input,
+            checkpoint,
+            form="mapped" if args.map_thresholds else "uncalibrated" if args.uncalibrated else "calibrated",
+            prompts=prompts,
+            explain=args.explain,
+            explain_dir=output.parent / f"{output.stem}_explain",
+            device=args.device,
+            workers=args.workers,
+            on_scan=done.__setitem__,
+        )
+    except KeyboardInterrupt as error:
+        raise SystemExit(keep(done, labels, output)) from error
     write_predictions(output, table, checkpoint)
     failures, files = table.attrs["failures"], table.attrs["files"]
     print(f"Wrote {output}: {len(table)} scans, model {checkpoint}; {table.attrs['how']}")
@@ -67,6 +76,20 @@ def predict_mode(args: argparse.Namespace) -> None:
         instead = "are answered with the training prevalence" if output.suffix == ".json" else "are not in it"
         raise EvaluationError(f"{output}: {len(failures)} of {len(failures) + len(table)} scans could not be read and "
                               f"{instead}; they are named above")
+
+
+def keep(done: dict[str, np.ndarray], labels: Sequence[str], output: Path) -> int:
+    """After Ctrl-C: the rows that there are go to a table of their own. -> exit code."""
+    if done:
+        import pandas as pd
+
+        part = output.with_name(f"{output.stem}.part.csv")
+        index = pd.Index(list(done), name="VolumeName")
+        write_predictions(part, pd.DataFrame(np.stack(list(done.values())), index, list(labels)), output)
+        print(f"\nInterrupted: {len(done)} scans are in {part}; predict the others by themselves", file=sys.stderr)
+    else:
+        print("\nInterrupted: no scan was done", file=sys.stderr)
+    return 130
 
 
 def export(args: argparse.Namespace) -> None:

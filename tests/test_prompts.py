@@ -456,4 +456,4 @@ def test_a_prompt_file_predicts_the_18_findings_and_ones_own(weights, tmp_path, 
     assert (tmp_path / "own_explain" / "a_Hernia.png").is_file()
     capsys.readouterr()
     assert run_task2.main([*own, "--output", str(tmp_path / "own.json")]) == 2
-    assert "expected the challenge's 18 labels" in capsys.readouterr().err
+    assert "expected the challenge's 18 in a results.json" in capsys.readouterr().err

@@ -150,6 +150,22 @@ def test_results_json_has_the_challenge_s_form_and_every_input_once(mixed, tmp_p
     np.testing.assert_allclose(list(answers["one"].values()), table.to_numpy()[0], atol=1e-6)
 
 
+def test_a_saved_model_with_findings_of_its_own_writes_a_table_and_no_results_json(stored, tmp_path, capsys):
+    from dataclasses import asdict
+
+    from ctclip_model import CTCLIPMultiAbnormalityModel
+
+    sizes = asdict(CTCLIPMultiAbnormalityModel(str(MODEL)).sizes)
+    model = CTCLIPMultiAbnormalityModel(None, sizes=sizes, head="prompts", labels=["Hernia", "Lung nodules"])
+    model.save_pretrained(tmp_path / "own")
+    flags = ["--mode", "predict", "--checkpoint", str(tmp_path / "own"), "--input", str(stored / "c.mha")]
+    assert run_task2.main([*flags, "--output", str(tmp_path / "p.csv")]) == 0
+    assert list(pd.read_csv(tmp_path / "p.csv").columns) == ["VolumeName", "Hernia", "Lung nodules"]
+    capsys.readouterr()
+    assert run_task2.main([*flags, "--output", str(tmp_path / "p.json")]) == 2
+    assert "found labels of your own" in capsys.readouterr().err and not (tmp_path / "p.json").exists()
+
+
 def test_all_scans_unreadable_is_still_an_answer_for_each(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.mha").write_bytes(b"nothing")
@@ -178,7 +194,7 @@ REFUSED = [
     (["--input", "good", "--map-thresholds"], "found no tuning patients"),
     (["--input", "good", "--prompts", "nothing.txt"], "nothing.txt"),
     (["--input", "good", "--explain", "Pneumothorax"], "Pneumothorax"),
-    (["--input", "good", "--output", "p.json", "--prompts", "mine.txt"], "expected the challenge's 18 labels"),
+    (["--input", "good", "--output", "p.json", "--prompts", "mine.txt"], "expected the challenge's 18 in"),
 ]
 
 
@@ -308,3 +324,25 @@ def test_explain_writes_maps_on_each_scan_s_grid_beside_the_output(stored, tmp_p
 def test_the_folder_one_is_in_is_a_series_by_its_own_name(stored, monkeypatch):
     monkeypatch.chdir(stored / "dicom")
     assert [scan.name for scan in find_scans(".")] == ["dicom"]
+
+
+def test_what_is_done_when_ctrl_c_comes_is_kept(stored, tmp_path, monkeypatch, capsys):
+    import ctclip_data
+
+    original, read = ctclip_data.read_volume, []
+
+    def interrupted(volume, shape):
+        read.append(volume.name)
+        if len(read) == 4:
+            raise KeyboardInterrupt
+        return original(volume, shape)
+
+    monkeypatch.setattr(ctclip_data, "read_volume", interrupted)
+    monkeypatch.setattr(ctclip_data, "PUBLISHED_SHAPE", (1, 1, 1))  # one scan at a time, as with the published model
+    with pytest.raises(SystemExit) as stopped:
+        call("--input", stored, "--output", tmp_path / "p.csv")
+    table = pd.read_csv(tmp_path / "p.part.csv", index_col="VolumeName")
+    assert stopped.value.code == 130 and list(table.index) == read[: len(table)] and 1 <= len(table) <= 3
+    assert f"Interrupted: {len(table)} scans are in" in capsys.readouterr().err
+    assert not (tmp_path / "p.csv").exists()
+    np.testing.assert_allclose(table.iloc[0], predict(stored / read[0], MODEL, device="cpu").iloc[0], atol=1e-6)
