@@ -153,6 +153,8 @@ class StreamFile(VolumeFile):
 
     def __init__(self, path: Path):
         self.path = path
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise problem(path, "a pipe or device", "a file", "name the file itself")  # opening it might never return
         try:
             self.raw = open(path, "rb")  # noqa: SIM115  closed in close()
         except FileNotFoundError:
@@ -327,7 +329,7 @@ class MetaFile(StreamFile):
         fields = self._fields()
         compressed = _flag(fields, "CompressedData", self.path)
         self.header = _parse_meta(fields, self.path)
-        skip = _numbers(fields, "HeaderSize", 1, self.path, "0")[0]
+        skip = _numbers(fields, "HeaderSize", 1, self.path, "0", whole=True)[0]
         size = os.fstat(self.raw.fileno()).st_size
         if skip == -1:  # the voxels are the last bytes of the file
             skip = size - self.raw.tell() - prod(self.header.shape) * self.header.dtype.itemsize
@@ -345,22 +347,22 @@ class MetaFile(StreamFile):
         for _ in range(self.MOST_LINES):
             line = self.raw.readline(self.LINE_BYTES)
             key, equals, value = line.decode("latin-1").partition("=")
-            if not equals:
+            if line.strip() and not equals or not line:
                 break
             fields[key.strip()] = value.strip()
             if key.strip() == "ElementDataFile":
                 if value.strip().upper() != "LOCAL":
                     raise problem(self.path, f"voxels in {value.strip()[:60]!r}", "LOCAL, in this file", CONVERT)
                 return fields
-        found = "an empty file" if not line and not fields else f"{line[:20]!r}, no header that ends in ElementDataFile"
-        raise problem(self.path, found, "a MetaImage", AGAIN)
+        found = f"{line[:20]!r}" if line else f"the end of the file after {len(fields)} lines"
+        raise problem(self.path, f"{found}, no header that ends in ElementDataFile", "a MetaImage", AGAIN)
 
 
 def _parse_meta(fields: Mapping[str, str], path: Path) -> Header:
-    axes = int(_numbers(fields, "NDims", 1, path)[0])
+    axes = int(_numbers(fields, "NDims", 1, path, whole=True)[0])
     if not 1 <= axes <= 8:
         raise problem(path, f"{axes} axes", "3 axes of at least 2 voxels", CONVERT)
-    shape = _three_axes([int(n) for n in _numbers(fields, "DimSize", axes, path)], path)
+    shape = _three_axes([int(n) for n in _numbers(fields, "DimSize", axes, path, whole=True)], path)
     kind = fields.get("ElementType", "nothing")
     channels = _numbers(fields, "ElementNumberOfChannels", 1, path, "1")[0]
     if kind not in META_TYPES or channels != 1:
@@ -396,13 +398,14 @@ def _meta_affine(fields: Mapping[str, str], axes: int, spacing: Sequence[float],
     return affine if usable else np.full((4, 4), np.nan)
 
 
-def _numbers(fields: Mapping[str, str], name: str, count: int, path: Path, default: str | None = None) -> list[float]:
+def _numbers(
+    fields: Mapping[str, str], name: str, count: int, path: Path, default: str | None = None, whole: bool = False
+) -> list[float]:
     text = fields.get(name, default)
     try:
         numbers = [float(part) for part in (text or "").split()]
     except ValueError:
         numbers = []
-    whole = name in ("NDims", "DimSize", "HeaderSize")
     if len(numbers) != count or (whole and not all(abs(n) < 1e10 and n == int(n) for n in numbers)):
         found = "nothing" if text is None else repr(text[:60])
         raise problem(path, f"{found} as {name}", f"{count} {'whole ' * whole}number{'s' * (count > 1)}", AGAIN)
@@ -411,26 +414,33 @@ def _numbers(fields: Mapping[str, str], name: str, count: int, path: Path, defau
 
 def _flag(fields: Mapping[str, str], name: str, path: Path, default: str = "False") -> bool:
     value = fields.get(name, default).lower()
-    if value not in ("true", "false", "1", "0"):
+    if value[:1] not in ("t", "y", "1", "f", "n", "0"):  # ITK, too, looks at the first letter only
         raise problem(path, f"{value[:20]!r} as {name}", "True or False", AGAIN)
-    return value in ("true", "1")
+    return value[:1] in ("t", "y", "1")
 
 
 # ------------------------------------------------------------------ DICOM series
 
 ORIENTATION, POSITION, SERIES, MODALITY, SERIES_NUMBER = "0020|0037", "0020|0032", "0020|000e", "0008|0060", "0020|0011"
 SERIES_PREFIX = "series_"  # before its number, in the name of a series that shares its folder
+CT_STORAGE = b"1.2.840.10008.5.1.4.1.1.2"  # CT Image Storage, and as a beginning its enhanced kinds
+SLOPE, INTERCEPT, SAMPLES, PHOTOMETRIC = "0028|1053", "0028|1052", "0028|0002", "0028|0004"
 JITTER = 0.1  # of the slice distance: how far a slice may lie from its place; a missing one is ten times that off
 TILT = 1.0  # degrees between the slices' normal and the way from slice to slice
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file begins as DICOM files do (128 bytes of anything, then DICM)."""
+    """Whether a regular file begins as DICOM files do (128 bytes of anything, then DICM)."""
+    return path.is_file() and _beginning(path)[128:132] == b"DICM"
+
+
+def _beginning(path: Path) -> bytes:
+    """The first 2 KB of a file; nothing where that cannot be read."""
     try:
         with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            return file.read(2048)
     except OSError:
-        return False
+        return b""
 
 
 def simple_itk(path: Path) -> ModuleType:
@@ -458,8 +468,8 @@ def series_of(folder: Path) -> dict[str, Path]:
         if len(identities) > 1:
             number = _information(itk, first)[1].get(SERIES_NUMBER, "").strip() or str(len(found) + 1)
             name = f"{folder.name}/{SERIES_PREFIX}{number}"
-            if name in found:
-                name += f"_{identity.rsplit('.', 1)[-1]}"
+            alike = (f"{name}_{count}" for count in range(2, len(identities) + 1))
+            name = next(other for other in (name, *alike) if other not in found)
         found[name] = first
     return found
 
@@ -478,7 +488,10 @@ def _information(itk: ModuleType, path: Path) -> tuple[tuple[int, ...], dict[str
 
 
 class DicomSeries(VolumeFile):
-    """One CT series, a file for each slice; HU by the slices' own rescale values. Needs SimpleITK."""
+    """One CT series, a file for each slice; HU by the slices' own rescale values. Needs SimpleITK.
+
+    The headers are read by GDCM inside of it, which believes the lengths in them: a hostile one can take much memory.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -504,17 +517,22 @@ class DicomSeries(VolumeFile):
         """The files of the series that the path names: a folder's only one, or the one that a file belongs to."""
         folder = self.path if self.path.is_dir() else self.path.parent
         names = self.itk.ImageSeriesReader
-        identities = names.GetGDCMSeriesIDs(str(folder))
-        if self.path.is_dir():
-            if len(identities) != 1:
-                found = f"{len(identities)} DICOM series in the folder"
-                raise problem(self.path, found, "one", "name a file of the series that is meant")
-            return [Path(name) for name in names.GetGDCMSeriesFileNames(str(folder), identities[0])]
-        for identity in identities:
-            files = [Path(name) for name in names.GetGDCMSeriesFileNames(str(folder), identity)]
-            if any(file.name == self.path.name for file in files):
-                return files
-        raise problem(self.path, "a DICOM file of no image series", "a slice of a CT series", "check the file")
+        grouped = {
+            identity: [Path(name) for name in names.GetGDCMSeriesFileNames(str(folder), identity)]
+            for identity in names.GetGDCMSeriesIDs(str(folder))
+        }
+        known = {file.name for files in grouped.values() for file in files}
+        lost = [file for file in sorted(folder.iterdir()) if file.name not in known and is_dicom(file)]
+        lost = [file for file in lost if CT_STORAGE in _beginning(file)]  # not directories, reports, segmentations
+        if lost:  # ITK passes over what it cannot read: a shorter series would be read without a word
+            raise problem(lost[0], "an unreadable CT slice", f"a slice like the {len(known)} beside it", AGAIN)
+        if not self.path.is_dir():
+            grouped = {key: files for key, files in grouped.items() if self.path.name in {file.name for file in files}}
+        if len(grouped) != 1:
+            where = "in the folder" if self.path.is_dir() else "with this file"
+            remedy = "name a file of the series that is meant"
+            raise problem(self.path, f"{len(grouped)} DICOM series {where}", "one", remedy)
+        return next(iter(grouped.values()))
 
     def _step(self, slices: Sequence[_Slice], normal: np.ndarray) -> float:
         """Distance of neighbouring slices (mm), the same everywhere and square to the slices."""
@@ -534,7 +552,7 @@ class DicomSeries(VolumeFile):
         if tilt > TILT:
             found = f"slices tilted by {tilt:.1f} degrees (gantry tilt)"
             raise problem(self.path, found, "slices square to the table", "convert it with a tool that corrects tilt")
-        return round(float(step), 4)  # positions are rounded to the micrometre, their mean distance is not
+        return _simplest(float(step), 10.0 ** -max(each.decimals for each in slices) / (len(slices) - 1))
 
     def read(self, slices: np.ndarray, first: int) -> None:
         reader = self.itk.ImageFileReader()
@@ -550,6 +568,13 @@ class DicomSeries(VolumeFile):
             slices[place] = self.itk.GetArrayViewFromImage(image)[0]  # a view lives no longer than its image
 
 
+def _simplest(value: float, tolerance: float) -> float:
+    """The decimal number with the fewest digits within the tolerance: positions are written rounded, and the mean of
+    their distances would be 0.70003 in place of the 0.7 that other formats keep."""
+    rounded = (round(value, digits) for digits in range(1, 8))
+    return next((number for number in rounded if abs(number - value) <= tolerance), value)
+
+
 class _Slice:
     """Header of one DICOM slice. Directions and position are LPS, mm; spacing and size along rows, then columns."""
 
@@ -558,10 +583,21 @@ class _Slice:
         self.modality = tags.get(MODALITY, "").strip()
         cosines, self.position = self._vector(tags, ORIENTATION, 6), self._vector(tags, POSITION, 3)
         self.directions = cosines[:3], cosines[3:]
+        self.decimals = max(len(part.strip().partition(".")[2]) for part in tags[POSITION].split("\\"))
+        self._refuse_other_voxels(tags)
         rows, columns = self._vector(tags, "0028|0030", 2)  # between rows, then between columns
         self.spacing = float(columns), float(rows)
         if abs(np.linalg.norm(np.cross(*self.directions)) - 1) > 1e-2:
             raise problem(path, f"orientation {tags[ORIENTATION].strip()}", "two unit vectors", "leave the series out")
+
+    def _refuse_other_voxels(self, tags: Mapping[str, str]) -> None:
+        """One grey value for each voxel, bright for dense, with usable rescale values: ITK makes up what it lacks."""
+        samples, kind = tags.get(SAMPLES, "1").strip(), tags.get(PHOTOMETRIC, "MONOCHROME2").strip()
+        if (samples, kind) != ("1", "MONOCHROME2"):
+            raise problem(self.path, f"{samples} values of {kind} in each voxel", "MONOCHROME2", "leave the series out")
+        slope, _ = self._vector(tags, SLOPE, 1)[0], self._vector(tags, INTERCEPT, 1)
+        if slope <= 0:
+            raise problem(self.path, f"RescaleSlope {slope:g}", "more than 0", "correct it or leave the series out")
 
     def _vector(self, tags: Mapping[str, str], tag: str, count: int) -> np.ndarray:
         try:
@@ -581,8 +617,8 @@ class _Slice:
         if prod(self.size[:2]) > MOST_PLANE:
             raise problem(self.path, f"{times(self.size)} voxels", f"at most {MOST_PLANE} in a slice", AGAIN)
         alike = self.size == other.size and len(self.size) >= 2 and prod(self.size[2:]) == 1
-        turned = np.abs(np.subtract(self.directions, other.directions)).max()
-        if not alike or turned > 1e-3 or not np.allclose(self.spacing, other.spacing, rtol=1e-4):
+        turned = bool(np.abs(np.subtract(self.directions, other.directions)).max() > 1e-3)
+        if not alike or turned or not np.allclose(self.spacing, other.spacing, rtol=1e-4):
             found = f"{times(self.size)} voxels of {times(self.spacing)} mm beside {times(other.size)} of "
-            found += f"{times(other.spacing)} mm" + " turned" * (turned > 1e-3)
+            found += f"{times(other.spacing)} mm" + " turned" * turned
             raise problem(self.path, found, "slices that are alike", "leave the series out (a localizer?)")

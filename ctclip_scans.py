@@ -88,15 +88,26 @@ def _scans_of(source: Path) -> Iterator[Scan]:
         raise EvaluationError(f"{source}: found no such file or folder, expected a scan or a folder of scans; check "
                               "the path")
     if source.is_file() and (source.name.lower().endswith(FILE_SUFFIXES) or is_dicom(source)):
-        yield Scan(source.name, source)
+        yield Scan(printable(source.name), source)
         return
-    for folder, below, files in os.walk(source):
+
+    def refuse(error: OSError) -> None:
+        raise EvaluationError(f"{error.filename}: found a folder that cannot be listed ({error.strerror}), expected "
+                              "one to look for scans in; check its permissions") from error
+
+    seen: set[str] = set()
+    for folder, below, files in os.walk(source, onerror=refuse, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith("."))
+        real = os.path.realpath(folder)
+        if real in seen:  # links may lead round in circles
+            below.clear()
+            continue
+        seen.add(real)
         others = []
         for name in sorted(name for name in files if not name.startswith(".")):
             path = Path(folder, name)
             if name.lower().endswith(FILE_SUFFIXES):
-                yield Scan(path.relative_to(source).as_posix(), path)
+                yield Scan(printable(path.relative_to(source).as_posix()), path)
             else:
                 others.append(path)
         if any(is_dicom(path) for path in others):
@@ -107,10 +118,16 @@ def _series_in(folder: Path, source: Path) -> Iterator[Scan]:
     above = folder.relative_to(source).parent.as_posix()
     try:
         found = series_of(folder)
-    except VolumeError:  # no SimpleITK, or a damaged header: a scan that reading will say so of
-        found = {folder.resolve().name: folder}
-    for name, path in found.items():
-        yield Scan(name if above == "." else f"{above}/{name}", path)
+    except VolumeError:  # no SimpleITK, or a damaged header
+        found = {}
+    for name, path in (found or {folder.resolve().name: folder}).items():  # a scan that reading will say more of
+        yield Scan(printable(name if above == "." else f"{above}/{name}"), path)
+
+
+def printable(name: str) -> str:
+    """A name for tables and lines of text: what is no UTF-8 and what ends a line is spelled out."""
+    name = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)
 
 
 def predict(
@@ -258,10 +275,14 @@ def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> Non
 def write_predictions(path: str | Path, table: pd.DataFrame, checkpoint: str | Path) -> None:
     """The table of `predict` as a CSV of the scans that were read, or as a results.json of all that were found."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
         write_results(path, table, prevalence(Path(checkpoint)))
         return
+    write_csv(path, table)
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         table.to_csv(temporary)
 
@@ -271,6 +292,7 @@ def write_results(path: Path, table: pd.DataFrame, instead: np.ndarray) -> None:
 
     `instead` (18,) is the answer for one that could not be read: a scan that is missing makes the evaluation fail.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     predictions = []
     for scan in table.attrs["scans"]:
         values = table.loc[scan.name].to_numpy() if scan.name in table.index else instead

@@ -29,7 +29,7 @@ from ctclip_folders import foreign_folder, newest_run, run_material
 from ctclip_metrics import EvaluationError
 from ctclip_model import OneLineParser
 from ctclip_prompts import read_prompts
-from ctclip_scans import check_output, labels_of, predict, write_predictions
+from ctclip_scans import check_output, labels_of, predict, write_csv, write_predictions
 from ctclip_training import add_machine_flags, add_run_flags, add_training_flags, guarded, run_training
 
 PREDICTIONS = "results/predictions.csv"
@@ -62,11 +62,17 @@ def predict_mode(args: argparse.Namespace) -> None:
             workers=args.workers,
             on_scan=done.__setitem__,
         )
-    except KeyboardInterrupt as error:
-        raise SystemExit(keep(done, labels, output)) from error
+    except BaseException as error:
+        if done:
+            keep(done, labels, output)
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\nInterrupted: {len(done)} scans were done", file=sys.stderr)
+            raise SystemExit(130) from error
+        raise
     write_predictions(output, table, checkpoint)
     failures, files = table.attrs["failures"], table.attrs["files"]
-    print(f"Wrote {output}: {len(table)} scans, model {checkpoint}; {table.attrs['how']}")
+    rows = len(table.attrs["scans"]) if output.suffix == ".json" else len(table)
+    print(f"Wrote {output}: {rows} scans, model {checkpoint}; {table.attrs['how']}")
     if table.attrs["note"]:
         print(table.attrs["note"])
     if files:
@@ -78,18 +84,14 @@ def predict_mode(args: argparse.Namespace) -> None:
                               f"{instead}; they are named above")
 
 
-def keep(done: dict[str, np.ndarray], labels: Sequence[str], output: Path) -> int:
-    """After Ctrl-C: the rows that there are go to a table of their own. -> exit code."""
-    if done:
-        import pandas as pd
+def keep(done: dict[str, np.ndarray], labels: Sequence[str], output: Path) -> None:
+    """What was answered before it ended early, as a table of its own."""
+    import pandas as pd
 
-        part = output.with_name(f"{output.stem}.part.csv")
-        index = pd.Index(list(done), name="VolumeName")
-        write_predictions(part, pd.DataFrame(np.stack(list(done.values())), index, list(labels)), output)
-        print(f"\nInterrupted: {len(done)} scans are in {part}; predict the others by themselves", file=sys.stderr)
-    else:
-        print("\nInterrupted: no scan was done", file=sys.stderr)
-    return 130
+    part = output.with_name(f"{output.stem}.part.csv")
+    rows = pd.DataFrame(np.stack(list(done.values())), pd.Index(list(done), name="VolumeName"), list(labels))
+    write_csv(part, rows)
+    print(f"\nKept in {part}: {len(done)} scans; predict the others by themselves", file=sys.stderr)
 
 
 def export(args: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ def main() -> int:
         form = "uncalibrated" if run_calibration(MODEL) is None else "mapped"
         table = predict(INPUT, MODEL, form=form, workers=1)  # a thread: the container's shared memory holds no volume
         write_predictions(OUTPUT, table, MODEL)
-    except (EvaluationError, CheckpointError, FileNotFoundError) as error:
+    except (EvaluationError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"Wrote {OUTPUT}: {len(table.attrs['scans'])} scans; {table.attrs['how']}")

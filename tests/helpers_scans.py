@@ -35,11 +35,13 @@ def write_dicom(
     uid: str = "1.2.3.4.5",
     prefix: str = "IM",
     shear: float = 0.0,
+    digits: int = 6,
     tags: dict[str, str] | None = None,
 ) -> Path:
     """One file per slice, stored as HU + 1024 with the rescale intercept -1024, named in another order than they lie.
 
-    `shear` moves each slice so many mm along its rows, as a tilted gantry does; `tags` replace some.
+    `shear` moves each slice so many mm along its rows, as a tilted gantry does; `digits` are those of positions; `tags`
+    replace some.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = locale.setlocale(locale.LC_ALL)
@@ -60,7 +62,7 @@ def write_dicom(
             "0020|000e": uid,
             "0020|0011": uid.rsplit(".", 1)[-1],
             "0020|0013": str(number),
-            "0020|0032": "\\".join(f"{value:.6g}" for value in place),
+            "0020|0032": "\\".join(f"{value:.{digits}g}" for value in place),
             "0020|0037": "\\".join(f"{value:.6g}" for value in (*row, *column)),
             "0028|1052": "-1024",
             "0028|1053": "1",

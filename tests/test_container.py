@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers_data import affine_of, chest
 from helpers_scans import write_mha
@@ -65,6 +66,29 @@ def test_entry_point_answers_every_scan_and_exits_with_0(places, tmp_path):
     [warning] = done.stderr.strip().splitlines()
     assert warning.startswith("warning: answered with the prevalence: amos_2.mha: found 48 x 44 x 20 voxels declared")
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_run_with_thresholds_answers_with_these_on_a_half(places, tmp_path):
+    from ctclip_calibration import fit_calibration
+    from ctclip_scans import predict
+
+    source, plain = places
+    random = np.random.default_rng(0)
+    labels = (random.random((40, 18)) < 0.3).astype(int)
+    patients = np.array([f"train_{i}" for i in range(40)])
+    calibration = fit_calibration(labels, random.random((40, 18)), patients)
+    shutil.copytree(plain, tmp_path / "model")
+    calibration.save(tmp_path / "model" / "calibration.json")
+    command = [sys.executable, ROOT / "docker" / "entrypoint.py"]
+    env = environment(source, tmp_path / "model", tmp_path)
+    done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0 and "tuned cuts (prevalence) on 0.5" in done.stdout, done.stderr
+    check_results(tmp_path)
+    rows = json.loads((tmp_path / "results.json").read_text())["predictions"]
+    given = predict(source / "amos_1.mha", plain, form="uncalibrated", device="cpu").to_numpy()
+    found = np.array([list(row["probabilities"].values()) for row in rows if row["input_image_name"] == "amos_1"])
+    np.testing.assert_allclose(found, calibration.map_to_half(given), atol=1e-5)
+    assert np.abs(found - given).max() > 0.01
 
 
 def test_entry_point_without_scans_or_model_is_one_line(places, tmp_path):

@@ -4,6 +4,7 @@ and hostile files are one line each, in bounded time and memory."""
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 import subprocess
 import sys
@@ -154,7 +155,7 @@ def _flipped(path):
 BAD_META = {
     "missing": (lambda p: None, "no such file"),
     "a folder": (lambda p: p.mkdir(), "unreadable"),
-    "empty": (lambda p: p.write_bytes(b""), "an empty file"),
+    "empty": (lambda p: p.write_bytes(b""), "after 0 lines, no header"),
     "text": (lambda p: p.write_text("<html>Access denied</html>"), "no header"),
     "text with equals": (lambda p: p.write_text("a = b\n" * 999), "no header"),
     "one long line": (lambda p: p.write_bytes(b"x" * 9_000_000), "no header"),
@@ -182,6 +183,7 @@ BAD_META = {
     "text voxels": (lambda p: _field(p, "BinaryData", "False"), "as text"),
     "strange flag": (lambda p: _field(p, "CompressedData", "perhaps"), "'perhaps' as CompressedData"),
     "scaled voxels": (lambda p: _field(p, "ElementToIntensityFunctionSlope", "2"), "HU as stored"),
+    "a pipe": (lambda p: os.mkfifo(p), "a pipe or device"),
     "far voxels": (lambda p: _field(p, "HeaderSize", "99999999999"), "HeaderSize"),
 }
 
@@ -220,6 +222,36 @@ def _two_series(folder):
     _series(folder, uid="1.2.3.4.6", prefix="other")
 
 
+def _with_another(folder, hu, spacing=SPACING, codes="LPS"):
+    _series(folder)
+    write_dicom(folder, *reoriented(hu, affine_of(spacing), codes), prefix="other")
+
+
+SLOPE = b"\x28\x00\x53\x10\x02\x00\x00\x00"  # the tag and its length, in front of two characters
+
+
+def _rewritten(folder, old, new, every=1):
+    """What ITK would not write itself."""
+    for file in sorted(_series(folder).iterdir())[::every]:
+        data = file.read_bytes()
+        assert data.count(old) == 1
+        file.write_bytes(data.replace(old, new))
+    return folder
+
+
+def _cut_slice(folder, place):
+    """Cut, as a copy that ended early: the meta header is left, the pixels are not."""
+    if not folder.exists():
+        _series(folder)
+    files = [file for file in sorted(folder.iterdir()) if file.stat().st_size > 700]
+    by_place = sorted(files, key=lambda file: ctclip_files._Slice(file, *information(file)).position[2])
+    by_place[min(place, len(by_place) - 1)].write_bytes(by_place[min(place, len(by_place) - 1)].read_bytes()[:600])
+
+
+def information(file):
+    return ctclip_files._information(ctclip_files.simple_itk(file), file)
+
+
 BAD_SERIES = {
     "a slice is missing": (_one_less, "is one missing"),
     "one slice": (lambda f: write_dicom(f, chest((20, 18, 1)), affine_of(SPACING)), "single slice"),
@@ -227,6 +259,16 @@ BAD_SERIES = {
     "all at one place": (lambda f: _series(f, tags={"0020|0032": "0\\0\\0"}), "two slices at one place"),
     "tilted gantry": (lambda f: _series(f, shear=3.0), "tilt"),
     "two series": (_two_series, "2 DICOM series"),
+    "a localizer of the same series": (lambda f: _with_another(f, chest((30, 18, 1))), "slices that are alike"),
+    "a slice of another spacing": (lambda f: _with_another(f, chest((20, 18, 1)), (9.0, 9.0, 9.0)), "that are alike"),
+    "a turned slice": (lambda f: _with_another(f, chest((20, 18, 1)), codes="PSL"), "slices that are alike"),
+    "dark for dense": (lambda f: _rewritten(f, b"MONOCHROME2", b"MONOCHROME1"), "MONOCHROME1"),
+    "no slope": (lambda f: _rewritten(f, SLOPE + b"1 ", SLOPE + b"0 "), "RescaleSlope 0"),
+    "a slope that is no number": (lambda f: _rewritten(f, SLOPE + b"1 ", SLOPE + b"x "), "(0028,1053)"),
+    "two passes": (lambda f: (_series(f), _series(f, prefix="again")), "two slices at one place"),
+    "a damaged first slice": (lambda f: _cut_slice(f, 0), "an unreadable CT slice"),
+    "a damaged slice within": (lambda f: _cut_slice(f, 4), "an unreadable CT slice"),
+    "nothing but cut files": (lambda f: [_cut_slice(f, 0) for _ in range(8)], "an unreadable CT slice"),
     "no series": (lambda f: f.mkdir(), "0 DICOM series"),
 }
 
@@ -239,6 +281,54 @@ def test_bad_series_gives_one_line(tmp_path, case):
         preprocess_volume(tmp_path / "bad", None, SMALL)
     message = str(caught.value)
     assert told in message and "expected" in message and "\n" not in message and len(message) < 300
+
+
+def test_order_comes_from_positions_and_geometry_from_the_series(tmp_path, scan, monkeypatch):
+    """Also where GDCM does not sort: files are handed over in a random order here."""
+    hu, affine, expected = scan
+    folder = write_dicom(tmp_path / "series", hu, affine)
+    original = ctclip_files.DicomSeries._files
+    monkeypatch.setattr(ctclip_files.DicomSeries, "_files", lambda self: sorted(original(self), reverse=True)[::2]
+                        + sorted(original(self), reverse=True)[1::2])
+    assert torch.equal(preprocess_volume(folder, None, SMALL), expected)
+    np.testing.assert_allclose(place_volume(folder).affine, affine, atol=1e-3)
+
+
+def test_rescale_values_are_each_slice_s_own(tmp_path):
+    """Fractions too: in every other file the slope is .5."""
+    folder = _rewritten(tmp_path / "series", SLOPE + b"1 ", SLOPE + b".5", every=2)
+    halved = {file.name for file in sorted(folder.iterdir())[::2]}
+    with open_volume(folder) as series:
+        stored = np.concatenate([slices.copy() for _, slices in series.slabs()])
+        scale = np.array([0.5 if file.name in halved else 1 for file in series.files])
+    expected = (chest((20, 18, 8)).T + 1024.0) * scale[:, None, None] - 1024
+    np.testing.assert_array_equal(stored, expected)
+
+
+@pytest.mark.parametrize(("spacing", "count"), [(1 / 3, 45), (0.7, 60), (0.625, 33)])
+def test_slice_distance_is_the_number_that_other_formats_keep(tmp_path, spacing, count):
+    """Positions are written rounded; their mean distance must not become a voxel more or less."""
+    hu, affine = np.broadcast_to(chest((20, 18, 1)), (20, 18, count)), affine_of((9.0, 9.0, spacing), (11, -7, 3))
+    folder = write_dicom(tmp_path / "series", hu, affine, digits=8)
+    with open_volume(folder) as series, open_volume(write_mha(tmp_path / "a.mha", hu, affine)) as meta:
+        assert series.header.spacing[2] == meta.header.spacing[2]
+
+
+def test_header_before_the_voxels_is_skipped(tmp_path, scan):
+    hu, affine, expected = scan
+    path = write_mha(tmp_path / "a.mha", hu, affine)
+    head, mark, voxels = path.read_bytes().partition(b"LOCAL\n")
+    for size, between in ((b"7", b"padding"), (b"-1", b"whatever is here")):
+        path.write_bytes(head.replace(b"NDims", b"HeaderSize = " + size + b"\nNDims") + mark + between + voxels)
+        assert torch.equal(preprocess_volume(path, None, SMALL), expected)
+
+
+def test_other_ways_to_write_a_flag_and_blank_lines_are_read(tmp_path, scan):
+    hu, affine, expected = scan
+    path = write_mha(tmp_path / "a.mha", hu, affine)
+    data = path.read_bytes().replace(b"= True", b"= T").replace(b"= False", b"= no")
+    path.write_bytes(data.replace(b"\n", b"\n\n", 3))
+    assert torch.equal(preprocess_volume(path, None, SMALL), expected)
 
 
 def test_cut_slice_of_a_series_is_named(tmp_path):
@@ -263,6 +353,9 @@ def test_series_are_named_by_folder_and_number(tmp_path):
     assert list(ctclip_files.series_of(tmp_path / "one")) == ["one"]
     assert len(ctclip_files.series_of(tmp_path / "two")) == 2
     assert all(name.startswith("two/series_") for name in ctclip_files.series_of(tmp_path / "two"))
+    for number in range(4):  # of one number, and one last part of the identity
+        write_dicom(tmp_path / "many", chest((20, 18, 3)), affine_of(SPACING), f"1.2.{number}.4.7", f"s{number}")
+    assert list(ctclip_files.series_of(tmp_path / "many")) == [f"many/series_7{end}" for end in ("", "_2", "_3", "_4")]
 
 
 # ------------------------------------------------------------------ fuzz: seconds and megabytes, whatever a header says

@@ -4,6 +4,7 @@ costs only its own row. results.json is held against the challenge's form as the
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -286,6 +287,40 @@ def test_memory_does_not_grow_with_the_scan(tmp_path):
     assert used["big.mha"] - used["small.mha"] < 90, "MB"
 
 
+def test_links_are_followed_and_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    write_mha(tmp_path / "real" / "p1" / "a.mha", chest((9, 8, 7)), affine_of(SPACING))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "real" / "p1")
+    (tmp_path / "real" / "p1" / "round").symlink_to(tmp_path / "in")
+    assert [scan.name for scan in find_scans(tmp_path / "in")] == ["a.mha"]
+
+    def refused(top, onerror, **kwargs):
+        onerror(PermissionError(13, "Permission denied", "in/secret"))
+
+    monkeypatch.setattr(ctclip_scans.os, "walk", refused)
+    with pytest.raises(EvaluationError, match="in/secret: found a folder that cannot be listed .Permission denied."):
+        find_scans(tmp_path / "in")
+
+
+def test_names_that_are_no_text_are_spelled_out(tmp_path):
+    good = write_mha(tmp_path / "good.mha", chest(), affine_of(SPACING)).read_bytes()
+    (tmp_path / "in").mkdir()
+    for name in (b"b\xff.mha", b"two\nlines.mha", "\u00fc b.mha".encode()):
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path / "in"), name))).write_bytes(good)
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "p.csv") == 0
+    names = list(pd.read_csv(tmp_path / "p.csv", index_col="VolumeName").index)
+    assert names == ["b\\xff.mha", "two\\nlines.mha", "\u00fc b.mha"]
+
+
+def test_a_series_whose_files_are_all_damaged_is_still_a_scan(tmp_path):
+    folder = write_dicom(tmp_path / "in" / "series", chest((20, 18, 4)), affine_of(SPACING))
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[:600])
+    write(tmp_path / "in" / "a.nii.gz", chest())
+    table = predict(tmp_path / "in", MODEL, device="cpu")
+    assert list(table.index) == ["a.nii.gz"] and [name for name, _ in table.attrs["failures"]] == ["series"]
+
+
 def test_find_scans_asks_no_file_for_its_content(tmp_path):
     """Also what cannot be opened is listed: the challenge fails on a scan that is missing."""
     (tmp_path / "in").mkdir()
@@ -343,6 +378,6 @@ def test_what_is_done_when_ctrl_c_comes_is_kept(stored, tmp_path, monkeypatch, c
         call("--input", stored, "--output", tmp_path / "p.csv")
     table = pd.read_csv(tmp_path / "p.part.csv", index_col="VolumeName")
     assert stopped.value.code == 130 and list(table.index) == read[: len(table)] and 1 <= len(table) <= 3
-    assert f"Interrupted: {len(table)} scans are in" in capsys.readouterr().err
+    assert f"p.part.csv: {len(table)} scans" in capsys.readouterr().err
     assert not (tmp_path / "p.csv").exists()
     np.testing.assert_allclose(table.iloc[0], predict(stored / read[0], MODEL, device="cpu").iloc[0], atol=1e-6)
