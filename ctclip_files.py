@@ -354,7 +354,7 @@ class MetaFile(StreamFile):
                 if value.strip().upper() != "LOCAL":
                     raise problem(self.path, f"voxels in {value.strip()[:60]!r}", "LOCAL, in this file", CONVERT)
                 return fields
-        found = f"{line[:20]!r}" if line else f"the end of the file after {len(fields)} lines"
+        found = f"{line[:20]!r}" if line else f"the end of the file after {len(fields)} line{'s' * (len(fields) != 1)}"
         raise problem(self.path, f"{found}, no header that ends in ElementDataFile", "a MetaImage", AGAIN)
 
 
