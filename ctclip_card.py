@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
@@ -22,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ctclip_calibration import CALIBRATION_FILE, Calibration, load_calibration
+from ctclip_data import FIELD_OF_VIEW_MM
 from ctclip_folders import read_history, run_record
 from ctclip_hub import (
     AGAIN,
@@ -66,7 +68,11 @@ class CardError(ValueError):
 
 PUBLIC = ("status", "phantom", "labels", "device", "processes", "precision", "micro_batch", "gradient_checkpointing",
           "volumes", "patients", "read_as", "versions", "history")
-PUBLIC_WORDS = ("mode", "model", "head", "use_attention", "loss_type")  # text of the configuration; numbers all are
+PUBLIC_WORDS = ("mode", "model", "head", "init_head", "use_attention", "loss_type")  # texts; numbers all are
+PUBLIC_METRICS = ("at_0.5", "calibrated", "tuned", "tuned_global", "calibration", "per_label", "thresholds", "optimism",
+                  "undefined_auroc", "unit", "n_rows", "n_volumes", "n_patients", "volumes_without_patient", "left_out",
+                  "probabilities", "threshold_table", "intervals", "subgroups", "baseline", "phantom", "note",
+                  "settings", "versions", "success_criteria")
 
 
 def published_record(record: Mapping, history: list[dict] | None = None) -> dict:
@@ -102,8 +108,8 @@ def _known_file(path: str) -> str:
 
 
 def published_metrics(metrics: Mapping) -> dict:
-    """metrics.json without the folder of a baseline's table, and without groups too small to hide a patient in."""
-    metrics = dict(metrics)
+    """PUBLIC_METRICS of a metrics.json, without a baseline's folder and groups too small to hide a patient in."""
+    metrics = {key: value for key, value in metrics.items() if key in PUBLIC_METRICS}
     if metrics.get("baseline"):
         metrics["baseline"] = metrics["baseline"] | {"source": PureWindowsPath(metrics["baseline"]["source"]).name}
     if metrics.get("subgroups"):
@@ -186,16 +192,19 @@ class Licence:
     says: str
 
 
-def origin(model: CTCLIPMultiAbnormalityModel, record: Mapping) -> str | None:
-    """Name of the CT-CLIP file that training started from, without its ending; "other"; None where nobody knows."""
-    config = record.get("config")
-    if config is not None and config.get("model") == "ctclip":
-        path = config.get("ctclip_path") or (DEMO if record.get("phantom") else "ctclip_classfine")
-    elif model.load_report is not None:
-        path = _known_file(model.load_report.path)
-    else:
-        return None
-    return path.rsplit(".", 1)[0]
+def origin(model: CTCLIPMultiAbnormalityModel, record: Mapping | None = None) -> str | None:
+    """Name of the CT-CLIP file that training started from, without its ending, or "other"; of a slice backbone
+    "imagenet"; None where nobody knows. Where record, config.json and file differ, the one that binds more."""
+    said = [model.derived_from] if isinstance(model.derived_from, str) else []
+    if not model.is_ctclip:
+        return "imagenet" if said or ((record or {}).get("config") or {}).get("pretrained") else None
+    config = (record or {}).get("config") or {}
+    if config.get("model") == "ctclip":
+        said.append(config.get("ctclip_path") or (DEMO if record.get("phantom") else "ctclip_classfine"))
+    if model.load_report is not None:
+        said.append(model.load_report.path)
+    names = [_known_file(path).rsplit(".", 1)[0] for path in said]
+    return next((name for name in names if name != DEMO), DEMO if names else None)
 
 
 def licence_of(model: CTCLIPMultiAbnormalityModel, facts: Facts, cohort: str | None = None) -> Licence:
@@ -224,9 +233,10 @@ def _base_licence(model: CTCLIPMultiAbnormalityModel, facts: Facts) -> tuple[str
         return CT_CLIP_LICENCE, (f"The weights derive from CT-CLIP's ({which}), CC-BY-NC-SA-4.0: not for commercial "
                                  "use, to be shared under the same terms, with attribution.")
     name, config = model._hub_mixin_config["backbone"], facts.record.get("config") or {}
-    if "pretrained" not in config:
+    pretrained = origin(model, facts.record) is not None or config.get("pretrained")
+    if pretrained is None:
         return "unknown", f"Whether the backbone `{name}` started from ImageNet weights is {UNSAID}."
-    if not config["pretrained"]:
+    if not pretrained:
         return "apache-2.0", f"The backbone `{name}` (timm) started from random weights; the code is Apache-2.0."
     tag = backbone_weights(name)
     stated = tag.license if tag is not None else None
@@ -273,7 +283,7 @@ def _card(model: CTCLIPMultiAbnormalityModel, facts: Facts, repo_id: str | None,
             ("Training data", _training(facts, cohort)),
             ("Results", _results(facts)),
             ("Thresholds and calibration", _decisions(model, facts)),
-            ("How to use", _usage(facts, repo_id)),
+            ("How to use", _usage(model, facts, repo_id)),
             ("Licence", f"{_licence_title(licence.name)} {licence.says}\n\nThe code is Apache-2.0."),
             ("Citations", _citations(model)),
         ]
@@ -351,7 +361,7 @@ _INTENDED = (
 
 def _architecture(model: CTCLIPMultiAbnormalityModel) -> str:
     depth, height, width = model.input_shape
-    spacing = " x ".join(f"{360 / n:.4g}" for n in (depth, height, width))
+    spacing = " x ".join(f"{FIELD_OF_VIEW_MM / n:.4g}" for n in (depth, height, width))
     backbone, head = (sum(p.numel() for p in parameters) for parameters in
                       (model.backbone_parameters(), model.head_parameters()))
     if model.is_ctclip:
@@ -365,8 +375,8 @@ def _architecture(model: CTCLIPMultiAbnormalityModel) -> str:
     return "\n".join([
         f"{how} {backbone:,} parameters in the backbone, {head:,} in the head.",
         "",
-        f"- Input: one volume `(B, 1, {depth}, {height}, {width})` float32: a cube of 360 mm at {spacing} mm "
-        "(depth, x, y; in plane the transpose of the usual image), LPS.",
+        f"- Input: one volume `(B, 1, {depth}, {height}, {width})` float32: a cube of {FIELD_OF_VIEW_MM:g} mm "
+        f"at {spacing} mm (depth, x, y; in plane the transpose of the usual image), LPS.",
         "- Values: Hounsfield units clipped to [-1000, 1000] *before* resampling (trilinear), divided by 1000; outside "
         "the scan -1.",
         "- `preprocess_volume(path, shape=model.input_shape)` makes exactly that from a file whose header is right.",
@@ -389,6 +399,8 @@ def _training(facts: Facts, cohort: str | None) -> str:
     for name, use in (("train", "training"), ("tuning", "tuning (choice of epoch, calibration, thresholds)")):
         lines.append(f"| {use} | {volumes[name]:,} | {patients[name]:,} |")
     lines += ["", f"Split by patient. Left out (unreadable, not a chest): {record['left_out']:,} volumes."]
+    if config.get("init_head") == "prompts":
+        lines.append("The head started from zero-shot prompts: from the sentences that the text tower was asked.")
     lines.append(f"Loss {config.get('loss_type', UNSAID)}; seed {config.get('seed', UNSAID)}; status of the run: "
                  f"{record.get('status', UNSAID)}.")
     if history := record.get("history"):
@@ -478,7 +490,7 @@ def _cut(value: float) -> str:
     return "nothing is positive" if value > 1 else f"{value:.4f}"
 
 
-def _usage(facts: Facts, repo_id: str | None) -> str:
+def _usage(model: CTCLIPMultiAbnormalityModel, facts: Facts, repo_id: str | None) -> str:
     lines = [
         "import torch",
         *(["from ctclip_calibration import load_calibration"] if facts.calibration is not None else []),
@@ -488,7 +500,7 @@ def _usage(facts: Facts, repo_id: str | None) -> str:
         f'model = CTCLIPMultiAbnormalityModel.from_pretrained("{repo_id or "USER/NAME"}")',
         'volume = preprocess_volume("scan.nii.gz", shape=model.input_shape)  # (1, D, H, W)',
         "with torch.inference_mode():",
-        f"    given = model(volume[None]).sigmoid().numpy()  # (1, {len(ABNORMALITIES)})",
+        f"    given = model(volume[None]).sigmoid().numpy()  # (1, {len(model.labels)})",
     ]
     if facts.calibration is not None:
         lines += [
@@ -521,12 +533,17 @@ def _citations(model: CTCLIPMultiAbnormalityModel) -> str:
 def carry(
     model: CTCLIPMultiAbnormalityModel, target: Path, repo_id: str | None = None, cohort: str | None = None
 ) -> None:
-    """What `save_pretrained` puts beside the weights: the card, and what of CARRIED belongs to them.
+    """`save_pretrained`: the weights and, beside them, the card and what of CARRIED belongs to them.
 
-    A README.md of somebody's own stays. In the run's own folder only the card is written. Raises CardError where the
-    folder is a run of other weights, which would be lost.
+    First what spoke of other weights goes, then the weights come, then what speaks of them: a full disk leaves nothing
+    beside weights that are not its own. A README.md of somebody's own stays, and one of the run's goes along. In the
+    run's own folder only the card is written. Raises CardError where the folder is a run of other weights, which would
+    be lost.
     """
     facts = Facts.of(model, model.folder)
+    model.derived_from = origin(model, facts.record)
+    files, card = {}, None if facts.changed else own_card(model.folder)
+    card = card or _card(model, facts, repo_id, cohort)
     own = not facts.changed and model.folder is not None and target.is_dir() and model.folder.samefile(target)
     if not own:
         if (target / "run.json").is_file() and not run_record(target).get("published"):
@@ -535,24 +552,41 @@ def carry(
         target.mkdir(parents=True, exist_ok=True)
         files = facts.files()
         for name in CARRIED:
-            if name not in files:
-                (target / name).unlink(missing_ok=True)  # they spoke of the weights that were here
-        for name, content in files.items():
-            with replacing(target / name) as path:
-                path.write_text(content, encoding="utf-8")
-    write_card(target, _card(model, facts, repo_id, cohort))
+            path = target / name
+            if path.is_file() and path.read_bytes() != files.get(name, "").encode():
+                path.unlink()
+    if _text(target / CARD) != card:
+        discard_card(target)
+    model._save_pretrained(target)
+    for name, content in files.items():
+        with replacing(target / name) as path:
+            path.write_text(content, encoding="utf-8", newline="\n")
+    write_card(target, card)
 
 
 def write_card(folder: Path, card: str) -> bool:
     """README.md in the folder, unless there is one that somebody wrote; -> whether it was written."""
-    path = folder / CARD
-    if path.is_file():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if OURS not in text and MIXINS not in text:
-            return False
-    with replacing(path) as temporary:
+    if own_card(folder) is not None:
+        return False
+    with replacing(folder / CARD) as temporary:
         temporary.write_text(card, encoding="utf-8")
     return True
+
+
+def discard_card(folder: Path) -> None:
+    """Removes a card of ours: its weights are about to be replaced."""
+    if OURS in (_text(folder / CARD) or ""):
+        (folder / CARD).unlink()
+
+
+def own_card(folder: Path | None) -> str | None:
+    """The folder's README.md where somebody wrote it, not a program."""
+    text = None if folder is None else _text(folder / CARD)
+    return None if text is None or OURS in text or MIXINS in text else text
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 # ---- the hub
@@ -592,6 +626,26 @@ def push_run(run: str | Path, repo_id: str, private: bool = True, cohort: str | 
         raise
     except Exception as error:
         raise explain_push(error, repo_id, token) from error
+
+
+def card_on_the_hub(repo_id: str, token: str | bool | None = None, branch: str | None = None) -> str | None:
+    """The repository's README.md where somebody wrote it, not a program; None also where there is none to see."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            hf_hub_download(repo_id, CARD, revision=branch, token=token, local_dir=folder)
+        except LocalEntryNotFoundError:  # no connection: not known
+            raise
+        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+            return None
+        return own_card(Path(folder))
 
 
 def is_public(repo_id: str, token: str) -> bool:
@@ -648,10 +702,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cohort", metavar="NAME", help="what the training cohort is called, for the card; CT-RATE's "
                                                          "terms then bind the weights")
     args = parser.parse_args(argv)
+    if args.print and args.push:
+        parser.error("--print goes without --push: it writes and uploads nothing")
     if args.public and not args.push:
         parser.error("--public goes with --push USER/NAME")
     run = Path(args.run)
     try:
+        if run.is_file():
+            raise CardError(f"{run}: found a file, expected a run folder, whose record the card needs; name that")
         if not run.is_dir():
             raise CardError(f"{run}: found no such folder, expected a run; list results/ for its name")
         if args.push:

@@ -544,9 +544,14 @@ def prompts_rows() -> Iterator[Row]:
         "its vocabulary": not vocabulary.exists() and f"{setup_command()} --model {files[0].name} fetches it",
         "the package transformers": transformers is None and "pip install transformers",
     }
+    kept = [any(weights.whole.parent.glob(f"{weights.whole.stem}.prompts_*.safetensors")) for weights in files]
+    numbers["kept"] = sum(kept)
     lacking = {what: remedy for what, remedy in remedies.items() if remedy}
     names = join(weights.name for weights in files)
-    if lacking:
+    if list(lacking) == ["the package transformers"] and all(kept):
+        found = f"{names}: {vocabulary}, answers to prompts used before; others need the package transformers"
+        yield Row("prompts", "ok", found, tuple(lacking.values()), numbers)
+    elif lacking:
         found = f"{names}: without {' and '.join(lacking)} no prediction by prompts; fine-tuning works"
         yield Row("prompts", "warning", found, tuple(lacking.values()), numbers)
     else:

@@ -45,30 +45,44 @@ LEVELS = 127  # steps of a map on either side of 0: in 255 levels it packs sever
 SHOWN, APART_MM = 3, 20.0  # axial slices in a picture, and how far from each other
 FAINT, OPAQUE = 0.2, 0.75  # share of the highest value below which nothing is drawn; opacity of the highest
 MARGIN_MM = 6.0  # of air around the body in a picture
+NUMBER_POINTS = 8.0
 OUTLINE = "#4dd2ff"
 UNSAFE = re.compile(r"[^\w.-]+")  # in a file's name
+LONGEST_NAME = 80  # bytes of a label in a file's name, which ends at 255 on most disks
+NIFTI_1_SIZE = 2**15 - 1  # voxels along an axis that its header can say
+WORTH_SAYING = 0.03  # share of the evidence outside the scan from which the caption tells of it
 
 
 def parse_labels(text: str, model_labels: Sequence[str] = ABNORMALITIES) -> list[str]:
     """Labels of the model, spelled as there and in the order asked for, from "emphysema, Lung nodule" or "all".
 
-    Raises EvaluationError for a name that the model does not have.
+    A label may have commas of its own: the most parts that make one are taken as one. Raises EvaluationError for a name
+    that the model does not have.
     """
-    known = {label.lower(): label for label in model_labels}
-    asked = [part.strip() for part in text.split(",") if part.strip()]
-    if [part.lower() for part in asked] == ["all"]:
+    known = {",".join(_parts(label.lower())): label for label in model_labels}
+    parts = _parts(text)
+    if [part.lower() for part in parts] == ["all"]:
         return list(model_labels)
-    if not asked:
+    if not parts:
         raise EvaluationError("found no label to explain, expected one or more, commas between; name them, or all")
-    for part in asked:
-        if part.lower() not in known:
-            close = difflib.get_close_matches(part.lower(), known, n=3, cutoff=0.5)
+    labels = []
+    while parts:
+        counts = range(len(parts), 0, -1)
+        count = next((n for n in counts if ",".join(parts[:n]).lower() in known), None)
+        if count is None:
+            close = difflib.get_close_matches(parts[0].lower(), known, n=3, cutoff=0.5)
             expected = f"perhaps {' or '.join(known[name] for name in close)}" if close else ", ".join(model_labels)
             raise EvaluationError(
-                f"found '{part}' among the labels to explain, expected a label of this model ({expected}); "
+                f"found '{parts[0]}' among the labels to explain, expected a label of this model ({expected}); "
                 "correct it, or ask for all"
             )
-    return list(dict.fromkeys(known[part.lower()] for part in asked))
+        labels.append(known[",".join(parts[:count]).lower()])
+        parts = parts[count:]
+    return list(dict.fromkeys(labels))
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 # ----------------------------------------------------------------------------------------------------- the logit, split
@@ -206,7 +220,9 @@ def _write_slices(file: IO[bytes], levels: np.ndarray, fast: np.ndarray, middle:
 
 
 def _heat_header(placement: Placement, slope: float, highest: float, label: str) -> nib.Nifti1Header:
-    header = nib.Nifti1Header(endianness="<")
+    """NIfTI-1, which every viewer reads; NIfTI-2 for a grid that only that can say."""
+    kind = nib.Nifti1Header if max(placement.shape) <= NIFTI_1_SIZE else nib.Nifti2Header
+    header = kind(endianness="<")
     header.set_data_dtype("<i2")
     header.set_data_shape(placement.shape)
     header.set_zooms(placement.spacing)
@@ -230,14 +246,37 @@ def strongest_token(values: np.ndarray) -> tuple[int, int, int]:
     return tuple(int(i) for i in np.unravel_index(values.argmax(), values.shape))
 
 
-def strongest_levels(values: np.ndarray, count: int = SHOWN, apart_mm: float = APART_MM) -> list[int]:
-    """Up to `count` rows of T by their highest value, each at least `apart_mm` from the others; from head to foot."""
-    step = FIELD_OF_VIEW_MM / len(values)
+def strongest_levels(values: np.ndarray) -> list[int]:
+    """Up to SHOWN rows of T by their highest value, each at least APART_MM from the others; from head to foot. Rows at
+    -inf are not taken."""
+    step, highest = FIELD_OF_VIEW_MM / len(values), values.max((1, 2))
     chosen: list[int] = []
-    for row in np.argsort(-values.max((1, 2)), kind="stable").tolist():
-        if len(chosen) < count and all(abs(row - other) * step >= apart_mm for other in chosen):
+    for row in np.argsort(-highest, kind="stable").tolist():
+        apart = all(abs(row - other) * step >= APART_MM for other in chosen)
+        if len(chosen) < SHOWN and apart and highest[row] > -np.inf:
             chosen.append(row)
     return sorted(chosen, reverse=True)
+
+
+def _extent(placement: Placement, cube_axis: int) -> tuple[float, float]:
+    """(from, to) of the scan along an axis of the cube, as shares of its edge: to the outer sides of its voxels."""
+    axis = placement.axes.index(cube_axis)
+    position = placement.position[axis]
+    voxel = abs(position[1] - position[0]) if len(position) > 1 else placement.spacing[axis] / FIELD_OF_VIEW_MM
+    return float(position.min() - voxel / 2), float(position.max() + voxel / 2)
+
+
+def tokens_within(placement: Placement, grid: tuple[int, int, int]) -> np.ndarray:
+    """(T, h, w) bool: which tokens have their centre within the scan; the others saw padding, or mostly. Along an axis
+    on which no centre lies within, the nearest does."""
+    sides = []
+    for axis, tokens in enumerate(grid):
+        low, high = _extent(placement, axis)
+        centres = (np.arange(tokens) + 0.5) / tokens
+        within = (low <= centres) & (centres <= high)
+        within[np.abs(centres - (low + high) / 2).argmin()] = True  # adds one only where there is none
+        sides.append(within)
+    return np.logical_and.outer(np.logical_and.outer(sides[0], sides[1]), sides[2])
 
 
 def explain_figure(
@@ -251,68 +290,83 @@ def explain_figure(
 ) -> Figure:
     """The strongest axial slices, head first, and the coronal slice through the strongest token (ringed).
 
-    volume (1, 1, D, H, W) is what the model saw; values (T, h, w). Colour: evidence for the label, clear below FAINT of
-    the highest value; evidence against it is not drawn. As radiologists look: the patient's right on the left, front or
-    head at the top. `outline` (D, H, W), if any, is drawn where it crosses 0.
+    volume (1, 1, D, H, W) is what the model saw; values (T, h, w). Slices and ring are chosen among `tokens_within`.
+    Colour: evidence for the label, clear below FAINT of the highest value within the scan; evidence against it is not
+    drawn. As radiologists look: the patient's right on the left, front or head at the top. `outline` (D, H, W), if any,
+    is drawn where it crosses 0.
     """
-    hu, peak = volume[0, 0].float().cpu().numpy(), strongest_token(values)
-    levels = strongest_levels(values)
-    top = float(values.max())
+    hu = volume[0, 0].float().cpu().numpy()
+    within = np.where(tokens_within(placement, values.shape), values, -np.inf)
+    peak, levels, top = strongest_token(within), strongest_levels(within), float(within.max())
+    seen = _Seen(hu, values, np.zeros_like(hu) if outline is None else outline, window, top)
+    z, x, y = (_centre(placement, axis, i, n) for axis, (i, n) in enumerate(zip(peak, values.shape, strict=True)))
+    heights = [_centre(placement, 0, row, len(values)) for row in levels]
     (x0, x1), (y0, y1), (z0, z1) = _shown_mm(hu, placement)
-    centre = [(i + 0.5) / n for i, n in zip(peak, values.shape, strict=True)]
-    inside = np.zeros_like(hu) if outline is None else outline
-    layers = [_weights((np.arange(size) + 0.5) / size, n) for size, n in zip(hu.shape, values.shape, strict=True)]
+    page = _Page(x1 - x0, y1 - y0, z1 - z0)
 
-    # Inches. All panels have one scale; the axial ones stand above the colour bar.
-    width, left, gap, head, foot = 13.0, 0.15, 0.12, 1.15, 0.7
-    inch = (width - 2 * left - SHOWN * gap) / ((SHOWN + 1) * (x1 - x0))  # per mm
-    panel, deep, tall = (x1 - x0) * inch, (y1 - y0) * inch, (z1 - z0) * inch
-    height = head + max(deep + foot, tall + 0.1)
-    figure = new_figure(width, height, layout=None)
-
-    def axes(column: int, size: float) -> Axes:
-        x = left + column * (panel + gap)
-        return figure.add_axes((x / width, (height - head - size) / height, panel / width, size / height))
-
-    for column, row in enumerate(levels):
-        k = min(int((row + 0.5) / len(values) * len(hu)), len(hu) - 1)
-        ax = axes(column, deep)
-        evidence = layers[1] @ np.tensordot(layers[0][k], values, 1) @ layers[2].T
-        image = _show(ax, hu[k].T, evidence.T, inside[k].T, window, top)
+    for column, (row, at) in enumerate(zip(levels, heights, strict=True)):
+        ax = page.axes(column, y1 - y0)
+        seen.show(ax, 0, at)
         ax.set(xlim=(x0, x1), ylim=(y1, y0))
-        _mark_sides(ax)
-        at = (row + 0.5) / len(values)
         _headline(ax, f"{column + 1}. Axial, {_below_top(placement, at)}", _file_index(placement, 0, at))
         if row == peak[0] and top > 0:
-            _ring(ax, centre[1], centre[2])
-    k = min(int(centre[2] * hu.shape[2]), hu.shape[2] - 1)
-    ax = axes(SHOWN, tall)
-    evidence = layers[0] @ (values @ layers[2][k]) @ layers[1].T
-    image = _show(ax, hu[:, :, k], evidence, inside[:, :, k], window, top)
+            _ring(ax, x, y)
+    ax = page.axes(max(len(levels), 2), z1 - z0)  # the colour bar takes two columns
+    image = seen.show(ax, 2, y)
     ax.set(xlim=(x0, x1), ylim=(z0, z1))
-    _mark_sides(ax)
-    for number, row in enumerate(levels, 1):
-        z = (row + 0.5) / len(values) * FIELD_OF_VIEW_MM
-        ax.axhline(z, color="white", linewidth=0.6, linestyle=(0, (4, 4)), alpha=0.7)
-        ax.text(x0 + 0.02 * (x1 - x0), z, str(number), va="bottom", **_on_picture(8))
+    _headline(ax, "Coronal, through the ring" if top > 0 else "Coronal", _file_index(placement, 2, y))
     if top > 0:
-        _ring(ax, centre[1], centre[0])
-    _headline(ax, "Coronal, through the ring", _file_index(placement, 2, centre[2]))
+        _ring(ax, x, z)
+    for number, at in enumerate(heights, 1):
+        _number(ax, at * FIELD_OF_VIEW_MM, number, NUMBER_POINTS * 1.5 / 72 / page.inch)
+    page.write(title, caption)
+    _colour_bar(page.bar(), image, top)
+    return page.figure
 
-    figure.text(left / width, 1 - 0.14 / height, title, fontsize=13, color=INK, va="top", weight="bold")
-    figure.text(left / width, 1 - 0.44 / height, caption, fontsize=9, color=GREY, va="top")
-    bar = figure.add_axes((left / width, (height - head - deep - 0.27) / height, 1.6 * panel / width, 0.11 / height))
-    _colour_bar(bar, image, top)
-    return figure
+
+def _centre(placement: Placement, cube_axis: int, token: int, tokens: int) -> float:
+    """Of a token, as a share of the cube's edge; moved to the nearest voxel's where that is within the scan no more."""
+    position = placement.position[placement.axes.index(cube_axis)]
+    return float(np.clip((token + 0.5) / tokens, position.min(), position.max()))
+
+
+class _Page:
+    """A figure of SHOWN axial panels above a colour bar, and a coronal one beside them: all of one scale, heads
+    aligned. Lengths in inches, but for the panels', which are in mm."""
+
+    WIDTH, LEFT, GAP, HEAD, FOOT = 13.0, 0.15, 0.12, 1.15, 0.7
+
+    def __init__(self, across: float, deep: float, tall: float):
+        self.panel = (self.WIDTH - 2 * self.LEFT - SHOWN * self.GAP) / (SHOWN + 1)
+        self.inch = self.panel / across  # per mm
+        self.deep = deep * self.inch
+        self.height = self.HEAD + max(self.deep + self.FOOT, tall * self.inch + 0.1)
+        self.figure = new_figure(self.WIDTH, self.height, layout=None)
+
+    def axes(self, column: int, size: float) -> Axes:
+        left, high = self.LEFT + column * (self.panel + self.GAP), size * self.inch
+        return self._place(left, self.HEAD + high, self.panel, high)
+
+    def bar(self) -> Axes:
+        return self._place(self.LEFT, self.HEAD + self.deep + 0.27, 1.6 * self.panel, 0.11)
+
+    def write(self, title: str, caption: str) -> None:
+        left, top = self.LEFT / self.WIDTH, 1 - 0.14 / self.height
+        self.figure.text(left, top, title, fontsize=13, color=INK, va="top", weight="bold")
+        self.figure.text(left, top - 0.3 / self.height, caption, fontsize=9, color=GREY, va="top")
+
+    def _place(self, left: float, below: float, width: float, height: float) -> Axes:
+        """`below`: of its lower side, from the top of the figure."""
+        wide, high = self.WIDTH, self.height
+        return self.figure.add_axes((left / wide, (high - below) / high, width / wide, height / high))
 
 
 def _shown_mm(hu: np.ndarray, placement: Placement) -> list[tuple[float, float]]:
     """(from, to) in mm of the cube along x, y, z: the body within the scan. All of the scan where there is no body."""
     shown = []
     for axis in (1, 2, 0):
-        position = placement.position[placement.axes.index(axis)]
-        half = abs(position[1] - position[0]) / 2
-        low, high = max(0.0, position.min() - half), min(1.0, position.max() + half)
+        low, high = _extent(placement, axis)
+        low, high = max(0.0, low), min(1.0, high)
         others = tuple(i for i in range(3) if i != axis)
         body = np.flatnonzero((hu > -0.5).mean(others) > 0.005)  # the table and a wire are thinner
         if axis and len(body):
@@ -323,22 +377,39 @@ def _shown_mm(hu: np.ndarray, placement: Placement) -> list[tuple[float, float]]
     return shown
 
 
-def _show(
-    ax: Axes, gray: np.ndarray, evidence: np.ndarray, inside: np.ndarray, window: tuple[float, float], top: float
-) -> AxesImage:
-    """All (rows, columns) over the whole cube, the first row at 0 mm; returns the image that the colours belong to."""
-    level, width = window
-    whole = {"extent": (0, FIELD_OF_VIEW_MM, FIELD_OF_VIEW_MM, 0), "interpolation": "bilinear"}
-    ax.imshow(gray, cmap="gray", vmin=level - width / 2, vmax=level + width / 2, **whole)
-    scale = top if top > 0 else 1.0
-    share = np.clip((evidence / scale - FAINT) / (1 - FAINT), 0, 1)
-    image = ax.imshow(evidence, cmap="plasma", vmin=0, vmax=scale, alpha=OPAQUE * share**0.7, **whole)
-    if inside.min() < 0 < inside.max():
-        rows, columns = (FIELD_OF_VIEW_MM * (np.arange(n) + 0.5) / n for n in inside.shape)
-        ax.contour(columns, rows, inside, levels=[0], colors=[OUTLINE], linewidths=1.2)
-    ax.set(xticks=[], yticks=[], aspect="auto", facecolor="black")
-    ax.spines[:].set_visible(False)
-    return image
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """hu and outline (D, H, W); values (T, h, w), coloured up to `top`; window: level and width."""
+
+    hu: np.ndarray
+    values: np.ndarray
+    outline: np.ndarray
+    window: tuple[float, float]
+    top: float
+
+    def show(self, ax: Axes, axis: int, at: float) -> AxesImage:
+        """The slice at that share of the cube, over the whole cube, the first row at 0 mm: axis 0 axial (y down), 2
+        coronal (z down). Returns the image that the colours belong to."""
+        layers = [_weights((np.arange(d) + 0.5) / d, n) for d, n in zip(self.hu.shape, self.values.shape, strict=True)]
+        k = min(int(at * self.hu.shape[axis]), self.hu.shape[axis] - 1)
+        first, second = (layers[other] for other in range(3) if other != axis)
+        evidence = first @ np.tensordot(layers[axis][k], self.values, (0, axis)) @ second.T
+        planes = self.hu.take(k, axis), evidence, self.outline.take(k, axis)
+        gray, evidence, inside = (plane.T for plane in planes) if axis == 0 else planes
+
+        level, width = self.window
+        whole = {"extent": (0, FIELD_OF_VIEW_MM, FIELD_OF_VIEW_MM, 0), "interpolation": "bilinear"}
+        ax.imshow(gray, cmap="gray", vmin=level - width / 2, vmax=level + width / 2, **whole)
+        scale = self.top if self.top > 0 else 1.0
+        share = np.clip((evidence / scale - FAINT) / (1 - FAINT), 0, 1) if self.top > 0 else np.zeros(evidence.shape)
+        image = ax.imshow(evidence, cmap="plasma", vmin=0, vmax=scale, alpha=OPAQUE * share**0.7, **whole)
+        if inside.min() < 0 < inside.max():
+            rows, columns = (FIELD_OF_VIEW_MM * (np.arange(n) + 0.5) / n for n in inside.shape)
+            ax.contour(columns, rows, inside, levels=[0], colors=[OUTLINE], linewidths=1.2)
+        ax.set(xticks=[], yticks=[], aspect="auto", facecolor="black")
+        ax.spines[:].set_visible(False)
+        _mark_sides(ax)
+        return image
 
 
 def _mark_sides(ax: Axes) -> None:
@@ -352,6 +423,15 @@ def _on_picture(size: float) -> dict:
     return {"color": "white", "fontsize": size, "path_effects": [withStroke(linewidth=2, foreground="black")]}
 
 
+def _number(ax: Axes, z: float, number: int, needed: float) -> None:
+    """A line across the coronal panel with its number, which takes `needed` mm: above the line, or below it where the
+    title would be."""
+    (x0, x1), high = ax.get_xlim(), ax.get_ylim()[1]
+    ax.axhline(z, color="white", linewidth=0.6, linestyle=(0, (4, 4)), alpha=0.7)
+    side = "bottom" if z + needed <= high else "top"
+    ax.text(x0 + 0.09 * (x1 - x0), z, str(number), va=side, **_on_picture(NUMBER_POINTS))  # beside the R
+
+
 def _ring(ax: Axes, across: float, down: float) -> None:
     place = across * FIELD_OF_VIEW_MM, down * FIELD_OF_VIEW_MM
     for colour, width in (("black", 2.6), ("white", 1.2)):
@@ -361,12 +441,14 @@ def _ring(ax: Axes, across: float, down: float) -> None:
 def _colour_bar(ax: Axes, image: AxesImage, top: float) -> None:
     if top <= 0:
         ax.set_axis_off()
-        ax.text(0, 1, "No token speaks for this label: nothing is coloured", fontsize=9, color=GREY, va="top")
+        said = "No token within the scan speaks for this label: nothing is coloured"
+        ax.text(0, 1, said, fontsize=9, color=GREY, va="top")
         return
     bar = ax.figure.colorbar(image, cax=ax, orientation="horizontal")
     bar.set_ticks([0, top / 2, top], labels=["0", f"{top / 2:.2g}", f"{top:.2g}"])
     ax.tick_params(labelsize=8, length=2, color=GREY)
-    ax.set_xlabel("Evidence for the label, logits per token. Scaled to this map's highest", fontsize=8, color=GREY)
+    said = "Evidence for the label, logits per token. Scaled to the highest within the scan"
+    ax.set_xlabel(said, fontsize=8, color=GREY)
     bar.solids.set_alpha(1)
     bar.outline.set_visible(False)
 
@@ -376,17 +458,13 @@ def _headline(ax: Axes, first: str, second: str) -> None:
 
 
 def _below_top(placement: Placement, z: float) -> str:
-    position = placement.position[placement.axes.index(0)]
-    top = position.max() + abs(position[1] - position[0]) / 2
-    return f"{(top - z) * FIELD_OF_VIEW_MM:.0f} mm below the top of the scan"
+    return f"{(_extent(placement, 0)[1] - z) * FIELD_OF_VIEW_MM:.0f} mm below the top of the scan"
 
 
 def _file_index(placement: Placement, cube_axis: int, place: float) -> str:
     """The file's own slice there, as viewers count that start at 0."""
     axis = placement.axes.index(cube_axis)
     position = placement.position[axis]
-    if not position.min() <= place <= position.max():
-        return "outside the scan"
     return f"slice {'ijk'[axis]} = {int(np.abs(position - place).argmin())} (0 to {len(position) - 1})"
 
 
@@ -403,7 +481,7 @@ def explain_scan(
     probabilities: np.ndarray,
     note: str | None = None,
 ) -> list[Path]:
-    """Writes `<name>_<label>.nii.gz` and `.png` of each label into `folder`; returns their paths.
+    """Writes `<name>_<label>.nii.gz` and `.png` of each label into `folder`; returns their paths. See `_stems`.
 
     volume: (1, 1, D, H, W) of that scan on the model's device. placement: of its file, for `model.input_shape`. labels:
     of `model.labels`. probabilities: one for each of `model.labels`, as the user is told them. note: on the picture,
@@ -414,8 +492,8 @@ def explain_scan(
     index = [model.labels.index(label) for label in labels]
     evidence = token_evidence(model, volume, index)
     written = []
-    for i, label in enumerate(labels):
-        path = folder / f"{name}_{UNSAFE.sub('_', label)}"
+    for i, (label, stem) in enumerate(zip(labels, _stems(name, labels), strict=True)):
+        path = folder / stem
         values = evidence.values[i]
         heat_map, picture = path.with_name(path.name + SUFFIX), path.with_name(path.name + ".png")
         write_heat_map(values, placement, heat_map, label)
@@ -425,14 +503,32 @@ def explain_scan(
             placement,
             f"{label}: probability {probabilities[index[i]]:.2f}",
             SOFT_WINDOW if label in SOFT_LABELS else LUNG_WINDOW,
-            f"{name}    {_account(values, evidence.remainder[i], evidence.logits[i])}",
+            f"{name}    {_account(values, evidence.remainder[i], evidence.logits[i], placement)}",
         )
         write_figure(figure, picture, note)
         written += [heat_map, picture]
     return written
 
 
-def _account(values: np.ndarray, remainder: float, logit: float) -> str:
-    speaks, against = values[values > 0].sum(), values[values < 0].sum()
-    tokens = f"tokens for it {speaks:+.2f}, tokens against it {against:+.2f}"
-    return f"Logit {logit:+.2f}, before calibration: {tokens}, remainder {remainder:+.2f}"
+def _stems(name: str, labels: Sequence[str]) -> list[str]:
+    """`<name>_<label>` without unsafe signs, cut at LONGEST_NAME; a number behind where two would be one file, as they
+    are, case apart, on the disks of Windows and macOS."""
+    stems: dict[str, str] = {}
+    for label in labels:
+        plain = stem = UNSAFE.sub("_", label).encode()[:LONGEST_NAME].decode(errors="ignore")
+        number = 1
+        while stem.lower() in stems:
+            number += 1
+            stem = f"{plain}_{number}"
+        stems[stem.lower()] = f"{name}_{stem}"
+    return list(stems.values())
+
+
+def _account(values: np.ndarray, remainder: float, logit: float, placement: Placement) -> str:
+    outside = ~tokens_within(placement, values.shape)
+    tokens = []
+    for side, what in ((values > 0, "for"), (values < 0, "against")):
+        whole, beyond = values[side].sum(), values[side & outside].sum()
+        said = f"tokens {what} it {whole:+.2f}"
+        tokens.append(said + f" (of which outside the scan {beyond:+.2f})" * bool(beyond / (whole or 1) > WORTH_SAYING))
+    return f"Logit {logit:+.2f}, before calibration: {', '.join(tokens)}, remainder {remainder:+.2f}"

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctclip_calibration import Calibration
+from ctclip_data import FIELD_OF_VIEW_MM
 from ctclip_folders import run_calibration
 from ctclip_model import ABNORMALITIES, CheckpointError, CTCLIPMultiAbnormalityModel
 from ctclip_predict import load_model
@@ -107,17 +108,17 @@ def export_onnx(
         calibration: of the run, for the metadata; the graph's logits are the model's own, not calibrated.
         volumes: batches (B, 1, D, H, W) to compare on; by default a synthetic chest alone, then two at once.
 
-    Raises ExportError: a package is missing, the exporter fails, or the file's logits differ from the model's by more
-    than TOLERANCE while no flip between nearly equal codes explains it. Then no file is left.
+    Raises ExportError: `path` does not end in .onnx, a package is missing, the exporter fails, or the file's logits
+    differ from the model's by more than TOLERANCE while no flip between nearly equal codes explains it. Then no file is
+    left.
     """
+    path, started = Path(path), time.perf_counter()
+    check_output(path)
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ExportError(
             f"found no {' and no '.join(missing)}, which exporting needs; pip install {' '.join(NEEDED)} onnxruntime "
             "(the last to have the file checked)"
         )
-    path, started = Path(path), time.perf_counter()
-    if path.is_dir():
-        raise ExportError(f"{path}: found a folder, expected a file to write, such as {path / 'model.onnx'}")
     training = model.training
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
@@ -137,9 +138,19 @@ def export_onnx(
     return Export(path, written, outputs, time.perf_counter() - started, parity)
 
 
+def check_output(path: Path) -> None:
+    """Raises ExportError for a folder, and for any ending but .onnx: the file there could be a run's weights."""
+    if path.is_dir():
+        raise ExportError(f"{path}: found a folder, expected a file to write, such as {path / 'model.onnx'}")
+    if path.suffix.lower() != ".onnx":
+        found = f"the ending '{path.suffix}'" if path.suffix else "no ending"
+        raise ExportError(f"{path}: found {found}, expected a file that ends in .onnx; say {path.with_suffix('.onnx')}")
+
+
 def export_run(checkpoint: str | Path, output: str | Path, device: str | None = None) -> list[str]:
     """A run folder, or a CT-CLIP file with a head, to ONNX; -> lines to print. Raises what load_model raises, too."""
     checkpoint = Path(checkpoint)
+    check_output(Path(output))
     model = load_model(checkpoint, device or "cpu")
     calibration = run_calibration(checkpoint) if checkpoint.is_dir() else None
     export = export_onnx(model, output, calibration)
@@ -182,6 +193,7 @@ def _write(model: CTCLIPMultiAbnormalityModel, path: Path, metadata: dict[str, s
                 input_names=["volume"], output_names=list(graph.outputs),
                 dynamic_shapes={"volume": {0: torch.export.Dim("batch")}},
             )
+            _forget_this_machine(program.model)
             program.model.metadata_props.update(metadata)
             program.model.producer_name = "ctclip_export"
             program.save(str(path), external_data=used > ONE_FILE_BYTES)
@@ -198,6 +210,18 @@ def _write(model: CTCLIPMultiAbnormalityModel, path: Path, metadata: dict[str, s
             "requirements.txt are those that it was tried with: run python ctclip_setup.py --dev"
         ) from error
     return graph.outputs
+
+
+def _forget_this_machine(graph_model) -> None:
+    """Empties the notes that the exporter leaves in an onnx_ir model: stack traces, with folders of this machine."""
+    functions = graph_model.functions.values()
+    graph_model.metadata_props.clear()
+    for graph in (graph_model.graph, *functions):
+        values = [*graph.inputs, *graph.outputs, *getattr(graph, "initializers", {}).values()]
+        nodes = list(graph.all_nodes())
+        for part in (graph, *nodes, *values, *(value for node in nodes for value in node.outputs)):
+            part.metadata_props.clear()
+            part.doc_string = None
 
 
 @contextlib.contextmanager
@@ -228,7 +252,7 @@ def _metadata(model: CTCLIPMultiAbnormalityModel, calibration: Calibration | Non
             "shape": ["batch", 1, *model.input_shape],
             "axes": "batch, channel, depth (upwards), x, y: in plane the transpose of the usual image; LPS",
             "values": "HU clipped to [-1000, 1000], then / 1000; padding -1",
-            "extent_mm": 360,
+            "extent_mm": FIELD_OF_VIEW_MM,
             "made_by": f"ctclip_data.preprocess_volume(path, shape={model.input_shape})",
         }),
         "output": f"logits (batch, {len(model.labels)}): their sigmoid is the probability as given, not calibrated",

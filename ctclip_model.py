@@ -156,6 +156,10 @@ class CheckpointError(ValueError):
     """A weights file that cannot be used. One line: what was found, what was expected, what to do."""
 
 
+class MisfitError(CheckpointError, RuntimeError):
+    """A saved model's two files that do not fit each other: torch's RuntimeError, in one line."""
+
+
 class PretrainedWeightsError(RuntimeError):
     """ImageNet weights of a slice backbone that cannot be had. One line, naming the way on."""
 
@@ -604,6 +608,20 @@ class LoadReport:
         return f"{text}; head: {self.head}" + (f" (no prompts: {self.why_no_prompts})" if self.why_no_prompts else "")
 
 
+def saved_config(folder: Path) -> dict:
+    """config.json of a saved model. Raises CheckpointError where it is absent, damaged or some other program's."""
+    path, remedy = folder / "config.json", "copy it again from where the model was saved"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: found no such file, expected the one that is saved with the weights; {remedy}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: found no JSON ({error}), expected a saved model's sizes; {remedy}") from error
+    if not isinstance(config, dict) or config.get("ctclip_path", "") is not None:
+        raise CheckpointError(f"{path}: found another content than a saved model's, expected its sizes; {remedy}")
+    return config
+
+
 def existing_weights(path: str | os.PathLike) -> Path:
     """`path`; where there is no such file, the slim copy that `ctclip_setup.py --slim` put in its place, if it did."""
     path = Path(path)
@@ -924,6 +942,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         self.dropout = nn.Dropout(dropout)
         self.load_report: LoadReport | None = None
         self.folder: Path | None = None  # the run or copy of one that `from_pretrained` loaded
+        # What these weights come from, as `ctclip_card.origin` says it; kept in config.json, for the licence.
+        self.derived_from: str | None = "imagenet" if ctclip_path is None and sizes is None and pretrained else None
         state, start = None, HeadStart(head or "linear")
         if sizes is None and ctclip_path is not None:
             ctclip_path = existing_weights(ctclip_path)
@@ -1211,32 +1231,62 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """model.safetensors and config.json, each complete or not there at all (temporary name, then renamed)."""
+        from ctclip_card import origin
+
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
+        config = self._hub_mixin_config | {"derived_from": origin(self)}
         with replacing(folder / "model.safetensors") as path:
             tensors = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
             save_file(tensors, path, metadata={"format": "pt"})
         with replacing(folder / "config.json") as path:
-            path.write_text(json.dumps(self._hub_mixin_config, indent=2))
+            path.write_text(json.dumps(config, indent=2))
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        config: dict | None = None,  # the mixin's; config.json is always the model's own
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict | None = None,
+        **push_to_hub_kwargs,
+    ) -> str | None:
         """The mixin's, with a model card and, where these weights are a run's, its record, metrics and calibration.
 
         Raises ctclip_card.CardError for the folder of a run with other weights, before anything is written.
         """
         from ctclip_card import carry
 
-        wishes = kwargs.get("model_card_kwargs") or {}
-        carry(self, Path(save_directory), wishes.get("repo_id"), wishes.get("cohort"))
-        return super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        wishes = {"repo_id": repo_id} | (model_card_kwargs or {})
+        carry(self, folder, wishes.get("repo_id"), wishes.get("cohort"))
+        if push_to_hub:
+            return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
+        return None
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """The mixin's. `ctclip_card.push_run` is private by default, and ends in one line when the hub refuses."""
-        from ctclip_card import CARRIED
+        """The mixin's. `ctclip_card.push_run` is private by default, and ends in one line when the hub refuses.
+
+        A card that somebody wrote on the hub is replaced by one that somebody wrote in the run's folder, never by ours.
+        """
+        from ctclip_card import CARD, CARRIED, card_on_the_hub, own_card, unchanged
 
         kwargs["model_card_kwargs"] = {"repo_id": repo_id} | (kwargs.get("model_card_kwargs") or {})
         kwargs.setdefault("delete_patterns", list(CARRIED))  # what is there of other weights, and not replaced
+        ours = own_card(self.folder) is None or not unchanged(self, self.folder)
+        if ours and card_on_the_hub(repo_id, kwargs.get("token"), kwargs.get("branch")):
+            ignored = kwargs.get("ignore_patterns") or []
+            kwargs["ignore_patterns"] = [*([ignored] if isinstance(ignored, str) else ignored), CARD]
         return super().push_to_hub(repo_id, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """The mixin's. Raises CheckpointError where a folder's config.json is absent, damaged or fits no weights."""
+        folder = Path(pretrained_model_name_or_path)
+        if (folder / "model.safetensors").is_file():
+            saved_config(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **kwargs):
@@ -1252,8 +1302,18 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         weights = folder / "model.safetensors"
         if not weights.is_file():
             raise CheckpointError(f"{model_id}: found no model.safetensors, expected a saved model, not a pickle")
-        model = cls._load_as_safetensor(cls(**kwargs), str(weights), map_location, strict)
-        model.folder = folder
+        config = saved_config(folder)
+        try:
+            model = cls._load_as_safetensor(cls(**kwargs), str(weights), map_location, strict)
+        except PretrainedWeightsError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            said = " ".join(line.strip() for line in str(error).splitlines()[:2])[:200] or type(error).__name__
+            raise MisfitError(
+                f"{model_id}/config.json: found what does not fit model.safetensors ({said}), expected the two files "
+                "of one saved model; copy both again"
+            ) from error
+        model.folder, model.derived_from = folder, config.get("derived_from")
         return model
 
     @classmethod

@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -41,6 +42,8 @@ TOWER = "text_transformer."
 EXCUSED = ("embeddings.position_ids", "pooler.")  # counts 0, 1, 2, ...; and what the published code does not call
 ATTENTION_HEADS = {768: 12, 24: 2}  # by width: no shape tells them. BERT's base size, and the tests'
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+RESERVED = (*SPECIAL, "[MASK]")  # read as signs of BERT's own where a text has them
+UNREAD = ("Mn", "Cc", "Cf", "Cn", "Co", "Cs")  # Unicode categories that BERT's tokeniser drops: accents, control
 BATCH = 12  # prompts encoded at once: 36 of them take a second, and their activations next to no memory
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 RECIPE = "1"  # of the kept heads: to be raised when the same tensors and texts would give another head
@@ -59,8 +62,8 @@ class PromptError(ValueError):
 class Prompts:
     """n findings and, for each, a text that says that it is there and one that says that it is not.
 
-    Raises PromptError for no finding at all, one without a name or text, and one that occurs twice (case apart, as the
-    text tower reads no case).
+    Raises PromptError for no finding at all, one whose name or text has nothing that the text tower reads, one that
+    occurs twice as it is read, and a text with one of BERT's own signs.
     """
 
     names: tuple[str, ...]
@@ -71,12 +74,18 @@ class Prompts:
         if not self.names or not len(self.names) == len(self.present) == len(self.absent):
             counts = f"{len(self.names)} findings, {len(self.present)} texts for and {len(self.absent)} against"
             raise PromptError(f"found {counts}, expected at least one finding and two texts for each; complete them")
-        if not all(text.strip() for text in self.names + self.present + self.absent):
+        if not all(as_read(text) for text in self.names + self.present + self.absent):
             raise PromptError("found a finding or a text that is empty, expected words; complete it")
-        seen = [name.lower() for name in self.names]
-        twice = next((name for name in self.names if seen.count(name.lower()) > 1), None)
+        seen = [as_read(name) for name in self.names]
+        twice = next((name for name, read in zip(self.names, seen, strict=True) if seen.count(read) > 1), None)
         if twice is not None:
-            raise PromptError(f"found '{twice}' twice, expected every finding once; remove one")
+            found = f"found '{twice}' twice, expected every finding once"
+            raise PromptError(f"{found} (neither case nor accents are read); remove one")
+        for name, *texts in zip(self.names, self.present, self.absent, strict=True):
+            sign = next((sign for sign in RESERVED if any(sign in text for text in texts)), None)
+            if sign is not None:
+                found = f"found {sign} in a text of '{name}', expected words"
+                raise PromptError(f"{found}, because that is a sign of the text tower's own; word it otherwise")
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Prompts:
@@ -87,6 +96,13 @@ class Prompts:
     def pairs(self) -> list[str]:
         """(2n) texts, present and absent in turn."""
         return [text for pair in zip(self.present, self.absent, strict=True) for text in pair]
+
+
+def as_read(text: str) -> str:
+    """What the text tower reads of a text: no case, accents, control or invisible signs, single spaces."""
+    spaced = " ".join(unicodedata.normalize("NFD", text).split())
+    kept = (sign for sign in spaced if unicodedata.category(sign) not in UNREAD and sign != "\ufffd")
+    return "".join(kept).strip().lower()
 
 
 def read_prompts(path: str | os.PathLike) -> Prompts:
@@ -112,7 +128,11 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
         if len(parts) not in (1, 3) or not all(parts):
             found = f"{path}, line {number}: found {len(parts)} parts between tabs" + ", one empty" * (not all(parts))
             raise PromptError(f"{found}, expected a finding, or finding, text if present, text if absent; correct it")
-        rows.append(parts if len(parts) == 3 else [parts[0], f"{parts[0]} is present.", f"{parts[0]} is not present."])
+        try:
+            finding = Prompts.of(parts) if len(parts) == 1 else Prompts(*((part,) for part in parts))
+        except PromptError as error:
+            raise PromptError(f"{path}, line {number}: {error}") from error
+        rows.append((*finding.names, *finding.pairs()))
     if not rows:
         raise PromptError(f"{path}: found no finding, expected one per line; add some")
     try:
@@ -156,8 +176,8 @@ class Vocabulary:
 def tokenise(prompts: Prompts, vocabulary: Vocabulary, positions: int) -> tuple[Tensor, Tensor]:
     """-> ids and mask (2n, S) int64, rows present and absent in turn: BERT's [CLS], lower-cased word pieces, [SEP].
 
-    Nothing is cut off or passed over: raises PromptError for a text of more than `positions` tokens, and for one with
-    signs that the vocabulary does not know.
+    No word is cut off or passed over: raises PromptError for a text of more than `positions` tokens, and for one with
+    signs that the vocabulary does not know. Case, accents, control and invisible signs are not read: see `as_read`.
     """
     with _optional():
         from tokenizers import BertWordPieceTokenizer

@@ -221,7 +221,6 @@ def fetch_vocabulary(target: Path) -> str:
             if problem is None:
                 return f"already here, {target}, {checked_text(remote)}"
             row("", f"vocabulary: {target} is damaged: {problem}; fetching it again")
-            target.unlink()
         target.parent.mkdir(parents=True, exist_ok=True)
         fetch(VOCABULARY, target, "", lambda text: row("", f"vocabulary: {text}"), remote, None, VOCABULARY_REPOSITORY)
         return f"{target}, {size_text(target.stat().st_size)}, {checked_text(remote)}"

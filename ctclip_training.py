@@ -689,9 +689,12 @@ def save_best(run: Run, model: CTCLIPMultiAbnormalityModel, tuning: Split, best:
     tensors, best.tensors = best.tensors, {}
     if not run.ranks.is_main:
         return
+    from ctclip_card import discard_card
+
     stale = ("predictions.csv", "labels.csv", "tuning_predictions.csv", *RESULT_FILES)
     for path in (*(run.folder / name for name in stale), *run.folder.glob("*.png")):
         path.unlink(missing_ok=True)
+    discard_card(run.folder)
     size = sum(value.nbytes for value in model.state_dict().values())
     labels = {volume.name: volume.labels for volume in tuning.volumes}
     table = np.stack([labels[name] for name in best.names]).astype(int)

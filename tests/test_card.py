@@ -9,6 +9,7 @@ import re
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from ctclip_card import CardError, licence_of, main, model_card, published_recor
 from ctclip_evaluation import evaluate
 from ctclip_hub import HubTrouble
 from ctclip_model import ABNORMALITIES, CheckpointError, CTCLIPMultiAbnormalityModel, asdict
+from ctclip_training import save_best
 
 SECRETS = ("/home/jane", "jane_doe", "St_Elsewhere", "mercy_hospital", "Doe_John", "C:\\")
 CONFIG = {
@@ -163,6 +165,46 @@ def test_licence_of_ctclip_variants(make_run, case):
     assert ModelCard(card).data.license == name and not any(secret in card for secret in SECRETS)
 
 
+def test_saving_again_never_loosens_the_licence(make_run, tmp_path):
+    """Through a run's record, then through config.json alone; and for weights that were changed meanwhile."""
+    folder, _ = make_run({"phantom": False, "config": {"ctclip_path": "/home/jane/St_Elsewhere.pt"}})
+    for number in range(3):
+        model = CTCLIPMultiAbnormalityModel.from_pretrained(folder)
+        with torch.no_grad():
+            model.classifier.bias += 1
+        folder = tmp_path / f"changed_{number}"
+        model.save_pretrained(folder)
+        assert json.loads((folder / "config.json").read_text())["derived_from"] == "other"
+        assert ModelCard((folder / "README.md").read_text()).data.license == "cc-by-nc-sa-4.0"
+        assert not (folder / "run.json").exists()
+    model._save_pretrained(tmp_path / "trained")  # the way training saves
+    trained = CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "trained")
+    assert ModelCard(model_card(trained)).data.license == "cc-by-nc-sa-4.0"
+    trained.derived_from = "ctclip_demo"  # a config.json that claims less than the record
+    assert ctclip_card.origin(trained, RECORD | {"config": CONFIG | {"ctclip_path": "x.pt"}}) == "other"
+
+
+def test_the_origin_is_kept_from_the_file_without_its_folder(tmp_path):
+    weights = tmp_path / "jane_doe" / "ctclip_classfine.pt"
+    weights.parent.mkdir()
+    weights.write_bytes((Path(__file__).parent / "fixtures" / "tiny_a_classfine.pt").read_bytes())
+    CTCLIPMultiAbnormalityModel(str(weights)).save_pretrained(tmp_path / "copy")
+    CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "copy").save_pretrained(tmp_path / "second")
+    text = (tmp_path / "second" / "config.json").read_text()
+    assert json.loads(text)["derived_from"] == "ctclip_classfine" and "jane_doe" not in text
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert ModelCard(card).data.license == "cc-by-nc-sa-4.0" and "`ctclip_classfine`" in card
+
+
+def test_a_config_without_origin_still_loads(make_run):
+    folder, _ = make_run()
+    config = json.loads((folder / "config.json").read_text())
+    del config["derived_from"]
+    (folder / "config.json").write_text(json.dumps(config | {"a_key_of_tomorrow": 1}))
+    model = CTCLIPMultiAbnormalityModel.from_pretrained(folder)
+    assert model.derived_from is None and ModelCard(model_card(model)).data.license == "unknown"
+
+
 @pytest.mark.parametrize("pretrained, name", [(True, "apache-2.0"), (False, "apache-2.0"), (None, "unknown")])
 def test_licence_of_slice_backbones_is_timms(pretrained, name):
     model = CTCLIPMultiAbnormalityModel(None, "resnet18", pretrained=False)
@@ -229,7 +271,10 @@ def test_saving_in_the_runs_own_folder_adds_the_card_and_touches_no_record(make_
     model = CTCLIPMultiAbnormalityModel.from_pretrained(folder)
     model.save_pretrained(folder)
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert set(after) - set(before) == {"README.md"} and {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"README.md"}
+    config = json.loads(before.pop("config.json"))
+    assert {name: after[name] for name in before} == before
+    assert json.loads(after["config.json"]) == config | {"derived_from": "ctclip_demo"}  # as run.json says
     (folder / "calibration.json").unlink()
     model.save_pretrained(folder)  # and an up-to-date card
     assert "no calibration and no thresholds" in (folder / "README.md").read_text()
@@ -274,6 +319,102 @@ def test_a_readme_of_ones_own_stays(make_run, tmp_path):
     assert (folder / "README.md").read_text() == "# Mine\n"
 
 
+def test_a_full_disk_leaves_nothing_beside_weights_that_are_not_its_own(make_run, tmp_path, monkeypatch):
+    CTCLIPMultiAbnormalityModel.from_pretrained(make_run()[0]).save_pretrained(tmp_path / "copy")
+    before = (tmp_path / "copy" / "model.safetensors").read_bytes()
+    torch.manual_seed(1)
+    other = CTCLIPMultiAbnormalityModel(None, sizes=asdict(OTHER_SIZES))
+    torch.nn.init.normal_(other.classifier.weight)
+    later, _ = make_run({"phantom": False}, model=other, name="later")
+    later = CTCLIPMultiAbnormalityModel.from_pretrained(later)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ctclip_model.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        later.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == before
+    left = {path.name for path in (tmp_path / "copy").iterdir()}
+    # the two runs have the same metrics and calibration, to the byte: only what differs is of other weights
+    assert left == {"model.safetensors", "config.json", "metrics.json", "calibration.json"}
+
+
+def test_a_readme_of_the_runs_goes_along(make_run, tmp_path):
+    folder, _ = make_run()
+    (folder / "README.md").write_text("# Mine\n")
+    model = CTCLIPMultiAbnormalityModel.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "README.md").read_text() == "# Mine\n"
+
+
+def test_only_our_card_goes_when_training_goes_on(make_run, monkeypatch):
+    folder, model = make_run()
+    ctclip_card.discard_card(folder)  # none there
+    ctclip_card.write_card(folder, model_card(model, folder))
+    monkeypatch.setattr("ctclip_training.or_explain", lambda *arguments: None)  # in place of writing
+    run = SimpleNamespace(folder=folder, ranks=SimpleNamespace(is_main=True))
+    volume = SimpleNamespace(name="a", labels=torch.zeros(18).numpy())
+    save_best(run, model, SimpleNamespace(volumes=[volume]), SimpleNamespace(tensors={}, names=["a"]))
+    assert not (folder / "README.md").exists()
+    (folder / "README.md").write_text("# Mine\n")
+    ctclip_card.discard_card(folder)
+    assert (folder / "README.md").read_text() == "# Mine\n"
+
+
+def test_metrics_of_tomorrow_stay_at_home(evaluated):
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    published = ctclip_card.published_metrics(metrics | {"something_of_tomorrow": "Doe_John"})
+    assert set(published) == set(metrics) == set(ctclip_card.PUBLIC_METRICS)
+
+
+def test_a_head_that_started_from_prompts_is_told(make_run):
+    folder, model = make_run({"config": {"init_head": "prompts"}})
+    assert "The head started from zero-shot prompts" in model_card(model, folder)
+    assert published_record(json.loads((folder / "run.json").read_text()))["config"]["init_head"] == "prompts"
+
+
+def test_the_snippet_knows_its_repository_and_its_labels(tmp_path):
+    names = ["Cyst", "Stone"]
+    model = CTCLIPMultiAbnormalityModel(None, sizes=asdict(OTHER_SIZES), head="prompts", labels=names)
+    model.save_pretrained(tmp_path / "copy", repo_id="jane/ct")
+    card = (tmp_path / "copy" / "README.md").read_text()
+    assert 'from_pretrained("jane/ct")' in card and "# (1, 2)" in card and "(1, 18)" not in card
+
+
+# ---- damaged folders
+
+
+CONFIGS = {
+    "absent": (None, "found no such file"),
+    "no JSON": ("{", "found no JSON"),
+    "a list": ("[1]", "found another content than a saved model's"),
+    "of another program": ("{}", "found another content than a saved model's"),
+    "sizes lacking": ('{"ctclip_path": null, "sizes": {"dim": 8}}', "found what does not fit model.safetensors"),
+    "other sizes": ({"dim": 64}, "found what does not fit model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_damaged_config_is_one_line(make_run, capsys, case):
+    content, line = CONFIGS[case]
+    folder, _ = make_run()
+    path = folder / "config.json"
+    if content is None:
+        path.unlink()
+    elif isinstance(content, dict):
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"sizes": config["sizes"] | content}))
+    else:
+        path.write_text(content)
+    with pytest.raises(CheckpointError) as caught:
+        CTCLIPMultiAbnormalityModel.from_pretrained(folder)
+    assert f"{path}: {line}" in str(caught.value) and "expected" in str(caught.value)
+    assert main([str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert err == f"error: {caught.value}\n" and err.count("\n") == 1 and "ClassFine" not in err
+
+
 # ---- the hub
 
 
@@ -310,7 +451,8 @@ def test_a_run_goes_to_the_hub_and_comes_back(make_run, hub, tmp_path, capsys):
     run = CTCLIPMultiAbnormalityModel.from_pretrained(folder)
     assert sent["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert sent["calibration.json"] == (folder / "calibration.json").read_bytes()
-    assert sent["config.json"] == (folder / "config.json").read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    assert json.loads(sent["config.json"]) == config | {"derived_from": "ctclip_demo"}
     assert sent["README.md"].decode() == model_card(run, folder, "jane/ct")
     assert json.loads(sent["run.json"])["published"] and not any(s.encode() in sent["run.json"] for s in SECRETS)
     assert json.loads(sent["metrics.json"])["tuned"] == json.loads((folder / "metrics.json").read_text())["tuned"]
@@ -331,6 +473,23 @@ def test_new_weights_do_not_keep_the_old_thresholds_on_the_hub(make_run, hub, ca
     assert hub.private == {"jane/ct": False}
     assert main([str(folder), "--push", "jane/ct"]) == 2  # private, so not into what everybody sees
     assert "jane/ct is there already, and public" in capsys.readouterr().err
+
+
+def test_a_card_of_ones_own_is_pushed_and_one_on_the_hub_is_kept(make_run, hub):
+    folder, _ = make_run()
+    (folder / "README.md").write_text("# Mine\n")
+    assert main([str(folder), "--push", "jane/ct"]) == 0
+    assert hub.files["jane/ct"]["README.md"] == b"# Mine\n"
+    (folder / "README.md").unlink()
+    assert main([str(folder), "--push", "jane/ct"]) == 0  # ours does not replace it
+    assert hub.files["jane/ct"]["README.md"] == b"# Mine\n" and len(hub.commits) == 2
+    (folder / "README.md").write_text("# Mine, too\n")
+    assert main([str(folder), "--push", "jane/ct"]) == 0
+    assert hub.files["jane/ct"]["README.md"] == b"# Mine, too\n"
+    hub.files["jane/ct"]["README.md"] = f"old {ctclip_card.OURS}".encode()
+    (folder / "README.md").unlink()
+    assert main([str(folder), "--push", "jane/ct"]) == 0
+    assert b"## Licence" in hub.files["jane/ct"]["README.md"]
 
 
 REFUSALS = {
@@ -380,11 +539,13 @@ def test_the_command_writes_and_prints_the_card(make_run, capsys):
     (folder / "README.md").write_text("# Mine\n")
     assert main([str(folder)]) == 2
     assert main([str(folder / "none")]) == 2
+    assert main([str(folder / "model.safetensors")]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and "somebody wrote" in lines[0] and "found no such folder" in lines[1]
+    assert len(lines) == 3 and "somebody wrote" in lines[0] and "found no such folder" in lines[1]
+    assert "found a file, expected a run folder" in lines[2]
 
 
-@pytest.mark.parametrize("flags", [["run", "--public"], []])
+@pytest.mark.parametrize("flags", [["run", "--public"], ["run", "--print", "--push", "jane/ct"], []])
 def test_wrong_usage_is_one_line(monkeypatch, flags):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with pytest.raises(SystemExit) as caught:

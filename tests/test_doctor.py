@@ -515,6 +515,12 @@ def test_what_prompts_lack_is_a_warning_with_both_remedies(models, monkeypatch):
     monkeypatch.setattr(doctor, "installed_version", lambda name: "5.24.0")
     row = only(doctor.prompts_rows())
     assert row.state == "ok" and row.found.endswith("vocab.txt, transformers 5.24.0")
+    monkeypatch.setattr(doctor, "installed_version", lambda name: None)
+    assert only(doctor.prompts_rows()).state == "warning"
+    (models / "ctclip_zeroshot.prompts_0123456789ab.safetensors").touch()  # a head made before
+    row = only(doctor.prompts_rows())
+    assert row.state == "ok" and row.remedy == ("pip install transformers",)
+    assert "answers to prompts used before; others need the package transformers" in row.found
 
 
 def answering(monkeypatch, answer):

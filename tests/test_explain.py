@@ -159,6 +159,16 @@ def test_labels_are_read_as_people_write_them():
     assert explain.parse_labels("b", ("A", "B")) == ["B"]
 
 
+def test_labels_may_have_commas():
+    own = ("Nodule, solid", "Nodule", "Cyst, large, thin", "Cyst")
+    assert explain.parse_labels("nodule,SOLID", own) == ["Nodule, solid"]
+    assert explain.parse_labels("Cyst, Nodule, solid, Nodule", own) == ["Cyst", "Nodule, solid", "Nodule"]
+    assert explain.parse_labels("Nodule, cyst,large ,thin", own) == ["Nodule", "Cyst, large, thin"]
+    assert explain.parse_labels("all", own) == list(own)
+    with pytest.raises(EvaluationError, match="found 'large'"):
+        explain.parse_labels("Cyst, large", own)
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
@@ -260,6 +270,15 @@ def test_a_sheared_grid_keeps_its_affine(tmp_path):
     assert image.header["qform_code"] == 0 and image.header["sform_code"] == 1
 
 
+def test_a_grid_too_large_for_nifti_1_is_nifti_2(tmp_path):
+    for longest, kind in ((32767, nib.Nifti1Image), (32768, nib.Nifti2Image)):
+        explain.write_heat_map(np.ones((2, 2, 2)), cube((3, 2, longest)), tmp_path / "m.nii.gz", "Hernia")
+        image = nib.load(tmp_path / "m.nii.gz")
+        assert type(image) is kind and image.shape == (3, 2, longest)
+        np.testing.assert_allclose(image.affine, cube((3, 2, longest)).affine, atol=1e-5)
+        assert np.ptp(image.get_fdata() - 1) < 1e-6 and b"Hernia" in image.header["descrip"].item()
+
+
 def test_memory_is_a_few_slices(tmp_path):
     """160 slices of 512 x 512: 84 MB as stored, 168 MB as float32."""
     values = np.random.default_rng(0).normal(size=(24, 24, 24)).astype(np.float32)
@@ -280,6 +299,8 @@ def test_levels_are_the_strongest_and_apart_from_head_to_foot():
     values[[3, 4, 5, 12, 20], 0, 0] = 5, 9, 8, 1, 7
     assert explain.strongest_levels(values) == [20, 12, 4]  # 3 and 5 are neighbours of 4
     assert explain.strongest_levels(values[:1]) == [0]
+    values[5:] = values[0] = -np.inf
+    assert explain.strongest_levels(values) == [4, 1]
     assert explain.strongest_token(values) == (4, 0, 0)
 
 
@@ -312,7 +333,125 @@ def test_evidence_against_is_not_coloured():
     figure = explain.explain_figure(torch.zeros(1, 1, 12, 20, 20), np.full((3, 4, 4), -1.0), cube(), "t", (0.04, 0.4))
     pictures = [ax for ax in figure.axes if len(ax.images) == 2]
     assert pictures and not any(ax.images[1].get_alpha().any() or ax.collections for ax in pictures)
-    assert any("No token speaks" in text.get_text() for ax in figure.axes for text in ax.texts)
+    assert any("No token within the scan speaks" in text.get_text() for ax in figure.axes for text in ax.texts)
+
+
+def within(z: tuple[float, float], x=(0.0, 1.0), y=(0.0, 1.0), shape=(96, 80, 70)) -> Placement:
+    """Of a file stored as (x, y, z) whose voxels reach from, to along each axis of the cube."""
+    sides = zip((x, y, z), shape, strict=True)
+    return replace(cube(shape), position=tuple(a + (np.arange(n) + 0.5) / n * (b - a) for (a, b), n in sides))
+
+
+def panels(figure) -> list:
+    return [ax for ax in figure.axes if len(ax.images) == 2]
+
+
+def test_slices_and_ring_lie_within_the_scan():
+    """The strongest tokens are padding: below the scan, above it, and behind it on a level that the scan has."""
+    placement = within(z=(0.25, 0.8125), y=(0.2, 0.8))
+    tokens = explain.tokens_within(placement, (16, 10, 10))
+    assert np.flatnonzero(tokens.any((1, 2))).tolist() == list(range(4, 13))  # 0.28 to 0.78; the last by half a voxel
+    assert np.flatnonzero(tokens.any((0, 1))).tolist() == list(range(2, 8)) and tokens.any((0, 2)).all()
+    values = np.zeros((16, 10, 10), np.float32)
+    values[[0, 14, 8], [2, 2, 2], [5, 5, 9]] = 9, 8, 7
+    values[[12, 6, 10], [3, 3, 3], [4, 4, 4]] = 1, 2, 1.5
+    figure = explain.explain_figure(torch.zeros(1, 1, 32, 40, 40), values, placement, "t", (0.04, 0.4))
+    *axial, coronal = panels(figure)
+    titles = [ax.get_title("left") for ax in axial]
+    below = [round((0.8125 - (row + 0.5) / 16) * 360) for row in (12, 10, 6)]
+    assert [title.split("Axial, ")[1].split(" mm")[0] for title in titles] == [str(mm) for mm in below]
+    assert all("slice k = " in title for title in titles)
+    assert [bool(ax.collections) for ax in axial] == [False, False, True]
+    assert coronal.collections[0].get_offsets()[0].tolist() == pytest.approx([3.5 * 36, 6.5 * 22.5])
+    assert coronal.get_title("left").startswith("Coronal, through the ring\nslice j = ")
+    assert coronal.images[1].get_clim() == (0, 2)  # the colours', too
+
+
+def test_half_a_voxel_at_the_ends_is_scan():
+    thick = within(z=(0.46, 0.70), shape=(96, 80, 3))  # centres of voxels: 0.50, 0.58, 0.66
+    assert np.flatnonzero(explain.tokens_within(thick, (16, 1, 1))).tolist() == [7, 8, 9, 10]  # from 0.469
+    assert np.flatnonzero(explain.tokens_within(thick, (17, 1, 1))).tolist() == [8, 9, 10, 11]  # to 0.676
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_scan_between_two_tokens_is_shown_where_it_is(slices):
+    thin = replace(within(z=(0.51, 0.52), shape=(96, 80, slices)), spacing=(4, 4, 3.6 / slices))
+    tokens = explain.tokens_within(thin, (4, 10, 10))
+    assert np.flatnonzero(tokens.any((1, 2))).tolist() == [2]
+    values = np.zeros((4, 10, 10), np.float32)
+    values[0, 0, 0], values[2, 5, 5] = 5, 1
+    ax, coronal = panels(explain.explain_figure(torch.zeros(1, 1, 40, 40, 40), values, thin, "t", (0.04, 0.4)))
+    assert f"(0 to {slices - 1})" in ax.get_title("left") and ax.collections
+    low, high = coronal.get_ylim()
+    assert low <= coronal.collections[0].get_offsets()[0, 1] <= high
+
+
+def test_what_lies_outside_the_scan_is_said():
+    placement = within(z=(0.25, 0.75))
+    values = np.zeros((4, 10, 10), np.float32)
+    values[[1, 1], [2, 3], [2, 3]] = 2, -1
+    assert "outside" not in explain._account(values, 0.1, 1.1, placement)
+    values[[0, 3], [2, 3], [2, 3]] = 0.02, -0.25
+    said = "tokens for it +2.02, tokens against it -1.25 (of which outside the scan -0.25), remainder +0.10"
+    assert explain._account(values, 0.1, 0.87, placement) == f"Logit +0.87, before calibration: {said}"
+    values[0, 2, 2] = 0.12
+    assert "tokens for it +2.12 (of which outside the scan +0.12)," in explain._account(values, 0.1, 0.97, placement)
+
+
+@pytest.mark.parametrize("z", [(0.0, 1.0), (0.2, 0.71), (0.45, 0.55), (0.499, 0.501)])
+def test_numbers_are_not_printed_over_titles(z):
+    values = np.ones((16, 10, 10), np.float32)
+    values[[15, 11, 8]] = 2
+    figure = explain.explain_figure(torch.zeros(1, 1, 32, 40, 40), values, within(z), "t", (0.04, 0.4))
+    figure.draw_without_rendering()
+    coronal = panels(figure)[-1]
+    numbers = [text for text in coronal.texts if text.get_text().isdigit()]
+    assert numbers and len(numbers) == len(panels(figure)) - 1
+    for number in numbers:
+        box = number.get_window_extent()
+        assert not any(box.overlaps(other.get_window_extent()) for other in (coronal._left_title, coronal.texts[0]))
+
+
+def test_where_nothing_speaks_for_it_no_ring_is_spoken_of():
+    values = np.full((8, 10, 10), -1.0, np.float32)
+    values[0, 5, 5] = 3  # outside the scan
+    figure = explain.explain_figure(torch.zeros(1, 1, 12, 20, 20), values, within((0.3, 0.7)), "t", (0.04, 0.4))
+    assert panels(figure) and panels(figure)[-1].get_title("left").startswith("Coronal\nslice j")
+    assert not any(ax.images[1].get_alpha().any() or ax.collections for ax in panels(figure))
+
+
+def test_names_of_files_are_not_alike_and_not_too_long():
+    labels = ["Lung nodule", "Lung/nodule", "LUNG NODULE", "Lung nodule 2", "x" * 300, "x" * 299, "肺" * 90]
+    stems = explain._stems("scan", labels)
+    assert stems[:4] == ["scan_Lung_nodule", "scan_Lung_nodule_2", "scan_LUNG_NODULE_3", "scan_Lung_nodule_2_2"]
+    assert stems[4:] == ["scan_" + "x" * 80, "scan_" + "x" * 80 + "_2", "scan_" + "肺" * 26]
+    assert len({stem.lower() for stem in stems}) == len(labels)
+
+
+def test_labels_that_name_one_file_are_both_written(tmp_path):
+    model = CTCLIPMultiAbnormalityModel(sizes=asdict(OTHER_SIZES), head="prompts").eval()
+    model.labels = ("Lung nodule", "Lung/nodule", "n" * 300, *model.labels[3:])
+    written = explain.explain_scan(
+        model, volume_for(model), cube((9, 8, 7)), model.labels[:3], tmp_path, "scan", np.zeros(18)
+    )
+    assert len(set(written)) == 6 and set(written) == set(tmp_path.iterdir())
+    assert nib.load(written[0]).header["descrip"] != nib.load(written[2]).header["descrip"]
+
+
+def test_the_title_is_of_its_own_label(tmp_path, monkeypatch):
+    titles = []
+    draw = explain.explain_figure
+    monkeypatch.setattr(explain, "explain_figure", lambda *args: titles.append((args[3], args[5])) or draw(*args))
+    model = model_of("linear")
+    labels = [ABNORMALITIES[11], ABNORMALITIES[4]]
+    probabilities = np.linspace(0.1, 0.95, 18)
+    explain.explain_scan(model, volume_for(model), cube(), labels, tmp_path, "scan", probabilities)
+    with torch.no_grad():
+        logits = model(volume_for(model))[0]
+    for (title, caption), label in zip(titles, labels, strict=True):
+        index = ABNORMALITIES.index(label)
+        assert title == f"{label}: probability {probabilities[index]:.2f}"
+        assert caption.startswith(f"scan    Logit {logits[index]:+.2f},")
 
 
 def test_everything_of_one_scan(tmp_path):

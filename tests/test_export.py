@@ -17,6 +17,7 @@ from torch import nn
 
 import ctclip_export
 from ctclip_calibration import fit_calibration
+from ctclip_data import FIELD_OF_VIEW_MM
 from ctclip_export import ExportError, check_volumes, export_onnx, export_run
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, asdict
 
@@ -94,9 +95,36 @@ def test_labels_contract_and_thresholds_travel_in_the_file(onnx_is_here, tmp_pat
     contract = json.loads(metadata["input"])
     assert contract["shape"] == ["batch", 1, *model.input_shape] and "[-1000, 1000]" in contract["values"]
     assert json.loads(metadata["thresholds"]) == dict(zip(ABNORMALITIES, fitted.cuts.tolist(), strict=True))
+    after = dict(zip(ABNORMALITIES, fitted.calibrated_cuts.tolist(), strict=True))
+    assert json.loads(metadata["thresholds_calibrated"]) == after != json.loads(metadata["thresholds"])
+    assert contract["extent_mm"] == FIELD_OF_VIEW_MM
     assert json.loads(metadata["calibration"]) == fitted.content() and "not a medical device" in metadata["use"]
     assert session.get_inputs()[0].shape == ["batch", 1, *model.input_shape]
     assert "thresholds" not in ctclip_export._metadata(model, None)
+
+
+@pytest.mark.parametrize("head", ["linear", "attention"])
+def test_no_folder_of_this_machine_is_in_the_file(onnx_is_here, tmp_path, head):
+    export = export_onnx(ctclip(head), tmp_path / "model.onnx")
+    content = export.path.read_bytes()
+    private = (str(SUITE), str(Path(torch.__file__).resolve().parents[1]), str(Path.home()) + "/", "stack_trace")
+    assert b"not a medical device" in content  # our own metadata
+    assert [place for place in private if place.encode() in content] == []
+
+
+def test_only_files_that_end_in_onnx_are_written(tmp_path):
+    """Before anything is computed: no package is needed, and the run's weights are as they were."""
+    run_folder = tmp_path / "run"
+    ctclip().save_pretrained(run_folder)
+    before = {path.name: path.read_bytes() for path in run_folder.iterdir()}
+    line = r"found the ending '\.safetensors', expected a file that ends in \.onnx; say .*model\.onnx$"
+    with pytest.raises(ExportError, match=line):
+        export_run(run_folder, run_folder / "model.safetensors")
+    with pytest.raises(ExportError, match="found the ending"):
+        export_onnx(None, run_folder / "model.safetensors")
+    with pytest.raises(ExportError, match="found no ending"):
+        export_run("no such run", tmp_path / "model")
+    assert {path.name: path.read_bytes() for path in run_folder.iterdir()} == before
 
 
 def test_a_file_that_answers_otherwise_is_refused_and_removed(onnx_is_here, tmp_path, monkeypatch):
