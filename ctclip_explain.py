@@ -27,13 +27,9 @@ import torch
 from ctclip_cases import LUNG_WINDOW, SOFT_LABELS, SOFT_WINDOW
 from ctclip_data import FIELD_OF_VIEW_MM, SUFFIX, Placement
 from ctclip_figures import GREY, INK, new_figure, write_figure
+from ctclip_files import GzipFile
 from ctclip_metrics import EvaluationError
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, replacing, slice_triplets
-
-try:  # three times as fast as zlib on these files
-    from isal.igzip import IGzipFile as GzipFile
-except ImportError:
-    from gzip import GzipFile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

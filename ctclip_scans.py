@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -164,8 +164,6 @@ def predict(
     Raises:
         EvaluationError, CheckpointError, FileNotFoundError: one line each, before anything is computed.
     """
-    import pandas as pd
-
     from ctclip_data import Volume
 
     if form not in FORMS:
@@ -186,24 +184,36 @@ def predict(
     shown, _ = _form("calibrated" if form == "mapped" else form, calibration)
     pictures = None if explain is None else _Pictures(model, found, explain, Path(explain_dir), shown, note)
 
-    def on_answer(index: int, voxels: torch.Tensor, logits: torch.Tensor) -> None:
-        if pictures is not None:
-            pictures.add(index, voxels, logits)
-        if on_scan is not None:
-            on_scan(found[index].name, final(logits.sigmoid().numpy()[None])[0])
+    rows: dict[str, np.ndarray] = {}
 
-    read, logits = predict_volumes(
+    def on_answer(index: int, voxels: torch.Tensor, logits: torch.Tensor) -> None:
+        probabilities = logits.sigmoid().numpy()[None]
+        if pictures is not None:
+            pictures.add(index, voxels, probabilities)
+        name = found[index].name
+        rows[name] = final(probabilities)[0]
+        if on_scan is not None:
+            on_scan(name, rows[name])
+
+    predict_volumes(
         model,
         volumes,
         workers=workers,
         on_batch=lambda batch: failures.extend(batch.failures),
         on_answer=on_answer,
     )
-    index = pd.Index([found[i].name for i in read], name="VolumeName")
-    table = pd.DataFrame(final(logits.sigmoid().numpy()), index=index, columns=list(model.labels))
+    table = rows_table(rows, model.labels)
     files = pictures.files if pictures else []
     table.attrs = {"failures": failures, "scans": found, "how": how, "note": note, "files": files}
     return table
+
+
+def rows_table(rows: Mapping[str, np.ndarray], labels: Sequence[str]) -> pd.DataFrame:
+    """{name of a scan: its row} as a table, in that order."""
+    import pandas as pd
+
+    values = np.stack(list(rows.values())) if rows else np.zeros((0, len(labels)))
+    return pd.DataFrame(values, index=pd.Index(list(rows), name="VolumeName"), columns=list(labels))
 
 
 def _form(form: str, calibration: Calibration | None) -> tuple[Answer, str]:
@@ -234,12 +244,12 @@ class _Pictures:
         self.labels = parse_labels(labels, model.labels)
         self.files: list[Path] = []
 
-    def add(self, index: int, voxels: torch.Tensor, logits: torch.Tensor) -> None:
+    def add(self, index: int, voxels: torch.Tensor, probabilities: np.ndarray) -> None:
         from ctclip_data import place_volume
         from ctclip_explain import explain_scan
 
         scan = self.scans[index]
-        answers = self.probability(logits.sigmoid().numpy()[None])[0]
+        answers = self.probability(probabilities)[0]
         placement = place_volume(scan.path, self.model.input_shape)
         folder, name = self.folder / Path(scan.stem).parent, Path(scan.stem).name
         self.files += explain_scan(self.model, voxels, placement, self.labels, folder, name, answers, self.note)

@@ -29,7 +29,7 @@ from ctclip_folders import foreign_folder, newest_run, run_material
 from ctclip_metrics import EvaluationError
 from ctclip_model import OneLineParser
 from ctclip_prompts import read_prompts
-from ctclip_scans import check_output, labels_of, predict, write_csv, write_predictions
+from ctclip_scans import check_output, labels_of, predict, rows_table, write_csv, write_predictions
 from ctclip_training import add_machine_flags, add_run_flags, add_training_flags, guarded, run_training
 
 PREDICTIONS = "results/predictions.csv"
@@ -86,11 +86,8 @@ def predict_mode(args: argparse.Namespace) -> None:
 
 def keep(done: dict[str, np.ndarray], labels: Sequence[str], output: Path) -> None:
     """What was answered before it ended early, as a table of its own."""
-    import pandas as pd
-
     part = output.with_name(f"{output.stem}.part.csv")
-    rows = pd.DataFrame(np.stack(list(done.values())), pd.Index(list(done), name="VolumeName"), list(labels))
-    write_csv(part, rows)
+    write_csv(part, rows_table(done, labels))
     print(f"\nKept in {part}: {len(done)} scans; predict the others by themselves", file=sys.stderr)
 
 

@@ -23,7 +23,25 @@ UNSCOPED = "hf_" + "Xo3" * 11  # may not read gated repositories
 BLOCK = 1 << 16
 
 
-class Hub(ThreadingHTTPServer):
+class LocalServer(ThreadingHTTPServer):
+    """On the loopback interface, for the length of a `with`; `url` is its address."""
+
+    daemon_threads = True
+
+    def __init__(self, handler):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception):
+        self.shutdown()
+        self.server_close()
+
+
+class Hub(LocalServer):
     """files: {path in its repository: bytes}. fault(verb, path, n) -> what goes wrong with the n-th such request:
 
     "500", "404 EntryNotFound", ...   that status, and the hub's code for it
@@ -33,26 +51,15 @@ class Hub(ThreadingHTTPServer):
     "hang"     no answer for `pause` seconds
     """
 
-    daemon_threads = True
-
     def __init__(self, files=None):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.files = files or {}
         self.fault = lambda verb, path, n: None
         self.pause = 0.01
         self.seen = Counter()
         self.requests = []  # (verb, path, token, first byte asked for)
         self.lock = threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}"
         self.storage = f"http://localhost:{self.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *exception):
-        self.shutdown()
-        self.server_close()
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was killed

@@ -9,31 +9,21 @@ import base64
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
+
+from helpers_hub import LocalServer
 
 OWNER = "jane"
 WRITER = "hf_" + "Wr4" * 11  # nobody's
 READER = "hf_" + "Rd5" * 11  # may not write
 
 
-class PushHub(ThreadingHTTPServer):
-    daemon_threads = True
-
+class PushHub(LocalServer):
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__(Handler)
         self.files, self.private, self.stored = {}, {}, {}
         self.commits, self.unknown = [], []
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *exception):
-        self.shutdown()
-        self.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):
