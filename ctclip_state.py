@@ -68,7 +68,7 @@ def size_of(content: Any) -> int:
     if isinstance(content, torch.Tensor):
         return content.nbytes
     parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
-    return sum(size_of(part) for part in parts)
+    return sum(size_of(part) for part in parts if isinstance(part, (torch.Tensor, dict, list)))  # few of 20,000 names
 
 
 def or_explain(folder: Path, what: str, size: int, write: Callable[[], None]) -> None:
