@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ctclip_basics import ABNORMALITIES
 from ctclip_metrics import (
     N_LABELS,
     EvaluationError,
@@ -26,7 +27,6 @@ from ctclip_metrics import (
     resampled_ranking,
     summary_of,
 )
-from ctclip_model import ABNORMALITIES
 
 RESAMPLES = 1000
 LEVEL = 0.95

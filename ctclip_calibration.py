@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ctclip_basics import ABNORMALITIES, replacing
 from ctclip_metrics import N_LABELS, EvaluationError, checked, crg_exchange, undefined_labels
-from ctclip_model import ABNORMALITIES, replacing
 
 FOLDS = 5
 METHODS = ("none", "temperature", "platt")  # from the simplest to the richest

@@ -19,11 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING
 
-import torch
-from safetensors import SafetensorError, safe_open
-
+from ctclip_basics import ABNORMALITIES, CheckpointError, OneLineParser, replacing
 from ctclip_calibration import CALIBRATION_FILE, Calibration, load_calibration
-from ctclip_data import FIELD_OF_VIEW_MM
 from ctclip_folders import read_history, run_record
 from ctclip_hub import (
     AGAIN,
@@ -39,7 +36,6 @@ from ctclip_hub import (
     is_hubs,
 )
 from ctclip_metrics import EvaluationError
-from ctclip_model import ABNORMALITIES, CheckpointError, OneLineParser, replacing
 from ctclip_predict import load_model
 from ctclip_rows import size_text
 from ctclip_text import PHANTOM_NOTE, decimal, fitted_on, percent
@@ -171,6 +167,9 @@ def _json(path: Path) -> dict:
 
 def unchanged(model: CTCLIPMultiAbnormalityModel, folder: Path) -> bool:
     """Whether the model's tensors are those of the folder's model.safetensors, to the bit."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
     state = model.state_dict()
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
@@ -360,6 +359,8 @@ _INTENDED = (
 
 
 def _architecture(model: CTCLIPMultiAbnormalityModel) -> str:
+    from ctclip_data import FIELD_OF_VIEW_MM
+
     depth, height, width = model.input_shape
     spacing = " x ".join(f"{FIELD_OF_VIEW_MM / n:.4g}" for n in (depth, height, width))
     backbone, head = (sum(p.numel() for p in parameters) for parameters in

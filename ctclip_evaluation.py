@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ctclip_basics import ABNORMALITIES, CheckpointError, OneLineParser, replacing
 from ctclip_bootstrap import (
     RESAMPLES,
     Resamples,
@@ -92,7 +93,6 @@ from ctclip_metrics import (
     threshold_table,
     undefined_labels,
 )
-from ctclip_model import ABNORMALITIES, CheckpointError, OneLineParser, replacing
 from ctclip_page import write_page
 from ctclip_subgroups import groups_of, subgroup_metrics
 from ctclip_tables import (

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ctclip_model import ABNORMALITIES
+from ctclip_basics import ABNORMALITIES
 
 N_LABELS = len(ABNORMALITIES)
 TABLE_CUTS = np.arange(1, 20) / 20  # 0.05 to 0.95

@@ -20,8 +20,11 @@ from a Multimodal Dataset for 3D Computed Tomography" (CT-CLIP); the code is our
 
 from __future__ import annotations
 
-import argparse
-import errno
+from ctclip_config import model_parser
+
+if __name__ == "__main__":
+    model_parser().parse_args()  # --help and wrong flags are answered before the two seconds of the imports
+
 import json
 import math
 import os
@@ -44,32 +47,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ctclip_prompts import PromptError, Prompts, prompt_head
-
-ABNORMALITIES = (
-    "Medical material",
-    "Arterial wall calcification",
-    "Cardiomegaly",
-    "Pericardial effusion",
-    "Coronary artery wall calcification",
-    "Hiatal hernia",
-    "Lymphadenopathy",
-    "Emphysema",
-    "Atelectasis",
-    "Lung nodule",
-    "Lung opacity",
-    "Pulmonary fibrotic sequela",
-    "Pleural effusion",
-    "Mosaic attenuation pattern",
-    "Peribronchial thickening",
-    "Consolidation",
-    "Bronchiectasis",
-    "Interlobular septal thickening",
+from ctclip_basics import (
+    ABNORMALITIES,
+    CLASSFINE_PATH,
+    DEMO_PATH,
+    N_LABELS,
+    CheckpointError,
+    MisfitError,
+    OneLineParser,  # noqa: F401  (handed on)
+    PretrainedWeightsError,
+    replacing,
 )
-N_LABELS = len(ABNORMALITIES)
-
-CLASSFINE_PATH = "models/ctclip_classfine.pt"
-DEMO_PATH = str(Path(__file__).resolve().parent / "models" / "ctclip_demo.pt")  # ships with the code
+from ctclip_prompts import PromptError, Prompts, prompt_head
 
 # Wrappers that published files put in front of their keys; removed from the left, in any order and number.
 PREFIXES = ("module.", "trained_model.")
@@ -98,70 +87,6 @@ HUB_ONLY = ("revision", "cache_dir", "force_download", "proxies", "resume_downlo
 
 # Where a slice backbone looks: the 360 mm cube of `ctclip_data` at 3 x 1.6 x 1.6 mm, so that a slice is 224 x 224.
 SLICE_INPUT_SHAPE = (120, 224, 224)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What every room above uses: atomic files, and the way flags are read
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; renamed to `path` when the block ends well, removed when it does not.
-
-    Both steps reach the disk before this returns, so that a machine that goes down leaves the old file or the new one.
-    """
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:  # Windows syncs only what is open for writing
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name != "nt":  # Windows cannot open a folder
-            _sync_folder(temporary.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network mounts have no such thing; the file itself is on the disk
-            raise
-    finally:
-        os.close(handle)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Wrong usage is one line and exit code 2; flags may be spelled with underscores, and are never guessed."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"error: {message}; see --help\n")
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        args = sys.argv[1:] if args is None else args
-        spelled = []
-        for arg in args:  # --output_dir=x_y -> --output-dir=x_y: values stay as they are
-            flag, equals, value = arg.partition("=")
-            spelled.append(flag.replace("_", "-") + equals + value if arg.startswith("--") else arg)
-        return super().parse_args(spelled, namespace)
-
-
-class CheckpointError(ValueError):
-    """A weights file that cannot be used. One line: what was found, what was expected, what to do."""
-
-
-class MisfitError(CheckpointError, RuntimeError):
-    """A saved model's two files that do not fit each other: torch's RuntimeError, in one line."""
-
-
-class PretrainedWeightsError(RuntimeError):
-    """ImageNet weights of a slice backbone that cannot be had. One line, naming the way on."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -237,6 +162,60 @@ class TowerSizes:
         return sizes
 
 
+def on_cpu_without_gradients(x: Tensor) -> bool:
+    """Whether the tower may run piece by piece, in place and through oneDNN: plain float32 inference on a CPU."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()  # nor exporting
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch's linear; on a CPU by oneDNN where torch has it.
+
+    That was faster than MKL, torch's own choice, on an AMD EPYC: by a tenth, by half with the 2,730 outputs of the
+    feed-forward (LOG.md). `_linear_pointwise` is what compiled models call; where it is absent, torch's linear stays.
+    """
+    if on_cpu_without_gradients(x) and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def halves_product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """torch's linear in one product of `dtype` (bfloat16 or float16) that is nearly as exact as in float32.
+
+    Every number is the sum of a high and a low half: (a + b)(c + d) without b d, added up in float32. Three times the
+    operations, which a GPU does 8 to 15 times as fast in these types. A product of the high halves alone would move
+    codes, and probabilities by several hundredths (LOG.md).
+    """
+
+    def halves(numbers: Tensor) -> tuple[Tensor, Tensor]:
+        high = numbers.to(dtype)
+        return high, (numbers - high).to(dtype)
+
+    x_high, x_low = halves(x.flatten(0, -2))
+    high, low = halves(weight)
+    left, right = torch.cat([x_high, x_low, x_high], -1), torch.cat([high, high, low], -1).T
+    # Elsewhere than on CUDA nothing multiplies halves and adds up in float32; in float32 the same comes out, slower.
+    result = torch.mm(left, right, out_dtype=torch.float32) if x.is_cuda else left.float() @ right.float()
+    result = result if bias is None else result + bias
+    return result.view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """A linear layer of the transformers; without gradients by `halves_product` if `halves` names a type."""
+
+    halves: torch.dtype | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.halves is not None and not torch.is_grad_enabled() and x.dtype == torch.float32:
+            return halves_product(x, self.weight, self.bias, self.halves)
+        return linear(x, self.weight, self.bias)
+
+
 class Norm(nn.Module):
     """LayerNorm under the checkpoint's names: `gamma` is learned, `beta` is a fixed buffer of zeros."""
 
@@ -262,8 +241,10 @@ class PEG(nn.Module):
         For the temporal transformer, laid out (B*h*w, T, C), that view mixes the axes up. The published weights were
         trained with it, so it has to stay.
         """
-        tokens = x.reshape(*grid_shape, x.shape[-1]).movedim(-1, 1)  # (B, C, T, h, w)
-        tokens = self.dsconv(F.pad(tokens, (1, 1, 1, 1, 2, 0)))
+        tokens = x.reshape(*grid_shape, x.shape[-1]).movedim(-1, 1)  # (B, C, T, h, w), channels last in memory
+        conv = self.dsconv
+        # Two zeros at both ends of the depth, two outputs cut off: padding apart would cost a copy in another layout.
+        tokens = F.conv3d(tokens, conv.weight, conv.bias, padding=(2, 1, 1), groups=conv.groups)[:, :, :-2]
         return tokens.movedim(1, -1).reshape(x.shape)
 
 
@@ -279,11 +260,11 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = Norm(dim)
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * heads * dim_head, bias=False)
+        self.to_q = Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = Linear(dim, 2 * heads * dim_head, bias=False)
         self.q_scale = nn.Parameter(torch.ones(dim_head))
         self.k_scale = nn.Parameter(torch.ones(dim_head))
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.to_out = Linear(heads * dim_head, dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         q = self.to_q(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b, N, n, K)
@@ -304,6 +285,10 @@ class GEGLU(nn.Module):
 
 
 class Transformer(nn.Module):
+    # Tokens of one piece on a CPU: what a layer makes of them, 25 MB in the feed-forward, stays near its cache, and few
+    # enough pieces that the threads seldom wait for each other.
+    PIECE = 2304
+
     def __init__(self, sizes: TowerSizes, depth: int):
         super().__init__()
         self.checkpointing = False  # keep only the layers' inputs for the backward pass and compute the rest again
@@ -314,10 +299,10 @@ class Transformer(nn.Module):
             # and a dropout.
             feedforward = nn.Sequential(
                 nn.LayerNorm(dim),
-                nn.Linear(dim, 2 * inner, bias=False),
+                Linear(dim, 2 * inner, bias=False),
                 GEGLU(),
                 nn.Identity(),
-                nn.Linear(inner, dim, bias=False),
+                Linear(inner, dim, bias=False),
             )
             attention = Attention(dim, sizes.heads, sizes.dim_head)
             self.layers.append(nn.ModuleList([PEG(dim), attention, nn.Identity(), feedforward]))
@@ -333,12 +318,17 @@ class Transformer(nn.Module):
                 x = self._run(layer, x, grid_shape, bias)
         return self.norm_out(x)
 
-    @staticmethod
-    def _run(layer: nn.ModuleList, x: Tensor, grid_shape: tuple[int, int, int, int], bias: Tensor | None) -> Tensor:
+    @classmethod
+    def _run(cls, layer: nn.ModuleList, x: Tensor, grid_shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
         peg, attention, _, feedforward = layer
         x = peg(x, grid_shape) + x
-        x = attention(x, bias) + x
-        return feedforward(x) + x
+        if not on_cpu_without_gradients(x):
+            x = attention(x, bias) + x
+            return feedforward(x) + x
+        for piece in x.split(max(1, cls.PIECE // x.shape[1])):  # sequences, of which none looks at another from here on
+            piece += attention(piece, bias)
+            piece += feedforward(piece)
+        return x
 
 
 class SpatialBias(nn.Module):
@@ -366,20 +356,23 @@ class SpatialBias(nn.Module):
         row_index = rows[:, None] - rows[None, :] + h - 1  # (h, h)
         column_index = columns[:, None] - columns[None, :] + w - 1  # (w, w)
         pairs = row_index[:, None, :, None] * (2 * w - 1) + column_index[None, :, None, :]  # (h, w, h, w)
-        return x[pairs.reshape(h * w, h * w)].permute(2, 0, 1)[None]  # 4-D: the fused attention kernels want it so
+        # 4-D and contiguous: the fused attention kernels want it so, and would copy it each time.
+        return x[pairs.reshape(h * w, h * w)].permute(2, 0, 1)[None].contiguous()
 
 
 class Codebook(nn.Module):
     def __init__(self, codes: int, dim: int):
         super().__init__()
         # A buffer, so that no optimiser and no `requires_grad_` can move it: it stays fixed when the tower is trained.
-        self.register_buffer("embed", torch.randn(1, codes, dim))
+        embed = torch.empty(1, codes, dim)
+        # Without storage there is nothing to draw, and torch would import packages for half a second to do it.
+        self.register_buffer("embed", embed if embed.is_meta else embed.normal_())
 
 
 class Quantizer(nn.Module):
     """Replaces each token by the codebook row of highest cosine similarity, as stored (not normalised)."""
 
-    CHUNK = 2048  # tokens compared at once: bounds the similarity matrix to CHUNK x codes, 64 MB at the published size
+    CHUNK = 576  # tokens compared at once: bounds the similarity matrix to CHUNK x codes, 19 MB at the published size
 
     def __init__(self, codes: int, dim: int):
         super().__init__()
@@ -389,9 +382,9 @@ class Quantizer(nn.Module):
     def code_ids(self, tokens: Tensor) -> Tensor:
         """(..., C) -> (...) int64. Compared in float32 whatever the surrounding precision: near ties flip below it."""
         with torch.autocast(tokens.device.type, enabled=False):
-            codes = F.normalize(self._codebook.embed[0].float(), dim=-1).T  # (C, codes)
+            codes = F.normalize(self._codebook.embed[0].float(), dim=-1)
             flat = F.normalize(tokens.reshape(-1, tokens.shape[-1]).float(), dim=-1)
-            ids = [(chunk @ codes).argmax(-1) for chunk in flat.split(self.CHUNK)]
+            ids = [linear(chunk, codes).argmax(-1) for chunk in flat.split(self.CHUNK)]
         return torch.cat(ids).view(tokens.shape[:-1])
 
     def lookup(self, ids: Tensor) -> Tensor:
@@ -427,7 +420,7 @@ class VisualTransformer(nn.Module):
         self.to_patch_emb = nn.Sequential(
             Patchify(sizes.temporal_patch, sizes.patch),
             nn.LayerNorm(voxels),
-            nn.Linear(voxels, sizes.dim),
+            nn.Linear(voxels, sizes.dim),  # not `Linear`: oneDNN adds up 4,000 numbers less exactly than MKL
             nn.LayerNorm(sizes.dim),
         )
         self.spatial_rel_pos_bias = SpatialBias(sizes.bias_dim, sizes.heads)
@@ -437,13 +430,20 @@ class VisualTransformer(nn.Module):
 
     def forward(self, volume: Tensor) -> Tensor:
         """(B, 1, D, H, W) in [-1, 1] -> tokens before quantisation (B, T, h, w, C)"""
-        x = self.to_patch_emb(volume)  # (B, T, h, w, C)
+        x = self._embed(volume)  # (B, T, h, w, C)
         grid_shape = B, T, h, w = x.shape[:4]
         bias = self.spatial_rel_pos_bias(h, w)
         x = self.enc_spatial_transformer(x.reshape(B * T, h * w, -1), grid_shape, bias)  # (B*T, h*w, C)
-        x = x.view(B, T, h * w, -1).transpose(1, 2).reshape(B * h * w, T, -1)
+        x = x.view(B, T, h * w, -1).transpose(1, 2).contiguous().view(B * h * w, T, -1)
         x = self.enc_temporal_transformer(x, grid_shape)  # (B*h*w, T, C)
         return x.view(B, h, w, T, -1).movedim(3, 1).contiguous()  # (B, T, h, w, C)
+
+    def _embed(self, volume: Tensor) -> Tensor:
+        """(B, 1, D, H, W) -> (B, T, h, w, C); on a CPU slab by slab, so that no copy of the volume is made at once."""
+        if not on_cpu_without_gradients(volume):
+            return self.to_patch_emb(volume)
+        slabs = volume.split(self.to_patch_emb[0].temporal_patch, dim=2)
+        return torch.cat([self.to_patch_emb(slab) for slab in slabs], dim=1)
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Parameters to layers from input to output, in the form of timm's models: stem, spatial, temporal layers."""
@@ -673,6 +673,74 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     return _without_prefixes(path, state)
 
 
+def _entries(path: Path) -> list[tuple[int, int]]:
+    """(place in the file, size) of the runs of bytes that tensors are made of, in order; none where they are packed in
+    some other way than torch and safetensors write them now."""
+    with open(path, "rb") as file:
+        if path.suffix == ".safetensors":
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            spans = [about["data_offsets"] for name, about in header.items() if name != "__metadata__"]
+            found = [(8 + length + start, end - start) for start, end in spans]
+        else:
+            if not zipfile.is_zipfile(file):
+                return []
+            archive, found = zipfile.ZipFile(file), []
+            for entry in archive.infolist():
+                kind = entry.filename.split("/", 1)[-1]
+                if kind == "byteorder" and archive.read(entry) != sys.byteorder.encode():
+                    return []
+                if kind.startswith("data/"):
+                    if entry.compress_type != zipfile.ZIP_STORED:
+                        return []
+                    file.seek(entry.header_offset + 26)  # of its own header: the lengths of its name and extra field
+                    name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+                    found.append((entry.header_offset + 30 + name + extra, entry.file_size))
+    return sorted((place, size) for place, size in found if size)
+
+
+def _places(path: Path, state: dict[str, Tensor]) -> dict[int, int]:
+    """{address in memory: place in the file} of the storages of `state`, all that `read_checkpoint(path)` gave.
+
+    Mapped tensors lie in memory in the order and at the distances that they have in the file. Where that is not so,
+    they were not mapped, and nothing is said.
+    """
+    storages = {(s.data_ptr(), s.nbytes()) for value in state.values() if (s := value.untyped_storage()).nbytes()}
+    storages, entries = sorted(storages), _entries(path)
+    if [size for _, size in storages] != [size for _, size in entries]:
+        return {}
+    places = {address: place for (address, _), (place, _) in zip(storages, entries, strict=True)}
+    return places if len({address - place for address, place in places.items()}) == 1 else {}
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    """Storage on the CPU. As torch.empty_like, which, told a tensor without any, imports packages for half a second."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+@torch.no_grad()
+def _fill(own: dict[str, Tensor], values: dict[str, Tensor], path: Path, places: dict[int, int]) -> None:
+    """Gives each of a model's tensors its value; what lies in the file as the model wants it is read from there.
+
+    Pages of a mapped file count as memory for as long as it is mapped, beside those of the model: these are not
+    touched. Nor do they become the model's own: a file that is cut short under a mapping kills the process.
+    """
+    with open(path, "rb", buffering=0) as file:
+        for key, value in values.items():
+            target, place = own[key], places.get(value.untyped_storage().data_ptr())
+            plain = value.is_contiguous() and target.is_contiguous() and target.device.type == "cpu"
+            if place is None or not plain or value.dtype != target.dtype:
+                target.copy_(value)
+                continue
+            file.seek(place + value.storage_offset() * value.element_size())
+            left = memoryview(target.reshape(-1).view(torch.uint8).numpy())
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise CheckpointError(f"{path} became shorter while it was read; copy it again")
+                left = left[count:]
+
+
 def _without_prefixes(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     stripped: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -724,7 +792,7 @@ def load_tower(
         problems.append(f"half a head: {half[0]} is missing")
     if problems:
         raise CheckpointError(f"{path} does not fit a CT-CLIP image tower ({'; '.join(problems)}). Nothing was loaded")
-    model.load_state_dict(loaded, strict=False)  # complete by the checks above; only the named `new` may be absent
+    _fill(own, loaded, Path(path), _places(Path(path), state))  # complete by the checks above, but for the named `new`
     return LoadReport(path, len(loaded) - len(made), dropped, new)
 
 
@@ -958,14 +1026,14 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         if self.sizes is not None:
             if attention is not None:
                 raise ValueError(f"attention='{attention}' is for slice backbones (ctclip_path=None), not for CT-CLIP")
-            with torch.device("meta") if state is not None else torch.device("cpu"):
+            with nullcontext() if state is None else torch.device("meta"):
                 self.visual_transformer = VisualTransformer(self.sizes)
                 self.to_visual_latent = nn.Linear(self.sizes.grid**2 * self.sizes.dim, self.sizes.latent, bias=False)
             self.classifier = create_head(head, self.sizes, dropout, len(self.labels))
         else:
             self._build_slice_variant(backbone, attention, pretrained, n_slices)
         if state is not None:
-            self._materialise()
+            self._materialise(self.visual_transformer, self.to_visual_latent)
             self.load_report = start.told(load_tower(self, state, str(ctclip_path), start.tensors))
         if head == "attention":
             self.to_visual_latent.requires_grad_(False)  # it has no part in the logits; kept for `encode`
@@ -992,10 +1060,11 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         self.attention = nn.Identity() if attention is None else create_attn(attention, self.backbone.dim)
         self.classifier = zero_linear(self.backbone.dim)
 
-    def _materialise(self) -> None:
-        """Gives the tower, built without memory, its storage: random initialisation of 0.7 GB is not worth its time."""
-        self.visual_transformer.to_empty(device="cpu")
-        self.to_visual_latent.to_empty(device="cpu")
+    @staticmethod
+    def _materialise(*modules: nn.Module) -> None:
+        """Gives what was built without memory its storage: random initialisation of 0.7 GB is not worth its time."""
+        for module in modules:
+            module._apply(_empty)  # what to_empty does, but for the function
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
@@ -1108,6 +1177,17 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         except (AttributeError, AssertionError) as error:  # timm's answer for models without
             name = self._hub_mixin_config["backbone"]
             raise ValueError(f"'{name}' has no gradient checkpointing; leave it off or lower the batch size") from error
+
+    def multiply_in_halves(self, dtype: torch.dtype | None) -> None:
+        """Inference by `halves_product` in bfloat16 or float16, for GPUs; None: in float32 again. CT-CLIP variants.
+
+        The transformers' linear layers only; norms, attention and the two ends of the tower stay in float32.
+        """
+        if not self.is_ctclip:
+            raise TypeError("a slice backbone has no products in halves; use torch.autocast")
+        for module in self.visual_transformer.modules():
+            if isinstance(module, Linear):
+                module.halves = dtype
 
     # -- forward -------------------------------------------------------------------------------------------------------
 
@@ -1304,7 +1384,9 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             raise CheckpointError(f"{model_id}: found no model.safetensors, expected a saved model, not a pickle")
         config = saved_config(folder)
         try:
-            model = cls._load_as_safetensor(cls(**kwargs), str(weights), map_location, strict)
+            with torch.device("meta") if kwargs.get("sizes") else nullcontext():
+                model = cls(**kwargs)
+            model = cls._load_as_safetensor(model, str(weights), map_location, strict)
         except PretrainedWeightsError:
             raise
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
@@ -1318,7 +1400,14 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file: str, map_location: str, strict: bool):
-        return super()._load_as_safetensor(model, model_file, map_location, True)  # the mixin's default is False
+        if not model.is_ctclip:
+            return super()._load_as_safetensor(model, model_file, map_location, True)  # the mixin's default is False
+        with safe_open(model_file, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        model.load_state_dict({key: value.to("meta") for key, value in state.items()})  # refuses what does not fit
+        cls._materialise(model)
+        _fill(model.state_dict(), state, Path(model_file), _places(Path(model_file), state))
+        return model.to(map_location).eval()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1459,10 +1548,7 @@ def describe(title: str, model: CTCLIPMultiAbnormalityModel, x: Tensor) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = OneLineParser(description="Test the model: every variant that is present runs one input.")
-    parser.add_argument("--backbone", default="efficientnet_b0", help="timm model of the slice variant")
-    parser.add_argument("--no-pretrained", action="store_true", help="slice variant from random weights")
-    args = parser.parse_args(argv)
+    args = model_parser().parse_args(argv)
     torch.manual_seed(0)
     print("Testing the models (random input; the numbers say that the code runs, nothing about patients)")
     files = {name: f"models/ctclip_{name}.pt" for name in ("classfine", "vocabfine", "zeroshot")}

@@ -9,8 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ctclip_basics import CheckpointError
 from ctclip_metrics import EvaluationError
-from ctclip_model import CheckpointError
 
 if TYPE_CHECKING:
     import torch

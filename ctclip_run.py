@@ -3,7 +3,6 @@ and where the features of a frozen backbone come from (the cache)."""
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
@@ -17,26 +16,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ctclip_basics import CLASSFINE_PATH, DEMO_PATH
 from ctclip_cache import FeatureCache, encode_missing
+from ctclip_config import QUICK_TEST_VOLUMES, Machine, TrainingConfig, TrainingError
 from ctclip_data import FETCH, Cohort, Volume, load_cohort, piece_size, split_by_patient
-from ctclip_model import (
-    CLASSFINE_PATH,
-    DEMO_PATH,
-    CTCLIPMultiAbnormalityModel,
-    balanced_label_weights,
-    create_loss,
-)
+from ctclip_model import CTCLIPMultiAbnormalityModel, balanced_label_weights, create_loss
 from ctclip_phantom import is_phantom_cohort, write_phantom_cohort
 from ctclip_predict import choose_device, choose_precision, choose_workers
 from ctclip_ranks import Ranks
 from ctclip_text import PHANTOM_NOTE
-
-# Peak rate of each head. A CT-CLIP latent has length 1, so its entries are small and the weights have far to go.
-HEAD_LEARNING_RATE = {"ctclip": 3e-2, "slice backbones": 1e-3}
-
-
-class TrainingError(ValueError):
-    """A run that cannot start or go on. One line: what was found, what was expected, what to do."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -45,119 +33,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int, message: str):
         super().__init__(message)
         self.code = 128 + number
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Everything that the weights of a run depend on; the only owner of the defaults. Stored in run.json."""
-
-    mode: str = "full_train"
-    data_dir: str | None = None
-    train_volumes: int = 600  # built-in cohort only
-    valid_volumes: int = 250
-    limit: int | None = None
-    tuning_fraction: float = 0.2
-    cache_dir: str = "cache"
-    augment: bool = False
-    model: str = "ctclip"
-    ctclip_path: str | None = None
-    head: str = "linear"
-    init_head: str = "file"
-    dropout: float = 0.3
-    use_attention: str = "none"
-    pretrained: bool = True
-    epochs: int = 22
-    freeze_epochs: int = 20
-    freeze_backbone: bool = False
-    unfreeze_layers: int = 2
-    patience: int = 3
-    batch_size: int = 16
-    learning_rate: float | None = None  # None: HEAD_LEARNING_RATE
-    backbone_learning_rate: float = 3e-5
-    layer_decay: float = 0.8
-    weight_decay: float = 0.01
-    warmup_fraction: float = 0.05
-    clip_norm: float = 1.0
-    ema_decay: float = 0.0
-    loss_type: str = "focal"
-    alpha: float = 0.35
-    gamma: float = 2.0
-    class_weights: bool = False
-    seed: int = 0
-
-    @property
-    def head_learning_rate(self) -> float:
-        kind = "ctclip" if self.model == "ctclip" else "slice backbones"
-        return HEAD_LEARNING_RATE[kind] if self.learning_rate is None else self.learning_rate
-
-    @property
-    def frozen_epochs(self) -> int:
-        return self.epochs if self.freeze_backbone else min(self.freeze_epochs, self.epochs)
-
-    def open_layers(self, epoch: int, layers: int) -> int:
-        """How many of the backbone's layers, counted from the output, move in this epoch."""
-        if epoch < self.frozen_epochs:
-            return 0
-        return min(layers, self.unfreeze_layers * (epoch - self.frozen_epochs + 1)) if self.unfreeze_layers else layers
-
-    def check(self) -> None:
-        """Raises TrainingError for a value that makes no run."""
-        bounds = {
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "freeze_epochs": (self.freeze_epochs >= 0, "at least 0"),
-            "unfreeze_layers": (self.unfreeze_layers >= 0, "at least 0 (0: all layers at once)"),
-            "patience": (self.patience >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "dropout": (0 <= self.dropout < 1, "at least 0 and below 1"),
-            "learning_rate": (self.head_learning_rate > 0, "above 0"),
-            "backbone_learning_rate": (self.backbone_learning_rate >= 0, "at least 0"),
-            "layer_decay": (0 < self.layer_decay <= 1, "above 0 and at most 1"),
-            "ema_decay": (0 <= self.ema_decay < 1, "at least 0 (off) and below 1"),
-            "tuning_fraction": (0 < self.tuning_fraction < 1, "between 0 and 1"),
-            "alpha": (0 < self.alpha < 1, "between 0 and 1 (it weighs the negatives)"),
-            "gamma": (0 <= self.gamma < math.inf, "a finite number of at least 0"),
-            "weight_decay": (self.weight_decay >= 0, "at least 0"),
-            "clip_norm": (self.clip_norm > 0, "above 0"),
-            "warmup_fraction": (0 <= self.warmup_fraction <= 1, "between 0 and 1"),
-            "seed": (self.seed >= 0, "at least 0"),
-            "limit": (self.limit is None or self.limit >= 2, "at least 2 volumes"),
-        }
-        for name, (good, expected) in bounds.items():
-            if not good:
-                raise TrainingError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected {expected}")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """How a run is carried out. May differ between a run and its continuation, and changes weights by rounding only."""
-
-    device: str | None = None
-    workers: int | None = None
-    micro_batch: int | None = None
-    gradient_checkpointing: str = "auto"
-    save_minutes: float = 10.0
-    tensorboard: bool = False
-
-    def check(self) -> None:
-        """Raises TrainingError for a value that makes no run."""
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise TrainingError(f"--micro-batch is {self.micro_batch}, expected at least 1")
-        if not self.save_minutes >= 0:
-            raise TrainingError(f"--save-minutes is {self.save_minutes}, expected at least 0 (0: after every step)")
-        if self.tensorboard:
-            try:
-                import torch.utils.tensorboard  # noqa: F401
-            except ImportError as error:
-                raise TrainingError(f"--tensorboard needs a package ({error}); pip install tensorboard") from error
-
-
-# What a continued run may be told anew: folders get mounted elsewhere. That content is the same is checked.
-MOVABLE = ("data_dir", "cache_dir", "ctclip_path")
-
-# What `--mode quick_test` changes: three epochs of which the last is unfrozen, on so many training and tuning volumes;
-# the cohort is a little larger, because a split by patient cannot hit two numbers exactly.
-QUICK_TEST = {"train_volumes": 270, "valid_volumes": 100, "epochs": 3, "freeze_epochs": 2}
-QUICK_TEST_VOLUMES = (200, 50)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -367,7 +242,7 @@ def parts(items: Sequence, size: int = 64) -> list[range]:
 def frozen_inputs(run: Run, model: CTCLIPMultiAbnormalityModel, split: Split, chosen: Sequence[int]) -> Tensor:
     """What the head takes for these volumes of the split, on the device."""
     if split.features is not None:
-        return split.features[list(chosen)].to(run.device)
+        return split.features.index_select(0, torch.tensor(chosen, dtype=torch.long)).to(run.device)
     return run.cache.head_inputs(model, [split.rows[i] for i in chosen], run.device)
 
 

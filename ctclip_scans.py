@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ctclip_basics import ABNORMALITIES, replacing
 from ctclip_files import FILE_SUFFIXES, SERIES_PREFIX, VolumeError, is_dicom, series_of
 from ctclip_folders import newest_run, run_calibration, run_record, run_tuning
 from ctclip_metrics import EvaluationError
-from ctclip_model import ABNORMALITIES, replacing
 from ctclip_predict import load_model, predict_volumes
 from ctclip_text import PHANTOM_MODEL_NOTE
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ctclip_basics import ABNORMALITIES, replacing
 from ctclip_metrics import EvaluationError, checked
-from ctclip_model import ABNORMALITIES, replacing
 
 if TYPE_CHECKING:
     import pandas as pd

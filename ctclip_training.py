@@ -12,6 +12,11 @@ A frozen backbone gives the same features for a volume in every epoch, so a froz
 
 from __future__ import annotations
 
+from ctclip_config import training_parser
+
+if __name__ == "__main__":
+    training_parser(__doc__).parse_args()  # --help and wrong flags are answered before the two seconds of the imports
+
 import argparse
 import json
 import math
@@ -24,7 +29,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +37,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ctclip_basics import ABNORMALITIES, CheckpointError, PretrainedWeightsError, replacing
 from ctclip_cache import CacheError, encoder_digest
+from ctclip_config import MOVABLE, Machine, TrainingConfig, TrainingError, config_from_flags, machine_from_flags
 from ctclip_data import (
     CohortError,
     VolumeError,
@@ -42,29 +49,15 @@ from ctclip_evaluation import RESULT_FILES
 from ctclip_figures import TRAINING_CURVES, write_training_figure
 from ctclip_folders import newest_run, run_record
 from ctclip_metrics import EvaluationError, auroc_difference, compute_metrics
-from ctclip_model import (
-    ABNORMALITIES,
-    CLASSFINE_PATH,
-    CheckpointError,
-    CTCLIPMultiAbnormalityModel,
-    OneLineParser,
-    PretrainedWeightsError,
-    replacing,
-)
+from ctclip_model import CTCLIPMultiAbnormalityModel
 from ctclip_predict import predict_volumes
 from ctclip_prompts import PromptError
 from ctclip_ranks import is_main_process
 from ctclip_run import (
-    HEAD_LEARNING_RATE,
-    MOVABLE,
-    QUICK_TEST,
     Interrupted,
     Job,
-    Machine,
     Run,
     Split,
-    TrainingConfig,
-    TrainingError,
     frozen_inputs,
     load_features,
     parts,
@@ -176,7 +169,10 @@ class Moving:
         by_name = dict(model.named_parameters())
         head = {id(parameter) for parameter in model.head_parameters()}
         self.names = [name for name, parameter in by_name.items() if id(parameter) in head]
-        self.optimizer = torch.optim.AdamW(self._groups("head", self.names, self.config.head_learning_rate, 0))
+        self._parameters: dict[str, nn.Parameter] = {}  # those of `names`
+        groups = self._groups("head", self.names, self.config.head_learning_rate, 0)
+        # One operation in place of ten per tensor: most of what a step of a small head on the CPU takes.
+        self.optimizer = torch.optim.AdamW(groups, fused=True if run.device.type == "cpu" else None)
 
     def _groups(self, title: str, names: Sequence[str], rate: float, start: int) -> list[dict]:
         """AdamW groups for these parameters; no weight decay on vectors (norms, scales, biases)."""
@@ -212,8 +208,10 @@ class Moving:
             self.exchange = nn.parallel.DistributedDataParallel(GradientExchange(list(parameters.values())))
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        everything = dict(self.model.named_parameters())
-        return {name: everything[name] for name in self.names}
+        if len(self._parameters) != len(self.names):  # gathered once: a walk through the model costs more than a step
+            everything = dict(self.model.named_parameters())
+            self._parameters = {name: everything[name] for name in self.names}
+        return self._parameters
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that may have moved: open parameters, and running statistics of an open slice backbone."""
@@ -245,24 +243,26 @@ class Moving:
             buffer.copy_(value)
 
     def step(self, progress: float) -> bool:
-        """One optimiser step from the gradients of all ranks; False, and no step, if they are not finite."""
+        """One optimiser step from the gradients of all ranks; False, and no step, if they are not finite. They stay."""
         scaler = self.run.scaler
         if self.exchange is not None:
             with warnings.catch_warnings():  # on the strides of an axis of length 1
                 warnings.filterwarnings("ignore", message="Grad strides do not match")
                 self.exchange().backward()
-        if all(parameter.grad is None for parameter in self.parameters().values()):
+        moving = [parameter for parameter in self.parameters().values() if parameter.grad is not None]
+        if not moving:
             return True  # nothing of this step could be read
         self.set_learning_rates(progress)
         scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters().values(), self.config.clip_norm)
-        finite = bool(norm.isfinite())
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in moving])
+        finite, too_long = torch.stack([norm.isfinite(), norm > self.config.clip_norm]).tolist()
+        if finite and too_long:
+            nn.utils.clip_grads_with_norm_(moving, self.config.clip_norm, norm)
         if finite or scaler.is_enabled():  # on an overflow the scaler leaves the step out and lowers its scale
             scaler.step(self.optimizer)
             scaler.update()
         if finite:
             self.averages.update()
-        self.optimizer.zero_grad(set_to_none=True)
         # An overflow is part of loss scaling, until the scale has nowhere left to go.
         return finite or (scaler.is_enabled() and scaler.get_scale() >= 1)
 
@@ -301,10 +301,11 @@ def pieces_of(
         pieces += cut
         ends += [False] * (len(cut) - 1) + [True]
     if split.rows is not None:
-        labels = split.labels
+        labels, names = split.labels, split.names
         for piece, last in zip(pieces, ends, strict=True):
             inputs = frozen_inputs(run, model, split, piece) if piece else torch.empty(0)
-            yield inputs, labels[piece].to(run.device), [split.volumes[i].name for i in piece], last
+            own = labels.index_select(0, torch.tensor(piece, dtype=torch.long))
+            yield inputs, own.to(run.device), [names[i] for i in piece], last
         return
     seed = run.config.seed * 100_003 + epoch if run.config.augment else None
     loader = volume_loader(split.volumes, model.input_shape, pieces=pieces, num_workers=run.workers, augment_seed=seed)
@@ -332,11 +333,12 @@ def accumulate(
                 with run.autocast():
                     logits = model(inputs)
             loss = criterion(logits.float(), labels)
-            if loss.isfinite():
+            value = loss.item()
+            if math.isfinite(value):
                 # Gradients are averaged over ranks, and each rank only has its share of the step.
                 share = len(labels) / whole * run.ranks.world
                 run.scaler.scale(loss * share).backward()
-                outcome.loss_sum += loss.item() * len(labels)
+                outcome.loss_sum += value * len(labels)
                 outcome.seen += len(labels)
             else:
                 finite = logits.isfinite().all(1).tolist()
@@ -917,113 +919,6 @@ def peak_memory(device: torch.device) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of TrainingConfig, defaults from there, in groups. A flag left out is absent from the namespace."""
-    default = TrainingConfig()
-
-    def add(group, flag: str, text: str, **kwargs) -> None:
-        value = getattr(default, flag.replace("-", "_"))
-        shown = "" if value in (None, False) else f" (default {value})"
-        if kwargs.get("action") is None:
-            kwargs.setdefault("type", str)
-        group.add_argument(f"--{flag}", default=argparse.SUPPRESS, help=text + shown, **kwargs)
-
-    data = parser.add_argument_group("data")
-    add(data, "data-dir", "folder in the hub's layout; left out: the built-in cohort of synthetic chests", metavar="D")
-    add(data, "train-volumes", "size of the built-in cohort's training split", type=int, metavar="N")
-    add(data, "valid-volumes", "size of the built-in cohort's unseen split", type=int, metavar="N")
-    add(data, "limit", "use only the first N volumes of the training split", type=int, metavar="N")
-    add(data, "tuning-fraction", "share of patients kept for choosing epoch and thresholds", type=float, metavar="F")
-    add(data, "cache-dir", "what a frozen backbone makes of each volume is kept here, for all runs", metavar="C")
-    text = "shift and rescale voxels in training, add noise; no cache for them: every frozen epoch encodes anew"
-    add(data, "augment", text, action="store_true")
-    model = parser.add_argument_group("model")
-    add(model, "model", "'ctclip', or a timm name such as efficientnet_b0 for a slice classifier", metavar="NAME")
-    add(model, "ctclip-path", f"CT-CLIP weights (default {CLASSFINE_PATH}; on phantoms the demo's)", metavar="FILE")
-    text = "linear: ClassFine's; mlp: and a hidden layer; attention: pools the token grid per finding, for small ones"
-    add(model, "head", text, choices=("linear", "mlp", "attention"))
-    text = "of --head linear: what the file has, or new; prompts: at its zero-shot answers, made by its text tower"
-    add(model, "init-head", text, choices=("file", "prompts"))
-    add(model, "dropout", "share of the head's inputs dropped in training", type=float, metavar="F")
-    add(model, "use-attention", "attention on a slice backbone's feature map", choices=("none", "cbam"))
-    model.add_argument(
-        "--no-pretrained",
-        dest="pretrained",
-        action="store_false",
-        default=argparse.SUPPRESS,
-        help="start a slice backbone from random weights instead of ImageNet's (much worse)",
-    )
-    plan = parser.add_argument_group("schedule")
-    add(plan, "epochs", "passes over the training volumes", type=int, metavar="N")
-    add(plan, "freeze-epochs", "of those, with a frozen backbone (cheap: read from the cache)", type=int, metavar="N")
-    add(plan, "freeze-backbone", "never unfreeze", action="store_true")
-    text = "layers opened per unfrozen epoch, from the output down; memory and time grow with them; 0: all at once"
-    add(plan, "unfreeze-layers", text, type=int, metavar="N")
-    text = "unfrozen: stop after N evaluations in a row below the best AUROC by more than its noise"
-    add(plan, "patience", text, type=int, metavar="N")
-    add(plan, "batch-size", "volumes per step, whatever the memory; gradients are accumulated", type=int, metavar="N")
-    rates = ", ".join(f"{rate:g} for {kind}" for kind, rate in HEAD_LEARNING_RATE.items())
-    add(plan, "learning-rate", f"peak rate of the head (default {rates})", type=float, metavar="R")
-    add(plan, "backbone-learning-rate", "peak rate of the layer at the output, once open", type=float, metavar="R")
-    add(plan, "layer-decay", "each layer further from the output has this times the rate", type=float, metavar="F")
-    add(plan, "ema-decay", "evaluate and save an average of the weights (0: off; 0.999)", type=float, metavar="F")
-    add(plan, "weight-decay", "AdamW's, on matrices only", type=float, metavar="R")
-    add(plan, "warmup-fraction", "share of its epochs in which a rate rises", type=float, metavar="F")
-    add(plan, "clip-norm", "largest gradient norm", type=float, metavar="R")
-    add(plan, "seed", "of split, shuffling, dropout and new weights", type=int, metavar="N")
-    loss = parser.add_argument_group("loss")
-    add(loss, "loss-type", "focal; bce: cross-entropy; asl: asymmetric loss (timm's)", choices=("focal", "bce", "asl"))
-    add(loss, "alpha", "focal: weight of the negatives; higher: fewer positive predictions", type=float, metavar="A")
-    text = "weigh findings by how rare they are in the training labels; both sides alike, so rates do not rise"
-    add(loss, "class-weights", text, action="store_true")
-    add(loss, "gamma", "focal: higher leaves easy cases alone and flattens the probabilities", type=float, metavar="G")
-
-
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    machine.add_argument("--workers", type=int, metavar="N", help="reading processes beside the main one")
-
-
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    default = Machine()
-    group = parser.add_argument_group("run")
-    group.add_argument("--output-dir", metavar="DIR", help="folder of the run (default results/<time>_<model>)")
-    group.add_argument(
-        "--resume", nargs="?", const="", metavar="DIR", help="go on with an earlier run (default: the newest)"
-    )
-    group.add_argument("--plan", action="store_true", help="measure for a minute what the run will need, and stop")
-    group.add_argument(
-        "--save-minutes",
-        type=float,
-        default=default.save_minutes,
-        metavar="M",
-        help="save the state so often, beside every epoch's end (default %(default)g)",
-    )
-    group.add_argument(
-        "--micro-batch", type=int, metavar="N", help="volumes per forward pass (default: by size; halved when too many)"
-    )
-    group.add_argument(
-        "--gradient-checkpointing",
-        choices=("auto", "on", "off"),
-        default=default.gradient_checkpointing,
-        help="unfrozen: recompute instead of keep, less than half the memory (default %(default)s: on CUDA)",
-    )
-    group.add_argument("--tensorboard", action="store_true", help="write TensorBoard events into the run's folder")
-
-
-def machine_from_flags(args: argparse.Namespace) -> Machine:
-    return Machine(**{field.name: getattr(args, field.name) for field in fields(Machine)})
-
-
-def config_from_flags(args: argparse.Namespace) -> TrainingConfig:
-    names = {field.name for field in fields(TrainingConfig)}
-    given = {name: value for name, value in vars(args).items() if name in names}
-    if given.get("mode") == "quick_test":
-        given = QUICK_TEST | given
-    return TrainingConfig(**given)
-
-
 def run_folder(args: argparse.Namespace) -> tuple[Path, TrainingConfig]:
     """Folder and configuration of the run that the flags ask for: a new one, or with --resume an earlier one.
 
@@ -1106,17 +1001,7 @@ def guarded(action) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--mode",
-        choices=("quick_test", "full_train"),
-        default=argparse.SUPPRESS,
-        help="quick_test: 200 training and 50 validation phantoms, 3 epochs; full_train (default): everything below",
-    )
-    add_run_flags(parser)
-    add_training_flags(parser)
-    add_machine_flags(parser)
-    args = parser.parse_args(argv)
+    args = training_parser(__doc__).parse_args(argv)
 
     def action() -> None:
         folder = run_training(args)

@@ -9,7 +9,11 @@ beside it are: what the model makes of one fixed synthetic volume. models/ctclip
 
 from __future__ import annotations
 
-import argparse
+from ctclip_config import weights_parser
+
+if __name__ == "__main__":
+    weights_parser(__doc__).parse_args()  # --help and wrong flags are answered before the two seconds of the imports
+
 import hashlib
 import os
 import platform
@@ -34,7 +38,6 @@ from ctclip_model import (
     SLIM_OF,
     CheckpointError,
     CTCLIPMultiAbnormalityModel,
-    OneLineParser,
     _unused_reason,
     is_slim_copy,
     read_checkpoint,
@@ -178,10 +181,7 @@ def make_slim(path: Path) -> tuple[Path, Fingerprint]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path, metavar="FILE", help="a CT-CLIP file, .pt or .safetensors")
-    parser.add_argument("--slim", action="store_true", help="replace the file by its tensors in use, as .safetensors")
-    args = parser.parse_args(argv)
+    args = weights_parser(__doc__).parse_args(argv)
     try:
         path = args.weights
         if args.slim and path.suffix == ".pt":

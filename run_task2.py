@@ -23,14 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ctclip_data import load_cohort
+from ctclip_basics import OneLineParser
+from ctclip_config import add_machine_flags, add_run_flags, add_training_flags
 from ctclip_evaluation import add_evaluation_flags, given_evaluation_flags, report, settings_from_flags
 from ctclip_folders import foreign_folder, newest_run, run_material
 from ctclip_metrics import EvaluationError
-from ctclip_model import OneLineParser
-from ctclip_prompts import read_prompts
 from ctclip_scans import check_output, labels_of, predict, rows_table, write_csv, write_predictions
-from ctclip_training import add_machine_flags, add_run_flags, add_training_flags, guarded, run_training
 
 PREDICTIONS = "results/predictions.csv"
 MODES = {
@@ -45,7 +43,11 @@ def predict_mode(args: argparse.Namespace) -> None:
     """`--mode predict`: a table of probabilities; unreadable scans are listed and named by the exit code."""
     if not args.input:
         raise EvaluationError("--mode predict needs --input, a scan (.nii, .nii.gz, .mha, a DICOM series) or a folder")
-    prompts = read_prompts(args.prompts) if args.prompts else None
+    prompts = None
+    if args.prompts:
+        from ctclip_prompts import read_prompts
+
+        prompts = read_prompts(args.prompts)
     checkpoint, output = Path(args.checkpoint) if args.checkpoint else newest_run(), Path(args.output or PREDICTIONS)
     labels = prompts.names if prompts else labels_of(checkpoint)
     check_output(output, labels)
@@ -160,6 +162,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     args = parse(argv)
+    from ctclip_data import load_cohort  # two seconds, with torch and pandas: not for --help and wrong flags
+    from ctclip_training import guarded, run_training
 
     def action() -> None:
         refuse_idle_flags(args)

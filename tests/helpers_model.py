@@ -1,4 +1,4 @@
-"""Sizes unlike those of any checkpoint in tests/fixtures."""
+"""Sizes of towers: unlike those of any checkpoint in tests/fixtures, and those of the published one."""
 
 from ctclip_model import TowerSizes
 
@@ -15,4 +15,19 @@ OTHER_SIZES = TowerSizes(
     latent=12,
     feedforward=64,
     bias_dim=10,
+)
+
+PUBLISHED = TowerSizes(
+    dim=512,
+    heads=8,
+    dim_head=32,
+    patch=20,
+    temporal_patch=10,
+    grid=24,
+    spatial_depth=4,
+    temporal_depth=4,
+    codes=8192,
+    latent=512,
+    feedforward=1365,
+    bias_dim=512,
 )

@@ -2,12 +2,15 @@
 produced on small random weights) and against properties that the architecture must have."""
 
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import plain_encoder
 import pytest
 import torch
 from helpers_model import OTHER_SIZES
+from safetensors.torch import save_file
 from torch import nn
 
 import ctclip_model
@@ -16,9 +19,12 @@ from ctclip_model import (
     CheckpointError,
     CTCLIPMultiAbnormalityModel,
     PretrainedWeightsError,
+    Quantizer,
     SpatialBias,
     TowerSizes,
+    Transformer,
     create_ctclip_checkpoint,
+    halves_product,
     main,
     read_checkpoint,
     slice_triplets,
@@ -62,6 +68,61 @@ def test_tower_equals_the_published_implementation(path, expected):
     torch.testing.assert_close(model.encode(volume), expected["image_latents"], rtol=0, atol=1e-5)
     if path == CLASSFINE:
         torch.testing.assert_close(model(volume), expected["classfine_logits"], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_plain_encoder_equals_the_published_implementation(expected):
+    """The second witness, from which benchmarks take truth at the published size."""
+    state = read_checkpoint(CLIP)
+    _, ids, latents = plain_encoder.encode(state, expected["volume"])
+    assert torch.equal(ids, expected["code_ids"])
+    torch.testing.assert_close(latents, expected["image_latents"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [GOLDEN_SIZES, OTHER_SIZES], ids=["golden", "odd"])
+@pytest.mark.parametrize("depth", [1, 4])
+def test_tower_equals_the_plain_encoder_in_every_way_it_runs(sizes, depth, monkeypatch):
+    """With gradients, without, and cut into the smallest pieces; in float64, where only a mistake shows."""
+    state = create_ctclip_checkpoint(sizes, seed=depth)
+    model = CTCLIPMultiAbnormalityModel(sizes=asdict(sizes)).double()
+    model.load_state_dict({key: value for key, value in state.items() if key in model.state_dict()}, strict=False)
+    _, height, width = sizes.input_shape
+    volume = torch.rand(2, 1, depth * sizes.temporal_patch, height, width, dtype=torch.float64) * 2 - 1
+    tokens, ids, latents = plain_encoder.encode(state, volume)
+
+    def compare(model, volume, atol):
+        torch.testing.assert_close(model.visual_transformer(volume).double(), tokens, rtol=0, atol=atol)
+        torch.testing.assert_close(model.encode(volume).double(), latents, rtol=0, atol=atol)
+        assert torch.equal(model.code_ids(volume), ids)
+
+    compare(model, volume, 1e-12)
+    for piece, chunk in ((10**9, 10**9), (1, 1)):
+        monkeypatch.setattr(Transformer, "PIECE", piece)
+        monkeypatch.setattr(Quantizer, "CHUNK", chunk)
+        with torch.no_grad():
+            compare(model.float(), volume.float(), 2e-5)
+
+
+@pytest.mark.parametrize("dtype, bits", [(torch.bfloat16, 15), (torch.float16, 20)])
+def test_products_in_halves_keep_twice_the_digits(dtype, bits):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 7, 300), torch.randn(50, 300), torch.randn(50)
+    exact = (x.double() @ weight.double().T + bias).float()
+    error = (halves_product(x, weight, bias, dtype) - exact).abs().max()
+    plain = (x.to(dtype).float() @ weight.to(dtype).float().T + bias - exact).abs().max()
+    assert error < 2**-bits * exact.abs().max() and error < plain / 50
+
+
+@torch.no_grad()
+def test_inference_in_halves_is_float32_but_for_rounding(model, expected):
+    model.multiply_in_halves(torch.bfloat16)
+    before = model.visual_transformer(expected["volume"])
+    torch.testing.assert_close(before, expected["tokens_before_vq"], rtol=0, atol=2e-3)
+    assert not torch.allclose(before, expected["tokens_before_vq"], rtol=0, atol=1e-5)  # it did run
+    model.multiply_in_halves(None)
+    torch.testing.assert_close(model(expected["volume"]), expected["classfine_logits"], rtol=0, atol=1e-5)
+    with pytest.raises(TypeError, match="autocast"):
+        CTCLIPMultiAbnormalityModel(None, backbone="resnet18", pretrained=False).multiply_in_halves(torch.float16)
 
 
 @torch.no_grad()
@@ -139,12 +200,64 @@ def test_prefixes_and_position_ids_are_tolerated(tmp_path, prefix, expected):
 
 
 def test_safetensors_file_loads(tmp_path, expected):
-    from safetensors.torch import save_file
-
     state = {key: value.contiguous() for key, value in read_checkpoint(CLASSFINE).items()}
     save_file(state, tmp_path / "a.safetensors")
     model = CTCLIPMultiAbnormalityModel(str(tmp_path / "a.safetensors")).eval()
     torch.testing.assert_close(model(expected["volume"]), expected["classfine_logits"], rtol=0, atol=1e-5)
+
+
+def _in_another_form(path: Path, form: str) -> dict:
+    """ClassFine's tensors, written to `path` in some way; -> as the model must have them."""
+    state = dict(read_checkpoint(CLASSFINE))
+    matrix = "visual_transformer.enc_spatial_transformer.layers.0.1.to_q.weight"
+    if form == "half precision":
+        state = {key: value.half() for key, value in state.items()}
+    if form == "transposed":
+        state[matrix] = state[matrix].T.contiguous().T
+    if form == "one storage":
+        both = torch.stack([state[matrix], state[matrix] + 1])
+        state[matrix], state[matrix.replace("to_q", "to_out")] = both
+    if form == "safetensors":
+        save_file({key: value.contiguous() for key, value in state.items()}, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=form != "before torch 1.6")
+    return state
+
+
+@pytest.mark.parametrize(
+    "form", ["as published", "safetensors", "half precision", "transposed", "one storage", "before torch 1.6"]
+)
+def test_the_models_tensors_are_the_files_and_its_own(tmp_path, form):
+    path = tmp_path / ("a.safetensors" if form == "safetensors" else "a.pt")
+    state = _in_another_form(path, form)
+    model = CTCLIPMultiAbnormalityModel(str(path))
+    path.write_bytes(b"")  # cut short in place: a mapping would kill this process at the next look
+    for key, value in model.state_dict().items():
+        assert value.dtype == torch.float32 and value.is_contiguous()
+        assert torch.equal(value, state[key].float()), key
+
+
+@pytest.mark.parametrize("form", ["as published", "safetensors", "one storage"])
+def test_every_tensor_of_a_file_is_found_in_it(tmp_path, form):
+    """So that none is copied from the mapping, whose pages would be in memory a second time."""
+    path = tmp_path / ("a.safetensors" if form == "safetensors" else "a.pt")
+    _in_another_form(path, form)
+    state, content = read_checkpoint(path), path.read_bytes()
+    places = ctclip_model._places(path, state)
+    assert len(places) > 100
+    for value in (value for value in state.values() if value.numel()):
+        start = places[value.untyped_storage().data_ptr()] + value.storage_offset() * value.element_size()
+        assert content[start : start + value.nbytes] == value.numpy().tobytes()
+
+
+def test_nothing_is_drawn_for_a_saved_model(tmp_path):
+    """Built without storage, then filled: random weights of 0.7 GB are not worth their time."""
+    CTCLIPMultiAbnormalityModel(str(CLASSFINE), head="attention").save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    model = CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(value.is_meta for value in model.state_dict().values())
+    assert not model.training and not model.to_visual_latent.weight.requires_grad
 
 
 def _refused(tmp_path, state) -> str:

@@ -23,10 +23,12 @@ import torch
 from helpers_training import history, one_line, weights
 from torch import nn
 
+import ctclip_config
 import ctclip_figures
 import ctclip_predict
 import ctclip_run
 import ctclip_training
+from ctclip_config import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig
 from ctclip_data import Volume, load_cohort, piece_size, split_by_patient
 from ctclip_model import (
     ABNORMALITIES,
@@ -37,7 +39,7 @@ from ctclip_model import (
     read_checkpoint,
 )
 from ctclip_phantom import plan_split
-from ctclip_run import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig, build_model
+from ctclip_run import build_model
 from ctclip_state import states
 from ctclip_training import Averages, guarded, main, schedule, train
 
@@ -581,7 +583,7 @@ def test_tensorboard_without_the_package_is_one_line_and_exit_code_2(flags, tmp_
 def actions() -> dict[str, object]:
     """Flag -> argparse action."""
     parser = OneLineParser()
-    for add in (ctclip_training.add_run_flags, ctclip_training.add_training_flags, ctclip_training.add_machine_flags):
+    for add in (ctclip_config.add_run_flags, ctclip_config.add_training_flags, ctclip_config.add_machine_flags):
         add(parser)
     return {flag: action for action in parser._actions for flag in action.option_strings}
 
@@ -601,15 +603,15 @@ def test_every_setting_has_a_flag_that_shows_its_default():
 def test_flags_become_settings(flags):
     """Underscores as well; what is left out keeps its default."""
     parser = OneLineParser()
-    ctclip_training.add_run_flags(parser)
-    ctclip_training.add_training_flags(parser)
-    ctclip_training.add_machine_flags(parser)
+    ctclip_config.add_run_flags(parser)
+    ctclip_config.add_training_flags(parser)
+    ctclip_config.add_machine_flags(parser)
     args = parser.parse_args(
         ["--ema_decay=0.99", "--unfreeze_layers", "0", "--no-pretrained", "--micro_batch", "3", "--cache_dir", "a_b"]
     )
     expected = {"ema_decay": 0.99, "unfreeze_layers": 0, "pretrained": False, "cache_dir": "a_b"}
-    assert ctclip_training.config_from_flags(args) == TrainingConfig(**expected)
-    assert ctclip_training.machine_from_flags(args) == Machine(micro_batch=3)
+    assert ctclip_config.config_from_flags(args) == TrainingConfig(**expected)
+    assert ctclip_config.machine_from_flags(args) == Machine(micro_batch=3)
 
 
 @pytest.mark.parametrize(

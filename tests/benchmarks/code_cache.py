@@ -20,28 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
+
+from helpers_model import PUBLISHED  # noqa: E402
 
 from ctclip_cache import FeatureCache, encode_missing  # noqa: E402
 from ctclip_data import Verdict, Volume, load_cohort, read_volume  # noqa: E402
-from ctclip_model import N_LABELS, CTCLIPMultiAbnormalityModel, TowerSizes, create_balanced_loss  # noqa: E402
+from ctclip_model import N_LABELS, CTCLIPMultiAbnormalityModel, create_balanced_loss  # noqa: E402
 from ctclip_phantom import write_phantom_cohort  # noqa: E402
 from ctclip_ranks import Ranks  # noqa: E402
 
-PUBLISHED = TowerSizes(
-    dim=512,
-    heads=8,
-    dim_head=32,
-    patch=20,
-    temporal_patch=10,
-    grid=24,
-    spatial_depth=4,
-    temporal_depth=4,
-    codes=8192,
-    latent=512,
-    feedforward=1365,
-    bias_dim=512,
-)
 BATCH_SIZE = 16
 GOAL = 1000  # times less than encoding, reading not counted
 TOLERANCE = 1e-6

@@ -1,0 +1,288 @@
+"""What a run is told, configuration and machine, each the only owner of its defaults; and the flags of every script
+that imports torch at its top.
+
+Standard library only, like `ctclip_basics`: --help and a mistyped flag are answered before the two seconds of torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ctclip_basics import CLASSFINE_PATH, OneLineParser
+
+DISCLAIMER = "Results on phantoms speak of the pipeline, not of patients."
+
+# Peak rate of each head. A CT-CLIP latent has length 1, so its entries are small and the weights have far to go.
+HEAD_LEARNING_RATE = {"ctclip": 3e-2, "slice backbones": 1e-3}
+
+
+class TrainingError(ValueError):
+    """A run that cannot start or go on. One line: what was found, what was expected, what to do."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that the weights of a run depend on; the only owner of the defaults. Stored in run.json."""
+
+    mode: str = "full_train"
+    data_dir: str | None = None
+    train_volumes: int = 600  # built-in cohort only
+    valid_volumes: int = 250
+    limit: int | None = None
+    tuning_fraction: float = 0.2
+    cache_dir: str = "cache"
+    augment: bool = False
+    model: str = "ctclip"
+    ctclip_path: str | None = None
+    head: str = "linear"
+    init_head: str = "file"
+    dropout: float = 0.3
+    use_attention: str = "none"
+    pretrained: bool = True
+    epochs: int = 22
+    freeze_epochs: int = 20
+    freeze_backbone: bool = False
+    unfreeze_layers: int = 2
+    patience: int = 3
+    batch_size: int = 16
+    learning_rate: float | None = None  # None: HEAD_LEARNING_RATE
+    backbone_learning_rate: float = 3e-5
+    layer_decay: float = 0.8
+    weight_decay: float = 0.01
+    warmup_fraction: float = 0.05
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0
+    loss_type: str = "focal"
+    alpha: float = 0.35
+    gamma: float = 2.0
+    class_weights: bool = False
+    seed: int = 0
+
+    @property
+    def head_learning_rate(self) -> float:
+        kind = "ctclip" if self.model == "ctclip" else "slice backbones"
+        return HEAD_LEARNING_RATE[kind] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def frozen_epochs(self) -> int:
+        return self.epochs if self.freeze_backbone else min(self.freeze_epochs, self.epochs)
+
+    def open_layers(self, epoch: int, layers: int) -> int:
+        """How many of the backbone's layers, counted from the output, move in this epoch."""
+        if epoch < self.frozen_epochs:
+            return 0
+        return min(layers, self.unfreeze_layers * (epoch - self.frozen_epochs + 1)) if self.unfreeze_layers else layers
+
+    def check(self) -> None:
+        """Raises TrainingError for a value that makes no run."""
+        bounds = {
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "freeze_epochs": (self.freeze_epochs >= 0, "at least 0"),
+            "unfreeze_layers": (self.unfreeze_layers >= 0, "at least 0 (0: all layers at once)"),
+            "patience": (self.patience >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "dropout": (0 <= self.dropout < 1, "at least 0 and below 1"),
+            "learning_rate": (self.head_learning_rate > 0, "above 0"),
+            "backbone_learning_rate": (self.backbone_learning_rate >= 0, "at least 0"),
+            "layer_decay": (0 < self.layer_decay <= 1, "above 0 and at most 1"),
+            "ema_decay": (0 <= self.ema_decay < 1, "at least 0 (off) and below 1"),
+            "tuning_fraction": (0 < self.tuning_fraction < 1, "between 0 and 1"),
+            "alpha": (0 < self.alpha < 1, "between 0 and 1 (it weighs the negatives)"),
+            "gamma": (0 <= self.gamma < math.inf, "a finite number of at least 0"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "clip_norm": (self.clip_norm > 0, "above 0"),
+            "warmup_fraction": (0 <= self.warmup_fraction <= 1, "between 0 and 1"),
+            "seed": (self.seed >= 0, "at least 0"),
+            "limit": (self.limit is None or self.limit >= 2, "at least 2 volumes"),
+        }
+        for name, (good, expected) in bounds.items():
+            if not good:
+                raise TrainingError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How a run is carried out. May differ between a run and its continuation, and changes weights by rounding only."""
+
+    device: str | None = None
+    workers: int | None = None
+    micro_batch: int | None = None
+    gradient_checkpointing: str = "auto"
+    save_minutes: float = 10.0
+    tensorboard: bool = False
+
+    def check(self) -> None:
+        """Raises TrainingError for a value that makes no run."""
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise TrainingError(f"--micro-batch is {self.micro_batch}, expected at least 1")
+        if not self.save_minutes >= 0:
+            raise TrainingError(f"--save-minutes is {self.save_minutes}, expected at least 0 (0: after every step)")
+        if self.tensorboard:
+            try:
+                import torch.utils.tensorboard  # noqa: F401
+            except ImportError as error:
+                raise TrainingError(f"--tensorboard needs a package ({error}); pip install tensorboard") from error
+
+
+# What a continued run may be told anew: folders get mounted elsewhere. That content is the same is checked.
+MOVABLE = ("data_dir", "cache_dir", "ctclip_path")
+
+# What `--mode quick_test` changes: three epochs of which the last is unfrozen, on so many training and tuning volumes;
+# the cohort is a little larger, because a split by patient cannot hit two numbers exactly.
+QUICK_TEST = {"train_volumes": 270, "valid_volumes": 100, "epochs": 3, "freeze_epochs": 2}
+QUICK_TEST_VOLUMES = (200, 50)
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of TrainingConfig, defaults from there, in groups. A flag left out is absent from the namespace."""
+    default = TrainingConfig()
+
+    def add(group, flag: str, text: str, **kwargs) -> None:
+        value = getattr(default, flag.replace("-", "_"))
+        shown = "" if value in (None, False) else f" (default {value})"
+        if kwargs.get("action") is None:
+            kwargs.setdefault("type", str)
+        group.add_argument(f"--{flag}", default=argparse.SUPPRESS, help=text + shown, **kwargs)
+
+    data = parser.add_argument_group("data")
+    add(data, "data-dir", "folder in the hub's layout; left out: the built-in cohort of synthetic chests", metavar="D")
+    add(data, "train-volumes", "size of the built-in cohort's training split", type=int, metavar="N")
+    add(data, "valid-volumes", "size of the built-in cohort's unseen split", type=int, metavar="N")
+    add(data, "limit", "use only the first N volumes of the training split", type=int, metavar="N")
+    add(data, "tuning-fraction", "share of patients kept for choosing epoch and thresholds", type=float, metavar="F")
+    add(data, "cache-dir", "what a frozen backbone makes of each volume is kept here, for all runs", metavar="C")
+    text = "shift and rescale voxels in training, add noise; no cache for them: every frozen epoch encodes anew"
+    add(data, "augment", text, action="store_true")
+    model = parser.add_argument_group("model")
+    add(model, "model", "'ctclip', or a timm name such as efficientnet_b0 for a slice classifier", metavar="NAME")
+    add(model, "ctclip-path", f"CT-CLIP weights (default {CLASSFINE_PATH}; on phantoms the demo's)", metavar="FILE")
+    text = "linear: ClassFine's; mlp: and a hidden layer; attention: pools the token grid per finding, for small ones"
+    add(model, "head", text, choices=("linear", "mlp", "attention"))
+    text = "of --head linear: what the file has, or new; prompts: at its zero-shot answers, made by its text tower"
+    add(model, "init-head", text, choices=("file", "prompts"))
+    add(model, "dropout", "share of the head's inputs dropped in training", type=float, metavar="F")
+    add(model, "use-attention", "attention on a slice backbone's feature map", choices=("none", "cbam"))
+    model.add_argument(
+        "--no-pretrained",
+        dest="pretrained",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="start a slice backbone from random weights instead of ImageNet's (much worse)",
+    )
+    plan = parser.add_argument_group("schedule")
+    add(plan, "epochs", "passes over the training volumes", type=int, metavar="N")
+    add(plan, "freeze-epochs", "of those, with a frozen backbone (cheap: read from the cache)", type=int, metavar="N")
+    add(plan, "freeze-backbone", "never unfreeze", action="store_true")
+    text = "layers opened per unfrozen epoch, from the output down; memory and time grow with them; 0: all at once"
+    add(plan, "unfreeze-layers", text, type=int, metavar="N")
+    text = "unfrozen: stop after N evaluations in a row below the best AUROC by more than its noise"
+    add(plan, "patience", text, type=int, metavar="N")
+    add(plan, "batch-size", "volumes per step, whatever the memory; gradients are accumulated", type=int, metavar="N")
+    rates = ", ".join(f"{rate:g} for {kind}" for kind, rate in HEAD_LEARNING_RATE.items())
+    add(plan, "learning-rate", f"peak rate of the head (default {rates})", type=float, metavar="R")
+    add(plan, "backbone-learning-rate", "peak rate of the layer at the output, once open", type=float, metavar="R")
+    add(plan, "layer-decay", "each layer further from the output has this times the rate", type=float, metavar="F")
+    add(plan, "ema-decay", "evaluate and save an average of the weights (0: off; 0.999)", type=float, metavar="F")
+    add(plan, "weight-decay", "AdamW's, on matrices only", type=float, metavar="R")
+    add(plan, "warmup-fraction", "share of its epochs in which a rate rises", type=float, metavar="F")
+    add(plan, "clip-norm", "largest gradient norm", type=float, metavar="R")
+    add(plan, "seed", "of split, shuffling, dropout and new weights", type=int, metavar="N")
+    loss = parser.add_argument_group("loss")
+    add(loss, "loss-type", "focal; bce: cross-entropy; asl: asymmetric loss (timm's)", choices=("focal", "bce", "asl"))
+    add(loss, "alpha", "focal: weight of the negatives; higher: fewer positive predictions", type=float, metavar="A")
+    text = "weigh findings by how rare they are in the training labels; both sides alike, so rates do not rise"
+    add(loss, "class-weights", text, action="store_true")
+    add(loss, "gamma", "focal: higher leaves easy cases alone and flattens the probabilities", type=float, metavar="G")
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    machine.add_argument("--workers", type=int, metavar="N", help="reading processes beside the main one")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    default = Machine()
+    group = parser.add_argument_group("run")
+    group.add_argument("--output-dir", metavar="DIR", help="folder of the run (default results/<time>_<model>)")
+    group.add_argument(
+        "--resume", nargs="?", const="", metavar="DIR", help="go on with an earlier run (default: the newest)"
+    )
+    group.add_argument("--plan", action="store_true", help="measure for a minute what the run will need, and stop")
+    group.add_argument(
+        "--save-minutes",
+        type=float,
+        default=default.save_minutes,
+        metavar="M",
+        help="save the state so often, beside every epoch's end (default %(default)g)",
+    )
+    group.add_argument(
+        "--micro-batch", type=int, metavar="N", help="volumes per forward pass (default: by size; halved when too many)"
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        choices=("auto", "on", "off"),
+        default=default.gradient_checkpointing,
+        help="unfrozen: recompute instead of keep, less than half the memory (default %(default)s: on CUDA)",
+    )
+    group.add_argument("--tensorboard", action="store_true", help="write TensorBoard events into the run's folder")
+
+
+def machine_from_flags(args: argparse.Namespace) -> Machine:
+    return Machine(**{field.name: getattr(args, field.name) for field in fields(Machine)})
+
+
+def config_from_flags(args: argparse.Namespace) -> TrainingConfig:
+    names = {field.name for field in fields(TrainingConfig)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    if given.get("mode") == "quick_test":
+        given = QUICK_TEST | given
+    return TrainingConfig(**given)
+
+
+def training_parser(description: str) -> OneLineParser:
+    """Of ctclip_training.py."""
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--mode",
+        choices=("quick_test", "full_train"),
+        default=argparse.SUPPRESS,
+        help="quick_test: 200 training and 50 validation phantoms, 3 epochs; full_train (default): everything below",
+    )
+    add_run_flags(parser)
+    add_training_flags(parser)
+    add_machine_flags(parser)
+    return parser
+
+
+def model_parser() -> OneLineParser:
+    """Of ctclip_model.py."""
+    parser = OneLineParser(description="Test the model: every variant that is present runs one input.")
+    parser.add_argument("--backbone", default="efficientnet_b0", help="timm model of the slice variant")
+    parser.add_argument("--no-pretrained", action="store_true", help="slice variant from random weights")
+    return parser
+
+
+def weights_parser(description: str) -> OneLineParser:
+    """Of ctclip_weights.py."""
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path, metavar="FILE", help="a CT-CLIP file, .pt or .safetensors")
+    parser.add_argument("--slim", action="store_true", help="replace the file by its tensors in use, as .safetensors")
+    return parser
+
+
+def phantom_parser() -> OneLineParser:
+    """Of ctclip_phantom.py."""
+    parser = OneLineParser(description="Write a cohort of synthetic chest CTs. " + DISCLAIMER)
+    cohort = parser.add_argument_group("cohort")
+    cohort.add_argument("--data-dir", type=Path, help="folder for the cohort; reused if it holds the same one")
+    cohort.add_argument("--train", type=int, default=200, help="training volumes, about 1 MB each (default 200)")
+    cohort.add_argument("--valid", type=int, default=50, help="validation volumes, other patients (default 50)")
+    cohort.add_argument("--seed", type=int, default=0, help="another seed gives other patients (default 0)")
+    cohort.add_argument("--workers", type=int, help="processes; changes the speed, not the files (default: all cores)")
+    look = parser.add_argument_group("look")
+    look.add_argument("--montage", type=Path, help="draw the 18 findings to this PNG instead of writing a cohort")
+    return parser

@@ -1,0 +1,83 @@
+"""Predicting a folder against the larger of reading it alone and computing it alone, at the published size.
+
+    python tests/benchmarks/predict_folder.py
+
+Random weights, `--volumes` files of 512 x 512 x 300. Reading takes more than one core (inflating beside resampling) and
+computing all of them: where the processor time of both exceeds what the cores have in the larger one's time, no overlap
+can reach the goal, and the detail says what could be reached. About two minutes, 3 GB of memory.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from code_cache import PUBLISHED
+from preprocessing import SMALL, write_volume
+from rows import Row, peak_memory, run
+
+from ctclip_data import Volume, read_ahead, read_volume
+from ctclip_model import N_LABELS, CTCLIPMultiAbnormalityModel
+from ctclip_predict import choose_workers, predict_volumes
+
+GOAL, MEMORY_GOAL, TOLERANCE = 1.15, 1200, 1e-5
+
+
+def timed(action: Callable[[], object]) -> tuple[float, float]:
+    """(seconds, processor seconds of all threads)"""
+    start, used = time.perf_counter(), time.process_time()
+    action()
+    return time.perf_counter() - start, time.process_time() - used
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    torch.manual_seed(0)
+    model = CTCLIPMultiAbnormalityModel(sizes=asdict(PUBLISHED)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "scan.nii.gz")
+        write_volume(path, SMALL)
+        labels = np.zeros(N_LABELS, np.float32)
+        volumes = [Volume(f"scan_{i}.nii.gz", path, labels) for i in range(args.volumes)]
+        tensor = read_volume(volumes[0], model.input_shape)[0][None]
+
+        def read() -> None:
+            pieces = [[i] for i in range(len(volumes))]
+            for _ in read_ahead(volumes, model.input_shape, pieces, max(1, choose_workers(None))):
+                pass
+
+        def compute() -> None:
+            with torch.inference_mode():
+                for _ in volumes:
+                    model(tensor)
+
+        with torch.inference_mode():
+            alone = model(tensor)  # warm up, and the answer to compare with
+        with peak_memory() as peak:
+            found, logits = predict_volumes(model, volumes[:2])
+        times = [[timed(action) for action in (read, compute, lambda: predict_volumes(model, volumes))]
+                 for _ in range(args.repeats)]  # fmt: skip
+    reading, computing, both = (min(of_one) for of_one in zip(*times, strict=True))
+    difference = (logits - alone).abs().max().item()
+    sound = found == [0, 1] and difference <= TOLERANCE
+    larger = max(reading[0], computing[0])
+    possible = max(larger, (reading[1] + computing[1]) / len(os.sched_getaffinity(0))) / larger
+    detail = (
+        f"{both[0]:.2f} s for {args.volumes}; reading {reading[0]:.2f} s ({reading[1]:.2f} of processor), computing "
+        f"{computing[0]:.2f} s ({computing[1]:.2f}); the cores allow {possible:.2f}x"
+    )
+    checked = f"logits of one volume at a time: {difference:.1e} off"
+    memory = f"{peak[0] / 1e6:.0f} MB, two volumes, sampled"
+    return [
+        Row("Predicting a folder against its slower half", both[0] / larger, GOAL, "x", detail, checked, sound),
+        Row("Memory of that beyond the weights", peak[0] / 1e6, MEMORY_GOAL, " MB", memory, checked, sound),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(run(__doc__, measure, volumes=4, repeats=2))
