@@ -330,6 +330,9 @@ def _fit(size: int, spacing: float, target_size: int) -> _Fit:
     return _Fit(resampled, max((resampled - target_size) // 2, 0), max((target_size - resampled) // 2, 0))
 
 
+LINE = 16  # float32 values in a cache line
+
+
 class _Rows:
     """Interpolates along the first axis of a (rows, n) plane, into a buffer of its own."""
 
@@ -368,11 +371,14 @@ class _Resampler:
             raise problem(path, found, f"at least one voxel of the {times(out.shape)} input", "check the spacing")
         fast, middle, self.slow = taps
         self.crop = middle.span, fast.span
-        rows, columns = (span.stop - span.start for span in self.crop)
-        self.along_middle, self.along_fast = _Rows(middle, columns), _Rows(fast, len(middle.low))
-        self.turned = np.empty((columns, len(middle.low)), np.float32)
-        self.planes = np.empty((2, rows, columns), np.float32)  # neighbours differ in parity
-        self.mixed = np.empty((rows, columns), np.float32)
+        rows, self.columns = (span.stop - span.start for span in self.crop)
+        # Rows an odd number of cache lines long, the last voxels unused: those of a column would share a few places in
+        # the cache if they were a power of two apart, and turning a plane would take six times as long.
+        padded = (ceil(self.columns / LINE) | 1) * LINE
+        self.along_middle, self.along_fast = _Rows(middle, padded), _Rows(fast, len(middle.low))
+        self.turned = np.empty((self.columns, len(middle.low)), np.float32)
+        self.planes = np.zeros((2, rows, padded), np.float32)  # neighbours differ in parity
+        self.mixed = np.empty((rows, padded), np.float32)
         self.target = out.transpose(target[2], target[0], target[1])[self.slow.box, fast.box, middle.box]
         self.due: dict[int, list[int]] = {}
         for position, (low, high) in enumerate(zip(self.slow.low, self.slow.high, strict=True)):
@@ -389,19 +395,20 @@ class _Resampler:
             self._finish(position)
 
     def _window(self, stored: np.ndarray, plane: np.ndarray) -> None:
+        used = plane[:, : self.columns]
         if self.exact:
-            np.copyto(plane, stored, casting="unsafe")
+            np.copyto(used, stored, casting="unsafe")  # what follows is four times faster without gaps between rows
             np.add(plane, np.float32(self.reading.intercept), out=plane)
             np.clip(plane, HU_MIN, HU_MAX, out=plane)
         else:
             scaled = stored.astype(np.float64) * self.reading.slope + self.reading.intercept
             np.clip(scaled, HU_MIN, HU_MAX, out=scaled)
-            np.copyto(plane, scaled, casting="unsafe")
+            np.copyto(used, scaled, casting="unsafe")
 
     def _finish(self, position: int) -> None:
         low, high = (self.planes[index[position] % 2] for index in (self.slow.low, self.slow.high))
         _lerp(low, high, self.slow.weight[position], out=self.mixed)
-        np.copyto(self.turned, self.along_middle(self.mixed).T)
+        np.copyto(self.turned, self.along_middle(self.mixed)[:, : self.columns].T)
         plane = self.along_fast(self.turned)
         np.divide(plane, np.float32(HU_MAX), out=plane)
         np.clip(plane, -1, 1, out=self.target[position])  # float32 rounding can step past the window by one bit

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice, repeat
 from math import isfinite, prod
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -39,6 +41,7 @@ AGAIN = "copy or download the file again"
 CONVERT = "convert it to a 3-D NIfTI of numbers"
 DEFLATE_LIMIT = 1032  # deflate cannot shrink anything by more than this
 SLAB_BYTES = 4 << 20  # read and inflated at a time
+SLABS_AHEAD = 3  # with a single one, reading and work on it wait for each other in turns
 MOST_PLANE = 4096 * 4096  # voxels of a slice: 16 times those of a fine CT
 MOST_VOXELS = 1 << 33  # five times those of CT-RATE's largest volume
 # NIfTI code -> stored type
@@ -114,23 +117,24 @@ class VolumeFile:
     def slabs(self) -> Iterator[tuple[int, np.ndarray]]:
         """(first index, slices as stored (n, middle axis, fastest axis)). Valid until the next one is asked for.
 
-        While one slab is being worked on, a thread reads the next.
+        While one slab is being worked on, a thread reads up to SLABS_AHEAD others.
         """
         fast, middle, slow = self.header.shape
         step = min(slow, max(1, SLAB_BYTES // (fast * middle * self.header.dtype.itemsize)))
         starts = range(0, slow, step)
-        buffers = [np.empty((step, middle, fast), self.header.dtype) for _ in range(2)]
-        slabs = [buffers[i % 2][: min(step, slow - start)] for i, start in enumerate(starts)]
-        with ThreadPoolExecutor(1) as reader:
-            pending = reader.submit(self.read, slabs[0], 0)
-            for i, start in enumerate(starts):
-                pending.result()
-                if i + 1 < len(starts):
-                    pending = reader.submit(self.read, slabs[i + 1], starts[i + 1])
-                else:
-                    pending = reader.submit(self.check_end)
-                yield start, slabs[i]
-            pending.result()
+        buffers = [np.empty((step, middle, fast), self.header.dtype) for _ in range(SLABS_AHEAD + 1)]
+        slabs = [buffers[i % len(buffers)][: min(step, slow - start)] for i, start in enumerate(starts)]
+        tasks = chain(zip(repeat(self.read), slabs, starts), [(self.check_end,)])
+        reader = ThreadPoolExecutor(1)
+        try:
+            pending = deque(reader.submit(*task) for task in islice(tasks, SLABS_AHEAD))
+            for start, slab in zip(starts, slabs, strict=True):
+                pending.popleft().result()
+                pending.extend(reader.submit(*task) for task in islice(tasks, 1))
+                yield start, slab
+            pending.popleft().result()
+        finally:
+            reader.shutdown(cancel_futures=True)
 
 
 def open_volume(path: str | Path) -> VolumeFile:
