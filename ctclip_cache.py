@@ -409,7 +409,8 @@ def encode_missing(
     mine = ranks.share(missing)
     chosen = [volumes[i] for i in mine]
     size = piece_size(model.input_shape, 16)
-    loader = volume_loader(chosen, model.input_shape, size, num_workers=workers if chosen else 0)
+    pin = device.type == "cuda"
+    loader = volume_loader(chosen, model.input_shape, size, num_workers=workers if chosen else 0, pin=pin)
     done = 0
     progress = tqdm(total=len(chosen), desc="encode", unit="vol", delay=2, disable=not ranks.is_main)
     with encoding(model, device), progress:
@@ -420,7 +421,8 @@ def encode_missing(
             if read:
                 # One by one, because rounding depends on the shape of a batch: an entry must not depend on its
                 # neighbours, on the number of ranks, or on where an earlier run was killed.
-                arrays = torch.cat([model.compact(volume[None].to(device)) for volume in batch.volumes])
+                uploads = (volume[None].to(device, non_blocking=True) for volume in batch.volumes)
+                arrays = torch.cat([model.compact(upload) for upload in uploads])
                 before = [sources[mine[i]] for i in read]
                 cache.append([chosen[i] for i in read], arrays, batch.verdicts, before, len(chosen) - done)
             done += len(read) + len(batch.failures)

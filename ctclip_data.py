@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import ceil, isfinite, log2, prod, sqrt
 from pathlib import Path, PurePosixPath
@@ -203,6 +203,10 @@ class Batch:
     failures: list[tuple[str, str]]
     verdicts: list[Verdict]
 
+    def pin_memory(self) -> Batch:
+        """For DataLoader: from page-locked memory a GPU takes the volumes while the CPU goes on."""
+        return replace(self, volumes=self.volumes.pin_memory(), labels=self.labels.pin_memory())
+
 
 # ------------------------------------------------------------------ a reading: voxels -> HU, file axes -> patient axes
 
@@ -354,32 +358,28 @@ def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray | np.float32, ou
     return np.add(low, out, out=out)
 
 
-class _Resampler:
-    """Takes slices in file order and writes finished output slices; holds two input slices at a time."""
+class _Plan:
+    """What to do with the slices of a file, whatever does it: which are wanted, what is cut out of each, which output
+    slices are due after it, and where these go."""
 
-    def __init__(self, header: Header, reading: _Reading, out: np.ndarray, path: Path):
-        self.reading = reading
+    def __init__(self, header: Header, reading: _Reading, out: torch.Tensor, path: Path):
+        self.reading, self.out = reading, out
+        shape = tuple(out.shape[1:])
         target = _cube_axes(reading)
         taps = [
-            _taps(size, spacing, out.shape[axis], backwards)
+            _taps(size, spacing, shape[axis], backwards)
             for size, spacing, axis, backwards in zip(
                 header.shape, reading.spacing, target, reading.backwards, strict=True
             )
         ]
         if None in taps:
             found = f"{times(header.shape)} voxels of {times(reading.spacing)} mm"
-            raise problem(path, found, f"at least one voxel of the {times(out.shape)} input", "check the spacing")
-        fast, middle, self.slow = taps
-        self.crop = middle.span, fast.span
-        rows, self.columns = (span.stop - span.start for span in self.crop)
-        # Rows an odd number of cache lines long, the last voxels unused: those of a column would share a few places in
-        # the cache if they were a power of two apart, and turning a plane would take six times as long.
-        padded = (ceil(self.columns / LINE) | 1) * LINE
-        self.along_middle, self.along_fast = _Rows(middle, padded), _Rows(fast, len(middle.low))
-        self.turned = np.empty((self.columns, len(middle.low)), np.float32)
-        self.planes = np.zeros((2, rows, padded), np.float32)  # neighbours differ in parity
-        self.mixed = np.empty((rows, padded), np.float32)
-        self.target = out.transpose(target[2], target[0], target[1])[self.slow.box, fast.box, middle.box]
+            raise problem(path, found, f"at least one voxel of the {times(shape)} input", "check the spacing")
+        self.fast, self.middle, self.slow = taps
+        self.crop = self.middle.span, self.fast.span
+        self.rows, self.columns = (span.stop - span.start for span in self.crop)
+        turned = out[0].permute(target[2], target[0], target[1])
+        self.target = turned[self.slow.box, self.fast.box, self.middle.box]
         self.due: dict[int, list[int]] = {}
         for position, (low, high) in enumerate(zip(self.slow.low, self.slow.high, strict=True)):
             self.due.setdefault(int(max(low, high)), []).append(position)
@@ -388,7 +388,29 @@ class _Resampler:
         self.exact = header.dtype.kind in "iu" and reading.slope == 1 and reading.intercept.is_integer()
 
     def add(self, index: int, stored: np.ndarray) -> None:
-        """One slice (middle axis, fastest axis) as stored."""
+        """One slice (middle axis, fastest axis) as stored; all of them, in file order."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """After the last slice."""
+
+
+class _Resampler(_Plan):
+    """Writes output slices as soon as they are due; holds two input slices at a time."""
+
+    def __init__(self, header: Header, reading: _Reading, out: torch.Tensor, path: Path):
+        super().__init__(header, reading, out, path)
+        # Rows an odd number of cache lines long, the last voxels unused: those of a column would share a few places in
+        # the cache if they were a power of two apart, and turning a plane would take six times as long.
+        padded = (ceil(self.columns / LINE) | 1) * LINE
+        count = len(self.middle.low)
+        self.along_middle, self.along_fast = _Rows(self.middle, padded), _Rows(self.fast, count)
+        self.turned = np.empty((self.columns, count), np.float32)
+        self.planes = np.zeros((2, self.rows, padded), np.float32)  # neighbours differ in parity
+        self.mixed = np.empty((self.rows, padded), np.float32)
+        self.finished = self.target.numpy()
+
+    def add(self, index: int, stored: np.ndarray) -> None:
         if index in self.wanted:
             self._window(stored[self.crop], self.planes[index % 2])
         for position in self.due.get(index, ()):
@@ -411,7 +433,75 @@ class _Resampler:
         np.copyto(self.turned, self.along_middle(self.mixed)[:, : self.columns].T)
         plane = self.along_fast(self.turned)
         np.divide(plane, np.float32(HU_MAX), out=plane)
-        np.clip(plane, -1, 1, out=self.target[position])  # float32 rounding can step past the window by one bit
+        np.clip(plane, -1, 1, out=self.finished[position])  # float32 rounding can step past the window by one bit
+
+
+class _DeviceResampler(_Plan):
+    """The same on `out`'s device, straight from the stored integers: 2 bytes of a voxel travel, not 4 of the result.
+
+    Slices are gathered in page-locked memory, STACK at a time, and uploaded while the next are gathered.
+    """
+
+    STACK = 16
+
+    def __init__(self, header: Header, reading: _Reading, out: torch.Tensor, path: Path):
+        super().__init__(header, reading, out, path)
+        self.device = out.device
+        self.kind = header.dtype.newbyteorder("=")
+        if self.kind.kind == "u" and self.kind.itemsize > 1:  # torch computes with unsigned bytes only
+            self.kind = np.dtype("i4" if self.kind.itemsize == 2 else "f8")
+        blank = torch.from_numpy(np.empty((self.STACK, self.rows, self.columns), self.kind))
+        on_gpu = self.device.type == "cuda"
+        self.stacks = [blank.pin_memory() if on_gpu else blank.clone() for _ in range(2)]
+        self.uploaded = [torch.cuda.Event() if on_gpu else None for _ in range(2)]
+        self.indices: list[int] = []  # of the slices in the stack at hand
+        self.turn = 0
+        self.last: tuple[int, torch.Tensor] | None = None  # the plane before it, which its first slice may need
+
+    def add(self, index: int, stored: np.ndarray) -> None:
+        if index not in self.wanted:
+            return
+        if not self.indices and self.uploaded[self.turn] is not None:
+            self.uploaded[self.turn].synchronize()
+        np.copyto(self.stacks[self.turn][len(self.indices)].numpy(), stored[self.crop], casting="unsafe")
+        self.indices.append(index)
+        if len(self.indices) == self.STACK:
+            self.finish()
+
+    def finish(self) -> None:
+        if not self.indices:
+            return
+        stored = self.stacks[self.turn][: len(self.indices)].to(self.device, non_blocking=True)
+        if self.uploaded[self.turn] is not None:
+            self.uploaded[self.turn].record()
+        planes, indices = self._window(stored), self.indices
+        positions = [position for index in indices for position in self.due.get(index, ())]
+        if self.last is not None:
+            indices, planes = [self.last[0], *indices], torch.cat([self.last[1], planes])
+        if positions:
+            row = {index: number for number, index in enumerate(indices)}
+            low, high = ([row[int(of[position])] for position in positions] for of in (self.slow.low, self.slow.high))
+            mixed = self._between(planes, 0, np.array(low), np.array(high), self.slow.weight[positions])
+            for axis, taps in ((1, self.middle), (2, self.fast)):
+                first = taps.span.start
+                mixed = self._between(mixed, axis, taps.low - first, taps.high - first, taps.weight)
+            finished = (mixed / HU_MAX).clamp_(-1, 1).transpose(1, 2)
+            self.target[torch.tensor(positions, device=self.device)] = finished
+        self.last = indices[-1], planes[-1:]
+        self.indices, self.turn = [], 1 - self.turn
+
+    def _window(self, stored: torch.Tensor) -> torch.Tensor:
+        if self.exact:
+            return (stored.float() + self.reading.intercept).clamp_(HU_MIN, HU_MAX)
+        return (stored.double() * self.reading.slope + self.reading.intercept).clamp_(HU_MIN, HU_MAX).float()
+
+    def _between(
+        self, planes: torch.Tensor, axis: int, low: np.ndarray, high: np.ndarray, weight: np.ndarray
+    ) -> torch.Tensor:
+        """_lerp along an axis of (slices, middle, fast)."""
+        below, above = (planes.index_select(axis, torch.from_numpy(of).to(self.device)) for of in (low, high))
+        shape = [-1 if i == axis else 1 for i in range(3)]
+        return below + torch.from_numpy(weight).to(self.device).view(shape) * (above - below)
 
 
 # ------------------------------------------------------------------ evidence: which reading is it?
@@ -511,9 +601,12 @@ def decide_reading(
 
 
 def _load(
-    path: Path, shape: Sequence[int], choose: Callable[[Header, _Evidence], _Reading]
+    path: Path,
+    shape: Sequence[int],
+    choose: Callable[[Header, _Evidence], _Reading],
+    device: torch.device | None = None,
 ) -> tuple[torch.Tensor, Header, _Evidence]:
-    """One pass over a file: evidence on everything, resampling of what survives the crop.
+    """One pass over a file: evidence on everything, resampling of what survives the crop, by `device` if one is given.
 
     `choose` gives the reading, from the header and the evidence of the first slab.
     """
@@ -523,13 +616,14 @@ def _load(
         for offset, stored in enumerate(slab):
             evidence.add(start + offset, stored)
         reading = choose(file.header, evidence)
-        out = torch.full((1, *shape), -1.0)
-        resampler = _Resampler(file.header, reading, out[0].numpy(), path)
+        out = torch.full((1, *shape), -1.0, device=device)
+        resampler = (_Resampler if device is None else _DeviceResampler)(file.header, reading, out, path)
         for first, stack in chain([(start, slab)], slabs):
             for index, stored in enumerate(stack, first):
                 if first != start:
                     evidence.add(index, stored)
                 resampler.add(index, stored)
+        resampler.finish()
     evidence.check()
     return out, file.header, evidence
 
@@ -634,9 +728,12 @@ def _refuse_raw(header: Header, evidence: _Evidence) -> None:
         raise problem(evidence.path, found, "HU", "pass metadata with RescaleSlope and RescaleIntercept")
 
 
-def read_volume(volume: Volume, shape: Sequence[int] = PUBLISHED_SHAPE) -> tuple[torch.Tensor, Verdict]:
+def read_volume(
+    volume: Volume, shape: Sequence[int] = PUBLISHED_SHAPE, device: torch.device | None = None
+) -> tuple[torch.Tensor, Verdict]:
     """(tensor as from preprocess_volume, how the file was read and why). Raises VolumeError, also for ambiguous files.
 
+    With a `device` the tensor is made there, equal but for rounding; what goes into a cache is made without.
     The file is read once: the first slab decides, the whole file confirms. Only if it does not confirm, a second time.
     """
     _check_shape(shape)
@@ -669,12 +766,12 @@ def read_volume(volume: Volume, shape: Sequence[int] = PUBLISHED_SHAPE) -> tuple
             used.append(reading_of("hu" if fixed else "stored", header))
         return used[-1]
 
-    out, header, evidence = _load(path, shape, provisional)
+    out, header, evidence = _load(path, shape, provisional, device)
     verdict = judge(header, evidence)
     final = reading_of(verdict.reading, header)
     if final != used[-1]:
         del out
-        out, _, _ = _load(path, shape, lambda header, evidence: final)
+        out, _, _ = _load(path, shape, lambda header, evidence: final, device)
     return out, verdict
 
 
@@ -1010,14 +1107,19 @@ class VolumeDataset(Dataset):
     """Item i: (i, tensor, labels, verdict), or (i, None, name, reason) for a file that cannot be used.
 
     With `augment_seed` the tensors are augmented. What is drawn for a volume follows from the seed and its name alone:
-    one seed per epoch gives the epoch's tensors again, in any order, worker or resumed run.
+    one seed per epoch gives the epoch's tensors again, in any order, worker or resumed run. `device` is read_volume's.
     """
 
     def __init__(
-        self, volumes: Sequence[Volume], shape: Sequence[int] = PUBLISHED_SHAPE, augment_seed: int | None = None
+        self,
+        volumes: Sequence[Volume],
+        shape: Sequence[int] = PUBLISHED_SHAPE,
+        augment_seed: int | None = None,
+        device: torch.device | None = None,
     ):
         _check_shape(shape)
         self.volumes, self.shape, self.augment_seed = list(volumes), tuple(shape), augment_seed
+        self.reading = (self.shape,) if device is None else (self.shape, device)
 
     def __len__(self) -> int:
         return len(self.volumes)
@@ -1026,9 +1128,9 @@ class VolumeDataset(Dataset):
         volume = self.volumes[index]
         try:
             try:
-                tensor, verdict = read_volume(volume, self.shape)
+                tensor, verdict = read_volume(volume, *self.reading)
             except (OSError, MemoryError):  # a network mount or a full moment; a second failure counts
-                tensor, verdict = read_volume(volume, self.shape)
+                tensor, verdict = read_volume(volume, *self.reading)
         except (VolumeError, OSError, MemoryError) as error:  # one bad file never stops the others
             reason = str(error) or type(error).__name__
             return index, None, volume.name, reason.removeprefix(f"{volume.path.name}: ")
@@ -1068,9 +1170,11 @@ def volume_loader(
     generator: torch.Generator | None = None,
     augment_seed: int | None = None,
     pieces: Sequence[Sequence[int]] | None = None,
+    pin: bool = False,
 ) -> DataLoader:
     """DataLoader of Batch. `generator` makes a shuffle repeatable; `augment_seed` is VolumeDataset's; `pieces` gives
-    the indices of every batch, in order, empty ones too, in place of `batch_size` and `shuffle`.
+    the indices of every batch, in order, empty ones too, in place of `batch_size` and `shuffle`; `pin` leaves batches
+    in page-locked memory, for a GPU.
 
     Each worker prepares one batch ahead in shared memory: 221 MB per volume at the published shape. Where shared memory
     is small (containers give 64 or 128 MB) use num_workers=0.
@@ -1087,19 +1191,25 @@ def volume_loader(
         generator=generator,
         collate_fn=dataset.collate,
         worker_init_fn=_leave_stopping_to_the_main_process,
+        pin_memory=pin,
         **ahead,
     )
 
 
 def read_ahead(
-    volumes: Sequence[Volume], shape: Sequence[int], pieces: Sequence[Sequence[int]], readers: int = 1
+    volumes: Sequence[Volume],
+    shape: Sequence[int],
+    pieces: Sequence[Sequence[int]],
+    readers: int = 1,
+    device: torch.device | None = None,
 ) -> Iterator[Batch]:
     """A Batch for each of `pieces` (indices into volumes), in order; while one is worked on, threads read the next.
 
     Reading spends its time where Python's lock is released. Unlike volume_loader's processes, threads need no shared
-    memory, of which a container may have 64 MB; at most `readers` volumes, or the next piece, wait in memory.
+    memory, of which a container may have 64 MB; at most `readers` volumes, or the next piece, wait in memory, that of
+    the `device` if one is given (see read_volume).
     """
-    dataset = VolumeDataset(volumes, shape)
+    dataset = VolumeDataset(volumes, shape, device=device)
     waiting: deque[list] = deque()
     pool = ThreadPoolExecutor(max(1, readers))
     try:

@@ -117,7 +117,8 @@ def predict_volumes(
     stored = _pieces([i for i, entry in enumerate(entries) if entry is not None], batch_size)
     held = max(1, min(batch_size, prod(PUBLISHED_SHAPE) // prod(model.input_shape)))  # no more voxels than one of those
     unread = _pieces([i for i, entry in enumerate(entries) if entry is None], held)
-    loader = read_ahead(volumes, model.input_shape, unread, max(1, choose_workers(workers)))
+    resampled_there = device if device.type == "cuda" else None
+    loader = read_ahead(volumes, model.input_shape, unread, max(1, choose_workers(workers)), resampled_there)
     rows: dict[int, torch.Tensor] = {}
     with encoding(model, device), tqdm(total=len(volumes), desc=title, unit="vol", delay=2, leave=False) as progress:
         for piece in stored:

@@ -308,11 +308,15 @@ def pieces_of(
             yield inputs, own.to(run.device), [names[i] for i in piece], last
         return
     seed = run.config.seed * 100_003 + epoch if run.config.augment else None
-    loader = volume_loader(split.volumes, model.input_shape, pieces=pieces, num_workers=run.workers, augment_seed=seed)
+    loader = volume_loader(
+        split.volumes, model.input_shape, pieces=pieces, num_workers=run.workers, augment_seed=seed,
+        pin=run.device.type == "cuda",
+    )  # fmt: skip
     for batch, last in zip(loader, ends, strict=True):
         run.record("train", split.volumes, batch)
         names = [split.volumes[i].name for i in batch.index.tolist()]
-        yield batch.volumes.to(run.device), batch.labels.to(run.device), names, last
+        volumes, labels = (x.to(run.device, non_blocking=True) for x in (batch.volumes, batch.labels))
+        yield volumes, labels, names, last
 
 
 def accumulate(

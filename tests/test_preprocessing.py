@@ -506,3 +506,28 @@ def test_real_scan_in_another_orientation(tmp_path, name, codes):
     path = write(tmp_path / "t.nii.gz", turned, spacing, turned_affine)
     expected = preprocess_volume(Path(REAL, name), None, (60, 120, 120))
     assert (preprocess_volume(path, None, (60, 120, 120)) - expected).abs().max() < 1e-6
+
+
+# ------------------------------------------------------------------ on a device, from the stored integers
+
+
+@pytest.mark.parametrize("codes", ["LPS", "RAS", "LAI", "PIL", "SAR"])
+@pytest.mark.parametrize("dtype, scale, big_endian", [
+    ("i2", (1.0, 0.0), False), ("i2", (1.0, 0.0), True), ("u2", (1.0, -1024.0), False), ("u4", (1.0, -1024.0), True),
+    ("i2", (0.5, 3.0), False), ("f4", (1.0, 0.0), False), ("u1", (20.0, -1000.0), False),
+])  # fmt: skip
+def test_a_device_resamples_to_the_same_tensor(tmp_path, monkeypatch, codes, dtype, scale, big_endian):
+    """On the CPU, where torch's operations on the stored voxels are compared with numpy's, in stacks of odd sizes."""
+    stored = np.clip((chest((41, 36, 33)) - scale[1]) / scale[0], 0 if dtype[0] == "u" else -2000, 2000).round()
+    if dtype == "u1":
+        stored = stored.clip(0, 255)
+    spacing = (7.3, 8.1, 13.7)
+    turned, affine = reoriented(stored, affine_of(spacing), codes)
+    zooms = tuple(np.linalg.norm(affine[:3, :3], axis=0).round(4))
+    folder = put(tmp_path, "valid_1_a_1.nii.gz", True).parent
+    path = write(folder / "valid_1_a_1.nii.gz", turned.astype(dtype), zooms, affine, scale=scale, big_endian=big_endian)
+    expected, verdict = read_volume(_volume(path, None), SMALL)
+    for stack in (16, 3, 1):
+        monkeypatch.setattr(ctclip_data._DeviceResampler, "STACK", stack)
+        found, same = read_volume(_volume(path, None), SMALL, torch.device("cpu"))
+        assert (found - expected).abs().max() < 1e-6 and same == verdict

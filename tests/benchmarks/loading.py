@@ -3,7 +3,7 @@
     python tests/benchmarks/loading.py
 
 Random weights under the published keys, with as many bytes of a text tower as the published file has; made anew, which
-needs 2.5 GB of disk and 3 GB of memory. Each measurement is in a process of its own, with torch imported before; the
+needs 3.2 GB of disk and 3 GB of memory. Each measurement is in a process of its own, with torch imported before; the
 file is in memory (warm), because it was read before. Memory is what is resident, pages of mapped files included. The
 plain read fills as many bytes of fresh memory, as torch gives it, from the same file.
 """

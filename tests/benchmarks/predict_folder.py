@@ -7,6 +7,9 @@ computing all of them: where the processor time of both exceeds what the cores h
 can reach the goal, and the detail says what could be reached. About two minutes, 3 GB of memory.
 """
 
+from rows import Row, peak_memory, run  # makes the rooms and the tests' helpers importable
+
+# isort: split
 import argparse
 import os
 import sys
@@ -14,19 +17,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
-from code_cache import PUBLISHED
+from helpers_model import PUBLISHED
 from preprocessing import SMALL, write_volume
-from rows import Row, peak_memory, run
 
 from ctclip_data import Volume, read_ahead, read_volume
 from ctclip_model import N_LABELS, CTCLIPMultiAbnormalityModel
 from ctclip_predict import choose_workers, predict_volumes
 
-GOAL, MEMORY_GOAL, TOLERANCE = 1.15, 1200, 1e-5
+GOAL, MEMORY_GOAL, TOLERANCE = 1.15, 1000, 1e-5
 
 
 def timed(action: Callable[[], object]) -> tuple[float, float]:
@@ -34,6 +37,14 @@ def timed(action: Callable[[], object]) -> tuple[float, float]:
     start, used = time.perf_counter(), time.process_time()
     action()
     return time.perf_counter() - start, time.process_time() - used
+
+
+def megabytes_beyond_weights(path: Path) -> float:
+    model = CTCLIPMultiAbnormalityModel(sizes=asdict(PUBLISHED)).eval()
+    volumes = [Volume(f"scan_{i}.nii.gz", path, np.zeros(N_LABELS, np.float32)) for i in range(2)]
+    with peak_memory() as peak:
+        predict_volumes(model, volumes)
+    return peak[0] / 1e6
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
@@ -58,8 +69,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
 
         with torch.inference_mode():
             alone = model(tensor)  # warm up, and the answer to compare with
-        with peak_memory() as peak:
-            found, logits = predict_volumes(model, volumes[:2])
+        found, logits = predict_volumes(model, volumes[:2])
+        with get_context("spawn").Pool(1) as fresh:  # here, memory that was freed before would not count
+            peak = fresh.apply(megabytes_beyond_weights, (path,))
         times = [[timed(action) for action in (read, compute, lambda: predict_volumes(model, volumes))]
                  for _ in range(args.repeats)]  # fmt: skip
     reading, computing, both = (min(of_one) for of_one in zip(*times, strict=True))
@@ -72,10 +84,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
         f"{computing[0]:.2f} s ({computing[1]:.2f}); the cores allow {possible:.2f}x"
     )
     checked = f"logits of one volume at a time: {difference:.1e} off"
-    memory = f"{peak[0] / 1e6:.0f} MB, two volumes, sampled"
     return [
         Row("Predicting a folder against its slower half", both[0] / larger, GOAL, "x", detail, checked, sound),
-        Row("Memory of that beyond the weights", peak[0] / 1e6, MEMORY_GOAL, " MB", memory, checked, sound),
+        Row("Memory of that beyond the weights", peak, MEMORY_GOAL, " MB", "two volumes, sampled", checked, sound),
     ]
 
 
