@@ -281,7 +281,8 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = x.chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        gate = F.gelu(gate)
+        return gate.mul_(value) if on_cpu_without_gradients(x) else value * gate
 
 
 class Transformer(nn.Module):
@@ -321,10 +322,11 @@ class Transformer(nn.Module):
     @classmethod
     def _run(cls, layer: nn.ModuleList, x: Tensor, grid_shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
         peg, attention, _, feedforward = layer
-        x = peg(x, grid_shape) + x
         if not on_cpu_without_gradients(x):
+            x = peg(x, grid_shape) + x
             x = attention(x, bias) + x
             return feedforward(x) + x
+        x = peg(x, grid_shape).add_(x)
         for piece in x.split(max(1, cls.PIECE // x.shape[1])):  # sequences, of which none looks at another from here on
             piece += attention(piece, bias)
             piece += feedforward(piece)
