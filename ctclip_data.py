@@ -439,7 +439,7 @@ class _Resampler(_Plan):
 class _DeviceResampler(_Plan):
     """The same on `out`'s device, straight from the stored integers: 2 bytes of a voxel travel, not 4 of the result.
 
-    Slices are gathered in page-locked memory, STACK at a time, and uploaded while the next are gathered.
+    Slices are gathered in page-locked memory, STACK at a time; an upload ends before the next slice is gathered.
     """
 
     STACK = 16
@@ -451,19 +451,15 @@ class _DeviceResampler(_Plan):
         if self.kind.kind == "u" and self.kind.itemsize > 1:  # torch computes with unsigned bytes only
             self.kind = np.dtype("i4" if self.kind.itemsize == 2 else "f8")
         blank = torch.from_numpy(np.empty((self.STACK, self.rows, self.columns), self.kind))
-        on_gpu = self.device.type == "cuda"
-        self.stacks = [blank.pin_memory() if on_gpu else blank.clone() for _ in range(2)]
-        self.uploaded = [torch.cuda.Event() if on_gpu else None for _ in range(2)]
-        self.indices: list[int] = []  # of the slices in the stack at hand
-        self.turn = 0
+        self.stack = blank.pin_memory() if self.device.type == "cuda" else blank
+        self.in_plane = [self._on_device(taps, taps.span.start) for taps in (self.middle, self.fast)]
+        self.indices: list[int] = []  # of the slices in the stack
         self.last: tuple[int, torch.Tensor] | None = None  # the plane before it, which its first slice may need
 
     def add(self, index: int, stored: np.ndarray) -> None:
         if index not in self.wanted:
             return
-        if not self.indices and self.uploaded[self.turn] is not None:
-            self.uploaded[self.turn].synchronize()
-        np.copyto(self.stacks[self.turn][len(self.indices)].numpy(), stored[self.crop], casting="unsafe")
+        np.copyto(self.stack[len(self.indices)].numpy(), stored[self.crop], casting="unsafe")
         self.indices.append(index)
         if len(self.indices) == self.STACK:
             self.finish()
@@ -471,37 +467,38 @@ class _DeviceResampler(_Plan):
     def finish(self) -> None:
         if not self.indices:
             return
-        stored = self.stacks[self.turn][: len(self.indices)].to(self.device, non_blocking=True)
-        if self.uploaded[self.turn] is not None:
-            self.uploaded[self.turn].record()
-        planes, indices = self._window(stored), self.indices
+        planes, indices = self._window(self.stack[: len(self.indices)].to(self.device)), self.indices
         positions = [position for index in indices for position in self.due.get(index, ())]
         if self.last is not None:
             indices, planes = [self.last[0], *indices], torch.cat([self.last[1], planes])
         if positions:
             row = {index: number for number, index in enumerate(indices)}
             low, high = ([row[int(of[position])] for position in positions] for of in (self.slow.low, self.slow.high))
-            mixed = self._between(planes, 0, np.array(low), np.array(high), self.slow.weight[positions])
-            for axis, taps in ((1, self.middle), (2, self.fast)):
-                first = taps.span.start
-                mixed = self._between(mixed, axis, taps.low - first, taps.high - first, taps.weight)
+            due = _Taps(self.slow.box, np.array(low), np.array(high), self.slow.weight[positions])
+            mixed = planes
+            for axis, taps in enumerate((self._on_device(due), *self.in_plane)):
+                mixed = self._between(mixed, axis, *taps)
             finished = (mixed / HU_MAX).clamp_(-1, 1).transpose(1, 2)
             self.target[torch.tensor(positions, device=self.device)] = finished
-        self.last = indices[-1], planes[-1:]
-        self.indices, self.turn = [], 1 - self.turn
+        self.last = indices[-1], planes[-1:].clone()
+        self.indices = []
+
+    def _on_device(self, taps: _Taps, first: int = 0) -> tuple[torch.Tensor, ...]:
+        arrays = (taps.low - first, taps.high - first, taps.weight)
+        return tuple(torch.from_numpy(array).to(self.device) for array in arrays)
 
     def _window(self, stored: torch.Tensor) -> torch.Tensor:
         if self.exact:
             return (stored.float() + self.reading.intercept).clamp_(HU_MIN, HU_MAX)
         return (stored.double() * self.reading.slope + self.reading.intercept).clamp_(HU_MIN, HU_MAX).float()
 
+    @staticmethod
     def _between(
-        self, planes: torch.Tensor, axis: int, low: np.ndarray, high: np.ndarray, weight: np.ndarray
+        planes: torch.Tensor, axis: int, low: torch.Tensor, high: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
         """_lerp along an axis of (slices, middle, fast)."""
-        below, above = (planes.index_select(axis, torch.from_numpy(of).to(self.device)) for of in (low, high))
-        shape = [-1 if i == axis else 1 for i in range(3)]
-        return below + torch.from_numpy(weight).to(self.device).view(shape) * (above - below)
+        below, above = planes.index_select(axis, low), planes.index_select(axis, high)
+        return below + weight.view([-1 if i == axis else 1 for i in range(3)]) * (above - below)
 
 
 # ------------------------------------------------------------------ evidence: which reading is it?
@@ -1119,7 +1116,7 @@ class VolumeDataset(Dataset):
     ):
         _check_shape(shape)
         self.volumes, self.shape, self.augment_seed = list(volumes), tuple(shape), augment_seed
-        self.reading = (self.shape,) if device is None else (self.shape, device)
+        self.device = device
 
     def __len__(self) -> int:
         return len(self.volumes)
@@ -1128,9 +1125,12 @@ class VolumeDataset(Dataset):
         volume = self.volumes[index]
         try:
             try:
-                tensor, verdict = read_volume(volume, *self.reading)
-            except (OSError, MemoryError):  # a network mount or a full moment; a second failure counts
-                tensor, verdict = read_volume(volume, *self.reading)
+                on_device = {} if self.device is None else {"device": self.device}
+                tensor, verdict = read_volume(volume, self.shape, **on_device)
+            except (OSError, MemoryError, torch.OutOfMemoryError):
+                # A network mount, a full moment, a full GPU; a second failure counts.
+                tensor, verdict = read_volume(volume, self.shape)
+                tensor = tensor.to(self.device or "cpu")
         except (VolumeError, OSError, MemoryError) as error:  # one bad file never stops the others
             reason = str(error) or type(error).__name__
             return index, None, volume.name, reason.removeprefix(f"{volume.path.name}: ")
@@ -1143,8 +1143,12 @@ class VolumeDataset(Dataset):
         """Items -> Batch; with no readable item the tensors have length 0."""
         good = [item for item in items if item[1] is not None]
         failures = [(name, reason) for _, tensor, name, reason in items if tensor is None]
+        if len(good) == 1:  # not copied: it may be 221 MB
+            volumes = good[0][1][None]
+        else:
+            volumes = torch.stack([item[1] for item in good]) if good else torch.empty(0, 1, *self.shape)
         return Batch(
-            volumes=torch.stack([item[1] for item in good]) if good else torch.empty(0, 1, *self.shape),
+            volumes=volumes,
             labels=torch.stack([item[2] for item in good]) if good else torch.empty(0, len(ABNORMALITIES)),
             index=torch.tensor([item[0] for item in good], dtype=torch.int64),
             failures=failures,

@@ -179,7 +179,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     That was faster than MKL, torch's own choice, on an AMD EPYC: by a tenth, by half with the 2,730 outputs of the
     feed-forward (LOG.md). `_linear_pointwise` is what compiled models call; where it is absent, torch's linear stays.
     """
-    if on_cpu_without_gradients(x) and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    wanted = torch.backends.mkldnn.enabled and on_cpu_without_gradients(x)
+    if wanted and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -1183,8 +1184,12 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
     def multiply_in_halves(self, dtype: torch.dtype | None) -> None:
         """Inference by `halves_product` in bfloat16 or float16, for GPUs; None: in float32 again. CT-CLIP variants.
 
-        The transformers' linear layers only; norms, attention and the two ends of the tower stay in float32.
+        The transformers' linear layers only; norms, attention and the two ends of the tower stay in float32. Codes for
+        a cache are always made in float32. float16 ends at 65,504: a tower with larger numbers needs bfloat16. Raises
+        ValueError where torch cannot add halves up in float32.
         """
+        if dtype is not None and not hasattr(torch.ops.aten.mm, "dtype"):
+            raise ValueError(f"torch {torch.__version__} adds no halves up in float32, expected 2.8 or newer")
         if not self.is_ctclip:
             raise TypeError("a slice backbone has no products in halves; use torch.autocast")
         for module in self.visual_transformer.modules():
@@ -1389,7 +1394,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             with torch.device("meta") if kwargs.get("sizes") else nullcontext():
                 model = cls(**kwargs)
             model = cls._load_as_safetensor(model, str(weights), map_location, strict)
-        except PretrainedWeightsError:
+        except (PretrainedWeightsError, CheckpointError):
             raise
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             said = " ".join(line.strip() for line in str(error).splitlines()[:2])[:200] or type(error).__name__

@@ -94,15 +94,19 @@ def predict_volumes(
     title: str = "predict",
     cache: FeatureCache | None = None,
     on_answer: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+    resample_there: bool = False,
 ) -> tuple[list[int], torch.Tensor]:
     """Runs `model`, in evaluation mode, over volumes; each is read once, and not at all if `cache` has it.
 
     While some are computed, `workers` threads read the next (default: one on two cores, else up to 8). In float32 on
-    every device: in half precision some codes flip, and reading a volume costs more than encoding it.
+    every device, unless `model.multiply_in_halves` was called: in plain half precision some codes flip, and reading a
+    volume costs more than encoding it.
     Returns the indices of the volumes that could be read, ascending, and their logits (n, labels) float32 on the CPU.
     `on_batch` sees every batch that is read, with the failures and verdicts in it; `on_answer` every volume in it, as
     (index, voxels (1, 1, D, H, W) on the device, logits (labels,)). `cache` is one of this model, from
     which logits are the same but for rounding (and 1e-3 off with maps, kept in half precision); nothing is added to it.
+    `resample_there`: on a GPU from the stored integers, equal but for rounding; each reading thread then needs some
+    0.5 GB of the GPU's memory.
     """
     import torch
     from tqdm import tqdm
@@ -117,8 +121,8 @@ def predict_volumes(
     stored = _pieces([i for i, entry in enumerate(entries) if entry is not None], batch_size)
     held = max(1, min(batch_size, prod(PUBLISHED_SHAPE) // prod(model.input_shape)))  # no more voxels than one of those
     unread = _pieces([i for i, entry in enumerate(entries) if entry is None], held)
-    resampled_there = device if device.type == "cuda" else None
-    loader = read_ahead(volumes, model.input_shape, unread, max(1, choose_workers(workers)), resampled_there)
+    there = device if resample_there and device.type == "cuda" else None
+    loader = read_ahead(volumes, model.input_shape, unread, max(1, choose_workers(workers)), there)
     rows: dict[int, torch.Tensor] = {}
     with encoding(model, device), tqdm(total=len(volumes), desc=title, unit="vol", delay=2, leave=False) as progress:
         for piece in stored:
@@ -136,6 +140,7 @@ def predict_volumes(
             rows |= dict(zip(batch.index.tolist(), logits, strict=True))
             for place, index in enumerate(batch.index.tolist() if on_answer else ()):
                 on_answer(index, voxels[place : place + 1], logits[place])
+            del batch, voxels  # before the next one is handed over
     read = sorted(rows)
     return read, torch.stack([rows[i] for i in read]) if read else torch.zeros(0, len(model.labels))
 

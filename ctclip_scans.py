@@ -201,6 +201,7 @@ def predict(
         workers=workers,
         on_batch=lambda batch: failures.extend(batch.failures),
         on_answer=on_answer,
+        resample_there=True,
     )
     table = rows_table(rows, model.labels)
     files = pictures.files if pictures else []

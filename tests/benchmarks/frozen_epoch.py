@@ -121,7 +121,7 @@ def row(head: str, count: int, share: float, folder: Path) -> Row:
         goal=GOALS[head],
         unit=" s",
         detail=f"{seconds:.3f} s with {train:,} training and {tuning:,} tuning volumes{reckoned}; batch "
-        f"{job.run.config.batch_size}, {1e3 * seconds / train:.3f} ms per volume, state and log included",
+        f"{job.run.config.batch_size}, {1e3 * seconds / train:.3f} ms per volume; writing state and log apart",
         checked=f"loss and gradients of {PLAIN} volumes against plain float64 formulas on their tokens: "
         f"{difference:.0e} of the largest value, at most {TOLERANCE:.0e}",
         sound=difference <= TOLERANCE,

@@ -41,7 +41,7 @@ def timed(action: Callable[[], object]) -> tuple[float, float]:
 
 def megabytes_beyond_weights(path: Path) -> float:
     model = CTCLIPMultiAbnormalityModel(sizes=asdict(PUBLISHED)).eval()
-    volumes = [Volume(f"scan_{i}.nii.gz", path, np.zeros(N_LABELS, np.float32)) for i in range(2)]
+    volumes = [Volume(f"scan_{i}.nii.gz", path, np.zeros(N_LABELS, np.float32)) for i in range(4)]
     with peak_memory() as peak:
         predict_volumes(model, volumes)
     return peak[0] / 1e6
@@ -50,6 +50,7 @@ def megabytes_beyond_weights(path: Path) -> float:
 def measure(args: argparse.Namespace) -> list[Row]:
     torch.manual_seed(0)
     model = CTCLIPMultiAbnormalityModel(sizes=asdict(PUBLISHED)).eval()
+    torch.nn.init.normal_(model.classifier.weight, std=5.0)  # answers that differ
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "scan.nii.gz")
         write_volume(path, SMALL)
@@ -69,14 +70,15 @@ def measure(args: argparse.Namespace) -> list[Row]:
 
         with torch.inference_mode():
             alone = model(tensor)  # warm up, and the answer to compare with
-        found, logits = predict_volumes(model, volumes[:2])
+        answers = []
         with get_context("spawn").Pool(1) as fresh:  # here, memory that was freed before would not count
             peak = fresh.apply(megabytes_beyond_weights, (path,))
-        times = [[timed(action) for action in (read, compute, lambda: predict_volumes(model, volumes))]
+        times = [[timed(action) for action in (read, compute, lambda: answers.append(predict_volumes(model, volumes)))]
                  for _ in range(args.repeats)]  # fmt: skip
     reading, computing, both = (min(of_one) for of_one in zip(*times, strict=True))
-    difference = (logits - alone).abs().max().item()
-    sound = found == [0, 1] and difference <= TOLERANCE
+    difference = max((logits - alone).abs().max().item() for _, logits in answers)
+    complete = all(found == list(range(len(volumes))) for found, _ in answers)
+    sound = complete and difference <= TOLERANCE and alone.std() > 0.1
     larger = max(reading[0], computing[0])
     possible = max(larger, (reading[1] + computing[1]) / len(os.sched_getaffinity(0))) / larger
     detail = (
@@ -86,7 +88,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     checked = f"logits of one volume at a time: {difference:.1e} off"
     return [
         Row("Predicting a folder against its slower half", both[0] / larger, GOAL, "x", detail, checked, sound),
-        Row("Memory of that beyond the weights", peak, MEMORY_GOAL, " MB", "two volumes, sampled", checked, sound),
+        Row("Memory of that beyond the weights", peak, MEMORY_GOAL, " MB", "four volumes, sampled", checked, sound),
     ]
 
 
