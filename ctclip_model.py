@@ -652,8 +652,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         raise FileNotFoundError(f"CT-CLIP model not found: run python ctclip_setup.py first (no file at {path})")
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+            state = _mapped(path)
         else:
             # Files of torch's old, non-zip format cannot be memory-mapped; they are read whole.
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -674,6 +673,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     if strange:
         raise CheckpointError(f"{path}: {', '.join(strange[:5])} are not tensors; expected a plain state dict")
     return _without_prefixes(path, state)
+
+
+def _mapped(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file, memory-mapped."""
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
 
 
 def _entries(path: Path) -> list[tuple[int, int]]:
@@ -1409,8 +1414,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
     def _load_as_safetensor(cls, model, model_file: str, map_location: str, strict: bool):
         if not model.is_ctclip:
             return super()._load_as_safetensor(model, model_file, map_location, True)  # the mixin's default is False
-        with safe_open(model_file, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        state = _mapped(model_file)
         model.load_state_dict({key: value.to("meta") for key, value in state.items()})  # refuses what does not fit
         cls._materialise(model)
         _fill(model.state_dict(), state, Path(model_file), _places(Path(model_file), state))

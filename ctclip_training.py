@@ -195,6 +195,7 @@ class Moving:
                 for group in self._groups(f"layer {len(self.layers) - below}", names, rate, at):
                     self.optimizer.add_param_group(group)
                 self.names = [*self.names, *names]
+                self._parameters = {}
             self.open = max(self.open, due)
         self.epoch = epoch
         if self.open:
@@ -208,7 +209,7 @@ class Moving:
             self.exchange = nn.parallel.DistributedDataParallel(GradientExchange(list(parameters.values())))
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        if len(self._parameters) != len(self.names):  # gathered once: a walk through the model costs more than a step
+        if not self._parameters:  # gathered once: a walk through the model costs more than a step
             everything = dict(self.model.named_parameters())
             self._parameters = {name: everything[name] for name in self.names}
         return self._parameters
