@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--phantoms", type=int, default=400, help="to play with (default %(default)s)")
     parser.add_argument("--heads", type=Path, help="trained heads, as --save-heads writes them (default: trained anew)")
     parser.add_argument("--save-heads", type=Path, help="write the heads here")
-    parser.add_argument("--images", type=Path, default=ROOT / "images", help="folder of the figures")
+    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images", help="folder of the figures")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as work:
         state = trained_heads(Path(work)) if args.heads is None else load_file(args.heads)
