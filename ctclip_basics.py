@@ -1,7 +1,6 @@
-"""What every room uses: the 18 names, files that are whole or not there, the way flags are read, the model's errors.
+"""Files that are written whole or not at all, the way flags are read, the default weights' path.
 
-Standard library only, so that a script knows its flags, and a table its columns, without the two seconds that torch
-takes to import. `ctclip_model` hands all of it on.
+Standard library only, so that a script knows its flags without the two seconds that torch takes to import.
 """
 
 from __future__ import annotations
@@ -14,30 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-ABNORMALITIES = (
-    "Medical material",
-    "Arterial wall calcification",
-    "Cardiomegaly",
-    "Pericardial effusion",
-    "Coronary artery wall calcification",
-    "Hiatal hernia",
-    "Lymphadenopathy",
-    "Emphysema",
-    "Atelectasis",
-    "Lung nodule",
-    "Lung opacity",
-    "Pulmonary fibrotic sequela",
-    "Pleural effusion",
-    "Mosaic attenuation pattern",
-    "Peribronchial thickening",
-    "Consolidation",
-    "Bronchiectasis",
-    "Interlobular septal thickening",
-)
-N_LABELS = len(ABNORMALITIES)
-
-CLASSFINE_PATH = "models/ctclip_classfine.pt"
-DEMO_PATH = str(Path(__file__).resolve().parent / "models" / "ctclip_demo.pt")  # ships with the code
+CLASSFINE_PATH = "models/ctclip_classfine.pt"  # ctclip_model's, for scripts that have not imported torch
 
 
 @contextmanager
@@ -85,15 +61,3 @@ class OneLineParser(argparse.ArgumentParser):
             flag, equals, value = arg.partition("=")
             spelled.append(flag.replace("_", "-") + equals + value if arg.startswith("--") else arg)
         return super().parse_args(spelled, namespace)
-
-
-class CheckpointError(ValueError):
-    """A weights file that cannot be used. One line: what was found, what was expected, what to do."""
-
-
-class MisfitError(CheckpointError, RuntimeError):
-    """A saved model's two files that do not fit each other: torch's RuntimeError, in one line."""
-
-
-class PretrainedWeightsError(RuntimeError):
-    """ImageNet weights of a slice backbone that cannot be had. One line, naming the way on."""

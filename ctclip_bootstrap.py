@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ctclip_basics import ABNORMALITIES
+from ctclip_config import RESAMPLES
 from ctclip_metrics import (
-    N_LABELS,
     EvaluationError,
     calibration_errors,
     columns_of,
@@ -27,8 +26,8 @@ from ctclip_metrics import (
     resampled_ranking,
     summary_of,
 )
+from ctclip_model import ABNORMALITIES, N_LABELS
 
-RESAMPLES = 1000
 LEVEL = 0.95
 ROUNDING = 1e-12  # differences that are nothing else
 MIN_CASES = 10  # patients with and without a finding; with fewer, resampling promises more than it holds (LOG.md)

@@ -17,17 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ctclip_basics import ABNORMALITIES, replacing
-from ctclip_metrics import N_LABELS, EvaluationError, checked, crg_exchange, undefined_labels
+from ctclip_basics import replacing
+from ctclip_config import CALIBRATION_FILE, DEFAULT_OBJECTIVE, METHODS, OBJECTIVES
+from ctclip_metrics import EvaluationError, checked, crg_exchange, undefined_labels
+from ctclip_model import ABNORMALITIES, N_LABELS
 
 FOLDS = 5
-METHODS = ("none", "temperature", "platt")  # from the simplest to the richest
 SLOPE_SPREAD = 0.6  # how far the labels' slopes lie apart, standard deviation of the logarithm (LOG.md)
 COMMON_SPREAD = 2.0  # the same for the slope all labels share: next to no opinion
 LOGIT_LIMIT = 12.0  # calibrated logits are compressed beyond: float64 rounds to 1 from 37 on, and ranks would be lost
 FINITE = 1e-7  # probabilities nearer to 0 or 1 count as this near in a log loss
 EDGE = 7.0  # logits beyond (0.1 %, 99.9 %) are compressed into one more unit before anything is fitted
-CALIBRATION_FILE = "calibration.json"
 
 
 # ------------------------------------------------------------------------------------------------------ calibration
@@ -360,14 +360,13 @@ def _score_sensitivity(
     return np.where(sensitivity >= floor - 1e-12, 1 + specificity, sensitivity)
 
 
-OBJECTIVES: dict[str, Callable[..., np.ndarray]] = {
+OBJECTIVE_SCORES: dict[str, Callable[..., np.ndarray]] = {  # in OBJECTIVES' order
     "prevalence": _score_prevalence,  # predicted rate = label rate
     "f1": _score_f1,
     "hamming": _score_hamming,
     "youden": _score_youden,
     "crg": _score_crg,
 }
-DEFAULT_OBJECTIVE = "prevalence"  # the only one that neither over- nor under-predicts with a weak model (LOG.md)
 SENSITIVITY = re.compile(r"sensitivity\s*(?:>=|:|=)\s*(0?\.\d+|1|1\.0*)")
 
 
@@ -381,7 +380,7 @@ def objective_score(objective: str) -> Callable[..., np.ndarray]:
             f"found objective {objective!r}, expected one of {', '.join(OBJECTIVES)} or sensitivity:X with X above 0 "
             "and at most 1, such as sensitivity:0.9"
         )
-    return OBJECTIVES[objective]
+    return OBJECTIVE_SCORES[objective]
 
 
 def tune_global_threshold(

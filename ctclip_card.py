@@ -11,21 +11,25 @@ be not measured. What leaves this machine of run.json and metrics.json is what `
 
 from __future__ import annotations
 
+from ctclip_config import card_parser
+
+if __name__ == "__main__":
+    card_parser().parse_args()  # --help and wrong flags are answered before the two seconds of the imports
+
 import json
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING
 
-from ctclip_basics import ABNORMALITIES, CheckpointError, OneLineParser, replacing
-from ctclip_calibration import CALIBRATION_FILE, Calibration, load_calibration
+from ctclip_basics import replacing
+from ctclip_calibration import Calibration, load_calibration
+from ctclip_config import CALIBRATION_FILE
 from ctclip_folders import read_history, run_record
 from ctclip_hub import (
     AGAIN,
     TOKENS_PAGE,
-    WEIGHTS,
     HubTrouble,
     check_endpoint,
     endpoint,
@@ -36,12 +40,10 @@ from ctclip_hub import (
     is_hubs,
 )
 from ctclip_metrics import EvaluationError
+from ctclip_model import ABNORMALITIES, CheckpointError, CTCLIPMultiAbnormalityModel, has_tensors_of, published_name
 from ctclip_predict import load_model
 from ctclip_rows import size_text
 from ctclip_text import PHANTOM_NOTE, decimal, fitted_on, percent
-
-if TYPE_CHECKING:
-    from ctclip_model import CTCLIPMultiAbnormalityModel
 
 CARD = "README.md"
 CARRIED = ("run.json", "metrics.json", CALIBRATION_FILE)  # beside the weights, for whoever downloads them
@@ -98,9 +100,7 @@ def published_record(record: Mapping, history: list[dict] | None = None) -> dict
 def _known_file(path: str) -> str:
     """Name of a weights file, if it is one of those that everybody knows; else "other"."""
     name = PureWindowsPath(str(path)).name  # takes both kinds of separator
-    stem = name.rsplit(".", 1)[0]
-    known = {DEMO, *(f"ctclip_{key}" for key in WEIGHTS), *(Path(file).stem for file in WEIGHTS.values())}
-    return name if stem in known else "other"
+    return "other" if published_name(path) == "other" else name
 
 
 def published_metrics(metrics: Mapping) -> dict:
@@ -167,17 +167,7 @@ def _json(path: Path) -> dict:
 
 def unchanged(model: CTCLIPMultiAbnormalityModel, folder: Path) -> bool:
     """Whether the model's tensors are those of the folder's model.safetensors, to the bit."""
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    state = model.state_dict()
-    try:
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            return set(file.keys()) == set(state) and all(
-                torch.equal(value.detach().cpu(), file.get_tensor(key)) for key, value in state.items()
-            )
-    except (OSError, SafetensorError):
-        return False
+    return has_tensors_of(model, folder / "model.safetensors")
 
 
 # ---- licence and origin
@@ -200,9 +190,7 @@ def origin(model: CTCLIPMultiAbnormalityModel, record: Mapping | None = None) ->
     config = (record or {}).get("config") or {}
     if config.get("model") == "ctclip":
         said.append(config.get("ctclip_path") or (DEMO if record.get("phantom") else "ctclip_classfine"))
-    if model.load_report is not None:
-        said.append(model.load_report.path)
-    names = [_known_file(path).rsplit(".", 1)[0] for path in said]
+    names = [published_name(path) for path in said]
     return next((name for name in names if name != DEMO), DEMO if names else None)
 
 
@@ -531,17 +519,17 @@ def _citations(model: CTCLIPMultiAbnormalityModel) -> str:
 # ---- beside the weights
 
 
-def carry(
-    model: CTCLIPMultiAbnormalityModel, target: Path, repo_id: str | None = None, cohort: str | None = None
+def save_with_card(
+    model: CTCLIPMultiAbnormalityModel, target: str | Path, repo_id: str | None = None, cohort: str | None = None
 ) -> None:
-    """`save_pretrained`: the weights and, beside them, the card and what of CARRIED belongs to them.
+    """`save_pretrained` with the card and what of CARRIED belongs to these weights.
 
     First what spoke of other weights goes, then the weights come, then what speaks of them: a full disk leaves nothing
     beside weights that are not its own. A README.md of somebody's own stays, and one of the run's goes along. In the
     run's own folder only the card is written. Raises CardError where the folder is a run of other weights, which would
     be lost.
     """
-    facts = Facts.of(model, model.folder)
+    target, facts = Path(target), Facts.of(model, model.folder)
     model.derived_from = origin(model, facts.record)
     files, card = {}, None if facts.changed else own_card(model.folder)
     card = card or _card(model, facts, repo_id, cohort)
@@ -620,16 +608,37 @@ def push_run(run: str | Path, repo_id: str, private: bool = True, cohort: str | 
         if private and is_public(repo_id, token):
             raise HubTrouble(f"{repo_id} is there already, and public", "push to another name, or say --public",
                              kind="access")
-        wishes = {"repo_id": repo_id, "cohort": cohort}
-        return str(model.push_to_hub(repo_id, private=private, token=token, commit_message="Model, card and thresholds",
-                                     model_card_kwargs=wishes))
+        return push_with_card(model, repo_id, token, private, cohort)
     except (CardError, EvaluationError):
         raise
     except Exception as error:
         raise explain_push(error, repo_id, token) from error
 
 
-def card_on_the_hub(repo_id: str, token: str | bool | None = None, branch: str | None = None) -> str | None:
+def push_with_card(
+    model: CTCLIPMultiAbnormalityModel, repo_id: str, token: str, private: bool, cohort: str | None = None
+) -> str:
+    """`save_with_card`, to the hub in one commit; -> its address.
+
+    What is there of other weights goes. A card that somebody wrote there is replaced by one that somebody wrote in the
+    run's folder, never by ours.
+    """
+    from huggingface_hub import HfApi
+
+    ours = own_card(model.folder) is None or not unchanged(model, model.folder)
+    keep_theirs = ours and card_on_the_hub(repo_id, token)
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save_with_card(model, folder, repo_id, cohort)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="Model, card and thresholds",
+            ignore_patterns=[CARD] if keep_theirs else None, delete_patterns=list(CARRIED),
+        )
+    return str(commit)
+
+
+def card_on_the_hub(repo_id: str, token: str) -> str | None:
     """The repository's README.md where somebody wrote it, not a program; None also where there is none to see."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import (
@@ -641,7 +650,7 @@ def card_on_the_hub(repo_id: str, token: str | bool | None = None, branch: str |
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            hf_hub_download(repo_id, CARD, revision=branch, token=token, local_dir=folder)
+            hf_hub_download(repo_id, CARD, token=token, local_dir=folder)
         except LocalEntryNotFoundError:  # no connection: not known
             raise
         except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
@@ -694,14 +703,7 @@ def explain_push(error: Exception, repo_id: str, token: str) -> HubTrouble:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = OneLineParser(description="The model card of a run; with --push, the run on the Hugging Face hub.")
-    parser.add_argument("run", metavar="RUN", help="run folder, such as results/RUN, or a copy of one from the hub")
-    parser.add_argument("--print", action="store_true", help="print the card, write nothing")
-    parser.add_argument("--push", metavar="USER/NAME", help="upload the weights, the card and what of the run's files "
-                                                            "is nobody's secret; needs a token with write access")
-    parser.add_argument("--public", action="store_true", help="with --push: everybody may see it (default: you alone)")
-    parser.add_argument("--cohort", metavar="NAME", help="what the training cohort is called, for the card; CT-RATE's "
-                                                         "terms then bind the weights")
+    parser = card_parser()
     args = parser.parse_args(argv)
     if args.print and args.push:
         parser.error("--print goes without --push: it writes and uploads nothing")

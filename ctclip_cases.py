@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip_basics import ABNORMALITIES
+from ctclip_model import ABNORMALITIES
 from ctclip_tables import Rows, row_keys
 
 if TYPE_CHECKING:

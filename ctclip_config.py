@@ -1,4 +1,4 @@
-"""What a run is told, configuration and machine, each the only owner of its defaults; and the flags of every script
+"""Configuration of a training run and of an evaluation, the only owner of their defaults; and the flags of every script
 that imports torch at its top.
 
 Standard library only, like `ctclip_basics`: --help and a mistyped flag are answered before the two seconds of torch.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -136,6 +137,35 @@ QUICK_TEST = {"train_volumes": 270, "valid_volumes": 100, "epochs": 3, "freeze_e
 QUICK_TEST_VOLUMES = (200, 50)
 
 
+# What an evaluation can be asked for; the functions behind the names are in `ctclip_calibration` and `ctclip_tables`.
+OBJECTIVES = ("prevalence", "f1", "hamming", "youden", "crg")
+DEFAULT_OBJECTIVE = "prevalence"  # the only one that neither over- nor under-predicts with a weak model (LOG.md)
+METHODS = ("none", "temperature", "platt")  # from the simplest to the richest
+UNITS = {
+    "volume": "every reconstruction by itself, as the challenge counts",
+    "scan": "mean of a scan's reconstructions",
+    "patient": "mean of a scan's reconstructions, then the highest of a patient's scans",
+}
+RESAMPLES = 1000
+CALIBRATION_FILE = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an evaluation can be told; the only owner of the defaults. Stored in metrics.json.
+
+    `prevalence` is {label: rate} of the cohort that calibration and thresholds are meant for, where it is known.
+    """
+
+    objective: str = DEFAULT_OBJECTIVE
+    calibration: str = "auto"
+    unit: str = "volume"
+    prevalence: Mapping[str, float] | None = None
+    resamples: int = RESAMPLES
+    seed: int = 0
+    allow_partial: bool = False
+
+
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of TrainingConfig, defaults from there, in groups. A flag left out is absent from the namespace."""
     default = TrainingConfig()
@@ -243,6 +273,44 @@ def config_from_flags(args: argparse.Namespace) -> TrainingConfig:
     return TrainingConfig(**given)
 
 
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that settings_from_flags reads, and --baseline, --metadata and --pictures."""
+    fitted = parser.add_argument_group("calibration and thresholds, fitted on tuning patients")
+    fitted.add_argument("--objective", metavar="NAME", default=Settings.objective,
+                        help=f"what thresholds aim at: {', '.join(OBJECTIVES)} or sensitivity:X; prevalence keeps the "
+                             "positive rate at the label rate, f1, youden and sensitivity over-predict with a weak "
+                             "model, hamming under-predicts (default: %(default)s)")
+    fitted.add_argument("--calibration", choices=("auto", *METHODS), default=Settings.calibration,
+                        help="platt moves and stretches each label's logits, temperature only stretches them, auto "
+                             "takes what has the lowest cross-validated log loss (default: %(default)s)")
+    fitted.add_argument("--prevalence", metavar="ct-rate|JSON",
+                        help="rates of the cohort that this is meant for, where they differ from the tuning patients'")
+    counted = parser.add_argument_group("what is counted, and compared")
+    counted.add_argument("--unit", choices=UNITS, default=Settings.unit,
+                         help="; ".join(f"{unit}: {how}" for unit, how in UNITS.items()) + " (default: %(default)s)")
+    counted.add_argument("--resamples", type=int, metavar="N", default=Settings.resamples,
+                         help="bootstrap resamples of the patients, for intervals and p-values (default: %(default)s)")
+    counted.add_argument("--allow-partial", action="store_true",
+                         help="go on with the volumes that all tables hold; how many were left out is printed")
+    counted.add_argument("--baseline", metavar="CSV", help="other predictions for the same volumes, compared here")
+    counted.add_argument("--metadata", metavar="CSV",
+                         help="table with PatientSex, PatientAge, Manufacturer or SliceThickness, for subgroups "
+                              "(default: the cohort's own, where there is one)")
+    counted.add_argument("--pictures", type=int, metavar="N", default=1,
+                         help="volumes shown as slices on the page, of each label, missed and false alarms; each is "
+                              "read once more; 0: none (default: %(default)s)")
+
+
+def given_evaluation_flags(args: argparse.Namespace) -> list[str]:
+    """Flags of add_evaluation_flags that were given a value other than their default."""
+    defaults = argparse.ArgumentParser()
+    add_evaluation_flags(defaults)
+    return [
+        "--" + name.replace("_", "-") for name, value in vars(defaults.parse_args([])).items()
+        if getattr(args, name) != value
+    ]
+
+
 def training_parser(description: str) -> OneLineParser:
     """Of ctclip_training.py."""
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,11 +326,80 @@ def training_parser(description: str) -> OneLineParser:
     return parser
 
 
-def model_parser() -> OneLineParser:
-    """Of ctclip_model.py."""
-    parser = OneLineParser(description="Test the model: every variant that is present runs one input.")
-    parser.add_argument("--backbone", default="efficientnet_b0", help="timm model of the slice variant")
-    parser.add_argument("--no-pretrained", action="store_true", help="slice variant from random weights")
+def evaluation_parser() -> OneLineParser:
+    """Of ctclip_evaluation.py."""
+    parser = OneLineParser(description="Evaluate predictions for CT-RATE's 18 abnormalities.")
+    source = parser.add_argument_group("what to evaluate (default: the newest run under results/)")
+    source.add_argument("--checkpoint", metavar="RUN", help="run folder; its tables, thresholds' patients and log")
+    source.add_argument("--predictions", metavar="CSV", help="VolumeName and 18 probabilities; needs --labels")
+    source.add_argument("--labels", metavar="CSV", help="CT-RATE's label table, of the same volumes")
+    source.add_argument("--tuning-predictions", metavar="CSV",
+                        help="other patients to fit on; without them, everything is cross-fitted by patient")
+    source.add_argument("--tuning-labels", metavar="CSV", help="labels of the tuning patients")
+    source.add_argument("--data-dir", metavar="DIR",
+                        help="for a run: predict this cohort's valid split instead; for tables: their cohort")
+    source.add_argument("--device", help="for predicting (default: cuda where there is one)")
+    source.add_argument("--workers", type=int, metavar="N", help="reading processes beside the main one")
+    source.add_argument("--apply", metavar="RUN|JSON",
+                        help=f"no evaluation: write --predictions calibrated, and mapped for a cut at 0.5, by a run's "
+                             f"{CALIBRATION_FILE}")
+    source.add_argument("--example", action="store_true",
+                        help="a simulated classifier that says positive 97 %% of the time, and what becomes of it")
+    add_evaluation_flags(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-dir", metavar="DIR", help="default: the run folder, or one under results/")
+    return parser
+
+
+PREDICTIONS = "results/predictions.csv"
+MODES = {
+    "full": "train, then evaluate on unseen patients (default)",
+    "train": "fine-tune only",
+    "evaluate": "evaluate the run named by --checkpoint, or the newest",
+    "predict": "probabilities for the scans named by --input",
+}
+
+
+def task_parser(description: str) -> OneLineParser:
+    """Of run_task2.py."""
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = "; ".join(f"{mode}: {what}" for mode, what in MODES.items())
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--mode", dest="task", choices=MODES, default="full", help=modes)
+    task.add_argument("--export", choices=["onnx"], help="encoder and head as an ONNX graph, checked against the model")
+    group = parser.add_argument_group("evaluate and predict")
+    group.add_argument("--checkpoint", metavar="RUN", help="run folder, or for predict a CT-CLIP file")
+    group.add_argument("--input", metavar="PATH",
+                       help="scan to predict (.nii, .nii.gz, .mha, DICOM series), or a folder of scans, nested or not")
+    group.add_argument("--output", metavar="FILE",
+                       help=f"predict: .csv, a table (default {PREDICTIONS}), or .json, the challenge's results.json "
+                       "with an answer for every input; export: the .onnx file")
+    group.add_argument("--explain", metavar="LABEL[,LABEL]",
+                       help="heat maps of these findings, or all: NIfTI on the scan's grid and PNG, beside the output; "
+                       "doubles the time")
+    group.add_argument("--prompts", metavar="TXT",
+                       help="findings of your own, one on each line, for a CT-CLIP file with its text tower")
+    form = group.add_mutually_exclusive_group()
+    form.add_argument("--map-thresholds", action="store_true",
+                      help="values that cut at 0.5 as the tuned thresholds do, as the challenge needs them")
+    form.add_argument("--uncalibrated", action="store_true", help="the model's own probabilities")
+    add_evaluation_flags(parser)
+    add_run_flags(parser)
+    add_training_flags(parser)
+    add_machine_flags(parser)
+    return parser
+
+
+def card_parser() -> OneLineParser:
+    """Of ctclip_card.py."""
+    parser = OneLineParser(description="The model card of a run; with --push, the run on the Hugging Face hub.")
+    parser.add_argument("run", metavar="RUN", help="run folder, such as results/RUN, or a copy of one from the hub")
+    parser.add_argument("--print", action="store_true", help="print the card, write nothing")
+    parser.add_argument("--push", metavar="USER/NAME", help="upload the weights, the card and what of the run's files "
+                                                            "is nobody's secret; needs a token with write access")
+    parser.add_argument("--public", action="store_true", help="with --push: everybody may see it (default: you alone)")
+    parser.add_argument("--cohort", metavar="NAME", help="what the training cohort is called, for the card; CT-RATE's "
+                                                         "terms then bind the weights")
     return parser
 
 

@@ -15,6 +15,11 @@ What is promised, for every number this project prints:
 
 from __future__ import annotations
 
+from ctclip_config import evaluation_parser
+
+if __name__ == "__main__":
+    evaluation_parser().parse_args()  # --help and wrong flags are answered before the two seconds of the imports
+
 import argparse
 import json
 import platform
@@ -27,9 +32,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip_basics import ABNORMALITIES, CheckpointError, OneLineParser, replacing
+from ctclip_basics import replacing
 from ctclip_bootstrap import (
-    RESAMPLES,
     Resamples,
     brier_tree,
     by_label,
@@ -43,10 +47,6 @@ from ctclip_bootstrap import (
     ranking_tree,
 )
 from ctclip_calibration import (
-    CALIBRATION_FILE,
-    DEFAULT_OBJECTIVE,
-    METHODS,
-    OBJECTIVES,
     Calibration,
     cross_folds,
     fit_calibration,
@@ -58,6 +58,7 @@ from ctclip_calibration import (
     tune_label_thresholds,
 )
 from ctclip_cases import Case, with_pictures, worst_cases
+from ctclip_config import CALIBRATION_FILE, UNITS, Settings, given_evaluation_flags
 from ctclip_example import EXAMPLE_NOTE, write_example
 from ctclip_figures import (
     TRAINING_CURVES,
@@ -93,10 +94,10 @@ from ctclip_metrics import (
     threshold_table,
     undefined_labels,
 )
+from ctclip_model import ABNORMALITIES, CheckpointError
 from ctclip_page import write_page
 from ctclip_subgroups import groups_of, subgroup_metrics
 from ctclip_tables import (
-    UNITS,
     Rows,
     count_unnamed,
     join,
@@ -127,22 +128,6 @@ PUBLISHED_AUROC = {"CT-CLIP zero-shot": 0.731, "CT-CLIP ClassFine": 0.756}  # ma
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an evaluation can be told; the only owner of the defaults. Stored in metrics.json.
-
-    `prevalence` is {label: rate} of the cohort that calibration and thresholds are meant for, where it is known.
-    """
-
-    objective: str = DEFAULT_OBJECTIVE
-    calibration: str = "auto"
-    unit: str = "volume"
-    prevalence: Mapping[str, float] | None = None
-    resamples: int = RESAMPLES
-    seed: int = 0
-    allow_partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -583,7 +568,7 @@ def apply_calibration(source: str, predictions: str, output_dir: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
-    args = _parser().parse_args(argv)
+    args = evaluation_parser().parse_args(argv)
     from ctclip_data import CohortError
 
     try:
@@ -677,68 +662,6 @@ def settings_from_flags(args: argparse.Namespace) -> Settings:
         args.objective, args.calibration, args.unit, read_prevalence(args.prevalence) if args.prevalence else None,
         args.resamples, allow_partial=args.allow_partial,
     )
-
-
-def given_evaluation_flags(args: argparse.Namespace) -> list[str]:
-    """Flags of add_evaluation_flags that were given a value other than their default."""
-    defaults = argparse.ArgumentParser()
-    add_evaluation_flags(defaults)
-    return [
-        "--" + name.replace("_", "-") for name, value in vars(defaults.parse_args([])).items()
-        if getattr(args, name) != value
-    ]
-
-
-def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that settings_from_flags reads, and --baseline, --metadata and --pictures."""
-    fitted = parser.add_argument_group("calibration and thresholds, fitted on tuning patients")
-    fitted.add_argument("--objective", metavar="NAME", default=Settings.objective,
-                        help=f"what thresholds aim at: {', '.join(OBJECTIVES)} or sensitivity:X; prevalence keeps the "
-                             "positive rate at the label rate, f1, youden and sensitivity over-predict with a weak "
-                             "model, hamming under-predicts (default: %(default)s)")
-    fitted.add_argument("--calibration", choices=("auto", *METHODS), default=Settings.calibration,
-                        help="platt moves and stretches each label's logits, temperature only stretches them, auto "
-                             "takes what has the lowest cross-validated log loss (default: %(default)s)")
-    fitted.add_argument("--prevalence", metavar="ct-rate|JSON",
-                        help="rates of the cohort that this is meant for, where they differ from the tuning patients'")
-    counted = parser.add_argument_group("what is counted, and compared")
-    counted.add_argument("--unit", choices=UNITS, default=Settings.unit,
-                         help="; ".join(f"{unit}: {how}" for unit, how in UNITS.items()) + " (default: %(default)s)")
-    counted.add_argument("--resamples", type=int, metavar="N", default=Settings.resamples,
-                         help="bootstrap resamples of the patients, for intervals and p-values (default: %(default)s)")
-    counted.add_argument("--allow-partial", action="store_true",
-                         help="go on with the volumes that all tables hold; how many were left out is printed")
-    counted.add_argument("--baseline", metavar="CSV", help="other predictions for the same volumes, compared here")
-    counted.add_argument("--metadata", metavar="CSV",
-                         help="table with PatientSex, PatientAge, Manufacturer or SliceThickness, for subgroups "
-                              "(default: the cohort's own, where there is one)")
-    counted.add_argument("--pictures", type=int, metavar="N", default=1,
-                         help="volumes shown as slices on the page, of each label, missed and false alarms; each is "
-                              "read once more; 0: none (default: %(default)s)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description="Evaluate predictions for CT-RATE's 18 abnormalities.")
-    source = parser.add_argument_group("what to evaluate (default: the newest run under results/)")
-    source.add_argument("--checkpoint", metavar="RUN", help="run folder; its tables, thresholds' patients and log")
-    source.add_argument("--predictions", metavar="CSV", help="VolumeName and 18 probabilities; needs --labels")
-    source.add_argument("--labels", metavar="CSV", help="CT-RATE's label table, of the same volumes")
-    source.add_argument("--tuning-predictions", metavar="CSV",
-                        help="other patients to fit on; without them, everything is cross-fitted by patient")
-    source.add_argument("--tuning-labels", metavar="CSV", help="labels of the tuning patients")
-    source.add_argument("--data-dir", metavar="DIR",
-                        help="for a run: predict this cohort's valid split instead; for tables: their cohort")
-    source.add_argument("--device", help="for predicting (default: cuda where there is one)")
-    source.add_argument("--workers", type=int, metavar="N", help="reading processes beside the main one")
-    source.add_argument("--apply", metavar="RUN|JSON",
-                        help=f"no evaluation: write --predictions calibrated, and mapped for a cut at 0.5, by a run's "
-                             f"{CALIBRATION_FILE}")
-    source.add_argument("--example", action="store_true",
-                        help="a simulated classifier that says positive 97 %% of the time, and what becomes of it")
-    add_evaluation_flags(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument("--output-dir", metavar="DIR", help="default: the run folder, or one under results/")
-    return parser
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip_basics import ABNORMALITIES
+from ctclip_model import ABNORMALITIES
 from ctclip_tables import load_labels, load_predictions, write_table
 
 if TYPE_CHECKING:

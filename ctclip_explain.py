@@ -24,12 +24,13 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from ctclip_basics import replacing
 from ctclip_cases import LUNG_WINDOW, SOFT_LABELS, SOFT_WINDOW
 from ctclip_data import FIELD_OF_VIEW_MM, SUFFIX, Placement
 from ctclip_figures import GREY, INK, new_figure, write_figure
 from ctclip_files import GzipFile
 from ctclip_metrics import EvaluationError
-from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, replacing, slice_triplets
+from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, slice_triplets
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

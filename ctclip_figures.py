@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip_basics import ABNORMALITIES, replacing
+from ctclip_basics import replacing
 from ctclip_metrics import bin_of, threshold_table, undefined_labels
+from ctclip_model import ABNORMALITIES
 from ctclip_text import percent
 
 if TYPE_CHECKING:

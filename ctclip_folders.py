@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ctclip_calibration import (
-    CALIBRATION_FILE,
-    DEFAULT_OBJECTIVE,
     Calibration,
     fit_calibration,
     load_calibration,
 )
+from ctclip_config import CALIBRATION_FILE, DEFAULT_OBJECTIVE
 from ctclip_metrics import EvaluationError
 from ctclip_predict import load_model, predict_volumes, print_failures
 from ctclip_tables import load_labels, load_predictions, tuning_rows, write_table

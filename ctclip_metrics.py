@@ -14,9 +14,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ctclip_basics import ABNORMALITIES
+from ctclip_model import ABNORMALITIES, N_LABELS
 
-N_LABELS = len(ABNORMALITIES)
 TABLE_CUTS = np.arange(1, 20) / 20  # 0.05 to 0.95
 ECE_BINS = 10
 CHUNK = 2**18  # numbers of a (B, rows) array that are worked on at a time: 2 MB, which stay in the processor's cache

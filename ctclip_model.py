@@ -9,7 +9,7 @@ Ladder   volume (B, 1, D, H, W)  ->  patches (B, T, h, w, C)  ->  spatial transf
          latent (B, L), L2-normalised  ->  ReLU, dropout, linear  ->  logits (B, 18).
          Head "mlp" adds a small network to the last step. Head "attention" leaves the latent out: each label pools the
          codebook rows (B, T, h, w, C) by an attention of its own  ->  logits (B, 18). Head "prompts", made by
-         `ctclip_prompts` from the file's text tower, takes the latent without ReLU  ->  logits (B, n) of n findings.
+         the file's text tower (below), takes the latent without ReLU  ->  logits (B, n) of n findings.
          Published size: (B, 1, 240, 480, 480) -> T = h = w = 24, C = 512, N = 8, K = 32, 8192 codes, L = 512.
 
 Attribute names of the tower (`visual_transformer`, `enc_spatial_transformer`, `layers.0.1.to_q`, `vq._codebook.embed`,
@@ -20,22 +20,21 @@ from a Multimodal Dataset for 3D Computed Tomography" (CT-CLIP); the code is our
 
 from __future__ import annotations
 
-from ctclip_config import model_parser
-
-if __name__ == "__main__":
-    model_parser().parse_args()  # --help and wrong flags are answered before the two seconds of the imports
-
+import argparse
 import json
 import math
 import os
 import pickle
 import ssl
 import sys
+import unicodedata
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -47,18 +46,43 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ctclip_basics import (
-    ABNORMALITIES,
-    CLASSFINE_PATH,
-    DEMO_PATH,
-    N_LABELS,
-    CheckpointError,
-    MisfitError,
-    OneLineParser,  # noqa: F401  (handed on)
-    PretrainedWeightsError,
-    replacing,
+if TYPE_CHECKING:
+    from transformers import BertModel
+
+ABNORMALITIES = (
+    "Medical material",
+    "Arterial wall calcification",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Coronary artery wall calcification",
+    "Hiatal hernia",
+    "Lymphadenopathy",
+    "Emphysema",
+    "Atelectasis",
+    "Lung nodule",
+    "Lung opacity",
+    "Pulmonary fibrotic sequela",
+    "Pleural effusion",
+    "Mosaic attenuation pattern",
+    "Peribronchial thickening",
+    "Consolidation",
+    "Bronchiectasis",
+    "Interlobular septal thickening",
 )
-from ctclip_prompts import PromptError, Prompts, prompt_head
+N_LABELS = len(ABNORMALITIES)
+
+CLASSFINE_PATH = "models/ctclip_classfine.pt"
+DEMO_PATH = str(Path(__file__).resolve().parent / "models" / "ctclip_demo.pt")  # ships with the code
+# Names of weights files that everybody knows; a path says more about whoever has the file than about the file.
+PUBLISHED_FILES = (
+    "ctclip_demo",
+    "ctclip_classfine",
+    "ctclip_vocabfine",
+    "ctclip_zeroshot",
+    "CT_LiPro_v2",
+    "CT_VocabFine_v2",
+    "CT-CLIP_v2",
+)
 
 # Wrappers that published files put in front of their keys; removed from the left, in any order and number.
 PREFIXES = ("module.", "trained_model.")
@@ -87,6 +111,28 @@ HUB_ONLY = ("revision", "cache_dir", "force_download", "proxies", "resume_downlo
 
 # Where a slice backbone looks: the 360 mm cube of `ctclip_data` at 3 x 1.6 x 1.6 mm, so that a slice is 224 x 224.
 SLICE_INPUT_SHAPE = (120, 224, 224)
+
+
+class ModelError(Exception):
+    """Base of this module's errors. One line: what was found, what was expected, what to do."""
+
+    exit_code = 2  # of a command that ends with it
+
+
+class CheckpointError(ModelError, ValueError):
+    """A weights file that cannot be used."""
+
+
+class MisfitError(CheckpointError, RuntimeError):
+    """A saved model's two files that do not fit each other: torch's RuntimeError, in one line."""
+
+
+class PromptError(ModelError, ValueError):
+    """Prompts that cannot be made or used."""
+
+
+class PretrainedWeightsError(ModelError, RuntimeError):
+    """ImageNet weights of a slice backbone that cannot be had; the message names the way on."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -625,6 +671,12 @@ def saved_config(folder: Path) -> dict:
     return config
 
 
+def published_name(path: str | os.PathLike) -> str:
+    """Name of a weights file without folder and ending if it is a published one, else "other"."""
+    stem = PureWindowsPath(path).stem  # takes both kinds of separator
+    return stem if stem in PUBLISHED_FILES else "other"
+
+
 def existing_weights(path: str | os.PathLike) -> Path:
     """`path`; where there is no such file, the slim copy that `ctclip_setup.py --slim` put in its place, if it did."""
     path = Path(path)
@@ -805,6 +857,268 @@ def load_tower(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Text tower: findings in words -> a linear head
+#
+# Legend   n findings, S tokens of the longest prompt, L latent.
+#
+# Ladder   finding -> "{finding} is present." and "{finding} is not present." -> tokens (2n, S) -> the checkpoint's
+#          BERT, last hidden state at [CLS] -> `to_text_latent` (no bias), L2-normalised -> text latents (2n, L) ->
+#          weight (n, L) = exp(temperature) * (present - absent).
+#
+# p(present) is published as the softmax over a pair of similarities exp(temperature) * (image latent . text latent).
+# That is the sigmoid of (weight . image latent): no text is encoded at prediction time, and the latent has no ReLU.
+#
+# Two things are needed that a classifier otherwise does without: the package transformers (its BertModel, and
+# tokenizers, which comes with it), and the vocabulary of the text tower, one file of a public model repository.
+# ----------------------------------------------------------------------------------------------------------------------
+
+VOCABULARY_REPOSITORY = "microsoft/BiomedVLP-CXR-BERT-specialized"
+VOCABULARY_FILE = "vocab.txt"
+TEXT_TOWER = "text_transformer."
+TEXT_TOWER_UNUSED = ("embeddings.position_ids", "pooler.")  # 0, 1, 2, ...; not called by the published code
+ATTENTION_HEADS = {768: 12, 24: 2}  # by width: no shape tells them. BERT's base size, and the tests'
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+RESERVED = (*SPECIAL, "[MASK]")  # read as signs of BERT's own where a text has them
+UNREAD_CATEGORIES = ("Mn", "Cc", "Cf", "Cn", "Co", "Cs")  # what BERT's tokeniser drops: accents, control
+PROMPTS_AT_ONCE = 12  # 36 of them take a second, and their activations next to no memory
+
+
+def vocabulary_path(weights: Path) -> Path:
+    """Where the vocabulary of a weights file's text tower is looked for: in a folder beside it."""
+    return weights.parent / VOCABULARY_REPOSITORY.rpartition("/")[2] / VOCABULARY_FILE
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """n findings and, for each, a text that says that it is there and one that says that it is not.
+
+    Raises PromptError for no finding at all, one whose name or text has nothing that the text tower reads, one that
+    occurs twice as it is read, and a text with one of BERT's own signs.
+    """
+
+    names: tuple[str, ...]
+    present: tuple[str, ...]
+    absent: tuple[str, ...]
+
+    def __post_init__(self):
+        if not self.names or not len(self.names) == len(self.present) == len(self.absent):
+            counts = f"{len(self.names)} findings, {len(self.present)} texts for and {len(self.absent)} against"
+            raise PromptError(f"found {counts}, expected at least one finding and two texts for each; complete them")
+        if not all(as_read(text) for text in self.names + self.present + self.absent):
+            raise PromptError("found a finding or a text that is empty, expected words; complete it")
+        seen = [as_read(name) for name in self.names]
+        twice = next((name for name, read in zip(self.names, seen, strict=True) if seen.count(read) > 1), None)
+        if twice is not None:
+            found = f"found '{twice}' twice, expected every finding once"
+            raise PromptError(f"{found} (neither case nor accents are read); remove one")
+        for name, *texts in zip(self.names, self.present, self.absent, strict=True):
+            sign = next((sign for sign in RESERVED if any(sign in text for text in texts)), None)
+            if sign is not None:
+                found = f"found {sign} in a text of '{name}', expected words"
+                raise PromptError(f"{found}, because that is a sign of the text tower's own; word it otherwise")
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Prompts:
+        """The published wording for these findings."""
+        names = tuple(names)
+        return cls(names, tuple(f"{name} is present." for name in names), tuple(f"{n} is not present." for n in names))
+
+    def pairs(self) -> list[str]:
+        """(2n) texts, present and absent in turn."""
+        return [text for pair in zip(self.present, self.absent, strict=True) for text in pair]
+
+
+def as_read(text: str) -> str:
+    """What the text tower reads of a text: no case, accents, control or invisible signs, single spaces."""
+    spaced = " ".join(unicodedata.normalize("NFD", text).split())
+    kept = (sign for sign in spaced if unicodedata.category(sign) not in UNREAD_CATEGORIES and sign != "\ufffd")
+    return "".join(kept).strip().lower()
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The word pieces of a text tower, in the order of its embedding's rows, and the file they are from."""
+
+    path: Path
+    pieces: tuple[str, ...]
+    content: bytes
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> Vocabulary:
+        """vocab.txt: one piece per line. Raises PromptError where it is absent, no text or not BERT's."""
+        path = Path(path)
+        try:
+            content = path.read_bytes()
+            pieces = content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+        except FileNotFoundError as error:
+            raise PromptError(
+                f"found no vocabulary at {path}, expected vocab.txt of {VOCABULARY_REPOSITORY}; to fetch it into "
+                "models/: python ctclip_setup.py --model zeroshot (or vocabfine)"
+            ) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise PromptError(f"{path}: found no text ({error}), expected a vocabulary; fetch it again") from error
+        lacking = [piece for piece in SPECIAL if piece not in pieces]
+        if lacking:
+            found = f"{path}: found a vocabulary without {', '.join(lacking)}"
+            raise PromptError(f"{found}, expected BERT's; fetch {VOCABULARY_REPOSITORY}'s vocab.txt again")
+        return cls(path, tuple(pieces), content)
+
+
+def tokenise(prompts: Prompts, vocabulary: Vocabulary, positions: int) -> tuple[Tensor, Tensor]:
+    """-> ids and mask (2n, S) int64, rows present and absent in turn: BERT's [CLS], lower-cased word pieces, [SEP].
+
+    No word is cut off or passed over: raises PromptError for a text of more than `positions` tokens, and for one with
+    signs that the vocabulary does not know. Case, accents, control and invisible signs are not read: see `as_read`.
+    """
+    with _optional():
+        from tokenizers import BertWordPieceTokenizer
+    table = {piece: row for row, piece in enumerate(vocabulary.pieces)}
+    encoded = BertWordPieceTokenizer(table, lowercase=True).encode_batch(prompts.pairs())
+    for row, found in enumerate(encoded):
+        name = prompts.names[row // 2]
+        if len(found.ids) > positions:
+            said = f"found {len(found.ids)} tokens in a text of '{name}', expected at most {positions}"
+            raise PromptError(f"{said}, which is all that the text tower takes; shorten it")
+        if "[UNK]" in found.tokens:
+            said = f"found words in a text of '{name}' that the text tower's vocabulary cannot spell"
+            raise PromptError(f"{said}, expected English; word it otherwise")
+    longest = max(len(found.ids) for found in encoded)
+    ids = torch.full((len(encoded), longest), table["[PAD]"], dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, found in enumerate(encoded):
+        ids[row, : len(found.ids)] = torch.tensor(found.ids)
+        mask[row, : len(found.ids)] = 1
+    return ids, mask
+
+
+@contextmanager
+def _optional() -> Iterator[None]:
+    """Around an import of transformers or tokenizers: absent, or too old for this torch, is one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except ImportError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PromptError(
+            f"found no usable transformers ({reason}), expected the package, which encodes the prompts; "
+            "pip install transformers"
+        ) from error
+
+
+@contextmanager
+def _quiet(logging) -> Iterator[None]:
+    """transformers' `logging` says nothing but errors inside the block."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def text_tower_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a checkpoint's text tower that are computed with, under BertModel's names.
+
+    `state`: prefixes removed, as `read_checkpoint` gives it. Raises PromptError where there are none.
+    """
+    tensors = {
+        key.removeprefix(TEXT_TOWER): value
+        for key, value in state.items()
+        if key.startswith(TEXT_TOWER) and not key.removeprefix(TEXT_TOWER).startswith(TEXT_TOWER_UNUSED)
+    }
+    if not tensors or "to_text_latent.weight" not in state or "temperature" not in state:
+        raise PromptError(
+            "found no text tower in the file, expected one, because prompts are encoded by it; "
+            "use a zero-shot or VocabFine file"
+        )
+    return tensors
+
+
+def bert_sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """BertConfig's sizes, read off the shapes; the attention heads by the width. Raises PromptError."""
+
+    def shape(key: str) -> torch.Size:
+        if key not in tensors or tensors[key].ndim != 2:
+            raise PromptError(f"found no matrix {TEXT_TOWER}{key} in the file, expected BERT's; fetch the file again")
+        return tensors[key].shape
+
+    words, width = shape("embeddings.word_embeddings.weight")
+    if width not in ATTENTION_HEADS:
+        known = " or ".join(map(str, ATTENTION_HEADS))
+        found = f"found a text tower of width {width}, expected {known}"
+        raise PromptError(f"{found}: a file does not tell its attention heads; add them to ATTENTION_HEADS")
+    return {
+        "vocab_size": words,
+        "hidden_size": width,
+        "num_hidden_layers": len({key.split(".")[2] for key in tensors if key.startswith("encoder.layer.")}),
+        "num_attention_heads": ATTENTION_HEADS[width],
+        "intermediate_size": shape("encoder.layer.0.intermediate.dense.weight")[0],
+        "max_position_embeddings": shape("embeddings.position_embeddings.weight")[0],
+        "type_vocab_size": shape("embeddings.token_type_embeddings.weight")[0],
+    }
+
+
+def text_tower(state: dict[str, Tensor]) -> BertModel:
+    """The checkpoint's BERT in float32 and evaluation mode, on its tensors as they are in memory (or mapped there).
+
+    Raises PromptError for a tensor too many, too few or of another shape.
+    """
+    tensors = {key: value.float() for key, value in text_tower_tensors(state).items()}
+    sizes = bert_sizes(tensors)
+    with _optional():
+        from transformers import BertConfig, BertModel
+        from transformers.utils import logging
+
+        with _quiet(logging), torch.device("meta"):  # no memory, no random numbers
+            tower = BertModel(BertConfig(**sizes), add_pooling_layer=False)
+    wanted, found = ({key: value.shape for key, value in side.items()} for side in (tower.state_dict(), tensors))
+    strange = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    if strange:
+        some = f"{TEXT_TOWER}{strange[0]}" + f" and {len(strange) - 1} more" * (len(strange) > 1)
+        raise PromptError(f"found tensors missing, extra or misshapen ({some}), expected BERT's; fetch the file again")
+    tower.load_state_dict(tensors, assign=True)
+    return tower.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def text_latents(state: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+    """Token ids and mask (n, S), int64, 1 where there is a token -> latents (n, L) float32, L2-normalised.
+
+    How many tokens of padding there are changes nothing. Raises PromptError where `state` has no usable text tower.
+    """
+    tower, projection = text_tower(state), state["to_text_latent.weight"].float()
+    rows = []
+    for part, seen in zip(ids.split(PROMPTS_AT_ONCE), mask.split(PROMPTS_AT_ONCE), strict=True):
+        places = torch.arange(part.shape[1]).expand_as(part)  # given, because the tower's own are on no device
+        hidden = tower(
+            input_ids=part, attention_mask=seen, token_type_ids=torch.zeros_like(part), position_ids=places
+        ).last_hidden_state  # (n, S, width)
+        rows.append(F.normalize(F.linear(hidden[:, 0], projection), dim=-1))
+    return torch.cat(rows)
+
+
+def pair_weights(latents: Tensor, temperature: Tensor) -> Tensor:
+    """Text latents (2n, L), present and absent in turn -> weight (n, L) of a linear head on image latents."""
+    return temperature.float().reshape(()).exp() * (latents[0::2] - latents[1::2])
+
+
+def prompt_weights(state: dict[str, Tensor], prompts: Prompts, vocabulary: Vocabulary) -> Tensor:
+    """-> weight (n, L) float32 of a linear head without bias on L2-normalised image latents; its sigmoid is p(present).
+
+    `state`: of a CT-CLIP file, prefixes removed. Raises PromptError.
+    """
+    sizes = bert_sizes(text_tower_tensors(state))
+    if len(vocabulary.pieces) != sizes["vocab_size"]:
+        raise PromptError(
+            f"{vocabulary.path}: found {len(vocabulary.pieces)} lines, expected {sizes['vocab_size']}, one for each "
+            f"row of the file's word embeddings; fetch {VOCABULARY_REPOSITORY}'s vocab.txt again"
+        )
+    ids, mask = tokenise(prompts, vocabulary, sizes["max_position_embeddings"])
+    return pair_weights(text_latents(state, ids, mask), state["temperature"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Slice backbones
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -922,6 +1236,11 @@ def _labels(head: str | None, prompts: Prompts | None, labels: Sequence[str] | N
     return names
 
 
+def takes_prompts(head: str | None, state: dict[str, Tensor]) -> bool:
+    """Whether a model of this file and this argument `head` gets the prompt head."""
+    return head == "prompts" or (head is None and not any(key in state for key in LINEAR_HEAD_KEYS))
+
+
 @dataclass(frozen=True)
 class HeadStart:
     """Which head a CT-CLIP model gets, and what it starts from: `tensors` made from the file's text tower."""
@@ -931,12 +1250,19 @@ class HeadStart:
     why_no_prompts: str | None = None
 
     @classmethod
-    def of(cls, head: str | None, path: Path, state: dict[str, Tensor], prompts: Prompts) -> HeadStart:
-        """`head`: None for the file's own. Raises CheckpointError where "prompts" is asked for and cannot be made."""
-        if head not in (None, "prompts") or (head is None and any(key in state for key in LINEAR_HEAD_KEYS)):
+    def of(
+        cls, head: str | None, path: Path, state: dict[str, Tensor], prompts: Prompts, weight: Tensor | None
+    ) -> HeadStart:
+        """`head`: None for the file's own. `weight`: of the prompt head, where it is known already.
+
+        Raises CheckpointError where "prompts" is asked for and cannot be made.
+        """
+        if not takes_prompts(head, state):
             return cls(head or "linear")
         try:
-            weight = prompt_head(path, state, prompts, replacing)
+            if weight is None:
+                text_tower_tensors(state)  # first: without it nothing else matters
+                weight = prompt_weights(state, prompts, Vocabulary.read(vocabulary_path(path)))
         except PromptError as error:
             if head is None:
                 return cls("linear", why_no_prompts=str(error))
@@ -985,10 +1311,12 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             | prompts   | latent, signed  | 0.01 M     | < 0.1 ms | none: zero-shot answers; any findings, in words    |
 
             At the published size; step: forward and backward pass per cached volume, in batches of 16, on one CPU core.
-        prompts: with head="prompts", the findings and their wording (default: the published one). See `ctclip_prompts`
-            for what making that head needs; a saved model needs none of it.
+        prompts: with head="prompts", the findings and their wording (default: the published one). Making that head
+            needs the package transformers and the text tower's vocabulary; a saved model needs neither.
         labels: what the logits stand for, in order; default: the prompts' names, or ABNORMALITIES. Others than these 18
             go with head="prompts".
+        prompt_weight: (n, L) of the prompt head as `prompt_weights` gives it, where it was computed before: nothing is
+            encoded then.
 
     Raises:
         FileNotFoundError: `ctclip_path` does not exist. Never random weights in its place.
@@ -1008,6 +1336,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         head: str | None = None,
         prompts: Prompts | None = None,
         labels: Sequence[str] | None = None,
+        prompt_weight: Tensor | None = None,
     ):
         super().__init__()
         if head not in (None, *HEADS):
@@ -1018,14 +1347,15 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         self.dropout = nn.Dropout(dropout)
         self.load_report: LoadReport | None = None
         self.folder: Path | None = None  # the run or copy of one that `from_pretrained` loaded
-        # What these weights come from, as `ctclip_card.origin` says it; kept in config.json, for the licence.
+        # What these weights come from: "imagenet", a published file, "other", or None. Kept in config.json.
         self.derived_from: str | None = "imagenet" if ctclip_path is None and sizes is None and pretrained else None
         state, start = None, HeadStart(head or "linear")
         if sizes is None and ctclip_path is not None:
             ctclip_path = existing_weights(ctclip_path)
+            self.derived_from = published_name(ctclip_path)
             state = read_checkpoint(ctclip_path)
             sizes = asdict(TowerSizes.from_state_dict(state))
-            start = HeadStart.of(head, ctclip_path, state, prompts or Prompts.of(self.labels))
+            start = HeadStart.of(head, ctclip_path, state, prompts or Prompts.of(self.labels), prompt_weight)
             if start.tensors:
                 state = None  # mapped anew: the text tower's 0.4 GB leave memory before the image tower comes in
                 state = read_checkpoint(ctclip_path)
@@ -1323,54 +1653,33 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """model.safetensors and config.json, each complete or not there at all (temporary name, then renamed)."""
-        from ctclip_card import origin
-
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        config = self._hub_mixin_config | {"derived_from": origin(self)}
-        with replacing(folder / "model.safetensors") as path:
+        with _replacing(folder / "model.safetensors") as path:
             tensors = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
             save_file(tensors, path, metadata={"format": "pt"})
-        with replacing(folder / "config.json") as path:
-            path.write_text(json.dumps(config, indent=2))
+        with _replacing(folder / "config.json") as path:
+            path.write_text(json.dumps(self._hub_mixin_config | {"derived_from": self.derived_from}, indent=2))
 
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
         *,
-        config: dict | None = None,  # the mixin's; config.json is always the model's own
+        config: dict | None = None,  # the mixin's arguments; config.json is always the model's own
         repo_id: str | None = None,
         push_to_hub: bool = False,
-        model_card_kwargs: dict | None = None,
         **push_to_hub_kwargs,
     ) -> str | None:
-        """The mixin's, with a model card and, where these weights are a run's, its record, metrics and calibration.
+        """The mixin's, without a model card: model.safetensors and config.json in `save_directory`.
 
-        Raises ctclip_card.CardError for the folder of a run with other weights, before anything is written.
+        Raises ModelError where the folder holds other weights and files that may describe them, such as a run's.
         """
-        from ctclip_card import carry
-
         folder = Path(save_directory)
-        wishes = {"repo_id": repo_id} | (model_card_kwargs or {})
-        carry(self, folder, wishes.get("repo_id"), wishes.get("cohort"))
+        check_folder_is_free(self, folder)
+        self._save_pretrained(folder)
         if push_to_hub:
-            return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
+            return self.push_to_hub(repo_id or folder.name, **push_to_hub_kwargs)
         return None
-
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """The mixin's. `ctclip_card.push_run` is private by default, and ends in one line when the hub refuses.
-
-        A card that somebody wrote on the hub is replaced by one that somebody wrote in the run's folder, never by ours.
-        """
-        from ctclip_card import CARD, CARRIED, card_on_the_hub, own_card, unchanged
-
-        kwargs["model_card_kwargs"] = {"repo_id": repo_id} | (kwargs.get("model_card_kwargs") or {})
-        kwargs.setdefault("delete_patterns", list(CARRIED))  # what is there of other weights, and not replaced
-        ours = own_card(self.folder) is None or not unchanged(self, self.folder)
-        if ours and card_on_the_hub(repo_id, kwargs.get("token"), kwargs.get("branch")):
-            ignored = kwargs.get("ignore_patterns") or []
-            kwargs["ignore_patterns"] = [*([ignored] if isinstance(ignored, str) else ignored), CARD]
-        return super().push_to_hub(repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -1382,15 +1691,13 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **kwargs):
-        """From a folder, or from the hub with the files that `save_pretrained` puts beside the weights."""
+        """From a folder, or from the hub with the small files beside the weights."""
         hub = {name: kwargs.pop(name) for name in HUB_ONLY if name in kwargs}
         folder = Path(model_id)
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
-            from ctclip_card import ON_THE_HUB
-
-            folder = Path(snapshot_download(model_id, allow_patterns=list(ON_THE_HUB), **hub))
+            folder = Path(snapshot_download(model_id, allow_patterns=["model.safetensors", "*.json", "*.md"], **hub))
         weights = folder / "model.safetensors"
         if not weights.is_file():
             raise CheckpointError(f"{model_id}: found no model.safetensors, expected a saved model, not a pickle")
@@ -1407,7 +1714,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
                 f"{model_id}/config.json: found what does not fit model.safetensors ({said}), expected the two files "
                 "of one saved model; copy both again"
             ) from error
-        model.folder, model.derived_from = folder, config.get("derived_from")
+        model.folder, origin = folder, config.get("derived_from")
+        model.derived_from = origin if origin in (None, "imagenet") else published_name(str(origin))
         return model
 
     @classmethod
@@ -1419,6 +1727,45 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         cls._materialise(model)
         _fill(model.state_dict(), state, Path(model_file), _places(Path(model_file), state))
         return model.to(map_location).eval()
+
+
+def has_tensors_of(model: nn.Module, file: Path) -> bool:
+    """Whether a .safetensors file holds the model's tensors, to the bit."""
+    state = model.state_dict()
+    try:
+        with safe_open(file, framework="pt") as saved:
+            return set(saved.keys()) == set(state) and all(
+                torch.equal(value.detach().cpu(), saved.get_tensor(key)) for key, value in state.items()
+            )
+    except (OSError, SafetensorError):
+        return False
+
+
+def check_folder_is_free(model: nn.Module, folder: Path) -> None:
+    """Raises ModelError where saving would put the model beside files that describe the weights it replaces."""
+    weights = folder / "model.safetensors"
+    if not weights.is_file() or has_tensors_of(model, weights):
+        return
+    own = {weights.name, "config.json", "README.md"}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in own and path.name[0] != ".")
+    if others:
+        raise ModelError(
+            f"{folder}: found other weights and files that may describe them ({', '.join(others[:3])}), expected a "
+            "folder with neither; choose another folder"
+        )
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; renamed to `path` when the block ends well, removed when it does not."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1558,8 +1905,19 @@ def describe(title: str, model: CTCLIPMultiAbnormalityModel, x: Tensor) -> None:
     print(f"  Parameters:   backbone {backbone:,}, head {head:,}, total {backbone + head:,}")
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = model_parser().parse_args(argv)
+    description = "Test the model: every variant that is present runs one input."
+    parser = _OneLineParser(description=description, allow_abbrev=False)
+    parser.add_argument("--backbone", default="efficientnet_b0", help="timm model of the slice variant")
+    parser.add_argument(
+        "--no-pretrained", "--no_pretrained", action="store_true", help="slice variant from random weights"
+    )
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     print("Testing the models (random input; the numbers say that the code runs, nothing about patients)")
     files = {name: f"models/ctclip_{name}.pt" for name in ("classfine", "vocabfine", "zeroshot")}

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip_basics import ABNORMALITIES, replacing
+from ctclip_basics import replacing
 from ctclip_bootstrap import MIN_CASES
 from ctclip_cases import Case
 from ctclip_figures import TRAINING_PANELS, precision_recall_stairs, reliability_points
-from ctclip_metrics import N_LABELS, decision_metrics
+from ctclip_metrics import decision_metrics
+from ctclip_model import ABNORMALITIES, N_LABELS
 from ctclip_subgroups import MIN_PATIENTS
 from ctclip_text import AUROCS, MEASURES, TUNING, decimal, fitted_on, percent
 

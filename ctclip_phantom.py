@@ -36,8 +36,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ctclip_basics import ABNORMALITIES, replacing
+from ctclip_basics import replacing
 from ctclip_data import PREVALENCE, labels_path, metadata_path, no_chest_path, volume_path
+from ctclip_model import ABNORMALITIES
 
 try:
     from isal import igzip  # three times as fast as zlib at the same size

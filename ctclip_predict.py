@@ -9,16 +9,15 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ctclip_basics import CheckpointError
 from ctclip_metrics import EvaluationError
+from ctclip_model import CheckpointError, CTCLIPMultiAbnormalityModel
 
 if TYPE_CHECKING:
     import torch
 
     from ctclip_cache import FeatureCache
     from ctclip_data import Batch, Volume
-    from ctclip_model import CTCLIPMultiAbnormalityModel
-    from ctclip_prompts import Prompts
+    from ctclip_model import Prompts
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -57,7 +56,7 @@ def load_model(
     evaluation mode, on the device. With `prompts` the file's text tower makes a head for these findings."""
     from safetensors import SafetensorError
 
-    from ctclip_model import CTCLIPMultiAbnormalityModel
+    from ctclip_prompts import load_with_prompts
 
     checkpoint = Path(checkpoint)
     if checkpoint.is_dir():
@@ -72,8 +71,7 @@ def load_model(
             raise CheckpointError(f"{checkpoint}/model.safetensors: found a damaged file ({error}), expected a run's "
                                   "weights; resume the run, or copy the file again") from error
     else:
-        head = {} if prompts is None else {"head": "prompts", "prompts": prompts}
-        model = CTCLIPMultiAbnormalityModel(str(checkpoint), **head)
+        model = load_with_prompts(checkpoint, prompts)
         if model.load_report.new:
             remedy = (
                 "its answers would all be 0.5. Expected a ClassFine file or a run folder; fine-tune first with python "

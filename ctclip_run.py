@@ -16,13 +16,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ctclip_basics import CLASSFINE_PATH, DEMO_PATH
 from ctclip_cache import FeatureCache, encode_missing
 from ctclip_config import QUICK_TEST_VOLUMES, Machine, TrainingConfig, TrainingError
 from ctclip_data import FETCH, Cohort, Volume, load_cohort, piece_size, split_by_patient
-from ctclip_model import CTCLIPMultiAbnormalityModel, balanced_label_weights, create_loss
+from ctclip_model import (
+    CLASSFINE_PATH,
+    DEMO_PATH,
+    CTCLIPMultiAbnormalityModel,
+    balanced_label_weights,
+    create_loss,
+)
 from ctclip_phantom import is_phantom_cohort, write_phantom_cohort
 from ctclip_predict import choose_device, choose_precision, choose_workers
+from ctclip_prompts import load_with_prompts
 from ctclip_ranks import Ranks
 from ctclip_text import PHANTOM_NOTE
 
@@ -75,7 +81,7 @@ def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormality
             )
         path = config.ctclip_path or (DEMO_PATH if phantom else CLASSFINE_PATH)
         head = "prompts" if config.init_head == "prompts" else config.head
-        return CTCLIPMultiAbnormalityModel(path, head=head, dropout=config.dropout)
+        return load_with_prompts(path, head=head, dropout=config.dropout)
     for flag, given in (("--ctclip-path", config.ctclip_path), ("--head", config.head != "linear" and config.head)):
         if given:
             raise TrainingError(f"{flag} goes with --model ctclip, found --model {config.model}: leave one out")

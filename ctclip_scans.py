@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip_basics import ABNORMALITIES, replacing
+from ctclip_basics import replacing
 from ctclip_files import FILE_SUFFIXES, SERIES_PREFIX, VolumeError, is_dicom, series_of
 from ctclip_folders import newest_run, run_calibration, run_record, run_tuning
 from ctclip_metrics import EvaluationError
+from ctclip_model import ABNORMALITIES
 from ctclip_predict import load_model, predict_volumes
 from ctclip_text import PHANTOM_MODEL_NOTE
 
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from ctclip_calibration import Calibration
-    from ctclip_model import CTCLIPMultiAbnormalityModel
-    from ctclip_prompts import Prompts
+    from ctclip_model import CTCLIPMultiAbnormalityModel, Prompts
 
 FORMS = ("calibrated", "uncalibrated", "mapped")
 Answer = Callable[[np.ndarray], np.ndarray]

@@ -19,8 +19,8 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 
+from ctclip_basics import replacing
 from ctclip_hub import FULL
-from ctclip_model import replacing
 
 KEEP = 2  # states: the one before the newest serves when the newest turns out damaged
 

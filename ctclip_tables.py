@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip_basics import ABNORMALITIES, replacing
+from ctclip_basics import replacing
+from ctclip_config import UNITS
 from ctclip_metrics import EvaluationError, checked
+from ctclip_model import ABNORMALITIES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -136,13 +138,6 @@ def write_table(path: str | Path, names: Sequence[str], values: np.ndarray) -> N
 
 
 # ------------------------------------------------------------------------------------------------ from tables to rows
-
-UNITS = {
-    "volume": "every reconstruction by itself, as the challenge counts",
-    "scan": "mean of a scan's reconstructions",
-    "patient": "mean of a scan's reconstructions, then the highest of a patient's scans",
-}
-
 
 @dataclass(frozen=True)
 class Rows:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from ctclip_bootstrap import MIN_CASES
-from ctclip_metrics import N_LABELS
+from ctclip_model import N_LABELS
 from ctclip_subgroups import MIN_PATIENTS
 
 PHANTOM_NOTE = "These are phantoms: the figures speak of the pipeline, not of patients."

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ctclip_basics import ABNORMALITIES, CheckpointError, PretrainedWeightsError, replacing
+from ctclip_basics import replacing
 from ctclip_cache import CacheError, encoder_digest
 from ctclip_config import MOVABLE, Machine, TrainingConfig, TrainingError, config_from_flags, machine_from_flags
 from ctclip_data import (
@@ -49,9 +49,8 @@ from ctclip_evaluation import RESULT_FILES
 from ctclip_figures import TRAINING_CURVES, write_training_figure
 from ctclip_folders import newest_run, run_record
 from ctclip_metrics import EvaluationError, auroc_difference, compute_metrics
-from ctclip_model import CTCLIPMultiAbnormalityModel
+from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, ModelError
 from ctclip_predict import predict_volumes
-from ctclip_prompts import PromptError
 from ctclip_ranks import is_main_process
 from ctclip_run import (
     Interrupted,
@@ -976,9 +975,7 @@ USER_ERRORS = (
     CohortError,
     VolumeError,
     EvaluationError,
-    CheckpointError,
-    PretrainedWeightsError,
-    PromptError,
+    ModelError,
     OSError,
 )
 

@@ -14,6 +14,11 @@ In a script of your own: `from run_task2 import predict` (ctclip_scans says what
 
 from __future__ import annotations
 
+from ctclip_config import task_parser
+
+if __name__ == "__main__":
+    task_parser(__doc__).parse_args()  # --help and wrong flags are answered before the two seconds of the imports
+
 import argparse
 import os
 import sys
@@ -23,20 +28,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ctclip_basics import OneLineParser
-from ctclip_config import add_machine_flags, add_run_flags, add_training_flags
-from ctclip_evaluation import add_evaluation_flags, given_evaluation_flags, report, settings_from_flags
+from ctclip_config import PREDICTIONS, given_evaluation_flags
+from ctclip_data import load_cohort
+from ctclip_evaluation import report, settings_from_flags
 from ctclip_folders import foreign_folder, newest_run, run_material
 from ctclip_metrics import EvaluationError
 from ctclip_scans import check_output, labels_of, predict, rows_table, write_csv, write_predictions
-
-PREDICTIONS = "results/predictions.csv"
-MODES = {
-    "full": "train, then evaluate on unseen patients (default)",
-    "train": "fine-tune only",
-    "evaluate": "evaluate the run named by --checkpoint, or the newest",
-    "predict": "probabilities for the scans named by --input",
-}
+from ctclip_training import guarded, run_training
 
 
 def predict_mode(args: argparse.Namespace) -> None:
@@ -128,42 +126,10 @@ def refuse_idle_flags(args: argparse.Namespace) -> None:
             raise EvaluationError(f"found {flag} with {mode}, which does not use it; leave one of them out")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    modes = "; ".join(f"{mode}: {what}" for mode, what in MODES.items())
-    task = parser.add_mutually_exclusive_group()
-    task.add_argument("--mode", dest="task", choices=MODES, default="full", help=modes)
-    task.add_argument("--export", choices=["onnx"], help="encoder and head as an ONNX graph, checked against the model")
-    group = parser.add_argument_group("evaluate and predict")
-    group.add_argument("--checkpoint", metavar="RUN", help="run folder, or for predict a CT-CLIP file")
-    group.add_argument("--input", metavar="PATH",
-                       help="scan to predict (.nii, .nii.gz, .mha, DICOM series), or a folder of scans, nested or not")
-    group.add_argument("--output", metavar="FILE",
-                       help=f"predict: .csv, a table (default {PREDICTIONS}), or .json, the challenge's results.json "
-                       "with an answer for every input; export: the .onnx file")
-    group.add_argument("--explain", metavar="LABEL[,LABEL]",
-                       help="heat maps of these findings, or all: NIfTI on the scan's grid and PNG, beside the output; "
-                       "doubles the time")
-    group.add_argument("--prompts", metavar="TXT",
-                       help="findings of your own, one on each line, for a CT-CLIP file with its text tower")
-    form = group.add_mutually_exclusive_group()
-    form.add_argument("--map-thresholds", action="store_true",
-                      help="values that cut at 0.5 as the tuned thresholds do, as the challenge needs them")
-    form.add_argument("--uncalibrated", action="store_true", help="the model's own probabilities")
-    add_evaluation_flags(parser)
-    add_run_flags(parser)
-    add_training_flags(parser)
-    add_machine_flags(parser)
-    args = parser.parse_args(argv)
-    args.task = "export" if args.export else args.task
-    return args
-
-
 def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
-    args = parse(argv)
-    from ctclip_data import load_cohort  # two seconds, with torch and pandas: not for --help and wrong flags
-    from ctclip_training import guarded, run_training
+    args = task_parser(__doc__).parse_args(argv)
+    args.task = "export" if args.export else args.task
 
     def action() -> None:
         refuse_idle_flags(args)

@@ -29,17 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ctclip_basics import OneLineParser, replacing
 from ctclip_data import FIELD_OF_VIEW_MM, preprocess_volume
 from ctclip_model import (
     ABNORMALITIES,
     DEMO_PATH,
     N_LABELS,
     CTCLIPMultiAbnormalityModel,
-    OneLineParser,
     TowerSizes,
     asdict,
     published_layout,
-    replacing,
 )
 from ctclip_phantom import DISCLAIMER, make_phantom
 

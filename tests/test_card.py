@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 
 import ctclip_card
 from ctclip_calibration import load_calibration
-from ctclip_card import CardError, licence_of, main, model_card, published_record
+from ctclip_card import CardError, licence_of, main, model_card, published_record, save_with_card
 from ctclip_evaluation import evaluate
 from ctclip_hub import HubTrouble
 from ctclip_model import ABNORMALITIES, CheckpointError, CTCLIPMultiAbnormalityModel, asdict
@@ -173,7 +173,7 @@ def test_saving_again_never_loosens_the_licence(make_run, tmp_path):
         with torch.no_grad():
             model.classifier.bias += 1
         folder = tmp_path / f"changed_{number}"
-        model.save_pretrained(folder)
+        save_with_card(model, folder)
         assert json.loads((folder / "config.json").read_text())["derived_from"] == "other"
         assert ModelCard((folder / "README.md").read_text()).data.license == "cc-by-nc-sa-4.0"
         assert not (folder / "run.json").exists()
@@ -188,8 +188,8 @@ def test_the_origin_is_kept_from_the_file_without_its_folder(tmp_path):
     weights = tmp_path / "jane_doe" / "ctclip_classfine.pt"
     weights.parent.mkdir()
     weights.write_bytes((Path(__file__).parent / "fixtures" / "tiny_a_classfine.pt").read_bytes())
-    CTCLIPMultiAbnormalityModel(str(weights)).save_pretrained(tmp_path / "copy")
-    CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "copy").save_pretrained(tmp_path / "second")
+    save_with_card(CTCLIPMultiAbnormalityModel(str(weights)), tmp_path / "copy")
+    save_with_card(CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "copy"), tmp_path / "second")
     text = (tmp_path / "second" / "config.json").read_text()
     assert json.loads(text)["derived_from"] == "ctclip_classfine" and "jane_doe" not in text
     card = (tmp_path / "second" / "README.md").read_text()
@@ -223,7 +223,7 @@ def test_the_snippet_runs_and_gives_the_calibrated_probabilities(make_run, tmp_p
 
     folder, model = make_run()
     model = CTCLIPMultiAbnormalityModel.from_pretrained(folder)
-    model.save_pretrained(tmp_path / "copy", model_card_kwargs={"repo_id": str(tmp_path / "copy")})
+    save_with_card(model, tmp_path / "copy", repo_id=str(tmp_path / "copy"))
     card = (tmp_path / "copy" / "README.md").read_text()
     scan = np.random.default_rng(0).integers(-1000, 400, (40, 44, 30)).astype(np.int16)
     nibabel.save(nibabel.Nifti1Image(scan, np.diag([8.0, 8.0, 12.0, 1.0])), tmp_path / "scan.nii.gz")
@@ -240,7 +240,7 @@ def test_the_snippet_runs_and_gives_the_calibrated_probabilities(make_run, tmp_p
 
 def test_nothing_private_is_carried(make_run, tmp_path):
     folder, _ = make_run()
-    CTCLIPMultiAbnormalityModel.from_pretrained(folder).save_pretrained(tmp_path / "copy")
+    save_with_card(CTCLIPMultiAbnormalityModel.from_pretrained(folder), tmp_path / "copy")
     texts = {path.name: path.read_text() for path in (tmp_path / "copy").iterdir() if path.suffix != ".safetensors"}
     assert set(texts) == {"README.md", "config.json", "run.json", "metrics.json", "calibration.json"}
     assert any(secret in (folder / "run.json").read_text() for secret in SECRETS)
@@ -255,9 +255,9 @@ def test_nothing_private_is_carried(make_run, tmp_path):
 def test_a_copy_says_what_the_run_says_and_brings_its_thresholds(make_run, tmp_path):
     folder, _ = make_run()
     run = CTCLIPMultiAbnormalityModel.from_pretrained(folder)
-    run.save_pretrained(tmp_path / "copy")
+    save_with_card(run, tmp_path / "copy")
     copy = CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "copy")
-    copy.save_pretrained(tmp_path / "second")
+    save_with_card(copy, tmp_path / "second")
     cards = {(place / "README.md").read_text() for place in (tmp_path / "copy", tmp_path / "second")}
     assert cards == {model_card(run, folder)}
     for file in ("model.safetensors", "calibration.json", "metrics.json", "run.json"):
@@ -269,20 +269,20 @@ def test_saving_in_the_runs_own_folder_adds_the_card_and_touches_no_record(make_
     folder, _ = make_run()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     model = CTCLIPMultiAbnormalityModel.from_pretrained(folder)
-    model.save_pretrained(folder)
+    save_with_card(model, folder)
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert set(after) - set(before) == {"README.md"}
     config = json.loads(before.pop("config.json"))
     assert {name: after[name] for name in before} == before
     assert json.loads(after["config.json"]) == config | {"derived_from": "ctclip_demo"}  # as run.json says
     (folder / "calibration.json").unlink()
-    model.save_pretrained(folder)  # and an up-to-date card
+    save_with_card(model, folder)  # and an up-to-date card
     assert "no calibration and no thresholds" in (folder / "README.md").read_text()
 
 
 def test_training_saves_without_any_of_this(make_run, monkeypatch):
     folder, model = make_run()
-    monkeypatch.setattr(ctclip_card, "carry", None)
+    monkeypatch.setattr(ctclip_card, "save_with_card", None)
     model._save_pretrained(folder)
     assert not (folder / "README.md").exists()
 
@@ -290,13 +290,13 @@ def test_training_saves_without_any_of_this(make_run, monkeypatch):
 def test_changed_weights_lose_what_was_measured_of_the_old_ones(make_run, tmp_path):
     folder, _ = make_run()
     model = CTCLIPMultiAbnormalityModel.from_pretrained(folder)
-    model.save_pretrained(tmp_path / "copy")
+    save_with_card(model, tmp_path / "copy")
     with torch.no_grad():
         model.classifier.bias += 1e-3
     with pytest.raises(CardError, match="a run of other weights"):
-        model.save_pretrained(folder)
+        save_with_card(model, folder)
     assert torch.equal(CTCLIPMultiAbnormalityModel.from_pretrained(folder).classifier.bias, model.classifier.bias * 0)
-    model.save_pretrained(tmp_path / "copy")
+    save_with_card(model, tmp_path / "copy")
     left = {path.name for path in (tmp_path / "copy").iterdir()}
     card = (tmp_path / "copy" / "README.md").read_text()
     assert left == {"README.md", "model.safetensors", "config.json"}
@@ -307,7 +307,7 @@ def test_a_run_that_has_gone_tells_nothing(make_run, tmp_path):
     folder, _ = make_run()
     model = CTCLIPMultiAbnormalityModel.from_pretrained(folder)
     folder.rename(tmp_path / "elsewhere")
-    model.save_pretrained(tmp_path / "copy")
+    save_with_card(model, tmp_path / "copy")
     card = (tmp_path / "copy" / "README.md").read_text()
     assert "there is no run.json" in card and "were changed" not in card
 
@@ -315,12 +315,12 @@ def test_a_run_that_has_gone_tells_nothing(make_run, tmp_path):
 def test_a_readme_of_ones_own_stays(make_run, tmp_path):
     folder, _ = make_run()
     (folder / "README.md").write_text("# Mine\n")
-    CTCLIPMultiAbnormalityModel.from_pretrained(folder).save_pretrained(folder)
+    save_with_card(CTCLIPMultiAbnormalityModel.from_pretrained(folder), folder)
     assert (folder / "README.md").read_text() == "# Mine\n"
 
 
 def test_a_full_disk_leaves_nothing_beside_weights_that_are_not_its_own(make_run, tmp_path, monkeypatch):
-    CTCLIPMultiAbnormalityModel.from_pretrained(make_run()[0]).save_pretrained(tmp_path / "copy")
+    save_with_card(CTCLIPMultiAbnormalityModel.from_pretrained(make_run()[0]), tmp_path / "copy")
     before = (tmp_path / "copy" / "model.safetensors").read_bytes()
     torch.manual_seed(1)
     other = CTCLIPMultiAbnormalityModel(None, sizes=asdict(OTHER_SIZES))
@@ -333,7 +333,7 @@ def test_a_full_disk_leaves_nothing_beside_weights_that_are_not_its_own(make_run
 
     monkeypatch.setattr("ctclip_model.save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        later.save_pretrained(tmp_path / "copy")
+        save_with_card(later, tmp_path / "copy")
     assert (tmp_path / "copy" / "model.safetensors").read_bytes() == before
     left = {path.name for path in (tmp_path / "copy").iterdir()}
     # the two runs have the same metrics and calibration, to the byte: only what differs is of other weights
@@ -344,7 +344,7 @@ def test_a_readme_of_the_runs_goes_along(make_run, tmp_path):
     folder, _ = make_run()
     (folder / "README.md").write_text("# Mine\n")
     model = CTCLIPMultiAbnormalityModel.from_pretrained(folder)
-    model.save_pretrained(tmp_path / "copy")
+    save_with_card(model, tmp_path / "copy")
     assert (tmp_path / "copy" / "README.md").read_text() == "# Mine\n"
 
 
@@ -377,7 +377,7 @@ def test_a_head_that_started_from_prompts_is_told(make_run):
 def test_the_snippet_knows_its_repository_and_its_labels(tmp_path):
     names = ["Cyst", "Stone"]
     model = CTCLIPMultiAbnormalityModel(None, sizes=asdict(OTHER_SIZES), head="prompts", labels=names)
-    model.save_pretrained(tmp_path / "copy", repo_id="jane/ct")
+    save_with_card(model, tmp_path / "copy", repo_id="jane/ct")
     card = (tmp_path / "copy" / "README.md").read_text()
     assert 'from_pretrained("jane/ct")' in card and "# (1, 2)" in card and "(1, 18)" not in card
 

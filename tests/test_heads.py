@@ -15,6 +15,7 @@ from helpers_model import OTHER_SIZES
 from torch import nn
 
 import ctclip_model
+from ctclip_basics import replacing
 from ctclip_model import (
     AttentionHead,
     CheckpointError,
@@ -22,7 +23,6 @@ from ctclip_model import (
     balanced_label_weights,
     create_loss,
     read_checkpoint,
-    replacing,
 )
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -1,6 +1,7 @@
 """The tower, loading, freezing, slices and saving, against the golden files (numbers that the published implementation
 produced on small random weights) and against properties that the architecture must have."""
 
+import json
 import pickle
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from ctclip_model import (
     ABNORMALITIES,
     CheckpointError,
     CTCLIPMultiAbnormalityModel,
+    ModelError,
     PretrainedWeightsError,
     Quantizer,
     SpatialBias,
@@ -448,6 +450,40 @@ def test_saved_weights_that_lack_a_tensor_are_not_loaded(tmp_path, model):
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(RuntimeError, match="classifier.bias"):
         CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path)
+
+
+def test_saving_refuses_a_folder_whose_files_describe_other_weights(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)  # its own
+    (tmp_path / "README.md").write_text("")
+    with torch.no_grad():
+        model.classifier.bias += 1
+    model.save_pretrained(tmp_path)  # nothing there that could describe the others
+    (tmp_path / "calibration.json").write_text("{}")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.classifier.bias += 1
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ModelError, match=r"found other weights .*\(calibration.json\), expected .*; choose another"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name, origin",
+    [("ctclip_vocabfine.pt", "ctclip_vocabfine"), ("CT-CLIP_v2.pt", "CT-CLIP_v2"), ("jane_doe.pt", "other")],
+)
+def test_where_the_weights_come_from_is_kept_without_a_private_path(tmp_path, name, origin):
+    (tmp_path / name).write_bytes(CLASSFINE.read_bytes())
+    CTCLIPMultiAbnormalityModel(str(tmp_path / name)).save_pretrained(tmp_path / "a")
+    CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["derived_from"] == origin and {path.name for path in (tmp_path / "b").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+    }
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config | {"derived_from": "/home/jane/x.pt"}))
+    assert CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "b").derived_from == "other"
 
 
 # -- the script --------------------------------------------------------------------------------------------------------

@@ -17,9 +17,20 @@ from safetensors.torch import load_file
 
 import ctclip_model
 import ctclip_prompts
-from ctclip_hub import vocabulary_path
-from ctclip_model import ABNORMALITIES, CheckpointError, CTCLIPMultiAbnormalityModel, read_checkpoint
-from ctclip_prompts import PromptError, Prompts, Vocabulary, prompt_weights, read_prompts, text_latents, tokenise
+from ctclip_model import (
+    ABNORMALITIES,
+    CheckpointError,
+    CTCLIPMultiAbnormalityModel,
+    PromptError,
+    Prompts,
+    Vocabulary,
+    prompt_weights,
+    read_checkpoint,
+    text_latents,
+    tokenise,
+    vocabulary_path,
+)
+from ctclip_prompts import load_with_prompts, read_prompts
 from ctclip_run import TrainingConfig, TrainingError, build_model
 from ctclip_weights import make_slim
 
@@ -83,7 +94,7 @@ def test_text_latents_equal_the_published_implementation(expected):
 @torch.no_grad()
 def test_model_answers_as_the_published_implementation(expected, weights, monkeypatch):
     """The golden prompts are token ids of no language: they stand in for the tokenised texts."""
-    monkeypatch.setattr(ctclip_prompts, "tokenise", lambda *args: (expected["prompt_ids"], expected["prompt_mask"]))
+    monkeypatch.setattr(ctclip_model, "tokenise", lambda *args: (expected["prompt_ids"], expected["prompt_mask"]))
     model = CTCLIPMultiAbnormalityModel(str(weights)).eval()
     assert model.head_name == "prompts" and model.labels == ABNORMALITIES
     torch.testing.assert_close(model(expected["volume"]).sigmoid(), expected["prompt_probs"], rtol=0, atol=1e-5)
@@ -345,33 +356,33 @@ def test_damaged_text_towers_are_one_line(weights, expected):
 
 
 def test_the_head_is_made_once_for_a_file_and_its_prompts(weights, monkeypatch):
-    first = CTCLIPMultiAbnormalityModel(str(weights)).classifier.weight
+    first = load_with_prompts(str(weights)).classifier.weight
     (file,) = kept(weights)
     assert file.name.startswith("ctclip_zeroshot.prompts_") and len(file.stem.rpartition("_")[2]) == 12
     without_transformers(monkeypatch)
-    assert torch.equal(CTCLIPMultiAbnormalityModel(str(weights)).classifier.weight, first)
-    own = {"head": "prompts", "prompts": Prompts.of(["Hernia"])}
-    assert "transformers" in refusal(CTCLIPMultiAbnormalityModel, str(weights), kind=CheckpointError, **own)
+    assert torch.equal(load_with_prompts(str(weights)).classifier.weight, first)
+    own = {"prompts": Prompts.of(["Hernia"])}
+    assert "transformers" in refusal(load_with_prompts, str(weights), kind=CheckpointError, **own)
 
 
 @pytest.mark.parametrize("change", ["text_transformer.encoder.layer.0.output.dense.bias", "temperature", "vocabulary"])
 def test_the_kept_head_is_not_that_of_other_weights_or_words(weights, change):
-    first = CTCLIPMultiAbnormalityModel(str(weights)).classifier.weight
+    first = load_with_prompts(str(weights)).classifier.weight
     if change == "vocabulary":
         write_vocabulary(weights, [*PIECES[:8], *reversed(PIECES[8:])])
     else:
         torch.save(STATE | {change: STATE[change] + 0.5}, weights)
-    assert not torch.allclose(CTCLIPMultiAbnormalityModel(str(weights)).classifier.weight, first)
+    assert not torch.allclose(load_with_prompts(str(weights)).classifier.weight, first)
     assert len(kept(weights)) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_kept_head_is_made_anew(weights, damage):
-    first = CTCLIPMultiAbnormalityModel(str(weights)).classifier.weight
+    first = load_with_prompts(str(weights)).classifier.weight
     (file,) = kept(weights)
     content = file.read_bytes()
     file.write_bytes(content[:-9] if damage == "cut" else content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
-    assert torch.equal(CTCLIPMultiAbnormalityModel(str(weights)).classifier.weight, first)
+    assert torch.equal(load_with_prompts(str(weights)).classifier.weight, first)
     assert torch.equal(load_file(file)["weight"], first) and len(file.read_bytes()) == len(content)
 
 
@@ -382,14 +393,14 @@ def test_a_folder_that_cannot_be_written_to_is_no_obstacle_but_a_full_disk_is(we
             raise OSError(code, os.strerror(code), str(path))
             yield
 
-        monkeypatch.setattr(ctclip_model, "replacing", refuse)
+        monkeypatch.setattr(ctclip_prompts, "replacing", refuse)
 
     for code in (errno.EROFS, errno.EACCES):
         refuse_with(code)
-        assert CTCLIPMultiAbnormalityModel(str(weights)).head_name == "prompts" and kept(weights) == []
+        assert load_with_prompts(str(weights)).head_name == "prompts" and kept(weights) == []
     refuse_with(errno.ENOSPC)
     with pytest.raises(OSError, match="No space left"):
-        CTCLIPMultiAbnormalityModel(str(weights))
+        load_with_prompts(str(weights))
 
 
 def test_transformers_says_nothing(weights):

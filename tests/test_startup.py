@@ -1,4 +1,4 @@
-"""Every script answers --help and wrong usage from the standard library, numpy and nibabel: never by way of torch.
+"""Every script but the model answers --help and wrong usage from the standard library: never by way of torch.
 
 Checked: what each has imported by then, as Python itself lists it. No times: tests/benchmarks/startup.py has these.
 """
@@ -11,7 +11,7 @@ import pytest
 
 SUITE = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "pandas", "huggingface_hub", "safetensors", "sklearn", "scipy.stats", "matplotlib", "timm"}
-SCRIPTS = ("run_task2", "ctclip_training", "ctclip_evaluation", "ctclip_model", "ctclip_weights", "ctclip_phantom",
+SCRIPTS = ("run_task2", "ctclip_training", "ctclip_evaluation", "ctclip_weights", "ctclip_phantom",
            "ctclip_card", "ctclip_setup")  # fmt: skip
 
 
@@ -31,13 +31,36 @@ def test_help_and_wrong_usage_import_nothing_heavy(script, tmp_path):
             assert "usage: " in done.stdout and not said
 
 
-def test_what_moved_to_lighter_rooms_is_still_handed_on():
+def test_the_model_answers_too_but_imports_torch(tmp_path):
+    command = [sys.executable, SUITE / "ctclip_model.py"]
+    done = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--no-pretrained" in done.stdout and not done.stderr
+    done = subprocess.run([*command, "--no-such-flag"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_facts_that_are_also_written_where_torch_is_not_imported():
+    """`ctclip_model` imports nothing of ours, and these import nothing but the standard library."""
     import ctclip_basics
-    import ctclip_config
+    import ctclip_hub
     import ctclip_model
+
+    assert ctclip_basics.CLASSFINE_PATH == ctclip_model.CLASSFINE_PATH
+    assert ctclip_hub.VOCABULARY_REPOSITORY == ctclip_model.VOCABULARY_REPOSITORY
+    weights = Path("a", "b.pt")
+    assert ctclip_hub.vocabulary_path(weights) == ctclip_model.vocabulary_path(weights)
+    saved_as = {f"ctclip_{name}" for name in ctclip_hub.WEIGHTS}
+    published = {Path(file).stem for file in ctclip_hub.WEIGHTS.values()} | saved_as
+    assert set(ctclip_model.PUBLISHED_FILES) == published | {Path(ctclip_model.DEMO_PATH).stem}
+
+
+def test_scripts_hand_on_what_other_scripts_import_from_them():
+    import ctclip_calibration
+    import ctclip_config
+    import ctclip_evaluation
     import ctclip_training
 
-    for name in ("ABNORMALITIES", "CLASSFINE_PATH", "CheckpointError", "OneLineParser", "replacing"):
-        assert getattr(ctclip_model, name) is getattr(ctclip_basics, name)
     for name in ("TrainingConfig", "Machine", "TrainingError"):
         assert getattr(ctclip_training, name) is getattr(ctclip_config, name)
+    assert ctclip_evaluation.Settings is ctclip_config.Settings
+    assert tuple(ctclip_calibration.OBJECTIVE_SCORES) == ctclip_config.OBJECTIVES

@@ -28,12 +28,12 @@ import ctclip_figures
 import ctclip_predict
 import ctclip_run
 import ctclip_training
+from ctclip_basics import OneLineParser
 from ctclip_config import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig
 from ctclip_data import Volume, load_cohort, piece_size, split_by_patient
 from ctclip_model import (
     ABNORMALITIES,
     CTCLIPMultiAbnormalityModel,
-    OneLineParser,
     balanced_label_weights,
     create_loss,
     read_checkpoint,

@@ -14,14 +14,13 @@ from rows import BENCHMARKS, Row, best_of, run
 
 ROOT = BENCHMARKS.parents[1]
 GOAL = 0.5  # seconds
-SCRIPTS = ("run_task2", "ctclip_training", "ctclip_evaluation", "ctclip_model", "ctclip_weights", "ctclip_phantom",
+SCRIPTS = ("run_task2", "ctclip_training", "ctclip_evaluation", "ctclip_weights", "ctclip_phantom",
            "ctclip_card", "ctclip_setup")  # fmt: skip
 FLAGS = {  # one of each of a script's groups, the last one too
     "run_task2": ("--mode", "--explain", "--objective", "--plan", "--data-dir", "--head", "--epochs", "--gamma",
                   "--device", "--workers"),
     "ctclip_training": ("--mode", "--resume", "--data-dir", "--head", "--epochs", "--gamma", "--device", "--workers"),
     "ctclip_evaluation": ("--checkpoint", "--objective", "--resamples", "--pictures", "--output-dir"),
-    "ctclip_model": ("--backbone", "--no-pretrained"),
     "ctclip_weights": ("FILE", "--slim"),
     "ctclip_phantom": ("--data-dir", "--train", "--workers", "--montage"),
     "ctclip_card": ("RUN", "--print", "--push", "--public", "--cohort"),
