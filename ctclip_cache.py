@@ -406,8 +406,6 @@ def encode_missing(
     if missing and encoder_digest(model) != cache.key["encoder_sha256"]:
         raise CacheError(f"{cache.folder}: found other weights than the cache was opened with; open it with this model")
 
-    if model.is_ctclip:
-        model.multiply_in_halves(None)
     mine = ranks.share(missing)
     chosen = [volumes[i] for i in mine]
     size = piece_size(model.input_shape, 16)

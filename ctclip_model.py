@@ -231,35 +231,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def halves_product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """torch's linear in one product of `dtype` (bfloat16 or float16) that is nearly as exact as in float32.
-
-    Every number is the sum of a high and a low half: (a + b)(c + d) without b d, added up in float32. Three times the
-    operations, which a GPU does 8 to 15 times as fast in these types. A product of the high halves alone would move
-    codes, and probabilities by several hundredths (LOG.md).
-    """
-
-    def halves(numbers: Tensor) -> tuple[Tensor, Tensor]:
-        high = numbers.to(dtype)
-        return high, (numbers - high).to(dtype)
-
-    x_high, x_low = halves(x.flatten(0, -2))
-    high, low = halves(weight)
-    left, right = torch.cat([x_high, x_low, x_high], -1), torch.cat([high, high, low], -1).T
-    # Elsewhere than on CUDA nothing multiplies halves and adds up in float32; in float32 the same comes out, slower.
-    result = torch.mm(left, right, out_dtype=torch.float32) if x.is_cuda else left.float() @ right.float()
-    result = result if bias is None else result + bias
-    return result.view(*x.shape[:-1], -1)
-
-
 class Linear(nn.Linear):
-    """A linear layer of the transformers; without gradients by `halves_product` if `halves` names a type."""
-
-    halves: torch.dtype | None = None
+    """A linear layer of the transformers: without gradients on a CPU by oneDNN."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.halves is not None and not torch.is_grad_enabled() and x.dtype == torch.float32:
-            return halves_product(x, self.weight, self.bias, self.halves)
         return linear(x, self.weight, self.bias)
 
 
@@ -1515,21 +1490,6 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         except (AttributeError, AssertionError) as error:  # timm's answer for models without
             name = self._hub_mixin_config["backbone"]
             raise ValueError(f"'{name}' has no gradient checkpointing; leave it off or lower the batch size") from error
-
-    def multiply_in_halves(self, dtype: torch.dtype | None) -> None:
-        """Inference by `halves_product` in bfloat16 or float16, for GPUs; None: in float32 again. CT-CLIP variants.
-
-        The transformers' linear layers only; norms, attention and the two ends of the tower stay in float32. Codes for
-        a cache are always made in float32. float16 ends at 65,504: a tower with larger numbers needs bfloat16. Raises
-        ValueError where torch cannot add halves up in float32.
-        """
-        if dtype is not None and not hasattr(torch.ops.aten.mm, "dtype"):
-            raise ValueError(f"torch {torch.__version__} adds no halves up in float32, expected 2.8 or newer")
-        if not self.is_ctclip:
-            raise TypeError("a slice backbone has no products in halves; use torch.autocast")
-        for module in self.visual_transformer.modules():
-            if isinstance(module, Linear):
-                module.halves = dtype
 
     # -- forward -------------------------------------------------------------------------------------------------------
 

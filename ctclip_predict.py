@@ -97,8 +97,7 @@ def predict_volumes(
     """Runs `model`, in evaluation mode, over volumes; each is read once, and not at all if `cache` has it.
 
     While some are computed, `workers` threads read the next (default: one on two cores, else up to 8). In float32 on
-    every device, unless `model.multiply_in_halves` was called: in plain half precision some codes flip, and reading a
-    volume costs more than encoding it.
+    every device: in half precision some codes flip, and reading a volume costs more than encoding it.
     Returns the indices of the volumes that could be read, ascending, and their logits (n, labels) float32 on the CPU.
     `on_batch` sees every batch that is read, with the failures and verdicts in it; `on_answer` every volume in it, as
     (index, voxels (1, 1, D, H, W) on the device, logits (labels,)). `cache` is one of this model, from

@@ -26,7 +26,6 @@ from ctclip_model import (
     TowerSizes,
     Transformer,
     create_ctclip_checkpoint,
-    halves_product,
     main,
     read_checkpoint,
     slice_triplets,
@@ -105,28 +104,6 @@ def test_tower_equals_the_plain_encoder_in_every_way_it_runs(sizes, depth, monke
         with torch.no_grad():
             compare(model.float(), given, 2e-5)
         assert torch.equal(given, volume.float())  # pieces are changed in place, never what the caller gave
-
-
-@pytest.mark.parametrize("dtype, bits", [(torch.bfloat16, 15), (torch.float16, 20)])
-def test_products_in_halves_keep_twice_the_digits(dtype, bits):
-    torch.manual_seed(0)
-    x, weight, bias = torch.randn(2, 7, 300), torch.randn(50, 300), torch.randn(50)
-    exact = (x.double() @ weight.double().T + bias).float()
-    error = (halves_product(x, weight, bias, dtype) - exact).abs().max()
-    plain = (x.to(dtype).float() @ weight.to(dtype).float().T + bias - exact).abs().max()
-    assert error < 2**-bits * exact.abs().max() and error < plain / 50
-
-
-@torch.no_grad()
-def test_inference_in_halves_is_float32_but_for_rounding(model, expected):
-    model.multiply_in_halves(torch.bfloat16)
-    before = model.visual_transformer(expected["volume"])
-    torch.testing.assert_close(before, expected["tokens_before_vq"], rtol=0, atol=2e-3)
-    assert not torch.allclose(before, expected["tokens_before_vq"], rtol=0, atol=1e-5)  # it did run
-    model.multiply_in_halves(None)
-    torch.testing.assert_close(model(expected["volume"]), expected["classfine_logits"], rtol=0, atol=1e-5)
-    with pytest.raises(TypeError, match="autocast"):
-        CTCLIPMultiAbnormalityModel(None, backbone="resnet18", pretrained=False).multiply_in_halves(torch.float16)
 
 
 @torch.no_grad()
