@@ -30,9 +30,10 @@ import sys
 import unicodedata
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING
 from urllib.error import HTTPError
@@ -101,6 +102,8 @@ UNUSED_KEYS = (
     ("._codebook.cluster_size", "codebook training statistics"),
     ("._codebook.initted", "codebook training statistics"),
 )
+
+READ_AT_ONCE = 2**24  # numbers copied from one mapping of a file: 67 MB in float32
 
 SLIM_OF = "slim_of"  # in the header of a slim copy: the name of the file it was made from
 
@@ -681,8 +684,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state = _mapped(path)
         else:
-            # Files of torch's old, non-zip format cannot be memory-mapped; they are read whole.
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mapped(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and was refused (loading it could run code). "
@@ -708,72 +710,28 @@ def _mapped(path: str | os.PathLike) -> dict[str, Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
 
 
-def _entries(path: Path) -> list[tuple[int, int]]:
-    """(place in the file, size) of the runs of bytes that tensors are made of, in order; none where they are packed in
-    some other way than torch and safetensors write them now."""
-    with open(path, "rb") as file:
-        if path.suffix == ".safetensors":
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            spans = [about["data_offsets"] for name, about in header.items() if name != "__metadata__"]
-            found = [(8 + length + start, end - start) for start, end in spans]
-        else:
-            if not zipfile.is_zipfile(file):
-                return []
-            archive, found = zipfile.ZipFile(file), []
-            for entry in archive.infolist():
-                kind = entry.filename.split("/", 1)[-1]
-                if kind == "byteorder" and archive.read(entry) != sys.byteorder.encode():
-                    return []
-                if kind.startswith("data/"):
-                    if entry.compress_type != zipfile.ZIP_STORED:
-                        return []
-                    file.seek(entry.header_offset + 26)  # of its own header: the lengths of its name and extra field
-                    name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
-                    found.append((entry.header_offset + 30 + name + extra, entry.file_size))
-    return sorted((place, size) for place, size in found if size)
-
-
-def _places(path: Path, state: dict[str, Tensor]) -> dict[int, int]:
-    """{address in memory: place in the file} of the storages of `state`, all that `read_checkpoint(path)` gave.
-
-    Mapped tensors lie in memory in the order and at the distances that they have in the file. Where that is not so,
-    they were not mapped, and nothing is said.
-    """
-    storages = {(s.data_ptr(), s.nbytes()) for value in state.values() if (s := value.untyped_storage()).nbytes()}
-    storages, entries = sorted(storages), _entries(path)
-    if [size for _, size in storages] != [size for _, size in entries]:
-        return {}
-    places = {address: place for (address, _), (place, _) in zip(storages, entries, strict=True)}
-    return places if len({address - place for address, place in places.items()}) == 1 else {}
-
-
-def _empty(tensor: Tensor) -> Tensor:
-    """Storage on the CPU. As torch.empty_like, which, told a tensor without any, imports packages for half a second."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+def _is_mapped(path: Path) -> bool:
+    """Whether `read_checkpoint` maps the file; torch's old, non-zip format cannot be mapped."""
+    return path.suffix == ".safetensors" or zipfile.is_zipfile(path)
 
 
 @torch.no_grad()
-def _fill(own: dict[str, Tensor], values: dict[str, Tensor], path: Path, places: dict[int, int]) -> None:
-    """Gives each of a model's tensors its value; what lies in the file as the model wants it is read from there.
+def _in_memory(read: Callable[[], dict[str, Tensor]], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of a mapped file's tensors on the CPU, with the names and types of `like`; `read` maps the file.
 
-    Pages of a mapped file count as memory for as long as it is mapped, beside those of the model: these are not
-    touched. Nor do they become the model's own: a file that is cut short under a mapping kills the process.
+    Pages of a mapping count as memory from their first use until it ends, so it is ended every READ_AT_ONCE numbers.
+    The model does not keep the mapping: a file that is cut short under one kills the process.
     """
-    with open(path, "rb", buffering=0) as file:
-        for key, value in values.items():
-            target, place = own[key], places.get(value.untyped_storage().data_ptr())
-            plain = value.is_contiguous() and target.is_contiguous() and target.device.type == "cpu"
-            if place is None or not plain or value.dtype != target.dtype:
-                target.copy_(value)
-                continue
-            file.seek(place + value.storage_offset() * value.element_size())
-            left = memoryview(target.reshape(-1).view(torch.uint8).numpy())
-            while left:
-                count = file.readinto(left)
-                if not count:
-                    raise CheckpointError(f"{path} became shorter while it was read; copy it again")
-                left = left[count:]
+    state, count, copies = read(), 0, {}
+    for key, tensor in like.items():
+        copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        for start in range(0, tensor.numel(), READ_AT_ONCE):
+            if count >= READ_AT_ONCE:
+                state, count = read(), 0
+            part = copies[key].view(-1)[start : start + READ_AT_ONCE]
+            part.copy_(state[key].reshape(-1)[start : start + READ_AT_ONCE])
+            count += len(part)
+    return copies
 
 
 def _without_prefixes(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -795,7 +753,9 @@ def _unused_reason(key: str) -> str | None:
 def load_tower(
     model: nn.Module, state: dict[str, Tensor], path: str, made: dict[str, Tensor] | None = None
 ) -> LoadReport:
-    """Copies a checkpoint into `model`; every key on either side is loaded, excused by name, or an error.
+    """Gives `model` the tensors of the file at `path`; every key on either side is loaded, excused, or an error.
+
+    `state`: what `read_checkpoint(path)` gave.
 
     The head (`classifier.*`) is the one part that a file may lack: it then keeps its start values and is reported.
     ClassFine's linear head is dropped where the model's head has no place for it, or takes the tensors in `made`.
@@ -827,7 +787,9 @@ def load_tower(
         problems.append(f"half a head: {half[0]} is missing")
     if problems:
         raise CheckpointError(f"{path} does not fit a CT-CLIP image tower ({'; '.join(problems)}). Nothing was loaded")
-    _fill(own, loaded, Path(path), _places(Path(path), state))  # complete by the checks above, but for the named `new`
+    read = partial(read_checkpoint, path) if _is_mapped(Path(path)) else lambda: state
+    copies = _in_memory(read, {key: own[key] for key in loaded if key not in made})
+    model.load_state_dict({key: own[key] for key in new} | made | copies, assign=True)
     return LoadReport(path, len(loaded) - len(made), dropped, new)
 
 
@@ -1332,8 +1294,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             sizes = asdict(TowerSizes.from_state_dict(state))
             start = HeadStart.of(head, ctclip_path, state, prompts or Prompts.of(self.labels), prompt_weight)
             if start.tensors:
-                state = None  # mapped anew: the text tower's 0.4 GB leave memory before the image tower comes in
-                state = read_checkpoint(ctclip_path)
+                state = read_checkpoint(ctclip_path)  # mapped anew: the text tower's 0.4 GB leave memory
         self.head_name = head = start.name
         self.sizes = None if sizes is None else TowerSizes(**sizes)
         if self.sizes is not None:
@@ -1346,7 +1307,6 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         else:
             self._build_slice_variant(backbone, attention, pretrained, n_slices)
         if state is not None:
-            self._materialise(self.visual_transformer, self.to_visual_latent)
             self.load_report = start.told(load_tower(self, state, str(ctclip_path), start.tensors))
         if head == "attention":
             self.to_visual_latent.requires_grad_(False)  # it has no part in the logits; kept for `encode`
@@ -1372,12 +1332,6 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         self.backbone = SliceBackbone(backbone, pretrained)
         self.attention = nn.Identity() if attention is None else create_attn(attention, self.backbone.dim)
         self.classifier = zero_linear(self.backbone.dim)
-
-    @staticmethod
-    def _materialise(*modules: nn.Module) -> None:
-        """Gives what was built without memory its storage: random initialisation of 0.7 GB is not worth its time."""
-        for module in modules:
-            module._apply(_empty)  # what to_empty does, but for the function
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
@@ -1684,8 +1638,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             return super()._load_as_safetensor(model, model_file, map_location, True)  # the mixin's default is False
         state = _mapped(model_file)
         model.load_state_dict({key: value.to("meta") for key, value in state.items()})  # refuses what does not fit
-        cls._materialise(model)
-        _fill(model.state_dict(), state, Path(model_file), _places(Path(model_file), state))
+        model.load_state_dict(_in_memory(partial(_mapped, model_file), model.state_dict()), assign=True)
         return model.to(map_location).eval()
 
 
