@@ -98,7 +98,7 @@ def sources_of(volumes: Sequence[Volume]) -> list[str | None]:
 
 
 def encoder_digest(model: CTCLIPMultiAbnormalityModel) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors that `model.compact` depends on."""
+    """SHA-256 over names, types, shapes and bytes of all tensors that `model.encode_for_cache` depends on."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.encoder_state().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -108,14 +108,14 @@ def encoder_digest(model: CTCLIPMultiAbnormalityModel) -> str:
 
 def record_format(model: CTCLIPMultiAbnormalityModel) -> tuple[str, tuple[int, ...]]:
     """(numpy type, shape) of what is stored for one volume."""
-    if model.compact_kind == "codes":
+    if model.cache_format == "codes":
         sizes = model.sizes
         depth = model.input_shape[0] // sizes.temporal_patch
         return "uint16" if sizes.codes <= 2**16 else "int32", (depth, sizes.grid, sizes.grid)
     device = next(model.parameters()).device
     with encoding(model, device):  # only the backbone knows its width and its map's size
-        blank = model.compact(torch.zeros(1, 1, *model.input_shape, device=device))
-    return "float16" if model.compact_kind == "maps" else "float32", tuple(blank.shape[1:])
+        blank = model.encode_for_cache(torch.zeros(1, 1, *model.input_shape, device=device))
+    return "float16" if model.cache_format == "maps" else "float32", tuple(blank.shape[1:])
 
 
 @contextmanager
@@ -163,7 +163,7 @@ class FeatureCache:
         self.dtype = np.dtype(dtype)
         self.record_bytes = prod(self.shape) * self.dtype.itemsize
         self.key = {
-            "kind": model.compact_kind,
+            "kind": model.cache_format,
             "shape": list(self.shape),
             "dtype": dtype,
             "encoder_sha256": encoder_digest(model),
@@ -173,7 +173,7 @@ class FeatureCache:
             "preprocessing_version": PREPROCESSING_VERSION,
         }
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
-        self.folder = Path(cache_dir) / f"{model.compact_kind}-{digest[:12]}"
+        self.folder = Path(cache_dir) / f"{model.cache_format}-{digest[:12]}"
         self._entries: list[Entry] = []
         self._newest: dict[str, int] = {}  # source -> row
         self._intact: set[int] = set()  # rows whose CRC has been compared
@@ -264,9 +264,9 @@ class FeatureCache:
 
     def head_inputs(self, model: CTCLIPMultiAbnormalityModel, rows: Sequence[int], device: torch.device) -> Tensor:
         """What the head of `model`, whose cache this is, takes for these entries, on the device."""
-        compact = self.load(rows)
-        compact = compact.float() if compact.is_floating_point() else compact.int()  # few operations know 16 bits
-        return model.from_compact(compact.to(device))
+        stored = self.load(rows)
+        stored = stored.float() if stored.is_floating_point() else stored.int()  # few operations know 16 bits
+        return model.features_from_cache(stored.to(device))
 
     def out_of_reach(self, volumes: Sequence[Volume], rows: Sequence[int | None]) -> str | None:
         """The one line for streamed volumes that have no entry, and no file to make one from; None without such."""
@@ -422,7 +422,7 @@ def encode_missing(
                 # One by one, because rounding depends on the shape of a batch: an entry must not depend on its
                 # neighbours, on the number of ranks, or on where an earlier run was killed.
                 uploads = (volume[None].to(device, non_blocking=True) for volume in batch.volumes)
-                arrays = torch.cat([model.compact(upload) for upload in uploads])
+                arrays = torch.cat([model.encode_for_cache(upload) for upload in uploads])
                 before = [sources[mine[i]] for i in read]
                 cache.append([chosen[i] for i in read], arrays, batch.verdicts, before, len(chosen) - done)
             done += len(read) + len(batch.failures)

@@ -345,7 +345,7 @@ def _expected(model: CTCLIPMultiAbnormalityModel, batch: Tensor) -> dict[str, Te
         if model.is_ctclip:
             row["tokens"] = model.visual_transformer(volume)
             row["code_ids"] = model.visual_transformer.vq.code_ids(row["tokens"])
-            row["logits"] = model.head(model.from_compact(row["code_ids"]))
+            row["logits"] = model.head(model.features_from_cache(row["code_ids"]))
         else:
             row["logits"] = model(volume)
         rows.append({name: value.cpu() for name, value in row.items()})
@@ -362,7 +362,7 @@ def _explained(model: CTCLIPMultiAbnormalityModel, own: dict[str, Tensor], answe
     ours, theirs = ((tokens * rows[codes["code_ids"][differ].to(device)]).sum(-1) for codes in (own, answer))
     if float((ours - theirs).abs().max()) > TIE:
         return False
-    logits = model.head(model.from_compact(answer["code_ids"].to(device))).cpu()
+    logits = model.head(model.features_from_cache(answer["code_ids"].to(device))).cpu()
     return float((logits - answer["logits"]).abs().max()) <= TOLERANCE
 
 

@@ -1345,8 +1345,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         return self.sizes.input_shape if self.is_ctclip else SLICE_INPUT_SHAPE
 
     @property
-    def compact_kind(self) -> str:
-        """What `compact` gives: "codes", "pooled" or "maps"."""
+    def cache_format(self) -> str:
+        """What `encode_for_cache` gives: "codes", "pooled" or "maps"."""
         if self.is_ctclip:
             return "codes"
         return "pooled" if isinstance(self.attention, nn.Identity) else "maps"
@@ -1367,7 +1367,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         return [parameter for name, parameter in self.named_parameters() if name.startswith(HEAD_PREFIXES)]
 
     def encoder_state(self) -> dict[str, Tensor]:
-        """Every tensor that `compact` depends on, by name: what a cache of it has to be keyed by."""
+        """Every tensor that `encode_for_cache` depends on, by name: what a cache of it has to be keyed by."""
         state = self.state_dict()
         if self.is_ctclip:
             return {key: value for key, value in state.items() if key.startswith("visual_transformer.")}
@@ -1476,22 +1476,22 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             self._check_slices(x)
             slices = x[:, None]
         maps = self.backbone(slices.flatten(0, 1)).unflatten(0, slices.shape[:2])  # (B, S, C, h, w)
-        return maps if self.compact_kind == "maps" else _pool(maps)
+        return maps if self.cache_format == "maps" else _pool(maps)
 
     def head(self, features: Tensor) -> Tensor:
-        """Output of `features`, or of `from_compact`, -> logits (B, 18), with prompts (B, n)."""
+        """Output of `features`, or of `features_from_cache`, -> logits (B, 18), with prompts (B, n)."""
         if self.head_name == "attention":
             return self.classifier(features, self.codebook)
         if self.is_ctclip:
             # ReLU is ClassFine's; prompts compare whole directions.
             features = features if self.head_name == "prompts" else features.relu()
             return self.classifier(self.dropout(features))
-        if self.compact_kind == "maps":
+        if self.cache_format == "maps":
             features = _pool(self.attention(features.flatten(0, 1)).unflatten(0, features.shape[:2]))
         return self.classifier(self.dropout(features))
 
     @torch.no_grad()
-    def compact(self, x: Tensor) -> Tensor:
+    def encode_for_cache(self, x: Tensor) -> Tensor:
         """The smallest thing that stands in for a volume exactly while the backbone stays as it is: what to cache.
 
         CT-CLIP: code ids (B, T, h, w) int64. Slice variant: what `features` gives. In evaluation mode or with a frozen
@@ -1499,11 +1499,11 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         """
         return self.code_ids(x) if self.is_ctclip else self.features(x)
 
-    def from_compact(self, compact: Tensor) -> Tensor:
-        """Output of `compact`, codes in any integer type -> what the head takes (with frozen backbone: `features`)."""
+    def features_from_cache(self, stored: Tensor) -> Tensor:
+        """Output of `encode_for_cache`, codes in any integer type -> what the head takes: `features` of the volume."""
         if not self.is_ctclip:
-            return compact
-        codes = compact.int()  # torch cannot index with uint16, which is what codes are stored in
+            return stored
+        codes = stored.int()  # torch cannot index with uint16, which is what codes are stored in
         if self.head_name == "attention":
             return codes
         return torch.cat([self._latents(chunk) for chunk in codes.split(LATENT_CHUNK)])

@@ -193,7 +193,7 @@ class Probe:
         run, model = self.run, self.model
         volume = self.volume[None].to(run.device)
         with encoding(model, run.device):
-            encoder = self.encoder = self.forward = measure_warm(run.device, lambda: model.compact(volume))
+            encoder = self.encoder = self.forward = measure_warm(run.device, lambda: model.encode_for_cache(volume))
         self.needs.append(self.with_headroom(encoder.peak, run.micro_batch))
         if run.dtype != torch.float32 and self.config.augment:
             with torch.no_grad(), run.autocast():
@@ -212,11 +212,11 @@ class Probe:
         run, model, labels = self.run, self.model, self.job.splits["train"].labels
         size = min(self.share, run.micro_batch * CACHED_PIECE, len(labels))
         shape = (size, *cache.shape)
-        codes = model.compact_kind == "codes"
-        compact = (torch.randint(model.sizes.codes, shape) if codes else torch.rand(shape)).to(run.device)
+        codes = model.cache_format == "codes"
+        stored = (torch.randint(model.sizes.codes, shape) if codes else torch.rand(shape)).to(run.device)
         with torch.no_grad():
-            features = measure_warm(run.device, lambda: model.from_compact(compact))
-            inputs = model.from_compact(compact)
+            features = measure_warm(run.device, lambda: model.features_from_cache(stored))
+            inputs = model.features_from_cache(stored)
         moving = Moving(run, model)
         moving.advance(0)
         model.train()

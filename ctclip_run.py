@@ -235,7 +235,7 @@ def load_features(run: Run, model: CTCLIPMultiAbnormalityModel, splits: dict[str
         if not split.volumes:
             raise TrainingError(f"none of the {len(rows)} {name} volumes could be read; see the lines above")
         run.readings |= dict(zip(split.names, run.cache.readings(split.rows), strict=True))
-        if model.compact_kind == "pooled" or (model.is_ctclip and model.head_name != "attention"):
+        if model.cache_format == "pooled" or (model.is_ctclip and model.head_name != "attention"):
             split.features = torch.cat([frozen_inputs(run, model, split, part).cpu() for part in parts(split.rows)])
     run.exchange_records()
 

@@ -378,7 +378,7 @@ def encode_arrivals(
                     print_note(f"quarantined: {name}: {arrival.unreadable}")
                     quarantined.append(name)
                 elif not is_encoded(cache, arrival.source):
-                    codes = model.compact(arrival.tensor[None].to(device))
+                    codes = model.encode_for_cache(arrival.tensor[None].to(device))
                     cache.append([arrival.volume], codes, [arrival.verdict], [arrival.source], len(items) - done)
                 manifest.add(name, Streamed(selection.fixed, *arrival.stamp, item.sha256, arrival.unreadable))
                 budget.encoded += budget.per_volume

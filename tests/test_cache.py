@@ -41,7 +41,7 @@ fork = multiprocessing.get_context("fork")
 class Tower:
     """As much of a CT-CLIP model as opening a cache needs, with records of 2 * grid**3 bytes."""
 
-    is_ctclip, compact_kind = True, "codes"
+    is_ctclip, cache_format = True, "codes"
 
     def __init__(self, grid: int = 1, codes: int = 8192, weight: float = 0.0):
         self.sizes = SimpleNamespace(grid=grid, temporal_patch=2, codes=codes)
@@ -487,8 +487,8 @@ def test_codes_in_the_cache_are_those_of_the_model_and_give_its_latents(tiny_cla
     assert cache.readings(rows) == [verdict.reading for _, verdict in seen] and "stored" in cache.readings(rows)
     x = torch.stack([read_volume(volume, model.input_shape)[0] for volume in volumes])
     with torch.no_grad():
-        assert (model.from_compact(codes) - model.encode(x)).abs().max() < 1e-6
-        assert (model.head(model.from_compact(codes)) - model(x)).abs().max() < 1e-5
+        assert (model.features_from_cache(codes) - model.encode(x)).abs().max() < 1e-6
+        assert (model.head(model.features_from_cache(codes)) - model(x)).abs().max() < 1e-5
     head = CTCLIPMultiAbnormalityModel(tiny_classfine, head="attention")
     assert FeatureCache(tmp_path, head).rows(volumes) == rows  # one cache for every head
 
@@ -506,7 +506,7 @@ def test_what_is_there_is_not_encoded_again(tiny_classfine, volumes, tmp_path, m
         raise AssertionError("opened for writing")
 
     monkeypatch.setattr(FeatureCache, "_new_shard", refuse)
-    monkeypatch.setattr(CTCLIPMultiAbnormalityModel, "compact", refuse)
+    monkeypatch.setattr(CTCLIPMultiAbnormalityModel, "encode_for_cache", refuse)
     cache.folder.chmod(0o555)
     cache, again = run(model, tmp_path, volumes)
     cache.folder.chmod(0o755)
@@ -591,7 +591,7 @@ def test_slice_backbones_keep_pooled_features_or_maps(volumes, tmp_path, attenti
     assert model.training and all(torch.equal(running[name], value) for name, value in model.named_buffers())
     with torch.no_grad():
         expected = model.eval().features(x)
-        logits, again = model(x), model.head(model.from_compact(features.float()))
+        logits, again = model(x), model.head(model.features_from_cache(features.float()))
     assert features.shape == expected.shape and features.ndim == (2 if attention is None else 5)
     assert features.dtype == (torch.float32 if attention is None else torch.float16)
     assert torch.allclose(features.float(), expected, rtol=1e-3, atol=1e-4)
@@ -614,14 +614,14 @@ def test_backbones_with_the_same_tensors_do_not_share_entries(tmp_path):
 def test_encoding_is_float32_without_gradients_and_leaves_no_trace(tiny_classfine, volumes, tmp_path, monkeypatch):
     model = CTCLIPMultiAbnormalityModel(tiny_classfine).train()
     seen = []
-    compact = CTCLIPMultiAbnormalityModel.compact
+    encode = CTCLIPMultiAbnormalityModel.encode_for_cache
 
     def spy(self, x):
         flags = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         seen.append((*flags, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), self.training))
-        return compact(self, x)
+        return encode(self, x)
 
-    monkeypatch.setattr(CTCLIPMultiAbnormalityModel, "compact", spy)
+    monkeypatch.setattr(CTCLIPMultiAbnormalityModel, "encode_for_cache", spy)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     torch.set_float32_matmul_precision("high")
     try:

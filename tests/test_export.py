@@ -151,7 +151,7 @@ def test_only_near_ties_explain_codes_that_differ(near):
         own["tokens"] = own["tokens"].clone()
         own["tokens"][index] = both.sum(0)
     with torch.inference_mode():
-        answer = {"code_ids": codes, "logits": model.head(model.from_compact(codes))}
+        answer = {"code_ids": codes, "logits": model.head(model.features_from_cache(codes))}
     assert ctclip_export._explained(model, own, answer) is near
     wrong = answer | {"logits": answer["logits"] + 0.01}
     assert not ctclip_export._explained(model, own, wrong)

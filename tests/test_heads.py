@@ -246,7 +246,7 @@ def test_attention_finds_a_token_of_many_that_the_mean_over_depth_drowns():
     for name, one in model.items():
         one.freeze_backbone()
         with torch.no_grad():
-            features = one.from_compact(codes)
+            features = one.features_from_cache(codes)
         optimizer = torch.optim.AdamW(one.head_parameters(), lr=3e-2)
         for _ in range(200):
             rows = torch.randperm(400)[:64]
@@ -261,7 +261,7 @@ def test_attention_finds_a_token_of_many_that_the_mean_over_depth_drowns():
     assert area["attention"] > 0.95 and area["linear"] < 0.75, area
 
 
-# -- features, compact and back ----------------------------------------------------------------------------------------
+# -- features, to the cache and back ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -277,10 +277,10 @@ def test_codes_of_any_integer_type_stand_in_for_the_volume(head, path, volume):
     else:
         model = ctclip(head, path)
     model.freeze_backbone()
-    codes = model.compact(volume)
-    assert model.compact_kind == "codes" and codes.dtype == torch.int64 and torch.equal(codes, model.code_ids(volume))
+    codes = model.encode_for_cache(volume)
+    assert model.cache_format == "codes" and codes.dtype == torch.int64 and torch.equal(codes, model.code_ids(volume))
     for dtype in (torch.int64, torch.int32, torch.int16, torch.uint16):
-        features = model.from_compact(codes.to(dtype))
+        features = model.features_from_cache(codes.to(dtype))
         if head == "attention":
             assert torch.equal(features, model.features(volume))
         else:
@@ -292,9 +292,9 @@ def test_codes_of_any_integer_type_stand_in_for_the_volume(head, path, volume):
 def test_latents_from_codes_do_not_depend_on_the_chunks(monkeypatch):
     model = ctclip("linear")
     codes = torch.randint(0, 64, (7, 4, 4, 4))
-    whole = model.from_compact(codes)
+    whole = model.features_from_cache(codes)
     monkeypatch.setattr(ctclip_model, "LATENT_CHUNK", 3)
-    torch.testing.assert_close(model.from_compact(codes), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.features_from_cache(codes), whole, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["pooled", "maps"])
@@ -304,9 +304,9 @@ def test_slice_features_are_pooled_unless_attention_needs_the_maps(kind):
     scatter(model)
     x = torch.rand(3, 1, 6, 64, 64) * 2 - 1
     features = model.features(x)
-    assert model.compact_kind == kind
+    assert model.cache_format == kind
     assert features.shape == ((3, 512) if kind == "pooled" else (3, 2, 512, 2, 2))
-    assert torch.equal(model.compact(x), features) and model.from_compact(features) is features
+    assert torch.equal(model.encode_for_cache(x), features) and model.features_from_cache(features) is features
     assert torch.equal(model.head(features), model(x)) and model(x).any()
     maps = model.backbone(ctclip_model.slice_triplets(x, 2).flatten(0, 1))  # the definition: pool after attention
     pooled = model.attention(maps).mean((2, 3)).view(3, 2, -1).mean(1)

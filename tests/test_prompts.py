@@ -98,7 +98,7 @@ def test_model_answers_as_the_published_implementation(expected, weights, monkey
     model = CTCLIPMultiAbnormalityModel(str(weights)).eval()
     assert model.head_name == "prompts" and model.labels == ABNORMALITIES
     torch.testing.assert_close(model(expected["volume"]).sigmoid(), expected["prompt_probs"], rtol=0, atol=1e-5)
-    from_codes = model.head(model.from_compact(model.compact(expected["volume"])))
+    from_codes = model.head(model.features_from_cache(model.encode_for_cache(expected["volume"])))
     torch.testing.assert_close(from_codes.sigmoid(), expected["prompt_probs"], rtol=0, atol=1e-5)
 
 

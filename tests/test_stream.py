@@ -276,7 +276,7 @@ def test_a_stream_gives_the_cache_that_files_give(stream, hub, undisturbed, tiny
 
 def test_the_next_volume_is_fetched_while_one_is_encoded(stream, hub, monkeypatch):
     """Encoding waits until the hub has been asked for more than the volumes that have been encoded by then."""
-    compact, encoded = CTCLIPMultiAbnormalityModel.compact, []
+    encode, encoded = CTCLIPMultiAbnormalityModel.encode_for_cache, []
 
     def waiting(model, volume):
         end = time.monotonic() + 10
@@ -284,9 +284,9 @@ def test_the_next_volume_is_fetched_while_one_is_encoded(stream, hub, monkeypatc
             assert time.monotonic() < end, "the next volume was not asked for"
             time.sleep(0.01)
         encoded.append(1)
-        return compact(model, volume)
+        return encode(model, volume)
 
-    monkeypatch.setattr(CTCLIPMultiAbnormalityModel, "compact", waiting)
+    monkeypatch.setattr(CTCLIPMultiAbnormalityModel, "encode_for_cache", waiting)
     code, _, error = stream("--volumes", 6)
     assert code == 0 and len(encoded) >= 5, error
 

@@ -63,7 +63,7 @@ def cached_costs(model: CTCLIPMultiAbnormalityModel, cache: FeatureCache, rows: 
 
     def from_disk(chosen: list[int]) -> Tensor:
         with torch.no_grad():
-            latents[chosen] = model.from_compact(cache.load([rows[i] for i in chosen]).to(device))
+            latents[chosen] = model.features_from_cache(cache.load([rows[i] for i in chosen]).to(device))
         return latents[chosen]
 
     train_epoch(model, latents.__getitem__, len(rows))  # warm up: an optimizer's first step imports a good deal
@@ -100,7 +100,7 @@ def main() -> int:
         print(f"open an empty cache      {opened:8.3f} s  hashes the encoder")
         print(f"read, encode, store one  {stored:8.3f} s")
         with torch.no_grad():
-            difference = (model.from_compact(cache.load(rows).to(device)) - latent).abs().max().item()
+            difference = (model.features_from_cache(cache.load(rows).to(device)) - latent).abs().max().item()
 
         others = [Volume(f"train_{i}_z_1.nii.gz", volume.path, volume.labels) for i in range(1, args.volumes)]
         codes = torch.randint(PUBLISHED.codes, (len(others), *cache.shape))

@@ -51,7 +51,7 @@ def aurocs(run: Path, cohort: Path, cache_dir: Path) -> np.ndarray:
     cache = FeatureCache(cache_dir, model)
     rows = encode_missing(model, cache, volumes, CPU, 0, Ranks())
     with torch.no_grad():
-        logits = torch.cat([model.head(model.from_compact(cache.load([row]))) for row in rows]).numpy()
+        logits = torch.cat([model.head(model.features_from_cache(cache.load([row]))) for row in rows]).numpy()
     labels = np.stack([volume.labels for volume in volumes])
     return np.array([roc_auc_score(labels[:, i], logits[:, i]) for i in range(len(ABNORMALITIES))])
 
