@@ -626,13 +626,14 @@ class LoadReport:
     dropped: dict[str, int]  # reason -> number of tensors
     new: tuple[str, ...]  # tensors of the model that start fresh: neither in the file nor made from its text tower
     head: str = ""
-    why_no_prompts: str | None = None  # of a new head, where the file's text tower was to make one: what it lacked
+    no_prompts_reason: str | None = None  # of a new head, where the file's text tower was to make one: what it lacked
 
     def __str__(self) -> str:
         dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "none"
         new = ", ".join(self.new) or "none"
         text = f"{self.path}: {self.loaded} tensors loaded; dropped by name: {dropped}; not in the file: {new}"
-        return f"{text}; head: {self.head}" + (f" (no prompts: {self.why_no_prompts})" if self.why_no_prompts else "")
+        reason = f" (no prompts: {self.no_prompts_reason})" if self.no_prompts_reason else ""
+        return f"{text}; head: {self.head}{reason}"
 
 
 def saved_config(folder: Path) -> dict:
@@ -841,9 +842,9 @@ class Prompts:
         if not self.names or not len(self.names) == len(self.present) == len(self.absent):
             counts = f"{len(self.names)} findings, {len(self.present)} texts for and {len(self.absent)} against"
             raise PromptError(f"found {counts}, expected at least one finding and two texts for each; complete them")
-        if not all(as_read(text) for text in self.names + self.present + self.absent):
+        if not all(normalised(text) for text in self.names + self.present + self.absent):
             raise PromptError("found a finding or a text that is empty, expected words; complete it")
-        seen = [as_read(name) for name in self.names]
+        seen = [normalised(name) for name in self.names]
         twice = next((name for name, read in zip(self.names, seen, strict=True) if seen.count(read) > 1), None)
         if twice is not None:
             found = f"found '{twice}' twice, expected every finding once"
@@ -855,7 +856,7 @@ class Prompts:
                 raise PromptError(f"{found}, because that is a sign of the text tower's own; word it otherwise")
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> Prompts:
+    def from_names(cls, names: Sequence[str]) -> Prompts:
         """The published wording for these findings."""
         names = tuple(names)
         return cls(names, tuple(f"{name} is present." for name in names), tuple(f"{n} is not present." for n in names))
@@ -865,7 +866,7 @@ class Prompts:
         return [text for pair in zip(self.present, self.absent, strict=True) for text in pair]
 
 
-def as_read(text: str) -> str:
+def normalised(text: str) -> str:
     """What the text tower reads of a text: no case, accents, control or invisible signs, single spaces."""
     spaced = " ".join(unicodedata.normalize("NFD", text).split())
     kept = (sign for sign in spaced if unicodedata.category(sign) not in UNREAD_CATEGORIES and sign != "\ufffd")
@@ -905,7 +906,7 @@ def tokenise(prompts: Prompts, vocabulary: Vocabulary, positions: int) -> tuple[
     """-> ids and mask (2n, S) int64, rows present and absent in turn: BERT's [CLS], lower-cased word pieces, [SEP].
 
     No word is cut off or passed over: raises PromptError for a text of more than `positions` tokens, and for one with
-    signs that the vocabulary does not know. Case, accents, control and invisible signs are not read: see `as_read`.
+    signs that the vocabulary does not know. Case, accents, control and invisible signs are not read: see `normalised`.
     """
     with _optional():
         from tokenizers import BertWordPieceTokenizer
@@ -1184,7 +1185,7 @@ class HeadStart:
 
     name: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    why_no_prompts: str | None = None
+    no_prompts_reason: str | None = None
 
     @classmethod
     def of(
@@ -1202,7 +1203,7 @@ class HeadStart:
                 weight = prompt_weights(state, prompts, Vocabulary.read(vocabulary_path(path)))
         except PromptError as error:
             if head is None:
-                return cls("linear", why_no_prompts=str(error))
+                return cls("linear", no_prompts_reason=str(error))
             raise CheckpointError(f"{path}: {error}") from error
         return cls("prompts", dict(zip(LINEAR_HEAD_KEYS, (weight, torch.zeros(len(weight))), strict=True)))
 
@@ -1217,7 +1218,7 @@ class HeadStart:
             dropped, origin = report.dropped, "its linear part from the file" if linear_is_there else "new"
         else:
             dropped, origin = report.dropped, "from the file"
-        return replace(report, dropped=dropped, head=f"{self.name}, {origin}", why_no_prompts=self.why_no_prompts)
+        return replace(report, dropped=dropped, head=f"{self.name}, {origin}", no_prompts_reason=self.no_prompts_reason)
 
 
 HEAD_PREFIXES = ("attention.", "classifier.")  # of all that is not backbone
@@ -1236,8 +1237,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         dropout: in the head, in training.
         sizes: of a CT-CLIP tower with random weights, for `from_pretrained` and for training one from nothing.
         head: of a CT-CLIP variant; a slice backbone has "linear" only. None takes what the file has: ClassFine's linear
-            head, or from any other file the prompt head. Where that one cannot be made (`load_report.why_no_prompts`),
-            and with "linear" for such a file, the head is new and its logits are exactly 0; so is "attention" always,
+            head, or from any other file the prompt head. Where that one cannot be made (see
+            `load_report.no_prompts_reason`), and with "linear" for such a file, the head is new and its logits are exactly 0; so is "attention" always,
             and "mlp" beside the linear head, at whose answers it starts.
 
             | head      | takes           | parameters | step     | when                                               |
@@ -1292,7 +1293,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             self.derived_from = published_name(ctclip_path)
             state = read_checkpoint(ctclip_path)
             sizes = asdict(TowerSizes.from_state_dict(state))
-            start = HeadStart.of(head, ctclip_path, state, prompts or Prompts.of(self.labels), prompt_weight)
+            start = HeadStart.of(head, ctclip_path, state, prompts or Prompts.from_names(self.labels), prompt_weight)
             if start.tensors:
                 state = read_checkpoint(ctclip_path)  # mapped anew: the text tower's 0.4 GB leave memory
         self.head_name = head = start.name

@@ -77,8 +77,8 @@ def load_model(
                 "its answers would all be 0.5. Expected a ClassFine file or a run folder; fine-tune first with python "
                 "ctclip_training.py --ctclip-path"
             )
-            if model.load_report.why_no_prompts:
-                remedy = f"and none can be made from prompts: {model.load_report.why_no_prompts}"
+            if model.load_report.no_prompts_reason:
+                remedy = f"and none can be made from prompts: {model.load_report.no_prompts_reason}"
             raise CheckpointError(f"{checkpoint} has no classification head: {remedy}")
     return model.to(choose_device(device)).eval()
 

@@ -45,7 +45,8 @@ def load_with_prompts(
         head, kwargs: the constructor's.
     """
     head = "prompts" if prompts is not None else head
-    weight = _weight_for(existing_weights(path), prompts or Prompts.of(kwargs.get("labels") or ABNORMALITIES), head)
+    findings = prompts or Prompts.from_names(kwargs.get("labels") or ABNORMALITIES)
+    weight = _weight_for(existing_weights(path), findings, head)
     return CTCLIPMultiAbnormalityModel(path, prompts=prompts, head=head, prompt_weight=weight, **kwargs)
 
 
@@ -84,7 +85,7 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
             found = f"{path}, line {number}: found {len(parts)} parts between tabs" + ", one empty" * (not all(parts))
             raise PromptError(f"{found}, expected a finding, or finding, text if present, text if absent; correct it")
         try:
-            finding = Prompts.of(parts) if len(parts) == 1 else Prompts(*((part,) for part in parts))
+            finding = Prompts.from_names(parts) if len(parts) == 1 else Prompts(*((part,) for part in parts))
         except PromptError as error:
             raise PromptError(f"{path}, line {number}: {error}") from error
         rows.append((*finding.names, *finding.pairs()))

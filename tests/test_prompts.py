@@ -106,7 +106,7 @@ def test_model_answers_as_the_published_implementation(expected, weights, monkey
 def test_head_is_the_softmax_over_the_pair(expected, weights):
     """The definition, one finding at a time: similarities to both texts, a softmax over the two."""
     model = CTCLIPMultiAbnormalityModel(str(weights)).eval()
-    ids, mask = tokenise(Prompts.of(ABNORMALITIES), vocabulary(weights), 64)
+    ids, mask = tokenise(Prompts.from_names(ABNORMALITIES), vocabulary(weights), 64)
     image, text = model.encode(expected["volume"]), text_latents(STATE, ids, mask)
     similarity = image @ text.T * STATE["temperature"].exp()  # (2, 36)
     for label in range(18):
@@ -162,7 +162,7 @@ def test_a_text_that_is_too_long_or_cannot_be_spelled_is_named(weights):
     fits = replace(long, present=("hernia", "lung " * 62), absent=("not hernia", "not lung"))
     assert prompt_weights(STATE, fits, vocabulary(weights)).shape == (2, 16)
     assert "found words in a text of 'Herniá 肺'" in refusal(
-        prompt_weights, STATE, Prompts.of(["Hernia", "Herniá 肺"]), vocabulary(weights)
+        prompt_weights, STATE, Prompts.from_names(["Hernia", "Herniá 肺"]), vocabulary(weights)
     )
 
 
@@ -187,7 +187,8 @@ def test_prompts_file_takes_findings_with_and_without_wording(tmp_path):
         ("Rib fracture is present.", "A goitre is seen"),
         ("Rib fracture is not present.", "No goitre"),
     )
-    assert Prompts.of(ABNORMALITIES).pairs()[:2] == ["Medical material is present.", "Medical material is not present."]
+    pair = ["Medical material is present.", "Medical material is not present."]
+    assert Prompts.from_names(ABNORMALITIES).pairs()[:2] == pair
 
 
 FAULTS = {
@@ -224,7 +225,7 @@ UNREAD = ("\u200b", "\u00ad\u2060", "\u0301", "\x07", "\ufffd", " \u200b\t")
 @pytest.mark.parametrize("text", UNREAD)
 def test_a_text_of_which_nothing_is_read_is_refused(weights, text):
     """What is refused is what the tokeniser makes nothing of: the sentence around it gives what it would give alone."""
-    assert "a text that is empty" in refusal(Prompts.of, [text])
+    assert "a text that is empty" in refusal(Prompts.from_names, [text])
     assert "a text that is empty" in refusal(Prompts, ("a",), (text,), ("b",))
     ids, _ = tokenise(Prompts(("a",), (f"hernia{text}.",), ("hernia.",)), vocabulary(weights), 64)
     assert ids[0].tolist() == ids[1].tolist()
@@ -267,13 +268,13 @@ def test_own_findings_are_saved_and_loaded_where_nothing_else_is(weights, tmp_pa
 
 def test_report_tells_where_the_head_came_from(weights):
     report = CTCLIPMultiAbnormalityModel(str(weights)).load_report
-    assert report.new == () and report.why_no_prompts is None
+    assert report.new == () and report.no_prompts_reason is None
     assert report.loaded + sum(report.dropped.values()) == len(STATE)
     assert "head: prompts, for 18 findings, made from the file's text tower" in str(report)
     linear = CTCLIPMultiAbnormalityModel(str(weights), head="linear").load_report
     assert linear.new == ("classifier.weight", "classifier.bias") and str(linear).endswith("head: linear, new")
     classfine = CTCLIPMultiAbnormalityModel(str(FIXTURES / "tiny_a_classfine.pt")).load_report
-    assert classfine.why_no_prompts is None and str(classfine).endswith("head: linear, from the file")
+    assert classfine.no_prompts_reason is None and str(classfine).endswith("head: linear, from the file")
     mlp = CTCLIPMultiAbnormalityModel(str(FIXTURES / "tiny_a_classfine.pt"), head="mlp").load_report
     assert str(mlp).endswith("head: mlp, its linear part from the file")
 
@@ -293,7 +294,7 @@ def test_without_what_prompts_need_the_default_head_is_new_and_says_why(lacking,
     model = CTCLIPMultiAbnormalityModel(str(weights)).eval()
     assert model.head_name == "linear" and torch.equal(model(expected["volume"]), torch.zeros(2, 18))
     assert model.load_report.new == ("classifier.weight", "classifier.bias")
-    assert said in model.load_report.why_no_prompts and model.load_report.why_no_prompts in str(model.load_report)
+    assert said in model.load_report.no_prompts_reason and model.load_report.no_prompts_reason in str(model.load_report)
     assert said in refusal(CTCLIPMultiAbnormalityModel, str(weights), head="prompts", kind=CheckpointError)
     assert kept(weights) == []
 
@@ -306,7 +307,7 @@ def test_classfine_keeps_its_head_unless_prompts_are_asked_for(tmp_path, expecte
     torch.testing.assert_close(model(expected["volume"]), expected["classfine_logits"], rtol=0, atol=1e-5)
     prompted = CTCLIPMultiAbnormalityModel(str(path), head="prompts")
     assert prompted.load_report.dropped["ClassFine's linear head"] == 2 and prompted.classifier.bias.abs().max() == 0
-    weight = prompt_weights(read_checkpoint(path), Prompts.of(ABNORMALITIES), vocabulary(path))
+    weight = prompt_weights(read_checkpoint(path), Prompts.from_names(ABNORMALITIES), vocabulary(path))
     assert torch.equal(prompted.classifier.weight, weight)
 
 
@@ -320,7 +321,7 @@ def test_a_slim_copy_answers_the_same(weights, expected):
 
 
 def test_arguments_that_do_not_go_together_are_refused(weights):
-    prompts = Prompts.of(["Hernia"])
+    prompts = Prompts.from_names(["Hernia"])
     for said, arguments in {
         "prompts go with head='prompts', found head=None": {"prompts": prompts},
         "labels that are not the prompts' names": {"head": "prompts", "prompts": prompts, "labels": ["Goitre"]},
@@ -361,7 +362,7 @@ def test_the_head_is_made_once_for_a_file_and_its_prompts(weights, monkeypatch):
     assert file.name.startswith("ctclip_zeroshot.prompts_") and len(file.stem.rpartition("_")[2]) == 12
     without_transformers(monkeypatch)
     assert torch.equal(load_with_prompts(str(weights)).classifier.weight, first)
-    own = {"prompts": Prompts.of(["Hernia"])}
+    own = {"prompts": Prompts.from_names(["Hernia"])}
     assert "transformers" in refusal(load_with_prompts, str(weights), kind=CheckpointError, **own)
 
 
