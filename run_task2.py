@@ -9,12 +9,12 @@
     python run_task2.py --mode predict --checkpoint models/ctclip_zeroshot.pt --prompts my.txt --input SCANS
     python run_task2.py --export onnx --checkpoint results/RUN --output model.onnx
 
-In a script of your own: `from run_task2 import predict` (ctclip_scans says what it takes and gives).
+In a script of your own: `from run_task2 import predict` (ctclip.inference.scans says what it takes and gives).
 """
 
 from __future__ import annotations
 
-from ctclip_config import task_parser
+from ctclip.config import task_parser
 
 if __name__ == "__main__":
     task_parser(__doc__).parse_args()  # --help and wrong flags are answered before the two seconds of the imports
@@ -28,13 +28,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ctclip_config import PREDICTIONS, given_evaluation_flags
-from ctclip_data import load_cohort
-from ctclip_evaluation import report, settings_from_flags
-from ctclip_folders import foreign_folder, newest_run, run_material
-from ctclip_metrics import EvaluationError
-from ctclip_scans import check_output, labels_of, predict, rows_table, write_csv, write_predictions
-from ctclip_training import guarded, run_training
+from ctclip.config import PREDICTIONS, given_evaluation_flags
+from ctclip.data.preprocessing import load_cohort
+from ctclip.evaluation.evaluate import report, settings_from_flags
+from ctclip.evaluation.metrics import EvaluationError
+from ctclip.evaluation.run_folder import foreign_folder, newest_run, run_material
+from ctclip.inference.scans import check_output, labels_of, predict, rows_table, write_csv, write_predictions
+from ctclip.training.loop import guarded, run_training
 
 
 def predict_mode(args: argparse.Namespace) -> None:
@@ -43,7 +43,7 @@ def predict_mode(args: argparse.Namespace) -> None:
         raise EvaluationError("--mode predict needs --input, a scan (.nii, .nii.gz, .mha, a DICOM series) or a folder")
     prompts = None
     if args.prompts:
-        from ctclip_prompts import read_prompts
+        from ctclip.inference.prompts import read_prompts
 
         prompts = read_prompts(args.prompts)
     checkpoint, output = Path(args.checkpoint) if args.checkpoint else newest_run(), Path(args.output or PREDICTIONS)
@@ -93,7 +93,7 @@ def keep(done: dict[str, np.ndarray], labels: Sequence[str], output: Path) -> No
 
 def export(args: argparse.Namespace) -> None:
     """`--export onnx`: encoder and head as one graph, compared with the model."""
-    from ctclip_export import ExportError, export_run
+    from ctclip.inference.onnx_export import ExportError, export_run
 
     checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run()
     default = checkpoint / "model.onnx" if checkpoint.is_dir() else checkpoint.with_suffix(".onnx")

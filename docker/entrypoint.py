@@ -17,10 +17,10 @@ MODEL = Path(os.environ.get("CTCLIP_MODEL", HERE / "model"))
 
 
 def main() -> int:
-    from ctclip_folders import run_calibration
-    from ctclip_metrics import EvaluationError
+    from ctclip.evaluation.metrics import EvaluationError
+    from ctclip.evaluation.run_folder import run_calibration
+    from ctclip.inference.scans import check_output, predict, write_predictions
     from ctclip_model import CheckpointError
-    from ctclip_scans import check_output, predict, write_predictions
 
     try:
         check_output(OUTPUT)

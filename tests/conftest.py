@@ -22,7 +22,7 @@ def tiny_classfine() -> str:
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
     """A cohort of 40 training and 16 validation phantoms in the hub's layout. Read-only: copy it to change it."""
-    from ctclip_phantom import write_phantom_cohort
+    from ctclip.phantoms.phantom import write_phantom_cohort
 
     return write_phantom_cohort(tmp_path_factory.mktemp("phantoms"), 40, 16, seed=5, progress=False)
 
@@ -33,13 +33,13 @@ def fast():
     import torch
     from helpers_training import read_once
 
-    import ctclip_data
-    import ctclip_training
+    from ctclip.data import preprocessing
+    from ctclip.training import loop
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ctclip_data, "read_volume", read_once)
-        patch.setattr(ctclip_training, "write_training_figure", lambda *args: None)
+        patch.setattr(preprocessing, "read_volume", read_once)
+        patch.setattr(loop, "write_training_figure", lambda *args: None)
         yield
     torch.set_num_threads(threads)

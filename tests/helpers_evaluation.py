@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 from sklearn import metrics as sk
 
+from ctclip.evaluation.tables import rows_of
 from ctclip_model import ABNORMALITIES
-from ctclip_tables import rows_of
 
 RATES = np.linspace(0.07, 0.32, 18)  # a spread like CT-RATE's
 D_FOR_AUROC_075 = 0.954  # distance of two unit normals whose AUROC is 0.75: sqrt(2) * 0.6745

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import ctclip_data
+from ctclip.data import preprocessing
 
-read_volume = ctclip_data.read_volume
+read_volume = preprocessing.read_volume
 kept: dict[tuple, tuple] = {}
 
 

@@ -18,7 +18,7 @@ import pytest
 from helpers_data import affine_of, chest
 from helpers_scans import write_mha
 
-from ctclip_data import PREVALENCE
+from ctclip.data.preprocessing import PREVALENCE
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 
 ROOT = Path(__file__).parent.parent
@@ -69,8 +69,8 @@ def test_entry_point_answers_every_scan_and_exits_with_0(places, tmp_path):
 
 
 def test_a_run_with_thresholds_answers_with_these_on_a_half(places, tmp_path):
-    from ctclip_calibration import fit_calibration
-    from ctclip_scans import predict
+    from ctclip.evaluation.calibration import fit_calibration
+    from ctclip.inference.scans import predict
 
     source, plain = places
     random = np.random.default_rng(0)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers_training import history
 
+from ctclip.training.loop import train
+from ctclip.training.run import Machine, TrainingConfig
 from ctclip_model import DEMO_PATH, CTCLIPMultiAbnormalityModel
-from ctclip_run import Machine, TrainingConfig
-from ctclip_training import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -15,7 +15,7 @@ from helpers_model import OTHER_SIZES
 from torch import nn
 
 import ctclip_model
-from ctclip_basics import replacing
+from ctclip.fileio import replacing
 from ctclip_model import (
     AttentionHead,
     CheckpointError,

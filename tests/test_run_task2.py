@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 import run_task2
-from ctclip_calibration import load_calibration
+from ctclip.evaluation.calibration import load_calibration
+from ctclip.inference.predictor import load_model
 from ctclip_model import ABNORMALITIES, CheckpointError
-from ctclip_predict import load_model
 
 SUITE = Path(__file__).resolve().parent.parent
 

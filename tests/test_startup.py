@@ -11,8 +11,8 @@ import pytest
 
 SUITE = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "pandas", "huggingface_hub", "safetensors", "sklearn", "scipy.stats", "matplotlib", "timm"}
-SCRIPTS = ("run_task2", "ctclip_training", "ctclip_evaluation", "ctclip_weights", "ctclip_phantom",
-           "ctclip_card", "ctclip_setup")  # fmt: skip
+SCRIPTS = ("run_task2", "ctclip_training", "ctclip_evaluation", "ctclip.hub.weights", "ctclip.phantoms.phantom",
+           "ctclip.hub.model_card", "ctclip_setup")  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -41,26 +41,26 @@ def test_the_model_answers_too_but_imports_torch(tmp_path):
 
 def test_facts_that_are_also_written_where_torch_is_not_imported():
     """`ctclip_model` imports nothing of ours, and these import nothing but the standard library."""
-    import ctclip_basics
-    import ctclip_hub
     import ctclip_model
+    from ctclip import fileio
+    from ctclip.hub import client as hub_client
 
-    assert ctclip_basics.CLASSFINE_PATH == ctclip_model.CLASSFINE_PATH
-    assert ctclip_hub.VOCABULARY_REPOSITORY == ctclip_model.VOCABULARY_REPOSITORY
+    assert fileio.CLASSFINE_PATH == ctclip_model.CLASSFINE_PATH
+    assert hub_client.VOCABULARY_REPOSITORY == ctclip_model.VOCABULARY_REPOSITORY
     weights = Path("a", "b.pt")
-    assert ctclip_hub.vocabulary_path(weights) == ctclip_model.vocabulary_path(weights)
-    saved_as = {f"ctclip_{name}" for name in ctclip_hub.WEIGHTS}
-    published = {Path(file).stem for file in ctclip_hub.WEIGHTS.values()} | saved_as
+    assert hub_client.vocabulary_path(weights) == ctclip_model.vocabulary_path(weights)
+    saved_as = {f"ctclip_{name}" for name in hub_client.WEIGHTS}
+    published = {Path(file).stem for file in hub_client.WEIGHTS.values()} | saved_as
     assert set(ctclip_model.PUBLISHED_FILES) == published | {Path(ctclip_model.DEMO_PATH).stem}
 
 
 def test_scripts_hand_on_what_other_scripts_import_from_them():
-    import ctclip_calibration
-    import ctclip_config
-    import ctclip_evaluation
-    import ctclip_training
+    from ctclip import config as config_module
+    from ctclip.evaluation import calibration
+    from ctclip.evaluation import evaluate as evaluate_module
+    from ctclip.training import loop
 
     for name in ("TrainingConfig", "Machine", "TrainingError"):
-        assert getattr(ctclip_training, name) is getattr(ctclip_config, name)
-    assert ctclip_evaluation.Settings is ctclip_config.Settings
-    assert tuple(ctclip_calibration.OBJECTIVE_SCORES) == ctclip_config.OBJECTIVES
+        assert getattr(loop, name) is getattr(config_module, name)
+    assert evaluate_module.Settings is config_module.Settings
+    assert tuple(calibration.OBJECTIVE_SCORES) == config_module.OBJECTIVES

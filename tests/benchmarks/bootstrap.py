@@ -18,8 +18,8 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ctclip_bootstrap import decisions_tree, draw, ranking_tree  # noqa: E402
-from ctclip_data import PREVALENCE  # noqa: E402
+from ctclip.data.preprocessing import PREVALENCE  # noqa: E402
+from ctclip.evaluation.bootstrap import decisions_tree, draw, ranking_tree  # noqa: E402
 
 PATIENTS, VOLUMES = 1304, 3039
 

@@ -24,11 +24,11 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 from helpers_model import PUBLISHED  # noqa: E402
 
-from ctclip_cache import FeatureCache, encode_missing  # noqa: E402
-from ctclip_data import Verdict, Volume, load_cohort, read_volume  # noqa: E402
+from ctclip.data.feature_cache import FeatureCache, encode_missing  # noqa: E402
+from ctclip.data.preprocessing import Verdict, Volume, load_cohort, read_volume  # noqa: E402
+from ctclip.distributed import Ranks  # noqa: E402
+from ctclip.phantoms.phantom import write_phantom_cohort  # noqa: E402
 from ctclip_model import N_LABELS, CTCLIPMultiAbnormalityModel, create_balanced_loss  # noqa: E402
-from ctclip_phantom import write_phantom_cohort  # noqa: E402
-from ctclip_ranks import Ranks  # noqa: E402
 
 BATCH_SIZE = 16
 GOAL = 1000  # times less than encoding, reading not counted

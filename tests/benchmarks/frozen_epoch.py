@@ -24,12 +24,12 @@ import torch
 from helpers_model import PUBLISHED
 from torch import Tensor, nn
 
-import ctclip_training
-from ctclip_cache import FeatureCache
-from ctclip_config import Machine, TrainingConfig
-from ctclip_data import Cohort, Verdict, Volume, piece_size
+from ctclip.config import Machine, TrainingConfig
+from ctclip.data.feature_cache import FeatureCache
+from ctclip.data.preprocessing import Cohort, Verdict, Volume, piece_size
+from ctclip.training import loop
+from ctclip.training.run import Job, Run, Split, frozen_inputs
 from ctclip_model import N_LABELS, CTCLIPMultiAbnormalityModel, create_loss
-from ctclip_run import Job, Run, Split, frozen_inputs
 
 GOAL_VOLUMES = 20_000  # that the goals, in seconds, are set for
 GOALS = {"linear": 1.0, "attention": 180.0}
@@ -64,8 +64,8 @@ def job_of(model: CTCLIPMultiAbnormalityModel, train: list[Volume], tuning: list
 
 def epoch_seconds(job: Job) -> float:
     """Of the fastest epoch but the first, as the run's own log has it."""
-    with patch.object(ctclip_training, "prepare", lambda *_: job):
-        ctclip_training.train(job.run.config, job.run.folder)
+    with patch.object(loop, "prepare", lambda *_: job):
+        loop.train(job.run.config, job.run.folder)
     lines = [json.loads(line) for line in (job.run.folder / "log.jsonl").read_text().splitlines()]
     return min(line["seconds"] for line in lines[1:])
 

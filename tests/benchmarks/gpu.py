@@ -19,8 +19,8 @@ import torch
 from encoder import flops, patchy_volume, products
 from helpers_model import PUBLISHED
 
+from ctclip.inference.predictor import choose_precision
 from ctclip_model import CTCLIPMultiAbnormalityModel
-from ctclip_predict import choose_precision
 
 BATCH = 4
 

@@ -33,14 +33,14 @@ from sklearn.metrics import roc_auc_score
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from ctclip_cases import LUNG_WINDOW, SOFT_LABELS, SOFT_WINDOW  # noqa: E402
-from ctclip_data import Placement, place_volume, preprocess_volume  # noqa: E402
-from ctclip_explain import explain_figure, strongest_token, token_evidence  # noqa: E402
-from ctclip_figures import BLUE, GREY, INK, LIGHT, ORANGE, new_figure, write_figure  # noqa: E402
+from ctclip.data.preprocessing import Placement, place_volume, preprocess_volume  # noqa: E402
+from ctclip.evaluation.cases import LUNG_WINDOW, SOFT_LABELS, SOFT_WINDOW  # noqa: E402
+from ctclip.evaluation.figures import BLUE, GREY, INK, LIGHT, ORANGE, new_figure, write_figure  # noqa: E402
+from ctclip.evaluation.text_report import PHANTOM_NOTE  # noqa: E402
+from ctclip.inference.heat_maps import explain_figure, strongest_token, token_evidence  # noqa: E402
+from ctclip.phantoms.phantom import Phantom, make_phantom, write_phantom_cohort  # noqa: E402
+from ctclip.training.loop import TrainingConfig, train  # noqa: E402
 from ctclip_model import ABNORMALITIES, DEMO_PATH, CTCLIPMultiAbnormalityModel  # noqa: E402
-from ctclip_phantom import Phantom, make_phantom, write_phantom_cohort  # noqa: E402
-from ctclip_text import PHANTOM_NOTE  # noqa: E402
-from ctclip_training import TrainingConfig, train  # noqa: E402
 
 HEADS = ("linear", "attention")
 FIRST_SEED = 30_000_000  # of phantoms that neither the tower nor the heads have seen

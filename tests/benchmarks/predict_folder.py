@@ -25,9 +25,9 @@ import torch
 from helpers_model import PUBLISHED
 from preprocessing import SMALL, write_volume
 
-from ctclip_data import Volume, read_ahead, read_volume
+from ctclip.data.preprocessing import Volume, read_ahead, read_volume
+from ctclip.inference.predictor import choose_workers, predict_volumes
 from ctclip_model import N_LABELS, CTCLIPMultiAbnormalityModel
-from ctclip_predict import choose_workers, predict_volumes
 
 GOAL, MEMORY_GOAL, TOLERANCE = 1.15, 1000, 1e-5
 

@@ -20,7 +20,7 @@ import torch
 from isal import igzip
 from rows import Row, best_of, peak_memory, run
 
-from ctclip_data import PUBLISHED_SHAPE, preprocess_volume
+from ctclip.data.preprocessing import PUBLISHED_SHAPE, preprocess_volume
 
 RATIO_GOAL, MEMORY_GOAL = 1.5, 100  # MB beyond the output
 TOLERANCE = 2e-6

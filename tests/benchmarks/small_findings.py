@@ -23,13 +23,13 @@ from sklearn.metrics import roc_auc_score
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from ctclip_cache import FeatureCache, encode_missing  # noqa: E402
-from ctclip_data import load_cohort  # noqa: E402
+from ctclip.data.feature_cache import FeatureCache, encode_missing  # noqa: E402
+from ctclip.data.preprocessing import load_cohort  # noqa: E402
+from ctclip.distributed import Ranks  # noqa: E402
+from ctclip.inference.predictor import load_model  # noqa: E402
+from ctclip.phantoms.phantom import write_phantom_cohort  # noqa: E402
+from ctclip.training.loop import TrainingConfig, train  # noqa: E402
 from ctclip_model import ABNORMALITIES, DEMO_PATH  # noqa: E402
-from ctclip_phantom import write_phantom_cohort  # noqa: E402
-from ctclip_predict import load_model  # noqa: E402
-from ctclip_ranks import Ranks  # noqa: E402
-from ctclip_training import TrainingConfig, train  # noqa: E402
 
 CODES = "visual_transformer.vq._codebook.embed"
 SMALL = 0.015  # of the tokens
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 def share_of_tokens(volumes: int) -> np.ndarray:
     """(18,) median share of the token grid that each finding touches, in phantoms that have it."""
-    from models.make_demo import FIRST_SEED, SIZES, make_sample
+    from ctclip.phantoms.pretrain_demo import FIRST_SEED, SIZES, make_sample
 
     touched = np.stack([make_sample(3 * FIRST_SEED + i)[2] for i in range(volumes)]).sum((2, 3, 4))
     return np.array([np.median(column[column > 0]) if column.any() else np.nan for column in touched.T]) / SIZES.grid**3

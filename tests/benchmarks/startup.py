@@ -14,16 +14,16 @@ from rows import BENCHMARKS, Row, best_of, run
 
 ROOT = BENCHMARKS.parents[1]
 GOAL = 0.5  # seconds
-SCRIPTS = ("run_task2", "ctclip_training", "ctclip_evaluation", "ctclip_weights", "ctclip_phantom",
-           "ctclip_card", "ctclip_setup")  # fmt: skip
+SCRIPTS = ("run_task2", "ctclip_training", "ctclip_evaluation", "ctclip.hub.weights", "ctclip.phantoms.phantom",
+           "ctclip.hub.model_card", "ctclip_setup")  # fmt: skip
 FLAGS = {  # one of each of a script's groups, the last one too
     "run_task2": ("--mode", "--explain", "--objective", "--plan", "--data-dir", "--head", "--epochs", "--gamma",
                   "--device", "--workers"),
     "ctclip_training": ("--mode", "--resume", "--data-dir", "--head", "--epochs", "--gamma", "--device", "--workers"),
     "ctclip_evaluation": ("--checkpoint", "--objective", "--resamples", "--pictures", "--output-dir"),
-    "ctclip_weights": ("FILE", "--slim"),
-    "ctclip_phantom": ("--data-dir", "--train", "--workers", "--montage"),
-    "ctclip_card": ("RUN", "--print", "--push", "--public", "--cohort"),
+    "ctclip.hub.weights": ("FILE", "--slim"),
+    "ctclip.phantoms.phantom": ("--data-dir", "--train", "--workers", "--montage"),
+    "ctclip.hub.model_card": ("RUN", "--print", "--push", "--public", "--cohort"),
     "ctclip_setup": ("--dev", "--model", "--data"),
 }  # fmt: skip
 

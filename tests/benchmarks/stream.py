@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     from helpers_hub import TOKEN
 
-    from ctclip_phantom import write_phantom_cohort
+    from ctclip.phantoms.phantom import write_phantom_cohort
 
     pause, addresses = multiprocessing.Value("d", 0.0), multiprocessing.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -65,12 +65,12 @@ def main() -> None:
 def measure(folder: Path, pause) -> None:
     import torch
 
-    from ctclip_cache import FeatureCache, encode_missing
-    from ctclip_data import load_cohort
-    from ctclip_download import Selection, download_volumes
+    from ctclip.data.feature_cache import FeatureCache, encode_missing
+    from ctclip.data.preprocessing import load_cohort
+    from ctclip.distributed import Ranks
+    from ctclip.hub.download import Selection, download_volumes
+    from ctclip.hub.streaming import Places, stream
     from ctclip_model import CTCLIPMultiAbnormalityModel
-    from ctclip_ranks import Ranks
-    from ctclip_stream import Places, stream
 
     model = CTCLIPMultiAbnormalityModel(str(DEMO)).eval()
     unthrottled = seconds(download_volumes, Selection("train"), folder / "files")

@@ -1,0 +1,440 @@
+"""What a frozen encoder makes of each volume, kept on disk: encoded once, read by every epoch and every later run.
+
+CT-CLIP's tower ends in a vector quantiser, so in evaluation its token grid is `codebook[code_ids]`: 24 x 24 x 24 ids in
+uint16, 27.6 KB per volume, are a lossless cache of 28 MB of tokens. Slice backbones keep pooled features (float32) or,
+where an attention follows, feature maps (float16).
+
+    <cache_dir>/<kind>-<12 hex of the key's hash>/
+        key.json      what the records are a function of, beside the volume: encoder, input shape, preprocessing
+        0000.bin      records of one size, one after the other
+        0000.jsonl    a line for each: record number, volume name, source (see `source_of`), reading, CRC-32
+        0001.bin ...  the next writer's
+
+A shard belongs to the one process that created it, and is never touched again after that. A record is on the disk
+before its line is, so a whole line whose record is there makes an entry; whatever else a killed writer left behind is
+ignored. Nothing is ever rewritten: a change of encoder, preprocessing or volume makes new entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO
+from uuid import uuid4
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ctclip.data.preprocessing import (
+    FETCH,
+    GEOMETRY_COLUMNS,
+    PREPROCESSING_VERSION,
+    Batch,
+    Verdict,
+    Volume,
+    _in_fixed_folder,
+    piece_size,
+    split_of,
+    volume_loader,
+)
+from ctclip.hub.client import FULL
+from ctclip_model import CTCLIPMultiAbnormalityModel
+from ctclip.distributed import Ranks
+
+LINE_BYTES = 256  # more than an index line takes (about 150), for the estimate of disk space
+
+
+class CacheError(ValueError):
+    """A cache that cannot be read or written. One line: what was found, what was expected, what to do."""
+
+
+# ------------------------------------------------------------------ what an entry is a function of
+
+
+def source_of(volume: Volume) -> str | None:
+    """Digest of everything about a volume that decides its tensor and its HU verdict; None if that is not known, with
+    no file there and no stamp of it.
+
+    Name, folder (version 2 or not), the geometry and scaling in the metadata row, and which file it is: size and last 8
+    bytes of a .gz, which are the CRC-32 and length of its content, so that it is known without being read and survives
+    a copy; size and time of change of other files. The verdict on how to read the voxels follows from just these, by
+    the code that PREPROCESSING_VERSION stands for: another verdict is always another entry. Of a streamed volume, size
+    and last bytes are its stamp.
+    """
+    try:
+        size, content = volume.stamp or stamp_of(volume.path)
+    except OSError:  # reading it will fail as well, and say why
+        return None
+    row = volume.metadata and {column: volume.metadata.get(column) for column in GEOMETRY_COLUMNS}
+    parts = [volume.name, _in_fixed_folder(volume.path), row, size, content]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def stamp_of(path: Path) -> tuple[int, str | int]:
+    """(size, last 8 bytes in hex) of a .gz file, (size, time of change in ns) of another. Raises OSError."""
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        if path.suffix != ".gz":
+            return status.st_size, status.st_mtime_ns
+        file.seek(max(0, status.st_size - 8))
+        return status.st_size, file.read(8).hex()
+
+
+def sources_of(volumes: Sequence[Volume]) -> list[str | None]:
+    """`source_of` each; several at a time, because on a network file system each one waits for an answer."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(source_of, volumes))
+
+
+def encoder_digest(model: CTCLIPMultiAbnormalityModel) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors that `model.encode_for_cache` depends on."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.encoder_state().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def record_format(model: CTCLIPMultiAbnormalityModel) -> tuple[str, tuple[int, ...]]:
+    """(numpy type, shape) of what is stored for one volume."""
+    if model.cache_format == "codes":
+        sizes = model.sizes
+        depth = model.input_shape[0] // sizes.temporal_patch
+        return "uint16" if sizes.codes <= 2**16 else "int32", (depth, sizes.grid, sizes.grid)
+    device = next(model.parameters()).device
+    with encoding(model, device):  # only the backbone knows its width and its map's size
+        blank = model.encode_for_cache(torch.zeros(1, 1, *model.input_shape, device=device))
+    return "float16" if model.cache_format == "maps" else "float32", tuple(blank.shape[1:])
+
+
+@contextmanager
+def encoding(model: CTCLIPMultiAbnormalityModel, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, no gradients, and float32 throughout, whatever precision the caller trains with.
+
+    Every later run rests on what is stored, near ties between codes flip below float32, and reading a volume costs more
+    time than half precision would save: so no autocast, and no TF32 in matrix products and convolutions.
+    """
+    training, precision, tf32 = model.training, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        model.eval()
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.set_float32_matmul_precision(precision)
+        model.train(training)
+
+
+# ------------------------------------------------------------------ the folder
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One index line: where the record is, its CRC-32, how the file was read, and what it was made from."""
+
+    shard: int
+    record: int
+    crc32: int
+    reading: str
+    source: str
+
+
+class FeatureCache:
+    """The entries of one encoder under `cache_dir`; nothing is created there before the first `append`.
+
+    A row is a number for one entry, good for this object only; `refresh` adds rows and never changes one.
+    """
+
+    def __init__(self, cache_dir: str | os.PathLike, model: CTCLIPMultiAbnormalityModel):
+        dtype, self.shape = record_format(model)
+        self.dtype = np.dtype(dtype)
+        self.record_bytes = prod(self.shape) * self.dtype.itemsize
+        self.key = {
+            "kind": model.cache_format,
+            "shape": list(self.shape),
+            "dtype": dtype,
+            "encoder_sha256": encoder_digest(model),
+            # timm has architectures that differ in padding or activation and not in a single tensor
+            "backbone": None if model.is_ctclip else model.backbone.net.pretrained_cfg["architecture"],
+            "input_shape": list(model.input_shape),
+            "preprocessing_version": PREPROCESSING_VERSION,
+        }
+        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
+        self.folder = Path(cache_dir) / f"{model.cache_format}-{digest[:12]}"
+        self._entries: list[Entry] = []
+        self._newest: dict[str, int] = {}  # source -> row
+        self._intact: set[int] = set()  # rows whose CRC has been compared
+        self._done: dict[int, int] = {}  # shard -> bytes of its index that are in _entries
+        self._maps: dict[int, np.ndarray] = {}  # shard -> (n, *shape)
+        self._writing: tuple[int, IO[bytes], IO[bytes]] | None = None  # this process' own shard: number, .bin, .jsonl
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes in what other processes have appended since."""
+        for shard in self._shards(".jsonl"):
+            self._read_index(shard)
+
+    def _shards(self, suffix: str) -> list[int]:
+        return sorted(int(path.stem) for path in self.folder.glob(f"*{suffix}") if path.stem.isdigit())
+
+    def _file(self, shard: int, suffix: str) -> Path:
+        return self.folder / f"{shard:04d}{suffix}"
+
+    def _read_index(self, shard: int) -> None:
+        with open(self._file(shard, ".jsonl"), "rb") as file:
+            file.seek(self._done.get(shard, 0))
+            new = file.read()
+        path = self._file(shard, ".bin")
+        records = path.stat().st_size // self.record_bytes if path.exists() else 0
+        whole = new[: new.rfind(b"\n") + 1]
+        for line in whole.splitlines():
+            try:
+                fields = json.loads(line)
+                entry = Entry(shard, *(fields[name] for name in ("record", "crc32", "reading", "source")))
+                if entry.record < records:
+                    self._newest[entry.source] = len(self._entries)
+                    self._entries.append(entry)
+            except (ValueError, KeyError, TypeError):  # a power cut can leave zeros where a line was
+                continue
+        self._done[shard] = self._done.get(shard, 0) + len(whole)
+        self._maps.pop(shard, None)  # it has grown
+
+    def rows(self, volumes: Sequence[Volume]) -> list[int | None]:
+        """Row of each volume's entry, None where there is none for the volume as it is now."""
+        return self.rows_of(sources_of(volumes))
+
+    def rows_of(self, sources: Sequence[str | None]) -> list[int | None]:
+        return [source and self._newest.get(source) for source in sources]
+
+    def readings(self, rows: Sequence[int]) -> list[str]:
+        """How each volume's voxels were read: "hu" or "stored"."""
+        return [self._entries[row].reading for row in rows]
+
+    def _record(self, row: int) -> np.ndarray:
+        entry = self._entries[row]
+        if entry.shard not in self._maps:
+            path = self._file(entry.shard, ".bin")
+            shape = path.stat().st_size // self.record_bytes, *self.shape
+            self._maps[entry.shard] = np.asarray(np.memmap(path, self.dtype, "r", shape=shape))
+        return self._maps[entry.shard][entry.record]
+
+    def _is_intact(self, row: int) -> bool:
+        if row not in self._intact and zlib.crc32(self._record(row)) == self._entries[row].crc32:
+            self._intact.add(row)
+        return row in self._intact
+
+    def verify(self, rows: Sequence[int]) -> int:
+        """Drops the entries whose record does not have its CRC any more, so that they count as missing; how many."""
+        damaged = [row for row in rows if not self._is_intact(row)]
+        for row in damaged:
+            if self._newest.get(self._entries[row].source) == row:
+                del self._newest[self._entries[row].source]
+        return len(damaged)
+
+    def intact(self, sources: Sequence[str | None]) -> tuple[list[int | None], int]:
+        """(row of each intact entry, None without one; how many were damaged and count as missing from now on)."""
+        damaged = self.verify([row for row in self.rows_of(sources) if row is not None])
+        return self.rows_of(sources), damaged
+
+    def load(self, rows: Sequence[int]) -> Tensor:
+        """(n, *shape), as stored: uint16 or int32 codes, float16 maps, float32 pooled features.
+
+        The CRC of a record is compared the first time; CacheError where it is wrong. `verify` finds that out before.
+        """
+        out = np.empty((len(rows), *self.shape), self.dtype)
+        for i, row in enumerate(rows):
+            if not self._is_intact(row):
+                path = self._file(self._entries[row].shard, ".bin")
+                raise CacheError(f"{path}: found a damaged record, expected what was written; start the run again")
+            out[i] = self._record(row)
+        return torch.from_numpy(out)
+
+    def head_inputs(self, model: CTCLIPMultiAbnormalityModel, rows: Sequence[int], device: torch.device) -> Tensor:
+        """What the head of `model`, whose cache this is, takes for these entries, on the device."""
+        stored = self.load(rows)
+        stored = stored.float() if stored.is_floating_point() else stored.int()  # few operations know 16 bits
+        return model.features_from_cache(stored.to(device))
+
+    def out_of_reach(self, volumes: Sequence[Volume], rows: Sequence[int | None]) -> str | None:
+        """The one line for streamed volumes that have no entry, and no file to make one from; None without such."""
+        streamed = [(volume, row) for volume, row in zip(volumes, rows, strict=True) if volume.stamp is not None]
+        known = sum(row is not None for _, row in streamed)
+        if known == len(streamed):
+            return None
+        return (
+            f"{self.folder}: found features of {known} of {len(streamed)} volumes that were streamed and have no file, "
+            "expected those of all; choose the --cache-dir and the encoder (--model, --ctclip-path) that they were "
+            f"streamed with, or fetch the files with {FETCH} {split_of(streamed[0][0].name)}"
+        )
+
+    def append(
+        self,
+        volumes: Sequence[Volume],
+        arrays: Tensor,
+        verdicts: Sequence[Verdict],
+        sources: Sequence[str | None] | None = None,
+        remaining: int = 0,
+    ) -> None:
+        """Adds an entry for each volume from `arrays` (n, *shape); they are on the disk when this returns.
+
+        `sources`: those from before the files were read, since a file can change meanwhile; default: as they are now.
+        Raises CacheError when the disk is full (the line speaks of the `remaining` volumes); earlier entries stay.
+        """
+        sources = sources_of(volumes) if sources is None else sources
+        with np.errstate(over="ignore"):
+            records = arrays.detach().cpu().numpy().astype(self.dtype, order="C")
+        assert records.shape == (len(volumes), *self.shape), f"{records.shape} for {len(volumes)} x {self.shape}"
+        if not np.isfinite(records).all():
+            most = f"features of up to {arrays.abs().max():g} among {', '.join(volume.name for volume in volumes)}"
+            raise CacheError(f"found {most}, expected what {self.dtype} can hold; train without --cache-dir")
+        try:
+            shard, data, index = self._writing = self._writing or self._new_shard()
+            number = data.tell() // self.record_bytes
+            write_all(data, records.tobytes())
+            lines = []
+            for volume, source, verdict, record in zip(volumes, sources, verdicts, records, strict=True):
+                line = {"record": number + len(lines), "name": volume.name, "source": source}
+                lines.append(json.dumps(line | {"reading": verdict.reading, "crc32": zlib.crc32(record)}) + "\n")
+            write_all(index, "".join(lines).encode())
+        except BaseException as error:
+            self.close()  # half a record must stay the last of its shard
+            if isinstance(error, OSError):
+                found = error.strerror or str(error)
+                if error.errno in FULL:
+                    raise CacheError(self.no_room(max(remaining, len(volumes)), found)) from error
+                remedy = "choose another --cache-dir"
+                raise CacheError(f"{self.folder}: found {found}, expected a folder to write to; {remedy}") from error
+            raise
+        self._read_index(shard)
+
+    def _new_shard(self) -> tuple[int, IO[bytes], IO[bytes]]:
+        """Creates the next shard, which no other process can then take."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "key.json").exists():
+            # Not through `replacing`: several writers may be here at once, on machines that number processes alike.
+            temporary = self.folder / f"key-{uuid4().hex}.tmp"
+            temporary.write_text(json.dumps(self.key, indent=2) + "\n")
+            os.replace(temporary, self.folder / "key.json")
+        shard = max(self._shards(".bin"), default=-1) + 1
+        while True:
+            try:
+                data = open(self._file(shard, ".bin"), "xb", buffering=0)  # noqa: SIM115  closed by close()
+                return shard, data, open(self._file(shard, ".jsonl"), "xb", buffering=0)
+            except FileExistsError:
+                shard += 1
+
+    def close(self) -> None:
+        """Ends this process' shard, if it has begun one; a later `append` begins another."""
+        if self._writing is not None:
+            _, data, index = self._writing
+            self._writing = None
+            data.close()
+            index.close()
+
+    def room(self, count: int) -> tuple[int, int]:
+        """Bytes that `count` more volumes need, and bytes that are free on the folder's disk."""
+        return count * (self.record_bytes + LINE_BYTES), shutil.disk_usage(existing(self.folder)).free
+
+    def no_room(self, count: int, found: str) -> str:
+        """The one line for a disk that is full, or will be, or does not let us write."""
+        need, free = self.room(count)
+        return (
+            f"{self.folder}: found {found} ({free / 1e6:.1f} MB free on its disk), expected {need / 1e6:.1f} MB for "
+            f"{count} more volumes; free that much on it, or choose a --cache-dir elsewhere, and start again: what is "
+            "stored is kept"
+        )
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def write_all(file: IO[bytes], data: bytes) -> None:
+    """All of it, to the disk. An unbuffered write may take only a part, as it does when the disk is nearly full."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+    os.fsync(file.fileno())
+
+
+# ------------------------------------------------------------------ filling it
+
+
+def encode_missing(
+    model: CTCLIPMultiAbnormalityModel,
+    cache: FeatureCache,
+    volumes: Sequence[Volume],
+    device: torch.device,
+    workers: int,
+    ranks: Ranks,
+    on_batch: Callable[[list[Volume], Batch], None] | None = None,
+) -> list[int | None]:
+    """Encodes, on all ranks together, what `cache` does not have; returns the row of each volume, None if unreadable.
+
+    `model` is on `device` and is the one that the cache was opened with. `on_batch` gets the list that a batch's
+    `index` points into, and the batch with its failures and verdicts. Raises CacheError when a streamed volume is not
+    in the cache or the disk has too little room (before anything is encoded), when the disk fills up, or when it is not
+    one that all ranks see.
+    """
+    sources = sources_of(volumes)
+    rows, damaged = cache.intact(sources)
+    if damaged and ranks.is_main:
+        tqdm.write(f"{cache.folder}: found {damaged} damaged entries, counting them as missing")
+    missing = [i for i, row in enumerate(rows) if row is None]
+    need, free = cache.room(len(missing))
+    problem = cache.out_of_reach(volumes, rows)
+    if problem is None and need > free:
+        problem = cache.no_room(len(missing), "too little room")
+    # What the main rank sees counts: another one may have looked when the first new entries were there already.
+    missing, problem = ranks.gather((missing, problem))[0]
+    if problem:
+        raise CacheError(problem)
+    if missing and encoder_digest(model) != cache.key["encoder_sha256"]:
+        raise CacheError(f"{cache.folder}: found other weights than the cache was opened with; open it with this model")
+
+    mine = ranks.share(missing)
+    chosen = [volumes[i] for i in mine]
+    size = piece_size(model.input_shape, 16)
+    pin = device.type == "cuda"
+    loader = volume_loader(chosen, model.input_shape, size, num_workers=workers if chosen else 0, pin=pin)
+    done = 0
+    progress = tqdm(total=len(chosen), desc="encode", unit="vol", delay=2, disable=not ranks.is_main)
+    with encoding(model, device), progress:
+        for batch in loader:
+            if on_batch is not None:
+                on_batch(chosen, batch)
+            read = batch.index.tolist()
+            if read:
+                # One by one, because rounding depends on the shape of a batch: an entry must not depend on its
+                # neighbours, on the number of ranks, or on where an earlier run was killed.
+                uploads = (volume[None].to(device, non_blocking=True) for volume in batch.volumes)
+                arrays = torch.cat([model.encode_for_cache(upload) for upload in uploads])
+                before = [sources[mine[i]] for i in read]
+                cache.append([chosen[i] for i in read], arrays, batch.verdicts, before, len(chosen) - done)
+            done += len(read) + len(batch.failures)
+            progress.update(len(read) + len(batch.failures))
+    cache.close()
+    ranks.barrier()
+    cache.refresh()
+    rows = cache.rows_of(sources)
+    found = [row is not None for row in rows]
+    if any(other != found for other in ranks.gather(found)):
+        raise CacheError(
+            f"{cache.folder}: found different entries on different ranks, expected one folder that all of them see; "
+            "choose a --cache-dir on a shared file system"
+        )
+    return rows

@@ -1,0 +1,638 @@
+"""Does this machine do what the suite needs: a dozen checks, each with what was found and what to do about it.
+
+Standard library only at import. What imports torch does so in a process of its own, because an import can end a
+process: one forward pass, and the probes below, which run as `ctclip_doctor.py gpu` and `ctclip_doctor.py cohort D`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path, PurePosixPath
+from typing import Iterator  # noqa: UP035  (ctclip_setup must get as far as its Python check)
+
+from ctclip.environment.packages import (
+    OLDEST_PYTHON,
+    SUITE,
+    SetupError,
+    installed_version,
+    read_requirements,
+    script,
+    survey,
+    versions_text,
+    wanted_text,
+)
+from ctclip.formatting import TIED, WIDTH, join, size_text
+from ctclip.hub.client import (
+    PROMPTED,
+    WEIGHTS,
+    HubTrouble,
+    WeightsFile,
+    explain,
+    find_token,
+    hub_host,
+    look_up,
+    sha256_of,
+    vocabulary_path,
+)
+
+SYSTEM = Path("/")  # where proc/, sys/ and dev/ are
+LITTLE_MEMORY, LITTLE_SHARED, LITTLE_DISK = 4e9, 1e9, 5e9  # bytes
+PROBE_SHAPE = (60, 120, 120)  # enough to read a file to its end and to judge it
+PROBE_SECONDS = 600  # a file on a slow mount
+
+REINSTALL = "python -m pip install --force-reinstall torch torchvision timm"
+MORE_MEMORY = "end other programs, or use a machine with more: encoding one real volume takes about 3 GB"
+KILLED = " (out of memory?)"
+BROKEN = "the check itself broke: run this again, and report this line if it stays"
+CUDA_BUILDS = "https://pytorch.org/get-started/locally"
+
+MARKS = {"ok": "ok", "warning": "warn", "failed": "FAIL", "skipped": "skip"}
+MARK_WIDTH, NAME_WIDTH = 6, 15
+
+
+@dataclass
+class Row:
+    """One finding. state: "ok", "warning", "failed" or "skipped"; remedy: lines; numbers: the same for scripts."""
+
+    name: str
+    state: str
+    found: str
+    remedy: tuple[str, ...] = ()
+    numbers: dict = field(default_factory=dict)
+
+    def as_dict(self) -> dict:
+        texts = {"found": self.found, "remedy": "\n".join(self.remedy)}
+        texts = {key: text.replace(TIED, " ") for key, text in texts.items()}
+        return {"name": self.name, "state": self.state, **texts, **self.numbers}
+
+    def __str__(self) -> str:
+        """Lines of at most 100 columns, a path that is longer excepted: mark, name, finding; the remedy beneath."""
+        lead, margin = f"{MARKS[self.state]:<{MARK_WIDTH}}{self.name:<{NAME_WIDTH}}", " " * MARK_WIDTH
+        lines = wrapped(lead + self.found, "", " " * len(lead))
+        for number, step in enumerate(self.remedy):
+            numbered = "   " if re.match(r"\d\. ", step) else ""
+            lines += wrapped(step, margin + ("   " if number else "-> "), margin + "   " + numbered)
+        return "\n".join(lines).replace(TIED, " ")
+
+
+def wrapped(text: str, first: str, further: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=further, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def doctor(data_dir: Path | None, as_json: bool) -> int:
+    """Prints the rows as they come, or all of them as one JSON object; -> 0, or 2 where one failed. Never raises."""
+    rows = []
+    for row in examine(data_dir):
+        rows.append(row)
+        if not as_json:
+            print(row, flush=True)
+    count = Counter(row.state for row in rows)
+    if as_json:
+        versions = next((row.numbers["versions"] for row in rows if "versions" in row.numbers), {})
+        report = {
+            "rows": [row.as_dict() for row in rows],
+            "failed": count["failed"],
+            "python": sys.version.split()[0],
+            "versions": versions,
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        warnings = f"{count['warning']} warning{'' if count['warning'] == 1 else 's'}"
+        skipped = f", {count['skipped']} skipped" if count["skipped"] else ""
+        print(f"\n{count['ok']} ok, {warnings}, {count['failed']} failed{skipped}")
+    return 2 if count["failed"] else 0
+
+
+def examine(data_dir: Path | None) -> Iterator[Row]:
+    """All rows, in the order of what rests on what. A check that breaks is a failed row."""
+    checks = {
+        "python": python_rows,
+        "packages": packages_rows,
+        "gpu": gpu_rows,
+        "memory": memory_rows,
+        "shared memory": shared_rows,
+        "disk": disk_rows,
+        "token": token_rows,
+        "hub": hub_rows,
+        "weights": weights_rows,
+        "prompts": prompts_rows,
+        "cohort": lambda: cohort_rows(data_dir),
+        "forward pass": forward_rows,
+    }
+    for name, check in checks.items():
+        try:
+            yield from check()
+        except Exception as error:
+            yield broken(name, error)
+
+
+def broken(name: str, error: Exception, *remedy: str) -> Row:
+    """A check that raised: skipped where it needs a package that is missing, else failed."""
+    if isinstance(error, SetupError):
+        return Row(name, "failed", *found_and_remedy(str(error)))
+    said = str(error) if isinstance(error, ProcessFailed) else f"{type(error).__name__}: {error}"
+    said = said.strip().splitlines()[0]
+    package = missing_package(said)
+    if package:
+        return Row(name, "skipped", f"needs {package}")
+    return Row(name, "failed", said, (MORE_MEMORY,) if said.endswith(KILLED) else remedy or (BROKEN,))
+
+
+def missing_package(said: str) -> str | None:
+    """The requirement whose absence an error tells of; None for modules of the suite, or that packages bring along."""
+    module = re.search(r"No module named '(\w+)", said)
+    package = module and {"sklearn": "scikit-learn"}.get(module[1], module[1])
+    if not package or installed_version(package) is not None:
+        return None
+    with contextlib.suppress(SetupError):  # says so in its own row
+        return next((need.name for need in read_requirements(False) if need.name == package), None)
+    return None
+
+
+def found_and_remedy(line: str) -> tuple[str, tuple[str, ...]]:
+    """The suite's one-line errors ("found ..., expected ...; what to do") in their two parts."""
+    found, _, remedy = line.rpartition("; ")
+    return (found, (remedy,)) if found else (remedy, (BROKEN,))
+
+
+def setup_command() -> str:
+    return f"python {script('ctclip_setup.py')}"
+
+
+# ---- processes of their own
+
+
+class ProcessFailed(Exception):
+    """A process that gave no result; the message is the last line of its error."""
+
+
+class ForwardFailed(ProcessFailed):
+    """The installation does not compute; the message is the last line of its error."""
+
+
+def output_of(command: list[str], seconds: float) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise ProcessFailed(f"no result within {seconds:g} s") from error
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise ProcessFailed(f"the process was ended by {name}{KILLED if name == 'SIGKILL' else ''}")
+    if done.returncode > 0:
+        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise ProcessFailed(lines[-1] if lines else f"the process ended with code {done.returncode}")
+    return done.stdout.strip()
+
+
+def ask(probe: str, *arguments: str):
+    """What a function of PROBES returns."""
+    command = [sys.executable, str(SUITE / "ctclip_doctor.py"), probe, *arguments]
+    return json.loads(output_of(command, PROBE_SECONDS).splitlines()[-1])
+
+
+FORWARD = """
+import json, sys, time
+sys.path.insert(0, sys.argv[1])
+import timm, torch
+from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
+if sys.argv[2]:
+    model = CTCLIPMultiAbnormalityModel(ctclip_path=sys.argv[2])
+    volume = torch.zeros(1, 1, *model.input_shape)
+else:
+    model = CTCLIPMultiAbnormalityModel(ctclip_path=None, backbone="resnet18", pretrained=False)
+    volume = torch.zeros(1, 3, 64, 64)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = model.to(device).eval()
+start = time.monotonic()
+with torch.no_grad():
+    logits = model(volume.to(device))
+if tuple(logits.shape) != (1, len(ABNORMALITIES)) or not bool(torch.isfinite(logits).all()):
+    raise SystemExit("logits of shape %s, expected finite (1, %d)" % (tuple(logits.shape), len(ABNORMALITIES)))
+print(json.dumps({"torch": torch.__version__, "seconds": time.monotonic() - start, "input": list(volume.shape),
+    "logits": list(logits.shape), "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu"}))
+"""
+
+
+def forward_pass() -> dict:
+    """A small volume through the demo model (the slice model where that file is absent), in its own process."""
+    demo = SUITE / "models" / "ctclip_demo.pt"
+    try:
+        output = output_of([sys.executable, "-c", FORWARD, str(SUITE), str(demo) if demo.exists() else ""], 300)
+    except ProcessFailed as error:
+        raise ForwardFailed(str(error)) from error
+    return json.loads(output.splitlines()[-1])
+
+
+def forward_rows() -> Iterator[Row]:
+    try:
+        result = forward_pass()
+    except ForwardFailed as error:
+        yield broken("forward pass", error, f"if the packages are at fault: {REINSTALL}")
+        return
+    sizes = f"{tuple(result['input'])} -> logits {tuple(result['logits'])}"
+    found = f"{sizes} in {result['seconds']:.2f} s on {result['device']}"
+    yield Row("forward pass", "ok", found, numbers={"seconds": result["seconds"], "device": result["device"]})
+
+
+# ---- Python and packages
+
+
+def python_rows() -> Iterator[Row]:
+    virtual = sys.prefix != sys.base_prefix
+    conda = Path(sys.prefix, "conda-meta").is_dir()
+    where = "in a virtual environment" if virtual else "in a conda environment" if conda else "no virtual environment"
+    found = f"{sys.version.split()[0]}, {where}: {sys.executable}"
+    numbers = {"executable": sys.executable, "virtual_environment": virtual or conda}
+    if tuple(sys.version_info[:2]) >= OLDEST_PYTHON:
+        yield Row("python", "ok", found, numbers=numbers)
+    else:
+        newer = f"run this with Python {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or newer (python3.11, ...)"
+        yield Row("python", "failed", found, (newer,), numbers)
+
+
+def packages_rows() -> Iterator[Row]:
+    ready, wanted = survey(read_requirements(False))
+    old = {need.name: version for need, version in wanted.items() if version}
+    numbers = {"versions": {**ready, **old}, "missing": [str(need) for need in wanted]}
+    if wanted:
+        found = f"{len(ready)} of {len(ready) + len(wanted)} are here; missing or too old: {wanted_text(wanted)}"
+        yield Row("packages", "failed", found, (f"{setup_command()} installs them",), numbers)
+    else:
+        yield Row("packages", "ok", f"all {len(ready)} are here: {versions_text(ready)}", numbers=numbers)
+
+
+# ---- the machine
+
+
+def see_gpu() -> dict:
+    """What torch makes of the GPUs; `problem` where it can compute on none."""
+    import torch
+
+    seen = {"torch": torch.__version__, "cuda": torch.version.cuda, "devices": [], "precision": None, "problem": None}
+    try:
+        torch.zeros(1, device="cuda")
+    except (RuntimeError, AssertionError) as error:
+        return {**seen, "problem": str(error).strip().splitlines()[0]}
+    from ctclip.inference.predictor import choose_precision
+
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        seen["devices"].append({"name": device.name, "memory_bytes": device.total_memory})
+    seen["precision"] = {"bfloat16": "bf16", "float16": "fp16"}[str(choose_precision(torch.device("cuda")))[6:]]
+    return seen
+
+
+def driver_gpus() -> tuple[list[dict], str | None, str]:
+    """(name and memory of each GPU, the driver's version, what nvidia-smi says where it is there and sees none)."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return [], None, ""
+    try:
+        query = "--query-gpu=name,memory.total,driver_version"
+        output = output_of([program, query, "--format=csv,noheader,nounits"], 20)
+    except (ProcessFailed, OSError) as error:
+        return [], None, str(error)
+    lines = [line for line in output.splitlines() if line.count(",") >= 2]
+    parts = [[part.strip() for part in line.rsplit(",", 2)] for line in lines]
+    gpus = [{"name": name, "memory_bytes": int(mebi) << 20 if mebi.isdigit() else None} for name, mebi, _ in parts]
+    return gpus, parts[0][2] if parts else None, "" if parts else output.partition("\n")[0]
+
+
+def gpus_text(gpus: list[dict]) -> str:
+    kinds = Counter((gpu["name"], gpu["memory_bytes"]) for gpu in gpus)
+    return join(
+        (f"{count} x " if count > 1 else "") + name + (f" with {size_text(memory)}" if memory else "")
+        for (name, memory), count in kinds.items()
+    )
+
+
+def gpu_rows() -> Iterator[Row]:
+    gpus, driver, complaint = driver_gpus()
+    try:
+        seen = ask("gpu")
+    except ProcessFailed as error:
+        row = broken("gpu", error, f"if the packages are at fault: {REINSTALL}")
+        if gpus:
+            row.found += f"; nvidia-smi sees {gpus_text(gpus)}, driver {driver}"
+        yield row
+        return
+    build = f"torch {seen['torch']} for " + (f"CUDA {seen['cuda']}" if seen["cuda"] else "the CPU")
+    numbers = {**seen, "driver": driver}
+    if seen["devices"]:
+        found = f"{gpus_text(seen['devices'])}; {build}" + (f", driver {driver}" if driver else "")
+        yield Row("gpu", "ok", f"{found}; half precision: {seen['precision']}", numbers=numbers)
+    elif gpus:
+        why, remedy = unseen_gpu(seen, driver)
+        yield Row("gpu", "warning", f"{gpus_text(gpus)} is here, but not for torch: {why}", (remedy,), numbers)
+    else:
+        note = f"; nvidia-smi: {complaint}" if complaint else ""
+        yield Row("gpu", "ok", f"none: everything runs on the CPU; {build}{note}", numbers=numbers)
+
+
+def unseen_gpu(seen: dict, driver: str | None) -> tuple[str, str]:
+    """Why torch does not use a GPU that the driver has, and what to do."""
+    if seen["cuda"] is None:
+        why = f"torch {seen['torch']} is built for the CPU only"
+        return why, f"install torch and torchvision built for CUDA: {CUDA_BUILDS}"
+    if "too old" in seen["problem"]:
+        why = f"driver {driver} is too old for its CUDA {seen['cuda']}"
+        return why, f"update the driver, or install torch and torchvision built for an older CUDA: {CUDA_BUILDS}"
+    if "no kernel image" in seen["problem"]:
+        why = f"torch {seen['torch']} has no kernels for it: it is too old, or too new"
+        return why, f"install torch and torchvision built for another CUDA: {CUDA_BUILDS}"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        return f"CUDA_VISIBLE_DEVICES is {hidden!r}", "unset CUDA_VISIBLE_DEVICES"
+    return seen["problem"], "restart the machine or the container; if it stays, install the driver again"
+
+
+def number_in(path: Path, name: str = "") -> float:
+    """The number in a file of /proc or /sys, or in its line `name`; infinite where there is none ("max", no file)."""
+    try:
+        found = re.search(rf"^{name}:?\s*(\d+)\b", path.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return float(found[1]) if found else inf
+
+
+def cgroup_memory() -> tuple[float, float]:
+    """(limit, bytes left under it) of this process's cgroup or one above it, whichever leaves least; else infinite."""
+    tightest = inf, inf
+    try:
+        lines = (SYSTEM / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return tightest
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        mount = SYSTEM / "sys/fs/cgroup"
+        if not controllers:  # version 2
+            limit_file, usage_file, cache = "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            mount /= "memory"
+            limit_file, usage_file, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        parts = PurePosixPath(path).parts[1:]
+        for depth in range(len(parts) + 1):
+            folder = mount.joinpath(*parts[:depth])
+            limit, usage = number_in(folder / limit_file), number_in(folder / usage_file)
+            reclaimable = number_in(folder / "memory.stat", cache)
+            if limit < inf and usage < inf:
+                left = limit - usage + (reclaimable if reclaimable < inf else 0)
+                tightest = min(tightest, (limit, left), key=lambda pair: pair[1])
+    return tightest
+
+
+def memory_rows() -> Iterator[Row]:
+    table = SYSTEM / "proc/meminfo"
+    total, available = number_in(table, "MemTotal") * 1024, number_in(table, "MemAvailable") * 1024
+    if available == inf:
+        yield Row("memory", "skipped", "this system does not tell (no /proc/meminfo)")
+        return
+    limit, left = cgroup_memory()
+    limited = limit < total
+    total, available = int(min(total, limit)), int(max(min(available, left), 0))
+    found = f"{size_text(available)} available of {size_text(total)}" + (", the limit of its cgroup" if limited else "")
+    numbers = {"available_bytes": available, "total_bytes": total, "cgroup_limited": limited}
+    if available < LITTLE_MEMORY:
+        yield Row("memory", "warning", found, (MORE_MEMORY,), numbers)
+    else:
+        yield Row("memory", "ok", found, numbers=numbers)
+
+
+def shared_rows() -> Iterator[Row]:
+    folder = SYSTEM / "dev/shm"
+    if not folder.is_dir():
+        yield Row("shared memory", "skipped", "this system has no /dev/shm")
+        return
+    total, _, free = shutil.disk_usage(folder)
+    found, numbers = f"{size_text(free)} free of {size_text(total)}", {"free_bytes": free, "total_bytes": total}
+    if free < LITTLE_SHARED:
+        remedy = "add --workers 0 to every command that reads volumes; in a container: docker run --shm-size 8g"
+        yield Row("shared memory", "warning", found, (remedy,), numbers)
+    else:
+        yield Row("shared memory", "ok", found, numbers=numbers)
+
+
+def disk_rows() -> Iterator[Row]:
+    """Of the working folder, and of those of models/, results/ and cache/ that there are: they may be elsewhere."""
+    here = Path.cwd()
+    free = {}
+    for folder in (here, *(here / name for name in ("models", "results", "cache") if (here / name).exists())):
+        free[folder] = shutil.disk_usage(folder).free
+        try:
+            with tempfile.TemporaryFile(dir=folder):  # permission bits do not tell: root, read-only mounts
+                pass
+        except OSError as error:
+            found = f"{folder} cannot be written to ({error.strerror})"
+            yield Row("disk", "failed", found, ("run this in a folder you may write to",), {"folder": str(folder)})
+            return
+    tightest = min(free, key=free.get)
+    found, numbers = f"{size_text(free[tightest])} free in {tightest}", {"free_bytes": free[tightest]}
+    numbers["folder"] = str(tightest)
+    if free[tightest] < LITTLE_DISK:
+        remedy = "free some, or run this in a folder on a larger disk: one file of weights is 1.77 GB"
+        yield Row("disk", "warning", found, (remedy,), numbers)
+    else:
+        yield Row("disk", "ok", found, numbers=numbers)
+
+
+# ---- the hub
+
+
+def token_source(token: str) -> str:
+    names = [name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name, "").strip() == token]
+    return f"in {names[0]}" if names else "stored by `hf auth login`"
+
+
+def token_rows() -> Iterator[Row]:
+    from huggingface_hub import get_token
+
+    try:
+        source = token_source(find_token())
+    except HubTrouble as trouble:
+        state = "failed" if get_token() else "warning"  # the built-in cohort needs none
+        yield Row("token", state, trouble.reason, trouble.steps, {"source": None})
+        return
+    yield Row("token", "ok", f"found, {source}", numbers={"source": source})
+
+
+def hub_rows() -> Iterator[Row]:
+    """What the hub answers to this token. It is a warning where waiting may help: what needs no hub works meanwhile."""
+    from huggingface_hub import constants
+
+    try:
+        token = find_token()
+    except HubTrouble:
+        yield Row("hub", "skipped", "no usable token to ask with")
+        return
+    if constants.HF_HUB_OFFLINE:
+        yield Row("hub", "skipped", "HF_HUB_OFFLINE is set, so nothing is asked")
+        return
+    file, started = WEIGHTS["classfine"], time.monotonic()
+    try:
+        look_up(file, token)
+    except Exception as error:
+        trouble = explain(error, file, token)
+        yield Row("hub", "warning" if trouble.passes else "failed", trouble.reason, trouble.steps, {"host": hub_host()})
+        return
+    seconds = time.monotonic() - started
+    found = f"the token may read CT-RATE ({hub_host()} answered in {seconds:.1f} s)"
+    yield Row("hub", "ok", found, numbers={"host": hub_host(), "seconds": seconds})
+
+
+# ---- weights
+
+
+def weights_rows() -> Iterator[Row]:
+    files = [weights for weights in map(WeightsFile, WEIGHTS) if weights.path]
+    if not files:
+        remedy = f"once the token may read CT-RATE: {setup_command()}"
+        yield Row("weights", "warning", "none in models/; the built-in cohort needs none", (remedy,))
+    for weights in files:
+        try:
+            yield weights_row(weights)
+        except Exception as error:
+            row = broken("weights", error)
+            yield Row(row.name, row.state, f"{weights.name}: {row.found}", row.remedy, {"weights": weights.name})
+
+
+def weights_row(weights: WeightsFile) -> Row:
+    """Of one file: its bytes against those that were kept, then its fingerprint, which is kept if there was none."""
+    file = weights.path
+    numbers = {"weights": weights.name, "file": str(file), "bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    lead = f"{weights.name}: {file}, {weights.size}"
+    if problem := weights.unlike_kept(numbers["sha256"]):
+        again = f"fetch it again: {setup_command()} --model {weights.name}"
+        return Row("weights", "failed", f"{lead}: {problem}", (again,), numbers)
+    try:
+        said = output_of([sys.executable, str(SUITE / "ctclip_weights.py"), str(file)], PROBE_SECONDS).splitlines()[-1]
+    except ProcessFailed as error:
+        if not str(error).startswith("error: "):
+            raise
+        found, remedy = found_and_remedy(str(error)[len("error: ") :])
+        return Row("weights", "failed", f"{weights.name}: {found}", remedy, numbers)
+    digest = re.search(r"fingerprint (\w+)", said)
+    numbers["fingerprint"] = digest and digest[1]
+    checked = ", SHA-256 as kept" if weights.kept_sha256 else ""
+    return Row("weights", "ok", f"{lead}{checked}; {said}", numbers=numbers)
+
+
+def prompts_rows() -> Iterator[Row]:
+    """What predicting by prompts needs beside the weights; no row where no weights classify that way."""
+    files = [weights for weights in map(WeightsFile, PROMPTED) if weights.path]
+    if not files:
+        return
+    vocabulary, transformers = vocabulary_path(files[0].whole), installed_version("transformers")
+    numbers = {"vocabulary": str(vocabulary), "transformers": transformers}
+    remedies = {
+        "its vocabulary": not vocabulary.exists() and f"{setup_command()} --model {files[0].name} fetches it",
+        "the package transformers": transformers is None and "pip install transformers",
+    }
+    kept = [any(weights.whole.parent.glob(f"{weights.whole.stem}.prompts_*.safetensors")) for weights in files]
+    numbers["kept"] = sum(kept)
+    lacking = {what: remedy for what, remedy in remedies.items() if remedy}
+    names = join(weights.name for weights in files)
+    if list(lacking) == ["the package transformers"] and all(kept):
+        found = f"{names}: {vocabulary}, answers to prompts used before; others need the package transformers"
+        yield Row("prompts", "ok", found, tuple(lacking.values()), numbers)
+    elif lacking:
+        found = f"{names}: without {' and '.join(lacking)} no prediction by prompts; fine-tuning works"
+        yield Row("prompts", "warning", found, tuple(lacking.values()), numbers)
+    else:
+        yield Row("prompts", "ok", f"{names}: {vocabulary}, transformers {transformers}", numbers=numbers)
+
+
+# ---- the cohort
+
+
+def see_cohort(data_dir: str) -> list[dict]:
+    """Of each split whose label table is there: what it holds, and how its first, middle and last file are read."""
+    from ctclip.data.preprocessing import SPLITS, labels_path
+
+    if not Path(data_dir).is_dir():
+        return [{"split": None, "error": f"found no folder {data_dir}, expected the cohort's; check --data-dir"}]
+    tables = {split: Path(data_dir, labels_path(split)) for split in SPLITS}
+    if not any(table.exists() for table in tables.values()):
+        first = next(iter(tables.values()))
+        return [{"split": None, "error": f"found no {first}, expected a table of labels; check --data-dir"}]
+    return [see_split(data_dir, split) for split, table in tables.items() if table.exists()]
+
+
+def see_split(data_dir: str, split: str) -> dict:
+    from ctclip.data.preprocessing import SUFFIX, CohortError, VolumeError, load_cohort, read_volume
+
+    try:
+        cohort = load_cohort(data_dir, split)
+    except CohortError as error:
+        return {"split": split, "error": str(error)}
+    on_disk = [volume for volume in cohort.volumes if volume.stamp is None]
+    readings, faults = [], []
+    for place in sorted({0, len(on_disk) // 2, len(on_disk) - 1}) if on_disk else ():
+        volume = on_disk[place]
+        try:
+            _, verdict = read_volume(volume, PROBE_SHAPE)
+        except (VolumeError, OSError, MemoryError) as error:
+            faults.append(str(error) or f"{volume.name}: {type(error).__name__}")
+        else:
+            folder, *_, why = verdict.evidence.split("; ")
+            name = volume.name.removesuffix(SUFFIX)
+            readings.append([name, verdict.reading, f"{folder}, {why.partition(': ')[2]}"])
+    return {
+        "split": split,
+        "summary": cohort.summary().splitlines(),
+        "volumes": len(cohort),
+        "scans": len({volume.scan for volume in cohort.volumes}),
+        "patients": len({volume.patient for volume in cohort.volumes}),
+        "on_disk": len(on_disk),
+        "not_on_disk": cohort.not_on_disk,
+        "left_out": dict(Counter(reason for _, reason in cohort.left_out)),
+        "readings": readings,
+        "faults": faults,
+    }
+
+
+def cohort_rows(data_dir: Path | None) -> Iterator[Row]:
+    if data_dir is None:
+        yield Row("cohort", "skipped", "no --data-dir given")
+        return
+    for seen in ask("cohort", str(data_dir)):
+        lead = f"{seen['split']}: " if seen["split"] else ""
+        if "error" in seen:
+            found, remedy = found_and_remedy(seen["error"])
+            yield Row("cohort", "failed", lead + found, remedy, {"split": seen["split"]})
+            continue
+        tried = len(seen["readings"]) + len(seen["faults"])
+        counts = [f"{len(seen['readings'])} of {tried} files tried can be read"] if tried else []  # else: streamed
+        found = "; ".join([*seen["summary"], *counts])
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name, reading, evidence in seen["readings"]:
+            groups.setdefault((reading, evidence), []).append(name)
+        for (reading, evidence), names in groups.items():
+            found += f"; as {reading}: {join(names)} ({evidence})"
+        faults = seen.pop("faults")
+        yield Row("cohort", "ok", lead + found, numbers=seen)
+        for fault in faults:
+            found, remedy = found_and_remedy(fault)
+            yield Row("cohort", "failed", found, remedy, {"split": seen["split"]})
+
+
+PROBES = {"gpu": see_gpu, "cohort": see_cohort}
+
+if __name__ == "__main__":
+    print(json.dumps(PROBES[sys.argv[1]](*sys.argv[2:])))

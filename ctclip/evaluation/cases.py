@@ -1,0 +1,139 @@
+"""The volumes most wrongly called, label by label, each with a look at the scan where it is at hand."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ctclip.evaluation.tables import Rows, row_keys
+from ctclip_model import ABNORMALITIES
+
+if TYPE_CHECKING:
+    import torch
+
+    from ctclip.data.preprocessing import Volume
+
+LISTED = 3  # of each label and kind
+PICTURE_SHAPE = (200, 200, 200)  # voxels of 1.8 mm over the 360 mm cube; a slice is as many pixels
+LUNG_WINDOW, SOFT_WINDOW = (-0.6, 1.5), (0.04, 0.4)  # level and width, HU / 1000
+SOFT_LABELS = frozenset((*ABNORMALITIES[:7], "Pleural effusion"))  # devices, vessels, heart, hernia, lymph nodes
+LUNG_DENSITY = (-0.95, -0.5)  # HU / 1000
+
+
+@dataclass(frozen=True)
+class Case:
+    """A volume called wrongly: `kind` is "missed" or "false alarm", `probability` and `cut` are calibrated, `picture`
+    is a JPEG, an axial beside a coronal slice, or None."""
+
+    label: str
+    kind: str
+    name: str
+    probability: float
+    cut: float
+    picture: bytes | None = None
+
+
+def worst_cases(rows: Rows, calibrated: np.ndarray, cuts: np.ndarray, calibrated_cuts: np.ndarray) -> list[Case]:
+    """Up to LISTED missed ones and as many false alarms of each label, the most wrong first.
+
+    rows: as evaluated; calibrated (N, 18); cuts on probabilities as given, which decide, and the same calibrated, which
+    are shown; both broadcast to (N, 18).
+    """
+    called, shown = rows.probabilities >= cuts, np.broadcast_to(calibrated_cuts, calibrated.shape)
+    cases = []
+    for j, label in enumerate(ABNORMALITIES):
+        for kind, wrong, order in (
+            ("missed", (rows.labels[:, j] == 1) & ~called[:, j], calibrated[:, j]),
+            ("false alarm", (rows.labels[:, j] == 0) & called[:, j], -calibrated[:, j]),
+        ):
+            chosen = np.flatnonzero(wrong)
+            for i in chosen[np.argsort(order[chosen], kind="stable")][:LISTED]:
+                cases.append(Case(label, kind, str(rows.names[i]), float(calibrated[i, j]), float(shown[i, j])))
+    return cases
+
+
+def with_pictures(
+    cases: Sequence[Case], unit: str, data_dir: Path, most: int
+) -> tuple[list[Case], list[tuple[str, str]]]:
+    """(the cases, the first `most` of each label and kind with a picture; what could not be read, as (name, reason)).
+
+    A row of merged volumes shows the first of them. Each volume is read once; those that were streamed and have no file
+    are counted under one reason. Raises CohortError where `data_dir` has no usable cohort.
+    """
+    from tqdm import tqdm
+
+    from ctclip.data.preprocessing import FETCH, VolumeError, load_cohort, read_volume
+
+    volumes = _volumes_by_row(load_cohort(data_dir, "valid").volumes, unit)
+    wanted: dict[str, list[int]] = {}
+    for places in _places(cases).values():
+        for place in places[:most]:
+            wanted.setdefault(cases[place].name, []).append(place)
+    done, failures = list(cases), []
+    streamed = {name for name in wanted if name in volumes and volumes[name].stamp is not None}
+    if streamed:
+        reason = f"streamed, and their files not kept; {FETCH} valid fetches them"
+        failures.append((f"{len(streamed)} volumes", reason))
+    for name, places in tqdm(wanted.items(), desc="pictures", unit="vol", delay=2, leave=False):
+        if name in streamed:
+            continue
+        if name not in volumes:
+            failures.append((name, f"not in {data_dir}"))
+            continue
+        try:
+            tensor, _ = read_volume(volumes[name], PICTURE_SHAPE)
+        except VolumeError as error:
+            failures.append((name, str(error)))
+            continue
+        for place in places:
+            window = SOFT_WINDOW if cases[place].label in SOFT_LABELS else LUNG_WINDOW
+            done[place] = replace(cases[place], picture=picture(tensor, window))
+    return done, failures
+
+
+def _places(cases: Sequence[Case]) -> dict[tuple[str, str], list[int]]:
+    places: dict[tuple[str, str], list[int]] = {}
+    for place, case in enumerate(cases):
+        places.setdefault((case.label, case.kind), []).append(place)
+    return places
+
+
+def _volumes_by_row(volumes: Sequence[Volume], unit: str) -> Mapping[str, Volume]:
+    """{name of a row of that unit: its first volume}."""
+    first: dict[str, Volume] = {}
+    for key, volume in zip(row_keys([volume.name for volume in volumes], unit), volumes, strict=True):
+        first.setdefault(key, volume)
+    return first
+
+
+def picture(volume: torch.Tensor, window: tuple[float, float]) -> bytes:
+    """JPEG of (1, D, H, W) = (1, z, x, y), HU / 1000: the axial and the coronal slice with the most lung in them.
+
+    As radiologists look: the patient's right on the left, front or head at the top.
+    """
+    from matplotlib.image import imsave
+
+    hu = volume[0].numpy()
+    lung = _eroded((hu > LUNG_DENSITY[0]) & (hu < LUNG_DENSITY[1]), 2)
+    axial = hu[lung.sum(axis=(1, 2)).argmax()].T
+    coronal = hu[::-1, :, lung.sum(axis=(0, 1)).argmax()]
+    level, width = window
+    shown, (low, high) = np.concatenate([axial, coronal], axis=1), (level - width / 2, level + width / 2)
+    file = io.BytesIO()
+    imsave(file, shown, vmin=low, vmax=high, cmap="gray", format="jpg", pil_kwargs={"quality": 80})
+    return file.getvalue()
+
+
+def _eroded(mask: np.ndarray, steps: int) -> np.ndarray:
+    """What of a 3-D mask lies at least so many voxels inside: without the thin shells that partial volumes make."""
+    for axis in range(3):
+        inside = mask.copy()
+        for by in range(1, steps + 1):
+            inside &= np.roll(mask, by, axis) & np.roll(mask, -by, axis)
+        mask = inside
+    return mask

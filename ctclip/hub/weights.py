@@ -1,0 +1,217 @@
+"""Weights files: their fingerprint, the record kept beside them, and a slim copy with only the tensors in use.
+
+    python ctclip_weights.py models/ctclip_classfine.pt              the fingerprint, and whether it is the one kept
+    python ctclip_weights.py models/ctclip_classfine.pt --slim       0.7 GB as safetensors in place of 1.77 GB
+
+Two people have the same model where the digests of their tensors are equal, and it computes the same where the numbers
+beside it are: what the model makes of one fixed synthetic volume. models/ctclip_<name>.json keeps both.
+"""
+
+from __future__ import annotations
+
+from ctclip.config import weights_parser
+
+if __name__ == "__main__":
+    weights_parser(__doc__).parse_args()  # --help and wrong flags are answered before the two seconds of the imports
+
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ctclip.data.feature_cache import encoding
+from ctclip.data.preprocessing import preprocess_volume
+from ctclip.formatting import size_text
+from ctclip.hub.client import SPARE_BYTES, read_record, record_path, sha256_of, slim_path, write_record
+from ctclip.phantoms.phantom import make_phantom
+from ctclip_model import (
+    LINEAR_HEAD_KEYS,
+    SLIM_OF,
+    CheckpointError,
+    CTCLIPMultiAbnormalityModel,
+    _unused_reason,
+    is_slim_copy,
+    read_checkpoint,
+)
+
+PHANTOM = {"seed": 2026, "shape": (180, 180, 90), "spacing": (2.0, 2.0, 4.0)}  # x, y, z; mm
+VALUES = 18  # numbers shown: the logits, or as many of the latent's
+TOLERANCE = 0.02  # of a number of about 1: processors differ in rounding, and a code that is nearly a tie may flip
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """kind "logits", or "latent" where the file has no head; digest of every loaded tensor; where it was computed."""
+
+    digest: str
+    kind: str
+    values: tuple[float, ...]
+    where: str
+
+    def __str__(self) -> str:
+        shown = " ".join(f"{value:.3f}" for value in self.values)
+        return f"fingerprint {self.digest[:12]}; {self.kind} of the fixed phantom: {shown}"
+
+    def difference(self, kept: Fingerprint) -> str | None:
+        """What sets it apart from one that was kept, in a few words; None where it is the same."""
+        if (self.digest, self.kind) != (kept.digest, kept.kind):
+            return f"other tensors: {self.digest[:12]} where {kept.digest[:12]} was kept"
+        most = max(abs(a - b) for a, b in zip(self.values, kept.values, strict=True))
+        if most > TOLERANCE:
+            return f"the same tensors give numbers up to {most:.3f} off those computed on {kept.where}"
+        return None
+
+
+def load(path: Path) -> CTCLIPMultiAbnormalityModel:
+    """The file's own tensors and nothing made of them: its fingerprint must not depend on what else is in the folder,
+    as a head of prompts does."""
+    return CTCLIPMultiAbnormalityModel(str(path), head="linear")
+
+
+def tensors_digest(model: CTCLIPMultiAbnormalityModel) -> str:
+    """SHA-256 over names, types, shapes and bytes of the model's tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fixed_phantom(shape: tuple[int, int, int]) -> Tensor:
+    """The volume that fingerprints are taken of, (1, 1, D, H, W): by way of a file, so that reading is part of it."""
+    phantom = make_phantom(PHANTOM["seed"], np.arange(VALUES) % 2, PHANTOM["spacing"], PHANTOM["shape"])
+    x, y, z = PHANTOM["spacing"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "phantom.nii")
+        nibabel.save(nibabel.Nifti1Image(phantom.hu, np.diag([-x, -y, z, 1])), path)
+        return preprocess_volume(path, shape=shape)[None]
+
+
+def fingerprint(model: CTCLIPMultiAbnormalityModel) -> Fingerprint:
+    """Of a CT-CLIP model on the CPU, in float32. About ten seconds at the published size."""
+    volume = fixed_phantom(model.input_shape)
+    headless = bool(model.load_report and model.load_report.new)
+    with encoding(model, torch.device("cpu")):
+        values = model.encode(volume) if headless else model(volume)
+    return Fingerprint(
+        tensors_digest(model),
+        "latent" if headless else "logits",
+        tuple(values[0, :VALUES].tolist()),
+        f"{platform.machine()}, torch {torch.__version__}",
+    )
+
+
+# ---- the record beside the file
+
+
+def kept_fingerprint(weights: Path) -> Fingerprint | None:
+    """That of the record; None where there is none, or something else in its place."""
+    kept = read_record(weights).get("fingerprint")
+    try:
+        return Fingerprint(**kept | {"values": tuple(map(float, kept["values"]))})
+    except (TypeError, KeyError, ValueError):
+        return None
+
+
+# ---- slim
+
+
+def tensors_in_use(path: Path, model: CTCLIPMultiAbnormalityModel) -> dict[str, Tensor]:
+    """Of the file at `path`: what `model`, loaded from it, computes with, what its sizes are read from, and, where it
+    has no head, the text tower, which is what such a file classifies with."""
+    state, own = read_checkpoint(path), model.state_dict()
+    by_prompts = LINEAR_HEAD_KEYS[0] not in state
+    size_key = "visual_transformer.to_patch_emb_first_frame.1.weight"  # the only one that tells the in-plane patch
+    return {
+        key: value.contiguous()
+        for key, value in state.items()
+        if key in own or key == size_key or (by_prompts and _unused_reason(key) == "text tower")
+    }
+
+
+def make_slim(path: Path) -> tuple[Path, Fingerprint]:
+    """Puts a slim copy in the place of `path` once it is proven to compute the same, to the bit; -> (it, fingerprint).
+
+    Raises CheckpointError where there is no room for both, another file is in its place, or the proof fails; `path` is
+    then as it was.
+    """
+    target = slim_path(path)
+    if target.exists() and not is_slim_copy(target, path):
+        raise CheckpointError(
+            f"{target}: found a file that was not made from {path.name}, expected none; move it, or leave --slim out"
+        )
+    model = load(path)
+    before = fingerprint(model)
+    kept = tensors_in_use(path, model)
+    size, free = sum(value.nbytes for value in kept.values()), shutil.disk_usage(path.parent).free
+    if free < size + SPARE_BYTES:
+        raise CheckpointError(
+            f"{path.parent}/: found {size_text(free)} free, expected {size_text(size + SPARE_BYTES)} for the slim copy "
+            "beside the file it is made from; free some, or leave --slim out"
+        )
+    copy = path.with_name(f".{path.stem}.slim.safetensors")  # always this name: one left by a kill is overwritten
+    try:
+        save_file(kept, copy, metadata={SLIM_OF: path.name})
+        del kept, model
+        with open(copy, "rb+") as file:
+            os.fsync(file.fileno())
+        after = fingerprint(load(copy))
+        if (after.digest, after.values) != (before.digest, before.values):
+            raise CheckpointError(f"{path}: the slim copy gives {after}, expected {before}; it was not kept")
+        shutil.copymode(path, copy)
+        os.replace(copy, target)
+    finally:
+        copy.unlink(missing_ok=True)
+    path.unlink()
+    return target, after
+
+
+# ---- command line
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = weights_parser(__doc__).parse_args(argv)
+    try:
+        path = args.weights
+        if args.slim and path.suffix == ".pt":
+            size = path.stat().st_size if path.exists() else 0
+            path, found = make_slim(path)
+            print(f"slim: {path}, {size_text(path.stat().st_size)} in place of {size_text(size)}: the same to the bit")
+        else:
+            found = fingerprint(load(path))
+    except (CheckpointError, FileNotFoundError, OSError, SafetensorError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    kept = kept_fingerprint(path)
+    if kept and (difference := found.difference(kept)):
+        print(found)
+        print(
+            f"error: {path}: found {difference}, expected the kept one ({record_path(path)}); fetch the file again, or "
+            "delete the record if you replaced the file yourself",
+            file=sys.stderr,
+        )
+        return 2
+    how = "as kept" if kept else f"kept now in {record_path(path)}"
+    if kept is None or args.slim:
+        made = {"slim_sha256": sha256_of(path)} if args.slim else {}
+        try:
+            write_record(path, fingerprint=asdict(found), **made)
+        except OSError as error:
+            how = f"not kept: {record_path(path)}: {error.strerror}"
+    print(f"{found}, {how}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

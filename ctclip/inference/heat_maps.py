@@ -1,0 +1,531 @@
+"""Where in a scan a label's logit comes from: evidence per token -> a NIfTI on the scan's own grid, and a picture.
+
+Legend   D H W voxels of the model's cube (z, x, y), T h w tokens of it, C width, L latent, S slices:
+         as in ctclip_model. n labels that are explained.
+
+A logit is, or nearly is, a sum over tokens. `token_evidence` splits it, `write_heat_map` lays the parts over the file's
+own voxels, `explain_figure` shows them on what the model saw, `explain_scan` does all of it for one scan.
+
+A map says which tokens moved this model's answer. That is not an outline of a finding: a token is 15 mm wide in the
+published tower, it has exchanged what it knows with all others before it is counted, and a wrong answer has a map too.
+How often the strongest point lies on the finding is measured on phantoms by tests/benchmarks/pointing_game.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from ctclip.data.preprocessing import FIELD_OF_VIEW_MM, SUFFIX, Placement
+from ctclip.data.readers import GzipFile
+from ctclip.evaluation.cases import LUNG_WINDOW, SOFT_LABELS, SOFT_WINDOW
+from ctclip.evaluation.figures import GREY, INK, new_figure, write_figure
+from ctclip.evaluation.metrics import EvaluationError
+from ctclip.fileio import replacing
+from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, slice_triplets
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from torch import Tensor
+
+LEVELS = 127  # steps of a map on either side of 0: in 255 levels it packs several times smaller than in 65,535
+SHOWN, APART_MM = 3, 20.0  # axial slices in a picture, and how far from each other
+FAINT, OPAQUE = 0.2, 0.75  # share of the highest value below which nothing is drawn; opacity of the highest
+MARGIN_MM = 6.0  # of air around the body in a picture
+NUMBER_POINTS = 8.0
+OUTLINE = "#4dd2ff"
+UNSAFE = re.compile(r"[^\w.-]+")  # in a file's name
+LONGEST_NAME = 80  # bytes of a label in a file's name, which ends at 255 on most disks
+NIFTI_1_SIZE = 2**15 - 1  # voxels along an axis that its header can say
+WORTH_SAYING = 0.03  # share of the evidence outside the scan from which the caption tells of it
+
+
+def parse_labels(text: str, model_labels: Sequence[str] = ABNORMALITIES) -> list[str]:
+    """Labels of the model, spelled as there and in the order asked for, from "emphysema, Lung nodule" or "all".
+
+    A label may have commas of its own: the most parts that make one are taken as one. Raises EvaluationError for a name
+    that the model does not have.
+    """
+    known = {",".join(_parts(label.lower())): label for label in model_labels}
+    parts = _parts(text)
+    if [part.lower() for part in parts] == ["all"]:
+        return list(model_labels)
+    if not parts:
+        raise EvaluationError("found no label to explain, expected one or more, commas between; name them, or all")
+    labels = []
+    while parts:
+        counts = range(len(parts), 0, -1)
+        count = next((n for n in counts if ",".join(parts[:n]).lower() in known), None)
+        if count is None:
+            close = difflib.get_close_matches(parts[0].lower(), known, n=3, cutoff=0.5)
+            expected = f"perhaps {' or '.join(known[name] for name in close)}" if close else ", ".join(model_labels)
+            raise EvaluationError(
+                f"found '{parts[0]}' among the labels to explain, expected a label of this model ({expected}); "
+                "correct it, or ask for all"
+            )
+        labels.append(known[",".join(parts[:count]).lower()])
+        parts = parts[count:]
+    return list(dict.fromkeys(labels))
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+# ----------------------------------------------------------------------------------------------------- the logit, split
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """n logits, each split over the cube: logits = values.sum((1, 2, 3)) + remainder.
+
+    values (n, T, h, w) float32, in logits, positive where a token speaks for the label; a grid of T x h x w equal boxes
+    over the model's cube, in the order of its axes (z, x, y). logits, remainder: (n,) float64.
+    """
+
+    values: np.ndarray
+    logits: np.ndarray
+    remainder: np.ndarray
+
+
+def token_evidence(
+    model: CTCLIPMultiAbnormalityModel, volume: Tensor, labels: Sequence[int], smooth: bool = True
+) -> Evidence:
+    """Volume (1, 1, D, H, W) -> what each token adds to the logits of `labels` (indices), in one pass of the tower.
+
+    What a value is depends on the head; the model is in evaluation mode.
+    - attention: attention times evidence of the token. Exact; the remainder is the bias.
+    - linear, prompts: the token's share in the latent, through the classifier. The latent is a mean over tokens divided
+      by its own length, then cut at 0 (not for prompts): length and cut are held at this volume's. The remainder is the
+      bias. A token changed or taken away would change both, so that the values are exact as a sum, not as a forecast.
+    - mlp: the same with the gradient of the logit in the classifier's place. First order: what the curve of the hidden
+      layer leaves over is in the remainder, with the bias.
+    - slice variant: class activation map of each slice triplet, after cbam if there is one. Exact; the remainder is the
+      bias. Between the triplets' slices a map is interpolated, not seen.
+
+    `smooth`: each token shares with its neighbours, 1-2-1 along each axis (in plane only for slices), which moves
+    evidence by a token and leaves the sums as they are. Single tokens are noisy: on phantoms, it takes the linear
+    head's strongest point to the finding in 70 of 100 cases in place of 59, and leaves the attention head's at 77. To
+    take away what other scans have at the same place, or what air has, gained nothing: no reference is needed.
+    """
+    if volume.ndim != 5 or volume.shape[0] != 1:
+        raise ValueError(f"found a volume of shape {tuple(volume.shape)}, expected one scan (1, 1, D, H, W)")
+    if model.training:
+        raise ValueError("found a model in training mode, expected evaluation mode (dropout is random); call eval()")
+    index = list(labels)
+    with torch.no_grad():
+        if not model.is_ctclip:
+            values, logits = _slice_evidence(model, volume, index)
+        elif model.head_name == "attention":
+            codes = model.features(volume)
+            attention, evidence = model.classifier.attend(codes, model.codebook)
+            values, logits = (attention * evidence)[0, index], model.head(codes)[0, index]
+        else:
+            values, logits = _latent_evidence(model, volume, index)
+    values, logits = values.float().cpu().numpy(), logits.double().cpu().numpy()
+    if smooth:
+        for axis in (1, 2, 3) if model.is_ctclip else (2, 3):
+            values = _smoothed(values, axis)
+    return Evidence(values, logits, logits - values.sum((1, 2, 3), dtype=np.float64))
+
+
+def _latent_evidence(model: CTCLIPMultiAbnormalityModel, volume: Tensor, index: list[int]) -> tuple[Tensor, Tensor]:
+    """values (n, T, h, w), logits (n,) of a head on the latent. Each logit is taken back to the tokens as a direction,
+    (L,) -> (h, w, C), in one reading of the projection: its 0.6 GB are never multiplied by the tokens."""
+    tower, projection = model.visual_transformer, model.to_visual_latent
+    tokens = tower.vq(tower(volume))  # (1, T, h, w, C)
+    latent = projection(tokens.mean(1).flatten(1))  # (1, L)
+    length = latent.norm().clamp(min=1e-12)
+    with torch.inference_mode(False), torch.enable_grad():  # also where the caller has gradients switched off for good
+        point = (latent / length).clone().requires_grad_()
+        logits = model.head(point)[0]
+        slopes = [torch.autograd.grad(logits[i], point, retain_graph=True)[0] for i in index]
+    directions = (torch.cat(slopes) @ projection.weight).view(len(index), *tokens.shape[2:])  # (n, h, w, C)
+    values = torch.einsum("thwc,nhwc->nthw", tokens[0], directions) / (tokens.shape[1] * length)
+    return values, logits.detach()[index]
+
+
+def _slice_evidence(model: CTCLIPMultiAbnormalityModel, volume: Tensor, index: list[int]) -> tuple[Tensor, Tensor]:
+    """values (n, S, h, w), logits (n,). The head takes a mean over slices and places, so that it can be taken last."""
+    maps = model.attention(model.backbone(slice_triplets(volume, model.n_slices)[0]))  # (S, C, h, w)
+    weight, bias = model.classifier.weight[index], model.classifier.bias[index]
+    values = torch.einsum("schw,nc->nshw", maps, weight) / (maps.shape[0] * maps.shape[2] * maps.shape[3])
+    return values, torch.nn.functional.linear(maps.mean((0, 2, 3)), weight, bias)
+
+
+def _smoothed(values: np.ndarray, axis: int) -> np.ndarray:
+    """1-2-1 over neighbours; the outermost keep what they would give away, so that the sum stays."""
+    padded = np.pad(values, [(1, 1) if i == axis else (0, 0) for i in range(values.ndim)], mode="edge")
+    before, here, after = (padded.take(range(i, i + values.shape[axis]), axis) for i in range(3))
+    return (before + 2 * here + after) / 4
+
+
+# ------------------------------------------------------------------------------------------- on the file's own voxels
+
+
+def _weights(position: np.ndarray, tokens: int) -> np.ndarray:
+    """(voxels, tokens): linear interpolation between token centres, held outside the outermost; 0 outside the cube."""
+    place = np.clip(position * tokens - 0.5, 0, tokens - 1)
+    low = np.floor(place).astype(np.intp)
+    high = np.minimum(low + 1, tokens - 1)
+    weights, rows = np.zeros((len(position), tokens), np.float32), np.arange(len(position))
+    np.add.at(weights, (rows, low), 1 - (place - low))
+    np.add.at(weights, (rows, high), place - low)
+    weights[(position < 0) | (position > 1)] = 0
+    return weights
+
+
+def write_heat_map(values: np.ndarray, placement: Placement, path: str | Path, label: str = "") -> None:
+    """values (T, h, w) over the model's cube -> a .nii.gz with the voxels, axes and affine of the scan's own file.
+
+    Trilinear between token centres, 0 outside the cube. int16 with a slope, in at most 255 levels: rounding is 0.4 % of
+    the highest value. Slices are made and packed one by one, so that memory is a few of them, whatever the file's size.
+    Whole or not at all. On one machine the same values give the same bytes.
+    """
+    highest = float(np.abs(values).max())
+    slope = highest / LEVELS or 1.0
+    levels = np.asarray(values, np.float32).transpose(placement.axes) / np.float32(slope)  # file axes, fastest first
+    fast, middle, slow = (_weights(p, n) for p, n in zip(placement.position, levels.shape, strict=True))
+    header = _heat_header(placement, slope, highest, label)
+    packing = {"filename": "", "mode": "wb", "compresslevel": 1, "mtime": 0}  # neither name nor time in the file
+    with replacing(path) as temporary, temporary.open("wb") as raw, GzipFile(fileobj=raw, **packing) as file:
+        file.write(header.binaryblock + bytes(4))
+        _write_slices(file, levels, fast, middle, slow)
+
+
+def _write_slices(file: IO[bytes], levels: np.ndarray, fast: np.ndarray, middle: np.ndarray, slow: np.ndarray) -> None:
+    plane = np.empty((len(middle), len(fast)), np.float32)
+    stored = np.zeros(plane.shape, "<i2")
+    for row in slow:
+        if not row.any():
+            file.write(bytes(stored.nbytes))
+            continue
+        coarse = levels @ row  # tokens of this slice, (fastest axis, middle axis)
+        np.matmul(middle @ coarse.T, fast.T, out=plane)
+        np.copyto(stored, np.rint(plane, out=plane), casting="unsafe")
+        file.write(stored.data)
+
+
+def _heat_header(placement: Placement, slope: float, highest: float, label: str) -> nib.Nifti1Header:
+    """NIfTI-1, which every viewer reads; NIfTI-2 for a grid that only that can say."""
+    kind = nib.Nifti1Header if max(placement.shape) <= NIFTI_1_SIZE else nib.Nifti2Header
+    header = kind(endianness="<")
+    header.set_data_dtype("<i2")
+    header.set_data_shape(placement.shape)
+    header.set_zooms(placement.spacing)
+    if placement.affine is not None:
+        header.set_sform(placement.affine, 1)
+        header.set_qform(placement.affine, 1)  # as near as a rotation comes
+        if not np.allclose(header.get_qform(), placement.affine, rtol=0, atol=1e-3):
+            header["qform_code"] = 0  # a sheared grid has none
+    header.set_xyzt_units("mm")
+    header.set_slope_inter(slope, 0)
+    header["cal_max"], header["vox_offset"] = highest, header.single_vox_offset
+    header["descrip"] = f"{label}: logits per token".encode("ascii", "replace")[:79]
+    return header
+
+
+# ------------------------------------------------------------------------------------------------------ as a picture
+
+
+def strongest_token(values: np.ndarray) -> tuple[int, int, int]:
+    """Of (T, h, w), the first of the highest."""
+    return tuple(int(i) for i in np.unravel_index(values.argmax(), values.shape))
+
+
+def strongest_levels(values: np.ndarray) -> list[int]:
+    """Up to SHOWN rows of T by their highest value, each at least APART_MM from the others; from head to foot. Rows at
+    -inf are not taken."""
+    step, highest = FIELD_OF_VIEW_MM / len(values), values.max((1, 2))
+    chosen: list[int] = []
+    for row in np.argsort(-highest, kind="stable").tolist():
+        apart = all(abs(row - other) * step >= APART_MM for other in chosen)
+        if len(chosen) < SHOWN and apart and highest[row] > -np.inf:
+            chosen.append(row)
+    return sorted(chosen, reverse=True)
+
+
+def _extent(placement: Placement, cube_axis: int) -> tuple[float, float]:
+    """(from, to) of the scan along an axis of the cube, as shares of its edge: to the outer sides of its voxels."""
+    axis = placement.axes.index(cube_axis)
+    position = placement.position[axis]
+    voxel = abs(position[1] - position[0]) if len(position) > 1 else placement.spacing[axis] / FIELD_OF_VIEW_MM
+    return float(position.min() - voxel / 2), float(position.max() + voxel / 2)
+
+
+def tokens_within(placement: Placement, grid: tuple[int, int, int]) -> np.ndarray:
+    """(T, h, w) bool: which tokens have their centre within the scan; the others saw padding, or mostly. Along an axis
+    on which no centre lies within, the nearest does."""
+    sides = []
+    for axis, tokens in enumerate(grid):
+        low, high = _extent(placement, axis)
+        centres = (np.arange(tokens) + 0.5) / tokens
+        within = (low <= centres) & (centres <= high)
+        within[np.abs(centres - (low + high) / 2).argmin()] = True  # adds one only where there is none
+        sides.append(within)
+    return np.logical_and.outer(np.logical_and.outer(sides[0], sides[1]), sides[2])
+
+
+def explain_figure(
+    volume: Tensor,
+    values: np.ndarray,
+    placement: Placement,
+    title: str,
+    window: tuple[float, float],
+    caption: str = "",
+    outline: np.ndarray | None = None,
+) -> Figure:
+    """The strongest axial slices, head first, and the coronal slice through the strongest token (ringed).
+
+    volume (1, 1, D, H, W) is what the model saw; values (T, h, w). Slices and ring are chosen among `tokens_within`.
+    Colour: evidence for the label, clear below FAINT of the highest value within the scan; evidence against it is not
+    drawn. As radiologists look: the patient's right on the left, front or head at the top. `outline` (D, H, W), if any,
+    is drawn where it crosses 0.
+    """
+    hu = volume[0, 0].float().cpu().numpy()
+    within = np.where(tokens_within(placement, values.shape), values, -np.inf)
+    peak, levels, top = strongest_token(within), strongest_levels(within), float(within.max())
+    seen = _Seen(hu, values, np.zeros_like(hu) if outline is None else outline, window, top)
+    z, x, y = (_centre(placement, axis, i, n) for axis, (i, n) in enumerate(zip(peak, values.shape, strict=True)))
+    heights = [_centre(placement, 0, row, len(values)) for row in levels]
+    (x0, x1), (y0, y1), (z0, z1) = _shown_mm(hu, placement)
+    page = _Page(x1 - x0, y1 - y0, z1 - z0)
+
+    for column, (row, at) in enumerate(zip(levels, heights, strict=True)):
+        ax = page.axes(column, y1 - y0)
+        seen.show(ax, 0, at)
+        ax.set(xlim=(x0, x1), ylim=(y1, y0))
+        _headline(ax, f"{column + 1}. Axial, {_below_top(placement, at)}", _file_index(placement, 0, at))
+        if row == peak[0] and top > 0:
+            _ring(ax, x, y)
+    ax = page.axes(max(len(levels), 2), z1 - z0)  # the colour bar takes two columns
+    image = seen.show(ax, 2, y)
+    ax.set(xlim=(x0, x1), ylim=(z0, z1))
+    _headline(ax, "Coronal, through the ring" if top > 0 else "Coronal", _file_index(placement, 2, y))
+    if top > 0:
+        _ring(ax, x, z)
+    for number, at in enumerate(heights, 1):
+        _number(ax, at * FIELD_OF_VIEW_MM, number, NUMBER_POINTS * 1.5 / 72 / page.inch)
+    page.write(title, caption)
+    _colour_bar(page.bar(), image, top)
+    return page.figure
+
+
+def _centre(placement: Placement, cube_axis: int, token: int, tokens: int) -> float:
+    """Of a token, as a share of the cube's edge; moved to the nearest voxel's where that is within the scan no more."""
+    position = placement.position[placement.axes.index(cube_axis)]
+    return float(np.clip((token + 0.5) / tokens, position.min(), position.max()))
+
+
+class _Page:
+    """A figure of SHOWN axial panels above a colour bar, and a coronal one beside them: all of one scale, heads
+    aligned. Lengths in inches, but for the panels', which are in mm."""
+
+    WIDTH, LEFT, GAP, HEAD, FOOT = 13.0, 0.15, 0.12, 1.15, 0.7
+
+    def __init__(self, across: float, deep: float, tall: float):
+        self.panel = (self.WIDTH - 2 * self.LEFT - SHOWN * self.GAP) / (SHOWN + 1)
+        self.inch = self.panel / across  # per mm
+        self.deep = deep * self.inch
+        self.height = self.HEAD + max(self.deep + self.FOOT, tall * self.inch + 0.1)
+        self.figure = new_figure(self.WIDTH, self.height, layout=None)
+
+    def axes(self, column: int, size: float) -> Axes:
+        left, high = self.LEFT + column * (self.panel + self.GAP), size * self.inch
+        return self._place(left, self.HEAD + high, self.panel, high)
+
+    def bar(self) -> Axes:
+        return self._place(self.LEFT, self.HEAD + self.deep + 0.27, 1.6 * self.panel, 0.11)
+
+    def write(self, title: str, caption: str) -> None:
+        left, top = self.LEFT / self.WIDTH, 1 - 0.14 / self.height
+        self.figure.text(left, top, title, fontsize=13, color=INK, va="top", weight="bold")
+        self.figure.text(left, top - 0.3 / self.height, caption, fontsize=9, color=GREY, va="top")
+
+    def _place(self, left: float, below: float, width: float, height: float) -> Axes:
+        """`below`: of its lower side, from the top of the figure."""
+        wide, high = self.WIDTH, self.height
+        return self.figure.add_axes((left / wide, (high - below) / high, width / wide, height / high))
+
+
+def _shown_mm(hu: np.ndarray, placement: Placement) -> list[tuple[float, float]]:
+    """(from, to) in mm of the cube along x, y, z: the body within the scan. All of the scan where there is no body."""
+    shown = []
+    for axis in (1, 2, 0):
+        low, high = _extent(placement, axis)
+        low, high = max(0.0, low), min(1.0, high)
+        others = tuple(i for i in range(3) if i != axis)
+        body = np.flatnonzero((hu > -0.5).mean(others) > 0.005)  # the table and a wire are thinner
+        if axis and len(body):
+            margin = MARGIN_MM / FIELD_OF_VIEW_MM
+            low = max(low, body[0] / hu.shape[axis] - margin)
+            high = min(high, (body[-1] + 1) / hu.shape[axis] + margin)
+        shown.append((low * FIELD_OF_VIEW_MM, high * FIELD_OF_VIEW_MM))
+    return shown
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """hu and outline (D, H, W); values (T, h, w), coloured up to `top`; window: level and width."""
+
+    hu: np.ndarray
+    values: np.ndarray
+    outline: np.ndarray
+    window: tuple[float, float]
+    top: float
+
+    def show(self, ax: Axes, axis: int, at: float) -> AxesImage:
+        """The slice at that share of the cube, over the whole cube, the first row at 0 mm: axis 0 axial (y down), 2
+        coronal (z down). Returns the image that the colours belong to."""
+        layers = [_weights((np.arange(d) + 0.5) / d, n) for d, n in zip(self.hu.shape, self.values.shape, strict=True)]
+        k = min(int(at * self.hu.shape[axis]), self.hu.shape[axis] - 1)
+        first, second = (layers[other] for other in range(3) if other != axis)
+        evidence = first @ np.tensordot(layers[axis][k], self.values, (0, axis)) @ second.T
+        planes = self.hu.take(k, axis), evidence, self.outline.take(k, axis)
+        gray, evidence, inside = (plane.T for plane in planes) if axis == 0 else planes
+
+        level, width = self.window
+        whole = {"extent": (0, FIELD_OF_VIEW_MM, FIELD_OF_VIEW_MM, 0), "interpolation": "bilinear"}
+        ax.imshow(gray, cmap="gray", vmin=level - width / 2, vmax=level + width / 2, **whole)
+        scale = self.top if self.top > 0 else 1.0
+        share = np.clip((evidence / scale - FAINT) / (1 - FAINT), 0, 1) if self.top > 0 else np.zeros(evidence.shape)
+        image = ax.imshow(evidence, cmap="plasma", vmin=0, vmax=scale, alpha=OPAQUE * share**0.7, **whole)
+        if inside.min() < 0 < inside.max():
+            rows, columns = (FIELD_OF_VIEW_MM * (np.arange(n) + 0.5) / n for n in inside.shape)
+            ax.contour(columns, rows, inside, levels=[0], colors=[OUTLINE], linewidths=1.2)
+        ax.set(xticks=[], yticks=[], aspect="auto", facecolor="black")
+        ax.spines[:].set_visible(False)
+        _mark_sides(ax)
+        return image
+
+
+def _mark_sides(ax: Axes) -> None:
+    for x, side, text in ((0.02, "left", "R"), (0.98, "right", "L")):
+        ax.text(x, 0.97, text, ha=side, va="top", transform=ax.transAxes, **_on_picture(10))
+
+
+def _on_picture(size: float) -> dict:
+    from matplotlib.patheffects import withStroke
+
+    return {"color": "white", "fontsize": size, "path_effects": [withStroke(linewidth=2, foreground="black")]}
+
+
+def _number(ax: Axes, z: float, number: int, needed: float) -> None:
+    """A line across the coronal panel with its number, which takes `needed` mm: above the line, or below it where the
+    title would be."""
+    (x0, x1), high = ax.get_xlim(), ax.get_ylim()[1]
+    ax.axhline(z, color="white", linewidth=0.6, linestyle=(0, (4, 4)), alpha=0.7)
+    side = "bottom" if z + needed <= high else "top"
+    ax.text(x0 + 0.09 * (x1 - x0), z, str(number), va=side, **_on_picture(NUMBER_POINTS))  # beside the R
+
+
+def _ring(ax: Axes, across: float, down: float) -> None:
+    place = across * FIELD_OF_VIEW_MM, down * FIELD_OF_VIEW_MM
+    for colour, width in (("black", 2.6), ("white", 1.2)):
+        ax.scatter(*place, s=170, facecolors="none", edgecolors=colour, linewidths=width)
+
+
+def _colour_bar(ax: Axes, image: AxesImage, top: float) -> None:
+    if top <= 0:
+        ax.set_axis_off()
+        said = "No token within the scan speaks for this label: nothing is coloured"
+        ax.text(0, 1, said, fontsize=9, color=GREY, va="top")
+        return
+    bar = ax.figure.colorbar(image, cax=ax, orientation="horizontal")
+    bar.set_ticks([0, top / 2, top], labels=["0", f"{top / 2:.2g}", f"{top:.2g}"])
+    ax.tick_params(labelsize=8, length=2, color=GREY)
+    said = "Evidence for the label, logits per token. Scaled to the highest within the scan"
+    ax.set_xlabel(said, fontsize=8, color=GREY)
+    bar.solids.set_alpha(1)
+    bar.outline.set_visible(False)
+
+
+def _headline(ax: Axes, first: str, second: str) -> None:
+    ax.set_title(f"{first}\n{second}", fontsize=9, loc="left", color=INK, linespacing=1.4)
+
+
+def _below_top(placement: Placement, z: float) -> str:
+    return f"{(_extent(placement, 0)[1] - z) * FIELD_OF_VIEW_MM:.0f} mm below the top of the scan"
+
+
+def _file_index(placement: Placement, cube_axis: int, place: float) -> str:
+    """The file's own slice there, as viewers count that start at 0."""
+    axis = placement.axes.index(cube_axis)
+    position = placement.position[axis]
+    return f"slice {'ijk'[axis]} = {int(np.abs(position - place).argmin())} (0 to {len(position) - 1})"
+
+
+# --------------------------------------------------------------------------------------------------------- one scan
+
+
+def explain_scan(
+    model: CTCLIPMultiAbnormalityModel,
+    volume: Tensor,
+    placement: Placement,
+    labels: Sequence[str],
+    folder: str | Path,
+    name: str,
+    probabilities: np.ndarray,
+    note: str | None = None,
+) -> list[Path]:
+    """Writes `<name>_<label>.nii.gz` and `.png` of each label into `folder`; returns their paths. See `_stems`.
+
+    volume: (1, 1, D, H, W) of that scan on the model's device. placement: of its file, for `model.input_shape`. labels:
+    of `model.labels`. probabilities: one for each of `model.labels`, as the user is told them. note: on the picture,
+    such as PHANTOM_NOTE.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    index = [model.labels.index(label) for label in labels]
+    evidence = token_evidence(model, volume, index)
+    written = []
+    for i, (label, stem) in enumerate(zip(labels, _stems(name, labels), strict=True)):
+        path = folder / stem
+        values = evidence.values[i]
+        heat_map, picture = path.with_name(path.name + SUFFIX), path.with_name(path.name + ".png")
+        write_heat_map(values, placement, heat_map, label)
+        figure = explain_figure(
+            volume,
+            values,
+            placement,
+            f"{label}: probability {probabilities[index[i]]:.2f}",
+            SOFT_WINDOW if label in SOFT_LABELS else LUNG_WINDOW,
+            f"{name}    {_account(values, evidence.remainder[i], evidence.logits[i], placement)}",
+        )
+        write_figure(figure, picture, note)
+        written += [heat_map, picture]
+    return written
+
+
+def _stems(name: str, labels: Sequence[str]) -> list[str]:
+    """`<name>_<label>` without unsafe signs, cut at LONGEST_NAME; a number behind where two would be one file, as they
+    are, case apart, on the disks of Windows and macOS."""
+    stems: dict[str, str] = {}
+    for label in labels:
+        plain = stem = UNSAFE.sub("_", label).encode()[:LONGEST_NAME].decode(errors="ignore")
+        number = 1
+        while stem.lower() in stems:
+            number += 1
+            stem = f"{plain}_{number}"
+        stems[stem.lower()] = f"{name}_{stem}"
+    return list(stems.values())
+
+
+def _account(values: np.ndarray, remainder: float, logit: float, placement: Placement) -> str:
+    outside = ~tokens_within(placement, values.shape)
+    tokens = []
+    for side, what in ((values > 0, "for"), (values < 0, "against")):
+        whole, beyond = values[side].sum(), values[side & outside].sum()
+        said = f"tokens {what} it {whole:+.2f}"
+        tokens.append(said + f" (of which outside the scan {beyond:+.2f})" * bool(beyond / (whole or 1) > WORTH_SAYING))
+    return f"Logit {logit:+.2f}, before calibration: {', '.join(tokens)}, remainder {remainder:+.2f}"

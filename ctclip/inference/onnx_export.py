@@ -1,0 +1,369 @@
+"""A model -> one ONNX graph, encoder and head: volume (B, 1, D, H, W) float32 -> logits (B, 18), any batch size.
+
+    from ctclip.inference.onnx_export import export_onnx, export_run
+
+CT-CLIP variants also give `code_ids` (B, T, h, w), and `latents` (B, L) where the head takes them: with the attention
+head they would cost the projection, 0.6 GB of a file of 0.7 GB. What an answer means travels in the file's metadata:
+labels, the input's contract and, from a run with a calibration, thresholds and the calibration itself.
+
+Needs onnx and onnxscript; with onnxruntime the file is compared with the model before it gets its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctclip.data.preprocessing import FIELD_OF_VIEW_MM
+from ctclip.evaluation.calibration import Calibration
+from ctclip.evaluation.run_folder import run_calibration
+from ctclip.formatting import size_text
+from ctclip.inference.predictor import load_model
+from ctclip_model import ABNORMALITIES, CheckpointError, CTCLIPMultiAbnormalityModel
+
+NEEDED = ("onnx", "onnxscript")
+TOLERANCE = 1e-3  # of a logit: a thousandth moves no probability by more than 0.00025
+TIE = 1e-4  # cosines nearer than this may be told apart either way: what float32 in another order amounts to
+ONE_FILE_BYTES = 2_000_000_000  # what one protobuf file can hold; larger weights go beside it, into NAME.onnx.data
+OPSET = 18
+
+
+class ExportError(ValueError):
+    """A model that could not be exported. One line: what was found, what was expected, what to do."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The file against the model. `difference`: the largest of a logit; `same_codes`: share of equal code ids, None for
+    a slice variant; `flips`: codes that differ, every one a near tie, which explains a difference above TOLERANCE."""
+
+    volumes: int
+    difference: float
+    same_codes: float | None
+    flips: int
+    torch_seconds: float  # per volume
+    onnx_seconds: float
+
+
+@dataclass(frozen=True)
+class Export:
+    path: Path
+    files: tuple[Path, ...]
+    outputs: tuple[str, ...]
+    seconds: float
+    parity: Parity | None  # None: onnxruntime is not there, nothing was checked
+
+
+class _Graph(nn.Module):
+    """`model` on a whole volume, every output a function of the code ids that are given."""
+
+    def __init__(self, model: CTCLIPMultiAbnormalityModel):
+        super().__init__()
+        self.model = model
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        if not self.model.is_ctclip:
+            return ("logits",)
+        return ("logits", "code_ids") if self.model.head_name == "attention" else ("logits", "code_ids", "latents")
+
+    def forward(self, volume: Tensor) -> tuple[Tensor, ...]:
+        model = self.model
+        if not model.is_ctclip:
+            return (model.head(model.features(volume)),)
+        tokens, quantizer = model.visual_transformer(volume), model.visual_transformer.vq
+        # The quantiser's own way depends on the number of tokens, so on the batch: here, one depth at a time.
+        codes = F.normalize(model.codebook, dim=-1).T
+        ids = torch.stack([(F.normalize(part, dim=-1) @ codes).argmax(-1) for part in tokens.unbind(1)], dim=1)
+        if model.head_name == "attention":
+            return model.head(ids), ids
+        latents = model.project(quantizer.lookup(ids))
+        return model.head(latents), ids, latents
+
+
+def export_onnx(
+    model: CTCLIPMultiAbnormalityModel,
+    path: str | Path,
+    calibration: Calibration | None = None,
+    volumes: Sequence[Tensor] | None = None,
+) -> Export:
+    """Writes `model` to `path`, whole or not at all, and compares the two where onnxruntime is installed.
+
+    Args:
+        calibration: of the run, for the metadata; the graph's logits are the model's own, not calibrated.
+        volumes: batches (B, 1, D, H, W) to compare on; by default a synthetic chest alone, then two at once.
+
+    Raises ExportError: `path` does not end in .onnx, a package is missing, the exporter fails, or the file's logits
+    differ from the model's by more than TOLERANCE while no flip between nearly equal codes explains it. Then no file is
+    left.
+    """
+    path, started = Path(path), time.perf_counter()
+    check_output(path)
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ExportError(
+            f"found no {' and no '.join(missing)}, which exporting needs; pip install {' '.join(NEEDED)} onnxruntime "
+            "(the last to have the file checked)"
+        )
+    training = model.training
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
+        made = Path(folder, path.name)
+        try:
+            outputs = _write(model.eval(), made, _metadata(model, calibration))
+            parity = _compare(model, made, volumes or check_volumes(model.input_shape), outputs)
+        finally:
+            model.train(training)
+        files = sorted(Path(folder).iterdir(), key=lambda file: file == made)  # weights beside it first
+        for file in files:
+            _sync(file)
+            os.replace(file, path.with_name(file.name))
+    if len(files) == 1:
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of a larger model that had this name
+    written = tuple(path.with_name(file.name) for file in files)
+    return Export(path, written, outputs, time.perf_counter() - started, parity)
+
+
+def check_output(path: Path) -> None:
+    """Raises ExportError for a folder, and for any ending but .onnx: the file there could be a run's weights."""
+    if path.is_dir():
+        raise ExportError(f"{path}: found a folder, expected a file to write, such as {path / 'model.onnx'}")
+    if path.suffix.lower() != ".onnx":
+        found = f"the ending '{path.suffix}'" if path.suffix else "no ending"
+        raise ExportError(f"{path}: found {found}, expected a file that ends in .onnx; say {path.with_suffix('.onnx')}")
+
+
+def export_run(checkpoint: str | Path, output: str | Path, device: str | None = None) -> list[str]:
+    """A run folder, or a CT-CLIP file with a head, to ONNX; -> lines to print. Raises what load_model raises, too."""
+    checkpoint = Path(checkpoint)
+    check_output(Path(output))
+    model = load_model(checkpoint, device or "cpu")
+    calibration = run_calibration(checkpoint) if checkpoint.is_dir() else None
+    export = export_onnx(model, output, calibration)
+    size = size_text(sum(file.stat().st_size for file in export.files))
+    beside = f", weights in {export.files[0].name}" if len(export.files) > 1 else ""
+    shape = ", ".join(map(str, model.input_shape))
+    lines = [
+        f"Wrote {export.path}: {size}{beside}, {export.seconds:.0f} s; model {checkpoint}",
+        f"  volume (batch, 1, {shape}) float32 -> {', '.join(export.outputs)}; labels and input contract are in the "
+        "file's metadata" + ("" if calibration is None else ", thresholds and calibration too"),
+    ]
+    if calibration is None:
+        lines.append("  no tuning patients: no thresholds in the file; sigmoid of the logits is not calibrated")
+    return [*lines, f"  {_said(export.parity)}"]
+
+
+def _said(parity: Parity | None) -> str:
+    if parity is None:
+        return "not checked against the model: onnxruntime is not installed (pip install onnxruntime)"
+    codes = "" if parity.same_codes is None else f", {100 * parity.same_codes:.3f} % of the code ids equal"
+    flips = f"; {parity.flips} near ties between codes went the other way" if parity.flips else ""
+    return (f"checked with onnxruntime on {parity.volumes} volumes: logits differ by {parity.difference:.1e} at most"
+            f"{codes}{flips}; {parity.onnx_seconds:.2f} s a volume, torch {parity.torch_seconds:.2f} s")
+
+
+# ---- the graph
+
+
+def _write(model: CTCLIPMultiAbnormalityModel, path: Path, metadata: dict[str, str]) -> tuple[str, ...]:
+    graph = _Graph(model)
+    device = next(model.parameters()).device
+    example = torch.zeros(2, 1, *model.input_shape, device=device)  # one volume would fix the batch at one
+    used = sum(value.nbytes for value in graph.state_dict().values())
+    if model.is_ctclip and model.head_name == "attention":
+        used -= model.to_visual_latent.weight.nbytes
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                graph, (example,), dynamo=True, opset_version=OPSET, verbose=False,
+                input_names=["volume"], output_names=list(graph.outputs),
+                dynamic_shapes={"volume": {0: torch.export.Dim("batch")}},
+            )
+            _forget_this_machine(program.model)
+            program.model.metadata_props.update(metadata)
+            program.model.producer_name = "ctclip.inference.onnx_export"
+            program.save(str(path), external_data=used > ONE_FILE_BYTES)
+    except MemoryError as error:
+        raise ExportError("the export needs more memory than there is: close other programs, or use another machine") \
+            from error
+    except OSError as error:
+        raise ExportError(f"{path.name}: could not be written ({error.strerror or error}); choose another folder") \
+            from error
+    except Exception as error:  # the exporter's own classes differ between versions of torch
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
+        raise ExportError(
+            f"torch {torch.__version__} could not export this model ({type(error).__name__}: {said}); the versions in "
+            "requirements.txt are those that it was tried with: run python ctclip_setup.py --dev"
+        ) from error
+    return graph.outputs
+
+
+def _forget_this_machine(graph_model) -> None:
+    """Empties the notes that the exporter leaves in an onnx_ir model: stack traces, with folders of this machine."""
+    functions = graph_model.functions.values()
+    graph_model.metadata_props.clear()
+    for graph in (graph_model.graph, *functions):
+        values = [*graph.inputs, *graph.outputs, *getattr(graph, "initializers", {}).values()]
+        nodes = list(graph.all_nodes())
+        for part in (graph, *nodes, *values, *(value for node in nodes for value in node.outputs)):
+            part.metadata_props.clear()
+            part.doc_string = None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter talks through prints, warnings and loggers."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), \
+                contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _metadata(model: CTCLIPMultiAbnormalityModel, calibration: Calibration | None) -> dict[str, str]:
+    """Name -> JSON, but for plain sentences."""
+    metadata = {
+        "labels": json.dumps(model.labels),
+        "input": json.dumps({
+            "name": "volume",
+            "shape": ["batch", 1, *model.input_shape],
+            "axes": "batch, channel, depth (upwards), x, y: in plane the transpose of the usual image; LPS",
+            "values": "HU clipped to [-1000, 1000], then / 1000; padding -1",
+            "extent_mm": FIELD_OF_VIEW_MM,
+            "made_by": f"ctclip.data.preprocessing.preprocess_volume(path, shape={model.input_shape})",
+        }),
+        "output": f"logits (batch, {len(model.labels)}): their sigmoid is the probability as given, not calibrated",
+        "model": json.dumps({key: value for key, value in model._hub_mixin_config.items() if key != "labels"}),
+        "use": "research only; not a medical device, not for diagnosis",
+    }
+    if calibration is not None:
+        metadata["thresholds"] = json.dumps(dict(zip(ABNORMALITIES, calibration.cuts.tolist(), strict=True)))
+        metadata["thresholds_calibrated"] = json.dumps(
+            dict(zip(ABNORMALITIES, calibration.calibrated_cuts.tolist(), strict=True))
+        )
+        metadata["calibration"] = json.dumps(calibration.content())
+    return metadata
+
+
+# ---- the file against the model
+
+
+def check_volumes(shape: tuple[int, int, int]) -> list[Tensor]:
+    """A synthetic chest (1, 1, D, H, W), then two volumes at once: it mirrored with noise, and noise alone."""
+    chest = synthetic_chest(shape)
+    random = torch.Generator().manual_seed(0)
+    noise = torch.rand(shape, generator=random) * 2 - 1
+    second = (chest.flip(2) + 0.1 * noise).clamp(-1, 1)
+    return [chest[None, None], torch.stack([second, noise])[:, None]]
+
+
+def synthetic_chest(shape: tuple[int, int, int]) -> Tensor:
+    """(D, H, W) in [-1, 1]: air, a body, lungs, spine, heart, vessels in a regular pattern. Structure, not anatomy."""
+    z, x, y = (torch.linspace(-1, 1, n) for n in shape)
+    z, x, y = z[:, None, None], x[None, :, None], y[None, None, :]
+    volume = torch.full(shape, -1.0)
+    volume = torch.where((x / 0.85) ** 2 + (y / 0.65) ** 2 < 1, 0.04 + 0.03 * torch.sin(9 * x + 5 * z), volume)
+    for side in (-0.42, 0.42):
+        lung = ((x - side) / 0.3) ** 2 + (y / 0.5) ** 2 + (z / 0.9) ** 2 < 1
+        vessels = torch.sin(40 * x) * torch.sin(37 * y) * torch.sin(31 * z) > 0.8
+        volume = torch.where(lung, torch.where(vessels, 0.03, -0.85 + 0.1 * y), volume)
+    volume = torch.where((x / 0.1) ** 2 + ((y - 0.45) / 0.12) ** 2 < 1, 0.35 + 0.2 * torch.sin(30 * z), volume)
+    return torch.where(((x - 0.1) / 0.25) ** 2 + ((y + 0.2) / 0.25) ** 2 + (z / 0.3) ** 2 < 1, 0.12, volume)
+
+
+def _compare(
+    model: CTCLIPMultiAbnormalityModel, path: Path, volumes: Sequence[Tensor], outputs: tuple[str, ...]
+) -> Parity | None:
+    """None without onnxruntime. Raises ExportError where the two differ by more than rounding explains."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    difference, flips, codes, seconds = 0.0, 0, 0, np.zeros(2)
+    for batch in volumes:
+        own, seconds[0] = _timed(lambda batch=batch: _expected(model, batch), seconds[0])
+        given = {"volume": batch.numpy()}
+        found, seconds[1] = _timed(lambda given=given: session.run(list(outputs), given), seconds[1])
+        answer = dict(zip(outputs, map(torch.from_numpy, found), strict=True))
+        if not bool(torch.isfinite(answer["logits"]).all()):
+            raise ExportError("the exported file gives logits that are not finite; no file was kept: report this")
+        apart = float((answer["logits"] - own["logits"]).abs().max())
+        difference = max(difference, apart)
+        flipped = 0
+        if model.is_ctclip:
+            flipped = int((answer["code_ids"] != own["code_ids"]).sum())
+            flips, codes = flips + flipped, codes + own["code_ids"].numel()
+        if apart > TOLERANCE and not (flipped and _explained(model, own, answer)):
+            raise ExportError(
+                f"the exported file's logits differ from the model's by {apart:.2g}, expected at most {TOLERANCE:g}"
+                + (f" ({flipped} code ids differ, which does not explain it)" if flipped else "")
+                + "; no file was kept: export with the torch and onnx versions in requirements.txt"
+            )
+    count = sum(len(batch) for batch in volumes)
+    same = None if not model.is_ctclip else 1 - flips / codes
+    return Parity(count, difference, same, flips, *(seconds / count).tolist())
+
+
+def _timed(action, before: float) -> tuple:
+    started = time.perf_counter()
+    return action(), before + time.perf_counter() - started
+
+
+@torch.inference_mode()
+def _expected(model: CTCLIPMultiAbnormalityModel, batch: Tensor) -> dict[str, Tensor]:
+    """The model's logits, one volume at a time, as `forward` gives them; for CT-CLIP from the codes, kept as well."""
+    rows = []
+    for volume in batch.to(next(model.parameters()).device).split(1):
+        row = {}
+        if model.is_ctclip:
+            row["tokens"] = model.visual_transformer(volume)
+            row["code_ids"] = model.visual_transformer.vq.code_ids(row["tokens"])
+            row["logits"] = model.head(model.features_from_cache(row["code_ids"]))
+        else:
+            row["logits"] = model(volume)
+        rows.append({name: value.cpu() for name, value in row.items()})
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+@torch.inference_mode()
+def _explained(model: CTCLIPMultiAbnormalityModel, own: dict[str, Tensor], answer: dict[str, Tensor]) -> bool:
+    """Whether codes that differ are near ties, and the file's logits are those that the model gives to its codes."""
+    device = model.codebook.device
+    differ = answer["code_ids"] != own["code_ids"]
+    tokens = F.normalize(own["tokens"][differ].to(device), dim=-1)
+    rows = F.normalize(model.codebook, dim=-1)
+    ours, theirs = ((tokens * rows[codes["code_ids"][differ].to(device)]).sum(-1) for codes in (own, answer))
+    if float((ours - theirs).abs().max()) > TIE:
+        return False
+    logits = model.head(model.features_from_cache(answer["code_ids"].to(device))).cpu()
+    return float((logits - answer["logits"]).abs().max()) <= TOLERANCE
+
+
+__all__ = ["CheckpointError", "Export", "ExportError", "Parity", "check_volumes", "export_onnx", "export_run"]

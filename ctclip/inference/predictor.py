@@ -1,0 +1,153 @@
+"""A model over volumes -> logits: the device, the weights, the loop that reads and computes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ctclip.evaluation.metrics import EvaluationError
+from ctclip_model import CheckpointError, CTCLIPMultiAbnormalityModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from ctclip.data.feature_cache import FeatureCache
+    from ctclip.data.preprocessing import Batch, Volume
+    from ctclip_model import Prompts
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise EvaluationError(f"--device {name}: not usable here ({reason}), expected cpu, cuda or cuda:N") from error
+    return device
+
+
+def choose_precision(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it natively, fp16 on older cards (T4), float32 elsewhere."""
+    import torch
+
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def choose_workers(workers: int | None) -> int:
+    """Reading processes of training: as asked for, else up to 8; none on two cores, where they only compete."""
+    if workers is not None and workers < 0:
+        raise EvaluationError(f"--workers is {workers}, expected at least 0")
+    cpus = os.cpu_count() or 1
+    return workers if workers is not None else min(8, cpus) if cpus > 2 else 0
+
+
+def load_model(
+    checkpoint: str | Path, device: str | None = None, prompts: Prompts | None = None
+) -> CTCLIPMultiAbnormalityModel:
+    """The model of a run folder, or of a CT-CLIP file that brings its head, or a text tower to make one of; in
+    evaluation mode, on the device. With `prompts` the file's text tower makes a head for these findings."""
+    from safetensors import SafetensorError
+
+    from ctclip.inference.prompts import load_with_prompts
+
+    checkpoint = Path(checkpoint)
+    if checkpoint.is_dir():
+        if prompts is not None:
+            raise EvaluationError(f"{checkpoint}: found a run, which keeps no text tower, expected a CT-CLIP file for "
+                                  "prompts; name one with --checkpoint (models/ctclip_zeroshot.pt)")
+        if not (checkpoint / "model.safetensors").is_file():
+            raise EvaluationError(f"{checkpoint}: found no model.safetensors, expected a run with a finished epoch")
+        try:
+            model = CTCLIPMultiAbnormalityModel.from_pretrained(checkpoint)
+        except SafetensorError as error:
+            raise CheckpointError(f"{checkpoint}/model.safetensors: found a damaged file ({error}), expected a run's "
+                                  "weights; resume the run, or copy the file again") from error
+    else:
+        model = load_with_prompts(checkpoint, prompts)
+        if model.load_report.new:
+            remedy = (
+                "its answers would all be 0.5. Expected a ClassFine file or a run folder; fine-tune first with python "
+                "ctclip_training.py --ctclip-path"
+            )
+            if model.load_report.no_prompts_reason:
+                remedy = f"and none can be made from prompts: {model.load_report.no_prompts_reason}"
+            raise CheckpointError(f"{checkpoint} has no classification head: {remedy}")
+    return model.to(choose_device(device)).eval()
+
+
+def predict_volumes(
+    model: CTCLIPMultiAbnormalityModel,
+    volumes: Sequence[Volume],
+    batch_size: int = 4,
+    workers: int | None = None,
+    on_batch: Callable[[Batch], None] | None = None,
+    title: str = "predict",
+    cache: FeatureCache | None = None,
+    on_answer: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+    resample_there: bool = False,
+) -> tuple[list[int], torch.Tensor]:
+    """Runs `model`, in evaluation mode, over volumes; each is read once, and not at all if `cache` has it.
+
+    While some are computed, `workers` threads read the next (default: one on two cores, else up to 8). In float32 on
+    every device: in half precision some codes flip, and reading a volume costs more than encoding it.
+    Returns the indices of the volumes that could be read, ascending, and their logits (n, labels) float32 on the CPU.
+    `on_batch` sees every batch that is read, with the failures and verdicts in it; `on_answer` every volume in it, as
+    (index, voxels (1, 1, D, H, W) on the device, logits (labels,)). `cache` is one of this model, from
+    which logits are the same but for rounding (and 1e-3 off with maps, kept in half precision); nothing is added to it.
+    `resample_there`: on a GPU from the stored integers, equal but for rounding; each reading thread then needs some
+    0.5 GB of the GPU's memory.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from ctclip.data.feature_cache import encoding, sources_of
+    from ctclip.data.preprocessing import PUBLISHED_SHAPE, read_ahead
+
+    device = next(model.parameters()).device
+    entries: list[int | None] = [None] * len(volumes)
+    if cache is not None:
+        entries, _ = cache.intact(sources_of(volumes))
+    stored = _pieces([i for i, entry in enumerate(entries) if entry is not None], batch_size)
+    held = max(1, min(batch_size, prod(PUBLISHED_SHAPE) // prod(model.input_shape)))  # no more voxels than one of those
+    unread = _pieces([i for i, entry in enumerate(entries) if entry is None], held)
+    there = device if resample_there and device.type == "cuda" else None
+    loader = read_ahead(volumes, model.input_shape, unread, max(1, choose_workers(workers)), there)
+    rows: dict[int, torch.Tensor] = {}
+    with encoding(model, device), tqdm(total=len(volumes), desc=title, unit="vol", delay=2, leave=False) as progress:
+        for piece in stored:
+            logits = model.head(cache.head_inputs(model, [entries[i] for i in piece], device))
+            rows |= dict(zip(piece, logits.cpu(), strict=True))
+            progress.update(len(piece))
+        for batch in loader:
+            if on_batch is not None:
+                on_batch(batch)
+            progress.update(len(batch.index) + len(batch.failures))
+            if not len(batch.index):
+                continue
+            voxels = batch.volumes.to(device)
+            logits = model(voxels).cpu()
+            rows |= dict(zip(batch.index.tolist(), logits, strict=True))
+            for place, index in enumerate(batch.index.tolist() if on_answer else ()):
+                on_answer(index, voxels[place : place + 1], logits[place])
+            del batch, voxels  # before the next one is handed over
+    read = sorted(rows)
+    return read, torch.stack([rows[i] for i in read]) if read else torch.zeros(0, len(model.labels))
+
+
+def _pieces(items: list[int], size: int) -> list[list[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def print_failures(batch: Batch) -> None:
+    from tqdm import tqdm
+
+    for name, reason in batch.failures:
+        tqdm.write(f"left out: {name}: {reason}", file=sys.stderr)

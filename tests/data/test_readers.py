@@ -1,0 +1,436 @@
+"""One scan as NIfTI, .mha and DICOM series is one tensor: files written by SimpleITK, read against nibabel's. Damaged
+and hostile files are one line each, in bounded time and memory."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers_data import SMALL, affine_of, chest, reoriented, write
+from helpers_scans import as_itk, write_dicom, write_mha
+
+from ctclip.data import readers
+from ctclip.data.preprocessing import VolumeError, place_volume, preprocess_volume
+from ctclip.data.readers import open_volume
+
+SPACING = (7.5, 7.9, 12.25)
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory):
+    """(HU (x, y, z), RAS affine, the tensor of its .nii.gz)"""
+    hu, affine = chest((46, 44, 21)), affine_of(SPACING)
+    path = write(tmp_path_factory.mktemp("scan") / "a.nii.gz", hu, SPACING, affine)
+    return hu, affine, preprocess_volume(path, None, SMALL)
+
+
+# ------------------------------------------------------------------ one scan, three formats
+
+
+@pytest.mark.parametrize("codes", ["LPS", "RAS", "LAS", "LPI", "SAR", "PIR"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_meta_image_gives_the_tensor_of_the_nifti(tmp_path, scan, codes, compressed):
+    hu, affine, expected = scan
+    path = write_mha(tmp_path / "a.mha", *reoriented(hu, affine, codes), compressed)
+    # axes in another order are interpolated in another order
+    torch.testing.assert_close(preprocess_volume(path, None, SMALL), expected, rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("dtype", ["i2", "u2", "i4", "f4", "f8", "i8"])
+@pytest.mark.parametrize("big_endian", [False, True])
+def test_every_element_type_of_a_meta_image(tmp_path, dtype, big_endian):
+    hu = np.clip(chest(), 0, None).astype(dtype)
+    hu[:, :, ::2] -= 0 if dtype == "u2" else np.dtype(dtype).type(300)
+    path = write_mha(tmp_path / "a.mha", hu, affine_of(SPACING))
+    if big_endian:  # ITK writes the machine's order only
+        head, mark, voxels = path.read_bytes().partition(b"LOCAL\n")
+        head = head.replace(b"ByteOrderMSB = False", b"ByteOrderMSB = True")
+        path.write_bytes(head + mark + np.frombuffer(voxels, dtype).byteswap().tobytes())
+    with open_volume(path) as file:
+        stored = np.concatenate([slices.copy() for _, slices in file.slabs()])
+    np.testing.assert_array_equal(stored, hu.T)
+
+
+@pytest.mark.parametrize("rotation", ["as scanned", "feet first", "prone"])
+def test_dicom_series_gives_the_tensor_of_the_nifti(tmp_path, scan, rotation):
+    """Files in random order, named without order, HU from rescale values."""
+    hu, affine, expected = scan
+    codes = {"as scanned": "LPS", "feet first": "LPI", "prone": "RAS"}[rotation]
+    folder = write_dicom(tmp_path / "series", *reoriented(hu, affine, codes))
+    assert torch.equal(preprocess_volume(folder, None, SMALL), expected)
+    assert torch.equal(preprocess_volume(next(folder.iterdir()), None, SMALL), expected), "any file of the series"
+
+
+def test_float_spacing_through_another_format_does_not_change_a_size(tmp_path):
+    """0.6 mm in float32 is 0.600000024: 25 voxels of it are 15 mm, not a voxel more or less, in every format."""
+    hu = chest((25, 25, 25))
+    affine = affine_of(tuple(float(np.float32(0.6)) for _ in range(3)))
+    nifti = preprocess_volume(write(tmp_path / "a.nii.gz", hu, (0.6, 0.6, 0.6), affine), None, (240, 240, 240))
+    meta = preprocess_volume(write_mha(tmp_path / "a.mha", hu, affine), None, (240, 240, 240))
+    assert torch.equal(nifti, meta)
+
+
+def test_meta_image_without_spacing_is_refused_and_with_it_is_taken_as_lps(tmp_path, scan):
+    hu, affine, expected = scan
+    path = write_mha(tmp_path / "a.mha", hu, affine)
+    lines = path.read_bytes().split(b"\n", 20)
+    kept = [line for line in lines if not line.startswith((b"TransformMatrix", b"Offset", b"CenterOf", b"Anatomical"))]
+    path.write_bytes(b"\n".join(kept))
+    assert torch.equal(preprocess_volume(path, None, SMALL), expected)
+    path.write_bytes(b"\n".join(line for line in kept if not line.startswith(b"ElementSpacing")))
+    with pytest.raises(VolumeError, match="blank header"):
+        preprocess_volume(path, None, SMALL)
+
+
+def test_zlib_stream_in_small_pieces(tmp_path, scan, monkeypatch):
+    hu, affine, expected = scan
+    path = write_mha(tmp_path / "a.mha", hu, affine, compressed=True)
+    for slab in (1, 3000, 1 << 30):
+        monkeypatch.setattr(readers, "SLAB_BYTES", slab)
+        assert torch.equal(preprocess_volume(path, None, SMALL), expected)
+    monkeypatch.setattr(readers, "decompressobj", zlib.decompressobj)
+    assert torch.equal(preprocess_volume(path, None, SMALL), expected)
+
+
+# ------------------------------------------------------------------ where a voxel lies in the cube
+
+
+@pytest.mark.parametrize("codes", ["LPS", "RAS", "LAS", "LPI", "SAR"])
+@pytest.mark.parametrize("spacing", [(6.0, 5.0, 9.0), (14.0, 12.0, 21.0)])  # smaller and larger than the cube
+def test_placement_finds_the_marker_again(tmp_path, codes, spacing):
+    """A bright voxel's place says where in the tensor it is bright."""
+    hu, mark = np.full((40, 36, 24), -1000, np.int16), (22, 15, 14)
+    hu[10:30, 10:26, 8:18] = 0
+    hu[mark] = 1000
+    voxels, affine = reoriented(hu, affine_of(spacing), codes)
+    path = write(tmp_path / "a.nii.gz", voxels, tuple(np.linalg.norm(affine[:3, :3], axis=0)), affine)
+    shape = (48, 96, 96)
+    tensor, placement = preprocess_volume(path, None, shape)[0], place_volume(path, shape)
+    np.testing.assert_allclose(placement.affine, affine, atol=1e-4)
+    found = np.argwhere(voxels == 1000)[0]
+    brightest = np.unravel_index(int(tensor.argmax()), shape)
+    for axis, index in enumerate(found):
+        cube_axis = placement.axes[axis]
+        step = abs(np.diff(placement.position[axis][:2])[0])
+        assert abs(placement.position[axis][index] - (brightest[cube_axis] + 0.5) / shape[cube_axis]) <= step / 2 + 1e-6
+
+
+def test_placement_beyond_the_cube(tmp_path):
+    inside = place_volume(write(tmp_path / "a.nii.gz", chest((40, 40, 20)), (6.0, 6.0, 12.0)), SMALL)
+    outside = place_volume(write(tmp_path / "b.nii.gz", chest((40, 40, 20)), (12.0, 12.0, 24.0)), SMALL)
+    assert all(place.min() > 0 and place.max() < 1 for place in inside.position)
+    assert all(place.min() < 0 and place.max() > 1 for place in outside.position)
+    assert inside.shape == (40, 40, 20) and inside.axes == (1, 2, 0)
+
+
+# ------------------------------------------------------------------ bad meta images: one line each
+
+
+def _field(path, name, value):
+    head, mark, voxels = write_mha(path, chest(), affine_of(SPACING)).read_bytes().partition(b"LOCAL\n")
+    lines = [line for line in head.split(b"\n") if not line.startswith(name.encode() + b" ")]
+    lines.insert(2, f"{name} = {value}".encode())
+    path.write_bytes(b"\n".join(lines) + mark + voxels)
+
+
+def _cut(path, compressed, keep=0.6):
+    data = write_mha(path, chest(), affine_of(SPACING), compressed).read_bytes()
+    path.write_bytes(data[: int(keep * len(data))])
+
+
+def _flipped(path):
+    data = bytearray(write_mha(path, chest(), affine_of(SPACING), compressed=True).read_bytes())
+    data[-200] ^= 255
+    path.write_bytes(data)
+
+
+BAD_META = {
+    "missing": (lambda p: None, "no such file"),
+    "a folder": (lambda p: p.mkdir(), "unreadable"),
+    "empty": (lambda p: p.write_bytes(b""), "after 0 lines, no header"),
+    "text": (lambda p: p.write_text("<html>Access denied</html>"), "no header"),
+    "text with equals": (lambda p: p.write_text("a = b\n" * 999), "no header"),
+    "one long line": (lambda p: p.write_bytes(b"x" * 9_000_000), "no header"),
+    "cut": (lambda p: _cut(p, False), "truncated"),
+    "cut, compressed": (lambda p: _cut(p, True), "truncated"),
+    "cut in the checksum": (lambda p: _cut(p, True, 0.99999), "damaged data (the stream ends early)"),
+    "cut in the header": (lambda p: _cut(p, False, 0.001), "no header"),
+    "damaged": (_flipped, "damaged"),
+    "absurd size": (lambda p: _field(p, "DimSize", "60000 60000 60000"), "at most"),
+    "astronomic size": (lambda p: _field(p, "DimSize", "1e300 2 2"), "DimSize"),
+    "half a voxel": (lambda p: _field(p, "DimSize", "4 4 2.5"), "DimSize"),
+    "negative size": (lambda p: _field(p, "DimSize", "48 -44 20"), "axes of 48 x -44 x 20"),
+    "two sizes": (lambda p: _field(p, "DimSize", "48 44"), "3 whole numbers"),
+    "two axes": (lambda p: (_field(p, "NDims", "2"), _replace(p, b"= 48 44 20", b"= 48 880")), "2 axes"),
+    "no axes": (lambda p: _field(p, "NDims", "many"), "as NDims"),
+    "NaN spacing": (lambda p: _field(p, "ElementSpacing", "nan 1 1"), "spacing nan"),
+    "zero spacing": (lambda p: _field(p, "ElementSpacing", "0 0 0"), "spacing 0.0"),
+    "endless spacing": (lambda p: _field(p, "ElementSpacing", "1e39 1 1"), "spacing inf"),
+    "singular matrix": (lambda p: _field(p, "TransformMatrix", "1 0 0 1 0 0 0 0 1"), "singular"),
+    "NaN matrix": (lambda p: _field(p, "TransformMatrix", "nan 0 0 1 0 0 0 0 1"), "singular"),
+    "scaled matrix": (lambda p: _field(p, "TransformMatrix", "3 0 0 0 3 0 0 0 3"), "beside an orientation"),
+    "voxels elsewhere": (lambda p: _field(p, "ElementDataFile", "/etc/passwd"), "LOCAL, in this file"),
+    "vectors": (lambda p: _field(p, "ElementNumberOfChannels", "3"), "one number"),
+    "strange type": (lambda p: _field(p, "ElementType", "MET_STRING"), "MET_STRING"),
+    "text voxels": (lambda p: _field(p, "BinaryData", "False"), "as text"),
+    "strange flag": (lambda p: _field(p, "CompressedData", "perhaps"), "'perhaps' as CompressedData"),
+    "scaled voxels": (lambda p: _field(p, "ElementToIntensityFunctionSlope", "2"), "HU as stored"),
+    "a pipe": (lambda p: os.mkfifo(p), "a pipe or device"),
+    "far voxels": (lambda p: _field(p, "HeaderSize", "99999999999"), "HeaderSize"),
+}
+
+
+def _replace(path, old, new):
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+@pytest.mark.parametrize("case", BAD_META)
+def test_bad_meta_image_gives_one_line(tmp_path, case):
+    make, told = BAD_META[case]
+    path = tmp_path / "bad.mha"
+    make(path)
+    with pytest.raises(VolumeError) as caught:
+        preprocess_volume(path, None, SMALL)
+    message = str(caught.value)
+    assert message.startswith("bad.mha: found ") and told in message and "expected" in message
+    assert "\n" not in message and len(message) < 250
+
+
+# ------------------------------------------------------------------ bad series
+
+
+def _series(folder, **changes):
+    return write_dicom(folder, chest((20, 18, 8)), affine_of(SPACING), **changes)
+
+
+def _one_less(folder):
+    files = sorted(_series(folder).iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    readers.DicomSeries(folder).files[3].unlink()
+    assert len(files) == 8
+
+
+def _two_series(folder):
+    _series(folder)
+    _series(folder, uid="1.2.3.4.6", prefix="other")
+
+
+def _with_another(folder, hu, spacing=SPACING, codes="LPS"):
+    _series(folder)
+    write_dicom(folder, *reoriented(hu, affine_of(spacing), codes), prefix="other")
+
+
+SLOPE = b"\x28\x00\x53\x10\x02\x00\x00\x00"  # the tag and its length, in front of two characters
+
+
+def _rewritten(folder, old, new, every=1):
+    """What ITK would not write itself."""
+    for file in sorted(_series(folder).iterdir())[::every]:
+        data = file.read_bytes()
+        assert data.count(old) == 1
+        file.write_bytes(data.replace(old, new))
+    return folder
+
+
+def _cut_slice(folder, place):
+    """Cut, as a copy that ended early: the meta header is left, the pixels are not."""
+    if not folder.exists():
+        _series(folder)
+    files = [file for file in sorted(folder.iterdir()) if file.stat().st_size > 700]
+    by_place = sorted(files, key=lambda file: readers._Slice(file, *information(file)).position[2])
+    by_place[min(place, len(by_place) - 1)].write_bytes(by_place[min(place, len(by_place) - 1)].read_bytes()[:600])
+
+
+def information(file):
+    return readers._information(readers.simple_itk(file), file)
+
+
+BAD_SERIES = {
+    "a slice is missing": (_one_less, "is one missing"),
+    "one slice": (lambda f: write_dicom(f, chest((20, 18, 1)), affine_of(SPACING)), "single slice"),
+    "magnetic resonance": (lambda f: _series(f, tags={"0008|0060": "MR"}), "modality MR"),
+    "all at one place": (lambda f: _series(f, tags={"0020|0032": "0\\0\\0"}), "two slices at one place"),
+    "tilted gantry": (lambda f: _series(f, shear=3.0), "tilt"),
+    "two series": (_two_series, "2 DICOM series"),
+    "a localizer of the same series": (lambda f: _with_another(f, chest((30, 18, 1))), "slices that are alike"),
+    "a slice of another spacing": (lambda f: _with_another(f, chest((20, 18, 1)), (9.0, 9.0, 9.0)), "that are alike"),
+    "a turned slice": (lambda f: _with_another(f, chest((20, 18, 1)), codes="PSL"), "slices that are alike"),
+    "dark for dense": (lambda f: _rewritten(f, b"MONOCHROME2", b"MONOCHROME1"), "MONOCHROME1"),
+    "no slope": (lambda f: _rewritten(f, SLOPE + b"1 ", SLOPE + b"0 "), "RescaleSlope 0"),
+    "a slope that is no number": (lambda f: _rewritten(f, SLOPE + b"1 ", SLOPE + b"x "), "(0028,1053)"),
+    "two passes": (lambda f: (_series(f), _series(f, prefix="again")), "two slices at one place"),
+    "a damaged first slice": (lambda f: _cut_slice(f, 0), "an unreadable CT slice"),
+    "a damaged slice within": (lambda f: _cut_slice(f, 4), "an unreadable CT slice"),
+    "nothing but cut files": (lambda f: [_cut_slice(f, 0) for _ in range(8)], "an unreadable CT slice"),
+    "no series": (lambda f: f.mkdir(), "0 DICOM series"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SERIES)
+def test_bad_series_gives_one_line(tmp_path, case):
+    make, told = BAD_SERIES[case]
+    make(tmp_path / "bad")
+    with pytest.raises(VolumeError) as caught:
+        preprocess_volume(tmp_path / "bad", None, SMALL)
+    message = str(caught.value)
+    assert told in message and "expected" in message and "\n" not in message and len(message) < 300
+
+
+def test_order_comes_from_positions_and_geometry_from_the_series(tmp_path, scan, monkeypatch):
+    """Also where GDCM does not sort: files are handed over in a random order here."""
+    hu, affine, expected = scan
+    folder = write_dicom(tmp_path / "series", hu, affine)
+    original = readers.DicomSeries._files
+    monkeypatch.setattr(readers.DicomSeries, "_files", lambda self: sorted(original(self), reverse=True)[::2]
+                        + sorted(original(self), reverse=True)[1::2])
+    assert torch.equal(preprocess_volume(folder, None, SMALL), expected)
+    np.testing.assert_allclose(place_volume(folder).affine, affine, atol=1e-3)
+
+
+def test_rescale_values_are_each_slice_s_own(tmp_path):
+    """Fractions too: in every other file the slope is .5."""
+    folder = _rewritten(tmp_path / "series", SLOPE + b"1 ", SLOPE + b".5", every=2)
+    halved = {file.name for file in sorted(folder.iterdir())[::2]}
+    with open_volume(folder) as series:
+        stored = np.concatenate([slices.copy() for _, slices in series.slabs()])
+        scale = np.array([0.5 if file.name in halved else 1 for file in series.files])
+    expected = (chest((20, 18, 8)).T + 1024.0) * scale[:, None, None] - 1024
+    np.testing.assert_array_equal(stored, expected)
+
+
+@pytest.mark.parametrize(("spacing", "count"), [(1 / 3, 45), (0.7, 60), (0.625, 33)])
+def test_slice_distance_is_the_number_that_other_formats_keep(tmp_path, spacing, count):
+    """Positions are written rounded; their mean distance must not become a voxel more or less."""
+    hu, affine = np.broadcast_to(chest((20, 18, 1)), (20, 18, count)), affine_of((9.0, 9.0, spacing), (11, -7, 3))
+    folder = write_dicom(tmp_path / "series", hu, affine, digits=8)
+    with open_volume(folder) as series, open_volume(write_mha(tmp_path / "a.mha", hu, affine)) as meta:
+        assert series.header.spacing[2] == meta.header.spacing[2]
+
+
+def test_header_before_the_voxels_is_skipped(tmp_path, scan):
+    hu, affine, expected = scan
+    path = write_mha(tmp_path / "a.mha", hu, affine)
+    head, mark, voxels = path.read_bytes().partition(b"LOCAL\n")
+    for size, between in ((b"7", b"padding"), (b"-1", b"whatever is here")):
+        path.write_bytes(head.replace(b"NDims", b"HeaderSize = " + size + b"\nNDims") + mark + between + voxels)
+        assert torch.equal(preprocess_volume(path, None, SMALL), expected)
+
+
+def test_other_ways_to_write_a_flag_and_blank_lines_are_read(tmp_path, scan):
+    hu, affine, expected = scan
+    path = write_mha(tmp_path / "a.mha", hu, affine)
+    data = path.read_bytes().replace(b"= True", b"= T").replace(b"= False", b"= no")
+    path.write_bytes(data.replace(b"\n", b"\n\n", 3))
+    assert torch.equal(preprocess_volume(path, None, SMALL), expected)
+
+
+def test_cut_slice_of_a_series_is_named(tmp_path):
+    folder = _series(tmp_path / "bad")
+    series = readers.DicomSeries(folder)
+    victim = series.files[5]
+    victim.write_bytes(victim.read_bytes()[:-300])  # after the headers were read: else it would be a missing slice
+    with pytest.raises(VolumeError, match=victim.name):
+        list(series.slabs())
+
+
+def test_dicom_without_simple_itk_names_the_package(tmp_path, monkeypatch):
+    folder = _series(tmp_path / "series")
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    with pytest.raises(VolumeError, match="pip install SimpleITK"):
+        preprocess_volume(folder, None, SMALL)
+
+
+def test_series_are_named_by_folder_and_number(tmp_path):
+    _series(tmp_path / "one")
+    _two_series(tmp_path / "two")
+    assert list(readers.series_of(tmp_path / "one")) == ["one"]
+    assert len(readers.series_of(tmp_path / "two")) == 2
+    assert all(name.startswith("two/series_") for name in readers.series_of(tmp_path / "two"))
+    for number in range(4):  # of one number, and one last part of the identity
+        write_dicom(tmp_path / "many", chest((20, 18, 3)), affine_of(SPACING), f"1.2.{number}.4.7", f"s{number}")
+    assert list(readers.series_of(tmp_path / "many")) == [f"many/series_7{end}" for end in ("", "_2", "_3", "_4")]
+
+
+# ------------------------------------------------------------------ fuzz: seconds and megabytes, whatever a header says
+
+
+def test_hundred_mutated_headers_of_each_kind_are_a_tensor_or_one_line(tmp_path):
+    """In a process with 3 GB of address space beyond what importing takes: nothing crashes, hangs or grows."""
+    if sys.platform != "linux":
+        pytest.skip("limits of address space are Linux's")
+    for number in range(100):
+        mutate(tmp_path / f"{number:03d}.nii", number)
+        mutate(tmp_path / f"{number:03d}.nii.gz", number)
+        mutate(tmp_path / f"{number:03d}.mha", number)
+    script = (
+        "import resource, sys, time, pathlib, torch\n"
+        "from ctclip.data.preprocessing import preprocess_volume, VolumeError\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30), -1))\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "read = refused = 0\n"
+        "for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):\n"
+        "    start = time.monotonic()\n"
+        "    try:\n"
+        "        preprocess_volume(path, None, (24, 48, 48)); read += 1\n"
+        "    except VolumeError as error:\n"
+        "        assert '\\n' not in str(error) and len(str(error)) < 300, error\n"
+        "        refused += 1\n"
+        "    assert time.monotonic() - start < 5, path\n"
+        "print(read, refused, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)\n"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    read, refused, megabytes = map(int, done.stdout.split())
+    assert read + refused == 300 and read > 20 and refused > 60, "mutations that do harm, and some that do not"
+    assert megabytes < 300
+
+
+def mutate(path: Path, number: int) -> None:
+    """A chest with three bytes of its header replaced, digits by digits half of the time; every fifth file also cut."""
+    rng = np.random.default_rng([number, len(path.name)])
+    hu = chest((20, 18, 8))
+    if path.suffix == ".mha":
+        write_mha(path, hu, affine_of(SPACING), compressed=bool(number % 2))
+        data, size = bytearray(path.read_bytes()), path.read_bytes().index(b"LOCAL\n")
+    else:
+        data = bytearray(write(path.with_suffix(".tmp.nii"), hu, SPACING).read_bytes())
+        path.with_suffix(".tmp.nii").unlink()
+        size = 348
+    for _ in range(3):
+        at = int(rng.integers(size))
+        digit = chr(data[at]).isdigit() and rng.random() < 0.7
+        data[at] = ord(rng.choice(list("0123456789-e."))) if digit else int(rng.integers(256))
+    if number % 5 == 0:
+        data = data[: int(rng.integers(len(data)))]
+    path.write_bytes(gzip.compress(bytes(data)) if path.suffix == ".gz" else bytes(data))
+
+
+def test_a_few_bytes_that_inflate_to_a_huge_slice_are_refused_unread(tmp_path):
+    """4 MB, deflated, could hold two slices of 30000 x 30000: the size is refused, not tried."""
+    block = bytearray(gzip.decompress(write(tmp_path / "good.nii.gz", chest((9, 8, 7))).read_bytes())[:352])
+    block[42:48] = struct.pack("<3h", 30000, 30000, 2)
+    path = tmp_path / "bomb.nii.gz"
+    path.write_bytes(gzip.compress(bytes(block) + np.random.default_rng(0).bytes(4_000_000)))
+    with pytest.raises(VolumeError, match="30000 x 30000 x 2 voxels, expected at most 16777216 in a slice"):
+        preprocess_volume(path, None, SMALL)
+
+
+def test_itk_reads_back_what_the_tests_write(tmp_path):
+    """The helpers' geometry is the NIfTI one: otherwise the comparisons above would compare two mistakes."""
+    import nibabel
+    import SimpleITK
+
+    hu, affine = reoriented(chest(), affine_of(SPACING), "RAS")
+    SimpleITK.WriteImage(as_itk(hu, affine), str(tmp_path / "itk.nii.gz"))
+    image = nibabel.load(tmp_path / "itk.nii.gz")
+    np.testing.assert_allclose(image.affine, affine, atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(image.dataobj), hu)

@@ -1,0 +1,213 @@
+"""Intervals, differences and subgroups: every resample against scikit-learn on rows that are really drawn again; the
+width of intervals against DeLong's; corrected p-values against hand-worked ones.
+"""
+
+import numpy as np
+import pytest
+from helpers_evaluation import both_classes, decided, rows, simulate, with_ties
+from sklearn import metrics as sk
+
+from ctclip.evaluation import bootstrap as boot
+from ctclip.evaluation import metrics as cm
+from ctclip.evaluation import subgroups as sub
+from ctclip.evaluation.metrics import ABNORMALITIES, EvaluationError
+
+NAMES = list(ABNORMALITIES)
+
+
+def cohort(ties=True, n_patients=40, seed=0):
+    """(labels, probabilities, patients): one to three volumes a patient, one label with one class."""
+    rng = np.random.default_rng(seed)
+    y, p = with_ties(seed, n=3 * n_patients)
+    if not ties:
+        p = np.clip(p + 1e-3 * rng.normal(size=p.shape), 0, 1)
+    y[:, 7] = 0
+    return y, p, rng.integers(0, n_patients, len(y))
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_every_resample_is_what_scikit_learn_says_of_the_rows_drawn(ties):
+    y, p, patients = cohort(ties)
+    resamples = boot.draw(patients, 40, seed=3)
+    ranking, ranked = boot.ranking_tree(y, p, resamples)
+    summary, columns = boot.decisions_tree(y, p >= 0.5, resamples)
+    assert summary.keys() | ranking.keys() == set(cm.compute_metrics(y, p))
+    for b, counts in enumerate(resamples.counts.astype(int)):
+        drawn = np.repeat(np.arange(len(y)), counts[resamples.group])
+        Y, P = y[drawn], p[drawn]
+        two = both_classes(Y)
+        auroc = [sk.roc_auc_score(Y[:, j], P[:, j]) for j in two]
+        np.testing.assert_allclose(ranked["auroc"][b, two], auroc, atol=1e-12)
+        expected = [sk.average_precision_score(Y[:, j], P[:, j]) for j in two]
+        np.testing.assert_allclose(ranked["average_precision"][b, two], expected, atol=1e-12)
+        one = [j for j in range(18) if j not in two]
+        assert 7 in one and all(np.isnan(column[b, one]).all() for column in ranked.values())
+        assert ranking["auroc_macro"][b] == pytest.approx(np.mean(auroc), abs=1e-12)
+        assert ranking["auroc_micro"][b] == pytest.approx(sk.roc_auc_score(Y.ravel(), P.ravel()), abs=1e-12)
+        reference = decided(Y, (P >= 0.5).astype(int))
+        assert {key: values[b] for key, values in summary.items()} == pytest.approx(reference, abs=1e-12)
+        for key, values in cm.decision_columns(Y, P >= 0.5).items():
+            np.testing.assert_allclose(columns[key][b], values, atol=1e-12)
+
+
+def test_resampled_brier_scores():
+    y, p, patients = cohort()
+    resamples = boot.draw(patients, 30)
+    tree = boot.brier_tree(y, p, resamples)
+    for b, counts in enumerate(resamples.counts.astype(int)):
+        drawn = np.repeat(np.arange(len(y)), counts[resamples.group])
+        np.testing.assert_allclose(tree[b], ((p - y)[drawn] ** 2).mean(axis=0), atol=1e-12)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_the_calibration_error_that_a_finite_table_shows_of_itself(copies):
+    """The mean over many tables whose labels are drawn from the probabilities, once for all copies of a row."""
+    rng = np.random.default_rng(0)
+    p = np.repeat(rng.beta(1, 4, size=(150, 18)), copies, axis=0)
+    group = np.repeat(np.arange(150), copies)
+    observed = [cm.calibration_columns((rng.random((150, 18))[group] < p).astype(np.int8), p)["ece"].mean()
+                for _ in range(100)]
+    assert boot.ece_if_calibrated(p, group) == pytest.approx(np.mean(observed), rel=0.03)
+    assert boot.ece_if_calibrated(np.repeat(p, 10, axis=0), np.arange(1500 * copies)) < 0.5 * np.mean(observed)
+
+
+def test_patients_are_drawn_not_volumes():
+    patients = np.repeat(["b", "a", "c"], [5, 1, 2])
+    resamples = boot.draw(patients, 200, seed=1)
+    assert (resamples.counts.sum(axis=1) == 3).all() and (resamples.counts.max(axis=1) > 1).any()
+    assert resamples.group.tolist() == [1] * 5 + [0] + [2] * 2
+    assert np.array_equal(boot.draw(patients[::-1], 200, seed=1).counts, resamples.counts)
+    assert not np.array_equal(boot.draw(patients, 200, seed=2).counts, resamples.counts)
+    with pytest.raises(EvaluationError, match="found 0 resamples"):
+        boot.draw(patients, 0)
+
+
+def test_copies_of_volumes_do_not_make_an_interval_shorter():
+    predictions, labels = simulate(60, seed=0)
+    r = rows(predictions, labels)
+    once = boot.draw(r.patients, 300)
+    thrice = boot.draw(np.repeat(r.patients, 3), 300)
+    for tree in (boot.ranking_tree, lambda y, p, draws: boot.decisions_tree(y, p >= 0.5, draws)):
+        first = boot.intervals(tree(r.labels, r.probabilities, once)[0])
+        second = boot.intervals(tree(np.repeat(r.labels, 3, 0), np.repeat(r.probabilities, 3, 0), thrice)[0])
+        assert {k: pytest.approx(v, abs=1e-12) for k, v in first.items()} == second
+
+
+def test_intervals_are_as_wide_as_delong_says():
+    predictions, labels = simulate(150, seed=0)
+    other = predictions.sample(frac=1, random_state=0).set_axis(predictions.index)
+    r = rows(predictions, labels)
+    draws = boot.draw(r.patients, 1000)
+    first, second = (boot.ranking_tree(r.labels, p.to_numpy(), draws)[0]["auroc_macro"] for p in (predictions, other))
+    difference, error = cm.auroc_difference(r.labels, predictions.to_numpy(), other.to_numpy(), r.patients)
+    low, high = boot.interval(first - second)
+    assert (high - low) / (2 * 1.96) == pytest.approx(error, rel=0.1)
+    assert (low + high) / 2 == pytest.approx(difference, abs=0.3 * error)
+
+
+def test_interval_by_hand_and_where_it_is_undefined():
+    values = np.arange(1001.0)
+    assert boot.interval(values) == pytest.approx([25, 975])
+    values[:40] = np.nan  # 4 % undefined: the rest speaks
+    assert boot.interval(values) == pytest.approx([40 + 0.025 * 960, 40 + 0.975 * 960])
+    values[:60] = np.nan
+    assert boot.interval(values) is None
+    assert boot.intervals({"a": {"b": values}, "c": np.zeros((5, 18))}) == {
+        "a": {"b": None}, "c": {name: [0, 0] for name in NAMES}}
+
+
+def test_difference_by_hand():
+    draws = np.concatenate([np.full(990, 0.2), np.full(9, -0.1)])
+    assert boot.difference(0.8, 0.7, draws) == {
+        "difference": pytest.approx(0.1), "interval": [0.2, 0.2], "p": pytest.approx(2 * 10 / 1000)}
+    assert boot.difference(0.8, 0.7, np.full(999, 0.3))["p"] == pytest.approx(2 / 1000)
+    assert boot.difference(0.8, 0.8, np.zeros(999))["p"] == 1
+    undefined = {"difference": None, "interval": None, "p": None}
+    assert boot.difference(None, 0.8, np.zeros(9)) == boot.difference(0.8, 0.8, np.full(9, np.nan)) == undefined
+
+
+def test_p_says_what_the_interval_says():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        row = boot.difference(1.0, 0.0, rng.normal(rng.normal(0, 2), 1, size=999))
+        low, high = row["interval"]
+        assert (row["p"] < 0.05) == (low > 0 or high < 0) or abs(row["p"] - 0.05) < 0.003
+
+
+def test_equals_are_told_apart_at_most_as_often_as_promised():
+    """Two equally good predictions of 100 cohorts: p below 0.05 in about one of twenty."""
+    hits = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        y = (rng.random(80) < 0.4).astype(int)
+        first, second = 0.8 * y + rng.normal(size=(2, 80))
+        draws = boot.draw(np.arange(80), 200, seed)
+        one, other = (cm.areas(y, s, draws.group, draws.counts)[0] for s in (first, second))
+        hits += boot.difference(0.0, 0.0, one - other)["p"] < 0.05
+    assert 1 <= hits <= 11
+
+
+def test_holm_by_hand():
+    assert boot.holm([0.01, 0.04, 0.03, None]) == pytest.approx([0.03, 0.06, 0.06, None])
+    assert boot.holm([0.5, 0.9]) == [1, 1]
+    assert boot.holm([None]) == [None]
+    rows = boot.compare_labels(np.full(18, 0.8), np.full(18, 0.7), np.full((999, 18), 0.1))
+    assert all(row["p_corrected"] == pytest.approx(18 * 2 / 1000) for row in rows.values()) and list(rows) == NAMES
+
+
+def test_labels_with_too_few_patients_of_either_class():
+    patients = np.repeat(np.arange(30), 2)
+    y = np.zeros((60, 18), np.int8)
+    y[:20, 0], y[:18, 1], y[:40, 2], y[:42, 3], y[:20:2, 4] = 1, 1, 1, 1, 1
+    assert np.flatnonzero(boot.enough_cases(y, patients)).tolist() == [0, 2, 4]  # 10; 9; 10 without; 9 without; 10
+
+
+# --------------------------------------------------------------------------------------------------------- subgroups
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"PatientSex": "F", "PatientAge": "039Y", "Manufacturer": "A", "SliceThickness": "1.0"},
+     ("female", "under 40", "A", "up to 1 mm")),
+    ({"PatientSex": "m", "PatientAge": "040Y", "Manufacturer": "", "SliceThickness": "", "ZSpacing": "1.5"},
+     ("male", "40 to 59", "not stated", "over 1 to 2 mm")),
+    ({"PatientSex": "O", "PatientAge": "074Y", "ZSpacing": "2.5"},
+     ("not stated", "60 to 74", "not stated", "over 2 to 4 mm")),
+    ({"PatientAge": "075Y", "ZSpacing": "5"}, ("not stated", "75 and older", "not stated", "over 4 mm")),
+    ({"PatientAge": "018M", "ZSpacing": "nan"}, ("not stated", "under 40", "not stated", "not stated")),
+    ({"PatientAge": "old", "ZSpacing": "-1"}, ("not stated",) * 4),
+    ({"PatientAge": "61"}, ("not stated", "60 to 74", "not stated", "not stated")),
+    ({}, ("not stated",) * 4),
+])
+def test_attributes_of_a_metadata_row(row, expected):
+    assert tuple(sub.attributes(row).values()) == expected
+
+
+def test_subgroups_are_the_metrics_of_their_rows():
+    predictions, labels = simulate(120, seed=0)
+    labels.iloc[:100, 9] = 0
+    r = rows(predictions, labels)
+    decisions = r.probabilities >= 0.6
+    kinds = np.where(np.arange(240) < 100, "one", np.where(np.arange(240) < 204, "two", "tiny"))
+    groups = [{"Sex": kind, "Age": "same"} for kind in kinds]
+    draws = boot.draw(r.patients, 100)
+    found = sub.subgroup_metrics(r, decisions, groups, draws)
+    assert [(g["group"], g["n_rows"], g["n_patients"], g["too_small"]) for g in found["Sex"]] == [
+        ("two", 104, 52, False), ("one", 100, 50, False), ("tiny", 36, 18, True)]
+    assert "auroc_macro" not in found["Sex"][2] and found["Sex"][2]["n_positives"] == labels.iloc[204:].to_numpy().sum()
+    for group in found["Sex"][:2]:
+        own = kinds == group["group"]
+        y, p = r.labels[own], r.probabilities[own]
+        enough = [j for j in range(18) if min(y[:, j].sum(), (1 - y[:, j]).sum()) >= 20]  # of ten patients
+        assert (9 in enough) == (group["group"] == "two") and len(enough) == group["auroc_labels"] < 18
+        assert group["auroc_macro"] == pytest.approx(np.mean([sk.roc_auc_score(y[:, j], p[:, j]) for j in enough]))
+        everyone = [sk.roc_auc_score(r.labels[:, j], r.probabilities[:, j]) for j in enough]
+        assert group["auroc_everyone"] == pytest.approx(np.mean(everyone))
+        reference = decided(y, decisions[own].astype(int))
+        for key in sub.MEASURES:
+            assert group[key] == pytest.approx(reference[key])
+            low, high = group["intervals"][key]
+            assert low < group[key] < high
+    whole = found["Age"][0]
+    assert whole["n_rows"] == 240 and whole["positive_rate"] == pytest.approx(decisions.mean())
+    tree, _ = boot.decisions_tree(r.labels, decisions, draws)
+    assert whole["intervals"]["f1_macro"] == boot.interval(tree["f1_macro"])

@@ -1,0 +1,78 @@
+"""ctclip.evaluation.cases: the most wrong volumes by hand, pictures with marker voxels, and volumes that are not at hand."""
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ctclip.data.preprocessing import CohortError, load_cohort
+from ctclip.evaluation import cases
+from ctclip.evaluation.metrics import ABNORMALITIES
+from ctclip.evaluation.tables import Rows
+
+
+def rows_with(labels, probabilities, names=None):
+    """Rows whose first label is as given; all others negative at 0."""
+    y, p = np.zeros((len(labels), 18), np.int8), np.zeros((len(labels), 18))
+    y[:, 0], p[:, 0] = labels, probabilities
+    names = np.array(names or [f"valid_{i}_a_1.nii.gz" for i in range(len(labels))])
+    return Rows(names, np.array([name[:7] for name in names]), y, p, len(names))
+
+
+def test_the_most_wrong_volumes_by_hand():
+    """Cut at 0.5: missed are 0.1, 0.2, 0.3, 0.4 (three are listed), false alarms 0.9, 0.6 and, on the cut, 0.5."""
+    rows = rows_with([1, 1, 1, 1, 1, 0, 0, 0, 0], [0.3, 0.1, 0.2, 0.4, 0.8, 0.6, 0.9, 0.2, 0.5])
+    found = cases.worst_cases(rows, rows.probabilities / 2, np.full(18, 0.5), np.full(18, 0.25))
+    assert [(c.kind, c.name[6], c.probability) for c in found] == [
+        ("missed", "1", 0.05), ("missed", "2", 0.1), ("missed", "0", 0.15),
+        ("false alarm", "6", 0.45), ("false alarm", "5", 0.3), ("false alarm", "8", 0.25)]
+    assert {c.label for c in found} == {ABNORMALITIES[0]} and {c.cut for c in found} == {0.25}
+    assert cases.worst_cases(rows, rows.probabilities, np.full(18, 2.0), np.ones(18))[-1].kind == "missed"
+
+
+def test_the_picture_is_turned_as_radiologists_look():
+    """Axes (z, x, y) in LPS: markers at the patient's right, front and head lie to the left, at the top and the top."""
+    hu = torch.full((1, *cases.PICTURE_SHAPE), -1.0)
+    hu[0, :, :, 30:33] = -0.8  # a thin shell, as partial volumes make it: not lung
+    hu[0, 97:104, 80:120, 80:120] = hu[0, 80:120, 80:120, 97:104] = -0.8  # the planes with the most lung
+    hu[0, 97:104, 10:14, 97:104] = 1  # right
+    hu[0, 97:104, 97:104, 10:14] = 1  # front
+    hu[0, 190:194, 97:104, 97:104] = 1  # head
+    shown = np.array(Image.open(io.BytesIO(cases.picture(hu, (0, 2)))).convert("L"))
+    assert shown.shape == (200, 400)
+    axial, coronal = shown[:, :200], shown[:, 200:]
+    for slice_, row, column in ((axial, 100, 12), (axial, 12, 100), (coronal, 8, 100)):
+        assert slice_[row, column] > 150, (row, column)
+    for slice_, row, column in ((axial, 100, 188), (axial, 188, 100), (coronal, 191, 100)):
+        assert slice_[row, column] < 60, (row, column)
+
+
+def test_pictures_of_the_first_of_each_kind_and_what_could_not_be_read(phantoms, tmp_path):
+    data_dir = tmp_path / "cohort"
+    shutil.copytree(phantoms, data_dir)
+    volumes = load_cohort(data_dir, "valid").volumes
+    spoiled = volumes[1].path
+    spoiled.write_bytes(spoiled.read_bytes()[:2000])
+    names = [volumes[0].name, volumes[1].name, "valid_999_a_1.nii.gz"]
+    listed = [cases.Case("Emphysema", kind, name, 0.5, 0.5) for kind in ("missed", "false alarm") for name in names]
+    pictured, failures = cases.with_pictures(listed, "volume", data_dir, 3)
+    assert [case.picture is not None for case in pictured] == [True, False, False] * 2
+    assert pictured[0].picture == pictured[3].picture and pictured[0].picture[:2] == b"\xff\xd8"
+    assert [name for name, _ in failures] == names[1:] and "valid_999" in failures[1][0]
+    assert "truncated" in failures[0][1] or "damaged" in failures[0][1]
+    only_first, failures = cases.with_pictures(listed, "volume", data_dir, 1)
+    assert [case.picture is not None for case in only_first] == [True, False, False] * 2 and not failures
+    of_scan = cases.Case("Emphysema", "missed", volumes[0].scan, 0.5, 0.5)
+    scan, failures = cases.with_pictures([of_scan], "scan", data_dir, 1)
+    assert scan[0].picture == pictured[0].picture and not failures
+    with pytest.raises(CohortError, match="found no folder"):
+        cases.with_pictures(listed, "volume", tmp_path / "nowhere", 1)
+
+
+def test_lung_findings_are_seen_in_the_lung_window():
+    assert set(ABNORMALITIES) > cases.SOFT_LABELS
+    assert {"Lung nodule", "Emphysema", "Consolidation"}.isdisjoint(cases.SOFT_LABELS)
+    assert {"Cardiomegaly", "Hiatal hernia", "Pleural effusion"} <= cases.SOFT_LABELS

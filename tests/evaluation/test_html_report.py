@@ -1,0 +1,288 @@
+"""report.html against what it is made of: its counts and its slider against compute_metrics; its markup through an HTML
+parser, with names that try to be markup; its behaviour in a headless Chromium, where there is one.
+"""
+
+import dataclasses
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from helpers_evaluation import simulate
+
+from ctclip.evaluation.cases import Case
+from ctclip.evaluation.evaluate import Material, Settings, examine
+from ctclip.evaluation.html_report import MOST_POINTS, thinned, write_page
+from ctclip.evaluation.metrics import compute_metrics, per_label_metrics
+from ctclip.evaluation.text_report import PHANTOM_NOTE
+from ctclip_model import ABNORMALITIES
+
+HOSTILE = """<img src=x onerror=alert(1)>"'&.nii.gz"""
+BREAKOUT = "</script></title><script>alert(2)</script>"
+ONE_CLASS = "Hiatal hernia"  # without positives
+LABEL = 9
+CUTS = (0, 137, 300, 500, 501, 812, 1000)
+KEYS = ("positive_rate", "hamming_accuracy", "f1_macro", "precision_macro", "recall_macro", "crg")
+RECORD = {"config": {"model": "ctclip", BREAKOUT: BREAKOUT, "data_dir": "/secret/place"},
+          "data_dir": f"/data/{HOSTILE}", "device": "cpu", "volumes": {"train": 3}, "versions": {"torch": "2"}}
+MOVE = """cuts => cuts.map(k => {
+  const slider = document.getElementById("cut");
+  slider.value = k;
+  slider.dispatchEvent(new Event("input"));
+  const shown = [...document.querySelectorAll("#sweep dd")].map(e => [e.dataset.value, e.textContent]);
+  return [Object.fromEntries(shown), document.querySelector("[data-curve=cut]").getAttribute("d")];
+})"""
+HISTORY = [
+    {"epoch": 1, "stage": "frozen", "train_loss": 0.5, "tuning_loss": float("inf"), "tuning_auroc_macro": 0.6,
+     "positive_rate": 0.9, "label_rate": 0.2, "best": True},
+    {"epoch": 2, "stage": "open", "train_loss": 0.4, "tuning_loss": 0.5, "tuning_auroc_macro": None,
+     "positive_rate": 0.5, "label_rate": 0.2, "best": False},
+]
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    """120 volumes; a third of the probabilities lie on the slider's stops, one label has no positives."""
+    predictions, labels = simulate(60, seed=0, shift=1.0)
+    baseline, _ = simulate(60, seed=1)
+    predictions.iloc[::3] = predictions.iloc[::3].round(3)
+    labels[ONE_CLASS] = 0
+    tables = [table.rename(index={predictions.index[0]: HOSTILE}) for table in (predictions, labels, baseline)]
+    tables[2].attrs["source"] = BREAKOUT
+    sexes = {name: {"PatientSex": "FM"[i % 2], "Manufacturer": HOSTILE if i < 90 else "rare"}
+             for i, name in enumerate(tables[0].index)}
+    tuning = simulate(40, seed=2, shift=1.0, split="train")
+    material = Material(tables[0], tables[1], tuning, note=BREAKOUT)
+    return examine(material, Settings(resamples=50), tables[2], sexes)
+
+
+@pytest.fixture(scope="module")
+def path(evaluation, tmp_path_factory):
+    from PIL import Image
+
+    jpeg = io.BytesIO()
+    Image.new("L", (40, 20), 128).save(jpeg, "JPEG")
+    cases = [Case("Lung nodule", "missed", HOSTILE, 0.1, 0.4, jpeg.getvalue()),
+             Case("Lung nodule", "false alarm", "valid_2_a_1.nii.gz", 0.9, 0.4)]
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    write_page(path, evaluation, HISTORY, RECORD, cases)
+    return path
+
+
+class Parsed(HTMLParser):
+    """Elements as (tag, attributes), and all text outside of scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.text, self.inside = [], "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_data(self, data):
+        self.text += data if self.inside not in ("script", "style") else ""
+
+
+@pytest.fixture(scope="module")
+def parsed(path):
+    return Parsed(path.read_text(encoding="utf-8"))
+
+
+def probabilities(evaluation, source):
+    return evaluation.rows.probabilities if source == "given" else evaluation.judgement.calibrated
+
+
+# ---------------------------------------------------------------------------------------------------- without a browser
+
+
+def test_names_stay_text(parsed):
+    """Names that try to be markup are shown as they are; nothing in the page runs but its own script."""
+    assert parsed.text.count(HOSTILE) >= 3  # data folder, subgroup, case
+    assert parsed.text.count(BREAKOUT) >= 4  # note, baseline, configuration: name and value
+    assert sum(tag == "script" for tag, _ in parsed.elements) == 2
+    assert not [name for _, attributes in parsed.elements for name in attributes if name.startswith("on")]
+    assert "/secret/place" not in parsed.text
+    alts = [attributes["alt"] for tag, attributes in parsed.elements if tag == "img"]
+    assert alts == [f"Axial and coronal slice of {HOSTILE}"]
+
+
+def test_nothing_is_fetched(parsed, path):
+    links = [attributes[key] for _, attributes in parsed.elements for key in ("src", "href") if key in attributes]
+    assert len(links) > 10 and all(link.startswith(("#", "data:")) for link in links)
+    assert not re.search(r"@import|url\(", path.read_text(encoding="utf-8"))
+    policy = next(a["content"] for tag, a in parsed.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy and "img-src data:" in policy
+    targets = {a["id"] for _, a in parsed.elements if "id" in a}
+    assert {link[1:] for link in links if link.startswith("#")} <= targets
+
+
+@pytest.mark.parametrize("source", ["given", "calibrated"])
+def test_counts_give_compute_metrics(evaluation, path, source):
+    text = path.read_text(encoding="utf-8")
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text)[1])
+    assert data["labels"] == list(ABNORMALITIES) and data["rows"] == 120
+    counts = np.zeros((18, 2, 1001))
+    for j, label in enumerate(data["counts"][source]):
+        for c, sparse in enumerate(label):
+            counts[j, c, sparse[::2]] = sparse[1::2]
+    for k in range(0, 1001, 7):
+        (tp, fp), positives = counts[:, :, k:].sum(axis=2).T, counts[:, 0].sum(axis=1)
+        expected = compute_metrics(evaluation.rows.labels, probabilities(evaluation, source), k / 1000)
+        assert (tp + fp).mean() / 120 == pytest.approx(expected["positive_rate"], abs=1e-12)
+        assert 1 - (fp + positives - tp).mean() / 120 == pytest.approx(expected["hamming_accuracy"], abs=1e-12)
+        f1 = 2 * tp / np.maximum(tp + fp + positives, 1)
+        assert f1.mean() == pytest.approx(expected["f1_macro"], abs=1e-12)
+
+
+def test_undefined_is_said(path, parsed):
+    text = path.read_text(encoding="utf-8")
+    assert re.search(rf'<th scope="row">{ONE_CLASS}</th><td>undefined <small></small></td><td>undefined</td>', text)
+    assert text.count("one class only: no curve") == 2  # ROC and precision-recall; reliability needs one class only
+    assert "mean of 17 labels" in parsed.text
+    assert re.search(r"rare15too few: under 20", parsed.text)
+    assert f"AUROC and AP are undefined: {ONE_CLASS}" in parsed.text
+
+
+def test_blocks_come_and_go(evaluation, path, tmp_path):
+    optional = {"training", "subgroups", "baseline", "cases"}
+    full = path.read_text(encoding="utf-8")
+    assert optional <= set(re.findall(r'<section id="(\w+)"', full)) and PHANTOM_NOTE not in full
+    bare = evaluation.metrics | {"subgroups": None, "baseline": None, "phantom": True, "note": PHANTOM_NOTE}
+    write_page(tmp_path / "bare.html", dataclasses.replace(evaluation, metrics=bare), None, {}, [])
+    text = (tmp_path / "bare.html").read_text(encoding="utf-8")
+    sections = re.findall(r'<section id="(\w+)"', text)
+    assert not optional & set(sections) and len(sections) == 12
+    assert re.findall(r'<li><a href="#(\w+)"', text) == sections
+    assert f'<p class="note">{PHANTOM_NOTE}</p>' in text and "Research use only." in text
+    assert "{{" not in text and [file.name for file in tmp_path.iterdir()] == ["bare.html"]
+
+
+def test_curves_are_thinned_not_moved():
+    x = np.sort(np.random.default_rng(0).random(2000))
+    a, b = thinned(x, x**2)
+    assert len(a) <= MOST_POINTS and (a[0], a[-1]) == (x[0], x[-1]) and np.array_equal(b, a**2)
+    assert np.isin(a, x).all() and np.diff(a).max() < 0.02
+
+
+# -------------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip(f"none of {', '.join(names)} is installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser, path):
+    """The page, opened once; `page.seen` collects what should not happen."""
+    page = browser.new_page(viewport={"width": 1200, "height": 800})
+    page.seen = []
+    page.on("console", lambda message: page.seen.append(message.text))
+    page.on("pageerror", lambda error: page.seen.append(str(error)))
+    page.on("dialog", lambda dialog: (page.seen.append("dialog"), dialog.dismiss()))
+    page.on("request", lambda request: page.seen.append(request.url) if not request.url.startswith("data:") else None)
+    page.goto(path.as_uri())
+    yield page
+    page.close()
+
+
+def test_opens_quietly(page, path):
+    assert page.seen == [path.as_uri()]  # one request, no console message, no error, no dialog
+    assert page.locator("img[src=x]").count() == 0
+    assert page.locator("code", has_text=HOSTILE).count() == 1
+
+
+@pytest.mark.parametrize("source", ["given", "calibrated"])
+@pytest.mark.parametrize("label", [None, LABEL, ABNORMALITIES.index(ONE_CLASS)])
+def test_slider_shows_compute_metrics(page, evaluation, source, label):
+    page.locator(f"[value={source}]").check()
+    page.locator("#label").select_option(str(-1 if label is None else label))
+    for k, (shown, line) in zip(CUTS, page.evaluate(MOVE, CUTS), strict=True):
+        expected = metrics_at(evaluation.rows.labels, probabilities(evaluation, source), k / 1000, label)
+        assert list(shown) == list(KEYS)
+        for key in KEYS:
+            if expected[key] is None:
+                assert shown[key] == "undefined"
+            elif key == "positive_rate":
+                assert float(shown[key].removesuffix(" %")) == pytest.approx(100 * expected[key], abs=0.05 + 1e-9)
+            else:
+                assert float(shown[key]) == pytest.approx(expected[key], abs=5e-5 + 1e-9)
+        assert line == f"M{k} 0V1000"
+
+
+def metrics_at(labels, p, cut, label):
+    """compute_metrics, or the same of one label alone."""
+    if label is None:
+        return compute_metrics(labels, p, cut)
+    row = per_label_metrics(labels, p, cut)[ABNORMALITIES[label]]
+    y, called, n = labels[:, label], p[:, label] >= cut, len(labels)
+    a, tp, fp = y.sum(), (called & (y == 1)).sum(), (called & (y == 0)).sum()
+    crg = None
+    if 0 < a < n:
+        r, u = (n - a) / (2 * a), (n - a) / 2
+        crg = u / (2 * u - (r * tp - r * (a - tp) - fp))
+    return {"positive_rate": row["positive_rate"], "hamming_accuracy": row["accuracy"], "f1_macro": row["f1"],
+            "precision_macro": row["precision"], "recall_macro": row["recall"], "crg": crg}
+
+
+def test_slider_by_keyboard(page):
+    page.locator("#cut").fill("500")
+    page.locator("#cut").press("ArrowRight")
+    assert page.locator("[data-value=cut]").text_content() == "cut 0.501"
+
+
+def test_headings_sort(page, evaluation):
+    rows = page.locator("#labels tbody th")
+    head = page.locator("#labels thead th").nth(1)
+    auroc = {name: row["auroc"] for name, row in evaluation.metrics["per_label"].items()}
+    defined = [name for name in ABNORMALITIES if auroc[name] is not None]
+    by_auroc = sorted(defined, key=lambda name: round(auroc[name], 3))
+    assert rows.all_text_contents() == list(ABNORMALITIES) and head.get_attribute("aria-sort") == "none"
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") == "descending"
+    shown = rows.all_text_contents()
+    assert [round(auroc[n], 3) for n in shown[:-1]] == [round(auroc[n], 3) for n in by_auroc[::-1]]
+    assert shown[-1] == ONE_CLASS  # undefined is last either way
+    head.locator("button").press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending" and rows.all_text_contents() == [*by_auroc, ONE_CLASS]
+    name = page.locator("#labels thead th").first
+    name.locator("button").press("Enter")
+    assert rows.all_text_contents() == sorted(ABNORMALITIES, key=str.lower)
+    assert (name.get_attribute("aria-sort"), head.get_attribute("aria-sort")) == ("ascending", "none")
+    name.locator("button").click()
+    name.locator("button").click()
+    assert rows.all_text_contents() == list(ABNORMALITIES)
+
+
+def test_fits_a_phone_in_light_and_dark(browser, path):
+    papers = set()
+    for scheme in ("light", "dark"):
+        page = browser.new_page(viewport={"width": 360, "height": 800}, color_scheme=scheme)
+        page.goto(path.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        page.close()
+    assert len(papers) == 2
+
+
+def test_reads_without_script(browser, path):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    assert page.locator("input, select, button").count() == 0
+    assert page.locator("#labels tbody tr").count() == 18 and page.locator("#threshold svg path").count() > 6
+    context.close()

@@ -1,0 +1,612 @@
+"""CT-RATE's tables and volumes from a hub, as files (ctclip.hub.download) and as codes by a small disk (streaming).
+
+Reference: the phantoms that the tests' own hub serves (helpers_hub), the cache that encoding them from files gives,
+what the hub saw, and sizes sampled while a stream runs. The client is the real huggingface_hub.
+"""
+
+import json
+import os
+import random
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers_hub import NEWCOMER, TOKEN, Hub
+
+from ctclip.data import readers
+from ctclip.data.feature_cache import FeatureCache, encode_missing
+from ctclip.data.preprocessing import Volume, listed_volumes, load_cohort, read_streamed, volume_path
+from ctclip.distributed import Ranks
+from ctclip.environment import setup as setup_module
+from ctclip.hub import client as hub_client
+from ctclip.hub import streaming
+from ctclip.hub.download import choose, draw_patients
+from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def files(phantoms) -> dict[str, bytes]:
+    """The phantoms as the hub would hold them: all of them as version 2, those that are not also as version 1."""
+    found = {str(path.relative_to(phantoms)): path.read_bytes() for path in phantoms.rglob("*.*") if path.is_file()}
+    return {key: value for key, value in found.items() if key.startswith("dataset/")}
+
+
+@pytest.fixture
+def hub(files, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_client, "WAITS", (0.02, 0.02))
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with Hub(dict(files)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+@pytest.fixture
+def setup(hub, tmp_path, monkeypatch, capsys, tiny_classfine):
+    """ctclip_setup's command line from its packages step on: setup("--data", ...) -> (exit code, output, errors)."""
+    monkeypatch.chdir(tmp_path)
+    for step in ("folders_step", "packages_step"):
+        monkeypatch.setattr(setup_module, step, lambda *arguments: None)
+
+    def call(*arguments):
+        try:
+            code = setup_module.main([str(argument) for argument in arguments])
+        except SystemExit as ended:  # argparse's way
+            code = ended.code
+        captured = capsys.readouterr()
+        assert TOKEN not in captured.out + captured.err
+        return code, " ".join(captured.out.split()), captured.err
+
+    return call
+
+
+def volumes_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*.nii.gz"))
+
+
+# ---- which volumes
+
+
+def made_up(patients: int, rate: float, seed: int) -> list[Volume]:
+    generator = np.random.default_rng(seed)
+    labels = (generator.random((patients, len(ABNORMALITIES))) < rate).astype(np.float32)
+    return [
+        Volume(f"train_{p}_a_{r}.nii.gz", Path("x"), labels[p]) for p in range(patients) for r in range(1, 2 + p % 2)
+    ]
+
+
+def test_the_first_patients_drawn_have_every_label():
+    volumes = made_up(300, 0.05, 0)
+    drawn = draw_patients(volumes, 0)
+    assert sorted(drawn) == sorted({volume.patient for volume in volumes})
+    assert drawn != draw_patients(volumes, 1) and drawn == draw_patients(volumes[::-1], 0)
+    chosen = choose(volumes, None, 18, 0)
+    assert len({volume.patient for volume in chosen}) == 18
+    assert np.sum([volume.labels for volume in chosen], axis=0).min() >= 1
+    by_chance = [volume for volume in volumes if volume.patient in sorted(drawn)[:18]]
+    assert np.sum([volume.labels for volume in by_chance], axis=0).min() == 0  # as a plain draw of 18 would
+
+
+def test_a_larger_draw_contains_the_smaller():
+    volumes = made_up(100, 0.1, 1)
+    few, more = choose(volumes, 10, None, 3), choose(volumes, 37, None, 3)
+    assert len(few) == 10 and len(more) == 37 and more[:10] == few
+    assert choose(volumes, None, None, 3) == volumes
+
+
+# ---- as files
+
+
+def test_tables_arrive_and_are_not_fetched_twice(setup, hub, files):
+    code, out, _ = setup("--data", "labels", "--data-dir", "D")
+    assert code == 0 and "data train: 40 volumes, 32 patients, D valid: 16 volumes, 13 patients, D" in out
+    tables = {str(path.relative_to("D")): path.read_bytes() for path in Path("D").rglob("*") if path.is_file()}
+    assert tables == {key: value for key, value in files.items() if not key.endswith(".gz")} and len(tables) == 6
+    hub.requests.clear()
+    damaged = Path("D", "dataset/metadata/no_chest_valid.txt")
+    damaged.write_text("valid_1_a_1.nii.gz")
+    setup("--data", "labels", "--data-dir", "D")
+    assert hub.count("HEAD") == 6 and hub.count("GET") == hub.count("GET", "no_chest_valid.txt") == 1
+    assert damaged.read_bytes() == files["dataset/metadata/no_chest_valid.txt"]
+
+
+def test_volumes_arrive_in_the_hubs_layout(setup, hub, files):
+    twins = {key.replace("/valid/", "/valid_fixed/"): value for key, value in files.items() if "/valid/" in key}
+    hub.files |= twins  # but for one
+    gone = sorted(twins)[0]
+    del hub.files[gone]
+    code, out, _ = setup("--data", "valid", "--volumes", 5, "--data-dir", "D")
+    assert code == 0 and "valid: 5 of 16 volumes" in out and "left out: 1 x not a chest (no-chest list)" in out
+    first = volumes_in(Path("D"))
+    assert len(first) == 5 and "5 to fetch" in out
+    assert sorted(volume.name for volume in load_cohort("D", "valid").volumes) == first
+    paths = [str(volume_path(name, True)) for name in first]
+    assert all(Path("D", path).read_bytes() == hub.files[path] for path in paths)
+    hub.requests.clear()
+    code, out, _ = setup("--data", "valid", "--patients", 13, "--data-dir", "D")
+    assert code == 0 and "valid: 16 of 16 volumes, 13 patients" in out
+    assert f"not on the hub: 1 volumes ({Path(gone).name}) 5 are here, 10 to fetch" in out
+    assert set(first) < set(volumes_in(Path("D"))) and len(volumes_in(Path("D"))) == 15 and hub.count("GET") == 10
+    assert not list(Path("D").rglob(".*"))  # nothing half, nothing left over
+
+
+def test_version_1_is_fetched_where_it_is_asked_for(setup):
+    code, out, _ = setup("--data", "train", "--data-version", 1, "--data-dir", "D")
+    assert code == 0 and "not on the hub: 32 volumes" in out
+    assert len(volumes_in(Path("D", "dataset", "train"))) == 8 == len(volumes_in(Path("D")))
+
+
+def test_the_repository_is_never_listed(setup, hub):
+    setup("--data", "valid", "--volumes", 3, "--data-dir", "D")
+    kinds = {path.split("/")[1] + "/" + path.split("/")[-2] for _, path, *_ in hub.requests if "api" in path}
+    assert kinds == {"api/paths-info"}
+
+
+def test_a_disk_too_small_is_said_before_anything_is_fetched(setup, hub, monkeypatch):
+    setup("--data", "labels", "--data-dir", "D")
+    hub.requests.clear()
+    monkeypatch.setattr(hub_client.shutil, "disk_usage", lambda path: SimpleNamespace(free=51_000_000))
+    code, _, error = setup("--data", "valid", "--data-dir", "D")
+    assert code == 2 and hub.count("GET") == 0
+    listed = {volume.name for volume in listed_volumes("D", "valid", True).volumes}
+    total = sum(len(content) for path, content in hub.files.items() if "_fixed" in path and Path(path).name in listed)
+    assert error == (
+        f"error: the disk is too small: 51.00 MB free in D/, {(total + 5e7) / 1e6:.2f} MB needed; take fewer "
+        "(--volumes, --patients), name a --data-dir on a larger disk, or keep only the codes of each volume with "
+        "--stream-cache\n"
+    )
+
+
+def test_refused_tokens_end_with_one_line(setup, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", NEWCOMER)
+    for arguments in (("--data", "labels"), ("--data", "valid", "--volumes", "2")):
+        code, _, error = setup(*arguments)
+        assert code == 2 and error == (
+            "error: the token is valid, but its account has not accepted CT-RATE's terms (403); accept them with that "
+            "account: https://huggingface.co/datasets/ibrahimhamamci/CT-RATE; then run this again\n"
+        )
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    code, _, error = setup("--data", "labels")
+    assert code == 2 and error == (
+        "error: no Hugging Face token found; 1. accept the terms, once: "
+        "https://huggingface.co/datasets/ibrahimhamamci/CT-RATE; 2. make a read token "
+        "(https://huggingface.co/settings/tokens) and set it: export HF_TOKEN=hf_...; then run this again\n"
+    )
+
+
+USAGE = {
+    "both": (("--data", "valid", "--volumes", "1", "--patients", "1"), "found --volumes and --patients, expected one"),
+    "none": (("--data", "valid", "--volumes", "0"), "--volumes is 0, expected at least 1"),
+    "idle": (("--data", "labels", "--patients", "3"), "found --patients without --data train or valid"),
+    "no data": (("--stream-cache",), "found --stream-cache without --data train or valid"),
+    "no stream": (("--data", "valid", "--disk-gb", "1"), "found --disk-gb without --stream-cache"),
+    "disk": (("--data", "valid", "--stream-cache", "--disk-gb", "0"), "--disk-gb is 0, expected more than 0"),
+    "weights": (("--data", "valid", "--stream-cache", "--no-weights"), "--stream-cache needs weights to encode with"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_usage_errors(setup, hub, case):
+    arguments, said = USAGE[case]
+    code, _, error = setup(*arguments)
+    assert code == 2 and error.startswith(f"error: {said}") and error.count("\n") == 1 and hub.requests == []
+
+
+# ---- as codes
+
+
+@pytest.fixture
+def stream(setup, tiny_classfine):
+    def call(*arguments, split="train"):
+        where = ("--data-dir", "D", "--cache-dir", "C", "--ctclip-path", tiny_classfine, "--device", "cpu")
+        return setup("--data", split, "--stream-cache", *where, *arguments)
+
+    return call
+
+
+def cache_of(folder: Path, weights: str) -> FeatureCache:
+    return FeatureCache(folder, CTCLIPMultiAbnormalityModel(weights).eval())
+
+
+def entries(cache: FeatureCache) -> dict[str, tuple]:
+    """{name: (source, reading, CRC-32, codes)} of every line of the index, each name once."""
+    lines = [
+        (shard, json.loads(line))
+        for shard in sorted(cache.folder.glob("*.jsonl"))
+        for line in shard.read_text().splitlines()
+    ]
+    rows = cache.rows_of([line["source"] for _, line in lines])
+    assert len({line["name"] for _, line in lines}) == len(lines)
+    codes = cache.load(rows)
+    return {
+        line["name"]: (line["source"], line["reading"], line["crc32"], codes[i].tolist())
+        for i, (_, line) in enumerate(lines)
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(phantoms, tiny_classfine, tmp_path_factory) -> dict[str, tuple]:
+    """What encoding the version-2 files of the train split from the disk gives."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    model = CTCLIPMultiAbnormalityModel(tiny_classfine).eval()
+    cache = FeatureCache(folder, model)
+    volumes = [volume for volume in load_cohort(phantoms, "train").volumes if "train_fixed" in str(volume.path)]
+    encode_missing(model, cache, volumes, torch.device("cpu"), 0, Ranks())
+    return entries(cache)
+
+
+def test_a_stream_gives_the_cache_that_files_give(stream, hub, undisturbed, tiny_classfine):
+    code, out, error = stream()
+    assert code == 0, error
+    assert "not on the hub: 8 volumes" in out and "32 to fetch" in out
+    assert "stream 32 volumes encoded in" in out
+    assert re.search(r"32/32 \[\d+:\d+, ETA 00:00, [\d.]+ vol/min, disk 0\.\d+ MB of 10\.00 GB\]", error)
+    assert entries(cache_of("C", tiny_classfine)) == undisturbed and len(undisturbed) == 32
+    assert volumes_in(Path("D")) == [] and not Path("D/.stream").exists()
+    known = read_streamed("D", "train")
+    assert set(known) == {(name, True) for name in undisturbed}
+    assert all(entry.reason is None for entry in known.values())
+    cohort = load_cohort("D", "train")
+    assert len(cohort) == 32 and cohort.not_on_disk == 9  # eight are version 1, one is a head
+    assert all(row is not None for row in cache_of("C", tiny_classfine).rows(cohort.volumes))
+
+    hub.requests.clear()
+    code, out, _ = stream()
+    assert code == 0 and "32 are in the cache, 0 in quarantine, 0 have a file here, 0 to fetch" in out
+    assert hub.count("GET") == 0
+
+
+def test_the_next_volume_is_fetched_while_one_is_encoded(stream, hub, monkeypatch):
+    """Encoding waits until the hub has been asked for more than the volumes that have been encoded by then."""
+    encode, encoded = CTCLIPMultiAbnormalityModel.encode_for_cache, []
+
+    def waiting(model, volume):
+        end = time.monotonic() + 10
+        while len(encoded) < 4 and hub.count("GET", ".gz") < len(encoded) + 2:
+            assert time.monotonic() < end, "the next volume was not asked for"
+            time.sleep(0.01)
+        encoded.append(1)
+        return encode(model, volume)
+
+    monkeypatch.setattr(CTCLIPMultiAbnormalityModel, "encode_for_cache", waiting)
+    code, _, error = stream("--volumes", 6)
+    assert code == 0 and len(encoded) >= 5, error
+
+
+def disk_in_use(folder: Path = Path()) -> int:
+    """Bytes of codes, files in transit and manifests: all but the tables."""
+    manifests = sum(path.stat().st_size for path in (folder / "D").glob("*.jsonl"))
+    return manifests + streaming.bytes_in(folder / "C") + streaming.bytes_in(folder / "D" / ".stream")
+
+
+@pytest.mark.parametrize("budget", [1_800_000, 4_000_000])
+def test_disk_use_stays_under_the_budget(stream, hub, undisturbed, tiny_classfine, budget):
+    hub.fault, hub.pause = lambda verb, path, n: "slow" if verb == "GET" else None, 0.002
+    samples, over = [], threading.Event()
+
+    def sample():
+        while not over.wait(0.002):
+            samples.append(disk_in_use())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    code, out, error = stream("--disk-gb", budget / 1e9, "--volumes", 16)
+    over.set()
+    sampler.join()
+    assert code == 0, error
+    assert len(samples) > 50 and max(samples) <= budget
+    assert max(samples) > 0.5 * budget  # it is used as well
+    assert f"disk: at most {budget / 1e6:.2f} MB" in out
+    found = entries(cache_of("C", tiny_classfine))
+    assert len(found) > 10 and all(found[name] == undisturbed[name] for name in found)
+
+
+def test_a_budget_below_the_largest_volume_is_refused(stream, hub):
+    code, _, error = stream("--disk-gb", 0.0005)
+    assert code == 2 and hub.count("GET", ".gz") == 0 and error.count("\n") == 1
+    assert error.startswith("error: found --disk-gb 0.0005, expected at least 1.")
+    assert error.endswith("and the codes of 32 volumes; raise it, or choose fewer volumes\n")
+
+
+def test_a_disk_with_less_than_that_is_refused(stream, hub, monkeypatch):
+    monkeypatch.setattr(streaming.shutil, "disk_usage", lambda path: SimpleNamespace(free=50_100_000))
+    code, _, error = stream()
+    assert code == 2 and hub.count("GET", ".gz") == 0 and error.count("\n") == 1
+    assert error.startswith("error: the disk is too small: 50.10 MB free in D/.stream, 51.")
+    remedy = "free some, or name a --data-dir, --scratch-dir and --cache-dir on larger disks\n"
+    assert error.endswith(f"MB) and the codes of 32 volumes; {remedy}")
+
+
+def test_a_cache_on_another_disk_is_checked_there(setup, stream, hub, monkeypatch, tmp_path):
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system, /dev/shm")
+    setup("--data", "labels", "--data-dir", "D")
+    with tempfile.TemporaryDirectory(dir=shared) as scratch:
+        monkeypatch.setattr(
+            streaming.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9 if "shm" in str(path) else 100)
+        )
+        code, _, error = stream("--scratch-dir", scratch)
+        assert code == 2 and hub.count("GET", ".gz") == 0
+        assert error.startswith("error: the disk is too small: 0.00 MB free in ")
+        assert "needed for the codes of 32 volumes; free some" in error
+
+
+def test_files_in_transit_can_be_elsewhere(stream, undisturbed, tiny_classfine, tmp_path, monkeypatch):
+    """On Colab: tables, manifest and codes on Drive, where a deleted file goes to the bin, and files on the machine."""
+    (tmp_path / "S").mkdir()
+    (tmp_path / "S" / "mine.txt").write_text("not the stream's")
+    seen, read = set(), streaming.read
+
+    def noting(item, shape):
+        seen.add(item.target.parents[3])
+        return read(item, shape)
+
+    monkeypatch.setattr(streaming, "read", noting)
+    code, _, error = stream("--scratch-dir", tmp_path / "S", "--volumes", 6)
+    assert code == 0, error
+    assert seen == {tmp_path / "S" / ".stream"}
+    assert [path.name for path in (tmp_path / "S").iterdir()] == ["mine.txt"]
+    found = entries(cache_of("C", tiny_classfine))
+    assert len(found) >= 5 and all(found[name] == undisturbed[name] for name in found)
+
+
+def test_unreadable_volumes_are_quarantined_with_the_reason(stream, hub, files, undisturbed, tiny_classfine):
+    names = sorted(undisturbed)[:2]
+    paths = [str(volume_path(name, True)) for name in names]
+    hub.files[paths[0]] = files[paths[0]][:5000]
+    hub.files[paths[1]] = b"no gzip"
+    code, out, _ = stream()
+    assert code == 0 and "stream 30 volumes encoded" in out
+    assert "in quarantine, with the reason in D/streamed_train.jsonl: 2" in out
+    reasons = {name: entry.reason for (name, _), entry in read_streamed("D", "train").items() if entry.reason}
+    assert set(reasons) == set(names)
+    assert reasons[names[0]].startswith("found a truncated file") and "first bytes b'no'" in reasons[names[1]]
+    assert set(entries(cache_of("C", tiny_classfine))) == set(undisturbed) - set(names)
+    left_out = dict(load_cohort("D", "train").left_out)
+    assert left_out[names[0]] == f"quarantined: {reasons[names[0]]}"
+
+    hub.requests.clear()
+    code, out, _ = stream()
+    assert "30 are in the cache, 2 in quarantine" in out and hub.count("GET") == 0
+    hub.files[paths[0]] = files[paths[0]]  # mended on the hub
+    code, out, _ = stream()
+    assert "30 are in the cache, 1 in quarantine, 0 have a file here, 1 to fetch" in out
+    assert entries(cache_of("C", tiny_classfine))[names[0]] == undisturbed[names[0]]
+
+
+def test_the_same_reason_three_times_in_a_row_stops_the_stream(stream, hub, undisturbed, tiny_classfine):
+    def down_after_five(verb, path, n):
+        return "500" if path.endswith(".gz") and hub.count("GET", ".gz") >= 5 else None
+
+    hub.fault = down_after_five
+    code, out, error = stream()
+    host = hub.url.removeprefix("http://")
+    assert code == 2 and error.splitlines()[-1] == (
+        f"error: {host} answered with an error of its own (500); nothing is wrong here: run this again later "
+        "(https://status.huggingface.co)"
+    )
+    asked = hub.count("HEAD", ".gz")
+    assert asked < 32 * 3  # it did not go through all of them
+    hub.fault = lambda verb, path, n: None
+    code, out, error = stream()
+    assert code == 0 and "to fetch" in out and "0 are in the cache" not in out
+    assert entries(cache_of("C", tiny_classfine)) == undisturbed
+
+
+def test_one_volume_that_fails_does_not_stop_the_others(stream, hub, undisturbed, tiny_classfine):
+    name = sorted(undisturbed)[5]
+    hub.fault = lambda verb, path, n: "wrong" if verb == "GET" and path.endswith(name) else None
+    code, out, error = stream()
+    assert code == 2 and error.splitlines()[-1].startswith(
+        f"error: 1 volumes could not be fetched ({name}): {name} did not arrive as it is on the hub: SHA-256"
+    )
+    assert "stream 31 volumes encoded" in out
+    assert set(entries(cache_of("C", tiny_classfine))) == set(undisturbed) - {name}
+    assert volumes_in(Path("D")) == [] and not list(Path("D/.stream").rglob("*.part"))
+
+
+@pytest.mark.parametrize("fault", ["429", "503", "cut", "wrong"])
+def test_what_passes_is_waited_for(stream, hub, undisturbed, tiny_classfine, monkeypatch, fault):
+    """Of tables, of the list of sizes and of volumes."""
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    verbs = ("HEAD", "POST") if fault[0].isdigit() else ("GET",)
+    hub.fault = lambda verb, path, n: fault if verb in verbs and n == 1 else None
+    code, out, error = stream("--volumes", 6)
+    assert code == 0, error
+    found = entries(cache_of("C", tiny_classfine))
+    assert len(found) >= 5 and all(found[name] == undisturbed[name] for name in found)
+    assert fault == "cut" or "going on in 0 s" in out
+
+
+def test_a_disk_that_does_not_give_a_file_back_is_not_the_volume_s_fault(stream, tiny_classfine, monkeypatch):
+    fill, left = readers.StreamFile.fill, [2]
+
+    def broken(self, buffer):
+        try:
+            if left[0] and ".stream" in str(self.path):
+                left[0] -= 1
+                raise OSError(5, "Input/output error")
+        except OSError:
+            raise readers.problem(self.path, "damaged data (5)", "a readable file", "copy it again") from None
+        return fill(self, buffer)
+
+    monkeypatch.setattr(readers.StreamFile, "fill", broken)
+    code, out, error = stream("--volumes", 6)
+    assert code == 2 and "could not be read (Input/output error)" in error
+    assert all(entry.reason is None for entry in read_streamed("D", "train").values())
+    code, out, error = stream("--volumes", 6)
+    assert code == 0 and len(entries(cache_of("C", tiny_classfine))) >= 5, error
+
+
+def test_a_volume_replaced_by_another_of_its_size_is_new(stream, hub, files):
+    stream("--volumes", 4)
+    name = next(iter(read_streamed("D", "train")))[0]
+    path = str(volume_path(name, True))
+    hub.files[path] = files[path][:4] + bytes([files[path][4] ^ 1]) + files[path][5:]  # the time in the gzip header
+    code, out, _ = stream("--volumes", 4)
+    assert code == 0 and "1 to fetch" in out
+
+
+def test_both_versions_of_a_volume_are_known_by_the_manifest(stream, hub, files, undisturbed):
+    name = sorted(undisturbed)[0]
+    hub.files[str(volume_path(name, False))] = files[str(volume_path(name, True))]
+    for version in (2, 1, 2):
+        code, out, error = stream("--data-version", version)
+        assert code == 0, error
+    assert "32 are in the cache, 0 in quarantine, 0 have a file here, 0 to fetch" in out
+    cohort = load_cohort("D", "train")
+    assert len(cohort) == 40 and "train_fixed" in str(next(v.path for v in cohort.volumes if v.name == name))
+
+
+def test_a_full_disk_loses_no_line_of_the_manifest(stream, tiny_classfine, monkeypatch):
+    """The file takes a part of the first line, then nothing: what is here stays, and the next stream goes on."""
+    write, full = streaming.write_all, [True]
+
+    def half(file, data):
+        if full[0] and file.name.endswith("streamed_train.jsonl"):
+            full[0] = False
+            write(file, data[:30])
+            raise OSError(28, "No space left on device", file.name)
+        write(file, data)
+
+    monkeypatch.setattr(streaming, "write_all", half)
+    code, _, error = stream("--volumes", 4)
+    assert code == 2 and error.splitlines()[-1].startswith("error: ") and "No space left on device" in error
+    code, out, error = stream("--volumes", 4)
+    known = read_streamed("D", "train")
+    assert code == 0 and len(known) >= 3 and len(known) == len(entries(cache_of("C", tiny_classfine))), error
+
+
+def test_what_the_hub_does_not_have_at_all_is_an_error(stream, setup, hub, files):
+    hub.files = {path: content for path, content in files.items() if not path.endswith(".gz")}
+    for call in (stream, lambda: setup("--data", "valid", "--data-dir", "D")):
+        code, _, error = call()
+        assert code == 2 and error.startswith("error: the hub has none of the ") and error.count("\n") == 1
+
+
+def test_a_table_without_a_usable_row_is_an_error(setup, hub):
+    table = "dataset/multi_abnormality_labels/valid_predicted_labels.csv"
+    hub.files[table] = hub.files[table].splitlines()[0] + b"\n"
+    code, _, error = setup("--data", "valid", "--volumes", 3, "--data-dir", "D")
+    found = "found no usable volume (an empty table), expected at least one"
+    assert code == 2 and error == f"error: D/{table}: {found}; see the hub's own table\n"
+
+
+def test_files_that_are_here_are_encoded_and_stay(setup, stream, hub, tiny_classfine):
+    setup("--data", "train", "--volumes", 4, "--data-dir", "D")
+    here = volumes_in(Path("D"))
+    hub.requests.clear()
+    code, out, error = stream("--volumes", 8)
+    assert code == 0 and f"{len(here)} have a file here" in out, error
+    assert volumes_in(Path("D")) == here
+    assert hub.count("GET", ".gz") == len(entries(cache_of("C", tiny_classfine))) - len(here)
+
+
+@pytest.mark.parametrize("folder", ["D", "S/.stream"])
+def test_a_second_process_for_a_cohort_or_scratch_folder_is_refused(setup, stream, hub, tmp_path, folder):
+    calls = [lambda: stream("--scratch-dir", "S")]
+    if folder == "D":
+        calls += [lambda what=what: setup("--data", what, "--data-dir", "D") for what in ("labels", "valid")]
+    with hub_client.alone(Path(folder)):
+        ended = [call() for call in calls]
+    place = tmp_path.resolve() / folder
+    line = f"error: another process is at work on {place}; wait for it to end, then run this again\n"
+    assert [(code, error) for code, _, error in ended] == [(2, line)] * len(calls) and hub.requests == []
+
+
+def test_a_manifest_torn_by_a_kill_goes_on(stream, undisturbed, tiny_classfine):
+    stream("--volumes", 4)
+    manifest = Path("D", "streamed_train.jsonl")
+    content = manifest.read_bytes()
+    manifest.write_bytes(content[:-20])  # its codes are in the cache, but who knows of what
+    code, out, error = stream()
+    assert code == 0, error
+    assert set(read_streamed("D", "train")) == {(name, True) for name in undisturbed}
+    cache = cache_of("C", tiny_classfine)
+    assert all(row is not None for row in cache.rows(load_cohort("D", "train").volumes))
+
+
+def test_damaged_codes_are_fetched_again(stream, hub, undisturbed, tiny_classfine):
+    stream("--volumes", 6)
+    shard = next(Path("C").rglob("0000.bin"))
+    content = bytearray(shard.read_bytes())
+    content[3] ^= 0xFF
+    shard.write_bytes(content)
+    hub.requests.clear()
+    code, out, _ = stream("--volumes", 6)
+    assert code == 0 and "1 to fetch" in out and hub.count("GET", ".gz") == 1
+    cache = cache_of("C", tiny_classfine)
+    rows = cache.rows(load_cohort("D", "train").volumes)
+    assert cache.verify(rows) == 0 and None not in rows
+
+
+def test_weights_that_are_not_there_are_one_line(setup):
+    code, _, error = setup("--data", "train", "--stream-cache", "--ctclip-path", "nowhere.pt", "--volumes", 2)
+    assert code == 2 and error == (
+        "error: CT-CLIP model not found: run python ctclip_setup.py first (no file at nowhere.pt)\n"
+    )
+
+
+# ---- killed
+
+
+def manifest_lines(folder: Path) -> int:
+    return len(read_streamed(folder / "D", "train"))
+
+
+def test_killed_at_ten_random_moments_a_stream_ends_in_the_same_cache(hub, undisturbed, tiny_classfine, tmp_path):
+    hub.fault, hub.pause = lambda verb, path, n: "slow" if verb == "GET" else None, 0.01
+    budget = 4_000_000
+    arguments = ["--data", "train", "--stream-cache", "--data-dir", "D", "--cache-dir", "C", "--device", "cpu"]
+    arguments += ["--ctclip-path", tiny_classfine, "--disk-gb", str(budget / 1e9)]
+    seed = random.randrange(10**6)
+    moments = random.Random(seed)
+    progress, most = [], 0
+    with subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "fork_setup.py", hub.url, *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path,
+        env=os.environ | {"HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1,localhost"},
+    ) as server:  # fmt: skip
+        for lines in [*(moments.randrange(6) for _ in range(10)), None]:
+            server.stdin.write("start\n")
+            server.stdin.flush()
+            child = int(server.stdout.readline())
+            # So many lines further, or anywhere before the first one; and then at a random moment.
+            start = begun = time.monotonic()
+            after = moments.uniform(0, 0.2 if lines else 0.7)
+            while not select.select([server.stdout], [], [], 0.005)[0] and time.monotonic() < start + 100:
+                most = max(most, disk_in_use(tmp_path))
+                if lines is not None and manifest_lines(tmp_path) < sum(progress[-1:]) + lines:
+                    begun = time.monotonic()
+                elif lines is not None and time.monotonic() > begun + after:
+                    break
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(child, signal.SIGKILL)
+            code = int(server.stdout.readline())
+            most = max(most, disk_in_use(tmp_path))
+            progress.append(manifest_lines(tmp_path))
+    log = (tmp_path / "log.txt").read_text()
+    assert code == 0, f"seed {seed}: {log[-2000:]}"
+    assert entries(cache_of(tmp_path / "C", tiny_classfine)) == undisturbed, f"seed {seed}"
+    assert progress[-1] == 32 and len(set(progress)) >= 4, f"seed {seed}: {progress}"  # killed in the midst of it
+    assert any(first for verb, _, _, first in hub.requests if verb == "GET")  # transfers went on where they were cut
+    assert most <= budget and volumes_in(tmp_path / "D") == []

@@ -1,0 +1,383 @@
+"""From a folder of scans to a table: what counts as a scan, what it is called, what is written, and that a bad one
+costs only its own row. results.json is held against the challenge's form as the reference file describes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers_data import affine_of, chest, reoriented, write
+from helpers_scans import write_dicom, write_mha
+
+import run_task2
+from ctclip.data.preprocessing import PREVALENCE, Volume, read_ahead
+from ctclip.evaluation.metrics import EvaluationError
+from ctclip.inference import scans as scans_module
+from ctclip.inference.scans import find_scans, predict, write_predictions
+from ctclip_model import ABNORMALITIES
+
+FIXTURES = Path(__file__).parent / "fixtures"
+MODEL = FIXTURES / "tiny_a_classfine.pt"
+SPACING = (7.5, 7.9, 12.25)
+
+
+def call(*flags) -> int:
+    return run_task2.main(["--mode", "predict", "--checkpoint", str(MODEL), "--device", "cpu", *map(str, flags)])
+
+
+# ------------------------------------------------------------------ one scan, however it is stored
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """One chest in every format and several orientations, under one folder."""
+    root = tmp_path_factory.mktemp("stored")
+    hu, affine = chest((46, 44, 21)), affine_of(SPACING)
+    write(root / "a.nii.gz", hu, SPACING, affine)
+    write(root / "deep" / "b.nii", hu, SPACING, affine)
+    write_mha(root / "c.mha", hu, affine)
+    write_mha(root / "deep" / "d.mha", hu, affine, compressed=True)
+    write_dicom(root / "dicom", hu, affine)
+    write_dicom(root / "deep" / "dicom", *reoriented(hu, affine, "RAI"))
+    for codes in ("RAS", "LAS", "LPI"):
+        voxels, turned = reoriented(hu, affine, codes)
+        write(root / f"{codes}.nii.gz", voxels, tuple(np.linalg.norm(turned[:3, :3], axis=0)), turned)
+        write_mha(root / f"{codes}_m.mha", voxels, turned)
+    (root / "notes.txt").write_text("not a scan")
+    (root / "._a.nii.gz").write_bytes(b"what a Mac leaves on a stick")
+    return root
+
+
+def test_same_scan_in_every_format_and_orientation_has_the_same_probabilities(stored):
+    table = predict(stored, MODEL, device="cpu")
+    assert list(table.index) == [
+        "LAS.nii.gz", "LAS_m.mha", "LPI.nii.gz", "LPI_m.mha", "RAS.nii.gz", "RAS_m.mha", "a.nii.gz", "c.mha",
+        "deep/b.nii", "deep/d.mha", "deep/dicom", "dicom",
+    ]  # fmt: skip
+    assert list(table.columns) == list(ABNORMALITIES) and not table.attrs["failures"]
+    assert table.std().max() < 1e-6 and (table.max() - table.min()).max() < 1e-4
+    assert table.iloc[0].std() > 0.01, "a model that answers alike everywhere would show nothing"
+
+
+def test_names_are_those_of_files_unless_two_are_alike(tmp_path):
+    """So that predictions of a cohort in the hub's layout join its label table."""
+    for name in ("train_1/train_1_a/train_1_a_1.nii.gz", "train_2/train_2_a/train_2_a_1.nii.gz"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        (tmp_path / "in" / name).touch()
+    assert [scan.name for scan in find_scans(tmp_path / "in")] == ["train_1_a_1.nii.gz", "train_2_a_1.nii.gz"]
+    write_dicom(tmp_path / "in" / "patient" / "ct", chest((20, 18, 8)), affine_of(SPACING))
+    write_dicom(tmp_path / "in" / "patient" / "ct", chest((20, 18, 8)), affine_of(SPACING), uid="1.2.3.4.6", prefix="b")
+    names = [scan.name for scan in find_scans(tmp_path / "in")]
+    assert names[:2] == ["ct/series_5", "ct/series_6"] and len(names) == 4
+    (tmp_path / "in" / "train_2_a_1.mha").touch()
+    assert [scan.name for scan in find_scans(tmp_path / "in")] == [
+        "train_2_a_1.mha", "patient/ct/series_5", "patient/ct/series_6",
+        "train_1/train_1_a/train_1_a_1.nii.gz", "train_2/train_2_a/train_2_a_1.nii.gz",
+    ]  # fmt: skip
+
+
+def test_a_single_file_a_series_folder_and_one_of_its_files(stored):
+    whole = predict(stored, MODEL, device="cpu")
+    one = next((stored / "dicom").iterdir())
+    for source, name in ((stored / "c.mha", "c.mha"), (stored / "dicom", "dicom"), (one, one.name)):
+        table = predict(source, MODEL, device="cpu")
+        assert list(table.index) == [name]
+        np.testing.assert_allclose(table.to_numpy()[0], whole.to_numpy()[0], atol=1e-4)
+    both = predict([stored / "c.mha", stored / "dicom"], MODEL, device="cpu")
+    assert list(both.index) == ["c.mha", "dicom"]
+
+
+def test_probabilities_are_those_of_the_model_by_hand(stored):
+    from ctclip.data.preprocessing import preprocess_volume
+    from ctclip_model import CTCLIPMultiAbnormalityModel
+
+    model = CTCLIPMultiAbnormalityModel(str(MODEL)).eval()
+    with torch.inference_mode():
+        expected = model(preprocess_volume(stored / "a.nii.gz", shape=model.input_shape)[None]).sigmoid()
+    table = predict(stored / "a.nii.gz", MODEL, device="cpu")
+    np.testing.assert_allclose(table.to_numpy(), expected.numpy(), atol=1e-6)
+
+
+# ------------------------------------------------------------------ the command and its files
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Two good scans, and three that cannot be read."""
+    folder = tmp_path / "in"
+    for seed, name in enumerate(("one", "three")):
+        write_mha(folder / f"{name}.mha", chest(seed=seed), affine_of(SPACING))
+    (folder / "two.mha").write_bytes((folder / "one.mha").read_bytes()[:9000])
+    (folder / "four.nii.gz").write_bytes(b"")
+    write_dicom(folder / "five", chest((20, 18, 8)), affine_of(SPACING), tags={"0008|0060": "MR"})
+    return folder
+
+
+def test_unreadable_scans_are_named_at_the_end_and_the_others_written(mixed, tmp_path, capsys):
+    assert call("--input", mixed, "--output", tmp_path / "out" / "p.csv") == 2
+    out, err = capsys.readouterr()
+    table = pd.read_csv(tmp_path / "out" / "p.csv", index_col="VolumeName")
+    assert list(table.index) == ["one.mha", "three.mha"] and list(table.columns) == list(ABNORMALITIES)
+    assert ((table > 0) & (table < 1)).all().all() and "2 scans" in out
+    for name in ("two.mha", "four.nii.gz", "five"):
+        assert f"left out: {name}: found " in err
+    last = "3 of 5 scans could not be read and are not in it; they are named above"
+    assert err.strip().splitlines()[-1].endswith(last)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_results_json_has_the_challenge_s_form_and_every_input_once(mixed, tmp_path, capsys):
+    assert call("--input", mixed, "--output", tmp_path / "results.json") == 2
+    assert "3 of 5 scans could not be read and are answered with the training prevalence" in capsys.readouterr().err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == ["name", "type", "version", "predictions"]
+    assert (results["name"], results["type"]) == ("Generated probabilities", "Abnormality Classification")
+    assert results["version"] == {"major": 1, "minor": 0}
+    answers = {row["input_image_name"]: row["probabilities"] for row in results["predictions"]}
+    assert len(results["predictions"]) == 5 and sorted(answers) == ["five", "four", "one", "three", "two"]
+    for row in results["predictions"]:
+        assert set(row) == {"input_image_name", "probabilities"}
+        assert tuple(row["probabilities"]) == ABNORMALITIES
+        assert all(isinstance(value, float) and 0 <= value <= 1 for value in row["probabilities"].values())
+    assert answers["two"] == answers["four"] == answers["five"] == PREVALENCE
+    table = predict(mixed / "one.mha", MODEL, device="cpu")
+    np.testing.assert_allclose(list(answers["one"].values()), table.to_numpy()[0], atol=1e-6)
+
+
+def test_a_saved_model_with_findings_of_its_own_writes_a_table_and_no_results_json(stored, tmp_path, capsys):
+    from dataclasses import asdict
+
+    from ctclip_model import CTCLIPMultiAbnormalityModel
+
+    sizes = asdict(CTCLIPMultiAbnormalityModel(str(MODEL)).sizes)
+    model = CTCLIPMultiAbnormalityModel(None, sizes=sizes, head="prompts", labels=["Hernia", "Lung nodules"])
+    model.save_pretrained(tmp_path / "own")
+    flags = ["--mode", "predict", "--checkpoint", str(tmp_path / "own"), "--input", str(stored / "c.mha")]
+    assert run_task2.main([*flags, "--output", str(tmp_path / "p.csv")]) == 0
+    assert list(pd.read_csv(tmp_path / "p.csv").columns) == ["VolumeName", "Hernia", "Lung nodules"]
+    capsys.readouterr()
+    assert run_task2.main([*flags, "--output", str(tmp_path / "p.json")]) == 2
+    assert "found labels of your own" in capsys.readouterr().err and not (tmp_path / "p.json").exists()
+
+
+def test_all_scans_unreadable_is_still_an_answer_for_each(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mha").write_bytes(b"nothing")
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "r.json") == 2
+    predictions = json.loads((tmp_path / "r.json").read_text())["predictions"]
+    assert [row["input_image_name"] for row in predictions] == ["a"]
+
+
+def test_prevalence_of_a_run_is_that_of_its_tuning_patients(tmp_path):
+    from ctclip.evaluation.tables import write_table
+
+    labels = np.zeros((4, 18), int)
+    labels[:3, 0] = 1
+    names = [f"train_{i}_a_1.nii.gz" for i in range(4)]
+    write_table(tmp_path / "tuning_labels.csv", names, labels)
+    write_table(tmp_path / "tuning_predictions.csv", names, np.full((4, 18), 0.5))
+    np.testing.assert_array_equal(scans_module.prevalence(tmp_path), [0.75] + [0] * 17)
+
+
+REFUSED = [
+    (["--input", "nowhere"], "nowhere: found no such file or folder"),
+    (["--input", "empty"], "found no .nii, .nii.gz or .mha file and no DICOM series"),
+    (["--input", "twins"], "two scans that are both called a"),
+    (["--input", "good", "--output", "p.txt"], "found the ending .txt, expected .csv"),
+    (["--input", "good", "--output", "empty/x.nii.gz/p.csv"], "a place that cannot be written"),
+    (["--input", "good", "--map-thresholds"], "found no tuning patients"),
+    (["--input", "good", "--prompts", "nothing.txt"], "nothing.txt"),
+    (["--input", "good", "--explain", "Pneumothorax"], "Pneumothorax"),
+    (["--input", "good", "--output", "p.json", "--prompts", "mine.txt"], "expected the challenge's 18 in"),
+]
+
+
+@pytest.mark.parametrize(("flags", "line"), REFUSED)
+def test_wrong_usage_is_one_line_before_anything_is_computed(tmp_path, monkeypatch, capsys, flags, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "good" / "a.nii.gz", chest())
+    write(tmp_path / "twins" / "a.nii.gz", chest())
+    write_mha(tmp_path / "twins" / "a.mha", chest(), affine_of(SPACING))
+    (tmp_path / "mine.txt").write_text("Pneumothorax\n")
+    (tmp_path / "empty" / "x.nii.gz").write_bytes(b"") if "x.nii.gz" in " ".join(flags) else None
+    monkeypatch.setattr(scans_module, "predict_volumes", lambda *a, **k: pytest.fail("computed"))
+    assert call(*flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and line in err
+
+
+def test_flags_of_predict_belong_to_predict(capsys):
+    for flag, value in (("--explain", "all"), ("--prompts", "x.txt")):
+        assert run_task2.main(["--mode", "train", flag, value]) == 2
+        assert f"found {flag} with --mode train" in capsys.readouterr().err
+
+
+def test_dicom_without_simple_itk_is_one_scan_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    write_dicom(tmp_path / "in" / "series", chest((20, 18, 8)), affine_of(SPACING))
+    write(tmp_path / "in" / "a.nii.gz", chest())
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    table = predict(tmp_path / "in", MODEL, device="cpu")
+    assert list(table.index) == ["a.nii.gz"]
+    [(name, reason)] = table.attrs["failures"]
+    assert name == "series" and reason.endswith("pip install SimpleITK")
+
+
+# ------------------------------------------------------------------ reading ahead
+
+
+def test_the_next_scan_is_read_while_one_is_computed(tmp_path, monkeypatch):
+    """Order of events, not times: before the first batch is handed out, the second volume's reading has begun."""
+    import threading
+
+    from ctclip.data import preprocessing
+
+    begun, original = [threading.Event() for _ in range(4)], preprocessing.read_volume
+
+    def watched(volume, shape):
+        begun[int(volume.name)].set()
+        return original(volume, shape)
+
+    monkeypatch.setattr(preprocessing, "read_volume", watched)
+    path = write(tmp_path / "a.nii.gz", chest())
+    volumes = [Volume(str(i), path, np.zeros(18, np.float32)) for i in range(4)]
+    batches = read_ahead(volumes, (24, 48, 48), [[0], [1], [2], [3]])
+    first = next(batches)
+    assert first.index.tolist() == [0] and begun[1].wait(5)
+    assert not begun[3].wait(0.2), "and not everything is held at once"
+    assert [batch.index.tolist() for batch in batches] == [[1], [2], [3]]
+
+
+def test_reading_ahead_keeps_order_with_uneven_pieces_and_bad_files(tmp_path):
+    good = write(tmp_path / "a.nii.gz", chest())
+    paths = [good, tmp_path / "none.nii.gz", good, good, good]
+    volumes = [Volume(str(i), path, np.zeros(18, np.float32)) for i, path in enumerate(paths)]
+    for readers in (1, 3, 8):
+        batches = list(read_ahead(volumes, (24, 48, 48), [[4, 1], [], [0, 2, 3]], readers))
+        assert [batch.index.tolist() for batch in batches] == [[4], [], [0, 2, 3]]
+        assert [name for batch in batches for name, _ in batch.failures] == ["1"]
+        assert batches[1].volumes.shape == (0, 1, 24, 48, 48)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_memory_does_not_grow_with_the_scan(tmp_path):
+    """A .mha of 210 MB, which would be 420 MB as floats, next to one of a quarter of a megabyte."""
+    hu = chest((512, 512, 1))
+    write_mha(tmp_path / "big.mha", np.broadcast_to(hu, (512, 512, 400)), affine_of((0.7, 0.7, 0.9)))
+    write_mha(tmp_path / "small.mha", hu[::8, ::8].repeat(30, axis=2), affine_of((5.6, 5.6, 12.0)))
+    script = (
+        "import resource, sys\n"
+        "from ctclip.inference.scans import predict\n"
+        "table = predict(sys.argv[2], sys.argv[1], device='cpu')\n"
+        "assert len(table) == 1\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
+    )
+    root, used = Path(__file__).parent.parent, {}
+    for name in ("small.mha", "big.mha"):
+        command = [sys.executable, "-c", script, MODEL, tmp_path / name]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        used[name] = int(done.stdout)
+    assert used["big.mha"] - used["small.mha"] < 90, "MB"
+
+
+def test_links_are_followed_and_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    write_mha(tmp_path / "real" / "p1" / "a.mha", chest((9, 8, 7)), affine_of(SPACING))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "real" / "p1")
+    (tmp_path / "real" / "p1" / "round").symlink_to(tmp_path / "in")
+    assert [scan.name for scan in find_scans(tmp_path / "in")] == ["a.mha"]
+
+    def refused(top, onerror, **kwargs):
+        onerror(PermissionError(13, "Permission denied", "in/secret"))
+
+    monkeypatch.setattr(scans_module.os, "walk", refused)
+    with pytest.raises(EvaluationError, match="in/secret: found a folder that cannot be listed .Permission denied."):
+        find_scans(tmp_path / "in")
+
+
+def test_names_that_are_no_text_are_spelled_out(tmp_path):
+    good = write_mha(tmp_path / "good.mha", chest(), affine_of(SPACING)).read_bytes()
+    (tmp_path / "in").mkdir()
+    for name in (b"b\xff.mha", b"two\nlines.mha", "\u00fc b.mha".encode()):
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path / "in"), name))).write_bytes(good)
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "p.csv") == 0
+    names = list(pd.read_csv(tmp_path / "p.csv", index_col="VolumeName").index)
+    assert names == ["b\\xff.mha", "two\\nlines.mha", "\u00fc b.mha"]
+
+
+def test_a_series_whose_files_are_all_damaged_is_still_a_scan(tmp_path):
+    folder = write_dicom(tmp_path / "in" / "series", chest((20, 18, 4)), affine_of(SPACING))
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[:600])
+    write(tmp_path / "in" / "a.nii.gz", chest())
+    table = predict(tmp_path / "in", MODEL, device="cpu")
+    assert list(table.index) == ["a.nii.gz"] and [name for name, _ in table.attrs["failures"]] == ["series"]
+
+
+def test_find_scans_asks_no_file_for_its_content(tmp_path):
+    """Also what cannot be opened is listed: the challenge fails on a scan that is missing."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "broken link.mha").symlink_to(tmp_path / "gone")
+    assert [(scan.name, scan.stem) for scan in find_scans(tmp_path / "in")] == [("broken link.mha", "broken link")]
+    with pytest.raises(EvaluationError, match="an empty list"):
+        find_scans([])
+
+
+def test_write_predictions_by_ending(tmp_path):
+    write(tmp_path / "a.nii.gz", chest())
+    table = predict(tmp_path / "a.nii.gz", MODEL, device="cpu")
+    write_predictions(tmp_path / "p.csv", table, MODEL)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "p.csv", index_col=0), table, check_dtype=False, atol=1e-6)
+
+
+# ------------------------------------------------------------------ with heat maps, with prompts
+
+
+def test_explain_writes_maps_on_each_scan_s_grid_beside_the_output(stored, tmp_path, capsys):
+    import nibabel
+
+    for name in ("a.nii.gz", "RAS_m.mha"):
+        flags = ["--input", stored / name, "--explain", "lung nodule,Emphysema"]
+        assert call(*flags, "--output", tmp_path / "p.csv") == 0
+        stem = name.split(".")[0]
+        pair = [f"{stem}_{label}" for label in ("Lung_nodule", "Emphysema")]
+        made = {path.name for path in (tmp_path / "p_explain").glob(f"{stem}_*")}
+        assert made == {f"{path}{ending}" for path in pair for ending in (".nii.gz", ".png")}
+    assert "Wrote 4 heat maps and pictures" in capsys.readouterr().out
+    heat = nibabel.load(tmp_path / "p_explain" / "RAS_m_Emphysema.nii.gz")
+    np.testing.assert_allclose(heat.affine, nibabel.load(stored / "RAS.nii.gz").affine, atol=1e-4)
+    assert heat.shape == nibabel.load(stored / "RAS.nii.gz").shape and heat.get_fdata().any()
+
+
+def test_the_folder_one_is_in_is_a_series_by_its_own_name(stored, monkeypatch):
+    monkeypatch.chdir(stored / "dicom")
+    assert [scan.name for scan in find_scans(".")] == ["dicom"]
+
+
+def test_what_is_done_when_ctrl_c_comes_is_kept(stored, tmp_path, monkeypatch, capsys):
+    from ctclip.data import preprocessing
+
+    original, read = preprocessing.read_volume, []
+
+    def interrupted(volume, shape):
+        read.append(volume.name)
+        if len(read) == 4:
+            raise KeyboardInterrupt
+        return original(volume, shape)
+
+    monkeypatch.setattr(preprocessing, "read_volume", interrupted)
+    monkeypatch.setattr(preprocessing, "PUBLISHED_SHAPE", (1, 1, 1))  # one scan at a time, as with the published model
+    with pytest.raises(SystemExit) as stopped:
+        call("--input", stored, "--output", tmp_path / "p.csv")
+    table = pd.read_csv(tmp_path / "p.part.csv", index_col="VolumeName")
+    assert stopped.value.code == 130 and list(table.index) == read[: len(table)] and 1 <= len(table) <= 3
+    assert f"p.part.csv: {len(table)} scans" in capsys.readouterr().err
+    assert not (tmp_path / "p.csv").exists()
+    np.testing.assert_allclose(table.iloc[0], predict(stored / read[0], MODEL, device="cpu").iloc[0], atol=1e-6)

@@ -1,0 +1,699 @@
+"""Fine-tuning on a small phantom cohort with a tiny CT-CLIP: what moves and what does not, what is saved, what a step
+survives, what the flags do.
+
+References: the weights before, another run that must come to the same, losses and averages worked by hand. How a run
+goes on after an interruption is in test_state.py.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers_training import history, one_line, weights
+from torch import nn
+
+from ctclip import config as config_module
+from ctclip.config import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig
+from ctclip.data.preprocessing import Volume, load_cohort, piece_size, split_by_patient
+from ctclip.evaluation import figures
+from ctclip.fileio import OneLineParser
+from ctclip.inference import predictor
+from ctclip.phantoms.phantom import plan_split
+from ctclip.training import loop
+from ctclip.training import run as run_module
+from ctclip.training.checkpoint import states
+from ctclip.training.loop import Averages, guarded, main, schedule, train
+from ctclip.training.run import build_model
+from ctclip_model import (
+    ABNORMALITIES,
+    CTCLIPMultiAbnormalityModel,
+    balanced_label_weights,
+    create_loss,
+    read_checkpoint,
+)
+
+pytestmark = pytest.mark.usefixtures("fast")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def config(phantoms, tiny_classfine, tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+
+    def make(**changes) -> TrainingConfig:
+        base = {"data_dir": str(phantoms), "ctclip_path": tiny_classfine, "cache_dir": cache, "batch_size": 8}
+        return TrainingConfig(**(base | {"epochs": 3, "freeze_epochs": 2} | changes))
+
+    return make
+
+
+@pytest.fixture
+def flags(config) -> list[str]:
+    """The same on the command line."""
+    names = ("data_dir", "ctclip_path", "cache_dir", "batch_size", "epochs", "freeze_epochs")
+    return [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(config(), name)))]
+
+
+def rank_epochs(monkeypatch, *scores: float) -> None:
+    """Has the evaluations of a run give these AUROCs."""
+    original, given = loop.compute_metrics, iter(scores)
+    monkeypatch.setattr(
+        loop, "compute_metrics", lambda *args: original(*args) | {"auroc_macro": next(given)}
+    )
+
+
+def assert_close(first: Path, second: Path, atol: float) -> None:
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys() and len(a) > 2
+    for key, value in a.items():
+        torch.testing.assert_close(value, b[key], rtol=0, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+
+
+# ------------------------------------------------------------------ what a run leaves behind
+
+
+def test_run_folder_is_complete_and_split_by_patient(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "write_training_figure", figures.write_training_figure)
+    folder = train(config(), tmp_path / "run")
+    lines = history(folder)
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["stage"] for line in lines] == ["frozen", "frozen", "unfrozen"]
+    assert [line["open_layers"] for line in lines] == [0, 0, 2] and lines[0]["best"] is True
+    assert all(math.isfinite(line["train_loss"]) and 0 <= line["positive_rate"] <= 1 for line in lines)
+    assert all(line["skipped_steps"] == 0 and line["seconds"] > 0 for line in lines)
+    best = max(line["tuning_auroc_macro"] for line in lines)
+    assert [line["tuning_auroc_macro"] for line in lines if line["best"]][-1] == best
+
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "finished" and record["phantom"] is True and record["processes"] == 1
+    assert TrainingConfig(**record["config"]) == config()
+    assert record["micro_batch"] == 8 and record["gradient_checkpointing"] is False
+    assert record["volumes"]["train"] + record["volumes"]["tuning"] == 40 == sum(record["read_as"].values())
+    assert record["read_as"]["stored"] > 0  # both file versions were read
+
+    tuning = pd.read_csv(folder / "tuning_predictions.csv", index_col=0)
+    labels = pd.read_csv(folder / "tuning_labels.csv", index_col=0)
+    assert list(tuning.index) == list(labels.index) and len(tuning) == record["volumes"]["tuning"]
+    assert list(tuning.columns) == list(labels.columns) == list(ABNORMALITIES)
+    assert {"_".join(name.split("_")[:2]) for name in tuning.index} == set(record["tuning_patients"])
+    names = {"config.json", "log.jsonl", "model.safetensors", "run.json", "state", "training_curves.png"}
+    assert {path.name for path in folder.iterdir()} == names | {"tuning_predictions.csv", "tuning_labels.csv"}
+    assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.rglob("*.tmp")) and len(states(folder)) == 2
+
+    out = capsys.readouterr().out
+    assert out.count("backbone frozen") == 2 and out.count("backbone unfrozen (2 layers)") == 1
+    assert f"(labels {lines[0]['label_rate']:.3f})" in out and "peak memory" in out
+
+
+@pytest.mark.parametrize("changes", [{}, {"head": "attention", "ema_decay": 0.6, "unfreeze_layers": 0}])
+def test_saved_tuning_predictions_are_those_of_the_saved_weights(changes, config, tmp_path, monkeypatch, phantoms):
+    rank_epochs(monkeypatch, 0.5, 0.6, 0.7)  # the unfrozen epoch is the best
+    folder = train(config(**changes), tmp_path / "run")
+    saved = pd.read_csv(folder / "tuning_predictions.csv", index_col=0)
+    volumes = [volume for volume in load_cohort(phantoms, "train").volumes if volume.name in saved.index]
+    read, logits = predictor.predict_volumes(predictor.load_model(folder), volumes, workers=0)
+    again = pd.DataFrame(logits.sigmoid().numpy(), index=[volumes[i].name for i in read], columns=saved.columns)
+    assert abs(again.loc[saved.index].to_numpy() - saved.to_numpy()).max() < 1e-6
+    state = torch.load(states(folder)[-1], weights_only=True)
+    averages = state["averages"]["tensors"]
+    assert set(averages) == (set(dict(state["tensors"])) if changes else set())
+    for name, value in (averages or state["tensors"]).items():  # and the weights are the averages, where there are any
+        assert torch.equal(weights(folder)[name], value)
+        assert not averages or not torch.equal(value, state["tensors"][name]) or name.endswith("null_kv")
+
+
+def test_averages_follow_the_formula():
+    """timm's warm-up: decay 1 - n ** (-2 / 3) at the n-th update, up to `decay`; the first one copies."""
+    parameter, other = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([5.0]))
+    averages = Averages(0.5)
+    averages.follow({"a.b": parameter})
+    assert averages.tensors()["a.b"].item() == 1
+    expected = 1.0
+    for value, decay in ((2.0, 0.0), (4.0, 1 - 2 ** (-2 / 3)), (8.0, 0.5), (0.0, 0.5)):  # 1 - 3 ** (-2/3) = 0.519
+        parameter.data.fill_(value)
+        averages.update()
+        expected = decay * expected + (1 - decay) * value
+        assert averages.tensors()["a.b"].item() == pytest.approx(expected, rel=1e-6)
+    averages.follow({"a.b": parameter, "c": other})  # layers were opened
+    assert averages.tensors()["a.b"].item() == pytest.approx(expected, rel=1e-6)
+    assert averages.tensors()["c"].item() == 5 and parameter.item() == 0
+    off = Averages(0.0)
+    off.follow({"a": parameter})
+    off.update()
+    assert off.tensors() == {}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"loss_type": "focal"}, {"loss_type": "bce"}, {"loss_type": "asl"}, {"class_weights": True}]
+)
+def test_loss_of_the_log_is_the_one_asked_for(changes, config, tmp_path):
+    """Worked again from the tables in the run's folder."""
+    folder = train(config(epochs=1, freeze_backbone=True, **changes), tmp_path / "run")
+    (line,) = history(folder)
+    tuning = pd.read_csv(folder / "tuning_predictions.csv", index_col=0)
+    labels = pd.read_csv(folder / "tuning_labels.csv", index_col=0)
+    cohort = load_cohort(config().data_dir, "train").volumes
+    others = torch.tensor(np.stack([volume.labels for volume in cohort if volume.name not in tuning.index]))
+    asked = config(**changes)
+    label_weights = balanced_label_weights(others) if asked.class_weights else None
+    criterion = create_loss(asked.loss_type, asked.alpha, asked.gamma, label_weights)
+    logits = torch.tensor(tuning.to_numpy()).logit().float()
+    expected = criterion(logits, torch.tensor(labels.to_numpy()).float()).item()
+    assert line["tuning_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_higher_alpha_predicts_fewer_positives(config, tmp_path):
+    rates = []
+    for alpha in (0.15, 0.85):
+        changes = {"alpha": alpha, "epochs": 12, "freeze_backbone": True, "learning_rate": 0.1}
+        rates.append(history(train(config(**changes), tmp_path / str(alpha)))[-1]["positive_rate"])
+    assert rates[0] > rates[1] + 0.1
+
+
+def test_unreadable_volumes_are_counted_and_stop_nothing(config, tmp_path, phantoms, capsys):
+    cohort = shutil.copytree(phantoms, tmp_path / "cohort")
+    files = sorted(cohort.glob("dataset/train_fixed/*/*/*.nii.gz"))[:2]
+    assert len(files) == 2
+    files[0].write_bytes(files[0].read_bytes()[:5000])
+    files[1].write_bytes(b"not a scan")
+    folder = train(config(data_dir=str(cohort), epochs=1, freeze_epochs=1), tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text())
+    left_out = {row["name"] for row in record["left_out"]}
+    assert {file.name for file in files} <= left_out
+    assert record["volumes"]["train"] + record["volumes"]["tuning"] == 38
+    assert "Left out while reading: 2 volumes" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ what moves
+
+
+def digests(state: dict[str, torch.Tensor], prefixes: tuple[str, ...]) -> dict[str, str]:
+    """SHA-256 of every tensor whose name begins so."""
+    chosen = {name: value for name, value in state.items() if name.startswith(prefixes)}
+    return {name: hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest() for name, value in chosen.items()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"augment": True}], ids=["cached", "encoded"])
+def test_frozen_run_leaves_every_tower_tensor_as_it_was(changes, config, tmp_path, tiny_classfine):
+    folder = train(config(freeze_backbone=True, epochs=2, **changes), tmp_path / "run")
+    assert {line["stage"] for line in history(folder)} == {"frozen"}
+    tower = ("visual_transformer.", "to_visual_latent.")
+    before, after = (digests(state, tower) for state in (read_checkpoint(tiny_classfine), weights(folder)))
+    assert len(after) == 83 and after == {name: before[name] for name in after}
+    head = weights(folder)["classifier.weight"]
+    assert not torch.equal(head, read_checkpoint(tiny_classfine)["classifier.weight"])
+
+
+def test_frozen_slice_backbone_stays_as_it_was_with_its_running_statistics(config, tmp_path):
+    """Trained with cbam from cached maps."""
+    changes = {"model": "resnet10t", "ctclip_path": None, "pretrained": False, "use_attention": "cbam", "limit": 8}
+    config = config(freeze_backbone=True, epochs=2, batch_size=4, **changes)
+    folder = train(config, tmp_path / "run")
+    model = CTCLIPMultiAbnormalityModel.from_pretrained(folder)
+    assert not model.is_ctclip and any(key.startswith("attention.") for key in weights(folder))
+    torch.manual_seed(config.seed)
+    before, after = (
+        digests(state, ("backbone.",)) for state in (build_model(config, True).state_dict(), model.state_dict())
+    )
+    assert before == after and any(name.endswith("running_mean") for name in after)
+    assert len(history(folder)) == 2
+
+
+@pytest.mark.parametrize(("epochs", "unfreeze_layers", "opened"), [(1, 1, 1), (2, 1, 2), (1, 0, 6)])
+def test_exactly_the_open_layers_move(epochs, unfreeze_layers, opened, config, tmp_path, tiny_classfine, monkeypatch):
+    rank_epochs(monkeypatch, 0.5, 0.6)  # the last epoch is what is saved
+    folder = tmp_path / "run"
+    train(config(epochs=epochs, freeze_epochs=0, unfreeze_layers=unfreeze_layers), folder)
+    before, after = read_checkpoint(tiny_classfine), weights(folder)
+    layers = CTCLIPMultiAbnormalityModel(tiny_classfine).layers()
+    assert len(layers) == 6
+    due = {name for layer in layers[-opened:] for name in layer} | {"classifier.weight", "classifier.bias"}
+    moved = {key for key in after if not torch.equal(before[key], after[key])}
+    assert moved == due
+    fixed = {key for key in after if key.endswith((".beta", "._codebook.embed"))}  # buffers
+    assert fixed and not fixed & moved and (opened < 6 or moved == set(after) - fixed)
+    assert history(folder)[-1]["open_layers"] == opened
+
+
+@pytest.mark.parametrize("head", ["linear", "attention"])
+def test_cached_features_give_the_run_that_encoding_every_epoch_gives(head, config, tmp_path, monkeypatch):
+    """Dropout included: both draw the same random numbers."""
+    frozen = config(freeze_backbone=True, epochs=2, head=head)
+    cached = train(frozen, tmp_path / "cached")
+    monkeypatch.setattr(loop, "load_features", lambda *args: None)
+    assert_close(cached, train(frozen, tmp_path / "encoded"), atol=1e-6)
+
+
+def test_augmentation_turns_the_cache_off_for_training_volumes_and_says_so(config, tmp_path, capsys):
+    runs = [train(config(epochs=1, augment=augment), tmp_path / str(augment)) for augment in (False, True)]
+    assert capsys.readouterr().out.count("--augment changes voxels: no cache for training volumes") == 1
+    first, second = (weights(folder)["classifier.weight"] for folder in runs)
+    assert (first - second).abs().max() > 1e-4
+
+
+def test_pieces_of_a_step_give_the_gradients_of_the_whole(config, tmp_path):
+    """Without dropout, whose random numbers would fall on other rows."""
+    unfrozen = config(epochs=1, freeze_epochs=0, unfreeze_layers=0, dropout=0.0)
+    whole = train(unfrozen, tmp_path / "whole")
+    pieces = train(unfrozen, tmp_path / "pieces", Machine(micro_batch=3, gradient_checkpointing="on"))
+    assert json.loads((pieces / "run.json").read_text())["micro_batch"] == 3
+    assert_close(whole, pieces, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "pieces"), [((240, 480, 480), 16, 2), ((240, 480, 480), 5, 2), ((64, 96, 96), 5, 4)]
+)
+def test_pieces_bound_the_memory(shape, batch, pieces):
+    assert piece_size(shape, batch) == pieces
+
+
+def test_schedule_warms_up_then_falls_to_zero_over_its_own_span():
+    values = [schedule(epoch, 2, 10, 0.25) for epoch in (0, 1.9, 2, 3, 4, 6, 10)]
+    assert values[:3] == [0, 0, 0]
+    assert values[3] == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi / 8)))
+    assert values[4] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert values[5] == pytest.approx(0.5) and values[6] == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "opened"),
+    [
+        ({"freeze_epochs": 2, "unfreeze_layers": 2}, [0, 0, 2, 4, 5, 5]),
+        ({"freeze_epochs": 3, "unfreeze_layers": 1}, [0, 0, 0, 1, 2, 3]),
+        ({"freeze_epochs": 0, "unfreeze_layers": 4}, [4, 5, 5, 5, 5, 5]),
+        ({"freeze_epochs": 4, "unfreeze_layers": 0}, [0, 0, 0, 0, 5, 5]),
+        ({"freeze_epochs": 9, "unfreeze_layers": 2}, [0] * 6),
+        ({"freeze_backbone": True, "freeze_epochs": 1}, [0] * 6),
+    ],
+)
+def test_layers_open_from_the_output_down(changes, opened):
+    config = TrainingConfig(epochs=6, **changes)
+    assert [config.open_layers(epoch, 5) for epoch in range(6)] == opened
+
+
+def test_layers_have_their_own_rates_and_matrices_their_decay(config, tmp_path):
+    changes = {"freeze_epochs": 1, "unfreeze_layers": 1, "layer_decay": 0.5, "backbone_learning_rate": 1e-3}
+    folder = train(config(**changes, weight_decay=0.1, learning_rate=0.2, warmup_fraction=0.0), tmp_path / "run")
+    groups = torch.load(states(folder)[-1], weights_only=True)["optimizer"]["param_groups"]
+    peaks = {(group["title"], group["start"]): group["peak"] for group in groups}
+    assert peaks == {("head", 0): 0.2, ("layer 6", 1): 1e-3, ("layer 5", 2): 5e-4}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    steps = math.ceil(json.loads((folder / "run.json").read_text())["volumes"]["train"] / 8)
+    for group in groups:  # the rate of a step is that of its middle: no step has none
+        assert group["lr"] == group["peak"] * schedule(3 - 0.5 / steps, group["start"], 3, 0.0) > 0
+
+
+def test_half_precision_with_loss_scaling_learns_and_counts_no_overflow_as_a_defect(config, tmp_path, monkeypatch):
+    """What a T4 does, on the CPU: float16 with a GradScaler whose first scale overflows."""
+    monkeypatch.setattr(run_module, "choose_precision", lambda device: torch.float16)
+    changes = {"epochs": 2, "freeze_epochs": 0, "backbone_learning_rate": 1e-3, "dropout": 0.0, "ema_decay": 0.5}
+    half = train(config(**changes), tmp_path / "half")
+    monkeypatch.undo()
+    whole = train(config(**changes), tmp_path / "whole")
+    assert json.loads((half / "run.json").read_text())["precision"] == "float16"
+    assert torch.load(states(half)[-1], weights_only=True)["scaler"]["scale"] >= 1
+    for found, expected in zip(history(half), history(whole), strict=True):
+        assert found["skipped_steps"] == 0
+        assert found["train_loss"] == pytest.approx(expected["train_loss"], abs=0.02)
+
+
+def test_quick_test_is_200_and_50_phantoms_in_three_epochs():
+    """The plan of the cohort stands in for its files: names and labels are all that a split needs."""
+    config = TrainingConfig(**QUICK_TEST)
+    plans = [plan for plan in plan_split("train", config.train_volumes, 0) if not plan.head]
+    volumes = [Volume(plan.name, plan.path, np.array(plan.labels, np.float32)) for plan in plans]
+    train, tuning = split_by_patient(volumes, config.tuning_fraction, config.seed)
+    assert len(train) >= QUICK_TEST_VOLUMES[0] == 200 and len(tuning) >= QUICK_TEST_VOLUMES[1] == 50
+    assert (config.batch_size, config.epochs, config.frozen_epochs) == (16, 3, 2)
+
+
+# ------------------------------------------------------------------ what a step survives
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["gpu", "cpu"],
+)
+def test_out_of_memory_goes_on_with_smaller_pieces_of_the_same_step(error, config, tmp_path, monkeypatch, capsys):
+    unfrozen = config(epochs=1, freeze_epochs=0)  # with dropout: the step that failed must not have used up numbers
+    expected = train(unfrozen, tmp_path / "expected", Machine(micro_batch=2))
+    forward = CTCLIPMultiAbnormalityModel.forward
+
+    def limited(model, x):
+        if len(x) > 2:
+            raise error
+        return forward(model, x)
+
+    monkeypatch.setattr(CTCLIPMultiAbnormalityModel, "forward", limited)
+    capsys.readouterr()
+    found = train(unfrozen, tmp_path / "found")
+    out = capsys.readouterr().out
+    assert out.count("Out of memory on cpu: going on with 4 volumes at a time; a step still sees 8") == 1
+    assert out.count("Out of memory on cpu: going on with 2 volumes at a time") == 1 == out.count("2 volumes at a time")
+    assert json.loads((found / "run.json").read_text())["micro_batch"] == 2
+    assert_close(expected, found, atol=1e-6)
+    assert history(found)[0]["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "tried"),
+    [
+        ({}, ["1 volume at a time", "gradient checkpointing"]),
+        # a slice backbone that cannot do the second
+        ({"model": "dla46_c", "ctclip_path": None, "pretrained": False, "limit": 4}, ["1 volume at a time"]),
+    ],
+    ids=["tower", "slices"],
+)
+def test_out_of_memory_with_one_volume_ends_in_one_line(changes, tried, config, tmp_path, monkeypatch, capsys):
+    def full(model, x):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(CTCLIPMultiAbnormalityModel, "forward", full)
+    unfrozen = config(epochs=1, freeze_epochs=0, **changes)
+    assert guarded(lambda: train(unfrozen, tmp_path / "run", Machine(micro_batch=2))) == 2
+    captured = capsys.readouterr()
+    assert re.findall("going on with (.*);", captured.out) == tried
+    assert one_line(captured.err) and "out of memory on cpu with one volume at a time" in captured.err
+    assert ("and gradient checkpointing" in captured.err) == ("gradient checkpointing" in tried)
+
+
+def test_out_of_memory_elsewhere_is_one_line(config, tmp_path, monkeypatch, capsys):
+    def full(moving, progress):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(loop.Moving, "step", full)
+    assert guarded(lambda: train(config(), tmp_path / "run")) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and err.startswith("error: out of memory; --resume on a larger device")
+
+
+class NaNAt(nn.Module):
+    """A loss that is not a number in these calls."""
+
+    def __init__(self, criterion: nn.Module, *calls: int):
+        super().__init__()
+        self.criterion, self.calls, self.count = criterion, calls, 0
+
+    def forward(self, logits, labels):
+        self.count += 1
+        loss = self.criterion(logits, labels)
+        return loss * math.nan if self.count in self.calls else loss
+
+
+def test_step_that_is_not_finite_is_left_out_and_counted(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "create_loss", lambda *args: NaNAt(create_loss(*args), 2, 4))
+    folder = train(config(epochs=2, freeze_backbone=True), tmp_path / "run")
+    assert [line["skipped_steps"] for line in history(folder)] == [2, 0]
+    assert all(math.isfinite(line["train_loss"]) for line in history(folder))
+    assert all(value.isfinite().all() for value in weights(folder).values())
+    out = capsys.readouterr().out
+    assert "Step 2 of epoch 1 left out: not finite (train_" in out and "Step 4 of epoch 1" in out
+    assert "Steps left out because they were not finite: 2" in out
+
+
+def poison(monkeypatch, first: int) -> list[str]:
+    """From this step on one volume of each has features that are not numbers. Returns their names, as they come."""
+    original, names, steps = loop.accumulate, [], iter(range(1, 10**6))
+
+    def poisoned(run, model, criterion, stream, whole, cached):
+        def pieces():
+            for inputs, labels, of, last in stream:
+                inputs = inputs.clone()
+                inputs[0] = math.nan
+                names.append(of[0])
+                yield inputs, labels, of, last
+
+        return original(run, model, criterion, pieces() if next(steps) >= first else stream, whole, cached)
+
+    monkeypatch.setattr(loop, "accumulate", poisoned)
+    return names
+
+
+@pytest.mark.parametrize("batch_size", [8, 64], ids=["steps of an epoch", "epochs of one step"])
+def test_three_such_steps_in_a_row_end_the_run_with_the_volumes(batch_size, config, tmp_path, monkeypatch, capsys):
+    config = config(epochs=5, freeze_backbone=True, batch_size=batch_size)
+    expected = train(config, tmp_path / "expected")
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        names = poison(patch, first=6 if batch_size == 8 else 2)  # in the second epoch
+        assert guarded(lambda: train(config, folder)) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and "3 steps in a row were not finite" in err and "lower --learning-rate" in err
+    listed = re.search(r"volumes: (.*)\);", err)[1].split(", ")
+    assert listed == list(dict.fromkeys(names)) and len(names) == 3
+    if batch_size == 8:  # nothing of the second epoch was saved: without the poison it is as if it had never been
+        assert [path.stem for path in states(folder)] == ["0001-000000"]
+        assert main(["--resume", str(folder)]) == 0
+        assert_close(expected, folder, atol=0)
+
+
+def test_auroc_that_falls_by_more_than_its_noise_ends_the_run_at_its_best(
+    config, tmp_path, tiny_classfine, monkeypatch, capsys
+):
+    rank_epochs(monkeypatch, 0.9, 0.8, 0.7, 0.6, 0.5)
+    monkeypatch.setattr(loop, "auroc_difference", lambda *args: (0.1, 0.01))
+    folder = tmp_path / "run"
+    train(config(epochs=6, freeze_epochs=1, patience=2), folder)
+    lines = history(folder)
+    assert [line["best"] for line in lines] == [True, False, False]
+    out = capsys.readouterr().out
+    assert "more than its noise 2 times in a row: back to the weights of epoch 1, training ends" in out
+    before, after = read_checkpoint(tiny_classfine), weights(folder)
+    moved = {key for key in after if not torch.equal(before[key], after[key])}
+    assert moved == {"classifier.weight", "classifier.bias"}  # epoch 1 was frozen
+    assert "back to the weights of epoch 1" in json.loads((folder / "run.json").read_text())["status"]
+    content = (folder / "model.safetensors").read_bytes()
+
+    monkeypatch.setattr(loop, "accumulate", None)  # nothing is trained
+    assert main(["--resume", str(folder)]) == 0
+    assert "State found: AUROC of the tuning patients below the best" in capsys.readouterr().out
+    assert (folder / "model.safetensors").read_bytes() == content and history(folder) == lines
+
+
+@pytest.mark.parametrize("difference", [(0.01, 0.02), None], ids=["within the noise", "unknown"])
+def test_auroc_within_its_noise_ends_nothing(difference, config, tmp_path, monkeypatch):
+    rank_epochs(monkeypatch, 0.9, 0.8, 0.7)
+    monkeypatch.setattr(loop, "auroc_difference", lambda *args: difference)
+    folder = train(config(epochs=3, freeze_epochs=1, patience=1, limit=12), tmp_path / "run")
+    assert len(history(folder)) == 3 and json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+# ------------------------------------------------------------------ two processes
+
+
+TRAIN_AND_LIST_THREADS = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from ctclip.training.loop import main
+code = main()
+threads = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
+Path("threads_" + os.environ["RANK"]).write_text("".join(threads))  # two processes share one stdout
+sys.exit(code)
+"""
+
+
+def test_two_processes_come_to_the_numbers_of_one(config, flags, tmp_path):
+    one = train(config(epochs=2, freeze_epochs=1, dropout=0.0), tmp_path / "one")
+    two, cache = tmp_path / "two", tmp_path / "cache"
+    changes = ["--epochs", "2", "--freeze-epochs", "1", "--dropout", "0", "--cache-dir", cache, "--output-dir", two]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = tmp_path / "script.py"
+    script.write_text(TRAIN_AND_LIST_THREADS.format(root=str(ROOT)))
+    ended = subprocess.run(
+        [*launcher, script, *flags, *changes],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    threads = [(tmp_path / f"threads_{rank}").read_text() for rank in (0, 1)]
+    assert all("python" in names for names in threads)
+    assert "gloo" not in "".join(threads)  # threads of a group that outlive it may abort the interpreter at its end
+    assert ended.stdout.count("epoch  1/") == 1 == ended.stdout.count("Next: ") and "2 processes" in ended.stdout
+    for expected, found in zip(history(one), history(two), strict=True):
+        assert found["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-5)
+        assert found["tuning_loss"] == pytest.approx(expected["tuning_loss"], abs=1e-5)
+        for name in ("tuning_auroc_macro", "positive_rate", "label_rate"):
+            assert found[name] == pytest.approx(expected[name], abs=1e-9)
+        assert found["stage"] == expected["stage"] and found["best"] == expected["best"]
+    predictions = [pd.read_csv(folder / "tuning_predictions.csv", index_col=0) for folder in (one, two)]
+    assert list(predictions[0].index) == list(predictions[1].index) and predictions[1].index.is_unique
+    assert abs(predictions[0].to_numpy() - predictions[1].to_numpy()).max() < 1e-5
+    lines = [json.loads(line) for path in cache.rglob("*.jsonl") for line in path.read_text().splitlines()]
+    assert len(lines) == 40 == len({line["name"] for line in lines})
+    assert len(list(cache.rglob("*.jsonl"))) == 4  # both processes have encoded training and tuning volumes
+    record = json.loads((two / "run.json").read_text())
+    assert record["processes"] == 2 and sum(record["read_as"].values()) == 40
+
+
+# ------------------------------------------------------------------ command line
+
+
+def test_tensorboard_has_one_value_per_epoch_also_after_an_interruption(config, flags, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "run"
+    save, calls = loop.save_all, iter(range(1, 10))
+
+    def killed(*args):
+        if next(calls) == 2:  # epoch 2 is in the events and not in a state
+            raise KeyboardInterrupt
+        save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_all", killed)
+        assert main([*flags, "--freeze-backbone", "--tensorboard", "--output-dir", str(folder)]) == 130
+    assert main(["--resume", str(folder), "--tensorboard"]) == 0
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    values = events.Scalars("tuning_auroc_macro")
+    assert [value.step for value in values] == [1, 2, 3]
+    expected = [line["tuning_auroc_macro"] for line in history(folder)]
+    assert [value.value for value in values] == pytest.approx(expected, abs=1e-6)
+
+
+def test_tensorboard_without_the_package_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main([*flags, "--tensorboard", "--output-dir", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and "pip install tensorboard" in err
+
+
+def actions() -> dict[str, object]:
+    """Flag -> argparse action."""
+    parser = OneLineParser()
+    for add in (config_module.add_run_flags, config_module.add_training_flags, config_module.add_machine_flags):
+        add(parser)
+    return {flag: action for action in parser._actions for flag in action.option_strings}
+
+
+def test_every_setting_has_a_flag_that_shows_its_default():
+    found = actions()
+    for settings in (TrainingConfig(), Machine()):
+        for name in (field.name for field in fields(settings) if field.name != "mode"):
+            flag = "--no-pretrained" if name == "pretrained" else f"--{name.replace('_', '-')}"
+            assert found[flag].dest == name
+            default = getattr(settings, name)
+            if default not in (None, False, True):
+                text = re.sub(r"%\(default\)[sg]", str(default), found[flag].help)
+                assert type(default)(re.search(r"\(default (.*?)[):]", text)[1]) == default, flag
+
+
+def test_flags_become_settings(flags):
+    """Underscores as well; what is left out keeps its default."""
+    parser = OneLineParser()
+    config_module.add_run_flags(parser)
+    config_module.add_training_flags(parser)
+    config_module.add_machine_flags(parser)
+    args = parser.parse_args(
+        ["--ema_decay=0.99", "--unfreeze_layers", "0", "--no-pretrained", "--micro_batch", "3", "--cache_dir", "a_b"]
+    )
+    expected = {"ema_decay": 0.99, "unfreeze_layers": 0, "pretrained": False, "cache_dir": "a_b"}
+    assert config_module.config_from_flags(args) == TrainingConfig(**expected)
+    assert config_module.machine_from_flags(args) == Machine(micro_batch=3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--alpha", "1.5"], "--alpha is 1.5, expected between 0 and 1"),
+        (["--epochs", "0"], "--epochs is 0, expected at least 1"),
+        (["--freeze-epochs", "-1"], "--freeze-epochs is -1, expected at least 0"),
+        (["--unfreeze-layers", "-1"], "--unfreeze-layers is -1, expected at least 0"),
+        (["--patience", "0"], "--patience is 0, expected at least 1"),
+        (["--batch-size", "0"], "--batch-size is 0, expected at least 1"),
+        (["--micro-batch", "0"], "--micro-batch is 0, expected at least 1"),
+        (["--workers", "-1"], "--workers is -1, expected at least 0"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--dropout", "1"], "--dropout is 1.0, expected at least 0 and below 1"),
+        (["--learning-rate", "nan"], "--learning-rate is nan, expected above 0"),
+        (["--backbone-learning-rate", "-1"], "--backbone-learning-rate is -1.0, expected at least 0"),
+        (["--layer-decay", "1.1"], "--layer-decay is 1.1, expected above 0 and at most 1"),
+        (["--ema-decay", "1"], "--ema-decay is 1.0, expected at least 0 (off) and below 1"),
+        (["--weight_decay", "-1"], "--weight-decay is -1.0, expected at least 0"),
+        (["--warmup-fraction", "2"], "--warmup-fraction is 2.0, expected between 0 and 1"),
+        (["--clip-norm", "0"], "--clip-norm is 0.0, expected above 0"),
+        (["--gamma", "inf"], "--gamma is inf, expected a finite number"),
+        (["--seed", "-1"], "--seed is -1, expected at least 0"),
+        (["--limit", "1"], "--limit is 1, expected at least 2 volumes"),
+        (["--tuning-fraction", "0"], "--tuning-fraction is 0.0, expected between 0 and 1"),
+        (["--save-minutes", "-1"], "--save-minutes is -1.0, expected"),
+        (["--data-dir", "nowhere"], "nowhere"),
+        (["--ctclip-path", "nothing.pt"], "CT-CLIP model not found: run python ctclip_setup.py first"),
+        (["--use_attention", "cbam"], "is for slice backbones"),
+        (["--model", "resnet18", "--ctclip_path", "x.pt"], "goes with --model ctclip"),
+        (["--model", "resnet18", "--head", "mlp"], "--head goes with --model ctclip"),
+        (["--model", "dla46_c", "--no-pretrained", "--gradient-checkpointing", "on"], "dla46_c has no such mode"),
+        (["--resume", "nowhere"], "no run.json in nowhere"),
+        (["--resume", "nowhere", "--output-dir", "run"], "leave it out"),
+        (["--model", "efficientnet_b00"], "'efficientnet_b00' is not a timm model; close names: "),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(flags, line, phantoms, tiny_classfine, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = {"--data-dir": str(phantoms), "--ctclip-path": tiny_classfine, "--output-dir": "run"}
+    for flag in flags:
+        given.pop(flag.replace("_", "-"), None)
+    if flags[0] == "--resume":
+        given = {}
+    if flags[0] == "--model":
+        given.pop("--ctclip-path", None)
+    assert main([*flags, *(part for pair in given.items() for part in pair)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and one_line(err) and line in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_line_trains_resumes_and_refuses_to_overwrite(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [*flags, "--freeze_backbone"]
+    assert main(["--mode", "full_train", "--output_dir", "results/run", *flags]) == 0
+    assert "Next: python ctclip_evaluation.py --checkpoint results/run" in capsys.readouterr().out
+    assert main(["--output-dir", "results/run", *flags]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main(["--resume", "--epochs", "5"]) == 2
+    assert "found other values for --epochs; leave them out" in capsys.readouterr().err
+    assert main(["--resume", "--epochs", "3", "--save-minutes", "1"]) == 0  # nothing left to do
+    assert "going on after epoch 3 of 3" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"results"}
+
+
+def test_folders_may_have_moved_when_a_run_goes_on(config, tmp_path, monkeypatch, capsys):
+    config = replace(config(epochs=2, freeze_backbone=True, limit=8), cache_dir=str(tmp_path / "cache"))
+    expected = train(config, tmp_path / "expected")
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+
+        def stop(*args):
+            raise KeyboardInterrupt
+
+        patch.setattr(loop, "write_history", stop)  # after the first epoch's state
+        assert guarded(lambda: train(config, folder)) == 130
+    moved = tmp_path / "moved"
+    (tmp_path / "cache").rename(moved)
+    assert main(["--resume", str(folder), "--cache_dir", str(moved)]) == 0
+    assert "going on after epoch 1 of 2" in capsys.readouterr().out
+    assert not (tmp_path / "cache").exists()
+    assert json.loads((folder / "run.json").read_text())["config"]["cache_dir"] == str(moved)
+    assert_close(expected, folder, atol=0)
