@@ -112,7 +112,7 @@ LINEAR_HEAD_KEYS = ("classifier.weight", "classifier.bias")  # ClassFine's
 # Arguments of the hub mixin that mean nothing for a local folder; its version 0.25 has two more than later ones.
 HUB_ONLY = ("revision", "cache_dir", "force_download", "proxies", "resume_download", "local_files_only", "token")
 
-# Where a slice backbone looks: the 360 mm cube of `ctclip.data.preprocessing` at 3 x 1.6 x 1.6 mm, so that a slice is 224 x 224.
+# What a slice backbone sees: a cube of 360 mm at 3 x 1.6 x 1.6 mm, so that a slice is 224 x 224.
 SLICE_INPUT_SHAPE = (120, 224, 224)
 
 

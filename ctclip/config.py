@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ctclip.fileio import CLASSFINE_PATH, OneLineParser
+from ctclip.fileio import OneLineParser
+from ctclip.paths import CLASSFINE_PATH
 
 DISCLAIMER = "Results on phantoms speak of the pipeline, not of patients."
 
@@ -137,7 +138,7 @@ QUICK_TEST = {"train_volumes": 270, "valid_volumes": 100, "epochs": 3, "freeze_e
 QUICK_TEST_VOLUMES = (200, 50)
 
 
-# What an evaluation can be asked for; the functions behind the names are in `ctclip.evaluation.calibration` and `ctclip.evaluation.tables`.
+# What an evaluation can be asked for; the functions behind the names are in evaluation/calibration.py and tables.py.
 OBJECTIVES = ("prevalence", "f1", "hamming", "youden", "crg")
 DEFAULT_OBJECTIVE = "prevalence"  # the only one that neither over- nor under-predicts with a weak model (LOG.md)
 METHODS = ("none", "temperature", "platt")  # from the simplest to the richest
@@ -390,29 +391,26 @@ def task_parser(description: str) -> OneLineParser:
     return parser
 
 
-def card_parser() -> OneLineParser:
-    """Of ctclip_card.py."""
-    parser = OneLineParser(description="The model card of a run; with --push, the run on the Hugging Face hub.")
-    parser.add_argument("run", metavar="RUN", help="run folder, such as results/RUN, or a copy of one from the hub")
-    parser.add_argument("--print", action="store_true", help="print the card, write nothing")
-    parser.add_argument("--push", metavar="USER/NAME", help="upload the weights, the card and what of the run's files "
-                                                            "is nobody's secret; needs a token with write access")
-    parser.add_argument("--public", action="store_true", help="with --push: everybody may see it (default: you alone)")
-    parser.add_argument("--cohort", metavar="NAME", help="what the training cohort is called, for the card; CT-RATE's "
-                                                         "terms then bind the weights")
-    return parser
-
-
-def weights_parser(description: str) -> OneLineParser:
-    """Of ctclip_weights.py."""
+def hub_parser(description: str) -> OneLineParser:
+    """Of `python -m ctclip.hub`."""
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path, metavar="FILE", help="a CT-CLIP file, .pt or .safetensors")
-    parser.add_argument("--slim", action="store_true", help="replace the file by its tensors in use, as .safetensors")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="weights|card")
+    weights = commands.add_parser("weights", help="the fingerprint of a weights file; a slim copy of it")
+    weights.add_argument("weights", type=Path, metavar="FILE", help="a CT-CLIP file, .pt or .safetensors")
+    weights.add_argument("--slim", action="store_true", help="replace the file by its tensors in use, as .safetensors")
+    card = commands.add_parser("card", help="the model card of a run; with --push, the run on the Hugging Face hub")
+    card.add_argument("run", metavar="RUN", help="run folder, such as results/RUN, or a copy of one from the hub")
+    card.add_argument("--print", action="store_true", help="print the card, write nothing")
+    card.add_argument("--push", metavar="USER/NAME", help="upload the weights, the card and the run's files that hold "
+                      "no private data; needs a token with write access")
+    card.add_argument("--public", action="store_true", help="with --push: everybody may see it (default: you alone)")
+    card.add_argument("--cohort", metavar="NAME", help="what the training cohort is called, for the card; CT-RATE's "
+                      "terms then bind the weights")
     return parser
 
 
 def phantom_parser() -> OneLineParser:
-    """Of ctclip_phantom.py."""
+    """Of `python -m ctclip.phantoms`."""
     parser = OneLineParser(description="Write a cohort of synthetic chest CTs. " + DISCLAIMER)
     cohort = parser.add_argument_group("cohort")
     cohort.add_argument("--data-dir", type=Path, help="folder for the cohort; reused if it holds the same one")

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-CLASSFINE_PATH = "models/ctclip_classfine.pt"  # ctclip_model's, for scripts that have not imported torch
-
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:

@@ -14,12 +14,12 @@ import huggingface_hub.file_download  # noqa: F401
 import torch
 
 import ctclip.hub.streaming  # noqa: F401
-from ctclip.environment import setup as setup_module
+from ctclip.environment import setup as setup_steps
 
 torch.set_num_threads(1)  # a forked process has no threads of this one's pool
 constants.HF_HUB_OFFLINE, constants.DOWNLOAD_CHUNK_SIZE = False, 1 << 16  # small transfers in blocks, as large ones
 os.environ["HF_ENDPOINT"] = sys.argv[1]
-setup_module.packages_step = lambda requirements: None
+setup_steps.packages_step = lambda requirements: None
 
 for _ in sys.stdin:
     child = os.fork()
@@ -27,6 +27,6 @@ for _ in sys.stdin:
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os._exit(setup_module.main(sys.argv[2:]))
+        os._exit(setup_steps.main(sys.argv[2:]))
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

@@ -171,8 +171,8 @@ def test_what_the_image_takes_is_what_the_entry_point_imports(places, tmp_path):
     """The files that the Dockerfile copies, alone in a folder, are enough."""
     folder = tmp_path / "opt"
     folder.mkdir()
-    for path in ROOT.glob("ctclip_*.py"):
-        shutil.copy(path, folder)
+    shutil.copy(ROOT / "ctclip_model.py", folder)
+    shutil.copytree(ROOT / "ctclip", folder / "ctclip", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "docker" / "entrypoint.py", folder)
     shutil.copytree(places[1], folder / "model")
     env = environment(*places, tmp_path)

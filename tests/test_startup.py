@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from ctclip.paths import module_environment
+
 SUITE = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "pandas", "huggingface_hub", "safetensors", "sklearn", "scipy.stats", "matplotlib", "timm"}
-SCRIPTS = ("run_task2", "ctclip_training", "ctclip_evaluation", "ctclip.hub.weights", "ctclip.phantoms.phantom",
-           "ctclip.hub.model_card", "ctclip_setup")  # fmt: skip
+SCRIPTS = ("run_task2", "ctclip_training", "ctclip_evaluation", "ctclip_setup", "ctclip.hub", "ctclip.phantoms")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_and_wrong_usage_import_nothing_heavy(script, tmp_path):
     for flags, code in ((["--help"], 0), (["--no-such-flag", "x", "y"], 2)):
-        command = [sys.executable, "-X", "importtime", SUITE / f"{script}.py", *flags]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        start = ["-m", script] if "." in script else [SUITE / f"{script}.py"]
+        command = [sys.executable, "-X", "importtime", *start, *flags]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=module_environment(), capture_output=True, text=True, timeout=60
+        )
         listed = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
         said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
         imported = {line.rpartition("|")[2].strip() for line in listed}
@@ -42,10 +46,10 @@ def test_the_model_answers_too_but_imports_torch(tmp_path):
 def test_facts_that_are_also_written_where_torch_is_not_imported():
     """`ctclip_model` imports nothing of ours, and these import nothing but the standard library."""
     import ctclip_model
-    from ctclip import fileio
+    from ctclip import paths
     from ctclip.hub import client as hub_client
 
-    assert fileio.CLASSFINE_PATH == ctclip_model.CLASSFINE_PATH
+    assert paths.CLASSFINE_PATH == ctclip_model.CLASSFINE_PATH
     assert hub_client.VOCABULARY_REPOSITORY == ctclip_model.VOCABULARY_REPOSITORY
     weights = Path("a", "b.pt")
     assert hub_client.vocabulary_path(weights) == ctclip_model.vocabulary_path(weights)

@@ -48,9 +48,9 @@ from ctclip.data.preprocessing import (
     split_of,
     volume_loader,
 )
+from ctclip.distributed import Ranks
 from ctclip.hub.client import FULL
 from ctclip_model import CTCLIPMultiAbnormalityModel
-from ctclip.distributed import Ranks
 
 LINE_BYTES = 256  # more than an index line takes (about 150), for the estimate of disk space
 

@@ -40,8 +40,8 @@ HU_MIN, HU_MAX = -1000, 1000  # clipping window, Hounsfield units
 FIELD_OF_VIEW_MM = 360.0  # edge of the cube that every input covers, whatever its number of voxels
 PUBLISHED_SHAPE = (240, 480, 480)  # (D, H, W) = (z, x, y)
 
-# Raise it with every change here or in ctclip.data.readers that may alter a tensor or a HU verdict, by a single bit: caches
-# rest on it.
+# Raise it with every change here or in ctclip.data.readers that may alter a tensor or a HU verdict, by a single bit:
+# caches rest on it.
 PREPROCESSING_VERSION = 1
 
 # Share of positive volumes on CT-RATE's train split, in the order of ABNORMALITIES.
@@ -119,7 +119,7 @@ class Volume:
     """One reconstruction: file, 18 labels (float32, 0 or 1) and its metadata row (None if there is no usable one).
 
     `stamp` is set where the file was streamed and is not on the disk any more: its size and its last 8 bytes in hex,
-    by which `ctclip_cache.source_of` finds what was encoded of it. `path` is then where the file would be.
+    by which `feature_cache.source_of` finds what was encoded of it. `path` is then where the file would be.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Does this machine do what the suite needs: a dozen checks, each with what was found and what to do about it.
 
 Standard library only at import. What imports torch does so in a process of its own, because an import can end a
-process: one forward pass, and the probes below, which run as `ctclip_doctor.py gpu` and `ctclip_doctor.py cohort D`.
+process: one forward pass, and the probes below (`python -m ctclip.environment.doctor gpu`, `... cohort D`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ from typing import Iterator  # noqa: UP035  (ctclip_setup must get as far as its
 
 from ctclip.environment.packages import (
     OLDEST_PYTHON,
-    SUITE,
     SetupError,
     installed_version,
     read_requirements,
-    script,
     survey,
     versions_text,
     wanted_text,
@@ -47,6 +45,7 @@ from ctclip.hub.client import (
     sha256_of,
     vocabulary_path,
 )
+from ctclip.paths import SUITE, module_command, module_environment, script
 
 SYSTEM = Path("/")  # where proc/, sys/ and dev/ are
 LITTLE_MEMORY, LITTLE_SHARED, LITTLE_DISK = 4e9, 1e9, 5e9  # bytes
@@ -187,7 +186,9 @@ class ForwardFailed(ProcessFailed):
 
 def output_of(command: list[str], seconds: float) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds, env=module_environment()
+        )
     except subprocess.TimeoutExpired as error:
         raise ProcessFailed(f"no result within {seconds:g} s") from error
     if done.returncode < 0:
@@ -201,7 +202,7 @@ def output_of(command: list[str], seconds: float) -> str:
 
 def ask(probe: str, *arguments: str):
     """What a function of PROBES returns."""
-    command = [sys.executable, str(SUITE / "ctclip_doctor.py"), probe, *arguments]
+    command = module_command("ctclip.environment.doctor", probe, *arguments)
     return json.loads(output_of(command, PROBE_SECONDS).splitlines()[-1])
 
 
@@ -521,7 +522,7 @@ def weights_row(weights: WeightsFile) -> Row:
         again = f"fetch it again: {setup_command()} --model {weights.name}"
         return Row("weights", "failed", f"{lead}: {problem}", (again,), numbers)
     try:
-        said = output_of([sys.executable, str(SUITE / "ctclip_weights.py"), str(file)], PROBE_SECONDS).splitlines()[-1]
+        said = output_of(module_command("ctclip.hub", "weights", str(file)), PROBE_SECONDS).splitlines()[-1]
     except ProcessFailed as error:
         if not str(error).startswith("error: "):
             raise

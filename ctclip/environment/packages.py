@@ -20,14 +20,9 @@ from typing import Callable, NamedTuple, Sequence  # noqa: UP035  (3.8 must get 
 
 from ctclip.formatting import TIED, join, row
 from ctclip.hub.client import on_colab
+from ctclip.paths import SUITE
 
-SUITE = Path(__file__).resolve().parent  # the code; models/ and results/ belong to the working folder
 OLDEST_PYTHON = (3, 10)
-
-
-def script(name: str) -> str:
-    """How one of the suite's scripts is started from the working folder."""
-    return name if Path.cwd() == SUITE else shlex.quote(str(SUITE / name))
 
 
 class SetupError(Exception):

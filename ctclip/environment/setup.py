@@ -1,20 +1,4 @@
-"""Sets the suite up: packages, folders, weights, data, one forward pass, and a summary of what works.
-
-    python ctclip_setup.py                    packages and the ClassFine weights
-    python ctclip_setup.py --dev              also pytest and ruff
-    python ctclip_setup.py --slim             keep 0.7 GB of the weights' 1.77 GB, proven to compute the same
-    python ctclip_setup.py --data valid --volumes 100
-                                              tables and volumes of CT-RATE
-    python ctclip_setup.py --data train --patients 500 --stream-cache
-                                              the same as codes of 28 KB each, through a few GB of disk
-    python ctclip_setup.py --doctor           what works here, and what to do about the rest
-    python ctclip_setup.py --check            look only: installs and downloads nothing
-
-Standard library only at import, so that it runs and explains itself on a bare interpreter. Versions are typed in
-requirements.txt alone. It never replaces a torch that meets the floor written there (Colab's, a cluster's), never
-prints a token, and without weights still ends with exit code 0: the built-in cohort needs none.
-Exit codes: 0 ready, 2 something for you to do (one line says what), 1 the forward pass failed.
-"""
+"""The steps of ctclip_setup.py. Standard library only at import."""
 
 from __future__ import annotations
 
@@ -31,13 +15,11 @@ from typing import Sequence  # noqa: UP035  (3.8 must get as far as check_python
 
 from ctclip.environment.doctor import REINSTALL, ForwardFailed, doctor, forward_pass
 from ctclip.environment.packages import (
-    SUITE,
     SetupError,
     check_python,
     installed_version,
     packages_step,
     read_requirements,
-    script,
     survey,
     versions_text,
     wanted_text,
@@ -66,6 +48,7 @@ from ctclip.hub.client import (
     vocabulary_path,
     write_record,
 )
+from ctclip.paths import SUITE, module_command, module_environment, script
 
 DATA_DIR = Path("data", "ct_rate")
 
@@ -165,15 +148,16 @@ def fingerprint_step(weights: WeightsFile, slim: bool) -> None:
     if digest and weights.kept_sha256 and not slim:  # the file has just been compared with it, or with the hub's
         row("", f"{weights.name}: fingerprint {str(digest)[:12]}, kept in {weights.record}")
         return
-    command = [sys.executable, str(SUITE / "ctclip_weights.py"), str(weights.path), *(["--slim"] if slim else [])]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    command = module_command("ctclip.hub", "weights", str(weights.path), *(["--slim"] if slim else []))
+    env = module_environment()
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=env)
     for line in done.stdout.splitlines():
         row("", f"{weights.name}: {line}")
     if done.returncode != 0:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         reason = (said[-1] if said else f"ended with code {done.returncode}").removeprefix("error: ")
         row("", f"{weights.name}: {reason}")
-        raise HubTrouble(reason, f"see python ctclip_weights.py {weights.path}", kind="file")
+        raise HubTrouble(reason, f"see python -m ctclip.hub weights {weights.path}", kind="file")
 
 
 def weights_step(names: Sequence[str], slim: bool) -> dict[str, HubTrouble]:
@@ -482,6 +466,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nstopped; run the same command again to go on", file=sys.stderr)
         return 130
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -69,7 +69,7 @@ class Calibration:
 
     `cuts` (18,) and `global_cut` are thresholds on probabilities as given (they may be just above 1: nothing is
     positive). `shift` moves to another prevalence. `losses` is the cross-validated log loss of each method tried;
-    `unit` says what a row was (ctclip_tables.UNITS).
+    `unit` says what a row was (tables.UNITS).
     """
 
     method: str

@@ -1,24 +1,13 @@
-"""Predictions and labels -> metrics, calibration, thresholds, intervals, a report; also a script.
-
-    python ctclip_evaluation.py                                        the newest run under results/
-    python ctclip_evaluation.py --checkpoint results/RUN
-    python ctclip_evaluation.py --predictions P.csv --labels L.csv [--baseline B.csv]
-    python ctclip_evaluation.py --apply results/RUN --predictions NEW.csv
-    python ctclip_evaluation.py --example                              from 97 % to honest, on simulated predictions
+"""Predictions and labels -> metrics, calibration, thresholds, intervals, a report.
 
 What is promised, for every number this project prints:
 - Thresholds and calibration never see the patients they are reported on: they come from tuning patients, or, without
   any, each fifth of the patients is judged by what was fitted on the other four ("cross-fitted by patient").
-- Intervals are of patients, not volumes (ctclip.evaluation.bootstrap); each metric is defined in one place (ctclip.evaluation.metrics).
+- Intervals are of patients, not volumes (bootstrap.py); each metric is defined in one place (metrics.py).
 - `format_report` needs nothing but the dictionary written to metrics.json, so what is printed is what is stored.
 """
 
 from __future__ import annotations
-
-from ctclip.config import evaluation_parser
-
-if __name__ == "__main__":
-    evaluation_parser().parse_args()  # --help and wrong flags are answered before the two seconds of the imports
 
 import argparse
 import json
@@ -566,9 +555,9 @@ def apply_calibration(source: str, predictions: str, output_dir: Path) -> None:
     print(f"Wrote {output_dir}: {APPLIED_FILES[0]} (probabilities), {APPLIED_FILES[1]} (tuned cuts at 0.5)")
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(args: argparse.Namespace) -> int:
+    """What the flags of ctclip_evaluation.py ask for; -> the exit code."""
     started = time.perf_counter()
-    args = evaluation_parser().parse_args(argv)
     from ctclip.data.preprocessing import CohortError
 
     try:
@@ -662,7 +651,3 @@ def settings_from_flags(args: argparse.Namespace) -> Settings:
         args.objective, args.calibration, args.unit, read_prevalence(args.prevalence) if args.prevalence else None,
         args.resamples, allow_partial=args.allow_partial,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

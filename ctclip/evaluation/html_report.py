@@ -34,7 +34,7 @@ from ctclip_model import ABNORMALITIES, N_LABELS
 if TYPE_CHECKING:
     from ctclip.evaluation.evaluate import Evaluation
 
-TEMPLATE = Path(__file__).with_name("ctclip_page.html")
+TEMPLATE = Path(__file__).with_name("report.html")
 MOST_POINTS = 150  # of a curve
 CUTS = np.arange(1001) / 1000  # where the slider stops
 SWEEP = (  # key of M; name for all labels, for one; colour

@@ -27,7 +27,6 @@ from ctclip.data.preprocessing import (
     no_chest_path,
     volume_path,
 )
-from ctclip.environment.packages import script
 from ctclip.formatting import row, size_text
 from ctclip.hub.client import (
     HubTrouble,
@@ -41,6 +40,7 @@ from ctclip.hub.client import (
     parts_of,
     persist,
 )
+from ctclip.paths import script
 from ctclip_model import ABNORMALITIES
 
 TRANSFERS = 3  # at once: one connection rarely fills a line

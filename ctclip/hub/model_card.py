@@ -1,8 +1,8 @@
 """A run's files -> its model card, and the run on the Hugging Face hub.
 
-    python ctclip_card.py results/RUN                        writes results/RUN/README.md, the card
-    python ctclip_card.py results/RUN --push USER/NAME       uploads weights, card, thresholds, metrics; private
-    python ctclip_card.py results/RUN --push USER/NAME --public
+    python -m ctclip.hub card results/RUN                        writes results/RUN/README.md, the card
+    python -m ctclip.hub card results/RUN --push USER/NAME       uploads weights, card, thresholds, metrics; private
+    python -m ctclip.hub card results/RUN --push USER/NAME --public
 
 Every number in a card comes from run.json, log.jsonl, metrics.json or calibration.json; what they do not say is said to
 be not measured. What leaves this machine of run.json and metrics.json is what `published_record` and
@@ -11,11 +11,7 @@ be not measured. What leaves this machine of run.json and metrics.json is what `
 
 from __future__ import annotations
 
-from ctclip.config import card_parser
-
-if __name__ == "__main__":
-    card_parser().parse_args()  # --help and wrong flags are answered before the two seconds of the imports
-
+import argparse
 import json
 import sys
 import tempfile
@@ -702,13 +698,8 @@ def explain_push(error: Exception, repo_id: str, token: str) -> HubTrouble:
 # ---- script
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = card_parser()
-    args = parser.parse_args(argv)
-    if args.print and args.push:
-        parser.error("--print goes without --push: it writes and uploads nothing")
-    if args.public and not args.push:
-        parser.error("--public goes with --push USER/NAME")
+def run(args: argparse.Namespace) -> int:
+    """`python -m ctclip.hub card`."""
     run = Path(args.run)
     try:
         if run.is_file():
@@ -735,6 +726,3 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     return 0
 
-
-if __name__ == "__main__":
-    sys.exit(main())

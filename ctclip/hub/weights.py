@@ -1,7 +1,7 @@
 """Weights files: their fingerprint, the record kept beside them, and a slim copy with only the tensors in use.
 
-    python ctclip_weights.py models/ctclip_classfine.pt              the fingerprint, and whether it is the one kept
-    python ctclip_weights.py models/ctclip_classfine.pt --slim       0.7 GB as safetensors in place of 1.77 GB
+    python -m ctclip.hub weights models/ctclip_classfine.pt              the fingerprint, and whether it is the one kept
+    python -m ctclip.hub weights models/ctclip_classfine.pt --slim       0.7 GB as safetensors in place of 1.77 GB
 
 Two people have the same model where the digests of their tensors are equal, and it computes the same where the numbers
 beside it are: what the model makes of one fixed synthetic volume. models/ctclip_<name>.json keeps both.
@@ -9,11 +9,7 @@ beside it are: what the model makes of one fixed synthetic volume. models/ctclip
 
 from __future__ import annotations
 
-from ctclip.config import weights_parser
-
-if __name__ == "__main__":
-    weights_parser(__doc__).parse_args()  # --help and wrong flags are answered before the two seconds of the imports
-
+import argparse
 import hashlib
 import os
 import platform
@@ -180,8 +176,8 @@ def make_slim(path: Path) -> tuple[Path, Fingerprint]:
 # ---- command line
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = weights_parser(__doc__).parse_args(argv)
+def run(args: argparse.Namespace) -> int:
+    """`python -m ctclip.hub weights`."""
     try:
         path = args.weights
         if args.slim and path.suffix == ".pt":
@@ -211,7 +207,3 @@ def main(argv: list[str] | None = None) -> int:
             how = f"not kept: {record_path(path)}: {error.strerror}"
     print(f"{found}, {how}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -150,7 +150,7 @@ def predict(
         checkpoint: a run's folder (default: the newest under results/), or a CT-CLIP file with a head or a text tower.
         form: "calibrated" (the run's calibration, where it has one), "uncalibrated" (as the model gives them) or
             "mapped" (no probabilities any more: the run's tuned cuts lie on 0.5, the order of scans is kept).
-        prompts: findings of your own (`ctclip_prompts.read_prompts`), for a CT-CLIP file with its text tower.
+        prompts: findings of your own (`ctclip.inference.prompts.read_prompts`), for a CT-CLIP file with its text tower.
         explain: labels separated by commas, or "all": heat maps of them go to `explain_dir`.
         device: cpu, cuda, cuda:1, ...; default cuda where there is one.
         workers: threads that read ahead.

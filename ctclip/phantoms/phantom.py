@@ -13,11 +13,6 @@ Results on phantoms speak of the pipeline, not of patients.
 
 from __future__ import annotations
 
-from ctclip.config import DISCLAIMER, phantom_parser
-
-if __name__ == "__main__":
-    phantom_parser().parse_args()  # --help and wrong flags are answered before the two seconds of the imports
-
 import argparse
 import contextlib
 import gzip
@@ -36,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ctclip.config import DISCLAIMER
 from ctclip.data.preprocessing import PREVALENCE, labels_path, metadata_path, no_chest_path, volume_path
 from ctclip.fileio import replacing
 from ctclip_model import ABNORMALITIES
@@ -1698,16 +1694,8 @@ def draw_montage(path: Path, progress: bool = True, spacing: Sequence[float] = (
 # --------------------------------------------------------------------------------------------------------- script
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = phantom_parser()
-    options = parser.parse_args(arguments)
-    if options.data_dir is None and options.montage is None:
-        parser.error("found neither --data-dir nor --montage; name a folder for the cohort or a PNG file")
-    return options
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+def run(options: argparse.Namespace) -> int:
+    """`python -m ctclip.phantoms`: a cohort, a montage or both."""
     try:
         if options.data_dir is not None:
             write_phantom_cohort(options.data_dir, options.train, options.valid, options.seed, options.workers)
@@ -1723,7 +1711,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(DISCLAIMER)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

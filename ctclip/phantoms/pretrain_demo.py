@@ -1,6 +1,6 @@
 """Pre-trains the small CT-CLIP of the built-in cohort, models/ctclip_demo.pt, from nothing, on phantoms only.
 
-    python -m models.make_demo          from the project's folder
+    python -m ctclip.phantoms.pretrain_demo
 
 Four stages, all on phantoms whose seeds no cohort of this project uses. A phantom knows where its findings are, which
 teaches more per volume than 18 bits can:

@@ -3,19 +3,9 @@
 A frozen backbone gives the same features for a volume in every epoch, so a frozen epoch reads them from the cache of
 `ctclip.data.feature_cache` and costs next to nothing. An unfrozen epoch reads and encodes every volume.
 
-    python ctclip_training.py --mode quick_test
-    python ctclip_training.py --mode full_train --data-dir D --cache-dir C
-    python ctclip_training.py --mode full_train --data-dir D --plan           what it will cost, before it costs
-    python ctclip_training.py --resume                                        after any interruption
-    torchrun --nproc-per-node=8 ctclip_training.py --mode full_train --data-dir D
 """
 
 from __future__ import annotations
-
-from ctclip.config import training_parser
-
-if __name__ == "__main__":
-    training_parser(__doc__).parse_args()  # --help and wrong flags are answered before the two seconds of the imports
 
 import argparse
 import json
@@ -44,7 +34,6 @@ from ctclip.data.preprocessing import (
     VolumeError,
     volume_loader,
 )
-from ctclip.distributed import is_main_process
 from ctclip.evaluation.evaluate import RESULT_FILES
 from ctclip.evaluation.figures import TRAINING_CURVES, write_training_figure
 from ctclip.evaluation.metrics import EvaluationError, auroc_difference, compute_metrics
@@ -1000,18 +989,3 @@ def guarded(action) -> int:
         print(f"\n{rank}Interrupted: {what}. A run that has begun goes on with --resume.", file=sys.stderr)
         return error.code if isinstance(error, Interrupted) else 128 + signal.SIGINT
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = training_parser(__doc__).parse_args(argv)
-
-    def action() -> None:
-        folder = run_training(args)
-        if folder is not None and is_main_process():
-            print(f"Next: python ctclip_evaluation.py --checkpoint {folder}")
-
-    return guarded(action)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

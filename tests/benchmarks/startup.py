@@ -14,16 +14,14 @@ from rows import BENCHMARKS, Row, best_of, run
 
 ROOT = BENCHMARKS.parents[1]
 GOAL = 0.5  # seconds
-SCRIPTS = ("run_task2", "ctclip_training", "ctclip_evaluation", "ctclip.hub.weights", "ctclip.phantoms.phantom",
-           "ctclip.hub.model_card", "ctclip_setup")  # fmt: skip
+SCRIPTS = ("run_task2", "ctclip_training", "ctclip_evaluation", "ctclip_setup", "ctclip.hub", "ctclip.phantoms")
 FLAGS = {  # one of each of a script's groups, the last one too
     "run_task2": ("--mode", "--explain", "--objective", "--plan", "--data-dir", "--head", "--epochs", "--gamma",
                   "--device", "--workers"),
     "ctclip_training": ("--mode", "--resume", "--data-dir", "--head", "--epochs", "--gamma", "--device", "--workers"),
     "ctclip_evaluation": ("--checkpoint", "--objective", "--resamples", "--pictures", "--output-dir"),
-    "ctclip.hub.weights": ("FILE", "--slim"),
-    "ctclip.phantoms.phantom": ("--data-dir", "--train", "--workers", "--montage"),
-    "ctclip.hub.model_card": ("RUN", "--print", "--push", "--public", "--cohort"),
+    "ctclip.hub": ("weights", "card"),
+    "ctclip.phantoms": ("--data-dir", "--train", "--workers", "--montage"),
     "ctclip_setup": ("--dev", "--model", "--data"),
 }  # fmt: skip
 
@@ -36,7 +34,8 @@ def output(*command: str) -> str:
 def measure(args: argparse.Namespace) -> list[Row]:
     rows = []
     for script in SCRIPTS:
-        text = output(f"{script}.py", "--help")
+        start = ["-m", script] if "." in script else [f"{script}.py"]
+        text = output(*start, "--help")
         missing = [flag for flag in FLAGS[script] if flag not in text]
         empty, ours = best_of(args.repeats, lambda: output("-c", "pass"), lambda: output(f"{script}.py", "--help"))  # noqa: B023
         detail = f"{ours:.3f} s; python -c pass {empty:.3f} s: {ours / empty:.0f} times; best of {args.repeats}, warm"

@@ -28,10 +28,10 @@ from helpers_data import chest, put, row, write
 from ctclip.data import feature_cache
 from ctclip.data.feature_cache import CacheError, FeatureCache, encode_missing, encoder_digest, source_of
 from ctclip.data.preprocessing import Verdict, Volume, load_cohort, read_volume, volume_path
-from ctclip_model import CTCLIPMultiAbnormalityModel
 from ctclip.distributed import Ranks
+from ctclip_model import CTCLIPMultiAbnormalityModel
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 HU = Verdict("hu", "")
 BLANK = np.zeros(18, np.float32)

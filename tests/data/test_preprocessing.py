@@ -22,11 +22,10 @@ import pytest
 import torch
 from helpers_data import SMALL, affine_of, chest, published, put, reoriented, row, write
 
-from ctclip.data import preprocessing
-from ctclip.data import readers
+from ctclip.data import preprocessing, readers
 from ctclip.data.preprocessing import Volume, VolumeError, decide_reading, preprocess_volume, read_volume
 
-GOLDEN = Path(__file__).parent / "fixtures" / "volumes"
+GOLDEN = Path(__file__).resolve().parents[1] / "fixtures" / "volumes"
 ROWS = pd.read_csv(GOLDEN / "metadata.csv").to_dict("records")
 
 
@@ -228,7 +227,7 @@ def test_memory_is_the_output_and_a_few_slices(tmp_path):
     )
     if sys.platform != "linux":
         pytest.skip("ru_maxrss is in KiB on Linux only")
-    root = Path(__file__).parent.parent
+    root = Path(__file__).resolve().parents[2]
     run = subprocess.run([sys.executable, "-c", script, path], cwd=root, capture_output=True, text=True, check=True)
     assert int(run.stdout) < 60 * 1024, "KiB above what importing takes"
 

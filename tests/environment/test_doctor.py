@@ -22,7 +22,7 @@ from ctclip.environment import doctor
 from ctclip.environment.doctor import ProcessFailed, Row
 from ctclip.environment.packages import Requirement, SetupError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FILE = "models/CT-CLIP-Related/CT_LiPro_v2.pt"
 NAMES = ["python", "packages", "gpu", "memory", "shared memory", "disk", "token", "hub", "weights", "prompts", "cohort"]
 NAMES += ["forward pass"]
@@ -524,11 +524,11 @@ def test_what_prompts_lack_is_a_warning_with_both_remedies(models, monkeypatch):
 
 
 def answering(monkeypatch, answer):
-    """In place of `python ctclip_weights.py FILE`; -> the files it was asked about."""
+    """In place of `python -m ctclip.hub weights FILE`; -> the files it was asked about."""
     asked = []
 
     def output_of(command, seconds):
-        asked.append(Path(command[2]).name)
+        asked.append(Path(command[-1]).name)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -561,7 +561,7 @@ def test_a_record_that_is_none(models, monkeypatch):
     assert row.state == "ok" and "SHA-256" not in row.found
 
 
-def test_an_error_of_ctclip_weights_is_shown_with_its_remedy(models, monkeypatch):
+def test_an_error_of_the_weights_command_is_shown_with_its_remedy(models, monkeypatch):
     (models / "ctclip_classfine.pt").write_bytes(b"x")
     said = "error: models/x.pt: found other tensors, expected the kept one; fetch it again"
     answering(monkeypatch, ProcessFailed(said))

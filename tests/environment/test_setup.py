@@ -21,7 +21,7 @@ from helpers_hub import TOKEN, Hub
 from ctclip.environment import packages
 from ctclip.hub.client import alone
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAYLOAD = bytes(range(256)) * 1200
 FILE = "models/CT-CLIP-Related/CT_LiPro_v2.pt"
 TERMS = "https://huggingface.co/datasets/ibrahimhamamci/CT-RATE"
@@ -67,9 +67,9 @@ class CTCLIPMultiAbnormalityModel:
     def eval(self): return self
     def __call__(self, volume): return torch.Tensor(1, 18)
 """,
-    "ctclip_weights.py": """
+    "ctclip/hub/__main__.py": """
 import hashlib, json, pathlib, sys
-path = pathlib.Path(sys.argv[1])
+path = pathlib.Path(sys.argv[2])
 if path.read_bytes() == b"no model": sys.exit("error: %s is not a readable weights file" % path)
 record = path.with_suffix(".json")
 kept = json.loads(record.read_text()) if record.exists() else {}
@@ -83,16 +83,20 @@ record.write_text(json.dumps({**kept, "fingerprint": {"digest": "5efe6dc2d671" +
 print("fingerprint 5efe6dc2d671; logits of the fixed phantom: 0.133 -0.182")
 """,
 }
-REAL = ("ctclip_setup", "ctclip.hub.client", "ctclip.formatting", "ctclip.environment.packages", "ctclip.environment.doctor")
+REAL = (
+    "ctclip_setup.py", "requirements.txt", "ctclip/*.py", "ctclip/environment/*.py", "ctclip/hub/__init__.py",
+    "ctclip/hub/client.py",
+)  # fmt: skip
 
 
 @pytest.fixture
 def suite(tmp_path):
     """A folder with the real setup script and requirements, and stand-ins for torch, timm and the model."""
     folder = tmp_path / "suite"
-    folder.mkdir()
-    for name in ("requirements.txt", *(f"{module}.py" for module in REAL)):
-        shutil.copy(ROOT / name, folder)
+    for path in (path for pattern in REAL for path in ROOT.glob(pattern)):
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
     for name, text in STAND_INS.items():
         (folder / name).write_text(text)
     return folder
@@ -324,10 +328,10 @@ def test_a_vocabulary_is_fetched_without_a_token_and_kept_without_a_hub(suite, p
 
 
 def test_prompts_without_transformers_are_told_what_to_install(monkeypatch, capsys):
-    from ctclip.environment import setup as setup_module
+    from ctclip.environment import setup as setup_steps
 
-    monkeypatch.setattr(setup_module, "installed_version", lambda name: None)
-    setup_module.note_transformers()
+    monkeypatch.setattr(setup_steps, "installed_version", lambda name: None)
+    setup_steps.note_transformers()
     assert capsys.readouterr().out.strip() == "prompts need one more package: pip install transformers"
 
 

@@ -1,4 +1,4 @@
-"""ctclip.evaluation.calibration: the fit against scikit-learn's logistic regression, every threshold objective against an
+"""Calibration: the fit against scikit-learn's logistic regression, every threshold objective against an
 exhaustive search by scikit-learn, and the promises: monotone, so that no AUROC of a label moves; honest on patients not
 seen.
 """

@@ -1,4 +1,4 @@
-"""ctclip.evaluation.cases: the most wrong volumes by hand, pictures with marker voxels, and volumes that are not at hand."""
+"""Cases: the most wrong volumes by hand, pictures with marker voxels, and volumes that are not at hand."""
 
 import io
 import shutil

@@ -14,6 +14,7 @@ import pytest
 from helpers_evaluation import decided, reference, simulate
 from sklearn import metrics as sk
 
+import ctclip_evaluation
 from ctclip.evaluation import calibration as cal
 from ctclip.evaluation import evaluate as ev
 from ctclip.evaluation import figures
@@ -22,7 +23,7 @@ from ctclip.evaluation.metrics import ABNORMALITIES, EvaluationError, bin_of
 from ctclip.evaluation.tables import join, patients_of, rows_of
 from ctclip.evaluation.text_report import PHANTOM_NOTE, format_report
 
-SCRIPT = Path(ev.__file__)
+SCRIPT = Path(__file__).resolve().parents[2] / "ctclip_evaluation.py"
 NAMES = list(ABNORMALITIES)
 FEW = {"resamples": 20}  # where intervals are not what a test is about
 
@@ -263,7 +264,7 @@ def test_the_example_goes_from_97_percent_to_honest(tmp_path, monkeypatch, capsy
     mapped tables rank as the given one does, and the mapped one decides at 0.5 as tuned."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ev, "_write_figures", lambda *args: None)
-    assert ev.main(["--example", "--resamples", "100"]) == 0
+    assert ctclip_evaluation.main(["--example", "--resamples", "100"]) == 0
     printed, folder = capsys.readouterr().out, Path("results/example")
     assert printed.count("Simulated predictions, neither patients nor a model") == 2
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -560,7 +561,7 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_code_2(case, tables, capsys):
     file, spoil, message = BAD[case]
     spoil(tables / file)
-    assert ev.main(["--predictions", "p.csv", "--labels", "l.csv"]) == 2
+    assert ctclip_evaluation.main(["--predictions", "p.csv", "--labels", "l.csv"]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1
     assert printed.err.startswith("error: ") and message in printed.err and "expected" in printed.err
@@ -600,7 +601,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(argv, message, tables, capsys):
     (tables / "m.csv").write_text("VolumeName,PatientSex\nelsewhere.nii.gz,F\n")
     (tables / "run").mkdir()
     (tables / "run" / "run.json").write_text("{}")
-    assert ev.main(argv) == 2
+    assert ctclip_evaluation.main(argv) == 2
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1 and message in printed.err and "expected" in printed.err
 
@@ -628,7 +629,7 @@ def test_script_error_carries_no_traceback(tables):
 @pytest.mark.parametrize("argv", [["--predictons", "p.csv"], ["--calibration", "x"], ["stray"]])
 def test_a_wrong_flag_is_one_line_and_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        ev.main(argv)
+        ctclip_evaluation.main(argv)
     printed = capsys.readouterr().err
     assert stop.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
 
@@ -652,7 +653,7 @@ def test_newest_run_is_evaluated_and_named(tmp_path, monkeypatch, capsys):
     own = Path("results/new/predictions.csv").read_bytes()
     for slow in ("roc_figure", "precision_recall_figure", "reliability_figure", "sweep_figure"):  # drawn elsewhere
         monkeypatch.setattr(ev, slow, lambda *args: figures.new_figure(1, 1))
-    assert ev.main([]) == 0
+    assert ctclip_evaluation.main([]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].startswith(f"Evaluating the newest run, {Path('results/new')}")
     assert PHANTOM_NOTE in printed and "none of them reported here" in printed
@@ -683,7 +684,7 @@ def test_applying_a_stored_calibration(tmp_path, monkeypatch, capsys):
     calibration.save(tmp_path / "run" / "calibration.json")
     new, _ = simulate(9, seed=7, first=300)
     new.to_csv("new.csv")
-    assert ev.main(["--apply", "run", "--predictions", "new.csv", "--output-dir", "out"]) == 0
+    assert ctclip_evaluation.main(["--apply", "run", "--predictions", "new.csv", "--output-dir", "out"]) == 0
     assert "18 volumes; calibration" in capsys.readouterr().out
     for name, function in (("calibrated", calibration.apply), ("mapped", calibration.map_to_half)):
         written = ev.load_predictions(f"out/predictions_{name}.csv")
@@ -711,12 +712,12 @@ def test_a_run_is_evaluated_into_its_own_folder_only(tmp_path, monkeypatch):
     make_run(tmp_path / "run")
     run = str(tmp_path / "run")
     tables = ["--predictions", f"{run}/predictions.csv", "--labels", f"{run}/labels.csv"]
-    assert ev.main(["--checkpoint", run]) == ev.main([*tables, "--output-dir", run]) == 0
-    assert ev.main(["--checkpoint", run, "--data-dir", str(tmp_path), "--output-dir", run]) == 2
+    assert ctclip_evaluation.main(["--checkpoint", run]) == ctclip_evaluation.main([*tables, "--output-dir", run]) == 0
+    assert ctclip_evaluation.main(["--checkpoint", run, "--data-dir", str(tmp_path), "--output-dir", run]) == 2
     tuning = ["--predictions", f"{run}/tuning_predictions.csv", "--labels", f"{run}/tuning_labels.csv"]
-    assert ev.main([*tuning, "--output-dir", run]) == 2
+    assert ctclip_evaluation.main([*tuning, "--output-dir", run]) == 2
     folders.run_calibration(tmp_path / "run").save(tmp_path / "run" / "calibration.json")
-    assert ev.main(["--apply", run, *tables[:2], "--output-dir", run]) == 2
+    assert ctclip_evaluation.main(["--apply", run, *tables[:2], "--output-dir", run]) == 2
 
 
 def test_tables_of_a_phantom_run_stay_phantoms(tmp_path, monkeypatch, capsys):
@@ -724,5 +725,5 @@ def test_tables_of_a_phantom_run_stay_phantoms(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ev, "write_results", lambda *args: None)
     folder = str(tmp_path / "run")
     argv = ["--predictions", f"{folder}/predictions.csv", "--labels", f"{folder}/labels.csv"]
-    assert ev.main([*argv, "--output-dir", str(tmp_path / "out")]) == 0
+    assert ctclip_evaluation.main([*argv, "--output-dir", str(tmp_path / "out")]) == 0
     assert PHANTOM_NOTE in capsys.readouterr().out

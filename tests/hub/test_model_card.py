@@ -21,8 +21,9 @@ from huggingface_hub import ModelCard
 from ctclip.evaluation.calibration import load_calibration
 from ctclip.evaluation.evaluate import evaluate
 from ctclip.hub import model_card as card_module
+from ctclip.hub.__main__ import main
 from ctclip.hub.client import HubTrouble
-from ctclip.hub.model_card import CardError, licence_of, main, model_card, published_record, save_with_card
+from ctclip.hub.model_card import CardError, licence_of, model_card, published_record, save_with_card
 from ctclip.training.loop import save_best
 from ctclip_model import ABNORMALITIES, CheckpointError, CTCLIPMultiAbnormalityModel, asdict
 
@@ -187,7 +188,7 @@ def test_saving_again_never_loosens_the_licence(make_run, tmp_path):
 def test_the_origin_is_kept_from_the_file_without_its_folder(tmp_path):
     weights = tmp_path / "jane_doe" / "ctclip_classfine.pt"
     weights.parent.mkdir()
-    weights.write_bytes((Path(__file__).parent / "fixtures" / "tiny_a_classfine.pt").read_bytes())
+    weights.write_bytes((Path(__file__).resolve().parents[1] / "fixtures" / "tiny_a_classfine.pt").read_bytes())
     save_with_card(CTCLIPMultiAbnormalityModel(str(weights)), tmp_path / "copy")
     save_with_card(CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "copy"), tmp_path / "second")
     text = (tmp_path / "second" / "config.json").read_text()
@@ -410,7 +411,7 @@ def test_a_damaged_config_is_one_line(make_run, capsys, case):
     with pytest.raises(CheckpointError) as caught:
         CTCLIPMultiAbnormalityModel.from_pretrained(folder)
     assert f"{path}: {line}" in str(caught.value) and "expected" in str(caught.value)
-    assert main([str(folder)]) == 2
+    assert main(["card", str(folder)]) == 2
     err = capsys.readouterr().err
     assert err == f"error: {caught.value}\n" and err.count("\n") == 1 and "ClassFine" not in err
 
@@ -443,7 +444,7 @@ def point_at(monkeypatch, url):
 
 def test_a_run_goes_to_the_hub_and_comes_back(make_run, hub, tmp_path, capsys):
     folder, _ = make_run()
-    assert main([str(folder), "--push", "jane/ct"]) == 0
+    assert main(["card", str(folder), "--push", "jane/ct"]) == 0
     out = capsys.readouterr()
     assert "private" in out.out and WRITER not in out.out + out.err
     sent = hub.files["jane/ct"]
@@ -466,29 +467,29 @@ def test_a_run_goes_to_the_hub_and_comes_back(make_run, hub, tmp_path, capsys):
 
 
 def test_new_weights_do_not_keep_the_old_thresholds_on_the_hub(make_run, hub, capsys):
-    assert main([str(make_run()[0]), "--push", "jane/ct", "--public"]) == 0
+    assert main(["card", str(make_run()[0]), "--push", "jane/ct", "--public"]) == 0
     folder, _ = make_run(measured=False, name="later")
-    assert main([str(folder), "--push", "jane/ct", "--public"]) == 0
+    assert main(["card", str(folder), "--push", "jane/ct", "--public"]) == 0
     assert set(hub.files["jane/ct"]) == {".gitattributes", "model.safetensors", "config.json", "README.md", "run.json"}
     assert hub.private == {"jane/ct": False}
-    assert main([str(folder), "--push", "jane/ct"]) == 2  # private, so not into what everybody sees
+    assert main(["card", str(folder), "--push", "jane/ct"]) == 2  # private, so not into what everybody sees
     assert "jane/ct is there already, and public" in capsys.readouterr().err
 
 
 def test_a_card_of_ones_own_is_pushed_and_one_on_the_hub_is_kept(make_run, hub):
     folder, _ = make_run()
     (folder / "README.md").write_text("# Mine\n")
-    assert main([str(folder), "--push", "jane/ct"]) == 0
+    assert main(["card", str(folder), "--push", "jane/ct"]) == 0
     assert hub.files["jane/ct"]["README.md"] == b"# Mine\n"
     (folder / "README.md").unlink()
-    assert main([str(folder), "--push", "jane/ct"]) == 0  # ours does not replace it
+    assert main(["card", str(folder), "--push", "jane/ct"]) == 0  # ours does not replace it
     assert hub.files["jane/ct"]["README.md"] == b"# Mine\n" and len(hub.commits) == 2
     (folder / "README.md").write_text("# Mine, too\n")
-    assert main([str(folder), "--push", "jane/ct"]) == 0
+    assert main(["card", str(folder), "--push", "jane/ct"]) == 0
     assert hub.files["jane/ct"]["README.md"] == b"# Mine, too\n"
     hub.files["jane/ct"]["README.md"] = f"old {card_module.OURS}".encode()
     (folder / "README.md").unlink()
-    assert main([str(folder), "--push", "jane/ct"]) == 0
+    assert main(["card", str(folder), "--push", "jane/ct"]) == 0
     assert b"## Licence" in hub.files["jane/ct"]["README.md"]
 
 
@@ -506,7 +507,7 @@ REFUSALS = {
 def test_refusals_are_one_line_without_the_token(make_run, hub, monkeypatch, capsys, case):
     token, repo, line = REFUSALS[case]
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
-    assert main([str(make_run()[0]), "--push", repo]) == 2
+    assert main(["card", str(make_run()[0]), "--push", repo]) == 2
     err = [text for text in capsys.readouterr().err.splitlines() if text.strip()]
     assert len(err) == 1 and err[0].startswith(f"error: {line}") and hub.files == {}
     assert token is None or token not in err[0]
@@ -517,7 +518,7 @@ def test_no_network_is_one_line(make_run, hub, monkeypatch, capsys):
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
     point_at(monkeypatch, f"http://127.0.0.1:{port}")
-    assert main([str(make_run()[0]), "--push", "jane/ct"]) == 2
+    assert main(["card", str(make_run()[0]), "--push", "jane/ct"]) == 2
     assert capsys.readouterr().err.startswith(f"error: no connection to 127.0.0.1:{port}; check the network")
 
 
@@ -532,14 +533,14 @@ def test_a_repository_without_weights_is_named(hub):
 
 def test_the_command_writes_and_prints_the_card(make_run, capsys):
     folder, model = make_run()
-    assert main([str(folder), "--print"]) == 0
+    assert main(["card", str(folder), "--print"]) == 0
     printed = capsys.readouterr().out
     assert not (folder / "README.md").exists() and printed == model_card(model, folder)
-    assert main([str(folder)]) == 0 and (folder / "README.md").read_text() == printed
+    assert main(["card", str(folder)]) == 0 and (folder / "README.md").read_text() == printed
     (folder / "README.md").write_text("# Mine\n")
-    assert main([str(folder)]) == 2
-    assert main([str(folder / "none")]) == 2
-    assert main([str(folder / "model.safetensors")]) == 2
+    assert main(["card", str(folder)]) == 2
+    assert main(["card", str(folder / "none")]) == 2
+    assert main(["card", str(folder / "model.safetensors")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and "somebody wrote" in lines[0] and "found no such folder" in lines[1]
     assert "found a file, expected a run folder" in lines[2]

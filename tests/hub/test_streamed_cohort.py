@@ -15,6 +15,8 @@ from helpers_data import HEADER, META_HEADER, label_line, meta_line, put, tables
 from helpers_training import damage, history, one_line, weights
 from safetensors.torch import save_file
 
+import ctclip_evaluation
+import ctclip_training
 from ctclip.data import preprocessing
 from ctclip.data.feature_cache import CacheError, FeatureCache, encode_missing, source_of, sources_of
 from ctclip.data.preprocessing import (
@@ -101,7 +103,7 @@ def runs(phantoms, streamed, tiny_classfine, tmp_path_factory) -> tuple[Path, Pa
         patch.setattr(loop, "write_training_figure", lambda *args: None)
         for name, data_dir, cache_dir in (("disk", phantoms, folder / "cache"), ("streamed", *streamed)):
             flags = train_flags(data_dir, cache_dir, tiny_classfine, "--freeze-backbone")
-            assert loop.main([*flags, "--output-dir", str(folder / name)]) == 0
+            assert ctclip_training.main([*flags, "--output-dir", str(folder / name)]) == 0
     return folder / "disk", folder / "streamed"
 
 
@@ -268,7 +270,7 @@ WITH_VOXELS = {
 def test_a_run_that_would_read_voxels_is_refused(streamed, tiny_classfine, tmp_path, capsys, flags, plan):
     folder = tmp_path / "run"
     argv = train_flags(*streamed, tiny_classfine, *flags, *plan, "--output-dir", str(folder))
-    assert loop.main(argv) == 2 and not folder.exists()
+    assert ctclip_training.main(argv) == 2 and not folder.exists()
     why, remedy = WITH_VOXELS[flags]
     assert capsys.readouterr().err == (
         f"error: {streamed[0]}: found 40 of 40 volumes without a file (streamed, only their codes are left), expected "
@@ -285,7 +287,7 @@ def test_another_encoder_or_cache_is_refused_before_anything_is_encoded(streamed
         for more in (["--plan"], []):
             run = str(tmp_path / f"run_{cache_dir.parent.name}")
             flags = train_flags(streamed[0], cache_dir, weights_file, "--freeze-backbone", *more)
-            assert loop.main([*flags, "--output-dir", run]) == 2
+            assert ctclip_training.main([*flags, "--output-dir", run]) == 2
             err = capsys.readouterr().err
             assert one_line(err) and err.startswith(f"error: {cache_dir}/codes-") and err.endswith(
                 " volumes that were streamed and have no file, expected those of all; choose the --cache-dir and the "
@@ -311,7 +313,7 @@ def test_files_that_are_there_are_not_encoded_beside_a_volume_that_is_lost(phant
 def test_a_plan_says_that_reading_is_not_measured(streamed, tiny_classfine, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = listing(streamed[1])
-    assert loop.main(train_flags(*streamed, tiny_classfine, "--freeze-backbone", "--plan")) == 0
+    assert ctclip_training.main(train_flags(*streamed, tiny_classfine, "--freeze-backbone", "--plan")) == 0
     out = capsys.readouterr().out
     lines = {line[2:14].rstrip(): line[15:] for line in out[out.index("Plan (") :].splitlines() if line[:2] == "  "}
     assert lines["Reading"] == "not measured: the volumes were streamed and have no file"
@@ -327,7 +329,7 @@ def test_a_plan_measures_the_files_that_are_left(phantoms, streamed, tiny_classf
     cohort = load_cohort(data_dir, "train")
     assert sum(v.stamp is None for v in cohort.volumes) == 12 and len(cohort) == 40
     monkeypatch.chdir(tmp_path)
-    assert loop.main(train_flags(data_dir, streamed[1], tiny_classfine, "--freeze-backbone", "--plan")) == 0
+    assert ctclip_training.main(train_flags(data_dir, streamed[1], tiny_classfine, "--freeze-backbone", "--plan")) == 0
     out = capsys.readouterr().out
     assert "Plan (measured on 8 volumes; nothing" in out and "per volume by the main process" in out
 
@@ -388,7 +390,7 @@ def test_evaluation_without_files_gives_the_predictions_of_evaluation_with_them(
     before = listing(streamed[1])
     flags = ["--resamples", "100", "--pictures", "0"]
     for run, more in zip(runs, (flags, flags[:2]), strict=True):
-        assert evaluate_module.main(["--checkpoint", str(run), "--workers", "0", *more]) == 0
+        assert ctclip_evaluation.main(["--checkpoint", str(run), "--workers", "0", *more]) == 0
     out, err = capsys.readouterr()
     disk, gone = (load_predictions(run / "predictions.csv") for run in runs)
     assert list(gone.index) == list(disk.index) and len(gone) == 16
@@ -418,7 +420,7 @@ def test_an_encoder_that_moved_on_does_not_find_its_volumes(phantoms, runs, stre
     """Of an unfrozen run: refused in one line where nothing is left, a line for each volume where one file is."""
     run = unfrozen(runs[1], tmp_path / "run")
     argv = ["--checkpoint", str(run), "--workers", "0"]
-    assert evaluate_module.main(argv) == 2
+    assert ctclip_evaluation.main(argv) == 2
     err = capsys.readouterr().err
     folder = FeatureCache(streamed[1], CTCLIPMultiAbnormalityModel.from_pretrained(run)).folder
     assert err == (
@@ -429,7 +431,7 @@ def test_an_encoder_that_moved_on_does_not_find_its_volumes(phantoms, runs, stre
     record = json.loads((run / "run.json").read_text())
     record["config"]["cache_dir"] = str(tmp_path / "moved")
     (run / "run.json").write_text(json.dumps(record))
-    assert evaluate_module.main(argv) == 2
+    assert ctclip_evaluation.main(argv) == 2
     err = capsys.readouterr().err
     assert one_line(err) and f"and none in {tmp_path / 'moved'} (no such folder), expected" in err
     assert not (tmp_path / "moved").exists()
@@ -438,7 +440,7 @@ def test_an_encoder_that_moved_on_does_not_find_its_volumes(phantoms, runs, stre
     shutil.copytree(streamed[0], data_dir)
     volume = load_cohort(phantoms, "valid").volumes[5]
     bring_back([volume], phantoms, data_dir)
-    assert evaluate_module.main([*argv, "--data-dir", str(data_dir), "--pictures", "0"]) == 0
+    assert ctclip_evaluation.main([*argv, "--data-dir", str(data_dir), "--pictures", "0"]) == 0
     err = capsys.readouterr().err
     assert list(load_predictions(run / "on_cohort" / "predictions.csv").index) == [volume.name]
     assert err.count("left out: ") == 15

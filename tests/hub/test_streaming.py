@@ -28,13 +28,13 @@ from ctclip.data import readers
 from ctclip.data.feature_cache import FeatureCache, encode_missing
 from ctclip.data.preprocessing import Volume, listed_volumes, load_cohort, read_streamed, volume_path
 from ctclip.distributed import Ranks
-from ctclip.environment import setup as setup_module
+from ctclip.environment import setup as setup_steps
 from ctclip.hub import client as hub_client
 from ctclip.hub import streaming
 from ctclip.hub.download import choose, draw_patients
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +63,11 @@ def setup(hub, tmp_path, monkeypatch, capsys, tiny_classfine):
     """ctclip_setup's command line from its packages step on: setup("--data", ...) -> (exit code, output, errors)."""
     monkeypatch.chdir(tmp_path)
     for step in ("folders_step", "packages_step"):
-        monkeypatch.setattr(setup_module, step, lambda *arguments: None)
+        monkeypatch.setattr(setup_steps, step, lambda *arguments: None)
 
     def call(*arguments):
         try:
-            code = setup_module.main([str(argument) for argument in arguments])
+            code = setup_steps.main([str(argument) for argument in arguments])
         except SystemExit as ended:  # argparse's way
             code = ended.code
         captured = capsys.readouterr()

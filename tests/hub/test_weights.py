@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from ctclip.hub import weights as weights_module
+from ctclip.hub.__main__ import main
 from ctclip.hub.client import read_record
-from ctclip.hub.weights import Fingerprint, fingerprint, fixed_phantom, main, make_slim
+from ctclip.hub.weights import Fingerprint, fingerprint, fixed_phantom, make_slim
 from ctclip_model import CheckpointError, CTCLIPMultiAbnormalityModel, read_checkpoint
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 EXPECTED = np.load(FIXTURES / "tiny_a_expected.npz")
 
 
@@ -135,9 +136,9 @@ def test_no_room_for_a_slim_copy_beside_the_file(weights, monkeypatch):
 
 
 def test_command_line_keeps_the_fingerprint_and_compares(weights, capsys):
-    assert main([str(weights)]) == 0
+    assert main(["weights", str(weights)]) == 0
     first = capsys.readouterr().out
-    assert main([str(weights), "--slim"]) == 0
+    assert main(["weights", str(weights), "--slim"]) == 0
     out = capsys.readouterr().out
     slim = weights.with_suffix(".safetensors")
     assert f"slim: {slim}, 0." in out and out.endswith(first.split(", kept now")[0] + ", as kept\n")
@@ -145,18 +146,18 @@ def test_command_line_keeps_the_fingerprint_and_compares(weights, capsys):
     assert first.startswith(f"fingerprint {record['fingerprint']['digest'][:12]}; ")
     record["fingerprint"]["values"][0] += 0.5
     slim.with_suffix(".json").write_text(json.dumps(record | {"sha256": "kept as well"}))
-    assert main([str(slim)]) == 2
+    assert main(["weights", str(slim)]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: {slim}: found the same tensors give numbers up to 0.500 off")
     assert captured.err.count("\n") == 1
     slim.with_suffix(".json").unlink()
-    assert main([str(slim)]) == 0
+    assert main(["weights", str(slim)]) == 0
 
 
 def test_bad_files_are_one_line(tmp_path, capsys):
     (tmp_path / "damaged.pt").write_bytes(b"PK\3\4 no")
     for name, said in (("nowhere.pt", "CT-CLIP model not found"), ("damaged.pt", "is not a readable weights file")):
         for flags in ([], ["--slim"]):
-            assert main([str(tmp_path / name), *flags]) == 2
+            assert main(["weights", str(tmp_path / name), *flags]) == 2
             error = capsys.readouterr().err
             assert error.startswith("error: ") and said in error and error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""ctclip.inference.heat_maps: that the parts of a logit add up, for every head; that a written map lies where the model saw it, for
+"""Heat maps: that the parts of a logit add up, for every head; that a written map lies where the model saw it, for
 every way a file can store its axes; pictures by their markers; and on phantoms that maps point at what is there.
 
 Checked against sums written out token by token, torch's own interpolation, and nibabel reading what was written."""
@@ -23,11 +23,11 @@ from ctclip.evaluation.metrics import EvaluationError
 from ctclip.inference import heat_maps as explain
 from ctclip_model import ABNORMALITIES, HEADS, CTCLIPMultiAbnormalityModel
 
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import pointing_game
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 ALL = range(18)
 EXACT = ("linear", "attention", "prompts", "resnet10t", "resnet10t cbam")  # those whose remainder is the bias
 

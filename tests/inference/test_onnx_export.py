@@ -21,7 +21,7 @@ from ctclip.inference import onnx_export
 from ctclip.inference.onnx_export import ExportError, check_volumes, export_onnx, export_run
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, asdict
 
-SUITE = Path(__file__).resolve().parent.parent
+SUITE = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -173,7 +173,9 @@ def test_a_run_is_exported_with_its_thresholds_and_without_noise(onnx_is_here, t
     ctclip().save_pretrained(folder)
     calibration().save(folder / "calibration.json")
     output = tmp_path / "out" / "model.onnx"
-    program = "import sys; from ctclip.inference.onnx_export import export_run; print('\\n'.join(export_run(*sys.argv[1:])))"
+    program = (
+        "import sys; from ctclip.inference.onnx_export import export_run; print('\\n'.join(export_run(*sys.argv[1:])))"
+    )
     done = subprocess.run([sys.executable, "-c", program, str(folder), str(output)], cwd=SUITE, capture_output=True,
                           text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == ""

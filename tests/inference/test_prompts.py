@@ -34,8 +34,8 @@ from ctclip_model import (
     vocabulary_path,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 STATE = read_checkpoint(FIXTURES / "tiny_a_clip.pt")
 WORDS = sorted({word for name in ABNORMALITIES for word in name.lower().split()})
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "is", "not", "present", ".", *WORDS, "##s"]  # 40, as the tower has rows
@@ -434,7 +434,7 @@ def test_training_starts_at_the_zero_shot_logits(weights, expected):
 
 @pytest.mark.usefixtures("fast")
 def test_a_run_from_prompts_goes_on_and_is_saved_with_its_head(weights, phantoms, tmp_path, expected):
-    from ctclip.training.loop import main
+    from ctclip_training import main
 
     flags = ["--data-dir", phantoms, "--ctclip-path", weights, "--cache-dir", tmp_path / "cache", "--batch-size", 8]
     flags += ["--epochs", 1, "--freeze-backbone", "--limit", 12, "--learning-rate", 1e-12, "--init-head", "prompts"]

@@ -23,7 +23,7 @@ from ctclip.inference import scans as scans_module
 from ctclip.inference.scans import find_scans, predict, write_predictions
 from ctclip_model import ABNORMALITIES
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 MODEL = FIXTURES / "tiny_a_classfine.pt"
 SPACING = (7.5, 7.9, 12.25)
 
@@ -279,7 +279,7 @@ def test_memory_does_not_grow_with_the_scan(tmp_path):
         "assert len(table) == 1\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
     )
-    root, used = Path(__file__).parent.parent, {}
+    root, used = Path(__file__).resolve().parents[2], {}
     for name in ("small.mha", "big.mha"):
         command = [sys.executable, "-c", script, MODEL, tmp_path / name]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)

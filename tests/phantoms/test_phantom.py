@@ -16,10 +16,11 @@ import pytest
 
 from ctclip.data.preprocessing import PREVALENCE, labels_path, metadata_path, no_chest_path, patient_of, volume_path
 from ctclip.phantoms import phantom
+from ctclip.phantoms.__main__ import main
 from ctclip.phantoms.phantom import make_phantom, plan_split, write_phantom_cohort
 from ctclip_model import ABNORMALITIES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NONE = np.zeros(len(ABNORMALITIES), int)
 SEED = 19  # a man scanned without contrast medium
 
@@ -307,7 +308,7 @@ def test_zlib_gives_the_same_voxels(cohort, tmp_path, monkeypatch):
 
 
 def run(*arguments):
-    command = [sys.executable, str(ROOT / "ctclip_phantom.py"), *map(str, arguments)]
+    command = [sys.executable, "-m", "ctclip.phantoms", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -327,7 +328,7 @@ def test_script_writes_a_cohort_and_says_what_it_is(tmp_path):
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, capsys):
     try:
-        code = phantom.main(arguments)
+        code = main(arguments)
     except SystemExit as stop:
         code = stop.code
     error = capsys.readouterr().err

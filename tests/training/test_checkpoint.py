@@ -23,10 +23,11 @@ from safetensors import SafetensorError
 from ctclip.training import checkpoint, loop
 from ctclip.training import run as run_module
 from ctclip.training.checkpoint import StateError, load_newest, or_explain, save_state, size_of, states
-from ctclip.training.loop import guarded, main, train
+from ctclip.training.loop import guarded, train
 from ctclip.training.run import Interrupted, Machine, StopRequest, TrainingConfig
+from ctclip_training import main
 
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from killed_runs import differences, run_with_kills  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fast")

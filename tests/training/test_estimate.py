@@ -15,7 +15,8 @@ from ctclip.data import preprocessing
 from ctclip.data.preprocessing import VolumeError
 from ctclip.training import estimate
 from ctclip.training.estimate import HEADROOM, Cost, Probe, duration, size_text
-from ctclip.training.loop import TrainingConfig, main, train
+from ctclip.training.loop import TrainingConfig, train
+from ctclip_training import main
 
 pytestmark = pytest.mark.usefixtures("fast")
 NAMES = ["Device", "Volumes", "Reading", "Encoding", "Frozen", "Unfrozen", "Memory", "Disk", "Total"]

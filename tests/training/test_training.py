@@ -33,7 +33,7 @@ from ctclip.phantoms.phantom import plan_split
 from ctclip.training import loop
 from ctclip.training import run as run_module
 from ctclip.training.checkpoint import states
-from ctclip.training.loop import Averages, guarded, main, schedule, train
+from ctclip.training.loop import Averages, guarded, schedule, train
 from ctclip.training.run import build_model
 from ctclip_model import (
     ABNORMALITIES,
@@ -42,9 +42,10 @@ from ctclip_model import (
     create_loss,
     read_checkpoint,
 )
+from ctclip_training import main
 
 pytestmark = pytest.mark.usefixtures("fast")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -501,7 +502,7 @@ TRAIN_AND_LIST_THREADS = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from ctclip.training.loop import main
+from ctclip_training import main
 code = main()
 threads = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
 Path("threads_" + os.environ["RANK"]).write_text("".join(threads))  # two processes share one stdout

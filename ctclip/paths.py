@@ -1,0 +1,28 @@
+"""Where the suite lies, where its weights are, and how a part of it is started. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+SUITE = Path(__file__).resolve().parents[1]  # the code; models/ and results/ belong to the working folder
+
+CLASSFINE_PATH = "models/ctclip_classfine.pt"  # ctclip_model's, for scripts that have not imported torch
+
+
+def script(name: str) -> str:
+    """How one of the suite's scripts is started from the working folder."""
+    return name if Path.cwd() == SUITE else shlex.quote(str(SUITE / name))
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """A command that runs a module of the suite in a process of its own; it needs `module_environment`."""
+    return [sys.executable, "-m", module, *arguments]
+
+
+def module_environment() -> dict[str, str]:
+    """The environment with the suite on Python's path, whatever the working folder is."""
+    path = os.environ.get("PYTHONPATH")
+    return os.environ | {"PYTHONPATH": f"{SUITE}{os.pathsep}{path}" if path else str(SUITE)}
