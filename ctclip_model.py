@@ -1238,7 +1238,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         sizes: of a CT-CLIP tower with random weights, for `from_pretrained` and for training one from nothing.
         head: of a CT-CLIP variant; a slice backbone has "linear" only. None takes what the file has: ClassFine's linear
             head, or from any other file the prompt head. Where that one cannot be made (see
-            `load_report.no_prompts_reason`), and with "linear" for such a file, the head is new and its logits are exactly 0; so is "attention" always,
+            `load_report.no_prompts_reason`), and with "linear" for such a file, the head is new and its logits are
+            exactly 0; so is "attention" always,
             and "mlp" beside the linear head, at whose answers it starts.
 
             | head      | takes           | parameters | step     | when                                               |
@@ -1342,7 +1343,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """(D, H, W) that `ctclip_data.preprocess_volume` should produce for this model."""
+        """(D, H, W) that `ctclip.data.preprocess_volume` should produce for this model."""
         return self.sizes.input_shape if self.is_ctclip else SLICE_INPUT_SHAPE
 
     @property
