@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ctclip.fileio import OneLineParser
+from ctclip.cli import OneLineParser
+from ctclip.errors import UserError
 from ctclip.paths import CLASSFINE_PATH
 
 DISCLAIMER = "Results on phantoms speak of the pipeline, not of patients."
@@ -21,7 +22,7 @@ DISCLAIMER = "Results on phantoms speak of the pipeline, not of patients."
 HEAD_LEARNING_RATE = {"ctclip": 3e-2, "slice backbones": 1e-3}
 
 
-class TrainingError(ValueError):
+class TrainingError(UserError):
     """A run that cannot start or go on. One line: what was found, what was expected, what to do."""
 
 

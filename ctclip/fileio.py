@@ -1,15 +1,10 @@
-"""Files that are written whole or not at all, the way flags are read, the default weights' path.
-
-Standard library only, so that a script knows its flags without the two seconds that torch takes to import.
-"""
+"""Files that are written whole or not at all. Standard library only."""
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,21 +36,3 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Wrong usage is one line and exit code 2; flags may be spelled with underscores, and are never guessed."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"error: {message}; see --help\n")
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        args = sys.argv[1:] if args is None else args
-        spelled = []
-        for arg in args:  # --output_dir=x_y -> --output-dir=x_y: values stay as they are
-            flag, equals, value = arg.partition("=")
-            spelled.append(flag.replace("_", "-") + equals + value if arg.startswith("--") else arg)
-        return super().parse_args(spelled, namespace)

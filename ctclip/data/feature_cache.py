@@ -49,13 +49,14 @@ from ctclip.data.preprocessing import (
     volume_loader,
 )
 from ctclip.distributed import Ranks
+from ctclip.errors import UserError
 from ctclip.hub.client import FULL
 from ctclip_model import CTCLIPMultiAbnormalityModel
 
 LINE_BYTES = 256  # more than an index line takes (about 150), for the estimate of disk space
 
 
-class CacheError(ValueError):
+class CacheError(UserError):
     """A cache that cannot be read or written. One line: what was found, what was expected, what to do."""
 
 

@@ -34,6 +34,7 @@ from nibabel.orientations import io_orientation
 from torch.utils.data import DataLoader, Dataset
 
 from ctclip.data.readers import Header, VolumeError, open_volume, problem, times
+from ctclip.errors import UserError
 from ctclip_model import ABNORMALITIES
 
 HU_MIN, HU_MAX = -1000, 1000  # clipping window, Hounsfield units
@@ -62,7 +63,7 @@ SUBGROUP_COLUMNS = (*OPTIONAL_COLUMNS, "SliceThickness", "ZSpacing")
 FETCH = "python ctclip_setup.py --data"  # and a split: what brings files back that were streamed and not kept
 
 
-class CohortError(ValueError):
+class CohortError(UserError):
     """A folder or table that gives no usable cohort: one line, same form as VolumeError."""
 
 

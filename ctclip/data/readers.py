@@ -23,6 +23,8 @@ from typing import IO
 import nibabel as nib
 import numpy as np
 
+from ctclip.errors import UserError
+
 try:  # inflates about twice as fast as zlib, and checks the same checksums
     from isal.igzip import IGzipFile as GzipFile
     from isal.isal_zlib import IsalError as InflateError
@@ -53,7 +55,8 @@ META_TYPES = {
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
-class VolumeError(ValueError):
+
+class VolumeError(UserError):
     """A volume file that cannot be used: one line naming what was found, what was expected, what to do."""
 
 

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence  # noqa: UP035  (3.8 must get as far as check_python)
 
+from ctclip.errors import UserError
 from ctclip.formatting import TIED, join, row
 from ctclip.hub.client import on_colab
 from ctclip.paths import SUITE
@@ -25,7 +26,7 @@ from ctclip.paths import SUITE
 OLDEST_PYTHON = (3, 10)
 
 
-class SetupError(Exception):
+class SetupError(UserError):
     """Stops setup with exit code 2; the message is one line: what was found, what to do."""
 
 

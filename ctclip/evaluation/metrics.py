@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ctclip.errors import UserError
 from ctclip_model import ABNORMALITIES, N_LABELS
 
 TABLE_CUTS = np.arange(1, 20) / 20  # 0.05 to 0.95
@@ -21,7 +22,7 @@ ECE_BINS = 10
 CHUNK = 2**18  # numbers of a (B, rows) array that are worked on at a time: 2 MB, which stay in the processor's cache
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError):
     """Bad input; the message is one line: what was found, what was expected, what to do."""
 
 

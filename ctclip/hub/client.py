@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence  # noqa: UP035  (ctclip_setup must get as far as its Python check)
 from urllib.parse import urlsplit
 
+from ctclip.errors import UserError
 from ctclip.formatting import TIED, size_text
 
 HUB = "https://huggingface.co"
@@ -49,7 +50,7 @@ LONGEST_WAIT = 300  # that the hub may ask for
 AGAIN = "then run this again"
 
 
-class HubTrouble(Exception):
+class HubTrouble(UserError):
     """Something the hub did not give: `reason` in one sentence, `steps` to take.
 
     kind   access: token or terms; network; hub: its own errors; bytes: they are not those that were announced;

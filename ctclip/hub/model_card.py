@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
 from ctclip.config import CALIBRATION_FILE
+from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration, load_calibration
 from ctclip.evaluation.metrics import EvaluationError
 from ctclip.evaluation.run_folder import read_history, run_record
@@ -54,7 +55,7 @@ UNSAID = "not recorded"
 NOT_MEASURED = "Not measured"
 
 
-class CardError(ValueError):
+class CardError(UserError):
     """A card that cannot be written. One line: what was found, what was expected, what to do."""
 
 

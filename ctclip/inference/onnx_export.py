@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctclip.data.preprocessing import FIELD_OF_VIEW_MM
+from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.run_folder import run_calibration
 from ctclip.formatting import size_text
@@ -43,7 +44,7 @@ ONE_FILE_BYTES = 2_000_000_000  # what one protobuf file can hold; larger weight
 OPSET = 18
 
 
-class ExportError(ValueError):
+class ExportError(UserError):
     """A model that could not be exported. One line: what was found, what was expected, what to do."""
 
 

@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ctclip.cli import OneLineParser
 from ctclip.data.preprocessing import FIELD_OF_VIEW_MM, preprocess_volume
-from ctclip.fileio import OneLineParser, replacing
+from ctclip.fileio import replacing
 from ctclip.phantoms.phantom import DISCLAIMER, make_phantom
 from ctclip_model import (
     ABNORMALITIES,

@@ -19,6 +19,7 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 
+from ctclip.errors import UserError
 from ctclip.fileio import replacing
 from ctclip.hub.client import FULL
 
@@ -28,7 +29,7 @@ KEEP = 2  # states: the one before the newest serves when the newest turns out d
 INTACT = 0x2144DF1C
 
 
-class StateError(ValueError):
+class StateError(UserError):
     """A state that cannot be written or read. One line: what was found, what was expected, what to do."""
 
 

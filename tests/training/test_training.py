@@ -24,10 +24,10 @@ from helpers_training import history, one_line, weights
 from torch import nn
 
 from ctclip import config as config_module
+from ctclip.cli import OneLineParser
 from ctclip.config import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig
 from ctclip.data.preprocessing import Volume, load_cohort, piece_size, split_by_patient
 from ctclip.evaluation import figures
-from ctclip.fileio import OneLineParser
 from ctclip.inference import predictor
 from ctclip.phantoms.phantom import plan_split
 from ctclip.training import loop

@@ -1,0 +1,69 @@
+"""How every command reads its flags and how it ends. Standard library only, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from ctclip.errors import UserError
+
+INTERRUPTED = "the same command starts again; every file is whole, old or new"
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Wrong usage is one line and exit code 2; flags may be spelled with underscores, and are never guessed.
+
+    The namespace has `given`: the flags on the command line, as the parser spells them.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}; see --help\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        spelled = []
+        for arg in sys.argv[1:] if args is None else args:  # --output_dir=x_y -> --output-dir=x_y: values stay
+            flag, equals, value = arg.partition("=")
+            spelled.append(flag.replace("_", "-") + equals + value if arg.startswith("--") else arg)
+        parsed = super().parse_args(spelled, namespace)
+        parsed.given = tuple(dict.fromkeys(arg.partition("=")[0] for arg in spelled if arg.startswith("--")))
+        return parsed
+
+
+def refuse_unused(given: Sequence[str], uses: Mapping[str, tuple[str, bool]]) -> None:
+    """Raises UserError for a flag that the command would not look at: another mode was meant, or a flag is missing.
+
+    Args:
+        given: flags on the command line (`OneLineParser.parse_args(...).given`).
+        uses: flag -> (what it goes with, whether that is so). A flag that is always looked at is not in it.
+    """
+    for flag in given:
+        goes_with, used = uses.get(flag, ("", True))
+        if not used:
+            raise UserError(f"found {flag}, which goes with {goes_with} only; leave it out, or add what it goes with")
+
+
+def run_cli(action: Callable[[], int | None], interrupted: str = INTERRUPTED) -> int:
+    """Runs a command's `action` and returns its exit code; every command ends through here.
+
+    0 or what `action` returns; 2 where the user can mend it (an exception with `exit_code`, or of the operating
+    system), after one line on stderr; 128 + the signal's number after Ctrl-C or SIGTERM, with the way to go on. Any
+    other exception is a defect: it passes, with its traceback and Python's exit code 1.
+    """
+    rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""  # torchrun's
+    try:
+        return action() or 0
+    except KeyboardInterrupt as error:
+        print(f"\n{rank}Interrupted: {str(error) or interrupted}", file=sys.stderr)
+        return getattr(error, "exit_code", 128 + signal.SIGINT)
+    except Exception as error:
+        code = 2 if isinstance(error, OSError) else getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"{rank}error: {' '.join(str(error).split())}", file=sys.stderr)
+        return code
