@@ -1,0 +1,87 @@
+"""Every command and every import that the documents show is one that the code takes.
+
+Checked: commands in code blocks and inline code of all Markdown files, by the parsers of the scripts themselves; files
+and folders that pytest and python are given; names in `from ... import ...` lines. Nothing is run.
+"""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ctclip import config
+from ctclip.environment import setup
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted(path for folder in (".", "docs", "docker") for path in (ROOT / folder).glob("*.md"))
+PARSERS = {
+    "ctclip_training.py": config.training_parser("").parse_args,
+    "ctclip_evaluation.py": config.evaluation_parser().parse_args,
+    "run_task2.py": config.task_parser("").parse_args,
+    "ctclip_setup.py": setup.parse_arguments,
+    "ctclip.hub": config.hub_parser("").parse_args,
+    "ctclip.phantoms": config.phantom_parser().parse_args,
+}
+START = re.compile(r"^!?(?:\$ )?(?:[A-Z_]+=\S+ )*(?:python3?|torchrun|pytest)\s")
+
+
+def commands(text: str) -> list[str]:
+    """Lines of code blocks, continued lines joined, and inline code, that start a Python program."""
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    outside = re.sub(r"^```[a-z]*\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", outside)]
+    parts = [part.strip() for line in lines for part in re.split(r"\s&&\s|\s+#\s", line)]
+    return [part for part in parts if START.match(part)]
+
+
+def check(command: str) -> None:
+    words = shlex.split(command.lstrip("!$ "))
+    while "=" in words[0]:  # an environment variable
+        del words[0]
+    program, *rest = words
+    if program == "torchrun":
+        rest = [word for word in rest if not word.startswith(("--nproc", "--nnodes", "--node", "--rdzv", "--master"))]
+    if rest[:1] == ["-m"]:
+        program, *rest = rest[1:]
+    elif program != "pytest":
+        program, *rest = rest
+    if program == "pytest":
+        missing = [word for word in rest if word.startswith("tests/") and not (ROOT / word.split("::")[0]).exists()]
+        assert not missing
+    elif program in PARSERS:
+        # a bare "..." stands for further flags, one after a flag for its value
+        PARSERS[program]([word for before, word in zip(["", *rest], rest, strict=False)
+                          if word != "..." or before.startswith("--")])
+    elif program.endswith(".py"):
+        assert (ROOT / program).is_file()
+    else:
+        assert program in ("pip", "venv", "nox") or importlib.util.find_spec(program)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_are_taken_by_the_scripts(path, capsys):
+    wrong = []
+    for command in commands(path.read_text(encoding="utf-8")):
+        try:
+            check(command)
+        except (SystemExit, AssertionError, ValueError) as error:
+            wrong.append(f"{command}: {error or ''} {capsys.readouterr().err.strip()}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_there_are_commands_to_check():
+    found = {path: len(commands(path.read_text(encoding="utf-8"))) for path in DOCUMENTS}
+    assert found[ROOT / "README.md"] > 20 and found[ROOT / "CTCLIP_COLAB_README.md"] > 40
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_names_that_are_imported_exist(path):
+    text = path.read_text(encoding="utf-8")
+    wrong = []
+    for module, names in re.findall(r"^\s*from ((?:ctclip|run_task2)[\w.]*) import ([\w, ]+)", text, re.MULTILINE):
+        found = importlib.import_module(module)
+        wrong += [f"{module}.{name}" for name in re.split(r",\s*", names.strip()) if not hasattr(found, name)]
+    assert not wrong
