@@ -73,7 +73,9 @@ ABNORMALITIES = (
 N_LABELS = len(ABNORMALITIES)
 
 CLASSFINE_PATH = "models/ctclip_classfine.pt"
-DEMO_PATH = str(Path(__file__).resolve().parent / "models" / "ctclip_demo.pt")  # ships with the code
+_HERE = Path(__file__).resolve().parent
+# ships with the code: in models/ of a checkout, in the package where that is installed (pyproject.toml)
+DEMO_PATH = str(_HERE / ("ctclip/demo" if (_HERE / "ctclip" / "demo").is_dir() else "models") / "ctclip_demo.pt")
 # Names of weights files that everybody knows; a path says more about whoever has the file than about the file.
 PUBLISHED_FILES = (
     "ctclip_demo",
@@ -1825,9 +1827,18 @@ class _OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see --help\n")
 
 
+def _version() -> str:
+    try:
+        from ctclip import __version__
+    except ImportError:
+        return "ctclip_model.py, copied without its version"
+    return f"ctclip {__version__}"
+
+
 def main(argv: list[str] | None = None) -> int:
     description = "Test the model: every variant that is present runs one input."
     parser = _OneLineParser(description=description, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=_version())
     parser.add_argument("--backbone", default="efficientnet_b0", help="timm model of the slice variant")
     parser.add_argument(
         "--no-pretrained", "--no_pretrained", action="store_true", help="slice variant from random weights"

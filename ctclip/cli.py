@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+from ctclip import __version__
 from ctclip.errors import UserError
 
 INTERRUPTED = "the same command starts again; every file is whole, old or new"
@@ -21,6 +22,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.add_argument("--version", action="version", version=f"ctclip {__version__}")
 
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message}; see --help\n")

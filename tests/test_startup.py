@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ctclip import __version__
 from ctclip.paths import module_environment
 
 SUITE = Path(__file__).resolve().parent.parent
@@ -17,8 +18,8 @@ SCRIPTS = ("run_task2", "ctclip_training", "ctclip_evaluation", "ctclip_setup", 
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_and_wrong_usage_import_nothing_heavy(script, tmp_path):
-    for flags, code in ((["--help"], 0), (["--no-such-flag", "x", "y"], 2)):
+def test_help_version_and_wrong_usage_import_nothing_heavy(script, tmp_path):
+    for flags, code in ((["--help"], 0), (["--version"], 0), (["--no-such-flag", "x", "y"], 2)):
         start = ["-m", script] if "." in script else [SUITE / f"{script}.py"]
         command = [sys.executable, "-X", "importtime", *start, *flags]
         done = subprocess.run(
@@ -32,13 +33,15 @@ def test_help_and_wrong_usage_import_nothing_heavy(script, tmp_path):
         if code:
             assert len(said) == 1 and said[0].startswith("error: ")
         else:
-            assert "usage: " in done.stdout and not said
+            assert ("usage: " in done.stdout or done.stdout == f"ctclip {__version__}\n") and not said
 
 
 def test_the_model_answers_too_but_imports_torch(tmp_path):
     command = [sys.executable, SUITE / "ctclip_model.py"]
     done = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--no-pretrained" in done.stdout and not done.stderr
+    done = subprocess.run([*command, "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"ctclip {__version__}\n"
     done = subprocess.run([*command, "--no-such-flag"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 

@@ -48,22 +48,19 @@ class Requirement(NamedTuple):
         return f"{self.name}>={self.floor}"
 
 
-NOT_ON_WINDOWS = 'sys_platform != "win32"'  # the one condition that requirements.txt makes, in pip's words
+NOT_ON_WINDOWS = 'sys_platform != "win32"'  # as requirements.txt has it
 
 
 def parse_requirements(text: str) -> tuple[list[Requirement], list[Requirement]]:
-    """requirements.txt -> (what the suite runs on, what its tests need in addition: all below the line `# dev ...`)."""
+    """requirements.txt -> (what the suite runs on, what its extras ask for: the optional packages and the tests')."""
     runtime: list[Requirement] = []
-    development: list[Requirement] = []
-    target = runtime
+    extras: list[Requirement] = []
     for line in text.splitlines():
-        if line.startswith("# dev"):
-            target = development
-        specification, _, marker = (part.strip() for part in line.split("#")[0].partition(";"))
-        if specification and not (marker == NOT_ON_WINDOWS and sys.platform == "win32"):
-            name, _, floor = specification.partition(">=")
-            target.append(Requirement(name.strip(), floor.strip()))
-    return runtime, development
+        specification, _, marker = line.split("#")[0].partition(";")
+        name, _, floor = specification.partition(">=")
+        if floor and not (NOT_ON_WINDOWS in marker and sys.platform == "win32"):
+            (extras if "extra ==" in marker else runtime).append(Requirement(name.strip(), floor.strip()))
+    return runtime, extras
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -201,10 +198,23 @@ def installed_text(ready: dict[str, str], lines: Sequence[str]) -> str:
 
 def read_requirements(with_development: bool) -> list[Requirement]:
     try:
-        runtime, development = parse_requirements((SUITE / "requirements.txt").read_text(encoding="utf-8"))
+        runtime, extras = parse_requirements((SUITE / "requirements.txt").read_text(encoding="utf-8"))
     except OSError as error:
-        raise SetupError(f"cannot read {SUITE / 'requirements.txt'} ({error.strerror}); get the whole suite") from error
-    return runtime + (development if with_development else [])
+        installed = requires_of("ctclip-task2")  # pip keeps the same lines with the package
+        if installed is None:
+            reason = f"cannot read {SUITE / 'requirements.txt'} ({error.strerror})"
+            raise SetupError(f"{reason}; get the whole suite") from error
+        runtime, extras = parse_requirements("\n".join(installed))
+    return runtime + (extras if with_development else [])
+
+
+def requires_of(name: str) -> list[str] | None:
+    from importlib import metadata
+
+    try:
+        return metadata.requires(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def wanted_text(wanted: dict[Requirement, str | None]) -> str:

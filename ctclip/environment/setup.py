@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Sequence  # noqa: UP035  (3.8 must get as far as check_python)
 
+from ctclip.cli import OneLineParser
 from ctclip.environment.doctor import REINSTALL, ForwardFailed, doctor, forward_pass
 from ctclip.environment.packages import (
     SetupError,
@@ -363,18 +363,12 @@ def setup(options: argparse.Namespace) -> int:
     return 0
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"error: {message}; see --help\n")
-
-
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
+    parser = OneLineParser(
         description="Installs what is missing, fetches CT-CLIP's weights and checks that everything computes.",
         epilog="models/ and results/ are made in the folder you run this in, where the other scripts look for them. "
         f"Weights and data are gated: accept the terms at {TERMS_PAGE} and set HF_TOKEN; without them the built-in "
         "cohort works all the same. HF_ENDPOINT (a mirror) and HF_HOME (token and cache) are honoured.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--dev", action="store_true", help="also install pytest, ruff and what else the tests take")
@@ -405,17 +399,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--scratch-dir", metavar="S", help="where files are until encoded (default: in --data-dir); not on Drive")
     add("--ctclip-path", metavar="FILE", help="weights of the encoder (default: those of --model)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    dashed = [
-        re.sub(r"^--[\w-]+", lambda flag: flag.group().replace("_", "-"), argument) for argument in arguments
-    ]  # --no_weights is --no-weights
-    options = parser.parse_args(dashed)
+    options = parser.parse_args(arguments)
     refuse_idle_flags(parser, options)
     unneeded = options.doctor or options.ctclip_path or (options.data and not options.stream_cache)
     options.model = [] if options.no_weights else options.model or ([] if unneeded else ["classfine"])
     return options
 
 
-def refuse_idle_flags(parser: Parser, options: argparse.Namespace) -> None:
+def refuse_idle_flags(parser: OneLineParser, options: argparse.Namespace) -> None:
     """A flag that nothing would look at is an error: something else was meant."""
     volumes, counted = options.data in ("train", "valid"), options.volumes or options.patients
     for flag, needed, there in (

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ctclip import __version__
 from ctclip.config import CALIBRATION_FILE, UNITS, Settings, given_evaluation_flags
 from ctclip.evaluation.bootstrap import (
     Resamples,
@@ -206,7 +207,7 @@ def examine(
         "phantom": material.phantom,
         "note": PHANTOM_NOTE if material.phantom else material.note,
         "settings": asdict(settings),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        "versions": {"ctclip": __version__, "python": platform.python_version(), "numpy": np.__version__},
     }
     if metadata is not None:
         tuned = rows.probabilities >= judgement.cuts

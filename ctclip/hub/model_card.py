@@ -389,6 +389,8 @@ def _training(facts: Facts, cohort: str | None) -> str:
         lines.append("The head started from zero-shot prompts: from the sentences that the text tower was asked.")
     lines.append(f"Loss {config.get('loss_type', UNSAID)}; seed {config.get('seed', UNSAID)}; status of the run: "
                  f"{record.get('status', UNSAID)}.")
+    if version := record.get("versions", {}).get("ctclip"):
+        lines.append(f"Trained with ctclip {version}.")
     if history := record.get("history"):
         auroc = history["tuning_auroc_macro"]
         lines.append(f"{history['epochs']} epochs in {history['seconds']:.0f} s on {record['device']}; the best, "

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ctclip import __version__
 from ctclip.config import MOVABLE, Machine, TrainingConfig, TrainingError, config_from_flags, machine_from_flags
 from ctclip.data.feature_cache import CacheError, encoder_digest
 from ctclip.data.preprocessing import (
@@ -811,7 +812,8 @@ def write_run_file(job: Job, status: str) -> None:
         "tuning_patients": sorted({volume.patient for volume in splits["tuning"].volumes}),
         "read_as": dict(Counter(run.readings.values())),
         "left_out": left_out,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "versions": {"ctclip": __version__, "python": platform.python_version(), "torch": torch.__version__,
+                     "timm": timm.__version__},
     }
     with replacing(run.folder / "run.json") as path:
         path.write_text(json.dumps(content, indent=2))

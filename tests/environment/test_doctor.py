@@ -106,7 +106,7 @@ def test_an_interpreter_with_nothing_installed(tmp_path):
     assert list(starts) == [name for name in NAMES if name != "prompts"]  # no weights that take any
     for name, need in {"gpu": "torch", "token": "huggingface_hub", "cohort": "numpy", "forward pass": "timm"}.items():
         assert starts[name] == f"{'skip':<6}{name:<15}needs {need}"
-    assert starts["packages"].startswith("FAIL  packages       0 of 11 are here; missing or too old: torch>=2.6")
+    assert starts["packages"].startswith("FAIL  packages       0 of 12 are here; missing or too old: torch>=2.6")
     assert f"      -> python {ROOT / 'ctclip_setup.py'} installs them" in lines
     assert lines[-1].endswith(", 1 failed, 5 skipped")
 

@@ -191,7 +191,7 @@ def test_every_number_of_metrics_json():
         assert errors[when]["brier"] == pytest.approx(percentiles(list(again.mean(axis=1))), abs=1e-12)
         for j, name in enumerate(NAMES):
             assert of_label[name][f"brier_{when}"] == pytest.approx(percentiles(list(again[:, j])), abs=1e-12)
-    assert len(stored.pop("success_criteria")) == 7 and set(stored.pop("versions")) == {"python", "numpy"}
+    assert len(stored.pop("success_criteria")) == 7 and set(stored.pop("versions")) == {"ctclip", "python", "numpy"}
     baseline, subgroups = stored.pop("baseline"), stored.pop("subgroups")
     assert_same(stored, expected)
     assert list(subgroups) == ["Sex"] and subgroups["Sex"][0]["n_patients"] == 40  # its figures: test_bootstrap

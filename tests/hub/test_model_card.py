@@ -37,7 +37,7 @@ CONFIG = {
 RECORD = {
     "status": "finished", "config": CONFIG, "data_dir": "/home/jane/St_Elsewhere", "phantom": True, "device": "cpu",
     "labels": list(ABNORMALITIES), "volumes": {"train": 1234, "tuning": 321},
-    "patients": {"train": 1000, "tuning": 300},
+    "patients": {"train": 1000, "tuning": 300}, "versions": {"ctclip": "0.6.5"},
     "tuning_patients": ["Doe_John"], "left_out": [{"name": "Doe_John_1.nii.gz", "reason": "/home/jane/x: damaged"}],
     "something_of_tomorrow": "mercy_hospital",
 }
@@ -100,6 +100,7 @@ def test_the_card_holds_the_runs_own_numbers(make_run):
     rate, low, high = m["tuned"]["positive_rate"], *m["intervals"]["tuned"]["positive_rate"]
     assert f"{100 * rate:.1f} % ({100 * low:.1f} to {100 * high:.1f})" in card
     assert "| training | 1,234 | 1,000 |" in card and "Left out (unreadable, not a chest): 1 volumes" in card
+    assert "Trained with ctclip 0.6.5." in card
     assert "2 epochs in 7 s on cpu; the best, 1, has macro AUROC 0.712" in flat(card)
     calibration = load_calibration(folder / "calibration.json")
     cuts = zip(ABNORMALITIES, calibration.cuts, calibration.calibrated_cuts, strict=True)

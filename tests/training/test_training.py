@@ -23,6 +23,7 @@ import torch
 from helpers_training import history, one_line, weights
 from torch import nn
 
+from ctclip import __version__
 from ctclip import config as config_module
 from ctclip.cli import OneLineParser
 from ctclip.config import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig
@@ -98,7 +99,7 @@ def test_run_folder_is_complete_and_split_by_patient(config, tmp_path, monkeypat
 
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "finished" and record["phantom"] is True and record["processes"] == 1
-    assert TrainingConfig(**record["config"]) == config()
+    assert TrainingConfig(**record["config"]) == config() and record["versions"]["ctclip"] == __version__
     assert record["micro_batch"] == 8 and record["gradient_checkpointing"] is False
     assert record["volumes"]["train"] + record["volumes"]["tuning"] == 40 == sum(record["read_as"].values())
     assert record["read_as"]["stored"] > 0  # both file versions were read
