@@ -1,4 +1,4 @@
-"""Every row of "fast and small": what was measured, the goal, pass or SHORT, as one table.
+"""Every row of "fast and small": what was measured, the goal, pass or FAIL, as one table.
 
     python tests/benchmarks/all.py [--only encoder loading]
 

@@ -5,7 +5,7 @@
 Random weights and a random volume of that size, float32 on the CPU, one volume. Takes about two minutes and 5 GB.
 """
 
-from rows import Row, best_of, peak_memory, run, seconds  # makes the rooms and the tests' helpers importable
+from rows import Row, best_of, peak_memory, run, seconds  # puts the project and the tests' helpers on the path
 
 # isort: split
 import math

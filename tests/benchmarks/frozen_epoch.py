@@ -9,7 +9,7 @@ codes. The attention head, which has no latents, trains on a `--share` of the vo
 about three minutes, 2.6 GB of memory and 1.5 GB of disk.
 """
 
-from rows import Row, run  # makes the rooms and the tests' helpers importable
+from rows import Row, run  # puts the project and the tests' helpers on the path
 
 # isort: split
 import json

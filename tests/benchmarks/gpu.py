@@ -6,7 +6,7 @@ Random weights, random volumes. Float32, autocast for comparison (bf16 or fp16),
 needs before it pays. Not one of all.py's: needs a GPU.
 """
 
-from rows import Row, best_of, run, seconds  # makes the rooms and the tests' helpers importable
+from rows import Row, best_of, run, seconds  # puts the project and the tests' helpers on the path
 
 # isort: split
 import sys

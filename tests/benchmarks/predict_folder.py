@@ -7,7 +7,7 @@ computing all of them: where the processor time of both exceeds what the cores h
 can reach the goal, and the detail says what could be reached. About two minutes, 3 GB of memory.
 """
 
-from rows import Row, peak_memory, run  # makes the rooms and the tests' helpers importable
+from rows import Row, peak_memory, run  # puts the project and the tests' helpers on the path
 
 # isort: split
 import argparse

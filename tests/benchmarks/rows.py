@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parent
-sys.path[:0] = [str(BENCHMARKS.parents[1]), str(BENCHMARKS.parent)]  # the project's rooms, the tests' helpers
+sys.path[:0] = [str(BENCHMARKS.parents[1]), str(BENCHMARKS.parent)]  # the project's modules, the tests' helpers
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        return "pass" if self.passes else "SHORT" if self.sound else "WRONG OUTPUT"
+        return "pass" if self.passes else "FAIL" if self.sound else "WRONG OUTPUT"
 
     def text(self) -> str:
         figures = f"{self.measured:.3g}{self.unit}, goal {self.bound}: {self.verdict}"
