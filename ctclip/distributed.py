@@ -1,5 +1,5 @@
-"""The processes of one run: one, or as many as `torchrun` started. With one, every method is what it is for a single
-process, so that callers need no second path."""
+"""The processes of one run: one, or as many as `torchrun` started. With one process every method is a no-op or returns
+its input, so that callers need no second path."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def is_main_process() -> bool:
 
 
 class Ranks:
-    """Number, size and means of exchange of a group of processes. Take part in every call on all ranks or on none."""
+    """Rank, world size and collective operations of the process group. Call each on all ranks or on none."""
 
     def __init__(self, device: torch.device | None = None):
         """Joins the group that torchrun's environment describes; gloo on CPU, nccl on `device`'s GPU."""
@@ -41,11 +41,11 @@ class Ranks:
         """Whether this process is the one that prints and writes."""
         return self.rank == 0
 
-    def share(self, items: list) -> list:
-        """This rank's part of `items`; the parts of all ranks together are `items`, each once."""
+    def shard(self, items: list) -> list:
+        """This rank's shard of `items`; the shards of all ranks are disjoint and together are `items`."""
         return items[self.rank :: self.world]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The value of every rank, in the order of ranks, on every rank."""
         if self.world == 1:
             return [value]
@@ -53,7 +53,7 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def highest(self, *values: float) -> list[float]:
+    def all_reduce_max(self, *values: float) -> list[float]:
         """Each value's maximum over the ranks."""
         if self.world == 1:
             return list(values)
@@ -61,8 +61,8 @@ class Ranks:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
 
-    def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrites each tensor with the main rank's."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites each tensor with that of rank 0."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
@@ -71,8 +71,8 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    def leave(self) -> None:
-        """The end: no call on this object after it."""
+    def destroy(self) -> None:
+        """Ends the process group; no call on this object after it."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
             gc.collect()  # what still refers to the group, in cycles: it ends with the last of them

@@ -401,13 +401,13 @@ def encode_missing(
     if problem is None and need > free:
         problem = cache.no_room(len(missing), "too little room")
     # What the main rank sees counts: another one may have looked when the first new entries were there already.
-    missing, problem = ranks.gather((missing, problem))[0]
+    missing, problem = ranks.all_gather((missing, problem))[0]
     if problem:
         raise CacheError(problem)
     if missing and encoder_digest(model) != cache.key["encoder_sha256"]:
         raise CacheError(f"{cache.folder}: found other weights than the cache was opened with; open it with this model")
 
-    mine = ranks.share(missing)
+    mine = ranks.shard(missing)
     chosen = [volumes[i] for i in mine]
     size = piece_size(model.input_shape, 16)
     pin = device.type == "cuda"
@@ -433,7 +433,7 @@ def encode_missing(
     cache.refresh()
     rows = cache.rows_of(sources)
     found = [row is not None for row in rows]
-    if any(other != found for other in ranks.gather(found)):
+    if any(other != found for other in ranks.all_gather(found)):
         raise CacheError(
             f"{cache.folder}: found different entries on different ranks, expected one folder that all of them see; "
             "choose a --cache-dir on a shared file system"

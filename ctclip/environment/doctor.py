@@ -19,8 +19,7 @@ import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from math import inf
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Iterator  # noqa: UP035  (ctclip_setup must get as far as its Python check)
 
 from ctclip.environment.packages import (
@@ -45,6 +44,7 @@ from ctclip.hub.client import (
     sha256_of,
     vocabulary_path,
 )
+from ctclip.memory import system_memory
 from ctclip.paths import SUITE, module_command, module_environment, script
 
 SYSTEM = Path("/")  # where proc/, sys/ and dev/ are
@@ -362,55 +362,17 @@ def unseen_gpu(seen: dict, driver: str | None) -> tuple[str, str]:
     return seen["problem"], "restart the machine or the container; if it stays, install the driver again"
 
 
-def number_in(path: Path, name: str = "") -> float:
-    """The number in a file of /proc or /sys, or in its line `name`; infinite where there is none ("max", no file)."""
-    try:
-        found = re.search(rf"^{name}:?\s*(\d+)\b", path.read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return float(found[1]) if found else inf
-
-
-def cgroup_memory() -> tuple[float, float]:
-    """(limit, bytes left under it) of this process's cgroup or one above it, whichever leaves least; else infinite."""
-    tightest = inf, inf
-    try:
-        lines = (SYSTEM / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return tightest
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        mount = SYSTEM / "sys/fs/cgroup"
-        if not controllers:  # version 2
-            limit_file, usage_file, cache = "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            mount /= "memory"
-            limit_file, usage_file, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-        else:
-            continue
-        parts = PurePosixPath(path).parts[1:]
-        for depth in range(len(parts) + 1):
-            folder = mount.joinpath(*parts[:depth])
-            limit, usage = number_in(folder / limit_file), number_in(folder / usage_file)
-            reclaimable = number_in(folder / "memory.stat", cache)
-            if limit < inf and usage < inf:
-                left = limit - usage + (reclaimable if reclaimable < inf else 0)
-                tightest = min(tightest, (limit, left), key=lambda pair: pair[1])
-    return tightest
-
-
 def memory_rows() -> Iterator[Row]:
-    table = SYSTEM / "proc/meminfo"
-    total, available = number_in(table, "MemTotal") * 1024, number_in(table, "MemAvailable") * 1024
-    if available == inf:
+    memory = system_memory(SYSTEM)
+    if memory is None:
         yield Row("memory", "skipped", "this system does not tell (no /proc/meminfo)")
         return
-    limit, left = cgroup_memory()
-    limited = limit < total
-    total, available = int(min(total, limit)), int(max(min(available, left), 0))
-    found = f"{size_text(available)} available of {size_text(total)}" + (", the limit of its cgroup" if limited else "")
-    numbers = {"available_bytes": available, "total_bytes": total, "cgroup_limited": limited}
-    if available < LITTLE_MEMORY:
+    found = f"{size_text(memory.available)} available of {size_text(memory.total)}"
+    found += ", the limit of its cgroup" if memory.limited else ""
+    numbers = {
+        "available_bytes": memory.available, "total_bytes": memory.total, "cgroup_limited": memory.limited,
+    }  # fmt: skip
+    if memory.available < LITTLE_MEMORY:
         yield Row("memory", "warning", found, (MORE_MEMORY,), numbers)
     else:
         yield Row("memory", "ok", found, numbers=numbers)

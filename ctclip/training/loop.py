@@ -285,7 +285,7 @@ def pieces_of(
     where nothing in it could be read."""
     pieces, ends = [], []
     for batch in batches:
-        mine = run.ranks.share(batch)
+        mine = run.ranks.shard(batch)
         size = run.micro_batch * (1 if split.rows is None else CACHED_PIECE)
         cut = [mine[start : start + size] for start in range(0, len(mine), size)] or [[]]
         pieces += cut
@@ -367,7 +367,7 @@ def tune(model: CTCLIPMultiAbnormalityModel, split: Split, run: Run, chosen: lis
     Every rank computes its share; all get the whole.
     """
     model.eval()
-    mine = run.ranks.share(chosen)
+    mine = run.ranks.shard(chosen)
     read, logits = mine, torch.zeros(0, len(ABNORMALITIES))
     if mine and split.rows is not None:
         chunks = [mine[part.start : part.stop] for part in parts(mine)]
@@ -375,7 +375,7 @@ def tune(model: CTCLIPMultiAbnormalityModel, split: Split, run: Run, chosen: lis
     elif mine:
         read, logits = encode_and_predict(model, split, run, mine)
     found: dict[int, Tensor | None] = dict.fromkeys(chosen)
-    for indices, rows in run.ranks.gather((read, logits)):
+    for indices, rows in run.ranks.all_gather((read, logits)):
         found |= {i: row.clone() for i, row in zip(indices, rows, strict=True)}
     return found
 
@@ -466,7 +466,7 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
             left_over.unlink()
     state = load_newest(folder, run.say)
     found = None if state is None else (state["position"]["epoch"], state["position"]["step"])
-    if len(set(run.ranks.gather(found))) > 1:
+    if len(set(run.ranks.all_gather(found))) > 1:
         raise TrainingError(f"{folder} holds different states on different machines; put it on a shared file system")
     if state is not None:
         try:
@@ -528,7 +528,7 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
                         lacking = out_of_memory(error)
                         if not lacking and not (run.stop.number and "DataLoader worker" in str(error)):
                             raise  # the same signal may have ended a reading process
-                    lacking, bad, save_due, stopping = run.ranks.highest(
+                    lacking, bad, save_due, stopping = run.ranks.all_reduce_max(
                         lacking, bool(outcome.bad), save_is_due(), run.stop.number
                     )
                     if stopping or lacking:  # as if this step had not begun
@@ -551,7 +551,7 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
                     count_bad_step(run, position, outcome, finite)
                     if save_due:
                         save()
-            (stopping,) = run.ranks.highest(run.stop.number)  # the ranks must agree, and a signal may reach one only
+            (stopping,) = run.ranks.all_reduce_max(run.stop.number)  # a signal may reach one rank only
             if stopping and best.tensors:
                 save_best(run, model, splits["tuning"], best)
             if not frozen or stopping:
@@ -559,11 +559,11 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
             if stopping:
                 run.stop.number = int(stopping)
                 run.stop.check(f"saved after step {position.step} of {len(batches)} of epoch {epoch + 1}")
-            totals = run.ranks.gather((position.loss_sum, position.seen))
+            totals = run.ranks.all_gather((position.loss_sum, position.seen))
             loss_sum, seen = (sum(values) for values in zip(*totals, strict=True))
             if not seen and not position.skipped:
                 raise TrainingError("none of the training volumes could be read; see the lines above")
-            run.ranks.copy_from_main(model.buffers())  # running statistics of slice backbones
+            run.ranks.broadcast(model.buffers())  # running statistics of slice backbones
 
             # 3. Tuning patients: is this the best so far?
             left = [i for i in range(len(splits["tuning"].volumes)) if i not in position.tuned]
@@ -571,7 +571,7 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
             for first in range(0, len(left), size):
                 with weights_of(model, moving.averages.tensors()):
                     position.tuned |= tune(model, splits["tuning"], run, left[first : first + size])
-                if run.ranks.highest(save_is_due())[0]:
+                if run.ranks.all_reduce_max(save_is_due())[0]:
                     save()
             metrics, names, logits = judge(splits["tuning"], run, criterion, position.tuned)
             run.exchange_records()
@@ -633,7 +633,7 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
     if writer is not None:
         writer.close()
     moving.exchange = None
-    run.ranks.leave()
+    run.ranks.destroy()
     return folder
 
 
@@ -642,7 +642,7 @@ def count_bad_step(run: Run, position: Position, outcome: Outcome, finite: bool)
     if finite:
         position.bad_in_a_row, position.bad_names = 0, []
         return
-    names = sorted({name for part in run.ranks.gather(outcome.bad) for name in part})
+    names = sorted({name for part in run.ranks.all_gather(outcome.bad) for name in part})
     position.skipped += 1
     position.bad_in_a_row += 1
     position.bad_names = [*position.bad_names, *names]
@@ -708,8 +708,8 @@ def save_all(job: Job, moving: Moving, position: Position, best: Best, history: 
     """Everything that the next step depends on. Of the model, what has moved; the rest is in the run's weights file,
     whose digest is `began_with`."""
     run = job.run
-    totals = run.ranks.gather((position.loss_sum, position.seen))
-    random = run.ranks.gather(random_state(run))
+    totals = run.ranks.all_gather((position.loss_sum, position.seen))
+    random = run.ranks.all_gather(random_state(run))
     run.exchange_records()
     if not run.ranks.is_main:
         return
@@ -838,7 +838,7 @@ def log(writer, line: dict) -> None:
 
 def finish(job: Job, history: list[dict], best: Best, stopped: str, trained: int, seconds: float) -> None:
     run = job.run
-    trained = sum(run.ranks.gather(trained))
+    trained = sum(run.ranks.all_gather(trained))
     write_run_file(job, stopped or "finished")
     if not run.ranks.is_main:
         return

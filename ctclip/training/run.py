@@ -185,7 +185,7 @@ class Run:
             self.readings[volumes[index].name] = verdict.reading
 
     def exchange_records(self) -> None:
-        for failures, readings in self.ranks.gather((self.failures, self.readings)):
+        for failures, readings in self.ranks.all_gather((self.failures, self.readings)):
             self.failures |= failures
             self.readings |= readings
 
@@ -292,7 +292,7 @@ def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> Job:
     machine.check()
     torch.manual_seed(config.seed)
     run = Run(folder, config, machine)
-    run.folder = run.ranks.gather(folder)[0]  # its default name is the time, which may differ
+    run.folder = run.ranks.all_gather(folder)[0]  # its default name is the time, which may differ
     data_dir = Path(config.data_dir) if config.data_dir else built_in_folder(config)
     if config.data_dir is None and run.ranks.is_main:
         make_built_in_cohort(config)

@@ -670,7 +670,7 @@ class LateRank(Ranks):
         super().__init__()
         self.rank, self.world, self.first = 1, 2, (missing, None)
 
-    def gather(self, value):
+    def all_gather(self, value):
         return [self.first if isinstance(value, tuple) else value, value]
 
     def barrier(self) -> None:
@@ -710,7 +710,7 @@ try:
     print(len(seen), int(cache.load(rows).long().sum()))
 except CacheError as error:
     print(error)
-ranks.leave()
+ranks.destroy()
 """
 
 
