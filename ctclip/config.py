@@ -16,7 +16,8 @@ from ctclip.cli import OneLineParser
 from ctclip.errors import UserError
 from ctclip.paths import CLASSFINE_PATH
 
-DISCLAIMER = "Results on phantoms speak of the pipeline, not of patients."
+# Printed with every result on phantoms, and kept with it: metrics.json, reports, figures, model cards, manifests.
+SYNTHETIC_NOTE = "Synthetic data: not clinical performance."
 
 # Peak rate of each head. A CT-CLIP latent has length 1, so its entries are small and the weights have far to go.
 HEAD_LEARNING_RATE = {"ctclip": 3e-2, "slice backbones": 1e-3}
@@ -412,7 +413,7 @@ def hub_parser(description: str) -> OneLineParser:
 
 def phantom_parser() -> OneLineParser:
     """Of `python -m ctclip.phantoms`."""
-    parser = OneLineParser(description="Write a cohort of synthetic chest CTs. " + DISCLAIMER)
+    parser = OneLineParser(description="Write a cohort of synthetic chest CTs. " + SYNTHETIC_NOTE)
     cohort = parser.add_argument_group("cohort")
     cohort.add_argument("--data-dir", type=Path, help="folder for the cohort; reused if it holds the same one")
     cohort.add_argument("--train", type=int, default=200, help="training volumes, about 1 MB each (default 200)")

@@ -40,7 +40,7 @@ def test_full_run_prints_the_blocks_and_writes_the_folder(job):
     blocks += ["SUBGROUPS", "SUCCESS CRITERIA"]
     places = [done.stdout.index(block) for block in blocks]
     assert places == sorted(places)
-    assert "speak of the pipeline, not of patients" in done.stdout
+    assert "not clinical performance" in done.stdout
     assert "Traceback" not in done.stderr
     run = folder / "results" / "run"
     written = {path.name for path in run.iterdir()}
@@ -51,7 +51,7 @@ def test_full_run_prints_the_blocks_and_writes_the_folder(job):
     weights = {"model.safetensors", "config.json", "state"}
     assert tables | figures | weights | {"run.json", "log.jsonl", "metrics.json", "calibration.json"} == written
     page = (run / "report.html").read_text()
-    assert page.count("data:image/jpeg;base64,") > 18 and "speak of the pipeline" in page
+    assert page.count("data:image/jpeg;base64,") > 18 and "not clinical performance" in page
 
 
 def test_reported_patients_are_the_unseen_ones(job):

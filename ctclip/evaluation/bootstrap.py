@@ -1,7 +1,7 @@
 """How sure a number is: patients are drawn again, a thousand times, and every metric is computed anew each time.
 
 Patients, not volumes: a patient's volumes say the same thing twice, and drawn one by one they would make every interval
-too short. Thresholds and calibration stay what they are; the intervals speak of the patients that happened to be
+too short. Thresholds and calibration stay what they are; the intervals are about the patients that happened to be
 reported, not of those the cuts were fitted on. Two predictions are compared on the same draws, so what both get right
 or wrong cancels.
 """

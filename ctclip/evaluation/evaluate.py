@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ctclip import __version__
-from ctclip.config import CALIBRATION_FILE, UNITS, Settings, given_evaluation_flags
+from ctclip.config import CALIBRATION_FILE, SYNTHETIC_NOTE, UNITS, Settings, given_evaluation_flags
 from ctclip.evaluation.bootstrap import (
     Resamples,
     brier_tree,
@@ -98,7 +98,7 @@ from ctclip.evaluation.tables import (
     tuning_rows,
     write_table,
 )
-from ctclip.evaluation.text_report import CROSS_FITTED, PHANTOM_NOTE, TUNING, decimal, format_report, percent
+from ctclip.evaluation.text_report import CROSS_FITTED, TUNING, decimal, format_report, percent
 from ctclip.fileio import replacing
 from ctclip_model import ABNORMALITIES, CheckpointError
 
@@ -205,7 +205,7 @@ def examine(
         "subgroups": None,
         "baseline": None,
         "phantom": material.phantom,
-        "note": PHANTOM_NOTE if material.phantom else material.note,
+        "note": SYNTHETIC_NOTE if material.phantom else material.note,
         "settings": asdict(settings),
         "versions": {"ctclip": __version__, "python": platform.python_version(), "numpy": np.__version__},
     }
@@ -434,7 +434,7 @@ def success_criteria(metrics: dict) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-# What an evaluation leaves in its folder. Training removes them when the weights that they speak of are replaced.
+# What an evaluation leaves in its folder. Training removes them when the weights that they belong to are replaced.
 APPLIED_FILES = ("predictions_calibrated.csv", "predictions_mapped.csv")
 PAGE = "report.html"
 RESULT_FILES = ("metrics.json", "per_label.csv", CALIBRATION_FILE, PAGE, *APPLIED_FILES)

@@ -34,7 +34,7 @@ class Material:
 
     `tuning` is (predictions, labels) of patients who do not occur in `predictions`. `history` is log.jsonl's list of
     epochs. `data_dir` is the cohort's folder, where volumes and metadata are looked up; `record` is a run's run.json.
-    `note` says what the figures do not speak of, where they are not of phantoms.
+    `note`: disclaimer shown with the results of a cohort that is not of phantoms.
     """
 
     predictions: pd.DataFrame

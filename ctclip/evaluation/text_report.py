@@ -9,8 +9,6 @@ from ctclip.evaluation.bootstrap import MIN_CASES
 from ctclip.evaluation.subgroups import MIN_PATIENTS
 from ctclip_model import N_LABELS
 
-PHANTOM_NOTE = "These are phantoms: the figures speak of the pipeline, not of patients."
-PHANTOM_MODEL_NOTE = "A model trained on phantoms: its answers speak of the pipeline, not of patients."
 WIDTH = 100
 TUNING, CROSS_FITTED = "tuning patients", "cross-fitted by patient"  # where thresholds and calibration come from
 MEASURES = (  # of the dictionary M, in the order they are printed

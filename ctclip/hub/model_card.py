@@ -19,12 +19,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
-from ctclip.config import CALIBRATION_FILE
+from ctclip.config import CALIBRATION_FILE, SYNTHETIC_NOTE
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration, load_calibration
 from ctclip.evaluation.metrics import EvaluationError
 from ctclip.evaluation.run_folder import read_history, run_record
-from ctclip.evaluation.text_report import PHANTOM_NOTE, decimal, fitted_on, percent
+from ctclip.evaluation.text_report import decimal, fitted_on, percent
 from ctclip.fileio import replacing
 from ctclip.formatting import size_text
 from ctclip.hub.client import (
@@ -325,7 +325,7 @@ def _opening(model: CTCLIPMultiAbnormalityModel, facts: Facts) -> str:
         lines.append("**The weights were changed after they were loaded from a run. Nothing is known about these: no "
                      "metric, threshold or calibration of that run is theirs.**")
     elif facts.phantom:
-        lines.append(f"**Trained on phantoms (synthetic chests). {PHANTOM_NOTE}**")
+        lines.append(f"**Trained on phantoms (synthetic chests). {SYNTHETIC_NOTE}**")
     return "\n\n".join(lines)
 
 

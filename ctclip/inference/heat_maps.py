@@ -482,7 +482,7 @@ def explain_scan(
 
     volume: (1, 1, D, H, W) of that scan on the model's device. placement: of its file, for `model.input_shape`. labels:
     of `model.labels`. probabilities: one for each of `model.labels`, as the user is told them. note: on the picture,
-    such as PHANTOM_NOTE.
+    such as SYNTHETIC_NOTE.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ctclip.config import SYNTHETIC_NOTE
 from ctclip.data.readers import FILE_SUFFIXES, SERIES_PREFIX, VolumeError, is_dicom, series_of
 from ctclip.evaluation.metrics import EvaluationError
 from ctclip.evaluation.run_folder import newest_run, run_calibration, run_record, run_tuning
-from ctclip.evaluation.text_report import PHANTOM_MODEL_NOTE
 from ctclip.fileio import replacing
 from ctclip.inference.predictor import load_model, predict_volumes
 from ctclip_model import ABNORMALITIES
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ctclip.evaluation.calibration import Calibration
     from ctclip_model import CTCLIPMultiAbnormalityModel, Prompts
 
+TRAINED_ON_PHANTOMS = f"Model trained on phantoms. {SYNTHETIC_NOTE}"
 FORMS = ("calibrated", "uncalibrated", "mapped")
 Answer = Callable[[np.ndarray], np.ndarray]
 RESULTS_VERSION = {"major": 1, "minor": 0}  # of the challenge's file
@@ -158,8 +159,8 @@ def predict(
 
     Returns:
         The table. `attrs["failures"]` lists what could not be read, as (name, reason), and has no row; `attrs["scans"]`
-        every scan that was found; `attrs["how"]` says what the numbers are, `attrs["note"]` what they do not speak of;
-        `attrs["files"]` are the heat maps.
+        every scan that was found; `attrs["how"]` says what the numbers are, `attrs["note"]` is their
+        disclaimer; `attrs["files"]` are the heat maps.
 
     Raises:
         EvaluationError, CheckpointError, FileNotFoundError: one line each, before anything is computed.
@@ -180,7 +181,7 @@ def predict(
     blank = np.zeros(len(ABNORMALITIES), np.float32)
     volumes = [Volume(scan.name, scan.path, blank) for scan in found]
     failures: list[tuple[str, str]] = []
-    note = PHANTOM_MODEL_NOTE if checkpoint.is_dir() and run_record(checkpoint).get("phantom") else None
+    note = TRAINED_ON_PHANTOMS if checkpoint.is_dir() and run_record(checkpoint).get("phantom") else None
     shown, _ = _form("calibrated" if form == "mapped" else form, calibration)
     pictures = None if explain is None else _Pictures(model, found, explain, Path(explain_dir), shown, note)
 

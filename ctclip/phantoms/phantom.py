@@ -8,7 +8,7 @@ kernel, correlated noise, offset, pose, field of view. Edges are painted by the 
 Coordinates  patient millimetres, x to the left, y to posterior, z to superior (LPS); (0, 0, 0) lies between the lungs.
 Arrays       inside this file (z, y, x), so that x runs fastest as in a NIfTI file; handed out as (x, y, z) views.
 
-Results on phantoms speak of the pipeline, not of patients.
+Synthetic data: results on phantoms are not clinical performance.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ctclip.config import DISCLAIMER
+from ctclip.config import SYNTHETIC_NOTE
 from ctclip.data.preprocessing import PREVALENCE, labels_path, metadata_path, no_chest_path, volume_path
 from ctclip.fileio import replacing
 from ctclip_model import ABNORMALITIES
@@ -1572,7 +1572,7 @@ def write_phantom_cohort(
     wanted = {"version": PHANTOM_VERSION, "train": int(n_train), "valid": int(n_valid), "seed": int(seed)}
     if _check_manifest(data_dir, wanted):
         return data_dir
-    manifest = {**wanted, "complete": False, "note": DISCLAIMER}
+    manifest = {**wanted, "complete": False, "note": SYNTHETIC_NOTE}
     _write(data_dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     plans = {split: plan_split(split, n, seed) for split, n in (("train", n_train), ("valid", n_valid))}
     for split, of_split in plans.items():
@@ -1681,7 +1681,7 @@ def draw_montage(path: Path, progress: bool = True, spacing: Sequence[float] = (
     )
     centred = {"ha": "center", "va": "center", "transform": axes[4, 7].transAxes}
     axes[4, 7].text(0.5, 0.5, legend, color="white", fontsize=10, **centred)
-    figure.text(0.5, 0.008, DISCLAIMER, color="white", ha="center", fontsize=11)
+    figure.text(0.5, 0.008, SYNTHETIC_NOTE, color="white", ha="center", fontsize=11)
     buffer = BytesIO()
     figure.savefig(buffer, dpi=110, facecolor="black")
     pyplot.close(figure)
@@ -1709,5 +1709,5 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues where this one ended", file=sys.stderr)
         return 1
-    print(DISCLAIMER)
+    print(SYNTHETIC_NOTE)
     return 0

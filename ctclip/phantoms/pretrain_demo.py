@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ctclip.cli import OneLineParser
+from ctclip.config import SYNTHETIC_NOTE
 from ctclip.data.preprocessing import FIELD_OF_VIEW_MM, preprocess_volume
 from ctclip.fileio import replacing
-from ctclip.phantoms.phantom import DISCLAIMER, make_phantom
+from ctclip.phantoms.phantom import make_phantom
 from ctclip_model import (
     ABNORMALITIES,
     DEMO_PATH,
@@ -317,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     fit_codes(trainee, data, validation)
     with replacing(args.output) as path:
         torch.save(trainee.finished(), path)
-    print(f"Wrote {args.output}: {Path(args.output).stat().st_size / 1e6:.2f} MB. {DISCLAIMER}")
+    print(f"Wrote {args.output}: {Path(args.output).stat().st_size / 1e6:.2f} MB. {SYNTHETIC_NOTE}")
     return 0
 
 

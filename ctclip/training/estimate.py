@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
+from ctclip.config import SYNTHETIC_NOTE
 from ctclip.data.feature_cache import FeatureCache, encoding, existing
 from ctclip.data.preprocessing import VolumeDataset
-from ctclip.phantoms.phantom import DISCLAIMER
 from ctclip.training.checkpoint import KEEP
 from ctclip.training.loop import CACHED_PIECE, Moving, accumulate, out_of_memory
 from ctclip.training.run import Job, Machine, TrainingConfig, TrainingError, prepare
@@ -110,7 +110,7 @@ class Probe:
         text = f"Plan (measured on {self.measured} volumes{failed}; {written} has been written)\n"
         text += "\n".join(f"  {name:<12} {line}" for name, line in lines.items())
         # Without --data-dir, `prepare` has said so already.
-        return f"{text}\n{DISCLAIMER}" if self.job.phantom and self.config.data_dir else text
+        return f"{text}\n{SYNTHETIC_NOTE}" if self.job.phantom and self.config.data_dir else text
 
     # -- the lines -----------------------------------------------------------------------------------------------------
 

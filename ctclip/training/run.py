@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ctclip.config import QUICK_TEST_VOLUMES, Machine, TrainingConfig, TrainingError
+from ctclip.config import QUICK_TEST_VOLUMES, SYNTHETIC_NOTE, Machine, TrainingConfig, TrainingError
 from ctclip.data.feature_cache import FeatureCache, encode_missing
 from ctclip.data.preprocessing import FETCH, Cohort, Volume, load_cohort, piece_size, split_by_patient
 from ctclip.distributed import Ranks
-from ctclip.evaluation.text_report import PHANTOM_NOTE
 from ctclip.inference.predictor import choose_device, choose_precision, choose_workers
 from ctclip.inference.prompts import load_with_prompts
 from ctclip.phantoms.phantom import is_phantom_cohort, write_phantom_cohort
@@ -53,10 +52,7 @@ def built_in_folder(config: TrainingConfig) -> Path:
 def make_built_in_cohort(config: TrainingConfig) -> None:
     """The phantom cohort of this size, made on first use. Prints the one line that says what it is."""
     folder = built_in_folder(config)
-    print(
-        f"No --data-dir: using the built-in cohort of synthetic chests in {folder}. "
-        "Its results speak of the pipeline, not of patients."
-    )
+    print(f"No --data-dir: using the built-in cohort of phantoms in {folder}. {SYNTHETIC_NOTE}")
     try:
         write_phantom_cohort(folder, config.train_volumes, config.valid_volumes)
     except ValueError as error:  # a cohort of another version in that folder, or a size that makes none
@@ -282,8 +278,8 @@ class Job:
 
     @property
     def note(self) -> str | None:
-        """What the figures of this run do not speak of."""
-        return PHANTOM_NOTE if self.phantom else None
+        """Disclaimer shown with the results of this run."""
+        return SYNTHETIC_NOTE if self.phantom else None
 
 
 def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> Job:

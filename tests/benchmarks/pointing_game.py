@@ -33,10 +33,10 @@ from sklearn.metrics import roc_auc_score
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from ctclip.config import SYNTHETIC_NOTE  # noqa: E402
 from ctclip.data.preprocessing import Placement, place_volume, preprocess_volume  # noqa: E402
 from ctclip.evaluation.cases import LUNG_WINDOW, SOFT_LABELS, SOFT_WINDOW  # noqa: E402
 from ctclip.evaluation.figures import BLUE, GREY, INK, LIGHT, ORANGE, new_figure, write_figure  # noqa: E402
-from ctclip.evaluation.text_report import PHANTOM_NOTE  # noqa: E402
 from ctclip.inference.heat_maps import explain_figure, strongest_token, token_evidence  # noqa: E402
 from ctclip.phantoms.phantom import Phantom, make_phantom, write_phantom_cohort  # noqa: E402
 from ctclip.training.loop import TrainingConfig, train  # noqa: E402
@@ -152,7 +152,7 @@ def figure_of(table: dict[str, dict[str, tuple]], path: Path) -> None:
     ax.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, frameon=False, fontsize=9, borderaxespad=0.1)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(length=3, color=GREY)
-    write_figure(figure, path, PHANTOM_NOTE)
+    write_figure(figure, path, SYNTHETIC_NOTE)
 
 
 def example(model: CTCLIPMultiAbnormalityModel, path: Path) -> None:
@@ -171,7 +171,7 @@ def example(model: CTCLIPMultiAbnormalityModel, path: Path) -> None:
         f"Phantom {seed}. Blue line: where the finding was drawn",
         drawn[0].numpy(),
     )
-    write_figure(figure, path, PHANTOM_NOTE)
+    write_figure(figure, path, SYNTHETIC_NOTE)
 
 
 def main(argv: list[str] | None = None) -> int:

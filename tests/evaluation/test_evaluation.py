@@ -15,13 +15,14 @@ from helpers_evaluation import decided, reference, simulate
 from sklearn import metrics as sk
 
 import ctclip_evaluation
+from ctclip.config import SYNTHETIC_NOTE
 from ctclip.evaluation import calibration as cal
 from ctclip.evaluation import evaluate as ev
 from ctclip.evaluation import figures
 from ctclip.evaluation import run_folder as folders
 from ctclip.evaluation.metrics import ABNORMALITIES, EvaluationError, bin_of
 from ctclip.evaluation.tables import join, patients_of, rows_of
-from ctclip.evaluation.text_report import PHANTOM_NOTE, format_report
+from ctclip.evaluation.text_report import format_report
 
 SCRIPT = Path(__file__).resolve().parents[2] / "ctclip_evaluation.py"
 NAMES = list(ABNORMALITIES)
@@ -397,7 +398,7 @@ def test_report_blocks_width_and_rates_side_by_side():
                   "PERFORMANCE COMPARISON", "COMPARISON WITH THE BASELINE", "SUCCESS CRITERIA"):
         assert block in report.splitlines()
     assert max(map(len, report.splitlines())) <= 100
-    assert PHANTOM_NOTE in report and "nan" not in report.lower().replace("no auroc", "")
+    assert SYNTHETIC_NOTE in report and "nan" not in report.lower().replace("no auroc", "")
     m = metrics["at_0.5"]
     rate, truth = f"{100 * m['positive_rate']:.1f} %", f"{100 * m['label_rate']:.1f} %"
     assert f"{rate} against {truth}" in report
@@ -406,7 +407,7 @@ def test_report_blocks_width_and_rates_side_by_side():
     assert "No AUROC, only one class here: Coronary artery wall calcification" in report
     table = report[report.index("THRESHOLD TABLE") : report.index("PERFORMANCE COMPARISON")]
     assert "does not depend on a threshold" in table and table.count("AUROC") == 1
-    assert PHANTOM_NOTE not in format_report(ev.evaluate(predictions, labels, **FEW))
+    assert SYNTHETIC_NOTE not in format_report(ev.evaluate(predictions, labels, **FEW))
 
 
 def test_baseline_must_cover_the_same_volumes():
@@ -479,7 +480,7 @@ def test_training_curves_ring_the_last_best_epoch(best, ringed):
 def test_training_curves_are_saved_while_a_run_goes_on(tmp_path):
     path = tmp_path / figures.TRAINING_CURVES
     sizes = []
-    for note in (None, PHANTOM_NOTE):
+    for note in (None, SYNTHETIC_NOTE):
         figures.write_training_figure(HISTORY[:1], path, note)
         picture = path.read_bytes()
         assert picture[:8] == b"\x89PNG\r\n\x1a\n" and list(tmp_path.iterdir()) == [path]
@@ -656,7 +657,7 @@ def test_newest_run_is_evaluated_and_named(tmp_path, monkeypatch, capsys):
     assert ctclip_evaluation.main([]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].startswith(f"Evaluating the newest run, {Path('results/new')}")
-    assert PHANTOM_NOTE in printed and "none of them reported here" in printed
+    assert SYNTHETIC_NOTE in printed and "none of them reported here" in printed
     assert Path("results/new/training_curves.png").is_file()
     assert Path("results/new/predictions.csv").read_bytes() == own  # its other columns are kept
     assert not Path("results/old/metrics.json").exists()
@@ -726,4 +727,4 @@ def test_tables_of_a_phantom_run_stay_phantoms(tmp_path, monkeypatch, capsys):
     folder = str(tmp_path / "run")
     argv = ["--predictions", f"{folder}/predictions.csv", "--labels", f"{folder}/labels.csv"]
     assert ctclip_evaluation.main([*argv, "--output-dir", str(tmp_path / "out")]) == 0
-    assert PHANTOM_NOTE in capsys.readouterr().out
+    assert SYNTHETIC_NOTE in capsys.readouterr().out

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from helpers_evaluation import simulate
 
+from ctclip.config import SYNTHETIC_NOTE
 from ctclip.evaluation.cases import Case
 from ctclip.evaluation.evaluate import Material, Settings, examine
 from ctclip.evaluation.html_report import MOST_POINTS, thinned, write_page
 from ctclip.evaluation.metrics import compute_metrics, per_label_metrics
-from ctclip.evaluation.text_report import PHANTOM_NOTE
 from ctclip_model import ABNORMALITIES
 
 HOSTILE = """<img src=x onerror=alert(1)>"'&.nii.gz"""
@@ -151,14 +151,14 @@ def test_undefined_is_said(path, parsed):
 def test_blocks_come_and_go(evaluation, path, tmp_path):
     optional = {"training", "subgroups", "baseline", "cases"}
     full = path.read_text(encoding="utf-8")
-    assert optional <= set(re.findall(r'<section id="(\w+)"', full)) and PHANTOM_NOTE not in full
-    bare = evaluation.metrics | {"subgroups": None, "baseline": None, "phantom": True, "note": PHANTOM_NOTE}
+    assert optional <= set(re.findall(r'<section id="(\w+)"', full)) and SYNTHETIC_NOTE not in full
+    bare = evaluation.metrics | {"subgroups": None, "baseline": None, "phantom": True, "note": SYNTHETIC_NOTE}
     write_page(tmp_path / "bare.html", dataclasses.replace(evaluation, metrics=bare), None, {}, [])
     text = (tmp_path / "bare.html").read_text(encoding="utf-8")
     sections = re.findall(r'<section id="(\w+)"', text)
     assert not optional & set(sections) and len(sections) == 12
     assert re.findall(r'<li><a href="#(\w+)"', text) == sections
-    assert f'<p class="note">{PHANTOM_NOTE}</p>' in text and "Research use only." in text
+    assert f'<p class="note">{SYNTHETIC_NOTE}</p>' in text and "Research use only." in text
     assert "{{" not in text and [file.name for file in tmp_path.iterdir()] == ["bare.html"]
 
 

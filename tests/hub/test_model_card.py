@@ -108,7 +108,7 @@ def test_the_card_holds_the_runs_own_numbers(make_run):
     assert len(rows) == 18 and [row for row in rows if row not in card] == []
     for name, row in m["per_label"].items():
         assert re.search(rf"\| {name} \| {row['positives']} \|.*\| {row['auroc']:.3f} \(", card)
-    assert "speak of the pipeline, not of patients" in card and "not a medical device" in card
+    assert "not clinical performance" in card and "not a medical device" in card
 
 
 def test_huggingface_hub_reads_the_front_matter(make_run):

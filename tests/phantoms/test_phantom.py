@@ -316,7 +316,7 @@ def test_script_writes_a_cohort_and_says_what_it_is(tmp_path):
     done = run("--data_dir", tmp_path / "d", "--train", 2, "--valid=1", "--workers", 1)
     assert done.returncode == 0, done.stderr
     assert "2 training and 1 validation phantoms" in done.stdout
-    assert done.stdout.rstrip().endswith("speak of the pipeline, not of patients.")
+    assert done.stdout.rstrip().endswith("not clinical performance.")
     assert (tmp_path / "d" / volume_path("train_1_a_1.nii.gz", True)).exists() or (
         tmp_path / "d" / volume_path("train_1_a_1.nii.gz", False)
     ).exists()
