@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ctclip.config import evaluation_parser
 
 if TYPE_CHECKING:
-    from ctclip.evaluation.calibration import fit_calibration, load_calibration, map_cuts_to_half
+    from ctclip.evaluation.calibration import fit_calibration, load_calibration, rescale_to_half
     from ctclip.evaluation.evaluate import EvaluationError, Settings, evaluate
     from ctclip.evaluation.metrics import compute_metrics, per_label_metrics
     from ctclip.evaluation.tables import load_labels, load_predictions
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EvaluationError", "Settings", "compute_metrics", "evaluate", "fit_calibration", "format_report",
-    "load_calibration", "load_labels", "load_predictions", "map_cuts_to_half", "per_label_metrics",
+    "load_calibration", "load_labels", "load_predictions", "rescale_to_half", "per_label_metrics",
 ]  # fmt: skip
 
 

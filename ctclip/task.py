@@ -15,7 +15,7 @@ from ctclip.config import PREDICTIONS, given_evaluation_flags
 from ctclip.data.preprocessing import load_cohort
 from ctclip.evaluation.evaluate import report, settings_from_flags
 from ctclip.evaluation.metrics import EvaluationError
-from ctclip.evaluation.run_folder import foreign_folder, newest_run, run_material
+from ctclip.evaluation.run_folder import foreign_folder, newest_run, run_inputs
 from ctclip.inference.scans import check_output, labels_of, predict, rows_table, write_csv, write_predictions
 from ctclip.training.loop import guarded, run_training
 
@@ -132,8 +132,8 @@ def run(args: argparse.Namespace) -> int:
         if args.task != "train":
             data_dir = getattr(args, "data_dir", None) if args.task == "evaluate" else None
             folder = foreign_folder(run, data_dir)
-            material = run_material(run, data_dir, args.device, args.workers, folder)
-            report(material, folder, settings, args.baseline, args.metadata, args.pictures)
+            inputs = run_inputs(run, data_dir, args.device, args.workers, folder)
+            report(inputs, folder, settings, args.baseline, args.metadata, args.pictures)
         print(f"\nDone in {time.perf_counter() - start:.0f} s: {run}")
 
     return guarded(action)

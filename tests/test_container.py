@@ -87,7 +87,7 @@ def test_a_run_with_thresholds_answers_with_these_on_a_half(places, tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())["predictions"]
     given = predict(source / "amos_1.mha", plain, form="uncalibrated", device="cpu").to_numpy()
     found = np.array([list(row["probabilities"].values()) for row in rows if row["input_image_name"] == "amos_1"])
-    np.testing.assert_allclose(found, calibration.map_to_half(given), atol=1e-5)
+    np.testing.assert_allclose(found, calibration.rescale_to_half(given), atol=1e-5)
     assert np.abs(found - given).max() > 0.01
 
 

@@ -67,7 +67,7 @@ class Calibration:
 
     The logit is edged_logit's; with the method "none", the plain one, so that nothing but the shift moves anything.
 
-    `cuts` (18,) and `global_cut` are thresholds on probabilities as given (they may be just above 1: nothing is
+    `thresholds` (18,) and `global_threshold` are for probabilities as given (they may be just above 1: nothing is
     positive). `shift` moves to another prevalence. `losses` is the cross-validated log loss of each method tried;
     `unit` says what a row was (tables.UNITS).
     """
@@ -76,8 +76,8 @@ class Calibration:
     slope: np.ndarray
     intercept: np.ndarray
     shift: np.ndarray
-    cuts: np.ndarray
-    global_cut: float
+    thresholds: np.ndarray
+    global_threshold: float
     objective: str
     losses: Mapping[str, float]
     n_rows: int
@@ -94,23 +94,23 @@ class Calibration:
         return sigmoid(np.sign(logits) * (np.minimum(np.abs(logits), LOGIT_LIMIT) + np.log1p(over)))
 
     @property
-    def calibrated_cuts(self) -> np.ndarray:
-        """`cuts` (18,) on the calibrated scale; a cut that nothing reaches stays one."""
-        return np.where(self.cuts > 1, np.nextafter(1, 2), self.apply(np.clip(self.cuts, 0, 1)))
+    def calibrated_thresholds(self) -> np.ndarray:
+        """`thresholds` (18,) on the calibrated scale; a cut that nothing reaches stays one."""
+        return np.where(self.thresholds > 1, np.nextafter(1, 2), self.apply(np.clip(self.thresholds, 0, 1)))
 
-    def map_to_half(self, probabilities: np.ndarray) -> np.ndarray:
-        """(N, 18) probabilities as given -> values whose cut at 0.5 decides like `cuts`; see map_cuts_to_half."""
-        return map_cuts_to_half(probabilities, self.cuts)
+    def rescale_to_half(self, probabilities: np.ndarray) -> np.ndarray:
+        """(N, 18) probabilities as given -> values whose cut at 0.5 decides like `thresholds`; see rescale_to_half."""
+        return rescale_to_half(probabilities, self.thresholds)
 
     def content(self) -> dict:
         """What calibration.json holds."""
-        columns = {"slope": self.slope, "intercept": self.intercept, "shift": self.shift, "threshold": self.cuts}
+        columns = {"slope": self.slope, "intercept": self.intercept, "shift": self.shift, "threshold": self.thresholds}
         return {
             "method": self.method,
             "per_label": {
                 name: {key: float(column[j]) for key, column in columns.items()} for j, name in enumerate(ABNORMALITIES)
             },
-            "global_threshold": self.global_cut,
+            "global_threshold": self.global_threshold,
             "objective": self.objective,
             "cross_validated_log_loss": dict(self.losses),
             "unit": self.unit,
@@ -459,7 +459,7 @@ def candidate_cuts(probabilities: np.ndarray) -> np.ndarray:
     return middle
 
 
-def map_cuts_to_half(probabilities: np.ndarray, cuts: np.ndarray) -> np.ndarray:
+def rescale_to_half(probabilities: np.ndarray, cuts: np.ndarray) -> np.ndarray:
     """Values in [0, 1] that are >= 0.5 exactly where `probabilities` >= `cuts`, for readers that cut at 0.5.
 
     Two straight lines per label, from 0 to the cut and from the cut to 1: increasing, so that no label's AUROC changes

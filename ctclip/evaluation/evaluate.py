@@ -41,9 +41,9 @@ from ctclip.evaluation.calibration import (
     cross_folds,
     fit_calibration,
     load_calibration,
-    map_cuts_to_half,
     objective_score,
     read_prevalence,
+    rescale_to_half,
     tune_global_threshold,
     tune_label_thresholds,
 )
@@ -74,13 +74,13 @@ from ctclip.evaluation.metrics import (
     threshold_table,
     undefined_labels,
 )
+from ctclip.evaluation.results import CROSS_FITTED, TUNING, Evaluation, EvaluationInputs, FittedThresholds
 from ctclip.evaluation.run_folder import (
-    Material,
     foreign_folder,
     make_folder,
     newest_run,
     refuse_run_folder,
-    run_material,
+    run_inputs,
     run_metadata,
     run_record,
 )
@@ -98,7 +98,7 @@ from ctclip.evaluation.tables import (
     tuning_rows,
     write_table,
 )
-from ctclip.evaluation.text_report import CROSS_FITTED, TUNING, decimal, format_report, percent
+from ctclip.evaluation.text_report import decimal, format_report, percent
 from ctclip.fileio import replacing
 from ctclip_model import ABNORMALITIES, CheckpointError
 
@@ -107,7 +107,7 @@ if TYPE_CHECKING:
 
 __all__ = [  # for scripts of your own; the rest of this file is the command
     "EvaluationError", "Settings", "compute_metrics", "evaluate", "fit_calibration", "format_report",
-    "load_calibration", "load_labels", "load_predictions", "map_cuts_to_half", "per_label_metrics",
+    "load_calibration", "load_labels", "load_predictions", "rescale_to_half", "per_label_metrics",
 ]
 
 NEED_CASES = ("auroc", "average_precision", "precision", "recall", "f1")  # no interval without enough cases
@@ -118,34 +118,6 @@ PUBLISHED_AUROC = {"CT-CLIP zero-shot": 0.731, "CT-CLIP ClassFine": 0.756}  # ma
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """How the reported rows are judged. `calibration` is for new patients; the reported ones have `calibrated` (N, 18)
-    probabilities and are cut at `cuts` and `global_cuts`, which broadcast to (N, 18), all fitted on other patients;
-    `calibrated_cuts` are `cuts` on the calibrated scale. `left_out` counts the volumes of the tuning tables that one of
-    them lacks."""
-
-    calibration: Calibration
-    fitted_on: str
-    n_volumes: int
-    took_global: list[str]
-    left_out: dict[str, int]
-    calibrated: np.ndarray
-    cuts: np.ndarray
-    calibrated_cuts: np.ndarray
-    global_cuts: np.ndarray
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluation with the arrays behind its metrics; what files, figures and the page are made of."""
-
-    metrics: dict
-    rows: Rows
-    judgement: Judgement
-    material: Material
 
 
 def evaluate(
@@ -166,31 +138,31 @@ def evaluate(
     for the same volumes. `history` is log.jsonl's list of epochs. `metadata` is {volume: row of text cells}, for
     subgroups. `settings` are those of Settings.
     """
-    material = Material(predictions, labels, tuning, history, phantom)
-    evaluation = examine(material, Settings(**settings), baseline, metadata)
+    inputs = EvaluationInputs(predictions, labels, tuning, history, phantom)
+    evaluation = evaluate_tables(inputs, Settings(**settings), baseline, metadata)
     if output_dir is not None:
         write_results(output_dir, evaluation, most_wrong(evaluation))
     return evaluation.metrics
 
 
-def examine(
-    material: Material,
+def evaluate_tables(
+    inputs: EvaluationInputs,
     settings: Settings,
     baseline: pd.DataFrame | None = None,
     metadata: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Evaluation:
     """`evaluate` before anything is written."""
-    predictions, labels = material.predictions, material.labels
+    predictions, labels = inputs.predictions, inputs.labels
     tables = {"predictions": predictions, "labels": labels} | ({} if baseline is None else {"baseline": baseline})
     volumes, left_out = join(tables, settings.allow_partial)
     rows = rows_of(predictions, labels, volumes, settings.unit, left_out)
-    judgement = judge(rows, material.tuning, settings)
+    fitted = fit_thresholds(rows, inputs.tuning, settings)
     resamples = draw(rows.patients, settings.resamples, settings.seed)
-    measured = measure(rows, judgement, resamples)
+    measured = score(rows, fitted, resamples)
     metrics = measured.point | {
-        "calibration": measured.point["calibration"] | _calibration_report(measured, judgement.calibration),
-        "per_label": _per_label(rows, judgement, measured),
-        "thresholds": _thresholds(judgement),
+        "calibration": measured.point["calibration"] | _calibration_report(measured, fitted.calibration),
+        "per_label": _per_label(rows, fitted, measured),
+        "thresholds": _thresholds(fitted),
         "optimism": _optimism(rows, measured, settings),
         "undefined_auroc": undefined_labels(rows.labels),
         "unit": {"name": rows.unit, "how": UNITS[rows.unit], "conflicting_labels": rows.conflicts},
@@ -198,30 +170,32 @@ def examine(
         "n_volumes": rows.n_volumes,
         "n_patients": rows.n_patients,
         "volumes_without_patient": count_unnamed(volumes),
-        "left_out": rows.left_out | judgement.left_out,
+        "left_out": rows.left_out | fitted.skipped,
         "probabilities": {name: float(getattr(rows.probabilities, name)()) for name in ("min", "max", "mean")},
         "threshold_table": threshold_table(rows.labels, rows.probabilities),
         "intervals": intervals(measured.tree) | {"per_label": _label_intervals(measured.column_tree)},
         "subgroups": None,
         "baseline": None,
-        "phantom": material.phantom,
-        "note": SYNTHETIC_NOTE if material.phantom else material.note,
+        "phantom": inputs.phantom,
+        "note": SYNTHETIC_NOTE if inputs.phantom else inputs.note,
         "settings": asdict(settings),
         "versions": {"ctclip": __version__, "python": platform.python_version(), "numpy": np.__version__},
     }
     if metadata is not None:
-        tuned = rows.probabilities >= judgement.cuts
+        tuned = rows.probabilities >= fitted.thresholds
         metrics["subgroups"] = subgroup_metrics(rows, tuned, _row_groups(rows, volumes, metadata), resamples)
     if baseline is not None:
         others = rows_of(baseline, labels, volumes, settings.unit)
-        alike = measured if material.tuning is None else measure(rows, judge(rows, None, settings), resamples)
-        theirs = measure(others, judge(others, None, settings), resamples)
+        alike = measured if inputs.tuning is None else score(rows, fit_thresholds(rows, None, settings), resamples)
+        theirs = score(others, fit_thresholds(others, None, settings), resamples)
         metrics["baseline"] = {"source": source_of(baseline)} | _comparison(alike, theirs)
     metrics["success_criteria"] = success_criteria(metrics)
-    return Evaluation(metrics, rows, judgement, material)
+    return Evaluation(metrics, rows, fitted, inputs)
 
 
-def judge(rows: Rows, tuning: tuple[pd.DataFrame, pd.DataFrame] | None, settings: Settings) -> Judgement:
+def fit_thresholds(
+    rows: Rows, tuning: tuple[pd.DataFrame, pd.DataFrame] | None, settings: Settings
+) -> FittedThresholds:
     """Calibration and thresholds from tuning patients, or cross-fitted by patient where there are none."""
     fitted, fitted_on = rows, CROSS_FITTED
     if tuning is not None:
@@ -233,7 +207,8 @@ def judge(rows: Rows, tuning: tuple[pd.DataFrame, pd.DataFrame] | None, settings
                                settings.calibration, settings.objective, settings.prevalence, settings.unit)
 
     def judged_by(fitted: Calibration, own: np.ndarray | slice) -> tuple:
-        return fitted.apply(rows.probabilities[own]), fitted.cuts, fitted.calibrated_cuts, np.array(fitted.global_cut)
+        one = np.array(fitted.global_threshold)
+        return fitted.apply(rows.probabilities[own]), fitted.thresholds, fitted.calibrated_thresholds, one
 
     calibration, took_global = fit(slice(None)), set(undefined_labels(fitted.labels))
     if tuning is not None:
@@ -245,11 +220,11 @@ def judge(rows: Rows, tuning: tuple[pd.DataFrame, pd.DataFrame] | None, settings
             for values, of_fold in zip(judged, judged_by(fit(others), own), strict=True):
                 values[own] = of_fold
     named = [name for name in ABNORMALITIES if name in took_global]
-    return Judgement(calibration, fitted_on, fitted.n_volumes, named, fitted.left_out, *judged)
+    return FittedThresholds(calibration, fitted_on, fitted.n_volumes, named, fitted.left_out, *judged)
 
 
 @dataclass(frozen=True)
-class Measured:
+class Scores:
     """Metrics of one table: `point` {set: M, "calibration": errors}, `tree` the same in every resample, (B,) each;
     `columns` {set: {metric: (18,)}} and `column_tree` the same with (B, 18), NaN where cases are too few to say."""
 
@@ -259,18 +234,18 @@ class Measured:
     column_tree: dict
 
 
-def measure(rows: Rows, judgement: Judgement, resamples: Resamples) -> Measured:
+def score(rows: Rows, fitted: FittedThresholds, resamples: Resamples) -> Scores:
     """Everything that has an interval, for four ways to decide: at 0.5, calibrated at 0.5, tuned, tuned globally."""
-    y, p, q = rows.labels, rows.probabilities, judgement.calibrated
+    y, p, q = rows.labels, rows.probabilities, fitted.calibrated
     auroc, average_precision = ranking_columns(y, p)
     ranking = ranking_metrics(y, p)
     ranking_in, ranked_in = ranking_tree(y, p, resamples)
-    measured = Measured({}, {}, {}, {})
+    measured = Scores({}, {}, {}, {})
     for name, decided in (
         ("at_0.5", p >= 0.5),
         ("calibrated", q >= 0.5),
-        ("tuned", p >= judgement.cuts),
-        ("tuned_global", p >= judgement.global_cuts),
+        ("tuned", p >= fitted.thresholds),
+        ("tuned_global", p >= fitted.global_thresholds),
     ):
         summary_in, measured.column_tree[name] = decisions_tree(y, decided, resamples)
         measured.columns[name] = decision_columns(y, decided)
@@ -285,14 +260,14 @@ def measure(rows: Rows, judgement: Judgement, resamples: Resamples) -> Measured:
     enough = enough_cases(y, rows.patients)
     for columns in measured.column_tree.values():
         columns |= {key: np.where(enough, columns[key], np.nan) for key in NEED_CASES if key in columns}
-    _measure_calibration(measured, rows, judgement, resamples)
+    _measure_calibration(measured, rows, fitted, resamples)
     return measured
 
 
-def _measure_calibration(measured: Measured, rows: Rows, judgement: Judgement, resamples: Resamples) -> None:
+def _measure_calibration(measured: Scores, rows: Rows, fitted: FittedThresholds, resamples: Resamples) -> None:
     """Adds "calibration": errors as given ("before") and calibrated ("after")."""
     point, tree, columns, column_tree = {}, {}, {}, {}
-    for when, values in (("before", rows.probabilities), ("after", judgement.calibrated)):
+    for when, values in (("before", rows.probabilities), ("after", fitted.calibrated)):
         errors, brier_in = calibration_columns(rows.labels, values), brier_tree(rows.labels, values, resamples)
         point[when] = {key: float(column.mean()) for key, column in errors.items()}
         point[when]["ece_if_calibrated"] = ece_if_calibrated(values, resamples.group)
@@ -304,7 +279,7 @@ def _measure_calibration(measured: Measured, rows: Rows, judgement: Judgement, r
         whole["calibration"] = part
 
 
-def _calibration_report(measured: Measured, calibration: Calibration) -> dict:
+def _calibration_report(measured: Scores, calibration: Calibration) -> dict:
     """What metrics.json holds under "calibration", beside the errors before and after."""
     columns = {"slope": calibration.slope, "intercept": calibration.intercept, "shift": calibration.shift}
     columns |= measured.columns["calibration"]
@@ -317,9 +292,9 @@ def _calibration_report(measured: Measured, calibration: Calibration) -> dict:
     }
 
 
-def _per_label(rows: Rows, judgement: Judgement, measured: Measured) -> dict:
+def _per_label(rows: Rows, fitted: FittedThresholds, measured: Scores) -> dict:
     """Per-label metrics at the tuned cuts, with those that depend on the cut repeated at 0.5 under "at_0.5"."""
-    table = per_label_metrics(rows.labels, rows.probabilities, judgement.cuts)
+    table = per_label_metrics(rows.labels, rows.probabilities, fitted.thresholds)
     for j, row in enumerate(table.values()):
         row["at_0.5"] = {key: float(column[j]) for key, column in measured.columns["at_0.5"].items()}
     return table
@@ -331,23 +306,23 @@ def _label_intervals(column_tree: Mapping) -> dict:
     return {name: row | errors[name] | {"at_0.5": half[name]} for name, row in tuned.items()}
 
 
-def _thresholds(judgement: Judgement) -> dict:
+def _thresholds(fitted: FittedThresholds) -> dict:
     """What metrics.json holds under "thresholds": cuts for new patients, on probabilities as given, and calibrated."""
-    calibration = judgement.calibration
+    calibration = fitted.calibration
     return {
-        "global": calibration.global_cut,
-        "per_label": dict(zip(ABNORMALITIES, calibration.cuts.tolist(), strict=True)),
-        "per_label_calibrated": dict(zip(ABNORMALITIES, calibration.calibrated_cuts.tolist(), strict=True)),
+        "global": calibration.global_threshold,
+        "per_label": dict(zip(ABNORMALITIES, calibration.thresholds.tolist(), strict=True)),
+        "per_label_calibrated": dict(zip(ABNORMALITIES, calibration.calibrated_thresholds.tolist(), strict=True)),
         "objective": calibration.objective,
-        "fitted_on": judgement.fitted_on,
+        "fitted_on": fitted.fitted_on,
         "n_rows": calibration.n_rows,
-        "n_volumes": judgement.n_volumes,
+        "n_volumes": fitted.n_volumes,
         "n_patients": calibration.n_patients,
-        "took_global": judgement.took_global,
+        "took_global": fitted.used_global_threshold,
     }
 
 
-def _optimism(rows: Rows, measured: Measured, settings: Settings) -> dict:
+def _optimism(rows: Rows, measured: Scores, settings: Settings) -> dict:
     """What the same search on the reported patients would have claimed, beside what the honest cuts gave."""
     y, p = rows.labels, rows.probabilities
     keys = ("positive_rate", "hamming_accuracy", "f1_macro", "recall_macro", "crg")
@@ -372,7 +347,7 @@ def _row_groups(
     return [merged[str(name)] for name in rows.names]
 
 
-def _comparison(this: Measured, other: Measured) -> dict:
+def _comparison(this: Scores, other: Scores) -> dict:
     """Every difference (this - baseline) on the same draws of patients. The baseline has no tuning patients, so both
     are cross-fitted here, to be judged alike."""
     sets = ("at_0.5", "calibrated", "tuned")
@@ -399,8 +374,8 @@ def _comparison(this: Measured, other: Measured) -> dict:
 
 def most_wrong(evaluation: Evaluation) -> list[Case]:
     """The cases that the tuned cuts got most wrong."""
-    judgement = evaluation.judgement
-    return worst_cases(evaluation.rows, judgement.calibrated, judgement.cuts, judgement.calibrated_cuts)
+    fitted = evaluation.fitted
+    return worst_cases(evaluation.rows, fitted.calibrated, fitted.thresholds, fitted.calibrated_thresholds)
 
 
 def success_criteria(metrics: dict) -> list[dict]:
@@ -445,41 +420,41 @@ def write_results(output_dir: str | Path, evaluation: Evaluation, cases: Sequenc
     folder = make_folder(output_dir)
     _write_tables(folder, evaluation)
     _write_figures(folder, evaluation)
-    write_page(folder / PAGE, evaluation, evaluation.material.history, evaluation.material.record, cases)
+    write_page(folder / PAGE, evaluation, evaluation.inputs.history, evaluation.inputs.record, cases)
 
 
 def _write_tables(folder: Path, evaluation: Evaluation) -> None:
-    metrics, rows, judgement = evaluation.metrics, evaluation.rows, evaluation.judgement
+    metrics, rows, fitted = evaluation.metrics, evaluation.rows, evaluation.fitted
     with replacing(folder / "metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    own, given = folder / "predictions.csv", evaluation.material.predictions
+    own, given = folder / "predictions.csv", evaluation.inputs.predictions
     if own.resolve() != Path(source_of(given)).resolve():  # a run's own file stays as it was written
         with replacing(own) as path:
             given[list(ABNORMALITIES)].to_csv(path)
     with replacing(folder / "per_label.csv") as path:
         _per_label_frame(metrics).to_csv(path)
-    judgement.calibration.save(folder / CALIBRATION_FILE)
+    fitted.calibration.save(folder / CALIBRATION_FILE)
     for name in APPLIED_FILES:
         (folder / name).unlink(missing_ok=True)
-    if judgement.fitted_on == TUNING:  # cross-fitted columns are made of five maps: no file that anyone could compare
-        _write_applied(folder, judgement.calibration, rows.names, rows.probabilities)
+    if fitted.fitted_on == TUNING:  # cross-fitted columns are made of five maps: no file that anyone could compare
+        _write_applied(folder, fitted.calibration, rows.names, rows.probabilities)
 
 
 def _write_applied(folder: Path, calibration: Calibration, names: Sequence[str], probabilities: np.ndarray) -> None:
     for name, values in zip(
-        APPLIED_FILES, (calibration.apply(probabilities), calibration.map_to_half(probabilities)), strict=True
+        APPLIED_FILES, (calibration.apply(probabilities), calibration.rescale_to_half(probabilities)), strict=True
     ):
         write_table(folder / name, names, values)
 
 
 def _write_figures(folder: Path, evaluation: Evaluation) -> None:
     """The page's figures, for notebooks."""
-    history, metrics = evaluation.material.history, evaluation.metrics
+    history, metrics = evaluation.inputs.history, evaluation.metrics
     y, p = evaluation.rows.labels, evaluation.rows.probabilities
     figures = {
         "roc.png": roc_figure(y, p),
         "precision_recall.png": precision_recall_figure(y, p),
-        "reliability.png": reliability_figure(y, p, evaluation.judgement.calibrated),
+        "reliability.png": reliability_figure(y, p, evaluation.fitted.calibrated),
         "threshold_sweep.png": sweep_figure(y, p, metrics),
         "positive_rate.png": rate_figure(metrics),
     }
@@ -508,7 +483,7 @@ def _per_label_frame(metrics: dict) -> pd.DataFrame:
 
 
 def report(
-    material: Material,
+    inputs: EvaluationInputs,
     output_dir: Path,
     settings: Settings | None = None,
     baseline: str | None = None,
@@ -523,16 +498,16 @@ def report(
     from ctclip.data.preprocessing import CohortError, read_metadata
 
     other = load_predictions(baseline) if baseline else None
-    known = read_metadata(metadata) if metadata else run_metadata(material.data_dir)
-    if metadata and not set(known) & set(material.predictions.index):
-        raise EvaluationError(f"{metadata}: found no row for any of the {len(material.predictions)} volumes, expected "
+    known = read_metadata(metadata) if metadata else run_metadata(inputs.data_dir)
+    if metadata and not set(known) & set(inputs.predictions.index):
+        raise EvaluationError(f"{metadata}: found no row for any of the {len(inputs.predictions)} volumes, expected "
                               "rows named as they are; check VolumeName")
-    evaluation = examine(material, settings or Settings(), other, known)
+    evaluation = evaluate_tables(inputs, settings or Settings(), other, known)
     print(format_report(evaluation.metrics))
     cases, unseen = most_wrong(evaluation), []
-    if material.data_dir is not None and pictures:
+    if inputs.data_dir is not None and pictures:
         try:
-            cases, unseen = with_pictures(cases, evaluation.rows.unit, material.data_dir, pictures)
+            cases, unseen = with_pictures(cases, evaluation.rows.unit, inputs.data_dir, pictures)
         except CohortError as error:  # the volumes may be elsewhere; the figures need none of them
             unseen = [("any volume", str(error))]
     write_results(output_dir, evaluation, cases)
@@ -550,7 +525,7 @@ def apply_calibration(source: str, predictions: str, output_dir: Path) -> None:
     rows = rows_of(frame, None, list(frame.index), calibration.unit)
     refuse_run_folder(make_folder(output_dir))
     _write_applied(output_dir, calibration, rows.names, rows.probabilities)
-    positive = (rows.probabilities >= calibration.cuts).mean()
+    positive = (rows.probabilities >= calibration.thresholds).mean()
     print(f"{len(rows):,} {rows.unit}s; calibration {calibration.method}, thresholds for {calibration.objective}: "
           f"positive rate {percent((rows.probabilities >= 0.5).mean())} at 0.5 as given, {percent(positive)} now")
     print(f"Wrote {output_dir}: {APPLIED_FILES[0]} (probabilities), {APPLIED_FILES[1]} (tuned cuts at 0.5)")
@@ -605,13 +580,13 @@ def _refuse_idle_flags(args: argparse.Namespace) -> None:
         raise EvaluationError(f"found {reading[0]} with tables, expected it with a run only; leave it out")
 
 
-def _inputs(args: argparse.Namespace) -> tuple[Material, Path]:
-    """(material, output folder) that the flags ask for."""
+def _inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
+    """(inputs, output folder) that the flags ask for."""
     if args.example:
         folder = make_folder(args.output_dir or Path("results", "example"))
         refuse_run_folder(folder)
         reported, tuning = write_example(folder)
-        return Material(*reported, tuning=tuning, note=EXAMPLE_NOTE), folder
+        return EvaluationInputs(*reported, tuning=tuning, note=EXAMPLE_NOTE), folder
     if args.predictions:
         tuning = None
         if args.tuning_predictions:
@@ -625,13 +600,13 @@ def _inputs(args: argparse.Namespace) -> tuple[Material, Path]:
         folder = Path(args.output_dir or Path("results", "evaluation"))
         given = Path(args.predictions)
         refuse_run_folder(folder, given.parent if given.name == "predictions.csv" else None)
-        return Material(*tables, tuning, phantom=phantom, data_dir=data_dir), folder
+        return EvaluationInputs(*tables, tuning, phantom=phantom, data_dir=data_dir), folder
     run = Path(args.checkpoint) if args.checkpoint else newest_run()
     if not args.checkpoint:
         print(f"Evaluating the newest run, {run} (choose another with --checkpoint)")
     folder = Path(args.output_dir or foreign_folder(run, args.data_dir))
     refuse_run_folder(folder, None if args.data_dir else run)
-    return run_material(run, args.data_dir, args.device, args.workers, folder), folder
+    return run_inputs(run, args.data_dir, args.device, args.workers, folder), folder
 
 
 def settings_from_flags(args: argparse.Namespace) -> Settings:

@@ -26,13 +26,14 @@ from ctclip.evaluation.bootstrap import MIN_CASES
 from ctclip.evaluation.cases import Case
 from ctclip.evaluation.figures import TRAINING_PANELS, precision_recall_stairs, reliability_points
 from ctclip.evaluation.metrics import decision_metrics
+from ctclip.evaluation.results import TUNING
 from ctclip.evaluation.subgroups import MIN_PATIENTS
-from ctclip.evaluation.text_report import AUROCS, MEASURES, TUNING, decimal, fitted_on, percent
+from ctclip.evaluation.text_report import AUROCS, MEASURES, decimal, fitted_on, percent
 from ctclip.fileio import replacing
 from ctclip_model import ABNORMALITIES, N_LABELS
 
 if TYPE_CHECKING:
-    from ctclip.evaluation.evaluate import Evaluation
+    from ctclip.evaluation.results import Evaluation
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MOST_POINTS = 150  # of a curve
@@ -508,7 +509,7 @@ def _precision_recall(evaluation: Evaluation) -> Html:
 
 def _reliability(evaluation: Evaluation) -> Html:
     metrics, labels = evaluation.metrics, evaluation.rows.labels
-    states = ((evaluation.rows.probabilities, "orange"), (evaluation.judgement.calibrated, "blue"))
+    states = ((evaluation.rows.probabilities, "orange"), (evaluation.fitted.calibrated, "blue"))
 
     def draw(j: int) -> tuple[str, list[Html]]:
         row, marks = metrics["calibration"]["per_label"][ABNORMALITIES[j]], [DIAGONAL]
@@ -592,7 +593,7 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
 def payload(evaluation: Evaluation) -> dict:
     """What the slider counts with: rows; labels; tuned cuts, of all labels and of each; counts as from histograms."""
     rows, cuts = evaluation.rows, evaluation.metrics["thresholds"]
-    sources = {"given": rows.probabilities, "calibrated": evaluation.judgement.calibrated}
+    sources = {"given": rows.probabilities, "calibrated": evaluation.fitted.calibrated}
     return {
         "rows": len(rows),
         "labels": ABNORMALITIES,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from ctclip.evaluation.calibration import (
     load_calibration,
 )
 from ctclip.evaluation.metrics import EvaluationError
+from ctclip.evaluation.results import EvaluationInputs
 from ctclip.evaluation.tables import load_labels, load_predictions, tuning_rows, write_table
 from ctclip.inference.predictor import load_model, predict_volumes, print_failures
 
@@ -26,25 +26,6 @@ if TYPE_CHECKING:
     from ctclip.data.feature_cache import FeatureCache
     from ctclip.data.preprocessing import Volume
     from ctclip_model import CTCLIPMultiAbnormalityModel
-
-
-@dataclass(frozen=True)
-class Material:
-    """What an evaluation is made of: tables as load_predictions gives them, and what is known about their origin.
-
-    `tuning` is (predictions, labels) of patients who do not occur in `predictions`. `history` is log.jsonl's list of
-    epochs. `data_dir` is the cohort's folder, where volumes and metadata are looked up; `record` is a run's run.json.
-    `note`: disclaimer shown with the results of a cohort that is not of phantoms.
-    """
-
-    predictions: pd.DataFrame
-    labels: pd.DataFrame
-    tuning: tuple[pd.DataFrame, pd.DataFrame] | None = None
-    history: list[dict] | None = None
-    phantom: bool = False
-    data_dir: Path | None = None
-    record: Mapping = field(default_factory=dict)
-    note: str | None = None
 
 
 def newest_run(results: str | Path = "results") -> Path:
@@ -58,13 +39,13 @@ def newest_run(results: str | Path = "results") -> Path:
     return max(written, key=lambda path: path.stat().st_mtime).parent
 
 
-def run_material(
+def run_inputs(
     run_dir: str | Path,
     data_dir: str | Path | None = None,
     device: str | None = None,
     workers: int | None = None,
     tables: str | Path | None = None,
-) -> Material:
+) -> EvaluationInputs:
     """The material of a run folder.
 
     Predictions that are not there yet are made with the run's model, on the validation split of the run's cohort. With
@@ -84,7 +65,8 @@ def run_material(
     cohort = data_dir or record.get("data_dir")
     predictions, labels = load_predictions(tables / "predictions.csv"), load_labels(tables / "labels.csv")
     history = read_history(run / "log.jsonl")
-    return Material(predictions, labels, run_tuning(run), history, phantom, Path(cohort) if cohort else None, record)
+    folder = Path(cohort) if cohort else None
+    return EvaluationInputs(predictions, labels, run_tuning(run), history, phantom, folder, record)
 
 
 def make_folder(path: str | Path) -> Path:

@@ -6,11 +6,11 @@ import textwrap
 from collections.abc import Sequence
 
 from ctclip.evaluation.bootstrap import MIN_CASES
+from ctclip.evaluation.results import CROSS_FITTED, TUNING
 from ctclip.evaluation.subgroups import MIN_PATIENTS
 from ctclip_model import N_LABELS
 
 WIDTH = 100
-TUNING, CROSS_FITTED = "tuning patients", "cross-fitted by patient"  # where thresholds and calibration come from
 MEASURES = (  # of the dictionary M, in the order they are printed
     ("Positive rate", "positive_rate"),
     ("Label rate", "label_rate"),

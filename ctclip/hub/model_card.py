@@ -462,13 +462,13 @@ def _decisions(model: CTCLIPMultiAbnormalityModel, facts: Facts) -> str:
     unit = "" if calibration.unit == "volume" else f", fitted per {calibration.unit}"
     lines = [
         f"Calibration: {calibration.method}; thresholds for `{calibration.objective}`, one per label, and one for all: "
-        f"{calibration.global_cut:.4f}. Fitted on {calibration.n_rows:,} rows of {calibration.n_patients:,} patients"
-        f"{unit}. A case is positive at or above the threshold: on the probability as given, or equally on the "
+        f"{calibration.global_threshold:.4f}. Fitted on {calibration.n_rows:,} rows of {calibration.n_patients:,} "
+        f"patients{unit}. A case is positive at or above the threshold: on the probability as given, or equally on the "
         "calibrated one. Labels in the order of the logits:",
         "", "| | Label | threshold, as given | threshold, calibrated |", "|---|---|---|---|",
     ]
     for number, (name, cut, after) in enumerate(
-        zip(ABNORMALITIES, calibration.cuts, calibration.calibrated_cuts, strict=True)
+        zip(ABNORMALITIES, calibration.thresholds, calibration.calibrated_thresholds, strict=True)
     ):
         lines.append(f"| {number} | {name} | {_cut(cut)} | {_cut(after)} |")
     return "\n".join(lines)
@@ -493,7 +493,7 @@ def _usage(model: CTCLIPMultiAbnormalityModel, facts: Facts, repo_id: str | None
     if facts.calibration is not None:
         lines += [
             'calibration = load_calibration(model.folder / "calibration.json")',
-            "probabilities, positive = calibration.apply(given)[0], (given >= calibration.cuts)[0]",
+            "probabilities, positive = calibration.apply(given)[0], (given >= calibration.thresholds)[0]",
             "for name, probability, found in zip(model.labels, probabilities, positive):",
             "    print(f\"{name:<36} {probability:.3f} {'positive' if found else ''}\")",
         ]

@@ -261,9 +261,9 @@ def _metadata(model: CTCLIPMultiAbnormalityModel, calibration: Calibration | Non
         "use": "research only; not a medical device, not for diagnosis",
     }
     if calibration is not None:
-        metadata["thresholds"] = json.dumps(dict(zip(ABNORMALITIES, calibration.cuts.tolist(), strict=True)))
+        metadata["thresholds"] = json.dumps(dict(zip(ABNORMALITIES, calibration.thresholds.tolist(), strict=True)))
         metadata["thresholds_calibrated"] = json.dumps(
-            dict(zip(ABNORMALITIES, calibration.calibrated_cuts.tolist(), strict=True))
+            dict(zip(ABNORMALITIES, calibration.calibrated_thresholds.tolist(), strict=True))
         )
         metadata["calibration"] = json.dumps(calibration.content())
     return metadata

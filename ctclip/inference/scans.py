@@ -221,7 +221,7 @@ def rows_table(rows: Mapping[str, np.ndarray], labels: Sequence[str]) -> pd.Data
 def _form(form: str, calibration: Calibration | None) -> tuple[Answer, str]:
     """(the model's probabilities (N, labels) -> the answers, what they are)."""
     if form == "mapped":
-        return calibration.map_to_half, f"no probabilities any more: tuned cuts ({calibration.objective}) on 0.5"
+        return calibration.rescale_to_half, f"no probabilities any more: tuned cuts ({calibration.objective}) on 0.5"
     if form == "uncalibrated" or calibration is None:
         return (lambda probabilities: probabilities), "probabilities as the model gives them, not calibrated"
     how = f"calibrated probabilities ({calibration.method}, {calibration.n_patients} tuning patients)"

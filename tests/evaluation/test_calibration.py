@@ -130,7 +130,7 @@ def test_auroc_of_every_label_is_the_same_before_and_after(method):
     packed = sigmoid((14 * rng.normal(size=given.shape)).astype(np.float32)).astype(np.float64)
     for p in (given, np.round(given, 2), packed):
         for fit in (calibration, steep):
-            for after in (fit.apply(p), fit.map_to_half(p)):
+            for after in (fit.apply(p), fit.rescale_to_half(p)):
                 assert ((after >= 0) & (after <= 1)).all()
                 for j in range(18):
                     assert sk.roc_auc_score(y[:, j], after[:, j]) == sk.roc_auc_score(y[:, j], p[:, j])
@@ -196,15 +196,16 @@ def test_moving_to_another_prevalence():
         assert y[keep].mean() == pytest.approx(rates[name], abs=0.02)
         assert moved.apply(predictions.to_numpy())[keep, j].mean() == pytest.approx(rates[name], abs=0.03)
         assert abs(plain.apply(predictions.to_numpy())[keep, j].mean() - rates[name]) > 0.04
-        assert (predictions[name].to_numpy()[keep] >= moved.cuts[j]).mean() == pytest.approx(rates[name], abs=0.04)
-        assert abs((predictions[name].to_numpy()[keep] >= plain.cuts[j]).mean() - rates[name]) > 0.04
+        positive = predictions[name].to_numpy()[keep] >= moved.thresholds[j]
+        assert positive.mean() == pytest.approx(rates[name], abs=0.04)
+        assert abs((predictions[name].to_numpy()[keep] >= plain.thresholds[j]).mean() - rates[name]) > 0.04
 
 
 def test_the_tuning_patients_own_prevalence_changes_next_to_nothing():
     tuning = over_predictor(300, seed=0)
     own = dict(zip(NAMES, tuning[1].mean(), strict=True))
     plain, moved = fitted(*tuning), fitted(*tuning, prevalence=own)
-    assert abs(moved.shift).max() < 0.05 and np.array_equal(moved.cuts, plain.cuts)
+    assert abs(moved.shift).max() < 0.05 and np.array_equal(moved.thresholds, plain.thresholds)
 
 
 @pytest.mark.parametrize("positives", [0, 1, 3])
@@ -288,7 +289,7 @@ def test_prevalence_of_ct_rate_is_known():
 def test_the_map_decides_at_half_as_the_cut_did(cut):
     near = [cut, np.nextafter(cut, 0), np.nextafter(cut, 1)]
     p = np.unique(np.clip(np.concatenate([np.random.default_rng(0).random(500), near, [0, 1, 0.5]]), 0, 1))
-    mapped = cal.map_cuts_to_half(p, np.array(cut))
+    mapped = cal.rescale_to_half(p, np.array(cut))
     assert np.array_equal(mapped >= 0.5, p >= cut)
     assert ((mapped >= 0) & (mapped <= 1)).all() and (np.diff(mapped) >= 0).all()
 
@@ -296,10 +297,10 @@ def test_the_map_decides_at_half_as_the_cut_did(cut):
 def test_the_map_gives_the_tuned_metrics_at_half():
     tuning, (predictions, labels) = over_predictor(100, seed=0), over_predictor(200, seed=1, first=500)
     calibration = fitted(*tuning, objective="f1")
-    mapped = calibration.map_to_half(predictions.to_numpy())
+    mapped = calibration.rescale_to_half(predictions.to_numpy())
     y = labels.to_numpy()
     assert ev.compute_metrics(y, mapped) == pytest.approx(
-        ev.compute_metrics(y, predictions.to_numpy(), calibration.cuts)
+        ev.compute_metrics(y, predictions.to_numpy(), calibration.thresholds)
         | {"auroc_micro": sk.roc_auc_score(y.ravel(), mapped.ravel())}, abs=1e-12)
 
 
@@ -438,12 +439,13 @@ def test_folds_cover_every_row_once_and_keep_patients_apart():
 
 def test_what_a_patient_is_judged_by_does_not_depend_on_the_own_labels():
     r = rows(*simulate(20, seed=0))
-    before = ev.judge(r, None, ev.Settings())
+    before = ev.fit_thresholds(r, None, ev.Settings())
     for patient in np.unique(r.patients)[:4]:
         own = r.patients == patient
-        flipped = ev.judge(ev.Rows(r.names, r.patients, np.where(own[:, None], 1 - r.labels, r.labels), r.probabilities,
-                                   r.n_volumes), None, ev.Settings())
-        for name in ("calibrated", "cuts", "global_cuts"):
+        labels = np.where(own[:, None], 1 - r.labels, r.labels)
+        flipped = ev.fit_thresholds(ev.Rows(r.names, r.patients, labels, r.probabilities, r.n_volumes), None,
+                                    ev.Settings())
+        for name in ("calibrated", "thresholds", "global_thresholds"):
             assert np.array_equal(getattr(before, name)[own], getattr(flipped, name)[own]), name
             assert not np.array_equal(getattr(before, name), getattr(flipped, name)), name
 
@@ -451,9 +453,9 @@ def test_what_a_patient_is_judged_by_does_not_depend_on_the_own_labels():
 def test_cross_fitting_does_not_depend_on_the_order_of_rows():
     predictions, labels = simulate(20, seed=0)
     order = np.random.default_rng(1).permutation(len(predictions))
-    before = ev.judge(rows(predictions, labels), None, ev.Settings())
-    after = ev.judge(rows(predictions.iloc[order], labels), None, ev.Settings())
-    for name in ("cuts", "global_cuts"):
+    before = ev.fit_thresholds(rows(predictions, labels), None, ev.Settings())
+    after = ev.fit_thresholds(rows(predictions.iloc[order], labels), None, ev.Settings())
+    for name in ("thresholds", "global_thresholds"):
         assert np.array_equal(getattr(after, name), getattr(before, name)[order])
     np.testing.assert_allclose(after.calibrated, before.calibrated[order], atol=1e-6)
 

@@ -204,8 +204,8 @@ def check_comparison(found, y, p, q, patients, draws):
     names = np.array([f"{patient}_a_{k % 2}" for k, patient in enumerate(patients)])
     sides = {}
     for side, values in (("this", p), ("base", q)):
-        judged = ev.judge(ev.Rows(names, patients, y, values, len(y)), None, settings(objective="f1"))
-        sides[side] = values, judged.calibrated, judged.cuts
+        judged = ev.fit_thresholds(ev.Rows(names, patients, y, values, len(y)), None, settings(objective="f1"))
+        sides[side] = values, judged.calibrated, judged.thresholds
     rows = {side: [sets_reference(y[i], values[i], after[i], cuts[i], 0.5) for i in (slice(None), *draws)]
             for side, (values, after, cuts) in sides.items()}
     for name in ("at_0.5", "calibrated", "tuned"):
@@ -665,20 +665,20 @@ def test_newest_run_is_evaluated_and_named(tmp_path, monkeypatch, capsys):
 
 def test_a_run_is_read_as_training_left_it(tmp_path):
     make_run(tmp_path / "run", phantom=False)
-    run = folders.run_material(tmp_path / "run")
+    run = folders.run_inputs(tmp_path / "run")
     assert len(run.predictions) == len(run.labels) == len(run.tuning[0]) == len(run.tuning[1]) == 24
     assert [row["epoch"] for row in run.history] == [1, 2]  # the line cut off by an interruption is left out
     assert run.phantom is False
     (tmp_path / "run" / "log.jsonl").write_text('{"epoch": \n{"epoch": 2}\n')
     with pytest.raises(EvaluationError, match="log.jsonl, line 1: found no JSON"):
-        folders.run_material(tmp_path / "run")
+        folders.run_inputs(tmp_path / "run")
     (tmp_path / "run" / "labels.csv").unlink()
     with pytest.raises(EvaluationError, match="found no predictions.csv with labels.csv"):
-        folders.run_material(tmp_path / "run")
+        folders.run_inputs(tmp_path / "run")
 
 
 def test_applying_a_stored_calibration(tmp_path, monkeypatch, capsys):
-    """To predictions of other patients, with no labels: what `apply` and `map_to_half` give, in the files' columns."""
+    """To predictions of other patients, with no labels: what `apply` and `rescale_to_half` give."""
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "run")
     calibration = folders.run_calibration(tmp_path / "run")
@@ -687,11 +687,11 @@ def test_applying_a_stored_calibration(tmp_path, monkeypatch, capsys):
     new.to_csv("new.csv")
     assert ctclip_evaluation.main(["--apply", "run", "--predictions", "new.csv", "--output-dir", "out"]) == 0
     assert "18 volumes; calibration" in capsys.readouterr().out
-    for name, function in (("calibrated", calibration.apply), ("mapped", calibration.map_to_half)):
+    for name, function in (("calibrated", calibration.apply), ("mapped", calibration.rescale_to_half)):
         written = ev.load_predictions(f"out/predictions_{name}.csv")
         assert list(written.index) == list(new.index)
         assert np.array_equal(written.to_numpy(), function(new.to_numpy()))
-    assert (written.to_numpy() >= 0.5).mean() == (new.to_numpy() >= calibration.cuts).mean()
+    assert (written.to_numpy() >= 0.5).mean() == (new.to_numpy() >= calibration.thresholds).mean()
 
 
 def test_a_run_s_calibration_is_stored_used_and_made_anew_where_it_does_not_fit(tmp_path):

@@ -15,9 +15,10 @@ from helpers_evaluation import simulate
 
 from ctclip.config import SYNTHETIC_NOTE
 from ctclip.evaluation.cases import Case
-from ctclip.evaluation.evaluate import Material, Settings, examine
+from ctclip.evaluation.evaluate import Settings, evaluate_tables
 from ctclip.evaluation.html_report import MOST_POINTS, thinned, write_page
 from ctclip.evaluation.metrics import compute_metrics, per_label_metrics
+from ctclip.evaluation.results import EvaluationInputs
 from ctclip_model import ABNORMALITIES
 
 HOSTILE = """<img src=x onerror=alert(1)>"'&.nii.gz"""
@@ -55,8 +56,8 @@ def evaluation():
     sexes = {name: {"PatientSex": "FM"[i % 2], "Manufacturer": HOSTILE if i < 90 else "rare"}
              for i, name in enumerate(tables[0].index)}
     tuning = simulate(40, seed=2, shift=1.0, split="train")
-    material = Material(tables[0], tables[1], tuning, note=BREAKOUT)
-    return examine(material, Settings(resamples=50), tables[2], sexes)
+    inputs = EvaluationInputs(tables[0], tables[1], tuning, note=BREAKOUT)
+    return evaluate_tables(inputs, Settings(resamples=50), tables[2], sexes)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def parsed(path):
 
 
 def probabilities(evaluation, source):
-    return evaluation.rows.probabilities if source == "given" else evaluation.judgement.calibrated
+    return evaluation.rows.probabilities if source == "given" else evaluation.fitted.calibrated
 
 
 # ---------------------------------------------------------------------------------------------------- without a browser

@@ -103,7 +103,7 @@ def test_the_card_holds_the_runs_own_numbers(make_run):
     assert "Trained with ctclip 0.6.5." in card
     assert "2 epochs in 7 s on cpu; the best, 1, has macro AUROC 0.712" in flat(card)
     calibration = load_calibration(folder / "calibration.json")
-    cuts = zip(ABNORMALITIES, calibration.cuts, calibration.calibrated_cuts, strict=True)
+    cuts = zip(ABNORMALITIES, calibration.thresholds, calibration.calibrated_thresholds, strict=True)
     rows = [f"| {i} | {name} | {cut:.4f} | {after:.4f} |" for i, (name, cut, after) in enumerate(cuts)]
     assert len(rows) == 18 and [row for row in rows if row not in card] == []
     for name, row in m["per_label"].items():

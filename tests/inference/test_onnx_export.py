@@ -99,8 +99,8 @@ def test_labels_contract_and_thresholds_travel_in_the_file(onnx_is_here, tmp_pat
     assert json.loads(metadata["labels"]) == list(ABNORMALITIES)
     contract = json.loads(metadata["input"])
     assert contract["shape"] == ["batch", 1, *model.input_shape] and "[-1000, 1000]" in contract["values"]
-    assert json.loads(metadata["thresholds"]) == dict(zip(ABNORMALITIES, fitted.cuts.tolist(), strict=True))
-    after = dict(zip(ABNORMALITIES, fitted.calibrated_cuts.tolist(), strict=True))
+    assert json.loads(metadata["thresholds"]) == dict(zip(ABNORMALITIES, fitted.thresholds.tolist(), strict=True))
+    after = dict(zip(ABNORMALITIES, fitted.calibrated_thresholds.tolist(), strict=True))
     assert json.loads(metadata["thresholds_calibrated"]) == after != json.loads(metadata["thresholds"])
     assert contract["extent_mm"] == FIELD_OF_VIEW_MM
     assert json.loads(metadata["calibration"]) == fitted.content() and "not a medical device" in metadata["use"]
