@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errno of a write for which there is no room
+
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:

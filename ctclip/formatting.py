@@ -1,4 +1,4 @@
-"""How setup prints: aligned rows of at most 100 columns. Standard library only."""
+"""Numbers and lists as text, and the aligned rows that setup prints. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def row(label: str, text: str) -> None:
     )
     for number, line in enumerate(body):
         print(f"{label if number == 0 else '':<{INDENT}}{line}".replace(TIED, " "), flush=True)
+
+
+def plural(count: int, noun: str) -> str:
+    """plural(1, "volume") -> "1 volume", plural(3000, "volume") -> "3000 volumes"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def join(items: Iterable) -> str:

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ctclip.data.digest import tensors_sha256
 from ctclip.data.preprocessing import (
     FETCH,
     GEOMETRY_COLUMNS,
@@ -50,7 +51,7 @@ from ctclip.data.preprocessing import (
 )
 from ctclip.distributed import Ranks
 from ctclip.errors import UserError
-from ctclip.hub.client import FULL
+from ctclip.fileio import DISK_FULL
 from ctclip_model import CTCLIPMultiAbnormalityModel
 
 LINE_BYTES = 256  # more than an index line takes (about 150), for the estimate of disk space
@@ -100,11 +101,7 @@ def sources_of(volumes: Sequence[Volume]) -> list[str | None]:
 
 def encoder_digest(model: CTCLIPMultiAbnormalityModel) -> str:
     """SHA-256 over names, types, shapes and bytes of all tensors that `model.encode_for_cache` depends on."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.encoder_state().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return tensors_sha256(model.encoder_state())
 
 
 def record_format(model: CTCLIPMultiAbnormalityModel) -> tuple[str, tuple[int, ...]]:
@@ -314,7 +311,7 @@ class FeatureCache:
             self.close()  # half a record must stay the last of its shard
             if isinstance(error, OSError):
                 found = error.strerror or str(error)
-                if error.errno in FULL:
+                if error.errno in DISK_FULL:
                     raise CacheError(self.no_room(max(remaining, len(volumes)), found)) from error
                 remedy = "choose another --cache-dir"
                 raise CacheError(f"{self.folder}: found {found}, expected a folder to write to; {remedy}") from error

@@ -7,7 +7,6 @@ into a message, not written to a file.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.util
 import json
@@ -23,6 +22,7 @@ from typing import Callable, Iterator, NamedTuple, Sequence  # noqa: UP035  (ctc
 from urllib.parse import urlsplit
 
 from ctclip.errors import UserError
+from ctclip.fileio import DISK_FULL
 from ctclip.formatting import TIED, size_text
 
 HUB = "https://huggingface.co"
@@ -43,7 +43,6 @@ HUB_SECONDS = 10  # for the first answer; the hub's host name has several addres
 LISTING_SECONDS = 60  # for the sizes of PATHS_AT_ONCE files
 PATHS_AT_ONCE = 500
 SPARE_BYTES = 50_000_000  # left free on any disk
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # how a disk without room answers
 WAITS = (1, 2, 4, 8, 16)  # seconds before each further attempt
 LONGEST_WAIT = 300  # that the hub may ask for
 
@@ -265,7 +264,7 @@ def explain(error: BaseException, file: str, token: str, repository: str = REPOS
             kind="network",
         )
     for link in chain:
-        if getattr(link, "errno", None) in FULL:
+        if getattr(link, "errno", None) in DISK_FULL:
             return HubTrouble("the disk is full", f"free some, {AGAIN}", kind="disk")
         if isinstance(link, OSError) and link.filename:
             what = f"{link.filename}: {link.strerror}"

@@ -10,7 +10,6 @@ beside it are: what the model makes of one fixed synthetic volume. models/ctclip
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import platform
 import shutil
@@ -26,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ctclip.data.digest import tensors_sha256
 from ctclip.data.feature_cache import encoding
 from ctclip.data.preprocessing import preprocess_volume
 from ctclip.formatting import size_text
@@ -77,11 +77,7 @@ def load(path: Path) -> CTCLIPMultiAbnormalityModel:
 
 def tensors_digest(model: CTCLIPMultiAbnormalityModel) -> str:
     """SHA-256 over names, types, shapes and bytes of the model's tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return tensors_sha256(model.state_dict())
 
 
 def fixed_phantom(shape: tuple[int, int, int]) -> Tensor:

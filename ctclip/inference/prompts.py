@@ -11,11 +11,11 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ctclip.data.digest import tensors_sha256
 from ctclip.fileio import replacing
 from ctclip_model import (
     ABNORMALITIES,
@@ -102,14 +102,9 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
 
 def head_digest(state: dict[str, Tensor], prompts: Prompts, vocabulary: Vocabulary) -> str:
     """SHA-256 of all that `prompt_weights` depends on. At the published size 0.44 GB are read."""
-    digest = hashlib.sha256(RECIPE.encode())
     used = text_tower_tensors(state) | {key: state[key] for key in ("to_text_latent.weight", "temperature")}
-    for key, tensor in sorted(used.items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    digest.update(hashlib.sha256(vocabulary.content).digest())
-    digest.update(repr(asdict(prompts)).encode())
-    return digest.hexdigest()
+    words = hashlib.sha256(vocabulary.content).digest() + repr(asdict(prompts)).encode()
+    return tensors_sha256(used, before=RECIPE.encode(), after=words)
 
 
 def kept_path(weights: Path, digest: str) -> Path:

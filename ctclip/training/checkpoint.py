@@ -20,8 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from ctclip.errors import UserError
-from ctclip.fileio import replacing
-from ctclip.hub.client import FULL
+from ctclip.fileio import DISK_FULL, replacing
 
 KEEP = 2  # states: the one before the newest serves when the newest turns out damaged
 
@@ -81,7 +80,7 @@ def or_explain(folder: Path, what: str, size: int, write: Callable[[], None]) ->
         number = getattr(error, "errno", None)
         if number is None and (told := re.search(r"os error (\d+)", str(error))):
             number = int(told[1])
-        if number not in FULL:
+        if number not in DISK_FULL:
             raise
         free = shutil.disk_usage(folder).free
         kept = states(folder)
