@@ -1,4 +1,13 @@
-"""CT-CLIP's image tower, slice backbones, classification heads and losses. One module, shared by every script.
+"""CT-CLIP's two towers (image, text), slice backbones, classification heads, losses and the loading of weights.
+
+This file works alone: copied into another project it needs torch and timm (which brings huggingface_hub and
+safetensors), and for prompts transformers. It imports nothing else of this project; every script imports it.
+
+    from ctclip_model import CTCLIPMultiAbnormalityModel, create_balanced_loss
+    model = CTCLIPMultiAbnormalityModel("models/ctclip_classfine.pt").eval()
+    logits = model(volume)                  # (B, 1, D, H, W), HU / 1000 in [-1, 1]  ->  (B, 18)
+
+    python ctclip_model.py                  runs every variant whose weights are there on one input
 
 Legend   B batch, D H W voxels (D slices, then the two in-plane axes: x, y), T h w tokens (T = D / temporal patch,
          h = w = in-plane size / patch), C width, N heads, K head width, L latent, S slices of a volume.
@@ -7,14 +16,14 @@ Legend   B batch, D H W voxels (D slices, then the two in-plane axes: x, y), T h
 Ladder   volume (B, 1, D, H, W)  ->  patches (B, T, h, w, C)  ->  spatial transformer over h*w  ->  temporal
          transformer over T  ->  nearest codebook rows (B, T, h, w, C)  ->  mean over T, one linear map  ->
          latent (B, L), L2-normalised  ->  ReLU, dropout, linear  ->  logits (B, 18).
-         Head "mlp" adds a small network to the last step. Head "attention" leaves the latent out: each label pools the
-         codebook rows (B, T, h, w, C) by an attention of its own  ->  logits (B, 18). Head "prompts", made by
-         the file's text tower (below), takes the latent without ReLU  ->  logits (B, n) of n findings.
+         Head "mlp" adds a small network to the last step. Head "attention" does not use the latent: each label pools
+         the codebook rows (B, T, h, w, C) by an attention of its own  ->  logits (B, 18). Head "prompts", computed by
+         the text tower (see there), takes the latent without ReLU  ->  logits (B, n) of n findings.
          Published size: (B, 1, 240, 480, 480) -> T = h = w = 24, C = 512, N = 8, K = 32, 8192 codes, L = 512.
 
 Attribute names of the tower (`visual_transformer`, `enc_spatial_transformer`, `layers.0.1.to_q`, `vq._codebook.embed`,
-...) are dictated by the published checkpoint, so that its keys load as they are; what is stripped or left out is in
-`PREFIXES` and `UNUSED_KEYS` below. The architecture is that of Hamamci et al., "Developing Generalist Foundation Models
+...) are dictated by the published checkpoint, so that its keys load as they are; `PREFIXES` and `UNUSED_KEYS` say what
+is stripped or dropped. The architecture is that of Hamamci et al., "Developing Generalist Foundation Models
 from a Multimodal Dataset for 3D Computed Tomography" (CT-CLIP); the code is our own.
 """
 
@@ -32,10 +41,11 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -49,6 +59,8 @@ from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from transformers import BertModel
+
+__version__ = "0.7.0"  # of ctclip; a copy of this file keeps it
 
 ABNORMALITIES = (
     "Medical material",
@@ -74,9 +86,9 @@ N_LABELS = len(ABNORMALITIES)
 
 CLASSFINE_PATH = "models/ctclip_classfine.pt"
 _HERE = Path(__file__).resolve().parent
-# ships with the code: in models/ of a checkout, in the package where that is installed (pyproject.toml)
+# Comes with the code: in models/ of a checkout, in the package where that is installed (pyproject.toml).
 DEMO_PATH = str(_HERE / ("ctclip/demo" if (_HERE / "ctclip" / "demo").is_dir() else "models") / "ctclip_demo.pt")
-# Names of weights files that everybody knows; a path says more about whoever has the file than about the file.
+# Names that may be written into a saved model as its origin; any other name or path may be private.
 PUBLISHED_FILES = (
     "ctclip_demo",
     "ctclip_classfine",
@@ -87,11 +99,11 @@ PUBLISHED_FILES = (
     "CT-CLIP_v2",
 )
 
-# Wrappers that published files put in front of their keys; removed from the left, in any order and number.
+# Prefixes that wrappers left in the keys of published files; removed from the left, in any order and number.
 PREFIXES = ("module.", "trained_model.")
 
-# Keys that may be in a file and that an image classifier does not use, with the reason. A file's key that is neither
-# used nor excused here is an error.
+# Keys that may be in a file and that an image classifier does not use, with the reason. Any other key that it does not
+# use is an error.
 UNUSED_KEYS = (
     ("text_transformer.", "text tower"),
     ("to_text_latent", "text tower"),
@@ -114,7 +126,7 @@ LINEAR_HEAD_KEYS = ("classifier.weight", "classifier.bias")  # ClassFine's
 # Arguments of the hub mixin that mean nothing for a local folder; its version 0.25 has two more than later ones.
 HUB_ONLY = ("revision", "cache_dir", "force_download", "proxies", "resume_download", "local_files_only", "token")
 
-# What a slice backbone sees: a cube of 360 mm at 3 x 1.6 x 1.6 mm, so that a slice is 224 x 224.
+# Volumes for slice backbones: 360 mm cubed at 3 x 1.6 x 1.6 mm, so that a slice has 224 x 224 pixels.
 SLICE_INPUT_SHAPE = (120, 224, 224)
 
 
@@ -213,8 +225,8 @@ class TowerSizes:
         return sizes
 
 
-def on_cpu_without_gradients(x: Tensor) -> bool:
-    """Whether the tower may run piece by piece, in place and through oneDNN: plain float32 inference on a CPU."""
+def is_plain_cpu_inference(x: Tensor) -> bool:
+    """Whether the tower may run in chunks, in place and through oneDNN: float32 on a CPU, no gradients, no tracing."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
@@ -224,27 +236,29 @@ def on_cpu_without_gradients(x: Tensor) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch's linear; on a CPU by oneDNN where torch has it.
+def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, by oneDNN in plain CPU inference.
 
-    That was faster than MKL, torch's own choice, on an AMD EPYC: by a tenth, by half with the 2,730 outputs of the
-    feed-forward (LOG.md). `_linear_pointwise` is what compiled models call; where it is absent, torch's linear stays.
+    oneDNN was faster than MKL, which F.linear uses, on an AMD EPYC: by a tenth, with the 2,730 outputs of the
+    feed-forward by half (LOG.md). `_linear_pointwise` is what compiled models call; without it, F.linear is used.
     """
-    wanted = torch.backends.mkldnn.enabled and on_cpu_without_gradients(x)
-    if wanted and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    available = torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if available and is_plain_cpu_inference(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
-    """A linear layer of the transformers: without gradients on a CPU by oneDNN."""
+    """A linear layer of the transformers."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return fast_linear(x, self.weight, self.bias)
 
 
 class Norm(nn.Module):
     """LayerNorm under the checkpoint's names: `gamma` is learned, `beta` is a fixed buffer of zeros."""
+
+    beta: Tensor
 
     def __init__(self, dim: int):
         super().__init__()
@@ -309,55 +323,60 @@ class GEGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         value, gate = x.chunk(2, dim=-1)
         gate = F.gelu(gate)
-        return gate.mul_(value) if on_cpu_without_gradients(x) else value * gate
+        return gate.mul_(value) if is_plain_cpu_inference(x) else value * gate
 
 
-class Transformer(nn.Module):
-    # Tokens of one piece on a CPU: what a layer makes of them, 25 MB in the feed-forward, stays near its cache, and few
-    # enough pieces that the threads seldom wait for each other.
-    PIECE = 2304
+class TransformerLayer(nn.ModuleList):
+    """Position encoding, attention and feed-forward, each with a residual connection.
 
-    def __init__(self, sizes: TowerSizes, depth: int):
-        super().__init__()
-        self.checkpointing = False  # keep only the layers' inputs for the backward pass and compute the rest again
+    The checkpoint numbers an unused cross attention (2) and, in the feed-forward, a dropout (3): hence the identities.
+    """
+
+    # Tokens of one chunk on a CPU: its activations, 25 MB in the feed-forward, stay near the cache, and the chunks are
+    # few enough that threads seldom wait for each other.
+    TOKENS_AT_ONCE = 2304
+
+    def __init__(self, sizes: TowerSizes):
         dim, inner = sizes.dim, sizes.feedforward
-        self.layers = nn.ModuleList()
-        for _ in range(depth):
-            # The gaps (index 2 here, 3 in the feed-forward) are the checkpoint's: it numbers an unused cross attention
-            # and a dropout.
-            feedforward = nn.Sequential(
-                nn.LayerNorm(dim),
-                Linear(dim, 2 * inner, bias=False),
-                GEGLU(),
-                nn.Identity(),
-                Linear(inner, dim, bias=False),
-            )
-            attention = Attention(dim, sizes.heads, sizes.dim_head)
-            self.layers.append(nn.ModuleList([PEG(dim), attention, nn.Identity(), feedforward]))
-        self.norm_out = Norm(dim)
+        feedforward = nn.Sequential(
+            nn.LayerNorm(dim),
+            Linear(dim, 2 * inner, bias=False),
+            GEGLU(),
+            nn.Identity(),
+            Linear(inner, dim, bias=False),
+        )
+        super().__init__([PEG(dim), Attention(dim, sizes.heads, sizes.dim_head), nn.Identity(), feedforward])
 
-    def forward(self, x: Tensor, grid_shape: tuple[int, int, int, int], bias: Tensor | None = None) -> Tensor:
-        for layer in self.layers:
-            is_open = x.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
-            if self.checkpointing and torch.is_grad_enabled() and is_open:
-                # No random numbers are drawn in a layer, so none need restoring.
-                x = checkpoint(self._run, layer, x, grid_shape, bias, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = self._run(layer, x, grid_shape, bias)
-        return self.norm_out(x)
-
-    @classmethod
-    def _run(cls, layer: nn.ModuleList, x: Tensor, grid_shape: tuple[int, ...], bias: Tensor | None) -> Tensor:
-        peg, attention, _, feedforward = layer
-        if not on_cpu_without_gradients(x):
+    def forward(self, x: Tensor, grid_shape: tuple[int, int, int, int], bias: Tensor | None) -> Tensor:
+        """(sequences, tokens, C) -> the same shape"""
+        peg, attention, _, feedforward = self
+        if not is_plain_cpu_inference(x):
             x = peg(x, grid_shape) + x
             x = attention(x, bias) + x
             return feedforward(x) + x
         x = peg(x, grid_shape).add_(x)
-        for piece in x.split(max(1, cls.PIECE // x.shape[1])):  # sequences, of which none looks at another from here on
-            piece += attention(piece, bias)
-            piece += feedforward(piece)
+        for chunk in x.split(max(1, self.TOKENS_AT_ONCE // x.shape[1])):  # from here on sequences are independent
+            chunk += attention(chunk, bias)
+            chunk += feedforward(chunk)
         return x
+
+
+class Transformer(nn.Module):
+    def __init__(self, sizes: TowerSizes, depth: int):
+        super().__init__()
+        self.checkpointing = False  # keep only the layers' inputs for the backward pass and recompute the rest
+        self.layers = nn.ModuleList([TransformerLayer(sizes) for _ in range(depth)])
+        self.norm_out = Norm(sizes.dim)
+
+    def forward(self, x: Tensor, grid_shape: tuple[int, int, int, int], bias: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            trains = x.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
+            if self.checkpointing and torch.is_grad_enabled() and trains:
+                # No random numbers are drawn in a layer, so none need restoring.
+                x = checkpoint(layer, x, grid_shape, bias, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, grid_shape, bias)
+        return self.norm_out(x)
 
 
 class SpatialBias(nn.Module):
@@ -374,14 +393,13 @@ class SpatialBias(nn.Module):
         self.net.append(nn.Linear(dim, heads))
 
     def forward(self, h: int, w: int) -> Tensor:
-        device, dtype = self.net[2].weight.device, self.net[2].weight.dtype
-        dy = torch.arange(1 - h, h, device=device)
-        dx = torch.arange(1 - w, w, device=device)
-        offsets = torch.cartesian_prod(dy, dx).to(dtype)  # ((2h-1)(2w-1), 2)
+        like = next(self.parameters())
+        rows, columns = (torch.arange(n, device=like.device) for n in (h, w))
+        dy, dx = (torch.arange(1 - n, n, device=like.device) for n in (h, w))
+        offsets = torch.cartesian_prod(dy, dx).to(like.dtype)  # ((2h-1)(2w-1), 2)
         x = offsets.sign() * torch.log(offsets.abs() + 1)
         for layer in self.net:
             x = layer(x)
-        rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
         row_index = rows[:, None] - rows[None, :] + h - 1  # (h, h)
         column_index = columns[:, None] - columns[None, :] + w - 1  # (w, w)
         pairs = row_index[:, None, :, None] * (2 * w - 1) + column_index[None, :, None, :]  # (h, w, h, w)
@@ -390,18 +408,21 @@ class SpatialBias(nn.Module):
 
 
 class Codebook(nn.Module):
+    """A buffer, so that neither an optimiser nor `requires_grad_` changes it: it stays fixed when the tower trains."""
+
+    embed: Tensor
+
     def __init__(self, codes: int, dim: int):
         super().__init__()
-        # A buffer, so that no optimiser and no `requires_grad_` can move it: it stays fixed when the tower is trained.
         embed = torch.empty(1, codes, dim)
-        # Without storage there is nothing to draw, and torch would import packages for half a second to do it.
+        # On the meta device there is nothing to draw, and torch would import packages for half a second to do it.
         self.register_buffer("embed", embed if embed.is_meta else embed.normal_())
 
 
 class Quantizer(nn.Module):
     """Replaces each token by the codebook row of highest cosine similarity, as stored (not normalised)."""
 
-    CHUNK = 576  # tokens compared at once: bounds the similarity matrix to CHUNK x codes, 19 MB at the published size
+    TOKENS_AT_ONCE = 576  # bounds the similarity matrix to 576 x codes, 19 MB at the published size
 
     def __init__(self, codes: int, dim: int):
         super().__init__()
@@ -413,7 +434,7 @@ class Quantizer(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             codes = F.normalize(self._codebook.embed[0].float(), dim=-1)
             flat = F.normalize(tokens.reshape(-1, tokens.shape[-1]).float(), dim=-1)
-            ids = [linear(chunk, codes).argmax(-1) for chunk in flat.split(self.CHUNK)]
+            ids = [fast_linear(chunk, codes).argmax(-1) for chunk in flat.split(self.TOKENS_AT_ONCE)]
         return torch.cat(ids).view(tokens.shape[:-1])
 
     def lookup(self, ids: Tensor) -> Tensor:
@@ -424,7 +445,7 @@ class Quantizer(nn.Module):
         code = self.lookup(self.code_ids(tokens))
         if not tokens.requires_grad:
             return code
-        return tokens + (code - tokens).detach()  # straight-through: the look-up itself has no gradient
+        return tokens + (code - tokens).detach()  # straight-through: the lookup has no gradient of its own
 
 
 class Patchify(nn.Module):
@@ -441,15 +462,15 @@ class Patchify(nn.Module):
 
 
 class VisualTransformer(nn.Module):
-    """Volume -> tokens. The quantiser `vq` is applied by the caller, who may want the tokens on either side of it."""
+    """Volume -> tokens. The caller applies the quantiser `vq`: some need the tokens before it, some its codes."""
 
     def __init__(self, sizes: TowerSizes):
         super().__init__()
-        voxels = sizes.temporal_patch * sizes.patch**2
+        self.temporal_patch, voxels = sizes.temporal_patch, sizes.temporal_patch * sizes.patch**2
         self.to_patch_emb = nn.Sequential(
             Patchify(sizes.temporal_patch, sizes.patch),
             nn.LayerNorm(voxels),
-            nn.Linear(voxels, sizes.dim),  # not `Linear`: oneDNN adds up 4,000 numbers less exactly than MKL
+            nn.Linear(voxels, sizes.dim),  # not `Linear`: oneDNN sums 4,000 products less exactly than MKL
             nn.LayerNorm(sizes.dim),
         )
         self.spatial_rel_pos_bias = SpatialBias(sizes.bias_dim, sizes.heads)
@@ -468,19 +489,19 @@ class VisualTransformer(nn.Module):
         return x.view(B, h, w, T, -1).movedim(3, 1).contiguous()  # (B, T, h, w, C)
 
     def _embed(self, volume: Tensor) -> Tensor:
-        """(B, 1, D, H, W) -> (B, T, h, w, C); on a CPU slab by slab, so that no copy of the volume is made at once."""
-        if not on_cpu_without_gradients(volume):
+        """(B, 1, D, H, W) -> (B, T, h, w, C); in CPU inference slab by slab, without a copy of the volume."""
+        if not is_plain_cpu_inference(volume):
             return self.to_patch_emb(volume)
-        slabs = volume.split(self.to_patch_emb[0].temporal_patch, dim=2)
+        slabs = volume.split(self.temporal_patch, dim=2)
         return torch.cat([self.to_patch_emb(slab) for slab in slabs], dim=1)
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Parameters to layers from input to output, in the form of timm's models: stem, spatial, temporal layers."""
+        """timm's patterns that group parameters into layers, from input to output: stem, spatial, temporal layers."""
 
-        def layers(name: str):
+        def layers(name: str) -> str | list[tuple[str, tuple[int] | None]]:
             if coarse:
                 return rf"^{name}"
-            return [(rf"^{name}\.layers\.(\d+)", None), (rf"^{name}\.norm_out", (99999,))]  # timm: with the one before
+            return [(rf"^{name}\.layers\.(\d+)", None), (rf"^{name}\.norm_out", (99999,))]  # joins the last layer
 
         return {
             "stem": r"^to_patch_emb|^spatial_rel_pos_bias",
@@ -496,26 +517,26 @@ class VisualTransformer(nn.Module):
 
 def zero_linear(inputs: int, outputs: int = N_LABELS) -> nn.Linear:
     """(..., inputs) -> logits (..., outputs), exactly 0 at the start."""
-    linear = nn.Linear(inputs, outputs)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def unit_input_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer for inputs of length about 1, as latents are, that gives entries of about 1."""
-    linear = nn.Linear(inputs, outputs)
-    nn.init.normal_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
+    """A linear layer for inputs of length about 1, as latents are, with outputs of about 1."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class MLPHead(nn.Linear):
     """ClassFine's linear head plus a residual branch with one hidden layer: (B, L) after ReLU and dropout -> (B, 18).
 
-    The branch starts at 0, so that the head starts from the linear head's answers where the file has some. For findings
-    that show in combinations of the latent's features, given volumes enough to learn these (600 phantoms gained
-    nothing); like the linear head it sees no more than the mean over depth. Costs nothing next to the latent.
+    The branch starts at 0, so that training starts from the linear head's logits where the file has that head. For
+    findings that show in combinations of the latent's features, with enough volumes to learn these (600 phantoms gained
+    nothing). Like the linear head it sees only the mean over depth. Its cost is negligible beside the latent's.
     """
 
     def __init__(self, inputs: int, hidden: int = 256, dropout: float = 0.3):
@@ -527,7 +548,7 @@ class MLPHead(nn.Linear):
         self.out = zero_linear(hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Of length about 1, like the latent itself, so that one learning rate suits both branches.
+        # Scaled to length about 1, like the latent, so that one learning rate suits both branches.
         hidden = F.gelu(self.hidden(x)) / math.sqrt(self.hidden.out_features)
         return super().forward(x) + self.out(self.dropout(hidden))
 
@@ -535,18 +556,17 @@ class MLPHead(nn.Linear):
 class AttentionHead(nn.Module):
     """One learned query per label pools a volume's tokens: codes (B, T, h, w) or tokens (B, T, h, w, C) -> (B, 18).
 
-    A small network gives each token by itself hidden features, and from them, per label, a score (query . features) and
-    its evidence for the finding (output weight . features). With position terms for depth, row and column,
+    A small network computes hidden features for each token alone, and from them, per label, a score (query . features)
+    and evidence for the finding (output weight . features). With position terms for depth, row and column,
 
         attention = softmax over the T*h*w tokens of (score + position),   logit = bias + sum(attention * evidence).
 
-    Tokens are rows of the codebook. Summed code by code instead of token by token, the logit is the attention-weighted
-    histogram over codes times the table of their evidence: score and evidence of the whole codebook are computed once
-    for a batch, as a (codes, 2 * 18) table, and its volumes only gather from it.
+    Tokens are rows of the codebook, so score and evidence are computed once per batch for the whole codebook, as a
+    (codes, 2 * 18) table from which the volumes gather.
 
-    For small findings, which the latent's mean over depth thins out. 28 KB of codes per volume are all it needs; a
-    training step costs some milliseconds per volume on CPU. It starts from nothing, also where the file has ClassFine's
-    head, and learns where to look from labels of whole volumes: with some hundred of them, compare it with "linear".
+    For small findings, which the latent's mean over depth averages away. It needs 28 KB of codes per volume, and a
+    training step takes some milliseconds per volume on CPU. It starts untrained, also where the file has ClassFine's
+    head, and learns where to look from labels of whole volumes: with a few hundred of them, compare it with "linear".
     """
 
     def __init__(self, dim: int, grid: tuple[int, int, int], hidden: int = 128, dropout: float = 0.3):
@@ -567,7 +587,7 @@ class AttentionHead(nn.Module):
         return (attention * evidence).sum((2, 3, 4)) + self.evidence.bias
 
     def attend(self, x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` takes -> attention and evidence, (B, 18, T, h, w) each; attention sums to 1 over T*h*w.
+        """`forward`'s input -> attention and evidence, (B, 18, T, h, w) each; attention sums to 1 over T*h*w.
 
         In float32 whatever the surrounding precision: half precision has too few digits for 13,824 shares of 1.
         """
@@ -580,10 +600,10 @@ class AttentionHead(nn.Module):
             return attention.movedim(-1, 1), evidence.movedim(-1, 1)
 
     def _table(self, tokens: Tensor) -> Tensor:
-        """(..., C) -> scores and evidence, (..., 2 * 18), of each token by itself.
+        """(..., C) -> scores and evidence, (..., 2 * 18), of each token alone.
 
-        The quantiser compares directions only, so that the length of a code is free to say something of its own: its
-        logarithm goes in beside the direction.
+        The quantiser compares directions only, so the length of a code may carry information of its own: its logarithm
+        is an input beside the direction.
         """
         length = tokens.norm(dim=-1, keepdim=True).clamp(min=1e-6).log10()
         hidden = F.gelu(self.hidden(torch.cat([F.normalize(tokens, dim=-1), length], dim=-1)))
@@ -591,8 +611,8 @@ class AttentionHead(nn.Module):
         return F.linear(self.dropout(hidden), torch.cat([self.query.weight, self.evidence.weight]))
 
     def _position(self, T: int) -> Tensor:
-        """(T, h, w, 18). A depth other than the usual is taken as the same extent in other steps."""
-        depth = self.depth
+        """(T, h, w, 18). Another depth is taken as the same extent in other steps."""
+        depth: Tensor = self.depth
         if depth.shape[1] != T:
             depth = F.interpolate(depth[None], T, mode="linear")[0]
         row, column = self.row.T[:, None], self.column.T  # (h, 1, 18), (w, 18)
@@ -605,7 +625,7 @@ HEADS = ("linear", "mlp", "attention", "prompts")
 def create_head(name: str, sizes: TowerSizes, dropout: float, outputs: int = N_LABELS) -> nn.Module:
     """The head of a CT-CLIP variant; its logits are exactly 0 until it is trained or loaded.
 
-    `outputs`: how many labels; other than the 18 with "prompts" only.
+    `outputs`: number of labels; only "prompts" takes another one than 18.
     """
     if name == "mlp":
         return MLPHead(sizes.latent, dropout=dropout)
@@ -621,14 +641,14 @@ def create_head(name: str, sizes: TowerSizes, dropout: float, outputs: int = N_L
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a weights file's tensors, every one counted once, and where the head came from."""
+    """Counts of a weights file's tensors by what was done with them, each counted once, and the head's origin."""
 
     path: str
     loaded: int
     dropped: dict[str, int]  # reason -> number of tensors
-    new: tuple[str, ...]  # tensors of the model that start fresh: neither in the file nor made from its text tower
-    head: str = ""
-    no_prompts_reason: str | None = None  # of a new head, where the file's text tower was to make one: what it lacked
+    new: tuple[str, ...]  # tensors of the model that are neither in the file nor computed by its text tower
+    head: str
+    no_prompts_reason: str | None = None  # why the text tower could not make the head, where it should have
 
     def __str__(self) -> str:
         dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "none"
@@ -639,7 +659,7 @@ class LoadReport:
 
 
 def saved_config(folder: Path) -> dict:
-    """config.json of a saved model. Raises CheckpointError where it is absent, damaged or some other program's."""
+    """config.json of a saved model. Raises CheckpointError where it is absent, damaged or another program's."""
     path, remedy = folder / "config.json", "copy it again from where the model was saved"
     if not path.is_file():
         raise CheckpointError(f"{path}: found no such file, expected the one that is saved with the weights; {remedy}")
@@ -648,7 +668,7 @@ def saved_config(folder: Path) -> dict:
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: found no JSON ({error}), expected a saved model's sizes; {remedy}") from error
     if not isinstance(config, dict) or config.get("ctclip_path", "") is not None:
-        raise CheckpointError(f"{path}: found another content than a saved model's, expected its sizes; {remedy}")
+        raise CheckpointError(f"{path}: found other content than a saved model's, expected its sizes; {remedy}")
     return config
 
 
@@ -659,14 +679,14 @@ def published_name(path: str | os.PathLike) -> str:
 
 
 def existing_weights(path: str | os.PathLike) -> Path:
-    """`path`; where there is no such file, the slim copy that `ctclip_setup.py --slim` put in its place, if it did."""
+    """`path`, or the slim copy (`ctclip_setup.py --slim`) where only that is there."""
     path = Path(path)
     slim = path.with_suffix(".safetensors")
     return slim if not path.exists() and slim.is_file() and is_slim_copy(slim, path) else path
 
 
 def is_slim_copy(slim: Path, path: Path) -> bool:
-    """Whether a .safetensors file says that it was made from `path`; True for a damaged one: reading it says more."""
+    """Whether a .safetensors file was made from `path`; also True for a damaged one, so that loading reports that."""
     try:
         with safe_open(slim, framework="pt") as file:
             return (file.metadata() or {}).get(SLIM_OF) == path.name
@@ -683,11 +703,21 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"CT-CLIP model not found: run python ctclip_setup.py first (no file at {path})")
+    state = _read_file(path)
+    if not isinstance(state, dict) or not state:
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a non-empty dictionary of tensors")
+    others = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(f"{path}: {', '.join(others[:5])} are not tensors; expected a plain state dict")
+    return _without_prefixes(path, state)
+
+
+def _read_file(path: Path) -> Any:
+    """What the file holds; every way in which it cannot be read is a CheckpointError."""
     try:
         if path.suffix == ".safetensors":
-            state = _mapped(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mapped(path))
+            return _mapped(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and was refused (loading it could run code). "
@@ -699,12 +729,6 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
             f"{path} is not a readable weights file ({reason}); if a download was cut off, delete it and run "
             "python ctclip_setup.py again"
         ) from error
-    if not isinstance(state, dict) or not state:
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a non-empty dictionary of tensors")
-    strange = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise CheckpointError(f"{path}: {', '.join(strange[:5])} are not tensors; expected a plain state dict")
-    return _without_prefixes(path, state)
 
 
 def _mapped(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -713,8 +737,8 @@ def _mapped(path: str | os.PathLike) -> dict[str, Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
 
 
-def _is_mapped(path: Path) -> bool:
-    """Whether `read_checkpoint` maps the file; torch's old, non-zip format cannot be mapped."""
+def _can_be_mapped(path: Path) -> bool:
+    """False for torch's old, non-zip format, which is read whole."""
     return path.suffix == ".safetensors" or zipfile.is_zipfile(path)
 
 
@@ -744,56 +768,68 @@ def _without_prefixes(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]
         while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
             name = name[len(prefix) :]
         if name in stripped:
-            raise CheckpointError(f"{path} holds '{name}' twice, under different prefixes: which one is meant?")
+            raise CheckpointError(f"{path} holds '{name}' twice, under different prefixes; expected each tensor once")
         stripped[name] = value
     return stripped
 
 
-def _unused_reason(key: str) -> str | None:
+def unused_reason(key: str) -> str | None:
+    """Why an image classifier does not use this key of a file; None where no reason is known."""
     return next((reason for part, reason in UNUSED_KEYS if key.startswith(part) or part in f".{key}"), None)
 
 
-def load_tower(
-    model: nn.Module, state: dict[str, Tensor], path: str, made: dict[str, Tensor] | None = None
-) -> LoadReport:
-    """Gives `model` the tensors of the file at `path`; every key on either side is loaded, excused, or an error.
+def load_tower(model: nn.Module, state: dict[str, Tensor], path: Path, head: HeadStart) -> LoadReport:
+    """Gives `model` the tensors of the file at `path`; every key of either is loaded, dropped by name, or an error.
 
-    `state`: what `read_checkpoint(path)` gave.
-
-    The head (`classifier.*`) is the one part that a file may lack: it then keeps its start values and is reported.
-    ClassFine's linear head is dropped where the model's head has no place for it, or takes the tensors in `made`.
+    `state`: what `read_checkpoint(path)` gave. The head (`classifier.*`) is the one part that a file may lack: it then
+    keeps its start values and is reported. ClassFine's linear head is dropped where the model has another one.
     """
-    own, made = model.state_dict(), made or {}
+    own = model.state_dict()
+    used: list[str] = []
     dropped: dict[str, int] = {}
-    unexpected, loaded = [], dict(made)
-    for key, value in state.items():
-        if key in own and key not in made:
-            loaded[key] = value
-        elif reason := "ClassFine's linear head" if key in LINEAR_HEAD_KEYS else _unused_reason(key):
+    unexpected: list[str] = []
+    for key in state:
+        if key in own and key not in head.tensors:
+            used.append(key)
+        elif reason := "ClassFine's linear head" if key in LINEAR_HEAD_KEYS else unused_reason(key):
             dropped[reason] = dropped.get(reason, 0) + 1
         else:
             unexpected.append(key)
-    new = tuple(key for key in own if key not in loaded and key.startswith("classifier."))
-    missing = [key for key in own if key not in loaded and key not in new]
-    misfits = [
+    absent = [key for key in own if key not in used and key not in head.tensors]
+    new = tuple(key for key in absent if key.startswith("classifier."))
+    problems = {
+        "missing": [key for key in absent if key not in new],
+        "unexpected": unexpected,
+        "wrong shape": _wrong_shapes(own, {key: state[key] for key in used} | head.tensors),
+        "half a head": _half_a_head(new),
+    }
+    listed = [f"{problem}: {_first_five(keys)}" for problem, keys in problems.items() if keys]
+    if listed:
+        raise CheckpointError(f"{path} does not fit a CT-CLIP image tower ({'; '.join(listed)}). Nothing was loaded")
+    read = partial(read_checkpoint, path) if _can_be_mapped(path) else lambda: state
+    copies = _in_memory(read, {key: own[key] for key in used})
+    model.load_state_dict({key: own[key] for key in new} | head.tensors | copies, assign=True)
+    if head.tensors and "text tower" in dropped:
+        dropped["text tower, once made into the head"] = dropped.pop("text tower")
+    return LoadReport(str(path), len(used), dropped, new, f"{head.name}, {head.origin(new)}", head.no_prompts_reason)
+
+
+def _wrong_shapes(own: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    return [
         f"{key} is {tuple(value.shape)}, expected {tuple(own[key].shape)}"
-        for key, value in loaded.items()
+        for key, value in found.items()
         if value.shape != own[key].shape
     ]
-    problems = [
-        f"{title}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
-        for title, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misfits))
-        if keys
-    ]
-    half = [key for key in LINEAR_HEAD_KEYS if key in new]
-    if len(half) == 1:
-        problems.append(f"half a head: {half[0]} is missing")
-    if problems:
-        raise CheckpointError(f"{path} does not fit a CT-CLIP image tower ({'; '.join(problems)}). Nothing was loaded")
-    read = partial(read_checkpoint, path) if _is_mapped(Path(path)) else lambda: state
-    copies = _in_memory(read, {key: own[key] for key in loaded if key not in made})
-    model.load_state_dict({key: own[key] for key in new} | made | copies, assign=True)
-    return LoadReport(path, len(loaded) - len(made), dropped, new)
+
+
+def _half_a_head(new: Sequence[str]) -> list[str]:
+    absent = [f"{key} is missing" for key in LINEAR_HEAD_KEYS if key in new]
+    return absent if len(absent) == 1 else []
+
+
+def _first_five(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return ", ".join(keys[:5]) + more
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -808,18 +844,18 @@ def load_tower(
 # p(present) is published as the softmax over a pair of similarities exp(temperature) * (image latent . text latent).
 # That is the sigmoid of (weight . image latent): no text is encoded at prediction time, and the latent has no ReLU.
 #
-# Two things are needed that a classifier otherwise does without: the package transformers (its BertModel, and
-# tokenizers, which comes with it), and the vocabulary of the text tower, one file of a public model repository.
+# This needs the package transformers (its BertModel, and tokenizers, which comes with it) and the vocabulary of the
+# text tower, one file of a public model repository.
 # ----------------------------------------------------------------------------------------------------------------------
 
 VOCABULARY_REPOSITORY = "microsoft/BiomedVLP-CXR-BERT-specialized"
 VOCABULARY_FILE = "vocab.txt"
 TEXT_TOWER = "text_transformer."
 TEXT_TOWER_UNUSED = ("embeddings.position_ids", "pooler.")  # 0, 1, 2, ...; not called by the published code
-ATTENTION_HEADS = {768: 12, 24: 2}  # by width: no shape tells them. BERT's base size, and the tests'
+ATTENTION_HEADS = {768: 12, 24: 2}  # by width, because no shape tells: BERT's base size, and the tests'
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-RESERVED = (*SPECIAL, "[MASK]")  # read as signs of BERT's own where a text has them
-UNREAD_CATEGORIES = ("Mn", "Cc", "Cf", "Cn", "Co", "Cs")  # what BERT's tokeniser drops: accents, control
+RESERVED = (*SPECIAL, "[MASK]")  # tokenised as special tokens where a text has them
+UNREAD_CATEGORIES = ("Mn", "Cc", "Cf", "Cn", "Co", "Cs")  # what BERT's tokeniser drops: accents, control characters
 PROMPTS_AT_ONCE = 12  # 36 of them take a second, and their activations next to no memory
 
 
@@ -830,10 +866,10 @@ def vocabulary_path(weights: Path) -> Path:
 
 @dataclass(frozen=True)
 class Prompts:
-    """n findings and, for each, a text that says that it is there and one that says that it is not.
+    """n findings and, for each, a text that says that it is present and one that says that it is absent.
 
-    Raises PromptError for no finding at all, one whose name or text has nothing that the text tower reads, one that
-    occurs twice as it is read, and a text with one of BERT's own signs.
+    Raises PromptError where there is no finding, where a name or text is empty or a finding occurs twice (both after
+    `normalised`), and for a text with one of BERT's special tokens.
     """
 
     names: tuple[str, ...]
@@ -852,16 +888,16 @@ class Prompts:
             found = f"found '{twice}' twice, expected every finding once"
             raise PromptError(f"{found} (neither case nor accents are read); remove one")
         for name, *texts in zip(self.names, self.present, self.absent, strict=True):
-            sign = next((sign for sign in RESERVED if any(sign in text for text in texts)), None)
-            if sign is not None:
-                found = f"found {sign} in a text of '{name}', expected words"
-                raise PromptError(f"{found}, because that is a sign of the text tower's own; word it otherwise")
+            special = next((token for token in RESERVED if any(token in text for text in texts)), None)
+            if special is not None:
+                found = f"found {special} in a text of '{name}', expected words"
+                raise PromptError(f"{found}, because that is a special token of the text tower; word it otherwise")
 
     @classmethod
     def from_names(cls, names: Sequence[str]) -> Prompts:
         """The published wording for these findings."""
-        names = tuple(names)
-        return cls(names, tuple(f"{name} is present." for name in names), tuple(f"{n} is not present." for n in names))
+        present, absent = ([f"{name} is {verb}." for name in names] for verb in ("present", "not present"))
+        return cls(tuple(names), tuple(present), tuple(absent))
 
     def pairs(self) -> list[str]:
         """(2n) texts, present and absent in turn."""
@@ -869,9 +905,9 @@ class Prompts:
 
 
 def normalised(text: str) -> str:
-    """What the text tower reads of a text: no case, accents, control or invisible signs, single spaces."""
+    """A text as BERT's tokeniser sees it: no case, accents, control or invisible characters, single spaces."""
     spaced = " ".join(unicodedata.normalize("NFD", text).split())
-    kept = (sign for sign in spaced if unicodedata.category(sign) not in UNREAD_CATEGORIES and sign != "\ufffd")
+    kept = (c for c in spaced if unicodedata.category(c) not in UNREAD_CATEGORIES and c != "\ufffd")
     return "".join(kept).strip().lower()
 
 
@@ -892,14 +928,14 @@ class Vocabulary:
             pieces = content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
         except FileNotFoundError as error:
             raise PromptError(
-                f"found no vocabulary at {path}, expected vocab.txt of {VOCABULARY_REPOSITORY}; to fetch it into "
+                f"no vocabulary found at {path}, expected vocab.txt of {VOCABULARY_REPOSITORY}; to fetch it into "
                 "models/: python ctclip_setup.py --model zeroshot (or vocabfine)"
             ) from error
         except (OSError, UnicodeDecodeError) as error:
             raise PromptError(f"{path}: found no text ({error}), expected a vocabulary; fetch it again") from error
-        lacking = [piece for piece in SPECIAL if piece not in pieces]
-        if lacking:
-            found = f"{path}: found a vocabulary without {', '.join(lacking)}"
+        missing = [piece for piece in SPECIAL if piece not in pieces]
+        if missing:
+            found = f"{path}: found a vocabulary without {', '.join(missing)}"
             raise PromptError(f"{found}, expected BERT's; fetch {VOCABULARY_REPOSITORY}'s vocab.txt again")
         return cls(path, tuple(pieces), content)
 
@@ -907,32 +943,32 @@ class Vocabulary:
 def tokenise(prompts: Prompts, vocabulary: Vocabulary, positions: int) -> tuple[Tensor, Tensor]:
     """-> ids and mask (2n, S) int64, rows present and absent in turn: BERT's [CLS], lower-cased word pieces, [SEP].
 
-    No word is cut off or passed over: raises PromptError for a text of more than `positions` tokens, and for one with
-    signs that the vocabulary does not know. Case, accents, control and invisible signs are not read: see `normalised`.
+    No word is cut off or skipped: raises PromptError for a text of more than `positions` tokens, and for one with
+    words that the vocabulary does not cover. Case, accents and control characters are ignored: see `normalised`.
     """
-    with _optional():
+    with _transformers_needed():
         from tokenizers import BertWordPieceTokenizer
     table = {piece: row for row, piece in enumerate(vocabulary.pieces)}
     encoded = BertWordPieceTokenizer(table, lowercase=True).encode_batch(prompts.pairs())
-    for row, found in enumerate(encoded):
-        name = prompts.names[row // 2]
-        if len(found.ids) > positions:
-            said = f"found {len(found.ids)} tokens in a text of '{name}', expected at most {positions}"
-            raise PromptError(f"{said}, which is all that the text tower takes; shorten it")
-        if "[UNK]" in found.tokens:
-            said = f"found words in a text of '{name}' that the text tower's vocabulary cannot spell"
-            raise PromptError(f"{said}, expected English; word it otherwise")
-    longest = max(len(found.ids) for found in encoded)
+    for row, text in enumerate(encoded):
+        subject = f"a text of '{prompts.names[row // 2]}'"
+        if len(text.ids) > positions:
+            found = f"{subject} has {len(text.ids)} tokens, expected at most {positions}"
+            raise PromptError(f"{found}, the text tower's limit; shorten it")
+        if "[UNK]" in text.tokens:
+            found = f"{subject} has words that the text tower's vocabulary cannot spell"
+            raise PromptError(f"{found}, expected English; word it otherwise")
+    longest = max(len(text.ids) for text in encoded)
     ids = torch.full((len(encoded), longest), table["[PAD]"], dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for row, found in enumerate(encoded):
-        ids[row, : len(found.ids)] = torch.tensor(found.ids)
-        mask[row, : len(found.ids)] = 1
+    for row, text in enumerate(encoded):
+        ids[row, : len(text.ids)] = torch.tensor(text.ids)
+        mask[row, : len(text.ids)] = 1
     return ids, mask
 
 
 @contextmanager
-def _optional() -> Iterator[None]:
+def _transformers_needed() -> Iterator[None]:
     """Around an import of transformers or tokenizers: absent, or too old for this torch, is one line."""
     try:
         with warnings.catch_warnings():
@@ -941,24 +977,24 @@ def _optional() -> Iterator[None]:
     except ImportError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PromptError(
-            f"found no usable transformers ({reason}), expected the package, which encodes the prompts; "
+            f"the package transformers cannot be imported ({reason}), expected it, because it encodes the prompts; "
             "pip install transformers"
         ) from error
 
 
 @contextmanager
-def _quiet(logging) -> Iterator[None]:
-    """transformers' `logging` says nothing but errors inside the block."""
-    before = logging.get_verbosity()
+def _errors_only(logging: Any) -> Iterator[None]:
+    """Inside the block, a package's `logging` (transformers', huggingface_hub's) reports errors only."""
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
 
 
 def text_tower_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of a checkpoint's text tower that are computed with, under BertModel's names.
+    """The tensors of a checkpoint's text tower that it computes with, under BertModel's names.
 
     `state`: prefixes removed, as `read_checkpoint` gives it. Raises PromptError where there are none.
     """
@@ -969,25 +1005,25 @@ def text_tower_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
     if not tensors or "to_text_latent.weight" not in state or "temperature" not in state:
         raise PromptError(
-            "found no text tower in the file, expected one, because prompts are encoded by it; "
+            "no text tower found in the file, expected one, because it encodes the prompts; "
             "use a zero-shot or VocabFine file"
         )
     return tensors
 
 
-def bert_sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """BertConfig's sizes, read off the shapes; the attention heads by the width. Raises PromptError."""
+def bert_sizes(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """BertConfig's arguments, read off the shapes; the attention heads by the width. Raises PromptError."""
 
     def shape(key: str) -> torch.Size:
         if key not in tensors or tensors[key].ndim != 2:
-            raise PromptError(f"found no matrix {TEXT_TOWER}{key} in the file, expected BERT's; fetch the file again")
+            raise PromptError(f"no matrix {TEXT_TOWER}{key} found in the file, expected BERT's; fetch the file again")
         return tensors[key].shape
 
     words, width = shape("embeddings.word_embeddings.weight")
     if width not in ATTENTION_HEADS:
         known = " or ".join(map(str, ATTENTION_HEADS))
-        found = f"found a text tower of width {width}, expected {known}"
-        raise PromptError(f"{found}: a file does not tell its attention heads; add them to ATTENTION_HEADS")
+        found = f"the text tower has width {width}, expected {known}"
+        raise PromptError(f"{found}: no shape tells the number of attention heads; add it to ATTENTION_HEADS")
     return {
         "vocab_size": words,
         "hidden_size": width,
@@ -1000,23 +1036,23 @@ def bert_sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def text_tower(state: dict[str, Tensor]) -> BertModel:
-    """The checkpoint's BERT in float32 and evaluation mode, on its tensors as they are in memory (or mapped there).
+    """The checkpoint's BERT in float32 and evaluation mode. It uses the given (perhaps mapped) tensors without a copy.
 
-    Raises PromptError for a tensor too many, too few or of another shape.
+    Raises PromptError for missing, extra or misshapen tensors.
     """
     tensors = {key: value.float() for key, value in text_tower_tensors(state).items()}
     sizes = bert_sizes(tensors)
-    with _optional():
+    with _transformers_needed():
         from transformers import BertConfig, BertModel
         from transformers.utils import logging
 
-        with _quiet(logging), torch.device("meta"):  # no memory, no random numbers
+        with _errors_only(logging), torch.device("meta"):  # no memory, no random numbers
             tower = BertModel(BertConfig(**sizes), add_pooling_layer=False)
-    wanted, found = ({key: value.shape for key, value in side.items()} for side in (tower.state_dict(), tensors))
-    strange = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-    if strange:
-        some = f"{TEXT_TOWER}{strange[0]}" + f" and {len(strange) - 1} more" * (len(strange) > 1)
-        raise PromptError(f"found tensors missing, extra or misshapen ({some}), expected BERT's; fetch the file again")
+    expected, found = ({key: value.shape for key, value in side.items()} for side in (tower.state_dict(), tensors))
+    wrong = sorted(TEXT_TOWER + key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    if wrong:
+        raise PromptError(f"the text tower has missing, extra or misshapen tensors ({_first_five(wrong)}), expected "
+                          "BERT's; fetch the file again")  # fmt: skip
     tower.load_state_dict(tensors, assign=True)
     return tower.eval().requires_grad_(False)
 
@@ -1025,14 +1061,14 @@ def text_tower(state: dict[str, Tensor]) -> BertModel:
 def text_latents(state: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
     """Token ids and mask (n, S), int64, 1 where there is a token -> latents (n, L) float32, L2-normalised.
 
-    How many tokens of padding there are changes nothing. Raises PromptError where `state` has no usable text tower.
+    The amount of padding changes nothing. Raises PromptError where `state` has no usable text tower.
     """
     tower, projection = text_tower(state), state["to_text_latent.weight"].float()
     rows = []
-    for part, seen in zip(ids.split(PROMPTS_AT_ONCE), mask.split(PROMPTS_AT_ONCE), strict=True):
-        places = torch.arange(part.shape[1]).expand_as(part)  # given, because the tower's own are on no device
+    for part, part_mask in zip(ids.split(PROMPTS_AT_ONCE), mask.split(PROMPTS_AT_ONCE), strict=True):
+        positions = torch.arange(part.shape[1]).expand_as(part)  # given, because the tower's own stayed on meta
         hidden = tower(
-            input_ids=part, attention_mask=seen, token_type_ids=torch.zeros_like(part), position_ids=places
+            input_ids=part, attention_mask=part_mask, token_type_ids=torch.zeros_like(part), position_ids=positions
         ).last_hidden_state  # (n, S, width)
         rows.append(F.normalize(F.linear(hidden[:, 0], projection), dim=-1))
     return torch.cat(rows)
@@ -1070,8 +1106,8 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _offline_if_unreachable() -> Iterator[None]:
-    """Without a way to the hub, its client is offline inside the block: weights from its cache or an error at once,
-    where it would otherwise retry every file name for 23 s."""
+    """Where the hub cannot be reached, its client is offline inside the block: weights come from its cache, or an error
+    comes at once. Otherwise the client would retry every file name for 23 s."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -1079,8 +1115,8 @@ def _offline_if_unreachable() -> Iterator[None]:
         try:
             urlopen(constants.ENDPOINT, timeout=5).close()
         except HTTPError:
-            pass  # it answers
-        except OSError as error:  # a certificate that only Python refuses is an answer too
+            pass  # it answered
+        except OSError as error:  # it also answered where only Python refuses its certificate
             constants.HF_HUB_OFFLINE = not isinstance(getattr(error, "reason", None), ssl.SSLError)
     try:
         yield
@@ -1096,14 +1132,11 @@ def create_backbone(name: str, pretrained: bool) -> nn.Module:
 
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
-        import difflib
-
-        close = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), n=3)) or "timm.list_models()"
+        close = ", ".join(get_close_matches(architecture, timm.list_models(), n=3)) or "timm.list_models()"
         raise ValueError(f"'{name}' is not a timm model; close names: {close}")
-    verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # a dozen lines of retries; the one that counts is raised below
     try:
-        with _offline_if_unreachable() if pretrained else nullcontext():
+        # Errors only: the client would print a dozen lines of retries, and the one that counts is raised below.
+        with _errors_only(hub_logging), _offline_if_unreachable() if pretrained else nullcontext():
             return timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="")
     except (OSError, RuntimeError) as error:  # no network, no access, or no such weights
         if not pretrained:
@@ -1112,8 +1145,6 @@ def create_backbone(name: str, pretrained: bool) -> nn.Module:
             f"ImageNet weights of '{name}' could not be fetched ({_reason(error)}). Connect to the network, or start "
             "from random weights on purpose with --no-pretrained (pretrained=False)"
         ) from error
-    finally:
-        hub_logging.set_verbosity(verbosity)
 
 
 class SliceBackbone(nn.Module):
@@ -1123,11 +1154,15 @@ class SliceBackbone(nn.Module):
     the backbone was trained with. Transformers' patch tokens are laid out as their square grid.
     """
 
+    net: Any
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, name: str, pretrained: bool):
         super().__init__()
         self.net = create_backbone(name, pretrained)
-        self.dim = self.net.num_features
-        mean, std = (torch.tensor(self.net.pretrained_cfg[k]).view(-1, 1, 1) for k in ("mean", "std"))
+        self.dim: int = self.net.num_features
+        mean, std = (torch.tensor(self.net.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         fixed = self.net.pretrained_cfg.get("fixed_input_size", False)
@@ -1145,7 +1180,7 @@ class SliceBackbone(nn.Module):
 
 
 def slice_triplets(volume: Tensor, count: int) -> Tensor:
-    """(B, 1, D, H, W) -> (B, S, 3, H, W): `count` evenly spaced slices, each with the one below and the one above."""
+    """(B, 1, D, H, W) -> (B, S, 3, H, W): `count` evenly spaced slices, each between its two neighbours."""
     depth = volume.shape[2]
     if depth < 3:
         raise ValueError(f"a volume of {depth} slices has no three adjacent ones; expected (B, 1, D, H, W) with D >= 3")
@@ -1163,8 +1198,9 @@ def _pool(maps: Tensor) -> Tensor:
 # The classifier
 # ----------------------------------------------------------------------------------------------------------------------
 
-def _labels(head: str | None, prompts: Prompts | None, labels: Sequence[str] | None) -> tuple[str, ...]:
-    """What the logits stand for, by the constructor's arguments."""
+
+def _label_names(head: str | None, prompts: Prompts | None, labels: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the logits, by the constructor's arguments."""
     if prompts is not None and head != "prompts":
         raise ValueError(f"prompts go with head='prompts', found head={head!r}; leave one of them out")
     default = ABNORMALITIES if prompts is None else prompts.names
@@ -1176,55 +1212,50 @@ def _labels(head: str | None, prompts: Prompts | None, labels: Sequence[str] | N
     return names
 
 
-def takes_prompts(head: str | None, state: dict[str, Tensor]) -> bool:
-    """Whether a model of this file and this argument `head` gets the prompt head."""
-    return head == "prompts" or (head is None and not any(key in state for key in LINEAR_HEAD_KEYS))
-
-
 @dataclass(frozen=True)
 class HeadStart:
-    """Which head a CT-CLIP model gets, and what it starts from: `tensors` made from the file's text tower."""
+    """The head of a CT-CLIP model, and the tensors that the file's text tower made for it (none: other heads)."""
 
     name: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
     no_prompts_reason: str | None = None
 
-    @classmethod
-    def of(
-        cls, head: str | None, path: Path, state: dict[str, Tensor], prompts: Prompts, weight: Tensor | None
-    ) -> HeadStart:
-        """`head`: None for the file's own. `weight`: of the prompt head, where it is known already.
-
-        Raises CheckpointError where "prompts" is asked for and cannot be made.
-        """
-        if not takes_prompts(head, state):
-            return cls(head or "linear")
-        try:
-            if weight is None:
-                text_tower_tensors(state)  # first: without it nothing else matters
-                weight = prompt_weights(state, prompts, Vocabulary.read(vocabulary_path(path)))
-        except PromptError as error:
-            if head is None:
-                return cls("linear", no_prompts_reason=str(error))
-            raise CheckpointError(f"{path}: {error}") from error
-        return cls("prompts", dict(zip(LINEAR_HEAD_KEYS, (weight, torch.zeros(len(weight))), strict=True)))
-
-    def told(self, report: LoadReport) -> LoadReport:
-        """The report with the head's origin in it."""
+    def origin(self, new: Sequence[str]) -> str:
+        """Where the head comes from, in words; `new`: the tensors of it that start fresh."""
         if self.tensors:
-            dropped = dict(report.dropped)
-            dropped["text tower, once made into the head"] = dropped.pop("text tower")
-            origin = f"for {len(self.tensors[LINEAR_HEAD_KEYS[0]])} findings, made from the file's text tower"
-        elif report.new:
-            linear_is_there = self.name == "mlp" and LINEAR_HEAD_KEYS[0] not in report.new
-            dropped, origin = report.dropped, "its linear part from the file" if linear_is_there else "new"
-        else:
-            dropped, origin = report.dropped, "from the file"
-        return replace(report, dropped=dropped, head=f"{self.name}, {origin}", no_prompts_reason=self.no_prompts_reason)
+            return f"for {len(self.tensors[LINEAR_HEAD_KEYS[0]])} findings, made from the file's text tower"
+        if not new:
+            return "from the file"
+        return "its linear part from the file" if self.name == "mlp" and LINEAR_HEAD_KEYS[0] not in new else "new"
 
 
-HEAD_PREFIXES = ("attention.", "classifier.")  # of all that is not backbone
-LATENT_CHUNK = 64  # volumes whose latents are computed at once from codes: 75 MB in between, at the published size
+def takes_prompts(head: str | None, state: dict[str, Tensor]) -> bool:
+    """Whether a model of this file and this argument `head` gets the prompt head."""
+    return head == "prompts" or (head is None and not any(key in state for key in LINEAR_HEAD_KEYS))
+
+
+def choose_head(
+    head: str | None, path: Path, state: dict[str, Tensor], prompts: Prompts, weight: Tensor | None
+) -> HeadStart:
+    """`head`: None for the file's own. `weight`: of the prompt head, where it was computed before.
+
+    Raises CheckpointError where "prompts" is asked for and cannot be made.
+    """
+    if not takes_prompts(head, state):
+        return HeadStart(head or "linear")
+    try:
+        if weight is None:
+            text_tower_tensors(state)  # first: without it nothing else matters
+            weight = prompt_weights(state, prompts, Vocabulary.read(vocabulary_path(path)))
+    except PromptError as error:
+        if head is None:
+            return HeadStart("linear", no_prompts_reason=str(error))
+        raise CheckpointError(f"{path}: {error}") from error
+    return HeadStart("prompts", dict(zip(LINEAR_HEAD_KEYS, (weight, torch.zeros(len(weight))), strict=True)))
+
+
+HEAD_PREFIXES = ("attention.", "classifier.")  # of all parameters outside the backbone
+LATENTS_AT_ONCE = 64  # computed from codes: 75 MB of intermediate values at the published size
 
 
 class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
@@ -1235,39 +1266,39 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         backbone: timm name, used when `ctclip_path` is None.
         attention: None, or "cbam" for channel and spatial attention on the slice backbone's feature map.
         pretrained: ImageNet weights for the slice backbone.
-        n_slices: how many slice triplets of a volume the slice variant looks at (cost and memory grow with it).
+        n_slices: number of slice triplets that the slice variant takes from a volume (cost and memory grow with it).
         dropout: in the head, in training.
-        sizes: of a CT-CLIP tower with random weights, for `from_pretrained` and for training one from nothing.
-        head: of a CT-CLIP variant; a slice backbone has "linear" only. None takes what the file has: ClassFine's linear
-            head, or from any other file the prompt head. Where that one cannot be made (see
-            `load_report.no_prompts_reason`), and with "linear" for such a file, the head is new and its logits are
-            exactly 0; so is "attention" always,
-            and "mlp" beside the linear head, at whose answers it starts.
+        sizes: of a CT-CLIP tower with random weights, for `from_pretrained` and for training one from scratch.
+        head: of a CT-CLIP variant; a slice backbone has "linear" only. None: ClassFine's linear head where the file has
+            it, else the prompt head. Where that cannot be made (see `load_report.no_prompts_reason`), and with "linear"
+            for such a file, the head is new and its logits are exactly 0. "attention" is always new; "mlp" starts with
+            the linear head's logits.
 
             | head      | takes           | parameters | step     | when                                               |
             |-----------|-----------------|------------|----------|----------------------------------------------------|
-            | linear    | latent          | 0.01 M     | < 0.1 ms | hundreds of volumes; ClassFine's answers; baseline |
-            | mlp       | latent          | 0.15 M     | < 0.1 ms | thousands; starts where linear is and goes further |
-            | attention | codes or tokens | 0.07 M     | 7 ms     | small findings, which a mean over depth thins out  |
-            | prompts   | latent, signed  | 0.01 M     | < 0.1 ms | none: zero-shot answers; any findings, in words    |
+            | linear    | latent          | 0.01 M     | < 0.1 ms | hundreds of volumes; ClassFine's logits; baseline  |
+            | mlp       | latent          | 0.15 M     | < 0.1 ms | thousands of volumes; refines linear               |
+            | attention | codes or tokens | 0.07 M     | 7 ms     | small findings, which a mean over depth averages   |
+            | prompts   | latent, signed  | 0.01 M     | < 0.1 ms | no training: zero-shot; any findings, in words     |
 
             At the published size; step: forward and backward pass per cached volume, in batches of 16, on one CPU core.
         prompts: with head="prompts", the findings and their wording (default: the published one). Making that head
             needs the package transformers and the text tower's vocabulary; a saved model needs neither.
-        labels: what the logits stand for, in order; default: the prompts' names, or ABNORMALITIES. Others than these 18
-            go with head="prompts".
-        prompt_weight: (n, L) of the prompt head as `prompt_weights` gives it, where it was computed before: nothing is
-            encoded then.
+        labels: names of the logits, in order; default: the prompts' names, or ABNORMALITIES. Other names than these 18
+            need head="prompts".
+        prompt_weight: (n, L) that `prompt_weights` computed before; the text tower is then not run.
 
     Raises:
-        FileNotFoundError: `ctclip_path` does not exist. Never random weights in its place.
+        FileNotFoundError: `ctclip_path` does not exist. It is never replaced by random weights.
         CheckpointError: the file is not, or not only, a CT-CLIP checkpoint; or head="prompts" cannot be made from it.
         PretrainedWeightsError: ImageNet weights cannot be fetched.
     """
 
+    _hub_mixin_config: dict[str, Any]
+
     def __init__(
         self,
-        ctclip_path: str | None = CLASSFINE_PATH,
+        ctclip_path: str | os.PathLike | None = CLASSFINE_PATH,
         backbone: str = "efficientnet_b0",
         attention: str | None = None,
         pretrained: bool = True,
@@ -1280,40 +1311,26 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         prompt_weight: Tensor | None = None,
     ):
         super().__init__()
+        is_ctclip = ctclip_path is not None or sizes is not None
         if head not in (None, *HEADS):
             raise ValueError(f"head='{head}' is not known; expected one of {', '.join(HEADS)}")
-        if head not in (None, "linear") and ctclip_path is None and sizes is None:
+        if head not in (None, "linear") and not is_ctclip:
             raise ValueError(f"head='{head}' is for CT-CLIP; a slice backbone (ctclip_path=None) takes head='linear'")
-        self.labels = _labels(head, prompts, labels)
+        if attention is not None and is_ctclip:
+            raise ValueError(f"attention='{attention}' is for slice backbones (ctclip_path=None), not for CT-CLIP")
+        self.labels = _label_names(head, prompts, labels)
         self.dropout = nn.Dropout(dropout)
+        self.head_name = head or "linear"
+        self.sizes: TowerSizes | None = None
         self.load_report: LoadReport | None = None
         self.folder: Path | None = None  # the run or copy of one that `from_pretrained` loaded
-        # What these weights come from: "imagenet", a published file, "other", or None. Kept in config.json.
-        self.derived_from: str | None = "imagenet" if ctclip_path is None and sizes is None and pretrained else None
-        state, start = None, HeadStart(head or "linear")
-        if sizes is None and ctclip_path is not None:
-            ctclip_path = existing_weights(ctclip_path)
-            self.derived_from = published_name(ctclip_path)
-            state = read_checkpoint(ctclip_path)
-            sizes = asdict(TowerSizes.from_state_dict(state))
-            start = HeadStart.of(head, ctclip_path, state, prompts or Prompts.from_names(self.labels), prompt_weight)
-            if start.tensors:
-                state = read_checkpoint(ctclip_path)  # mapped anew: the text tower's 0.4 GB leave memory
-        self.head_name = head = start.name
-        self.sizes = None if sizes is None else TowerSizes(**sizes)
-        if self.sizes is not None:
-            if attention is not None:
-                raise ValueError(f"attention='{attention}' is for slice backbones (ctclip_path=None), not for CT-CLIP")
-            with nullcontext() if state is None else torch.device("meta"):
-                self.visual_transformer = VisualTransformer(self.sizes)
-                self.to_visual_latent = nn.Linear(self.sizes.grid**2 * self.sizes.dim, self.sizes.latent, bias=False)
-            self.classifier = create_head(head, self.sizes, dropout, len(self.labels))
+        self.derived_from: str | None = None  # origin of the weights: "imagenet", one of PUBLISHED_FILES or "other"
+        if sizes is not None:
+            self._build_tower(TowerSizes(**sizes), self.head_name)
+        elif ctclip_path is not None:
+            self._load_ctclip(existing_weights(ctclip_path), head, prompts, prompt_weight)
         else:
             self._build_slice_variant(backbone, attention, pretrained, n_slices)
-        if state is not None:
-            self.load_report = start.told(load_tower(self, state, str(ctclip_path), start.tensors))
-        if head == "attention":
-            self.to_visual_latent.requires_grad_(False)  # it has no part in the logits; kept for `encode`
         # What `from_pretrained` needs to rebuild the model without the files it came from.
         self._hub_mixin_config = {
             "ctclip_path": None,
@@ -1323,9 +1340,29 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             "pretrained": False,
             "n_slices": n_slices,
             "dropout": dropout,
-            "head": head,
+            "head": self.head_name,
             "labels": list(self.labels),
         }
+
+    def _load_ctclip(self, path: Path, head: str | None, prompts: Prompts | None, weight: Tensor | None) -> None:
+        state = read_checkpoint(path)
+        sizes = TowerSizes.from_state_dict(state)
+        start = choose_head(head, path, state, prompts or Prompts.from_names(self.labels), weight)
+        if start.tensors:
+            state = read_checkpoint(path)  # mapped anew: the text tower's 0.4 GB leave memory
+        self._build_tower(sizes, start.name, torch.device("meta"))  # nothing is drawn for what the file replaces
+        self.load_report = load_tower(self, state, path, start)
+        self.derived_from = published_name(path)
+
+    def _build_tower(self, sizes: TowerSizes, head: str, device: torch.device | None = None) -> None:
+        """The image tower, on `device`, and its head."""
+        with device or nullcontext():
+            self.visual_transformer = VisualTransformer(sizes)
+            self.to_visual_latent = nn.Linear(sizes.grid**2 * sizes.dim, sizes.latent, bias=False)
+        self.classifier = create_head(head, sizes, self.dropout.p, len(self.labels))
+        self.sizes, self.head_name = sizes, head
+        if head == "attention":
+            self.to_visual_latent.requires_grad_(False)  # not used for the logits; kept for `encode`
 
     def _build_slice_variant(self, backbone: str, attention: str | None, pretrained: bool, n_slices: int) -> None:
         if attention not in (None, "cbam"):
@@ -1336,6 +1373,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         self.backbone = SliceBackbone(backbone, pretrained)
         self.attention = nn.Identity() if attention is None else create_attn(attention, self.backbone.dim)
         self.classifier = zero_linear(self.backbone.dim)
+        self.derived_from = "imagenet" if pretrained else None
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
@@ -1345,8 +1383,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """(D, H, W) that `ctclip.data.preprocess_volume` should produce for this model."""
-        return self.sizes.input_shape if self.is_ctclip else SLICE_INPUT_SHAPE
+        """(D, H, W) of the volumes that preprocessing should produce for this model."""
+        return SLICE_INPUT_SHAPE if self.sizes is None else self.sizes.input_shape
 
     @property
     def cache_format(self) -> str:
@@ -1355,8 +1393,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             return "codes"
         return "pooled" if isinstance(self.attention, nn.Identity) else "maps"
 
-    def _tower(self) -> list[nn.Module]:
-        """What unfreezing trains. The attention head makes no use of latents, so that their projection is left out."""
+    def _backbone_modules(self) -> list[nn.Module]:
+        """What unfreezing trains; without the latents' projection where the head does not use latents."""
         if not self.is_ctclip:
             return [self.backbone]
         if self.head_name == "attention":
@@ -1364,14 +1402,14 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         return [self.visual_transformer, self.to_visual_latent]
 
     def backbone_parameters(self) -> list[nn.Parameter]:
-        return [parameter for module in self._tower() for parameter in module.parameters()]
+        return [parameter for module in self._backbone_modules() for parameter in module.parameters()]
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Everything that is trained while the backbone is frozen (for the slice variant, the attention too)."""
         return [parameter for name, parameter in self.named_parameters() if name.startswith(HEAD_PREFIXES)]
 
     def encoder_state(self) -> dict[str, Tensor]:
-        """Every tensor that `encode_for_cache` depends on, by name: what a cache of it has to be keyed by."""
+        """Every tensor that `encode_for_cache` depends on, by name; a cache of its output is keyed by these."""
         state = self.state_dict()
         if self.is_ctclip:
             return {key: value for key, value in state.items() if key.startswith("visual_transformer.")}
@@ -1387,35 +1425,57 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         from timm.models import group_parameters
 
         prefix = "visual_transformer." if self.is_ctclip else "backbone.net."
-        body = self.get_submodule(prefix[:-1])
+        body: Any = self.get_submodule(prefix[:-1])
         matcher = body.group_matcher() if hasattr(body, "group_matcher") else {}
         if isinstance(matcher, dict):
-            # What no pattern takes (a last norm; parts of timm's own classifier, unused here) joins the last layer.
+            # What no pattern matches (a last norm; parts of timm's own classifier, unused here) joins the last layer.
             matcher = matcher | {"rest": [(".", (99999,))]}
         layers = [[prefix + name for name in names] for names in group_parameters(body, matcher).values()]
         if self.is_ctclip and self.head_name != "attention":
             layers[-1].append("to_visual_latent.weight")
         return layers
 
+    def parameter_groups(
+        self, head_lr: float, backbone_lr: float, layer_decay: float = 1.0, weight_decay: float = 0.01
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimizer of your own, such as torch.optim.AdamW: the head, then the backbone's layers from the
+        output to the input, all trained from the start.
+
+        Args:
+            backbone_lr: rate of the layer nearest to the output; each layer below has `layer_decay` times the rate of
+                the one above.
+            weight_decay: of matrices; vectors (biases, norms, scales) get none.
+        """
+        parameters = dict(self.named_parameters())
+        head = [name for name in parameters if name.startswith(HEAD_PREFIXES)]
+        rates = [(head, head_lr)]
+        rates += [(names, backbone_lr * layer_decay**below) for below, names in enumerate(reversed(self.layers()))]
+        groups = []
+        for names, rate in rates:
+            for decay, is_matrix in ((weight_decay, True), (0.0, False)):
+                chosen = [parameters[name] for name in names if (parameters[name].ndim > 1) == is_matrix]
+                groups += [{"params": chosen, "lr": rate, "weight_decay": decay}] if chosen else []
+        return groups
+
     # -- freezing ------------------------------------------------------------------------------------------------------
 
     def freeze_backbone(self) -> None:
-        """No gradients, and evaluation mode even under `train()`: no tensor of the backbone moves."""
-        self._set_open(set())
+        """No gradients, and evaluation mode even under `train()`: no tensor of the backbone changes."""
+        self._unfreeze_only(set())
 
     def unfreeze_backbone(self, layers: int | None = None) -> None:
         """Gradients for the backbone, through the quantiser straight-through; the codebook stays fixed.
 
         Args:
-            layers: only the last so many of `layers()`; those below stay as frozen as under `freeze_backbone`, and
-                the backward pass ends above them. None, or more than there are: all.
+            layers: number of `layers()` to unfreeze, counted from the output; the others are frozen, and the backward
+                pass ends above them. None, or more than there are: all.
         """
         if layers is not None and layers < 1:
-            raise ValueError(f"layers is {layers}, expected at least 1, or None for all; freeze_backbone() opens none")
+            raise ValueError(f"layers is {layers}, expected at least 1, or None for all; to freeze: freeze_backbone()")
         chosen = self.layers() if layers is None else self.layers()[-layers:]
-        self._set_open({name for layer in chosen for name in layer})
+        self._unfreeze_only({name for layer in chosen for name in layer})
 
-    def _set_open(self, names: set[str]) -> None:
+    def _unfreeze_only(self, names: set[str]) -> None:
         backbone = {id(parameter) for parameter in self.backbone_parameters()}
         for name, parameter in self.named_parameters():
             if id(parameter) in backbone:
@@ -1423,20 +1483,21 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> CTCLIPMultiAbnormalityModel:
-        """As usual, but parts of the backbone whose parameters are all frozen stay in evaluation mode, so that neither
-        batch statistics nor drop path change them."""
+        """As usual, but frozen parts of the backbone stay in evaluation mode, so that neither batch statistics nor drop
+        path change them."""
         super().train(mode)
         if mode:
-            for module in (part for tower in self._tower() for part in tower.modules()):
+            for module in (part for backbone in self._backbone_modules() for part in backbone.modules()):
                 parameters = list(module.parameters())
                 if parameters and not any(parameter.requires_grad for parameter in parameters):
                     module.eval()
         return self
 
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Unfrozen training in less memory: a layer's inside is computed again in the backward pass, a third more time.
+        """Unfrozen training in less memory: activations inside a layer are recomputed in the backward pass, which takes
+        a third more time.
 
-        Gradients are the same. In a slice backbone, running batch statistics move twice per step (timm's way).
+        Gradients are the same. In a slice backbone, running batch statistics are updated twice per step.
         Raises ValueError for a slice backbone that has no such mode.
         """
         if self.is_ctclip:
@@ -1460,7 +1521,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         return self.head(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head takes; constant for a frozen backbone, so it needs computing once per volume.
+        """The head's input; constant for a frozen backbone, so it is computed once per volume.
 
         CT-CLIP: latents (B, L); with head "attention" code ids (B, T, h, w) int64, or quantised tokens (B, T, h, w, C)
         where a gradient reaches them. Slice variant: pooled (B, C), with cbam maps (B, S, C, h, w).
@@ -1487,7 +1548,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         if self.head_name == "attention":
             return self.classifier(features, self.codebook)
         if self.is_ctclip:
-            # ReLU is ClassFine's; prompts compare whole directions.
+            # ClassFine applies a ReLU; prompts compare signed latents.
             features = features if self.head_name == "prompts" else features.relu()
             return self.classifier(self.dropout(features))
         if self.cache_format == "maps":
@@ -1496,21 +1557,21 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def encode_for_cache(self, x: Tensor) -> Tensor:
-        """The smallest thing that stands in for a volume exactly while the backbone stays as it is: what to cache.
+        """The smallest exact substitute for a volume while the backbone does not change: what a cache stores.
 
-        CT-CLIP: code ids (B, T, h, w) int64. Slice variant: what `features` gives. In evaluation mode or with a frozen
-        backbone; batch statistics and drop path of a training backbone make every pass another.
+        CT-CLIP: code ids (B, T, h, w) int64. Slice variant: `features`. Needs evaluation mode or a frozen backbone:
+        batch statistics and drop path of a training backbone change the result at every pass.
         """
         return self.code_ids(x) if self.is_ctclip else self.features(x)
 
     def features_from_cache(self, stored: Tensor) -> Tensor:
-        """Output of `encode_for_cache`, codes in any integer type -> what the head takes: `features` of the volume."""
+        """Output of `encode_for_cache`, codes in any integer type -> the head's input: `features` of the volume."""
         if not self.is_ctclip:
             return stored
         codes = stored.int()  # torch cannot index with uint16, which is what codes are stored in
         if self.head_name == "attention":
             return codes
-        return torch.cat([self._latents(chunk) for chunk in codes.split(LATENT_CHUNK)])
+        return torch.cat([self._latents(chunk) for chunk in codes.split(LATENTS_AT_ONCE)])
 
     def _latents(self, codes: Tensor) -> Tensor:
         """(B, T, h, w) -> (B, L), L2-normalised: `project(lookup(codes))` without the (B, T, h, w, C) in between."""
@@ -1541,7 +1602,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     def _as_volume(self, x: Tensor) -> Tensor:
         """Checks a CT-CLIP input; three adjacent slices become one temporal patch at the tower's in-plane size."""
-        if not self.is_ctclip:
+        if self.sizes is None:
             raise TypeError("a slice backbone has no CT-CLIP latents or codes; use features(), or pass ctclip_path")
         depth, height, width = self.sizes.temporal_patch, *self.input_shape[1:]
         if x.ndim == 4:
@@ -1570,7 +1631,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
     # -- saving --------------------------------------------------------------------------------------------------------
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """model.safetensors and config.json, each complete or not there at all (temporary name, then renamed)."""
+        """model.safetensors and config.json, each written under a temporary name, then renamed."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with _replacing(folder / "model.safetensors") as path:
@@ -1581,12 +1642,13 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     def save_pretrained(
         self,
-        save_directory: str | os.PathLike,
+        save_directory: str | Path,
         *,
-        config: dict | None = None,  # the mixin's arguments; config.json is always the model's own
+        config: Any = None,  # the mixin's argument, not used: config.json is always the model's own
         repo_id: str | None = None,
         push_to_hub: bool = False,
-        **push_to_hub_kwargs,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
     ) -> str | None:
         """The mixin's, without a model card: model.safetensors and config.json in `save_directory`.
 
@@ -1596,11 +1658,11 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         check_folder_is_free(self, folder)
         self._save_pretrained(folder)
         if push_to_hub:
-            return self.push_to_hub(repo_id or folder.name, **push_to_hub_kwargs)
+            return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
         return None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any):
         """The mixin's. Raises CheckpointError where a folder's config.json is absent, damaged or fits no weights."""
         folder = Path(pretrained_model_name_or_path)
         if (folder / "model.safetensors").is_file():
@@ -1627,9 +1689,9 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         except (PretrainedWeightsError, CheckpointError):
             raise
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-            said = " ".join(line.strip() for line in str(error).splitlines()[:2])[:200] or type(error).__name__
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:200] or type(error).__name__
             raise MisfitError(
-                f"{model_id}/config.json: found what does not fit model.safetensors ({said}), expected the two files "
+                f"{model_id}/config.json: found what does not fit model.safetensors ({reason}), expected the two files "
                 "of one saved model; copy both again"
             ) from error
         model.folder, origin = folder, config.get("derived_from")
@@ -1699,9 +1761,11 @@ class AggressiveFocalLoss(nn.Module):
 
     Args:
         alpha: in (0, 1). At 0.5 an unsure case (probability one half) gets a logit of 0; above, the logit goes down.
-        gamma: at least 0; higher values leave the easy cases alone. 0 is a weighted cross-entropy.
-        weight: (18,) or what else broadcasts to the labels; multiplies the loss of each, as in nn.BCEWithLogitsLoss.
+        gamma: at least 0; higher values reduce the loss of easy cases. 0 is a weighted cross-entropy.
+        weight: (18,) or any shape that broadcasts to the labels; multiplies their losses, as in nn.BCEWithLogitsLoss.
     """
+
+    weight: Tensor | None
 
     def __init__(self, alpha: float = 0.85, gamma: float = 4.0, weight: Tensor | None = None):
         super().__init__()
@@ -1763,11 +1827,10 @@ def create_loss(
 
 
 def balanced_label_weights(labels: Tensor) -> Tensor:
-    """Weights for `create_loss` from the training labels (n, 18): one over the rate of each label's rarer side.
+    """Weights for `create_loss` from the training labels (n, 18): inverse frequency of each label's rarer class.
 
-    At most ten times the smallest, and 1 on average; a label with one side only teaches nothing and gets the smallest.
-    All cases of a label weigh the same, positive or negative: unlike a weight on positives, this shifts attention
-    between labels and pushes no probability up or down.
+    At most ten times the smallest, and 1 on average; a label with only one class gets the smallest. Positives and
+    negatives of a label have the same weight: unlike a weight on positives, this moves no probability up or down.
     """
     rate = labels.float().mean(0)
     rarer = torch.minimum(rate, 1 - rate)
@@ -1782,7 +1845,7 @@ def balanced_label_weights(labels: Tensor) -> Tensor:
 
 
 def create_ctclip_checkpoint(sizes: TowerSizes, seed: int = 0, classifier: bool = False) -> dict[str, Tensor]:
-    """Random weights in the published layout (CT-CLIP's, or ClassFine's with `classifier`), text tower left out."""
+    """Random weights in the published layout (CT-CLIP's, or ClassFine's with `classifier`), without the text tower."""
     torch.manual_seed(seed)
     model = CTCLIPMultiAbnormalityModel(sizes=asdict(sizes))
     return published_layout(model, classifier)
@@ -1791,8 +1854,9 @@ def create_ctclip_checkpoint(sizes: TowerSizes, seed: int = 0, classifier: bool 
 def published_layout(model: CTCLIPMultiAbnormalityModel, classifier: bool) -> dict[str, Tensor]:
     """State dict of a CT-CLIP variant under the published keys, from which all sizes can be read again.
 
-    The in-plane patch is only told by `to_patch_emb_first_frame`, which plays no part in the forward pass; zeros do.
+    Only `to_patch_emb_first_frame`, which is not used in the forward pass, tells the in-plane patch: zeros suffice.
     """
+    assert model.sizes is not None
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("classifier.")}
     state["visual_transformer.to_patch_emb_first_frame.1.weight"] = torch.zeros(model.sizes.patch**2)
     if classifier:
@@ -1823,22 +1887,14 @@ def describe(title: str, model: CTCLIPMultiAbnormalityModel, x: Tensor) -> None:
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help\n")
-
-
-def _version() -> str:
-    try:
-        from ctclip import __version__
-    except ImportError:
-        return "ctclip_model.py, copied without its version"
-    return f"ctclip {__version__}"
 
 
 def main(argv: list[str] | None = None) -> int:
     description = "Test the model: every variant that is present runs one input."
     parser = _OneLineParser(description=description, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"ctclip {__version__}")
     parser.add_argument("--backbone", default="efficientnet_b0", help="timm model of the slice variant")
     parser.add_argument(
         "--no-pretrained", "--no_pretrained", action="store_true", help="slice variant from random weights"

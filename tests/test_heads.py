@@ -293,7 +293,7 @@ def test_latents_from_codes_do_not_depend_on_the_chunks(monkeypatch):
     model = ctclip("linear")
     codes = torch.randint(0, 64, (7, 4, 4, 4))
     whole = model.features_from_cache(codes)
-    monkeypatch.setattr(ctclip_model, "LATENT_CHUNK", 3)
+    monkeypatch.setattr(ctclip_model, "LATENTS_AT_ONCE", 3)
     torch.testing.assert_close(model.features_from_cache(codes), whole, rtol=0, atol=1e-6)
 
 
@@ -378,6 +378,21 @@ def test_a_backbone_without_groups_is_one_layer(monkeypatch):
     model = slices("resnet10t")
     monkeypatch.delattr(type(model.backbone.net), "group_matcher")
     assert [len(layer) for layer in model.layers()] == [len(model.backbone_parameters())]
+
+
+@pytest.mark.parametrize("variant", ["linear", "attention", "resnet10t"])
+def test_parameter_groups_hold_every_parameter_once_at_its_layers_rate(variant):
+    model = ctclip(variant) if variant in HEADS else slices(variant, attention="cbam")
+    optimizer = torch.optim.AdamW(model.parameter_groups(1e-2, 1e-4, layer_decay=0.5, weight_decay=0.1), lr=9)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: (group["lr"], group["weight_decay"])
+             for group in optimizer.param_groups for p in group["params"]}  # fmt: skip
+    rates = {name: 1e-4 * 0.5**below for below, layer in enumerate(reversed(model.layers())) for name in layer}
+    rates |= {name: 1e-2 for name in names.values() if name.startswith(("classifier.", "attention."))}
+    parameters = dict(model.named_parameters())
+    assert found == {name: (rate, 0.1 if parameters[name].ndim > 1 else 0.0) for name, rate in rates.items()}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(found)
+    assert set(parameters) - set(found) == ({"to_visual_latent.weight"} if variant == "attention" else set())
 
 
 @pytest.mark.parametrize("variant", ["linear", "mlp", "attention", "resnet10t", "convnext_atto"])

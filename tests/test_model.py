@@ -24,7 +24,7 @@ from ctclip_model import (
     Quantizer,
     SpatialBias,
     TowerSizes,
-    Transformer,
+    TransformerLayer,
     create_ctclip_checkpoint,
     main,
     read_checkpoint,
@@ -98,8 +98,8 @@ def test_tower_equals_the_plain_encoder_in_every_way_it_runs(sizes, depth, monke
 
     compare(model, volume, 1e-12)
     for piece, chunk in ((10**9, 10**9), (1, 1)):
-        monkeypatch.setattr(Transformer, "PIECE", piece)
-        monkeypatch.setattr(Quantizer, "CHUNK", chunk)
+        monkeypatch.setattr(TransformerLayer, "TOKENS_AT_ONCE", piece)
+        monkeypatch.setattr(Quantizer, "TOKENS_AT_ONCE", chunk)
         given = volume.float()
         with torch.no_grad():
             compare(model.float(), given, 2e-5)

@@ -52,6 +52,7 @@ def test_facts_that_are_also_written_where_torch_is_not_imported():
     from ctclip import paths
     from ctclip.hub import client as hub_client
 
+    assert __version__ == ctclip_model.__version__
     assert paths.CLASSFINE_PATH == ctclip_model.CLASSFINE_PATH
     assert hub_client.VOCABULARY_REPOSITORY == ctclip_model.VOCABULARY_REPOSITORY
     weights = Path("a", "b.pt")

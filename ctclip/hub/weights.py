@@ -36,9 +36,9 @@ from ctclip_model import (
     SLIM_OF,
     CheckpointError,
     CTCLIPMultiAbnormalityModel,
-    _unused_reason,
     is_slim_copy,
     read_checkpoint,
+    unused_reason,
 )
 
 PHANTOM = {"seed": 2026, "shape": (180, 180, 90), "spacing": (2.0, 2.0, 4.0)}  # x, y, z; mm
@@ -128,7 +128,7 @@ def tensors_in_use(path: Path, model: CTCLIPMultiAbnormalityModel) -> dict[str, 
     return {
         key: value.contiguous()
         for key, value in state.items()
-        if key in own or key == size_key or (by_prompts and _unused_reason(key) == "text tower")
+        if key in own or key == size_key or (by_prompts and unused_reason(key) == "text tower")
     }
 
 

@@ -390,8 +390,8 @@ def test_the_snippet_knows_its_repository_and_its_labels(tmp_path):
 CONFIGS = {
     "absent": (None, "found no such file"),
     "no JSON": ("{", "found no JSON"),
-    "a list": ("[1]", "found another content than a saved model's"),
-    "of another program": ("{}", "found another content than a saved model's"),
+    "a list": ("[1]", "found other content than a saved model's"),
+    "of another program": ("{}", "found other content than a saved model's"),
     "sizes lacking": ('{"ctclip_path": null, "sizes": {"dim": 8}}', "found what does not fit model.safetensors"),
     "other sizes": ({"dim": 64}, "found what does not fit model.safetensors"),
 }

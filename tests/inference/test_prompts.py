@@ -156,12 +156,12 @@ def test_tokens_are_what_bert_makes_of_a_text(weights):
 
 def test_a_text_that_is_too_long_or_cannot_be_spelled_is_named(weights):
     long = Prompts(("Hernia", "Long"), ("hernia", "lung " * 63), ("not hernia", "not long"))
-    assert "found 65 tokens in a text of 'Long', expected at most 64" in refusal(
+    assert "a text of 'Long' has 65 tokens, expected at most 64" in refusal(
         prompt_weights, STATE, long, vocabulary(weights)
     )
     fits = replace(long, present=("hernia", "lung " * 62), absent=("not hernia", "not lung"))
     assert prompt_weights(STATE, fits, vocabulary(weights)).shape == (2, 16)
-    assert "found words in a text of 'Herniá 肺'" in refusal(
+    assert "a text of 'Herniá 肺' has words" in refusal(
         prompt_weights, STATE, Prompts.from_names(["Hernia", "Herniá 肺"]), vocabulary(weights)
     )
 
@@ -285,10 +285,10 @@ def test_without_what_prompts_need_the_default_head_is_new_and_says_why(lacking,
     said = "pip install transformers"
     if lacking == "vocabulary":
         vocabulary_path(weights).unlink()
-        said = f"found no vocabulary at {vocabulary_path(weights)}, expected vocab.txt of microsoft/"
+        said = f"no vocabulary found at {vocabulary_path(weights)}, expected vocab.txt of microsoft/"
     elif lacking == "text tower":
         torch.save({key: value for key, value in STATE.items() if not key.startswith("text_")}, weights)
-        said = "found no text tower in the file"
+        said = "no text tower found in the file"
     else:
         without_transformers(monkeypatch)
     model = CTCLIPMultiAbnormalityModel(str(weights)).eval()
@@ -349,7 +349,7 @@ def test_damaged_text_towers_are_one_line(weights, expected):
     extra = STATE | {"text_transformer.surprise": torch.ones(1)}
     assert "(text_transformer.surprise)" in refusal(text_latents, extra, ids, mask)
     words = "text_transformer.embeddings.word_embeddings.weight"
-    assert f"found no matrix {words}" in refusal(text_latents, {k: STATE[k] for k in STATE if k != words}, ids, mask)
+    assert f"no matrix {words} found" in refusal(text_latents, {k: STATE[k] for k in STATE if k != words}, ids, mask)
     assert "width 25, expected 768 or 24" in refusal(text_latents, STATE | {words: torch.ones(40, 25)}, ids, mask)
 
 
@@ -453,7 +453,7 @@ def test_init_head_goes_with_ctclip_and_the_linear_head(weights, tiny_classfine)
         assert said.startswith("--init-head prompts goes with --model ctclip and --head linear, found --model")
     vocabulary_path(weights).unlink()
     config = TrainingConfig(ctclip_path=str(weights), init_head="prompts")
-    assert "found no vocabulary" in refusal(build_model, config, False, kind=CheckpointError)
+    assert "no vocabulary found" in refusal(build_model, config, False, kind=CheckpointError)
     assert build_model(replace(config, init_head="file"), False).head_name == "linear"
 
 
