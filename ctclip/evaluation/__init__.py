@@ -1,0 +1,1 @@
+"""Predictions and labels in; metrics, intervals, calibration, thresholds and the report out."""

@@ -1,0 +1,1 @@
+"""The Hugging Face hub: downloads, streaming, weights files, model cards."""

@@ -1,0 +1,1 @@
+"""A model over scans: predictions, heat maps, zero-shot prompts, ONNX."""

@@ -1,0 +1,1 @@
+"""A fine-tuning run: its preparation, the loop, checkpoints, its cost estimated beforehand."""
