@@ -501,7 +501,7 @@ def _usage(model: CTCLIPMultiAbnormalityModel, facts: Facts, repo_id: str | None
         lines += ["for name, probability in zip(model.labels, given[0]):", '    print(f"{name:<36} {probability:.3f}")']
     where = "" if repo_id else " `USER/NAME` is this repository, or a folder with its files."
     code = "\n".join(lines)
-    return f"With this project's code (`ctclip_*.py`) in the working directory.{where}\n\n```python\n{code}\n```"
+    return f"With this project installed, or in its folder.{where}\n\n```python\n{code}\n```"
 
 
 def _citations(model: CTCLIPMultiAbnormalityModel) -> str:
