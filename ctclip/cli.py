@@ -6,7 +6,8 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from ctclip import __version__
 from ctclip.errors import UserError
@@ -24,10 +25,10 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.add_argument("--version", action="version", version=f"ctclip {__version__}")
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help\n")
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         spelled = []
         for arg in sys.argv[1:] if args is None else args:  # --output_dir=x_y -> --output-dir=x_y: values stay
             flag, equals, value = arg.partition("=")
