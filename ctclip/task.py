@@ -61,7 +61,7 @@ def predict_mode(args: argparse.Namespace) -> None:
     if files:
         print(f"Wrote {len(files)} heat maps and pictures to {files[0].parent}")
     if failures:
-        print("\n".join(f"left out: {name}: {reason}" for name, reason in failures), file=sys.stderr)
+        print("\n".join(f"skipped: {name}: {reason}" for name, reason in failures), file=sys.stderr)
         instead = "are answered with the training prevalence" if output.suffix == ".json" else "are not in it"
         raise EvaluationError(f"{output}: {len(failures)} of {len(failures) + len(table)} scans could not be read and "
                               f"{instead}; they are named above")

@@ -20,8 +20,8 @@ def read_once(volume, shape):
     key = volume.path, tuple(shape)
     if key not in kept:
         kept[key] = read_volume(volume, shape)
-    tensor, verdict = kept[key]
-    return tensor.clone(), verdict
+    tensor, decision = kept[key]
+    return tensor.clone(), decision
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

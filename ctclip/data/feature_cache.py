@@ -7,7 +7,7 @@ where an attention follows, feature maps (float16).
     <cache_dir>/<kind>-<12 hex of the key's hash>/
         key.json      what the records are a function of, beside the volume: encoder, input shape, preprocessing
         0000.bin      records of one size, one after the other
-        0000.jsonl    a line for each: record number, volume name, source (see `source_of`), reading, CRC-32
+        0000.jsonl    a line for each: record number, volume name, source (see `cache_key`), reading, CRC-32
         0001.bin ...  the next writer's
 
 A shard belongs to the one process that created it, and is never touched again after that. A record is on the disk
@@ -38,14 +38,14 @@ from tqdm import tqdm
 
 from ctclip.data.digest import tensors_sha256
 from ctclip.data.preprocessing import (
-    FETCH,
+    FETCH_COMMAND,
     GEOMETRY_COLUMNS,
     PREPROCESSING_VERSION,
     Batch,
-    Verdict,
+    HuDecision,
     Volume,
     _in_fixed_folder,
-    piece_size,
+    micro_batch_size,
     split_of,
     volume_loader,
 )
@@ -64,18 +64,18 @@ class CacheError(UserError):
 # ------------------------------------------------------------------ what an entry is a function of
 
 
-def source_of(volume: Volume) -> str | None:
-    """Digest of everything about a volume that decides its tensor and its HU verdict; None if that is not known, with
-    no file there and no stamp of it.
+def cache_key(volume: Volume) -> str | None:
+    """Digest of everything about a volume that decides its tensor and its HU decision; None if that is not known, with
+    no file there and no signature of it.
 
     Name, folder (version 2 or not), the geometry and scaling in the metadata row, and which file it is: size and last 8
     bytes of a .gz, which are the CRC-32 and length of its content, so that it is known without being read and survives
-    a copy; size and time of change of other files. The verdict on how to read the voxels follows from just these, by
-    the code that PREPROCESSING_VERSION stands for: another verdict is always another entry. Of a streamed volume, size
-    and last bytes are its stamp.
+    a copy; size and time of change of other files. The decision on how to read the voxels follows from just these, by
+    the code that PREPROCESSING_VERSION stands for: another decision is always another entry. Of a streamed volume, size
+    and last bytes are its signature.
     """
     try:
-        size, content = volume.stamp or stamp_of(volume.path)
+        size, content = volume.signature or file_signature(volume.path)
     except OSError:  # reading it will fail as well, and say why
         return None
     row = volume.metadata and {column: volume.metadata.get(column) for column in GEOMETRY_COLUMNS}
@@ -83,7 +83,7 @@ def source_of(volume: Volume) -> str | None:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def stamp_of(path: Path) -> tuple[int, str | int]:
+def file_signature(path: Path) -> tuple[int, str | int]:
     """(size, last 8 bytes in hex) of a .gz file, (size, time of change in ns) of another. Raises OSError."""
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
@@ -93,10 +93,10 @@ def stamp_of(path: Path) -> tuple[int, str | int]:
         return status.st_size, file.read(8).hex()
 
 
-def sources_of(volumes: Sequence[Volume]) -> list[str | None]:
-    """`source_of` each; several at a time, because on a network file system each one waits for an answer."""
+def cache_keys(volumes: Sequence[Volume]) -> list[str | None]:
+    """`cache_key` each; several at a time, because on a network file system each one waits for an answer."""
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(source_of, volumes))
+        return list(pool.map(cache_key, volumes))
 
 
 def encoder_digest(model: CTCLIPMultiAbnormalityModel) -> str:
@@ -212,7 +212,7 @@ class FeatureCache:
 
     def rows(self, volumes: Sequence[Volume]) -> list[int | None]:
         """Row of each volume's entry, None where there is none for the volume as it is now."""
-        return self.rows_of(sources_of(volumes))
+        return self.rows_of(cache_keys(volumes))
 
     def rows_of(self, sources: Sequence[str | None]) -> list[int | None]:
         return [source and self._newest.get(source) for source in sources]
@@ -266,23 +266,23 @@ class FeatureCache:
         stored = stored.float() if stored.is_floating_point() else stored.int()  # few operations know 16 bits
         return model.features_from_cache(stored.to(device))
 
-    def out_of_reach(self, volumes: Sequence[Volume], rows: Sequence[int | None]) -> str | None:
+    def missing_message(self, volumes: Sequence[Volume], rows: Sequence[int | None]) -> str | None:
         """The one line for streamed volumes that have no entry, and no file to make one from; None without such."""
-        streamed = [(volume, row) for volume, row in zip(volumes, rows, strict=True) if volume.stamp is not None]
+        streamed = [(volume, row) for volume, row in zip(volumes, rows, strict=True) if volume.signature is not None]
         known = sum(row is not None for _, row in streamed)
         if known == len(streamed):
             return None
         return (
             f"{self.folder}: found features of {known} of {len(streamed)} volumes that were streamed and have no file, "
             "expected those of all; choose the --cache-dir and the encoder (--model, --ctclip-path) that they were "
-            f"streamed with, or fetch the files with {FETCH} {split_of(streamed[0][0].name)}"
+            f"streamed with, or fetch the files with {FETCH_COMMAND} {split_of(streamed[0][0].name)}"
         )
 
     def append(
         self,
         volumes: Sequence[Volume],
         arrays: Tensor,
-        verdicts: Sequence[Verdict],
+        decisions: Sequence[HuDecision],
         sources: Sequence[str | None] | None = None,
         remaining: int = 0,
     ) -> None:
@@ -291,7 +291,7 @@ class FeatureCache:
         `sources`: those from before the files were read, since a file can change meanwhile; default: as they are now.
         Raises CacheError when the disk is full (the line speaks of the `remaining` volumes); earlier entries stay.
         """
-        sources = sources_of(volumes) if sources is None else sources
+        sources = cache_keys(volumes) if sources is None else sources
         with np.errstate(over="ignore"):
             records = arrays.detach().cpu().numpy().astype(self.dtype, order="C")
         assert records.shape == (len(volumes), *self.shape), f"{records.shape} for {len(volumes)} x {self.shape}"
@@ -303,16 +303,16 @@ class FeatureCache:
             number = data.tell() // self.record_bytes
             write_all(data, records.tobytes())
             lines = []
-            for volume, source, verdict, record in zip(volumes, sources, verdicts, records, strict=True):
+            for volume, source, decision, record in zip(volumes, sources, decisions, records, strict=True):
                 line = {"record": number + len(lines), "name": volume.name, "source": source}
-                lines.append(json.dumps(line | {"reading": verdict.reading, "crc32": zlib.crc32(record)}) + "\n")
+                lines.append(json.dumps(line | {"reading": decision.reading, "crc32": zlib.crc32(record)}) + "\n")
             write_all(index, "".join(lines).encode())
         except BaseException as error:
             self.close()  # half a record must stay the last of its shard
             if isinstance(error, OSError):
                 found = error.strerror or str(error)
                 if error.errno in DISK_FULL:
-                    raise CacheError(self.no_room(max(remaining, len(volumes)), found)) from error
+                    raise CacheError(self.disk_full_message(max(remaining, len(volumes)), found)) from error
                 remedy = "choose another --cache-dir"
                 raise CacheError(f"{self.folder}: found {found}, expected a folder to write to; {remedy}") from error
             raise
@@ -342,13 +342,13 @@ class FeatureCache:
             data.close()
             index.close()
 
-    def room(self, count: int) -> tuple[int, int]:
+    def disk_space(self, count: int) -> tuple[int, int]:
         """Bytes that `count` more volumes need, and bytes that are free on the folder's disk."""
         return count * (self.record_bytes + LINE_BYTES), shutil.disk_usage(existing(self.folder)).free
 
-    def no_room(self, count: int, found: str) -> str:
+    def disk_full_message(self, count: int, found: str) -> str:
         """The one line for a disk that is full, or will be, or does not let us write."""
-        need, free = self.room(count)
+        need, free = self.disk_space(count)
         return (
             f"{self.folder}: found {found} ({free / 1e6:.1f} MB free on its disk), expected {need / 1e6:.1f} MB for "
             f"{count} more volumes; free that much on it, or choose a --cache-dir elsewhere, and start again: what is "
@@ -384,19 +384,19 @@ def encode_missing(
     """Encodes, on all ranks together, what `cache` does not have; returns the row of each volume, None if unreadable.
 
     `model` is on `device` and is the one that the cache was opened with. `on_batch` gets the list that a batch's
-    `index` points into, and the batch with its failures and verdicts. Raises CacheError when a streamed volume is not
+    `index` points into, and the batch with its failures and decisions. Raises CacheError when a streamed volume is not
     in the cache or the disk has too little room (before anything is encoded), when the disk fills up, or when it is not
     one that all ranks see.
     """
-    sources = sources_of(volumes)
+    sources = cache_keys(volumes)
     rows, damaged = cache.intact(sources)
     if damaged and ranks.is_main:
         tqdm.write(f"{cache.folder}: found {damaged} damaged entries, counting them as missing")
     missing = [i for i, row in enumerate(rows) if row is None]
-    need, free = cache.room(len(missing))
-    problem = cache.out_of_reach(volumes, rows)
+    need, free = cache.disk_space(len(missing))
+    problem = cache.missing_message(volumes, rows)
     if problem is None and need > free:
-        problem = cache.no_room(len(missing), "too little room")
+        problem = cache.disk_full_message(len(missing), "too little room")
     # What the main rank sees counts: another one may have looked when the first new entries were there already.
     missing, problem = ranks.all_gather((missing, problem))[0]
     if problem:
@@ -406,7 +406,7 @@ def encode_missing(
 
     mine = ranks.shard(missing)
     chosen = [volumes[i] for i in mine]
-    size = piece_size(model.input_shape, 16)
+    size = micro_batch_size(model.input_shape, 16)
     pin = device.type == "cuda"
     loader = volume_loader(chosen, model.input_shape, size, num_workers=workers if chosen else 0, pin=pin)
     done = 0
@@ -422,7 +422,7 @@ def encode_missing(
                 uploads = (volume[None].to(device, non_blocking=True) for volume in batch.volumes)
                 arrays = torch.cat([model.encode_for_cache(upload) for upload in uploads])
                 before = [sources[mine[i]] for i in read]
-                cache.append([chosen[i] for i in read], arrays, batch.verdicts, before, len(chosen) - done)
+                cache.append([chosen[i] for i in read], arrays, batch.decisions, before, len(chosen) - done)
             done += len(read) + len(batch.failures)
             progress.update(len(read) + len(batch.failures))
     cache.close()

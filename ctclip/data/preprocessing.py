@@ -33,7 +33,7 @@ import torch
 from nibabel.orientations import io_orientation
 from torch.utils.data import DataLoader, Dataset
 
-from ctclip.data.readers import Header, VolumeError, open_volume, problem, times
+from ctclip.data.readers import Header, VolumeError, file_error, open_volume, shape_text
 from ctclip.errors import UserError
 from ctclip_model import ABNORMALITIES
 
@@ -41,7 +41,7 @@ HU_MIN, HU_MAX = -1000, 1000  # clipping window, Hounsfield units
 FIELD_OF_VIEW_MM = 360.0  # edge of the cube that every input covers, whatever its number of voxels
 PUBLISHED_SHAPE = (240, 480, 480)  # (D, H, W) = (z, x, y)
 
-# Raise it with every change here or in ctclip.data.readers that may alter a tensor or a HU verdict, by a single bit:
+# Raise it with every change here or in ctclip.data.readers that may alter a tensor or a HU decision, by a single bit:
 # caches rest on it.
 PREPROCESSING_VERSION = 1
 
@@ -56,11 +56,11 @@ PREVALENCE = dict(
 )
 
 SPLITS = ("train", "valid")
-SUFFIX = ".nii.gz"
+VOLUME_SUFFIX = ".nii.gz"
 GEOMETRY_COLUMNS = ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")  # what a version-1 file needs
 OPTIONAL_COLUMNS = ("PatientSex", "PatientAge", "Manufacturer")
 SUBGROUP_COLUMNS = (*OPTIONAL_COLUMNS, "SliceThickness", "ZSpacing")
-FETCH = "python ctclip_setup.py --data"  # and a split: what brings files back that were streamed and not kept
+FETCH_COMMAND = "python ctclip_setup.py --data"  # and a split: what brings files back that were streamed and not kept
 
 
 class CohortError(UserError):
@@ -77,12 +77,12 @@ def split_of(name: str) -> str:
 
 def scan_of(name: str) -> str:
     """train_12_a_1.nii.gz -> train_12_a."""
-    return "_".join(PurePosixPath(name).name.removesuffix(SUFFIX).split("_")[:3])
+    return "_".join(PurePosixPath(name).name.removesuffix(VOLUME_SUFFIX).split("_")[:3])
 
 
 def patient_of(name: str) -> str:
     """train_12_a_1.nii.gz -> train_12."""
-    return "_".join(PurePosixPath(name).name.removesuffix(SUFFIX).split("_")[:2])
+    return "_".join(PurePosixPath(name).name.removesuffix(VOLUME_SUFFIX).split("_")[:2])
 
 
 def volume_path(name: str, fixed: bool) -> Path:
@@ -119,15 +119,15 @@ def streamed_path(split: str) -> Path:
 class Volume:
     """One reconstruction: file, 18 labels (float32, 0 or 1) and its metadata row (None if there is no usable one).
 
-    `stamp` is set where the file was streamed and is not on the disk any more: its size and its last 8 bytes in hex,
-    by which `feature_cache.source_of` finds what was encoded of it. `path` is then where the file would be.
+    `signature` is set where the file was streamed and is not on the disk any more: its size and its last 8 bytes in
+    hex, by which `feature_cache.cache_key` finds what was encoded of it. `path` is then where the file would be.
     """
 
     name: str
     path: Path
     labels: np.ndarray
     metadata: Mapping[str, Any] | None = None
-    stamp: tuple[int, str] | None = None
+    signature: tuple[int, str] | None = None
 
     @property
     def patient(self) -> str:
@@ -153,7 +153,7 @@ class Streamed:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class HuDecision:
     """How a file's voxels were read ("hu": header, "stored": metadata row), why, and the figures behind it."""
 
     reading: str
@@ -163,10 +163,10 @@ class Verdict:
 
 @dataclass
 class Cohort:
-    """Usable volumes; those left out as (name, reason); and remarks about the tables as a whole."""
+    """Usable volumes; those skipped as (name, reason); and remarks about the tables as a whole."""
 
     volumes: list[Volume]
-    left_out: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
     not_on_disk: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -174,35 +174,35 @@ class Cohort:
         return len(self.volumes)
 
     def reasons(self) -> dict[str, list[str]]:
-        """{reason for leaving out: names}, the most frequent first."""
-        counts = Counter(reason for _, reason in self.left_out)
-        return {reason: [name for name, why in self.left_out if why == reason] for reason, _ in counts.most_common()}
+        """{reason for skipping: names}, the most frequent first."""
+        counts = Counter(reason for _, reason in self.skipped)
+        return {reason: [name for name, why in self.skipped if why == reason] for reason, _ in counts.most_common()}
 
     def summary(self) -> str:
-        """A few lines of text: counts, what was left out by reason with its first names, remarks."""
+        """A few lines of text: counts, what was skipped by reason with its first names, remarks."""
         scans, patients = {v.scan for v in self.volumes}, {v.patient for v in self.volumes}
         lines = [f"{len(self)} volumes, {len(scans)} scans, {len(patients)} patients"]
         if self.not_on_disk:
             lines.append(f"not on disk: {self.not_on_disk} (listed in the labels, no file)")
-        streamed = sum(volume.stamp is not None for volume in self.volumes)
+        streamed = sum(volume.signature is not None for volume in self.volumes)
         if streamed:
             lines.append(f"without a file: {streamed} (streamed, known only by their cached codes)")
         for reason, names in self.reasons().items():
             count = len(names)
-            lines.append(f"left out: {count} x {reason}: {', '.join(names[:3])}{', ...' if count > 3 else ''}")
+            lines.append(f"skipped: {count} x {reason}: {', '.join(names[:3])}{', ...' if count > 3 else ''}")
         return "\n".join(lines + self.notes)
 
 
 @dataclass
 class Batch:
     """volumes (B, 1, D, H, W) float32 in [-1, 1]; labels (B, 18); index (B,) int64 into the list given; B counts the
-    readable ones only, the others are in failures as (name, reason); verdicts has one entry per readable one."""
+    readable ones only, the others are in failures as (name, reason); decisions has one entry per readable one."""
 
     volumes: torch.Tensor
     labels: torch.Tensor
     index: torch.Tensor
     failures: list[tuple[str, str]]
-    verdicts: list[Verdict]
+    decisions: list[HuDecision]
 
     def pin_memory(self) -> Batch:
         """For DataLoader: from page-locked memory a GPU takes the volumes while the CPU goes on."""
@@ -259,7 +259,7 @@ def _metadata_reading(metadata: Mapping[str, Any], name: str) -> _Reading:
 
 def _check_spacing(spacing: Sequence[float], name: str, where: str) -> None:
     if not all(isfinite(s) and s > 0 for s in spacing):
-        found = f"found spacing {times(spacing)} mm in {where}"
+        found = f"found spacing {shape_text(spacing)} mm in {where}"
         raise VolumeError(f"{name}: {found}, expected three positive numbers; correct it or leave the volume out")
 
 
@@ -268,15 +268,15 @@ def _header_reading(header: Header, path: Path) -> _Reading:
     _check_spacing(header.spacing, path.name, "the header")
     if header.blank:
         remedy = "pass metadata with RescaleSlope, RescaleIntercept, XYSpacing and ZSpacing"
-        raise problem(path, "a blank header (no orientation, 1 mm)", "spacing in the header or metadata", remedy)
+        raise file_error(path, "a blank header (no orientation, 1 mm)", "spacing in the header or metadata", remedy)
     if header.affine is None:
         return _Reading(header.slope, header.intercept, header.spacing)
     if np.isnan(header.affine).any():
-        raise problem(path, "a singular orientation matrix", "an invertible one", "write the header again")
+        raise file_error(path, "a singular orientation matrix", "an invertible one", "write the header again")
     lengths = np.linalg.norm(header.affine[:3, :3], axis=0)
     if not np.allclose(lengths, header.spacing, rtol=0.01):
-        found = f"spacing {times(header.spacing)} mm beside an orientation of {times(lengths.round(4))} mm"
-        raise problem(path, found, "the same twice", "write the header again")
+        found = f"spacing {shape_text(header.spacing)} mm beside an orientation of {shape_text(lengths.round(4))} mm"
+        raise file_error(path, found, "the same twice", "write the header again")
     axes, signs = io_orientation(header.affine).T  # RAS axis of each file axis, +1 towards right, front, head
     towards_lps = (-1, -1, 1)
     backwards = tuple(bool(sign != towards_lps[int(axis)]) for axis, sign in zip(axes, signs, strict=True))
@@ -374,8 +374,8 @@ class _Plan:
             )
         ]
         if None in taps:
-            found = f"{times(header.shape)} voxels of {times(reading.spacing)} mm"
-            raise problem(path, found, f"at least one voxel of the {times(shape)} input", "check the spacing")
+            found = f"{shape_text(header.shape)} voxels of {shape_text(reading.spacing)} mm"
+            raise file_error(path, found, f"at least one voxel of the {shape_text(shape)} input", "check the spacing")
         self.fast, self.middle, self.slow = taps
         self.crop = self.middle.span, self.fast.span
         self.rows, self.columns = (span.stop - span.start for span in self.crop)
@@ -520,7 +520,7 @@ class _Evidence:
     def add(self, index: int, stored: np.ndarray) -> None:
         low, high = float(stored.min()), float(stored.max())
         if not (isfinite(low) and isfinite(high)):
-            raise problem(self.path, f"NaN or infinite voxels (slice {index})", "numbers", "leave the volume out")
+            raise file_error(self.path, f"NaN or infinite voxels (slice {index})", "numbers", "leave the volume out")
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.sample.append(stored[:: self.step, :: self.step].astype(np.float32).ravel())
 
@@ -529,7 +529,7 @@ class _Evidence:
 
     def check(self) -> None:
         if self.low == self.high:
-            raise problem(self.path, f"every voxel equal to {self.low:g}", "a picture", "leave the volume out")
+            raise file_error(self.path, f"every voxel equal to {self.low:g}", "a picture", "leave the volume out")
 
 
 def _shares(hu: np.ndarray) -> dict[str, float]:
@@ -565,7 +565,7 @@ def decide_reading(
     fixed_folder: bool | None = None,
     blank_header: bool = False,
     name: str = "volume",
-) -> Verdict:
+) -> HuDecision:
     """Decide whether stored values are HU by the header's (slope, intercept) or by the metadata row's.
 
     `values` is a sample of voxels as stored. Voxels decide; the folder (None: unknown) and the header are recorded
@@ -592,7 +592,7 @@ def decide_reading(
     facts = [folder, "blank header" if blank_header else "header with geometry", f"minimum {values.min():g}"]
     facts += [f"as {r}: {_percent(share)}" for r, share in shares.items()] + [f"read as {reading}: {why}"]
     numbers = {f"{r}_{key}": value for r, share in shares.items() for key, value in share.items()}
-    return Verdict(reading, "; ".join(facts), {"minimum": float(values.min()), **numbers})
+    return HuDecision(reading, "; ".join(facts), {"minimum": float(values.min()), **numbers})
 
 
 # ------------------------------------------------------------------ file -> tensor
@@ -714,7 +714,7 @@ def _refuse_scaling_hu(header: Header, reading: _Reading, evidence: _Evidence) -
     # Air must be visible as air: raw values of a nearly empty picture would pass as soft tissue otherwise.
     if _plausible(as_hu) and as_hu["air"] >= 0.02 and not _plausible(as_stored):
         found = f"voxels that are HU already ({_percent(as_hu)})"
-        raise problem(evidence.path, found, "raw stored values for this metadata", "pass metadata=None")
+        raise file_error(evidence.path, found, "raw stored values for this metadata", "pass metadata=None")
 
 
 def _refuse_raw(header: Header, evidence: _Evidence) -> None:
@@ -723,12 +723,12 @@ def _refuse_raw(header: Header, evidence: _Evidence) -> None:
     high = float((values > 700).mean())
     if lowest >= 0 and high > 0.2:
         found = f"raw stored values (no voxel below 0, {high:.0%} above 700)"
-        raise problem(evidence.path, found, "HU", "pass metadata with RescaleSlope and RescaleIntercept")
+        raise file_error(evidence.path, found, "HU", "pass metadata with RescaleSlope and RescaleIntercept")
 
 
 def read_volume(
     volume: Volume, shape: Sequence[int] = PUBLISHED_SHAPE, device: torch.device | None = None
-) -> tuple[torch.Tensor, Verdict]:
+) -> tuple[torch.Tensor, HuDecision]:
     """(tensor as from preprocess_volume, how the file was read and why). Raises VolumeError, also for ambiguous files.
 
     With a `device` the tensor is made there, equal but for rounding; what goes into a cache is made without.
@@ -736,20 +736,20 @@ def read_volume(
     """
     _check_shape(shape)
     path, fixed = volume.path, _in_fixed_folder(volume.path)
-    if volume.stamp is not None and not os.path.exists(path):
+    if volume.signature is not None and not os.path.exists(path):
         expected = "its features in the cache of this encoder"
-        fetch = f"fetch the file with {FETCH} {split_of(volume.name)}"
+        fetch = f"fetch the file with {FETCH_COMMAND} {split_of(volume.name)}"
         remedy = f"train with --freeze-backbone on that cache, or {fetch}"
-        raise problem(path, "no file (it was streamed)", expected, remedy)
+        raise file_error(path, "no file (it was streamed)", expected, remedy)
     row = None if volume.metadata is None else _metadata_reading(volume.metadata, path.name)
 
-    def judge(header: Header, evidence: _Evidence) -> Verdict:
+    def judge(header: Header, evidence: _Evidence) -> HuDecision:
         scale = None if row is None else (row.slope, row.intercept)
         own = header.slope, header.intercept
         return decide_reading(evidence.values(), own, scale, fixed, header.blank, path.name)
 
-    def reading_of(verdict: str, header: Header) -> _Reading:
-        if verdict == "stored" and row is not None:
+    def reading_of(decision: str, header: Header) -> _Reading:
+        if decision == "stored" and row is not None:
             return row
         if header.blank and row is not None:  # HU that lost its header: the row still knows the spacing
             return _Reading(header.slope, header.intercept, row.spacing)
@@ -765,12 +765,12 @@ def read_volume(
         return used[-1]
 
     out, header, evidence = _load(path, shape, provisional, device)
-    verdict = judge(header, evidence)
-    final = reading_of(verdict.reading, header)
+    decision = judge(header, evidence)
+    final = reading_of(decision.reading, header)
     if final != used[-1]:
         del out
         out, _, _ = _load(path, shape, lambda header, evidence: final, device)
-    return out, verdict
+    return out, decision
 
 
 def _in_fixed_folder(path: Path) -> bool | None:
@@ -846,13 +846,13 @@ def _no_chest(path: Path) -> set[str] | None:
     except (OSError, UnicodeDecodeError) as error:
         raise CohortError(f"{path.name}: found an unreadable list ({error}), expected text; replace it") from None
     names = {PurePosixPath(line.strip().replace("\\", "/")).name for line in lines if line.strip()}
-    return {name if name.endswith(SUFFIX) else name + SUFFIX for name in names}
+    return {name if name.endswith(VOLUME_SUFFIX) else name + VOLUME_SUFFIX for name in names}
 
 
 def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     """{volume: its row as text}, of those SUBGROUP_COLUMNS that there are.
 
-    Raises CohortError where the table cannot be read or has none of them. Contradictory rows are left out.
+    Raises CohortError where the table cannot be read or has none of them. Contradictory rows are skipped.
     """
     path = Path(path)
     table = _table(path, ("VolumeName",))
@@ -913,10 +913,10 @@ class _Joiner:
             self.columns = (*GEOMETRY_COLUMNS, *(c for c in OPTIONAL_COLUMNS if c in table.columns))
             self.metadata = _unique(table, self.columns)
         else:
-            self.notes.append(f"no {metadata_file.name}: version-1 volumes are left out")
+            self.notes.append(f"no {metadata_file.name}: version-1 volumes are skipped")
         no_chest = _no_chest(data_dir / no_chest_path(split))
         if no_chest is None:
-            self.notes.append(f"no {no_chest_path(split).name}: scans of other body parts are not left out")
+            self.notes.append(f"no {no_chest_path(split).name}: scans of other body parts are not skipped")
         self.no_chest = no_chest or set()
         self.streamed = read_streamed(data_dir, split)
         for source, what in ((self.labels, "label"), (self.metadata, "metadata")):
@@ -973,9 +973,9 @@ def load_cohort(data_dir: str | Path, split: str, limit: int | None = None) -> C
     """Volumes of one split in the hub's layout under data_dir, in the order of the label table.
 
     Joins labels, metadata and the no-chest list by VolumeName; a volume present in both versions is taken from the
-    `_fixed` folder, one present in neither from the manifest of streamed ones, with its `stamp`. `limit` stops after
-    that many usable volumes. Paths are built from names, the tree is never listed. Raises CohortError where a table or
-    a column is missing or nothing usable is left.
+    `_fixed` folder, one present in neither from the manifest of streamed ones, with its `signature`. `limit` stops
+    after that many usable volumes. Paths are built from names, the tree is never listed. Raises CohortError where a
+    table or a column is missing or nothing usable is left.
     """
     data_dir = Path(data_dir)
     if split not in SPLITS:
@@ -997,7 +997,7 @@ def load_cohort(data_dir: str | Path, split: str, limit: int | None = None) -> C
         if isinstance(result, Volume):
             cohort.volumes.append(result)
         else:
-            cohort.left_out.append((name, result))
+            cohort.skipped.append((name, result))
     if not cohort.volumes:
         found = "; ".join(cohort.summary().splitlines()[1:]) or "an empty label table"
         raise CohortError(f"{data_dir}: found no usable {split} volume ({found}), expected at least one; add volumes")
@@ -1017,7 +1017,7 @@ def listed_volumes(data_dir: str | Path, split: str, fixed: bool) -> Cohort:
         if isinstance(result, Volume):
             cohort.volumes.append(result)
         else:
-            cohort.left_out.append((name, result))
+            cohort.skipped.append((name, result))
     return cohort
 
 
@@ -1102,7 +1102,7 @@ def _moved(size: int, by: int) -> tuple[slice, slice]:
 
 
 class VolumeDataset(Dataset):
-    """Item i: (i, tensor, labels, verdict), or (i, None, name, reason) for a file that cannot be used.
+    """Item i: (i, tensor, labels, decision), or (i, None, name, reason) for a file that cannot be used.
 
     With `augment_seed` the tensors are augmented. What is drawn for a volume follows from the seed and its name alone:
     one seed per epoch gives the epoch's tensors again, in any order, worker or resumed run. `device` is read_volume's.
@@ -1127,10 +1127,10 @@ class VolumeDataset(Dataset):
         try:
             try:
                 on_device = {} if self.device is None else {"device": self.device}
-                tensor, verdict = read_volume(volume, self.shape, **on_device)
+                tensor, decision = read_volume(volume, self.shape, **on_device)
             except (OSError, MemoryError, torch.OutOfMemoryError):
                 # A network mount, a full moment, a full GPU; a second failure counts.
-                tensor, verdict = read_volume(volume, self.shape)
+                tensor, decision = read_volume(volume, self.shape)
                 tensor = tensor.to(self.device or "cpu")
         except (VolumeError, OSError, MemoryError) as error:  # one bad file never stops the others
             reason = str(error) or type(error).__name__
@@ -1138,7 +1138,7 @@ class VolumeDataset(Dataset):
         if self.augment_seed is not None:
             seed = zlib.crc32(f"{self.augment_seed} {volume.name}".encode())  # hash() differs between processes
             augment(tensor, torch.Generator().manual_seed(seed))
-        return index, tensor, torch.from_numpy(np.asarray(volume.labels, np.float32)), verdict
+        return index, tensor, torch.from_numpy(np.asarray(volume.labels, np.float32)), decision
 
     def collate(self, items: Sequence[tuple]) -> Batch:
         """Items -> Batch; with no readable item the tensors have length 0."""
@@ -1153,11 +1153,11 @@ class VolumeDataset(Dataset):
             labels=torch.stack([item[2] for item in good]) if good else torch.empty(0, len(ABNORMALITIES)),
             index=torch.tensor([item[0] for item in good], dtype=torch.int64),
             failures=failures,
-            verdicts=[item[3] for item in good],
+            decisions=[item[3] for item in good],
         )
 
 
-def piece_size(shape: Sequence[int], batch_size: int) -> int:
+def micro_batch_size(shape: Sequence[int], batch_size: int) -> int:
     """Volumes to hold at once to begin with: the largest power of two within the voxels of two published volumes.
 
     A batch of 16 published volumes would be 3.5 GB before the network sees it; its gradients are accumulated instead.

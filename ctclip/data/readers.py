@@ -24,6 +24,7 @@ import nibabel as nib
 import numpy as np
 
 from ctclip.errors import UserError
+from ctclip.formatting import plural
 
 try:  # inflates about twice as fast as zlib, and checks the same checksums
     from isal.igzip import IGzipFile as GzipFile
@@ -39,7 +40,7 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 META_SUFFIX = ".mha"
 FILE_SUFFIXES = (*NIFTI_SUFFIXES, META_SUFFIX)
 
-AGAIN = "copy or download the file again"
+RECOPY = "copy or download the file again"
 CONVERT = "convert it to a 3-D NIfTI of numbers"
 DEFLATE_LIMIT = 1032  # deflate cannot shrink anything by more than this
 SLAB_BYTES = 4 << 20  # read and inflated at a time
@@ -60,15 +61,15 @@ class VolumeError(UserError):
     """A volume file that cannot be used: one line naming what was found, what was expected, what to do."""
 
 
-def problem(path: Path, found: str, expected: str, remedy: str) -> VolumeError:
+def file_error(path: Path, found: str, expected: str, remedy: str) -> VolumeError:
     return VolumeError(f"{path.name}: found {found}, expected {expected}; {remedy}")
 
 
-def times(shape: Sequence[float]) -> str:
+def shape_text(shape: Sequence[float]) -> str:
     return " x ".join(str(n) for n in shape)
 
 
-def shortest(value: float) -> float:
+def shortest_decimal(value: float) -> float:
     """The shortest decimal of the same float32: 0.699999988 mm is 0.7. A size, in voxels, may hang on it, and one
     scan must not be a voxel longer in a format that keeps more digits."""
     with np.errstate(over="ignore"):  # to infinity, which is refused as such
@@ -109,6 +110,9 @@ class VolumeFile:
 
     def close(self) -> None:
         pass
+
+    def error(self, found: str, expected: str, remedy: str) -> VolumeError:
+        return file_error(self.path, found, expected, remedy)
 
     def read(self, slices: np.ndarray, first: int) -> None:
         """Fill (n, middle axis, fastest axis) with the slices from `first` on; called in order, all of them."""
@@ -161,18 +165,18 @@ class StreamFile(VolumeFile):
     def __init__(self, path: Path):
         self.path = path
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise problem(path, "a pipe or device", "a file", "name the file itself")  # opening it might never return
+            raise self.error("a pipe or device", "a file", "name the file itself")  # opening it might never return
         try:
             self.raw = open(path, "rb")  # noqa: SIM115  closed in close()
         except FileNotFoundError:
-            raise problem(path, "no such file", "a volume", "check the path or download it") from None
+            raise file_error(path, "no such file", "a volume", "check the path or download it") from None
         except OSError as error:
-            raise problem(path, f"unreadable ({error.strerror})", "a file", "check its permissions") from None
+            raise file_error(path, f"unreadable ({error.strerror})", "a file", "check its permissions") from None
         try:
             self.open()
         except OSError as error:
             self.close()
-            raise problem(path, f"unreadable ({error.strerror or error})", "a file", AGAIN) from None
+            raise file_error(path, f"unreadable ({error.strerror or error})", "a file", RECOPY) from None
         except BaseException:
             self.close()
             raise
@@ -196,9 +200,9 @@ class StreamFile(VolumeFile):
                     raise EOFError
                 done += count
         except EOFError:
-            raise problem(self.path, "a truncated file", "as many voxels as its header declares", AGAIN) from None
+            raise self.error("a truncated file", "as many voxels as its header declares", RECOPY) from None
         except (OSError, zlib.error, InflateError) as error:
-            raise problem(self.path, f"damaged data ({error})", "a readable file", AGAIN) from None
+            raise self.error(f"damaged data ({error})", "a readable file", RECOPY) from None
 
     def skip(self, count: int) -> None:
         scratch = np.empty(min(count, SLAB_BYTES), np.uint8)
@@ -211,9 +215,9 @@ class StreamFile(VolumeFile):
         try:
             self.stream.read(1)
         except EOFError:
-            raise problem(self.path, "damaged data (the stream ends early)", "a readable file", AGAIN) from None
+            raise self.error("damaged data (the stream ends early)", "a readable file", RECOPY) from None
         except (OSError, zlib.error, InflateError) as error:
-            raise problem(self.path, f"damaged data ({error})", "a readable file", AGAIN) from None
+            raise self.error(f"damaged data ({error})", "a readable file", RECOPY) from None
 
     def check_size(self, header: Header, offset: int) -> None:
         """Refuse a size that the file cannot hold, before allocating anything of that size."""
@@ -221,11 +225,11 @@ class StreamFile(VolumeFile):
         declared = offset + voxels * header.dtype.itemsize
         at_most = os.fstat(self.raw.fileno()).st_size * (DEFLATE_LIMIT if self.stream is not self.raw else 1)
         if declared > at_most:
-            found = f"{times(header.shape)} voxels declared, {declared} bytes"
-            raise problem(self.path, found, f"at most {at_most} bytes in a file of this size (truncated?)", AGAIN)
+            found = f"{shape_text(header.shape)} voxels declared, {declared} bytes"
+            raise self.error(found, f"at most {at_most} bytes in a file of this size (truncated?)", RECOPY)
         if voxels > MOST_VOXELS or prod(header.shape[:2]) > MOST_PLANE:
             expected = f"at most {MOST_PLANE} in a slice and {MOST_VOXELS} in all"
-            raise problem(self.path, f"{times(header.shape)} voxels", expected, "resample it to a finite size first")
+            raise self.error(f"{shape_text(header.shape)} voxels", expected, "resample it to a finite size first")
 
 
 class NiftiFile(StreamFile):
@@ -239,7 +243,7 @@ class NiftiFile(StreamFile):
             self.stream = GzipFile(fileobj=self.raw, mode="rb")
         elif self.path.suffix == ".gz":
             found = f"first bytes {magic!r}" if magic else "an empty file"
-            raise problem(self.path, found, "gzip data (b'\\x1f\\x8b')", AGAIN)
+            raise self.error(found, "gzip data (b'\\x1f\\x8b')", RECOPY)
         block = np.zeros(540, np.uint8)
         self.fill(block[:348])
         size = block[:4].tobytes()
@@ -248,7 +252,7 @@ class NiftiFile(StreamFile):
             kind = nib.Nifti2Header
             self.fill(block[348:])
         elif 348 not in (int.from_bytes(size, "little"), int.from_bytes(size, "big")):
-            raise problem(self.path, f"first bytes {size!r}", "a NIfTI header", CONVERT)
+            raise self.error(f"first bytes {size!r}", "a NIfTI header", CONVERT)
         header = kind(block[: kind.sizeof_hdr].tobytes(), check=False)
         self.header, offset = _parse_nifti(header, self.path)
         self.check_size(self.header, offset)
@@ -259,20 +263,20 @@ def _parse_nifti(header: nib.Nifti1Header, path: Path) -> tuple[Header, int]:
     """(what it says, byte at which the voxels begin)"""
     if header["magic"].item().rstrip(b"\0") not in (b"n+1", b"n+2", b"n+2\0\r\n\x1a\n"):
         magic = header["magic"].item()
-        raise problem(path, f"magic {magic!r}", "b'n+1' (header and voxels in one file)", CONVERT)
+        raise file_error(path, f"magic {magic!r}", "b'n+1' (header and voxels in one file)", CONVERT)
     dims = [int(n) for n in header["dim"]]
     shape = _three_axes(dims[1 : 1 + dims[0]] if 0 < dims[0] <= 7 else dims, path)
     code = int(header["datatype"])
     if code not in NIFTI_TYPES:
-        raise problem(path, f"voxels of NIfTI type {code}", "integers or floats", CONVERT)
+        raise file_error(path, f"voxels of NIfTI type {code}", "integers or floats", CONVERT)
     dtype = np.dtype(header.endianness + NIFTI_TYPES[code])
     offset = float(header["vox_offset"]) or float(header.single_vox_offset)  # some writers leave it 0
     if not header.sizeof_hdr <= offset < 1e9:  # False for NaN too
-        raise problem(path, f"voxels at byte {offset}", f"at least {header.sizeof_hdr}", CONVERT)
+        raise file_error(path, f"voxels at byte {offset}", f"at least {header.sizeof_hdr}", CONVERT)
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if not isfinite(slope) or slope == 0:  # the standard's way of saying "not scaled"
         slope, intercept = 1.0, 0.0
-    spacing = tuple(shortest(p) for p in header["pixdim"][1:4])
+    spacing = tuple(shortest_decimal(p) for p in header["pixdim"][1:4])
     intercept = intercept if isfinite(intercept) else 0.0
     return Header(shape, dtype, slope, intercept, spacing, _nifti_affine(header)), int(offset)
 
@@ -280,7 +284,7 @@ def _parse_nifti(header: nib.Nifti1Header, path: Path) -> tuple[Header, int]:
 def _three_axes(shape: Sequence[int], path: Path) -> tuple[int, int, int]:
     if len(shape) < 3 or any(n > 1 for n in shape[3:]) or min(shape[:3]) < 2:
         expected = "3 axes of at least 2 voxels"
-        raise problem(path, f"{len(shape)} axes of {times(shape)} voxels", expected, CONVERT)
+        raise file_error(path, f"{len(shape)} axes of {shape_text(shape)} voxels", expected, CONVERT)
     return tuple(shape[:3])
 
 
@@ -341,7 +345,7 @@ class MetaFile(StreamFile):
         if skip == -1:  # the voxels are the last bytes of the file
             skip = size - self.raw.tell() - prod(self.header.shape) * self.header.dtype.itemsize
         if not 0 <= skip <= size:
-            raise problem(self.path, f"HeaderSize {skip:g}", "0", AGAIN)
+            raise self.error(f"HeaderSize {skip:g}", "0", RECOPY)
         self.stream = self.raw
         self.skip(int(skip))
         if compressed:
@@ -359,33 +363,34 @@ class MetaFile(StreamFile):
             fields[key.strip()] = value.strip()
             if key.strip() == "ElementDataFile":
                 if value.strip().upper() != "LOCAL":
-                    raise problem(self.path, f"voxels in {value.strip()[:60]!r}", "LOCAL, in this file", CONVERT)
+                    raise self.error(f"voxels in {value.strip()[:60]!r}", "LOCAL, in this file", CONVERT)
                 return fields
-        found = f"{line[:20]!r}" if line else f"the end of the file after {len(fields)} line{'s' * (len(fields) != 1)}"
-        raise problem(self.path, f"{found}, no header that ends in ElementDataFile", "a MetaImage", AGAIN)
+        found = f"{line[:20]!r}" if line else f"the end of the file after {plural(len(fields), 'line')}"
+        raise self.error(f"{found}, no header that ends in ElementDataFile", "a MetaImage", RECOPY)
 
 
 def _parse_meta(fields: Mapping[str, str], path: Path) -> Header:
     axes = int(_numbers(fields, "NDims", 1, path, whole=True)[0])
     if not 1 <= axes <= 8:
-        raise problem(path, f"{axes} axes", "3 axes of at least 2 voxels", CONVERT)
+        raise file_error(path, f"{axes} axes", "3 axes of at least 2 voxels", CONVERT)
     shape = _three_axes([int(n) for n in _numbers(fields, "DimSize", axes, path, whole=True)], path)
     kind = fields.get("ElementType", "nothing")
     channels = _numbers(fields, "ElementNumberOfChannels", 1, path, "1")[0]
     if kind not in META_TYPES or channels != 1:
-        raise problem(path, f"{channels:g} values of {kind[:40]} for each voxel", "one number", CONVERT)
+        raise file_error(path, f"{channels:g} values of {kind[:40]} for each voxel", "one number", CONVERT)
     if not _flag(fields, "BinaryData", path, "True"):
-        raise problem(path, "voxels written as text", "BinaryData = True", CONVERT)
+        raise file_error(path, "voxels written as text", "BinaryData = True", CONVERT)
     for name, neutral in (("ElementToIntensityFunctionSlope", 1), ("ElementToIntensityFunctionOffset", 0)):
         if _numbers(fields, name, 1, path, str(neutral))[0] != neutral:
-            raise problem(path, f"{name} {fields[name]}", f"{neutral}: HU as stored", CONVERT)
+            raise file_error(path, f"{name} {fields[name]}", f"{neutral}: HU as stored", CONVERT)
     big_endian = _flag(fields, "BinaryDataByteOrderMSB", path) or _flag(fields, "ElementByteOrderMSB", path)
     dtype = np.dtype((">" if big_endian else "<") + META_TYPES[kind])
     stated = next((name for name in ("ElementSpacing", "ElementSize") if name in fields), None)
     if stated is None:
         return Header(shape, dtype, 1.0, 0.0, (1.0, 1.0, 1.0), None)
     spacing = _numbers(fields, stated, axes, path)[:3]
-    return Header(shape, dtype, 1.0, 0.0, tuple(map(shortest, spacing)), _meta_affine(fields, axes, spacing, path))
+    affine = _meta_affine(fields, axes, spacing, path)
+    return Header(shape, dtype, 1.0, 0.0, tuple(map(shortest_decimal, spacing)), affine)
 
 
 def _meta_affine(fields: Mapping[str, str], axes: int, spacing: Sequence[float], path: Path) -> np.ndarray:
@@ -415,14 +420,15 @@ def _numbers(
         numbers = []
     if len(numbers) != count or (whole and not all(abs(n) < 1e10 and n == int(n) for n in numbers)):
         found = "nothing" if text is None else repr(text[:60])
-        raise problem(path, f"{found} as {name}", f"{count} {'whole ' * whole}number{'s' * (count > 1)}", AGAIN)
+        expected = plural(count, "whole number" if whole else "number")
+        raise file_error(path, f"{found} as {name}", expected, RECOPY)
     return numbers
 
 
 def _flag(fields: Mapping[str, str], name: str, path: Path, default: str = "False") -> bool:
     value = fields.get(name, default).lower()
     if value[:1] not in ("t", "y", "1", "f", "n", "0"):  # ITK, too, looks at the first letter only
-        raise problem(path, f"{value[:20]!r} as {name}", "True or False", AGAIN)
+        raise file_error(path, f"{value[:20]!r} as {name}", "True or False", RECOPY)
     return value[:1] in ("t", "y", "1")
 
 
@@ -455,7 +461,7 @@ def simple_itk(path: Path) -> ModuleType:
     try:
         import SimpleITK
     except ImportError:
-        raise problem(path, "DICOM", "the package SimpleITK to read it", "pip install SimpleITK") from None
+        raise file_error(path, "DICOM", "the package SimpleITK to read it", "pip install SimpleITK") from None
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     return SimpleITK
 
@@ -490,7 +496,7 @@ def _information(itk: ModuleType, path: Path) -> tuple[tuple[int, ...], dict[str
         reader.ReadImageInformation()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1][:120]
-        raise problem(path, f"an unreadable DICOM file ({reason})", "a slice of a series", AGAIN) from None
+        raise file_error(path, f"an unreadable DICOM file ({reason})", "a slice of a series", RECOPY) from None
     return tuple(reader.GetSize()), {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
 
 
@@ -516,7 +522,7 @@ class DicomSeries(VolumeFile):
         affine = np.eye(4)
         affine[:3, :3] = np.stack([*slices[0].directions, normal], axis=1) * (*in_plane, step)
         affine[:3, 3] = slices[0].position
-        spacing = tuple(map(shortest, (*in_plane, step)))
+        spacing = tuple(map(shortest_decimal, (*in_plane, step)))
         shape = _three_axes((columns, rows, len(slices)), path)
         self.header = Header(shape, np.dtype("f4"), 1.0, 0.0, spacing, LPS_TO_RAS @ affine)
 
@@ -532,33 +538,33 @@ class DicomSeries(VolumeFile):
         lost = [file for file in sorted(folder.iterdir()) if file.name not in known and is_dicom(file)]
         lost = [file for file in lost if CT_STORAGE in _beginning(file)]  # not directories, reports, segmentations
         if lost:  # ITK passes over what it cannot read: a shorter series would be read without a word
-            raise problem(lost[0], "an unreadable CT slice", f"a slice like the {len(known)} beside it", AGAIN)
+            raise file_error(lost[0], "an unreadable CT slice", f"a slice like the {len(known)} beside it", RECOPY)
         if not self.path.is_dir():
             grouped = {key: files for key, files in grouped.items() if self.path.name in {file.name for file in files}}
         if len(grouped) != 1:
             where = "in the folder" if self.path.is_dir() else "with this file"
             remedy = "name a file of the series that is meant"
-            raise problem(self.path, f"{len(grouped)} DICOM series {where}", "one", remedy)
+            raise self.error(f"{len(grouped)} DICOM series {where}", "one", remedy)
         return next(iter(grouped.values()))
 
     def _step(self, slices: Sequence[_Slice], normal: np.ndarray) -> float:
         """Distance of neighbouring slices (mm), the same everywhere and square to the slices."""
         if len(slices) < 2:
-            raise problem(self.path, "a single slice", "a series of slices", "name the folder with the whole series")
+            raise self.error("a single slice", "a series of slices", "name the folder with the whole series")
         places = np.array([float(each.position @ normal) for each in slices])
         step = (places[-1] - places[0]) / (len(places) - 1)
         gaps = np.diff(places)
         if step <= 0 or gaps.min() < JITTER * step:
-            raise problem(self.path, "two slices at one place", "one series of one pass", "sort the files into passes")
+            raise self.error("two slices at one place", "one series of one pass", "sort the files into passes")
         if abs(gaps - step).max() > JITTER * step:
             at = int(abs(gaps - np.median(gaps)).argmax())
             found = f"slices {np.median(gaps):g} mm apart, but {gaps[at]:g} mm after {slices[at].path.name}"
-            raise problem(self.path, found, "equal distances (is one missing?)", "copy the series again")
+            raise self.error(found, "equal distances (is one missing?)", "copy the series again")
         way = slices[-1].position - slices[0].position
         tilt = np.degrees(np.arccos(np.clip(way @ normal / np.linalg.norm(way), -1, 1)))
         if tilt > TILT:
             found = f"slices tilted by {tilt:.1f} degrees (gantry tilt)"
-            raise problem(self.path, found, "slices square to the table", "convert it with a tool that corrects tilt")
+            raise self.error(found, "slices square to the table", "convert it with a tool that corrects tilt")
         return _simplest(float(step), 10.0 ** -max(each.decimals for each in slices) / (len(slices) - 1))
 
     def read(self, slices: np.ndarray, first: int) -> None:
@@ -571,7 +577,7 @@ class DicomSeries(VolumeFile):
                 image = reader.Execute()
             except RuntimeError as error:
                 reason = re.sub(r"\s+", " ", str(error)).strip()[-120:]
-                raise problem(self.path, f"damaged data in {file.name} ({reason})", "a readable slice", AGAIN) from None
+                raise self.error(f"damaged data in {file.name} ({reason})", "a readable slice", RECOPY) from None
             slices[place] = self.itk.GetArrayViewFromImage(image)[0]  # a view lives no longer than its image
 
 
@@ -595,16 +601,18 @@ class _Slice:
         rows, columns = self._vector(tags, "0028|0030", 2)  # between rows, then between columns
         self.spacing = float(columns), float(rows)
         if abs(np.linalg.norm(np.cross(*self.directions)) - 1) > 1e-2:
-            raise problem(path, f"orientation {tags[ORIENTATION].strip()}", "two unit vectors", "leave the series out")
+            found = f"orientation {tags[ORIENTATION].strip()}"
+            raise file_error(path, found, "two unit vectors", "leave the series out")
 
     def _refuse_other_voxels(self, tags: Mapping[str, str]) -> None:
         """One grey value for each voxel, bright for dense, with usable rescale values: ITK makes up what it lacks."""
         samples, kind = tags.get(SAMPLES, "1").strip(), tags.get(PHOTOMETRIC, "MONOCHROME2").strip()
         if (samples, kind) != ("1", "MONOCHROME2"):
-            raise problem(self.path, f"{samples} values of {kind} in each voxel", "MONOCHROME2", "leave the series out")
+            found = f"{samples} values of {kind} in each voxel"
+            raise file_error(self.path, found, "MONOCHROME2", "leave the series out")
         slope, _ = self._vector(tags, SLOPE, 1)[0], self._vector(tags, INTERCEPT, 1)
         if slope <= 0:
-            raise problem(self.path, f"RescaleSlope {slope:g}", "more than 0", "correct it or leave the series out")
+            raise file_error(self.path, f"RescaleSlope {slope:g}", "more than 0", "correct it or leave the series out")
 
     def _vector(self, tags: Mapping[str, str], tag: str, count: int) -> np.ndarray:
         try:
@@ -614,18 +622,18 @@ class _Slice:
         if len(values) != count or not np.isfinite(values).all():
             found = f"{tags[tag].strip()[:40]!r} as" if tag in tags else "no"
             expected = f"{count} numbers (one slice in each file)"
-            raise problem(self.path, f"{found} ({tag.replace('|', ',')})", expected, "convert it to NIfTI first")
+            raise file_error(self.path, f"{found} ({tag.replace('|', ',')})", expected, "convert it to NIfTI first")
         return values
 
     def check(self, other: _Slice) -> None:
         """One modality, one size and one orientation through the whole series."""
         if self.modality != "CT":
-            raise problem(self.path, f"modality {self.modality or 'unknown'}", "CT", "leave the series out")
+            raise file_error(self.path, f"modality {self.modality or 'unknown'}", "CT", "leave the series out")
         if prod(self.size[:2]) > MOST_PLANE:
-            raise problem(self.path, f"{times(self.size)} voxels", f"at most {MOST_PLANE} in a slice", AGAIN)
+            raise file_error(self.path, f"{shape_text(self.size)} voxels", f"at most {MOST_PLANE} in a slice", RECOPY)
         alike = self.size == other.size and len(self.size) >= 2 and prod(self.size[2:]) == 1
         turned = bool(np.abs(np.subtract(self.directions, other.directions)).max() > 1e-3)
         if not alike or turned or not np.allclose(self.spacing, other.spacing, rtol=1e-4):
-            found = f"{times(self.size)} voxels of {times(self.spacing)} mm beside {times(other.size)} of "
-            found += f"{times(other.spacing)} mm" + " turned" * turned
-            raise problem(self.path, found, "slices that are alike", "leave the series out (a localizer?)")
+            own, others = (f"{shape_text(s.size)} voxels of {shape_text(s.spacing)} mm" for s in (self, other))
+            found = f"{own} beside {others}{' (turned)' if turned else ''}"
+            raise file_error(self.path, found, "slices that are alike", "leave the series out (a localizer?)")

@@ -538,24 +538,24 @@ def see_cohort(data_dir: str) -> list[dict]:
 
 
 def see_split(data_dir: str, split: str) -> dict:
-    from ctclip.data.preprocessing import SUFFIX, CohortError, VolumeError, load_cohort, read_volume
+    from ctclip.data.preprocessing import VOLUME_SUFFIX, CohortError, VolumeError, load_cohort, read_volume
 
     try:
         cohort = load_cohort(data_dir, split)
     except CohortError as error:
         return {"split": split, "error": str(error)}
-    on_disk = [volume for volume in cohort.volumes if volume.stamp is None]
+    on_disk = [volume for volume in cohort.volumes if volume.signature is None]
     readings, faults = [], []
     for place in sorted({0, len(on_disk) // 2, len(on_disk) - 1}) if on_disk else ():
         volume = on_disk[place]
         try:
-            _, verdict = read_volume(volume, PROBE_SHAPE)
+            _, decision = read_volume(volume, PROBE_SHAPE)
         except (VolumeError, OSError, MemoryError) as error:
             faults.append(str(error) or f"{volume.name}: {type(error).__name__}")
         else:
-            folder, *_, why = verdict.evidence.split("; ")
-            name = volume.name.removesuffix(SUFFIX)
-            readings.append([name, verdict.reading, f"{folder}, {why.partition(': ')[2]}"])
+            folder, *_, why = decision.evidence.split("; ")
+            name = volume.name.removesuffix(VOLUME_SUFFIX)
+            readings.append([name, decision.reading, f"{folder}, {why.partition(': ')[2]}"])
     return {
         "split": split,
         "summary": cohort.summary().splitlines(),
@@ -564,7 +564,7 @@ def see_split(data_dir: str, split: str) -> dict:
         "patients": len({volume.patient for volume in cohort.volumes}),
         "on_disk": len(on_disk),
         "not_on_disk": cohort.not_on_disk,
-        "left_out": dict(Counter(reason for _, reason in cohort.left_out)),
+        "left_out": dict(Counter(reason for _, reason in cohort.skipped)),
         "readings": readings,
         "faults": faults,
     }

@@ -67,7 +67,7 @@ def with_pictures(
     """
     from tqdm import tqdm
 
-    from ctclip.data.preprocessing import FETCH, VolumeError, load_cohort, read_volume
+    from ctclip.data.preprocessing import FETCH_COMMAND, VolumeError, load_cohort, read_volume
 
     volumes = _volumes_by_row(load_cohort(data_dir, "valid").volumes, unit)
     wanted: dict[str, list[int]] = {}
@@ -75,9 +75,9 @@ def with_pictures(
         for place in places[:most]:
             wanted.setdefault(cases[place].name, []).append(place)
     done, failures = list(cases), []
-    streamed = {name for name in wanted if name in volumes and volumes[name].stamp is not None}
+    streamed = {name for name in wanted if name in volumes and volumes[name].signature is not None}
     if streamed:
-        reason = f"streamed, and their files not kept; {FETCH} valid fetches them"
+        reason = f"streamed, and their files not kept; {FETCH_COMMAND} valid fetches them"
         failures.append((f"{len(streamed)} volumes", reason))
     for name, places in tqdm(wanted.items(), desc="pictures", unit="vol", delay=2, leave=False):
         if name in streamed:

@@ -101,7 +101,7 @@ def predict_run(
 
     What the run's cache has of the volumes is taken from there; streamed volumes are nowhere else.
     """
-    from ctclip.data.preprocessing import FETCH, load_cohort
+    from ctclip.data.preprocessing import FETCH_COMMAND, load_cohort
 
     record = run_record(run)
     data_dir = data_dir or record.get("data_dir")
@@ -119,7 +119,7 @@ def predict_run(
         raise EvaluationError(
             f"{data_dir}: found none of the {len(cohort)} volumes on disk (they were streamed) and none in {where}, "
             "expected them in the cache of this encoder; evaluate a run that was trained with --freeze-backbone on the "
-            f"cache they were streamed into, or fetch the files with {FETCH} valid"
+            f"cache they were streamed into, or fetch the files with {FETCH_COMMAND} valid"
         )
     read, logits = predict_volumes(model, cohort.volumes, workers=workers, on_batch=print_failures, cache=cache)
     if not read:
@@ -145,7 +145,7 @@ def run_cache(record: Mapping, model: CTCLIPMultiAbnormalityModel) -> FeatureCac
 
 def within_reach(volumes: Sequence[Volume], cache: FeatureCache | None) -> bool:
     """Whether any of the volumes has a file or, where it was streamed, an entry in the cache."""
-    if any(volume.stamp is None for volume in volumes):
+    if any(volume.signature is None for volume in volumes):
         return True
     return cache is not None and any(row is not None for row in cache.rows(volumes))
 

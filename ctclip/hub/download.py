@@ -258,7 +258,7 @@ def fetch_selection(selection: Selection, data_dir: Path, token: str) -> list[Vo
     patients = len({volume.patient for volume in chosen})
     row("data", f"{selection.split}: {len(chosen)} of {len(cohort)} volumes, {patients} patients, in {data_dir}")
     for reason, names in cohort.reasons().items():
-        row("", f"left out: {len(names)} x {reason}")
+        row("", f"skipped: {len(names)} x {reason}")
     if missing := absent_labels(chosen):
         row("", f"without any {', '.join(missing)}: choose more of them to have every label")
     return chosen

@@ -30,18 +30,18 @@ from tqdm import tqdm
 from ctclip.data.feature_cache import (
     LINE_BYTES,
     FeatureCache,
+    cache_key,
+    cache_keys,
     encode_missing,
     encoding,
     existing,
-    source_of,
-    sources_of,
-    stamp_of,
+    file_signature,
     write_all,
 )
 from ctclip.data.preprocessing import (
-    SUFFIX,
+    VOLUME_SUFFIX,
+    HuDecision,
     Streamed,
-    Verdict,
     Volume,
     VolumeError,
     read_streamed,
@@ -148,11 +148,11 @@ def plan_work(
     }
     quarantined = [item for item, entry in current.items() if entry.reason is not None]
     streamed_once = {
-        item: replace(item.volume, path=item.target, stamp=(entry.size, entry.tail))
+        item: replace(item.volume, path=item.target, signature=(entry.size, entry.tail))
         for item, entry in current.items()
         if entry.reason is None
     }
-    rows, _ = cache.intact(sources_of(list(streamed_once.values())))
+    rows, _ = cache.intact(cache_keys(list(streamed_once.values())))
     done = [item for item, row in zip(streamed_once, rows, strict=True) if row is not None]
     settled = {*quarantined, *done}
     return Work(here, [item for item in items if item not in settled], len(done), len(quarantined))
@@ -172,7 +172,7 @@ def staged_path(staging: Path, name: str, fixed: bool) -> Path:
     """Where a volume is while it is here. No two share a folder but that of their version: one may be deleted with its
     folders while another arrives."""
     version = volume_path(name, fixed).parts[1]
-    return staging / version / name.removesuffix(SUFFIX) / scan_of(name) / name
+    return staging / version / name.removesuffix(VOLUME_SUFFIX) / scan_of(name) / name
 
 
 def remove(path: Path) -> None:
@@ -247,9 +247,9 @@ class Arrival:
     item: Item
     volume: Volume
     source: str | None = None
-    stamp: tuple[int, str] = (0, "")
+    signature: tuple[int, str] = (0, "")
     tensor: torch.Tensor | None = None
-    verdict: Verdict | None = None
+    decision: HuDecision | None = None
     unreadable: str | None = None
 
 
@@ -257,9 +257,9 @@ def read(item: Item, shape: tuple[int, int, int]) -> Arrival:
     arrival = Arrival(item, replace(item.volume, path=item.target))
     if item.trouble is not None:
         return arrival
-    arrival.source, arrival.stamp = source_of(arrival.volume), stamp_of(item.target)
+    arrival.source, arrival.signature = cache_key(arrival.volume), file_signature(item.target)
     try:
-        arrival.tensor, arrival.verdict = read_volume(arrival.volume, shape)
+        arrival.tensor, arrival.decision = read_volume(arrival.volume, shape)
     except VolumeError as error:
         cause = error.__context__
         if isinstance(cause, OSError) and cause.errno:  # the disk's fault, not the volume's
@@ -379,8 +379,8 @@ def encode_arrivals(
                     quarantined.append(name)
                 elif not is_encoded(cache, arrival.source):
                     codes = model.encode_for_cache(arrival.tensor[None].to(device))
-                    cache.append([arrival.volume], codes, [arrival.verdict], [arrival.source], len(items) - done)
-                manifest.add(name, Streamed(selection.fixed, *arrival.stamp, item.sha256, arrival.unreadable))
+                    cache.append([arrival.volume], codes, [arrival.decision], [arrival.source], len(items) - done)
+                manifest.add(name, Streamed(selection.fixed, *arrival.signature, item.sha256, arrival.unreadable))
                 budget.encoded += budget.per_volume
             remove(item.target)
             transfers.release(item)

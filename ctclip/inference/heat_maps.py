@@ -24,7 +24,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from ctclip.data.preprocessing import FIELD_OF_VIEW_MM, SUFFIX, Placement
+from ctclip.data.preprocessing import FIELD_OF_VIEW_MM, VOLUME_SUFFIX, Placement
 from ctclip.data.readers import GzipFile
 from ctclip.evaluation.cases import LUNG_WINDOW, SOFT_LABELS, SOFT_WINDOW
 from ctclip.evaluation.figures import GREY, INK, new_figure, write_figure
@@ -492,7 +492,7 @@ def explain_scan(
     for i, (label, stem) in enumerate(zip(labels, _stems(name, labels), strict=True)):
         path = folder / stem
         values = evidence.values[i]
-        heat_map, picture = path.with_name(path.name + SUFFIX), path.with_name(path.name + ".png")
+        heat_map, picture = path.with_name(path.name + VOLUME_SUFFIX), path.with_name(path.name + ".png")
         write_heat_map(values, placement, heat_map, label)
         figure = explain_figure(
             volume,

@@ -99,7 +99,7 @@ def predict_volumes(
     While some are computed, `workers` threads read the next (default: one on two cores, else up to 8). In float32 on
     every device: in half precision some codes flip, and reading a volume costs more than encoding it.
     Returns the indices of the volumes that could be read, ascending, and their logits (n, labels) float32 on the CPU.
-    `on_batch` sees every batch that is read, with the failures and verdicts in it; `on_answer` every volume in it, as
+    `on_batch` sees every batch that is read, with the failures and decisions in it; `on_answer` every volume in it, as
     (index, voxels (1, 1, D, H, W) on the device, logits (labels,)). `cache` is one of this model, from
     which logits are the same but for rounding (and 1e-3 off with maps, kept in half precision); nothing is added to it.
     `resample_there`: on a GPU from the stored integers, equal but for rounding; each reading thread then needs some
@@ -108,13 +108,13 @@ def predict_volumes(
     import torch
     from tqdm import tqdm
 
-    from ctclip.data.feature_cache import encoding, sources_of
+    from ctclip.data.feature_cache import cache_keys, encoding
     from ctclip.data.preprocessing import PUBLISHED_SHAPE, read_ahead
 
     device = next(model.parameters()).device
     entries: list[int | None] = [None] * len(volumes)
     if cache is not None:
-        entries, _ = cache.intact(sources_of(volumes))
+        entries, _ = cache.intact(cache_keys(volumes))
     stored = _pieces([i for i, entry in enumerate(entries) if entry is not None], batch_size)
     held = max(1, min(batch_size, prod(PUBLISHED_SHAPE) // prod(model.input_shape)))  # no more voxels than one of those
     unread = _pieces([i for i, entry in enumerate(entries) if entry is None], held)
@@ -150,4 +150,4 @@ def print_failures(batch: Batch) -> None:
     from tqdm import tqdm
 
     for name, reason in batch.failures:
-        tqdm.write(f"left out: {name}: {reason}", file=sys.stderr)
+        tqdm.write(f"skipped: {name}: {reason}", file=sys.stderr)

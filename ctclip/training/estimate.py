@@ -83,7 +83,7 @@ class Probe:
             cached = [] if not self.frozen else self.tuning if self.config.augment else [*self.train, *self.tuning]
             rows = cache.rows(cached)
             missing = rows.count(None)
-            if problem := cache.out_of_reach(cached, rows):
+            if problem := cache.missing_message(cached, rows):
                 raise TrainingError(problem)
             disk = self.disk(cache, missing)
             self.read_some()
@@ -117,9 +117,9 @@ class Probe:
     def disk(self, cache: FeatureCache, missing: int) -> str:
         """Bytes for the cache, and for the run at its fullest: while the next weights or the next state are written."""
         folder = self.run.folder
-        cache_need, cache_free = cache.room(missing)
+        cache_need, cache_free = cache.disk_space(missing)
         if cache_need > cache_free:
-            raise TrainingError(cache.no_room(missing, "too little room"))
+            raise TrainingError(cache.disk_full_message(missing, "too little room"))
         weights = sum(tensor.numel() * tensor.element_size() for tensor in self.model.state_dict().values())
         state = (1 + self.copies) * self.moving_bytes
         need = weights + KEEP * state + max(weights, state) + SMALL_FILES
@@ -144,7 +144,7 @@ class Probe:
         `measured` stays 0, and there is no reading and no encoding to measure.
         """
         self.measured = self.failed = 0
-        on_disk = [[volume for volume in side if volume.stamp is None] for side in (self.train, self.tuning)]
+        on_disk = [[volume for volume in side if volume.signature is None] for side in (self.train, self.tuning)]
         readable = on_disk[0] or on_disk[1]
         if not readable:
             return
@@ -156,7 +156,7 @@ class Probe:
             _, volume, *rest = dataset[i]
             if volume is None:
                 reasons.append(": ".join(rest))
-                self.run.say(f"left out (train): {reasons[-1]}")
+                self.run.say(f"skipped (train): {reasons[-1]}")
                 continue
             times.append(time.perf_counter() - start)
             self.name, self.volume, self.labels = chosen[i].name, volume, rest[0]  # (1, D, H, W), (18,)

@@ -647,7 +647,7 @@ def count_bad_step(run: Run, position: Position, outcome: Outcome, finite: bool)
     position.bad_in_a_row += 1
     position.bad_names = [*position.bad_names, *names]
     shown = ", ".join(names) or "gradient"
-    run.say(f"Step {position.step} of epoch {position.epoch + 1} left out: not finite ({shown})")
+    run.say(f"Step {position.step} of epoch {position.epoch + 1} skipped: not finite ({shown})")
     if position.bad_in_a_row >= BAD_STEPS:
         listed = ", ".join(dict.fromkeys(position.bad_names)) or "none by itself: the gradients overflow"
         raise TrainingError(
@@ -795,7 +795,7 @@ def write_run_file(job: Job, status: str) -> None:
     run, splits = job.run, job.splits
     if not run.ranks.is_main:
         return
-    left_out = [{"name": name, "reason": reason} for name, reason in (*job.cohort.left_out, *run.failures.items())]
+    left_out = [{"name": name, "reason": reason} for name, reason in (*job.cohort.skipped, *run.failures.items())]
     content = {
         "status": status,
         "config": asdict(run.config),
@@ -848,7 +848,7 @@ def finish(job: Job, history: list[dict], best: Best, stopped: str, trained: int
         print(f"Best epoch {best.epoch}: macro AUROC {line['tuning_auroc_macro']:.3f} on the tuning patients")
     skipped = sum(line["skipped_steps"] for line in history)
     if skipped:
-        print(f"Steps left out because they were not finite: {skipped}")
+        print(f"Steps skipped because they were not finite: {skipped}")
     if run.failures:
         print(f"Left out while reading: {len(run.failures)} volumes, listed in {run.folder / 'run.json'}")
     rate = trained / seconds  # every volume counts in every epoch

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ctclip.config import QUICK_TEST_VOLUMES, SYNTHETIC_NOTE, Machine, TrainingConfig, TrainingError
 from ctclip.data.feature_cache import FeatureCache, encode_missing
-from ctclip.data.preprocessing import FETCH, Cohort, Volume, load_cohort, piece_size, split_by_patient
+from ctclip.data.preprocessing import FETCH_COMMAND, Cohort, Volume, load_cohort, micro_batch_size, split_by_patient
 from ctclip.distributed import Ranks
 from ctclip.inference.predictor import choose_device, choose_precision, choose_workers
 from ctclip.inference.prompts import load_with_prompts
@@ -172,13 +172,13 @@ class Run:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def record(self, role: str, volumes: list[Volume], batch) -> None:
-        """Keeps the verdicts and failures of a batch; a failure is printed once."""
+        """Keeps the decisions and failures of a batch; a failure is printed once."""
         for name, reason in batch.failures:
             if name not in self.failures:
-                tqdm.write(f"left out ({role}): {name}: {reason}")
+                tqdm.write(f"skipped ({role}): {name}: {reason}")
             self.failures[name] = reason
-        for index, verdict in zip(batch.index.tolist(), batch.verdicts, strict=True):
-            self.readings[volumes[index].name] = verdict.reading
+        for index, decision in zip(batch.index.tolist(), batch.decisions, strict=True):
+            self.readings[volumes[index].name] = decision.reading
 
     def exchange_records(self) -> None:
         for failures, readings in self.ranks.all_gather((self.failures, self.readings)):
@@ -255,12 +255,12 @@ def refuse_lost_voxels(config: TrainingConfig, data_dir: Path, volumes: Sequence
         wanted["unfrozen epochs"] = "add --freeze-backbone"
     if config.augment:
         wanted["--augment"] = "leave --augment out"
-    lost = sum(volume.stamp is not None for volume in volumes)
+    lost = sum(volume.signature is not None for volume in volumes)
     if lost and wanted:
         raise TrainingError(
             f"{data_dir}: found {lost} of {len(volumes)} volumes without a file (streamed, only their codes are left), "
             f"expected files, because {' and '.join(wanted)} read voxels; {' and '.join(wanted.values())}, or fetch "
-            f"the files with {FETCH} train"
+            f"the files with {FETCH_COMMAND} train"
         )
 
 
@@ -303,7 +303,7 @@ def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> Job:
     splits = {"train": Split(train_volumes), "tuning": Split(tuning_volumes)}
     weights = balanced_label_weights(splits["train"].labels) if config.class_weights else None
     criterion = create_loss(config.loss_type, config.alpha, config.gamma, weights).to(run.device)
-    run.micro_batch = machine.micro_batch or piece_size(model.input_shape, config.batch_size)
+    run.micro_batch = machine.micro_batch or micro_batch_size(model.input_shape, config.batch_size)
     wanted = machine.gradient_checkpointing
     enabled = wanted == "on" or (wanted == "auto" and run.device.type == "cuda")
     if enabled and not run.set_checkpointing(model, True):

@@ -25,7 +25,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 from helpers_model import PUBLISHED  # noqa: E402
 
 from ctclip.data.feature_cache import FeatureCache, encode_missing  # noqa: E402
-from ctclip.data.preprocessing import Verdict, Volume, load_cohort, read_volume  # noqa: E402
+from ctclip.data.preprocessing import HuDecision, Volume, load_cohort, read_volume  # noqa: E402
 from ctclip.distributed import Ranks  # noqa: E402
 from ctclip.phantoms.phantom import write_phantom_cohort  # noqa: E402
 from ctclip_model import N_LABELS, CTCLIPMultiAbnormalityModel, create_balanced_loss  # noqa: E402
@@ -104,7 +104,7 @@ def main() -> int:
 
         others = [Volume(f"train_{i}_z_1.nii.gz", volume.path, volume.labels) for i in range(1, args.volumes)]
         codes = torch.randint(PUBLISHED.codes, (len(others), *cache.shape))
-        cache.append(others, codes, [Verdict("hu", "")] * len(others))
+        cache.append(others, codes, [HuDecision("hu", "")] * len(others))
         cache.close()
         cache = FeatureCache(Path(folder, "cache"), model)  # as a later run finds it
         first, later = cached_costs(model, cache, cache.rows([volume, *others]))

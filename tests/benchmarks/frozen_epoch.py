@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ctclip.config import Machine, TrainingConfig
 from ctclip.data.feature_cache import FeatureCache
-from ctclip.data.preprocessing import Cohort, Verdict, Volume, piece_size
+from ctclip.data.preprocessing import Cohort, HuDecision, Volume, micro_batch_size
 from ctclip.training import loop
 from ctclip.training.run import Job, Run, Split, frozen_inputs
 from ctclip_model import N_LABELS, CTCLIPMultiAbnormalityModel, create_loss
@@ -48,7 +48,8 @@ def random_cohort(count: int, folder: Path) -> list[Volume]:
 def fill(cache: FeatureCache, volumes: list[Volume]) -> None:
     for start in range(0, len(volumes), 500):
         part = volumes[start : start + 500]
-        cache.append(part, torch.randint(PUBLISHED.codes, (len(part), *cache.shape)), [Verdict("hu", "")] * len(part))
+        codes = torch.randint(PUBLISHED.codes, (len(part), *cache.shape))
+        cache.append(part, codes, [HuDecision("hu", "")] * len(part))
     cache.close()
 
 
@@ -56,7 +57,7 @@ def job_of(model: CTCLIPMultiAbnormalityModel, train: list[Volume], tuning: list
     """What `ctclip_training.prepare` makes of a cohort on disk."""
     config = TrainingConfig(data_dir=str(folder), cache_dir=str(folder / "cache"), epochs=4, freeze_backbone=True)
     of_job = Run(folder / "run", config, Machine(device="cpu", workers=0))
-    of_job.micro_batch = piece_size(model.input_shape, config.batch_size)
+    of_job.micro_batch = micro_batch_size(model.input_shape, config.batch_size)
     criterion = create_loss(config.loss_type, config.alpha, config.gamma)
     splits = {"train": Split(train), "tuning": Split(tuning)}
     return Job(of_job, folder, False, Cohort([*train, *tuning]), splits, model, criterion)

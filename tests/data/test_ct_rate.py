@@ -80,7 +80,7 @@ def test_prevalence_is_the_published_one():
 
 def test_joins_and_prefers_the_fixed_version(data_dir):
     cohort = load_cohort(data_dir, "valid")
-    assert names(cohort) == [A, B, C] and len(cohort) == 3 and not cohort.left_out
+    assert names(cohort) == [A, B, C] and len(cohort) == 3 and not cohort.skipped
     a, b, c = cohort.volumes
     assert [v.path for v in (a, b, c)] == [data_dir / volume_path(n, n != B) for n in (A, B, C)]
     assert a.labels.dtype == np.float32 and np.flatnonzero(a.labels).tolist() == [0, 17] and not c.labels.any()
@@ -160,11 +160,11 @@ def test_bad_rows_are_left_out_with_their_reason(data_dir):
     no_chest = "valid_18_a_1\ndataset/valid/valid_19/valid_19_a/valid_19_a_1.nii.gz\nvalid_999_a_1.nii.gz\n\n"
     cohort = load_cohort(tables(data_dir, rows, metadata, no_chest), "valid")
     assert names(cohort) == [A, B, C]
-    assert dict(cohort.left_out) == expected and len(cohort.left_out) == len(expected)
+    assert dict(cohort.skipped) == expected and len(cohort.skipped) == len(expected)
     assert cohort.not_on_disk == 2
     summary = cohort.summary()
     assert "not on disk: 2" in summary and "counted once: 1" in summary
-    assert "left out: 4 x labels other than 0 and 1: valid_11_a_1.nii.gz, valid_12_a_1.nii.gz, " in summary
+    assert "skipped: 4 x labels other than 0 and 1: valid_11_a_1.nii.gz, valid_12_a_1.nii.gz, " in summary
     assert len(summary.splitlines()) < 15
 
 
@@ -173,7 +173,7 @@ def test_version_2_does_without_a_metadata_table(data_dir):
     (data_dir / no_chest_path("valid")).unlink()
     cohort = load_cohort(data_dir, "valid")
     assert names(cohort) == [A, C]
-    assert cohort.left_out == [(B, "no metadata row (needed by a version-1 file)")]
+    assert cohort.skipped == [(B, "no metadata row (needed by a version-1 file)")]
     assert "no validation_metadata.csv" in cohort.summary() and "no no_chest_valid.txt" in cohort.summary()
 
 
@@ -280,7 +280,7 @@ def test_loader_survives_bad_files(mixed, num_workers):
             "missing.nii.gz",
             "zero.nii.gz",
         ]
-    assert [[v.reading for v in b.verdicts] for b in batches] == [["hu"], ["stored"], ["hu"]]
+    assert [[v.reading for v in b.decisions] for b in batches] == [["hu"], ["stored"], ["hu"]]
     for batch, volume in zip(batches, (mixed[0], mixed[2], mixed[5]), strict=True):
         assert batch.volumes.dtype == batch.labels.dtype == torch.float32 and batch.index.dtype == torch.int64
         assert torch.equal(batch.volumes[0], preprocess_volume(volume.path, volume.metadata and row_for(volume), SMALL))
@@ -297,7 +297,7 @@ def row_for(volume):
 def test_a_batch_of_failures_only_is_empty(mixed):
     (batch,) = volume_loader([mixed[1], mixed[3]], SMALL, batch_size=2)
     assert batch.volumes.shape == (0, 1, *SMALL) and batch.labels.shape == (0, 18) and batch.index.shape == (0,)
-    assert len(batch.failures) == 2 and batch.verdicts == []
+    assert len(batch.failures) == 2 and batch.decisions == []
 
 
 def test_shuffle_follows_the_generator(mixed):

@@ -26,14 +26,14 @@ import torch
 from helpers_data import chest, put, row, write
 
 from ctclip.data import feature_cache
-from ctclip.data.feature_cache import CacheError, FeatureCache, encode_missing, encoder_digest, source_of
-from ctclip.data.preprocessing import Verdict, Volume, load_cohort, read_volume, volume_path
+from ctclip.data.feature_cache import CacheError, FeatureCache, cache_key, encode_missing, encoder_digest
+from ctclip.data.preprocessing import HuDecision, Volume, load_cohort, read_volume, volume_path
 from ctclip.distributed import Ranks
 from ctclip_model import CTCLIPMultiAbnormalityModel
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-HU = Verdict("hu", "")
+HU = HuDecision("hu", "")
 BLANK = np.zeros(18, np.float32)
 fork = multiprocessing.get_context("fork")
 
@@ -104,7 +104,7 @@ def test_entries_come_back_from_a_readable_folder(tmp_path, make_volumes):
     volumes = make_volumes(5)
     cache = FeatureCache(tmp_path / "cache", Tower(2))
     assert cache.rows(volumes) == [None] * 5 and not (tmp_path / "cache").exists()  # looking creates nothing
-    cache.append(volumes[:3], records_of(volumes[:3], 2), [HU, Verdict("stored", ""), HU])
+    cache.append(volumes[:3], records_of(volumes[:3], 2), [HU, HuDecision("stored", ""), HU])
     assert cache.rows(volumes) == [0, 1, 2, None, None]  # at once, and without opening it again
     cache.append(volumes[3:4], records_of(volumes[3:4], 2), [HU])
 
@@ -159,7 +159,7 @@ def test_truncated_at_every_byte_it_opens_with_the_complete_entries(tmp_path, ma
     data, index = ((whole.folder / name).read_bytes() for name in ("0000.bin", "0000.jsonl"))
     ends = [i + 1 for i, byte in enumerate(index) if byte == ord("\n")]
     assert len(data) == 6 and len(ends) == 3
-    sources = [source_of(volume) for volume in volumes]
+    sources = [cache_key(volume) for volume in volumes]
     folder = tmp_path / "cut" / whole.folder.name
     folder.mkdir(parents=True)
     for n_data in range(len(data) + 1):
@@ -435,27 +435,27 @@ def test_the_folder_the_name_and_the_file_are_part_of_the_source(tmp_path):
     name = "valid_1_a_1.nii.gz"
     one, two = put(tmp_path, name, True), put(tmp_path, name, False)
     shutil.copy(one, two)  # the same bytes, in the folder of version 1
-    base = source_of(Volume(name, one, BLANK))
-    assert base != source_of(Volume(name, two, BLANK))
-    assert base != source_of(Volume("valid_1_a_2.nii.gz", one, BLANK))
-    assert source_of(Volume(name, tmp_path / "gone" / name, BLANK)) is None
+    base = cache_key(Volume(name, one, BLANK))
+    assert base != cache_key(Volume(name, two, BLANK))
+    assert base != cache_key(Volume("valid_1_a_2.nii.gz", one, BLANK))
+    assert cache_key(Volume(name, tmp_path / "gone" / name, BLANK)) is None
     copy = tmp_path / "elsewhere" / volume_path(name, True)
     copy.parent.mkdir(parents=True)
     shutil.copy(one, copy)
     os.utime(copy, (1, 1))
-    assert base == source_of(Volume(name, copy, BLANK))  # a .gz carries its identity in its last bytes
+    assert base == cache_key(Volume(name, copy, BLANK))  # a .gz carries its identity in its last bytes
     before = one.read_bytes()
     write(one, chest(seed=7))
-    assert base != source_of(Volume(name, one, BLANK))
+    assert base != cache_key(Volume(name, one, BLANK))
     one.write_bytes(before)
-    assert base == source_of(Volume(name, one, BLANK))
+    assert base == cache_key(Volume(name, one, BLANK))
     one.write_bytes(b"\x1f")  # shorter than its identity
-    assert source_of(Volume(name, one, BLANK)) not in (None, base)
+    assert cache_key(Volume(name, one, BLANK)) not in (None, base)
 
     plain = write(tmp_path / "plain.nii", chest())
-    source = source_of(Volume("plain.nii", plain, BLANK))
+    source = cache_key(Volume("plain.nii", plain, BLANK))
     os.utime(plain, ns=(1, plain.stat().st_mtime_ns + 1))
-    assert source != source_of(Volume("plain.nii", plain, BLANK))
+    assert source != cache_key(Volume("plain.nii", plain, BLANK))
 
 
 # ------------------------------------------------------------------ filling it
@@ -480,11 +480,11 @@ def run(model, folder, volumes, on_batch=None, ranks=None) -> tuple[FeatureCache
 def test_codes_in_the_cache_are_those_of_the_model_and_give_its_latents(tiny_classfine, volumes, tmp_path):
     model = CTCLIPMultiAbnormalityModel(tiny_classfine)
     seen = []
-    cache, rows = run(model, tmp_path, volumes, lambda chosen, batch: seen.extend((chosen, v) for v in batch.verdicts))
+    cache, rows = run(model, tmp_path, volumes, lambda chosen, batch: seen.extend((chosen, v) for v in batch.decisions))
     codes = cache.load(rows)
     assert codes.dtype == torch.uint16 and torch.equal(codes.long(), encoded(model, volumes, model.input_shape))
     assert len(seen) == 7 and seen[0][0] == volumes
-    assert cache.readings(rows) == [verdict.reading for _, verdict in seen] and "stored" in cache.readings(rows)
+    assert cache.readings(rows) == [decision.reading for _, decision in seen] and "stored" in cache.readings(rows)
     x = torch.stack([read_volume(volume, model.input_shape)[0] for volume in volumes])
     with torch.no_grad():
         assert (model.features_from_cache(codes) - model.encode(x)).abs().max() < 1e-6

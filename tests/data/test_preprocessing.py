@@ -401,29 +401,29 @@ def test_voxels_decide_whatever_the_folder(tmp_path, content, intercept, fixed_f
         write(path, hu)
     else:
         write(path, hu - np.int16(intercept), (1.0, 1.0, 1.0), np.eye(4))
-    volume, verdict = read_volume(_volume(path, row(intercept=intercept)), SMALL)
-    assert verdict.reading == content and verdict.numbers[f"{content}_soft"] > 0.1
-    assert ("contradicted" in verdict.evidence) == (fixed_folder != (content == "hu"))
-    assert ("blank header" in verdict.evidence) == (content == "stored")
+    volume, decision = read_volume(_volume(path, row(intercept=intercept)), SMALL)
+    assert decision.reading == content and decision.numbers[f"{content}_soft"] > 0.1
+    assert ("contradicted" in decision.evidence) == (fixed_folder != (content == "hu"))
+    assert ("blank header" in decision.evidence) == (content == "stored")
     assert np.abs(volume.numpy() - published(hu, (8.0, 8.0, 12.0), SMALL)).max() < 3e-7
 
 
 def test_hu_that_lost_its_header_takes_the_row_s_spacing(tmp_path):
     path = write(tmp_path / "v.nii.gz", chest(), (1.0, 1.0, 1.0), np.eye(4))
-    volume, verdict = read_volume(_volume(path, row()), SMALL)
-    assert verdict.reading == "hu"
+    volume, decision = read_volume(_volume(path, row()), SMALL)
+    assert decision.reading == "hu"
     assert np.abs(volume.numpy() - published(chest(), (8.0, 8.0, 12.0), SMALL)).max() < 3e-7
 
 
 def test_equal_readings_are_not_ambiguous(tmp_path):
     noise = np.random.default_rng(0).integers(-3000, 3000, (20, 20, 20)).astype(np.int16)
-    _, verdict = read_volume(_volume(write(tmp_path / "v.nii.gz", noise), row(intercept=0)), SMALL)
-    assert verdict.reading == "hu" and "the same" in verdict.evidence
+    _, decision = read_volume(_volume(write(tmp_path / "v.nii.gz", noise), row(intercept=0)), SMALL)
+    assert decision.reading == "hu" and "the same" in decision.evidence
 
 
 def test_without_a_row_the_header_must_be_plausible(tmp_path):
-    _, verdict = read_volume(_volume(write(tmp_path / "hu.nii.gz", chest())), SMALL)
-    assert verdict.reading == "hu" and "no metadata row" in verdict.evidence
+    _, decision = read_volume(_volume(write(tmp_path / "hu.nii.gz", chest())), SMALL)
+    assert decision.reading == "hu" and "no metadata row" in decision.evidence
     with pytest.raises(VolumeError, match="ambiguous.*add its metadata row"):
         read_volume(_volume(write(tmp_path / "raw.nii.gz", chest() + np.int16(1024))), SMALL)
 
@@ -442,8 +442,8 @@ def test_first_slab_can_mislead_without_harm(tmp_path, monkeypatch):
     hu[:, :, :8] = -1024
     path = tmp_path / "train" / "train_1" / "train_1_a" / "train_1_a_1.nii.gz"
     monkeypatch.setattr(readers, "SLAB_BYTES", 4 * 40 * 40 * 2)
-    volume, verdict = read_volume(_volume(write(path, hu), row()), SMALL)
-    assert verdict.reading == "hu"
+    volume, decision = read_volume(_volume(write(path, hu), row()), SMALL)
+    assert decision.reading == "hu"
     assert np.abs(volume.numpy() - published(hu, (8.0, 8.0, 12.0), SMALL)).max() < 3e-7
 
 
@@ -483,15 +483,15 @@ def _real(name):
 @pytest.mark.parametrize("name", REAL_FILES)
 def test_real_scans_are_hu_and_their_raw_copies_are_not(tmp_path, name):
     voxels, affine, spacing = _real(name)
-    expected, verdict = read_volume(_volume(Path(REAL, name), row(spacing)), SMALL)
-    assert verdict.reading == "hu"
+    expected, decision = read_volume(_volume(Path(REAL, name), row(spacing)), SMALL)
+    assert decision.reading == "hu"
     lps, _ = reoriented(voxels, affine, "LPS")
     assert np.abs(expected.numpy() - published(lps, spacing, SMALL)).max() < 3e-7
     assert torch.equal(preprocess_volume(Path(REAL, name), None, SMALL), expected)
     for offset in (1024, 8192):
         path = write(tmp_path / f"raw{offset}.nii.gz", (lps + offset).astype(np.int16), (1.0, 1.0, 1.0), np.eye(4))
-        volume, verdict = read_volume(_volume(path, row(spacing, intercept=-offset)), SMALL)
-        assert verdict.reading == "stored" and torch.equal(volume, expected)
+        volume, decision = read_volume(_volume(path, row(spacing, intercept=-offset)), SMALL)
+        assert decision.reading == "stored" and torch.equal(volume, expected)
         with pytest.raises(VolumeError, match="metadata=None"):
             preprocess_volume(Path(REAL, name), row(spacing, intercept=-offset), SMALL)
 
@@ -525,8 +525,8 @@ def test_a_device_resamples_to_the_same_tensor(tmp_path, monkeypatch, codes, dty
     zooms = tuple(np.linalg.norm(affine[:3, :3], axis=0).round(4))
     folder = put(tmp_path, "valid_1_a_1.nii.gz", True).parent
     path = write(folder / "valid_1_a_1.nii.gz", turned.astype(dtype), zooms, affine, scale=scale, big_endian=big_endian)
-    expected, verdict = read_volume(_volume(path, None), SMALL)
+    expected, decision = read_volume(_volume(path, None), SMALL)
     for stack in (16, 3, 1):
         monkeypatch.setattr(preprocessing._DeviceResampler, "STACK", stack)
         found, same = read_volume(_volume(path, None), SMALL, torch.device("cpu"))
-        assert (found - expected).abs().max() < 1e-6 and same == verdict
+        assert (found - expected).abs().max() < 1e-6 and same == decision

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import ctclip_evaluation
 import ctclip_training
 from ctclip.data import preprocessing
-from ctclip.data.feature_cache import CacheError, FeatureCache, encode_missing, source_of, sources_of
+from ctclip.data.feature_cache import CacheError, FeatureCache, cache_key, cache_keys, encode_missing
 from ctclip.data.preprocessing import (
     SPLITS,
     CohortError,
@@ -140,29 +140,29 @@ def test_the_cohort_is_the_one_on_disk(phantoms, streamed, split):
     for here, there in zip(disk.volumes, gone.volumes, strict=True):
         assert np.array_equal(here.labels, there.labels) and here.metadata == there.metadata
         assert here.path.relative_to(phantoms) == there.path.relative_to(streamed[0])
-        assert here.stamp is None and there.stamp is not None
-    assert gone.left_out == disk.left_out != [] and gone.not_on_disk == disk.not_on_disk == 0
+        assert here.signature is None and there.signature is not None
+    assert gone.skipped == disk.skipped != [] and gone.not_on_disk == disk.not_on_disk == 0
     told = f"without a file: {len(gone)} (streamed, known only by their cached codes)"
     assert told in gone.summary().splitlines() and "without a file" not in disk.summary()
-    sources = sources_of(gone.volumes)
-    assert sources == sources_of(disk.volumes) and None not in sources
+    sources = cache_keys(gone.volumes)
+    assert sources == cache_keys(disk.volumes) and None not in sources
 
 
 def test_a_stamp_stands_for_the_whole_identity_of_a_file(tmp_path):
     """Another size, other last bytes, another folder or row give another source, as with files."""
     path = put(tmp_path, A, True)
     blank, line = np.zeros(18, np.float32), line_of(path, True)
-    stamp = line["size"], line["tail"]
-    base = source_of(Volume(A, path, blank))
+    signature = line["size"], line["tail"]
+    base = cache_key(Volume(A, path, blank))
     path.unlink()
-    assert source_of(Volume(A, path, blank, None, stamp)) == base and source_of(Volume(A, path, blank)) is None
+    assert cache_key(Volume(A, path, blank, None, signature)) == base and cache_key(Volume(A, path, blank)) is None
     others = [
-        Volume(A, path, blank, None, (stamp[0] + 1, stamp[1])),
-        Volume(A, path, blank, None, (stamp[0], stamp[1][::-1])),
-        Volume(A, tmp_path / volume_path(A, False), blank, None, stamp),
-        Volume(A, path, blank, {"ZSpacing": 1.0}, stamp),
+        Volume(A, path, blank, None, (signature[0] + 1, signature[1])),
+        Volume(A, path, blank, None, (signature[0], signature[1][::-1])),
+        Volume(A, tmp_path / volume_path(A, False), blank, None, signature),
+        Volume(A, path, blank, {"ZSpacing": 1.0}, signature),
     ]
-    assert len({base, *map(source_of, others)}) == 5
+    assert len({base, *map(cache_key, others)}) == 5
 
 
 @pytest.fixture
@@ -179,11 +179,11 @@ def test_a_file_on_the_disk_wins_over_the_manifest(small):
     lost = line_of(small / volume_path(A, True), False, "found damaged data")
     write_manifest(small, "valid", [lost, line_of(small / volume_path(B, True), False)])
     cohort = load_cohort(small, "valid")
-    assert [v.name for v in cohort.volumes] == [A, B] and not cohort.left_out and cohort.not_on_disk == 1
-    assert all(v.stamp is None and v.path == small / volume_path(v.name, True) for v in cohort.volumes)
+    assert [v.name for v in cohort.volumes] == [A, B] and not cohort.skipped and cohort.not_on_disk == 1
+    assert all(v.signature is None and v.path == small / volume_path(v.name, True) for v in cohort.volumes)
     (small / volume_path(B, True)).unlink()
     (volume,) = load_cohort(small, "valid").volumes[1:]
-    assert volume.stamp is not None and volume.path == small / volume_path(B, False)
+    assert volume.signature is not None and volume.path == small / volume_path(B, False)
 
 
 def test_what_was_quarantined_is_left_out_with_its_reason(small):
@@ -191,13 +191,13 @@ def test_what_was_quarantined_is_left_out_with_its_reason(small):
     (small / volume_path(B, True)).unlink()
     write_manifest(small, "valid", [*lines, lines[1] | {"reason": "found a truncated file"}])
     cohort = load_cohort(small, "valid")
-    assert [v.name for v in cohort.volumes] == [A] and cohort.left_out == [(B, "quarantined: found a truncated file")]
-    assert f"left out: 1 x quarantined: found a truncated file: {B}" in cohort.summary()
+    assert [v.name for v in cohort.volumes] == [A] and cohort.skipped == [(B, "quarantined: found a truncated file")]
+    assert f"skipped: 1 x quarantined: found a truncated file: {B}" in cohort.summary()
     write_manifest(small, "valid", [lines[1] | {"reason": "found a truncated file"}, lines[1]])  # read the second time
     assert [v.name for v in load_cohort(small, "valid").volumes] == [A, B]
     (small / volume_path(A, True)).unlink()
     write_manifest(small, "valid", [line | {"reason": "found air"} for line in lines])
-    with pytest.raises(CohortError, match="no usable valid volume .*left out: 2 x quarantined: found air"):
+    with pytest.raises(CohortError, match="no usable valid volume .*skipped: 2 x quarantined: found air"):
         load_cohort(small, "valid")
 
 
@@ -209,7 +209,7 @@ def test_a_streamed_version_1_needs_its_metadata_row(small):
         (small / volume_path(name, False)).unlink()
     cohort = load_cohort(small, "valid")
     assert [v.name for v in cohort.volumes] == [B] and cohort.volumes[0].metadata["ZSpacing"] == 12
-    assert cohort.left_out == [(A, "no metadata row (needed by a version-1 file)")]
+    assert cohort.skipped == [(A, "no metadata row (needed by a version-1 file)")]
 
 
 def test_lines_that_are_none_are_ignored_and_the_last_counts(tmp_path):
@@ -327,7 +327,7 @@ def test_a_plan_measures_the_files_that_are_left(phantoms, streamed, tiny_classf
     shutil.copytree(streamed[0], data_dir)
     bring_back(load_cohort(phantoms, "train").volumes[:12], phantoms, data_dir)
     cohort = load_cohort(data_dir, "train")
-    assert sum(v.stamp is None for v in cohort.volumes) == 12 and len(cohort) == 40
+    assert sum(v.signature is None for v in cohort.volumes) == 12 and len(cohort) == 40
     monkeypatch.chdir(tmp_path)
     assert ctclip_training.main(train_flags(data_dir, streamed[1], tiny_classfine, "--freeze-backbone", "--plan")) == 0
     out = capsys.readouterr().out
@@ -399,7 +399,7 @@ def test_evaluation_without_files_gives_the_predictions_of_evaluation_with_them(
     first, second = (json.loads((run / "metrics.json").read_text()) for run in runs)
     assert second["n_volumes"] == 16
     assert second["tuned"]["auroc_macro"] == pytest.approx(first["tuned"]["auroc_macro"], abs=1e-3)
-    assert "without a file: 16 (streamed" in out and "left out: " not in err
+    assert "without a file: 16 (streamed" in out and "skipped: " not in err
     (told,) = (line for line in out.splitlines() if line.startswith("No picture of "))
     assert told.endswith(": streamed, and their files not kept; python ctclip_setup.py --data valid fetches them")
     assert listing(streamed[1]) == before
@@ -443,5 +443,5 @@ def test_an_encoder_that_moved_on_does_not_find_its_volumes(phantoms, runs, stre
     assert ctclip_evaluation.main([*argv, "--data-dir", str(data_dir), "--pictures", "0"]) == 0
     err = capsys.readouterr().err
     assert list(load_predictions(run / "on_cohort" / "predictions.csv").index) == [volume.name]
-    assert err.count("left out: ") == 15
+    assert err.count("skipped: ") == 15
     assert err.count("found no file (it was streamed), expected its features in the cache of this encoder") == 15

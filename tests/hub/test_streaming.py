@@ -133,7 +133,7 @@ def test_volumes_arrive_in_the_hubs_layout(setup, hub, files):
     gone = sorted(twins)[0]
     del hub.files[gone]
     code, out, _ = setup("--data", "valid", "--volumes", 5, "--data-dir", "D")
-    assert code == 0 and "valid: 5 of 16 volumes" in out and "left out: 1 x not a chest (no-chest list)" in out
+    assert code == 0 and "valid: 5 of 16 volumes" in out and "skipped: 1 x not a chest (no-chest list)" in out
     first = volumes_in(Path("D"))
     assert len(first) == 5 and "5 to fetch" in out
     assert sorted(volume.name for volume in load_cohort("D", "valid").volumes) == first
@@ -381,7 +381,7 @@ def test_unreadable_volumes_are_quarantined_with_the_reason(stream, hub, files, 
     assert set(reasons) == set(names)
     assert reasons[names[0]].startswith("found a truncated file") and "first bytes b'no'" in reasons[names[1]]
     assert set(entries(cache_of("C", tiny_classfine))) == set(undisturbed) - set(names)
-    left_out = dict(load_cohort("D", "train").left_out)
+    left_out = dict(load_cohort("D", "train").skipped)
     assert left_out[names[0]] == f"quarantined: {reasons[names[0]]}"
 
     hub.requests.clear()
@@ -446,7 +446,7 @@ def test_a_disk_that_does_not_give_a_file_back_is_not_the_volume_s_fault(stream,
                 left[0] -= 1
                 raise OSError(5, "Input/output error")
         except OSError:
-            raise readers.problem(self.path, "damaged data (5)", "a readable file", "copy it again") from None
+            raise readers.file_error(self.path, "damaged data (5)", "a readable file", "copy it again") from None
         return fill(self, buffer)
 
     monkeypatch.setattr(readers.StreamFile, "fill", broken)

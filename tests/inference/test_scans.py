@@ -127,7 +127,7 @@ def test_unreadable_scans_are_named_at_the_end_and_the_others_written(mixed, tmp
     assert list(table.index) == ["one.mha", "three.mha"] and list(table.columns) == list(ABNORMALITIES)
     assert ((table > 0) & (table < 1)).all().all() and "2 scans" in out
     for name in ("two.mha", "four.nii.gz", "five"):
-        assert f"left out: {name}: found " in err
+        assert f"skipped: {name}: found " in err
     last = "3 of 5 scans could not be read and are not in it; they are named above"
     assert err.strip().splitlines()[-1].endswith(last)
     assert not list(tmp_path.rglob("*.tmp"))

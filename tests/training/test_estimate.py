@@ -227,7 +227,7 @@ def test_unreadable_volumes_are_skipped_and_counted(run, monkeypatch):
     monkeypatch.setattr(preprocessing, "read_volume", sometimes)
     code, out, _ = run()
     assert code == 0 and "measured on 5 volumes, 3 more could not be read; nothing" in out
-    assert all(f"left out (train): {name}: found the end" in out for name in bad)
+    assert all(f"skipped (train): {name}: found the end" in out for name in bad)
 
 
 def test_a_cohort_that_cannot_be_read_is_refused_in_one_line(run, monkeypatch):

@@ -27,7 +27,7 @@ from ctclip import __version__
 from ctclip import config as config_module
 from ctclip.cli import OneLineParser
 from ctclip.config import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig
-from ctclip.data.preprocessing import Volume, load_cohort, piece_size, split_by_patient
+from ctclip.data.preprocessing import Volume, load_cohort, micro_batch_size, split_by_patient
 from ctclip.evaluation import figures
 from ctclip.inference import predictor
 from ctclip.phantoms.phantom import plan_split
@@ -278,7 +278,7 @@ def test_pieces_of_a_step_give_the_gradients_of_the_whole(config, tmp_path):
     ("shape", "batch", "pieces"), [((240, 480, 480), 16, 2), ((240, 480, 480), 5, 2), ((64, 96, 96), 5, 4)]
 )
 def test_pieces_bound_the_memory(shape, batch, pieces):
-    assert piece_size(shape, batch) == pieces
+    assert micro_batch_size(shape, batch) == pieces
 
 
 def test_schedule_warms_up_then_falls_to_zero_over_its_own_span():
@@ -425,8 +425,8 @@ def test_step_that_is_not_finite_is_left_out_and_counted(config, tmp_path, monke
     assert all(math.isfinite(line["train_loss"]) for line in history(folder))
     assert all(value.isfinite().all() for value in weights(folder).values())
     out = capsys.readouterr().out
-    assert "Step 2 of epoch 1 left out: not finite (train_" in out and "Step 4 of epoch 1" in out
-    assert "Steps left out because they were not finite: 2" in out
+    assert "Step 2 of epoch 1 skipped: not finite (train_" in out and "Step 4 of epoch 1" in out
+    assert "Steps skipped because they were not finite: 2" in out
 
 
 def poison(monkeypatch, first: int) -> list[str]:
