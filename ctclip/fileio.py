@@ -12,12 +12,13 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errno of a write for wh
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, temporary: Path | None = None) -> Iterator[Path]:
     """Yields a temporary name beside `path`; renamed to `path` when the block ends well, removed when it does not.
 
     Both steps reach the disk before this returns, so that a machine that goes down leaves the old file or the new one.
+    `temporary`: the name, where one that a kill left is to be overwritten; otherwise it has the process's number.
     """
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = temporary or Path(f"{path}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:  # Windows syncs only what is open for writing

@@ -9,7 +9,7 @@ from typing import Iterable  # noqa: UP035  (ctclip_setup must get as far as its
 WIDTH, INDENT, TIED = 100, 12, "\u00a0"  # TIED: a space at which no line is broken
 
 
-def row(label: str, text: str) -> None:
+def print_row(label: str, text: str) -> None:
     """One aligned entry of at most 100 columns; its further lines keep its own indentation, number or [seconds]."""
     hanging = " " * len(re.match(r" *(\d\. |\[[ \d]+ s\] )?", text).group())
     body = textwrap.wrap(
@@ -24,7 +24,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def join(items: Iterable) -> str:
+def comma_separated(items: Iterable) -> str:
     return ", ".join(str(item) for item in items)
 
 

@@ -9,7 +9,18 @@ from pathlib import Path
 
 SUITE = Path(__file__).resolve().parents[1]  # the code; models/ and results/ belong to the working folder
 
-CLASSFINE_PATH = "models/ctclip_classfine.pt"  # ctclip_model's, for scripts that have not imported torch
+
+def weights_path(name: str) -> Path:
+    """Where the published weights of that name are looked for, from the working folder."""
+    return Path("models", f"ctclip_{name}.pt")
+
+
+def slim_path(weights: Path) -> Path:
+    """The copy with only the tensors in use that may take the place of a weights file."""
+    return weights.with_suffix(".safetensors")
+
+
+CLASSFINE_PATH = weights_path("classfine").as_posix()  # as in ctclip_model, for scripts that have not imported torch
 
 
 def script(name: str) -> str:

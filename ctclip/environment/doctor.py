@@ -31,17 +31,17 @@ from ctclip.environment.packages import (
     versions_text,
     wanted_text,
 )
-from ctclip.formatting import TIED, WIDTH, join, size_text
+from ctclip.formatting import TIED, WIDTH, comma_separated, size_text
 from ctclip.hub.client import (
     PROMPTED,
     WEIGHTS,
-    HubTrouble,
+    HubError,
     WeightsFile,
-    explain,
+    file_metadata,
     find_token,
     hub_host,
-    look_up,
     sha256_of,
+    to_hub_error,
     vocabulary_path,
 )
 from ctclip.memory import system_memory
@@ -316,7 +316,7 @@ def driver_gpus() -> tuple[list[dict], str | None, str]:
 
 def gpus_text(gpus: list[dict]) -> str:
     kinds = Counter((gpu["name"], gpu["memory_bytes"]) for gpu in gpus)
-    return join(
+    return comma_separated(
         (f"{count} x " if count > 1 else "") + name + (f" with {size_text(memory)}" if memory else "")
         for (name, memory), count in kinds.items()
     )
@@ -428,7 +428,7 @@ def token_rows() -> Iterator[Row]:
 
     try:
         source = token_source(find_token())
-    except HubTrouble as trouble:
+    except HubError as trouble:
         state = "failed" if get_token() else "warning"  # the built-in cohort needs none
         yield Row("token", state, trouble.reason, trouble.steps, {"source": None})
         return
@@ -441,7 +441,7 @@ def hub_rows() -> Iterator[Row]:
 
     try:
         token = find_token()
-    except HubTrouble:
+    except HubError:
         yield Row("hub", "skipped", "no usable token to ask with")
         return
     if constants.HF_HUB_OFFLINE:
@@ -449,10 +449,11 @@ def hub_rows() -> Iterator[Row]:
         return
     file, started = WEIGHTS["classfine"], time.monotonic()
     try:
-        look_up(file, token)
+        file_metadata(file, token)
     except Exception as error:
-        trouble = explain(error, file, token)
-        yield Row("hub", "warning" if trouble.passes else "failed", trouble.reason, trouble.steps, {"host": hub_host()})
+        trouble = to_hub_error(error, file, token)
+        state = "warning" if trouble.is_transient else "failed"
+        yield Row("hub", state, trouble.reason, trouble.steps, {"host": hub_host()})
         return
     seconds = time.monotonic() - started
     found = f"the token may read CT-RATE ({hub_host()} answered in {seconds:.1f} s)"
@@ -480,7 +481,7 @@ def weights_row(weights: WeightsFile) -> Row:
     file = weights.path
     numbers = {"weights": weights.name, "file": str(file), "bytes": file.stat().st_size, "sha256": sha256_of(file)}
     lead = f"{weights.name}: {file}, {weights.size}"
-    if problem := weights.unlike_kept(numbers["sha256"]):
+    if problem := weights.differs_from_record(numbers["sha256"]):
         again = f"fetch it again: {setup_command()} --model {weights.name}"
         return Row("weights", "failed", f"{lead}: {problem}", (again,), numbers)
     try:
@@ -492,7 +493,7 @@ def weights_row(weights: WeightsFile) -> Row:
         return Row("weights", "failed", f"{weights.name}: {found}", remedy, numbers)
     digest = re.search(r"fingerprint (\w+)", said)
     numbers["fingerprint"] = digest and digest[1]
-    checked = ", SHA-256 as kept" if weights.kept_sha256 else ""
+    checked = ", SHA-256 as kept" if weights.recorded_sha256 else ""
     return Row("weights", "ok", f"{lead}{checked}; {said}", numbers=numbers)
 
 
@@ -510,7 +511,7 @@ def prompts_rows() -> Iterator[Row]:
     kept = [any(weights.whole.parent.glob(f"{weights.whole.stem}.prompts_*.safetensors")) for weights in files]
     numbers["kept"] = sum(kept)
     lacking = {what: remedy for what, remedy in remedies.items() if remedy}
-    names = join(weights.name for weights in files)
+    names = comma_separated(weights.name for weights in files)
     if list(lacking) == ["the package transformers"] and all(kept):
         found = f"{names}: {vocabulary}, answers to prompts used before; others need the package transformers"
         yield Row("prompts", "ok", found, tuple(lacking.values()), numbers)
@@ -587,7 +588,7 @@ def cohort_rows(data_dir: Path | None) -> Iterator[Row]:
         for name, reading, evidence in seen["readings"]:
             groups.setdefault((reading, evidence), []).append(name)
         for (reading, evidence), names in groups.items():
-            found += f"; as {reading}: {join(names)} ({evidence})"
+            found += f"; as {reading}: {comma_separated(names)} ({evidence})"
         faults = seen.pop("faults")
         yield Row("cohort", "ok", lead + found, numbers=seen)
         for fault in faults:

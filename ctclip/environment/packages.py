@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Sequence  # noqa: UP035  (3.8 must get as far as check_python)
 
 from ctclip.errors import UserError
-from ctclip.formatting import TIED, join, row
+from ctclip.formatting import TIED, comma_separated, print_row
 from ctclip.hub.client import on_colab
 from ctclip.paths import SUITE
 
@@ -31,7 +31,7 @@ class SetupError(UserError):
 
 
 def versions_text(versions: dict[str, str]) -> str:
-    return join(f"{name}{TIED}{version}" for name, version in versions.items())
+    return comma_separated(f"{name}{TIED}{version}" for name, version in versions.items())
 
 
 def check_python(version: Sequence[int] = tuple(sys.version_info)) -> None:
@@ -151,7 +151,7 @@ def run_pip(command: list[str]) -> tuple[int, list[str]]:
             lines.append(line.rstrip())
             event = pip_event(line)
             if event:
-                row("", f"[{time.monotonic() - started:4.0f} s] {event}")
+                print_row("", f"[{time.monotonic() - started:4.0f} s] {event}")
     return process.returncode, lines
 
 
@@ -186,8 +186,8 @@ def install(wanted: Sequence[Requirement], constraints: Sequence[str]) -> None:
     importlib.invalidate_caches()
     ready, missing = survey(wanted)
     if missing:
-        raise SetupError(f"pip reported success but {join(missing)} cannot be found; run this again")
-    row("", f"[{time.monotonic() - started:4.0f} s] installed {installed_text(ready, lines)}")
+        raise SetupError(f"pip reported success but {comma_separated(missing)} cannot be found; run this again")
+    print_row("", f"[{time.monotonic() - started:4.0f} s] installed {installed_text(ready, lines)}")
 
 
 def installed_text(ready: dict[str, str], lines: Sequence[str]) -> str:
@@ -218,16 +218,16 @@ def requires_of(name: str) -> list[str] | None:
 
 
 def wanted_text(wanted: dict[Requirement, str | None]) -> str:
-    return join(f"{need} (found {found})" if found else need for need, found in wanted.items())
+    return comma_separated(f"{need} (found {found})" if found else need for need, found in wanted.items())
 
 
 def packages_step(requirements: Sequence[Requirement]) -> None:
     ready, wanted = survey(requirements)
     if not wanted:
-        row("packages", f"all {len(ready)} are here: {versions_text(ready)}")
+        print_row("packages", f"all {len(ready)} are here: {versions_text(ready)}")
         return
     check_pip()
     if ready:
-        row("packages", f"kept as they are: {versions_text(ready)}")
-    row("" if ready else "packages", "installing " + wanted_text(wanted))
+        print_row("packages", f"kept as they are: {versions_text(ready)}")
+    print_row("" if ready else "packages", "installing " + wanted_text(wanted))
     install(list(wanted), pins(ready))

@@ -24,7 +24,7 @@ from ctclip.environment.packages import (
     versions_text,
     wanted_text,
 )
-from ctclip.formatting import join, row, size_text
+from ctclip.formatting import comma_separated, print_row, size_text
 from ctclip.hub.client import (
     HUB_SECONDS,
     PROMPTED,
@@ -33,18 +33,18 @@ from ctclip.hub.client import (
     VOCABULARY,
     VOCABULARY_REPOSITORY,
     WEIGHTS,
-    HubTrouble,
-    Remote,
+    HubError,
+    RemoteFile,
     WeightsFile,
-    alone,
     check_disk,
     check_endpoint,
-    explain,
-    fetch,
+    download,
+    file_lock,
+    file_metadata,
     find_token,
-    look_up,
     parts_of,
     sha256_of,
+    to_hub_error,
     vocabulary_path,
     write_record,
 )
@@ -63,7 +63,7 @@ def folders_step() -> None:
             raise SetupError(
                 f"cannot make {name}/ in {Path.cwd()} ({error.strerror}); run this in a folder you may write to"
             ) from error
-    row("folders", f"models/ and results/ in {Path.cwd()}")
+    print_row("folders", f"models/ and results/ in {Path.cwd()}")
 
 
 # ---- weights
@@ -78,7 +78,7 @@ def fetch_weights(weights: WeightsFile, slim: bool) -> str:
     token = ""
     try:
         token = find_token()
-        remote = look_up(weights.file, token)
+        remote = file_metadata(weights.file, token)
         checked = checked_text(remote)
         if weights.path:
             problem = weights.damage(remote)
@@ -87,92 +87,92 @@ def fetch_weights(weights: WeightsFile, slim: bool) -> str:
                     keep_origin(weights, remote.etag)
                 checked = checked if weights.path == weights.whole else "a slim copy of the hub's file, as it was made"
                 return f"already here, {weights.path}, {weights.size}, {checked}"
-            row("", f"{weights.name}: {weights.path} is damaged: {problem}; fetching it again")
+            print_row("", f"{weights.name}: {weights.path} is damaged: {problem}; fetching it again")
         begun = sum(part.stat().st_size for part in parts_of(weights.whole))
         check_disk(weights.whole.parent, (remote.size or WEIGHTS_BYTES) - begun + slim * SLIM_BYTES)
         size = size_text(remote.size) if remote.size else "a file of unknown size"
         going_on = f", of which {size_text(begun)} are here" if begun else ""
-        row("", f"{weights.name}: fetching {size}{going_on} to {weights.whole}")
+        print_row("", f"{weights.name}: fetching {size}{going_on} to {weights.whole}")
         started = time.monotonic()
-        fetch(weights.file, weights.whole, token, lambda text: row("", f"{weights.name}: {text}"), remote)
+        download(weights.file, weights.whole, token, lambda text: print_row("", f"{weights.name}: {text}"), remote)
         weights.slim.unlink(missing_ok=True)
         weights.record.unlink(missing_ok=True)
         keep_origin(weights, remote.etag if remote.checksum == "SHA-256" else sha256_of(weights.whole))
         return f"{weights.whole}, {weights.size} in {time.monotonic() - started:.0f} s, {checked}"
     except Exception as error:
-        raise explain(error, weights.file, token) from error
+        raise to_hub_error(error, weights.file, token) from error
 
 
-def checked_text(remote: Remote) -> str:
+def checked_text(remote: RemoteFile) -> str:
     return f"{remote.checksum} as on the hub" if remote.checksum else "the hub's size; it told no checksum"
 
 
 def keep_origin(weights: WeightsFile, sha256: str) -> None:
     """Keeps whose file it is, unless that is kept; what was kept of other bytes is dropped."""
-    if weights.kept().get("sha256") != sha256:
+    if weights.recorded().get("sha256") != sha256:
         weights.record.unlink(missing_ok=True)
         size = weights.whole.stat().st_size
         write_record(weights.whole, repository=REPOSITORY, file=weights.file, size=size, sha256=sha256)
 
 
-def make_usable(weights: WeightsFile, slim: bool, hub_trouble: HubTrouble | None) -> HubTrouble | None:
+def make_usable(weights: WeightsFile, slim: bool, hub_trouble: HubError | None) -> HubError | None:
     """Fetches or checks one file and prints what was done; -> why the hub could not be asked, if so.
 
-    `hub_trouble`: known before. Raises HubTrouble where the file is neither here nor to be had.
+    `hub_trouble`: known before. Raises HubError where the file is neither here nor to be had.
     """
     try:
         if hub_trouble:
             raise hub_trouble
-        with alone(weights.whole):
-            row("", f"{weights.name}: {fetch_weights(weights, slim)}")
+        with file_lock(weights.whole):
+            print_row("", f"{weights.name}: {fetch_weights(weights, slim)}")
         return None
-    except HubTrouble as trouble:
+    except HubError as trouble:
         problem = weights.damage() if weights.path else None
         if weights.path is None or problem:
             here = f"{weights.path} is damaged: {problem}" if problem else "not here"
-            row("", f"{weights.name}: {here}: {trouble.reason}")
+            print_row("", f"{weights.name}: {here}: {trouble.reason}")
             raise
-        known = "as it was when it was fetched" if weights.kept().get("sha256") else "not verified"
-        row("", f"{weights.name}: already here, {weights.size}, {known}: {trouble.reason}")
+        known = "as it was when it was fetched" if weights.recorded().get("sha256") else "not verified"
+        print_row("", f"{weights.name}: already here, {weights.size}, {known}: {trouble.reason}")
         return trouble
 
 
 def fingerprint_step(weights: WeightsFile, slim: bool) -> None:
     """The fingerprint, printed and kept; with `slim`, of the slim copy that takes the file's place.
 
-    In a process of its own, which needs 2.3 GB of memory, unless it is kept already. Raises HubTrouble where the file
+    In a process of its own, which needs 2.3 GB of memory, unless it is kept already. Raises HubError where the file
     is no model, or another one than was kept.
     """
-    kept = weights.kept().get("fingerprint")
+    kept = weights.recorded().get("fingerprint")
     digest = kept.get("digest") if isinstance(kept, dict) else None
-    if digest and weights.kept_sha256 and not slim:  # the file has just been compared with it, or with the hub's
-        row("", f"{weights.name}: fingerprint {str(digest)[:12]}, kept in {weights.record}")
+    if digest and weights.recorded_sha256 and not slim:  # the file has just been compared with it, or with the hub's
+        print_row("", f"{weights.name}: fingerprint {str(digest)[:12]}, kept in {weights.record}")
         return
     command = module_command("ctclip.hub", "weights", str(weights.path), *(["--slim"] if slim else []))
     env = module_environment()
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=env)
     for line in done.stdout.splitlines():
-        row("", f"{weights.name}: {line}")
+        print_row("", f"{weights.name}: {line}")
     if done.returncode != 0:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         reason = (said[-1] if said else f"ended with code {done.returncode}").removeprefix("error: ")
-        row("", f"{weights.name}: {reason}")
-        raise HubTrouble(reason, f"see python -m ctclip.hub weights {weights.path}", kind="file")
+        print_row("", f"{weights.name}: {reason}")
+        raise HubError(reason, f"see python -m ctclip.hub weights {weights.path}", kind="file")
 
 
-def weights_step(names: Sequence[str], slim: bool) -> dict[str, HubTrouble]:
+def weights_step(names: Sequence[str], slim: bool) -> dict[str, HubError]:
     """Fetches each; -> the ones that are not usable, with why. A file that cannot be verified stays usable."""
-    troubles: dict[str, HubTrouble] = {}
+    troubles: dict[str, HubError] = {}
     hub_trouble = None  # without token, access or network there is no need to wait for the same answer again
-    row("weights", f"{join(names)} from {REPOSITORY}")
+    print_row("weights", f"{comma_separated(names)} from {REPOSITORY}")
     for name in names:
         weights = WeightsFile(name)
         try:
             trouble = make_usable(weights, slim, hub_trouble)
             fingerprint_step(weights, slim and weights.path == weights.whole)
-        except HubTrouble as error:
+        except HubError as error:
             trouble = troubles[name] = error
-        hub_trouble = trouble if trouble and not trouble.one_file else None
+        hub_trouble = trouble if trouble and not trouble.concerns_one_file else None
     if any(name in PROMPTED and name not in troubles for name in names):
         vocabulary_step(hub_trouble)
     return troubles
@@ -182,10 +182,10 @@ def weights_look(names: Sequence[str]) -> None:
     for number, name in enumerate(names):
         weights = WeightsFile(name)
         found = f"{weights.path}, {weights.size}" if weights.path else f"{weights.whole} is not here"
-        row("weights" if number == 0 else "", f"{name}: {found}")
+        print_row("weights" if number == 0 else "", f"{name}: {found}")
     if any(name in PROMPTED for name in names):
         target = vocabulary_target()
-        row("", f"vocabulary of the prompts: {target}{'' if target.exists() else ' is not here'}")
+        print_row("", f"vocabulary of the prompts: {target}{'' if target.exists() else ' is not here'}")
         note_transformers()
 
 
@@ -199,41 +199,42 @@ def vocabulary_target() -> Path:
 def fetch_vocabulary(target: Path) -> str:
     """Makes the file the hub's; -> one phrase on what was done. It is public: no token is sent for it."""
     try:
-        remote = look_up(VOCABULARY, "", VOCABULARY_REPOSITORY)
+        remote = file_metadata(VOCABULARY, "", VOCABULARY_REPOSITORY)
         if target.exists():
-            problem = remote.differs(target)
+            problem = remote.difference(target)
             if problem is None:
                 return f"already here, {target}, {checked_text(remote)}"
-            row("", f"vocabulary: {target} is damaged: {problem}; fetching it again")
+            print_row("", f"vocabulary: {target} is damaged: {problem}; fetching it again")
         target.parent.mkdir(parents=True, exist_ok=True)
-        fetch(VOCABULARY, target, "", lambda text: row("", f"vocabulary: {text}"), remote, None, VOCABULARY_REPOSITORY)
+        download(VOCABULARY, target, "", lambda text: print_row("", f"vocabulary: {text}"), remote, None,
+                 VOCABULARY_REPOSITORY)
         return f"{target}, {size_text(target.stat().st_size)}, {checked_text(remote)}"
     except Exception as error:
-        raise explain(error, VOCABULARY, "", VOCABULARY_REPOSITORY) from error
+        raise to_hub_error(error, VOCABULARY, "", VOCABULARY_REPOSITORY) from error
 
 
-def vocabulary_step(hub_trouble: HubTrouble | None) -> None:
+def vocabulary_step(hub_trouble: HubError | None) -> None:
     """Fetches or checks the text tower's vocabulary and prints what was done. Without it the weights are usable all the
     same, to be fine-tuned. `hub_trouble`: known before; of the token it says nothing here."""
     target = vocabulary_target()
     try:
         if hub_trouble and hub_trouble.kind == "network":
             raise hub_trouble
-        with alone(target):
-            row("", f"vocabulary of the prompts: {fetch_vocabulary(target)}")
-    except HubTrouble as trouble:
+        with file_lock(target):
+            print_row("", f"vocabulary of the prompts: {fetch_vocabulary(target)}")
+    except HubError as trouble:
         if target.exists():
-            row("", f"vocabulary of the prompts: already here, {target}, not verified: {trouble.reason}")
+            print_row("", f"vocabulary of the prompts: already here, {target}, not verified: {trouble.reason}")
         else:
-            row("", f"vocabulary of the prompts: not here: {trouble.reason}; until it is, prompts cannot be used")
+            print_row("", f"vocabulary of the prompts: not here: {trouble.reason}; until it is, prompts cannot be used")
             for step in trouble.steps:
-                row("", f"  {step}")
+                print_row("", f"  {step}")
     note_transformers()
 
 
 def note_transformers() -> None:
     if installed_version("transformers") is None:
-        row("", "prompts need one more package: pip install transformers")
+        print_row("", "prompts need one more package: pip install transformers")
 
 
 # ---- data
@@ -258,17 +259,17 @@ def data_step(options: argparse.Namespace) -> None:
         if options.data == "labels":
             download_tables(data_dir)
         elif options.stream_cache:
-            from ctclip.hub.streaming import DISK_GB, Places, stream
+            from ctclip.hub.streaming import DISK_GB, StreamOptions, stream
 
             weights = Path(options.ctclip_path or WeightsFile(options.model[0]).whole)
             scratch = Path(options.scratch_dir) if options.scratch_dir else None
             disk_gb = DISK_GB if options.disk_gb is None else options.disk_gb
             cache_dir = Path(options.cache_dir or "cache")
-            stream(selection, Places(data_dir, cache_dir, weights, scratch, disk_gb, options.device))
+            stream(selection, StreamOptions(data_dir, cache_dir, weights, scratch, disk_gb, options.device))
         else:
             download_volumes(selection, data_dir)
-    except HubTrouble as trouble:
-        raise SetupError(trouble.line()) from trouble
+    except HubError as trouble:
+        raise SetupError(str(trouble)) from trouble
     except (CacheError, CohortError, CheckpointError, EvaluationError, FileNotFoundError) as error:
         raise SetupError(str(error)) from error
     except OSError as error:
@@ -284,14 +285,14 @@ def data_step(options: argparse.Namespace) -> None:
 def verify_step() -> dict:
     result = forward_pass()
     sizes = f"{tuple(result['input'])} -> logits {tuple(result['logits'])} in {result['seconds']:.2f} s"
-    row("check", f"forward pass: torch {result['torch']} on {result['device']}, {sizes}")
+    print_row("check", f"forward pass: torch {result['torch']} on {result['device']}, {sizes}")
     return result
 
 
 # ---- summary
 
 
-def not_yet(troubles: dict[str, HubTrouble]) -> None:
+def not_yet(troubles: dict[str, HubError]) -> None:
     """Each reason with the weights it keeps away, each remedy once."""
     remedies: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for name, trouble in troubles.items():
@@ -299,22 +300,22 @@ def not_yet(troubles: dict[str, HubTrouble]) -> None:
     label = "not yet"
     for steps, reasons in remedies.items():
         for reason, names in reasons.items():
-            row(label, f"CT-CLIP {join(names)} for real CT: {reason}")
+            print_row(label, f"CT-CLIP {comma_separated(names)} for real CT: {reason}")
             label = ""
         for step in steps:
-            row("", step)
+            print_row("", step)
 
 
-def summary(troubles: dict[str, HubTrouble], fetched: Sequence[str], device: str, development: bool) -> None:
+def summary(troubles: dict[str, HubError], fetched: Sequence[str], device: str, development: bool) -> None:
     print()
     where = "on the CPU (no GPU found)" if device == "cpu" else f"on {device}"
-    row("works now", f"training, evaluation and prediction on the built-in cohort, {where}")
+    print_row("works now", f"training, evaluation and prediction on the built-in cohort, {where}")
     for name in fetched:
-        row("", f"CT-CLIP {name}: {WeightsFile(name).path}")
+        print_row("", f"CT-CLIP {name}: {WeightsFile(name).path}")
     not_yet(troubles)
-    row("next", f"python {script('run_task2.py')}")
+    print_row("next", f"python {script('run_task2.py')}")
     if development:
-        row("", "python -m pytest" if Path.cwd() == SUITE else f"python -m pytest {shlex.quote(str(SUITE))}")
+        print_row("", "python -m pytest" if Path.cwd() == SUITE else f"python -m pytest {shlex.quote(str(SUITE))}")
 
 
 def failed(error: ForwardFailed) -> int:
@@ -325,9 +326,9 @@ def failed(error: ForwardFailed) -> int:
 def check(options: argparse.Namespace) -> int:
     """--check: the state of things, changing none of them."""
     ready, wanted = survey(read_requirements(options.dev))
-    row("packages", f"{len(ready)} of {len(ready) + len(wanted)} are here: {versions_text(ready) or 'none'}")
+    print_row("packages", f"{len(ready)} of {len(ready) + len(wanted)} are here: {versions_text(ready) or 'none'}")
     if wanted:
-        row("", "missing or too old: " + wanted_text(wanted))
+        print_row("", "missing or too old: " + wanted_text(wanted))
     weights_look(options.model)
     if wanted:
         flag = " --dev" if options.dev else ""
@@ -342,11 +343,11 @@ def setup(options: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", str(HUB_SECONDS))
     try:
         check_endpoint()
-    except HubTrouble as trouble:
-        raise SetupError(trouble.line()) from trouble
+    except HubError as trouble:
+        raise SetupError(str(trouble)) from trouble
     if options.doctor:
         return doctor(Path(options.data_dir) if options.data_dir else None, options.json)
-    row("setup", f"CT-CLIP Task 2 suite in {SUITE}, Python {sys.version.split()[0]}")
+    print_row("setup", f"CT-CLIP Task 2 suite in {SUITE}, Python {sys.version.split()[0]}")
     if options.check:
         return check(options)
     folders_step()
@@ -359,7 +360,7 @@ def setup(options: argparse.Namespace) -> int:
     else:
         device = verify_step()["device"]
         summary(troubles, [name for name in options.model if name not in troubles], device, options.dev)
-    row("", f"done in {time.monotonic() - started:.0f} s")
+    print_row("", f"done in {time.monotonic() - started:.0f} s")
     return 0
 
 

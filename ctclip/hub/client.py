@@ -1,13 +1,14 @@
-"""The hub, by way of huggingface_hub: the token, checksums, transfers that resume after a kill, and every failure as
-one sentence with its remedy.
+"""The Hugging Face hub by way of huggingface_hub: the token, checksums, transfers that resume after a kill, and every
+failure as a HubError with its remedy.
 
-Standard library only at import. A token is handed to huggingface_hub and to nobody else: it is not printed, not put
-into a message, not written to a file.
+Standard library only at import: setup installs huggingface_hub. A token is passed to huggingface_hub and sent to the
+hub only; it is never printed, put into a message or written to a file.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -22,8 +23,9 @@ from typing import Callable, Iterator, NamedTuple, Sequence  # noqa: UP035  (ctc
 from urllib.parse import urlsplit
 
 from ctclip.errors import UserError
-from ctclip.fileio import DISK_FULL
+from ctclip.fileio import DISK_FULL, replacing
 from ctclip.formatting import TIED, size_text
+from ctclip.paths import slim_path, weights_path
 
 HUB = "https://huggingface.co"
 REPOSITORY = "ibrahimhamamci/CT-RATE"  # a dataset repository, gated
@@ -49,34 +51,30 @@ LONGEST_WAIT = 300  # that the hub may ask for
 AGAIN = "then run this again"
 
 
-class HubTrouble(UserError):
-    """Something the hub did not give: `reason` in one sentence, `steps` to take.
+class HubError(UserError):
+    """A request to the hub that failed: `reason` in one sentence, `steps` to take; as text, both in one line.
 
-    kind   access: token or terms; network; hub: its own errors; bytes: they are not those that were announced;
-           file: not there; disk: ours; other
-    wait   seconds the hub asked for
+    kind   "access": token or terms; "network"; "hub": its own errors; "bytes": size or checksum differ from what was
+           announced; "file": not there; "disk": ours; "other"
+    wait   seconds the hub asked to wait
     """
 
     def __init__(self, reason: str, *steps: str, kind: str = "other", wait: float = 0):
-        super().__init__(reason)
+        super().__init__("; ".join([reason, *(step.strip() for step in steps)]).replace(TIED, " "))
         self.reason, self.steps, self.kind, self.wait = reason, steps, kind, wait
 
     @property
-    def one_file(self) -> bool:
-        """Whether the trouble is with this file alone, so that the next one is worth asking for."""
+    def concerns_one_file(self) -> bool:
+        """Whether other files may still be had."""
         return self.kind in ("file", "bytes", "disk")
 
     @property
-    def passes(self) -> bool:
+    def is_transient(self) -> bool:
         """Whether waiting may help."""
         return self.kind in ("network", "hub", "bytes")
 
-    def line(self) -> str:
-        """Reason and steps in one line."""
-        return "; ".join([self.reason, *(step.strip() for step in self.steps)]).replace(TIED, " ")
 
-
-# ---- who asks, and whom
+# ---- address and token
 
 
 def on_colab() -> bool:
@@ -106,13 +104,13 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
 
 
-def is_hubs(url: str) -> bool:
+def is_hub_url(url: str) -> bool:
     """Whether an address is on the hub itself; the bytes of large files are elsewhere, under signed addresses."""
     return urlsplit(url).netloc in {urlsplit(own).netloc for own in (endpoint(), HUB)}
 
 
 def check_endpoint() -> None:
-    """Raises HubTrouble where HF_ENDPOINT is no address: huggingface_hub would not import. It may hold a password."""
+    """Raises HubError where HF_ENDPOINT is no address: huggingface_hub would not import. It may hold a password."""
     try:
         address = urlsplit(endpoint())
         good = address.scheme in ("http", "https") and address.hostname and (address.port or True)
@@ -120,7 +118,7 @@ def check_endpoint() -> None:
         good = False
     if not good:
         found = "found something else than an address in HF_ENDPOINT, expected https://HOST"
-        raise HubTrouble(found, "correct it, or unset it for the hub itself", kind="access")
+        raise HubError(found, "correct it, or unset it for the hub itself", kind="access")
 
 
 def hub_host() -> str:
@@ -135,69 +133,92 @@ def find_token() -> str:
 
     token = get_token()
     if not token:
-        raise HubTrouble("no Hugging Face token found", *token_steps(), kind="access")
+        raise HubError("no Hugging Face token found", *token_steps(), kind="access")
     if not re.fullmatch(r"[A-Za-z0-9_.~+/=-]+", token):
-        raise HubTrouble(
-            "the Hugging Face token holds characters that no token has (a quote, a space?)",
-            "set HF_TOKEN again: letters, digits and _ only, without quotes; then run this again",
-            kind="access",
-        )
+        found = "the Hugging Face token holds characters that no token has (a quote, a space?)"
+        remedy = "set HF_TOKEN again: letters, digits and _ only, without quotes; then run this again"
+        raise HubError(found, remedy, kind="access")
     return token
 
 
-# ---- what went wrong
+# ---- errors
 
 
-def answer_of_status(
-    status: int, gated: bool, file: str, wait: float = 0, repository: str = REPOSITORY
-) -> HubTrouble:
-    """What an HTTP status of the hub means to the person whose token was sent (to CT-RATE; to others goes none)."""
+def to_hub_error(error: BaseException, file: str, token: str, repository: str = REPOSITORY) -> HubError:
+    """Any failure of huggingface_hub, of its HTTP library or of the disk -> reason and remedy.
+
+    Text that others wrote is shown without the token, and without the password of a mirror or proxy.
+    """
+    if isinstance(error, HubError):
+        return error
+    from huggingface_hub import errors
+
+    httpx = importlib.import_module(errors.HTTPError.__module__)  # httpx2 from huggingface_hub 2 on
+    error = unwrapped(error)
+    said = str(error)
+    if isinstance(error, errors.HfHubHTTPError):
+        return _of_response(error, file, repository)
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        found = "HF_HUB_OFFLINE is set, so nothing is fetched"
+        return HubError(found, f"unset HF_HUB_OFFLINE, {AGAIN}", kind="access")
+    if isinstance(error, httpx.ProxyError):
+        found = f"the proxy let nothing through to {hub_host()}"
+        return HubError(found, f"check HTTPS_PROXY and HTTP_PROXY, {AGAIN}", kind="network")
+    if isinstance(error, (httpx.TimeoutException, TimeoutError)):
+        return _no_answer()
+    if "CERTIFICATE_VERIFY_FAILED" in said:  # which has no type of its own
+        found = f"the certificate of {hub_host()} is not trusted here: something in between replaces it"
+        return HubError(found, f"name your network's certificates in SSL_CERT_FILE, {AGAIN}", kind="access")
+    if isinstance(error, (httpx.NetworkError, httpx.RemoteProtocolError, ConnectionError)):
+        remedy = f"check the network, the proxy (HTTPS_PROXY) and HF_ENDPOINT, {AGAIN}"
+        return HubError(f"no connection to {hub_host()}", remedy, kind="network")
+    if "Consistency check failed" in said:  # an OSError of http_get
+        return HubError("the transfer of a file ended before its last byte", "run this again", kind="bytes")
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return HubError("the disk is full", f"free some, {AGAIN}", kind="disk")
+    if isinstance(error, OSError) and error.filename:
+        remedy = f"make it writable, or name another folder, {AGAIN}"
+        return HubError(f"{error.filename}: {error.strerror}", remedy, kind="disk")
+    shown = re.sub(r"//[^/@\s]+@", "//***@", said.replace(token, "***") if token else said)
+    first = next((line.strip() for line in shown.splitlines() if line.strip()), "")[:200]
+    return HubError(f"huggingface_hub stopped with {type(error).__name__}: {first}", "run this again")
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """The error behind one of huggingface_hub's own: of a failed upload, of a file that is not in its cache either."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while isinstance(error, (LocalEntryNotFoundError, RuntimeError)) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _of_response(error, file: str, repository: str) -> HubError:
+    """What an HfHubHTTPError means to the person whose token was sent (to CT-RATE; other repositories get none)."""
+    from huggingface_hub.errors import GatedRepoError
+
+    status, host, wait = error.response.status_code, hub_host(), asked_wait(error.response.headers)
+    if status in (401, 403, 404, 410) and not is_hub_url(str(error.response.url)):
+        return HubError(f"the address of a file's bytes has expired ({status})", "run this again", kind="hub")
     if status in (401, 403, 404) and repository != REPOSITORY:
-        return HubTrouble(
-            f"{hub_host()} gives no {file} of {repository} ({status})",
-            f"unset HF_ENDPOINT if it names a mirror; otherwise see {HUB}/{repository}",
-            kind="file",
-        )
-    if status == 401:
-        return HubTrouble(
-            "the hub refused the token (401): mistyped, expired or revoked",
-            f"make a new read token ({TOKENS_PAGE}), set HF_TOKEN to it, {AGAIN}",
-            kind="access",
-        )
-    if status == 403 and gated:
-        return HubTrouble(
-            "the token is valid, but its account has not accepted CT-RATE's terms (403)",
-            f"accept them with that account: {TERMS_PAGE}; {AGAIN}",
-            kind="access",
-        )
-    if status == 403:
-        return HubTrouble(
-            "the token may not read gated repositories (403)",
-            f'give it "Read access to contents of all public gated repos you can access" ({TOKENS_PAGE}), {AGAIN}',
-            kind="access",
-        )
-    if status == 404:
-        return HubTrouble(
-            f"{hub_host()} has no {file} in {REPOSITORY} (404)",
-            "unset HF_ENDPOINT if it names a mirror; otherwise the file was moved: see the dataset's page",
-            kind="file",
-        )
-    if status == 407:
-        return HubTrouble(
-            "the proxy asks for a name and a password (407)", f"put them into HTTPS_PROXY, {AGAIN}", kind="network"
-        )
-    if status == 416:
-        return HubTrouble("what is here of a file is more than the hub has of it (416)", "run this again", kind="bytes")
-    if status == 429:
-        return HubTrouble(
-            "the hub asks to slow down (429)", "wait a few minutes, then run this again", kind="hub", wait=wait
-        )
-    return HubTrouble(
-        f"{hub_host()} answered with an error of its own ({status})",
-        "nothing is wrong here: run this again later (https://status.huggingface.co)",
-        kind="hub",
-        wait=wait,
-    )
+        remedy = f"unset HF_ENDPOINT if it names a mirror; otherwise see {HUB}/{repository}"
+        return HubError(f"{host} gives no {file} of {repository} ({status})", remedy, kind="file")
+    if status == 403 and isinstance(error, GatedRepoError):
+        found = "the token is valid, but its account has not accepted CT-RATE's terms (403)"
+        return HubError(found, f"accept them with that account: {TERMS_PAGE}; {AGAIN}", kind="access")
+    scope = '"Read access to contents of all public gated repos you can access"'
+    reason, remedy, kind = {
+        401: ("the hub refused the token (401): mistyped, expired or revoked",
+              f"make a new read token ({TOKENS_PAGE}), set HF_TOKEN to it, {AGAIN}", "access"),
+        403: ("the token may not read gated repositories (403)", f"give it {scope} ({TOKENS_PAGE}), {AGAIN}", "access"),
+        404: (f"{host} has no {file} in {REPOSITORY} (404)",
+              "unset HF_ENDPOINT if it names a mirror; otherwise the file was moved: see the dataset's page", "file"),
+        407: ("the proxy asks for a name and a password (407)", f"put them into HTTPS_PROXY, {AGAIN}", "network"),
+        416: ("what is here of a file is more than the hub has of it (416)", "run this again", "bytes"),
+        429: ("the hub asks to slow down (429)", "wait a few minutes, then run this again", "hub"),
+    }.get(status, (f"{host} answered with an error of its own ({status})",
+                   "nothing is wrong here: run this again later (https://status.huggingface.co)", "hub"))
+    return HubError(reason, remedy, kind=kind, wait=wait)
 
 
 def asked_wait(headers) -> float:
@@ -208,107 +229,56 @@ def asked_wait(headers) -> float:
     return min(float(found[1]), LONGEST_WAIT) if found else 0
 
 
-NETWORK_ERRORS = {"ConnectError", "ConnectionError", "NetworkError", "RemoteProtocolError", "ChunkedEncodingError"}
-TIMEOUT_ERRORS = {"TimeoutException", "Timeout", "TimeoutError"}
+def _no_answer() -> HubError:
+    remedy = "check the network and the proxy (HTTPS_PROXY), or wait a few minutes; then run this again"
+    return HubError(f"no answer from {hub_host()} within {HUB_SECONDS} s", remedy, kind="network")
 
 
-def error_chain(error: BaseException) -> list[BaseException]:
-    chain = [error]
-    while chain[-1].__cause__ is not None and len(chain) < 8:
-        chain.append(chain[-1].__cause__)
-    return chain
-
-
-def explain(error: BaseException, file: str, token: str, repository: str = REPOSITORY) -> HubTrouble:
-    """Any failure of huggingface_hub -> reason and remedy.
-
-    Told apart by class *names*: the HTTP library underneath changed twice (requests, httpx, httpx2), and 0.x and
-    later versions wrap the same failure differently. Text that others wrote is shown without the token, and without the
-    password of a mirror or proxy.
-    """
-    if isinstance(error, HubTrouble):
-        return error
-    chain = error_chain(error)
-    names = {base.__name__ for link in chain for base in type(link).__mro__}
-    for link in chain:
-        response = getattr(link, "response", None)
-        status = getattr(response, "status_code", None)
-        if status is not None:
-            wait = asked_wait(getattr(response, "headers", {}))
-            if status in (401, 403, 404, 410) and not is_hubs(str(getattr(response, "url", endpoint()))):
-                return HubTrouble(f"the address of a file's bytes has expired ({status})", "run this again", kind="hub")
-            return answer_of_status(status, "GatedRepoError" in names, file, wait, repository)
-    said = " ".join(str(link) for link in chain)
-    if "OfflineModeIsEnabled" in names:
-        return HubTrouble(
-            "HF_HUB_OFFLINE is set, so nothing is fetched", f"unset HF_HUB_OFFLINE, {AGAIN}", kind="access"
-        )
-    if "ProxyError" in names:
-        return HubTrouble(
-            f"the proxy let nothing through to {hub_host()}",
-            f"check HTTPS_PROXY and HTTP_PROXY, {AGAIN}",
-            kind="network",
-        )
-    if names & TIMEOUT_ERRORS:
-        return no_answer()
-    if "CERTIFICATE_VERIFY_FAILED" in said:
-        return HubTrouble(
-            f"the certificate of {hub_host()} is not trusted here: something in between replaces it",
-            f"name your network's certificates in SSL_CERT_FILE, {AGAIN}",
-            kind="access",
-        )
-    if names & NETWORK_ERRORS:
-        return HubTrouble(
-            f"no connection to {hub_host()}",
-            f"check the network, the proxy (HTTPS_PROXY) and HF_ENDPOINT, {AGAIN}",
-            kind="network",
-        )
-    for link in chain:
-        if getattr(link, "errno", None) in DISK_FULL:
-            return HubTrouble("the disk is full", f"free some, {AGAIN}", kind="disk")
-        if isinstance(link, OSError) and link.filename:
-            what = f"{link.filename}: {link.strerror}"
-            return HubTrouble(what, f"make it writable, or name another folder, {AGAIN}", kind="disk")
-    if "Consistency check failed" in said:
-        return HubTrouble("the transfer of a file ended before its last byte", "run this again", kind="bytes")
-    shown = re.sub(r"//[^/@\s]+@", "//***@", str(error).replace(token, "***") if token else str(error))
-    first = next((line.strip() for line in shown.splitlines() if line.strip()), "")[:200]
-    return HubTrouble(f"huggingface_hub stopped with {type(error).__name__}: {first}", "run this again")
-
-
-def no_answer() -> HubTrouble:
-    return HubTrouble(
-        f"no answer from {hub_host()} within {HUB_SECONDS} s",
-        "check the network and the proxy (HTTPS_PROXY), or wait a few minutes; then run this again",
-        kind="network",
-    )
-
-
-def within(seconds: float, function: Callable):
-    """function() or HubTrouble after `seconds`; a thread, because no HTTP time-out covers all addresses of a host."""
+def with_timeout(seconds: float, function: Callable):
+    """function() or HubError after `seconds`; a thread, because no HTTP time-out covers all addresses of a host."""
     outcome: list = []
 
     def work() -> None:
         try:
             outcome.append((function(), None))
-        except Exception as error:  # handed to the caller below
+        except Exception as error:  # raised in the caller's thread below
             outcome.append((None, error))
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
     if not outcome:
-        raise no_answer()
+        raise _no_answer()
     value, error = outcome[0]
     if error is not None:
         raise error
     return value
 
 
+def retry(attempt: Callable, file: str, token: str, note: Callable[[str], None], repository: str = REPOSITORY):
+    """attempt(), again after each of `WAITS` while its error is transient. Raises HubError.
+
+    `note` gets a phrase for each failed attempt. Wrong bytes are fetched again once.
+    """
+    damaged = 0
+    for wait in (*WAITS, None):
+        try:
+            return attempt()
+        except Exception as caught:
+            error = to_hub_error(caught, file, token, repository)
+            damaged += error.kind == "bytes"
+            if wait is None or not error.is_transient or damaged > 1:
+                raise error from caught
+            pause = max(wait, error.wait)
+            note(f"{error.reason}; going on in {pause:.0f} s")
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
 # ---- files of the hub
 
 
-class Remote(NamedTuple):
+class RemoteFile(NamedTuple):
     """A file as the hub announces it. etag: SHA-256 of a large file, git's SHA-1 of a small one; a mirror may send
     neither. location: where its bytes are, signed and short-lived."""
 
@@ -322,8 +292,8 @@ class Remote(NamedTuple):
         """"SHA-256", "git SHA-1", or None where nothing was announced that bytes could be compared with."""
         return {64: "SHA-256", 40: "git SHA-1"}.get(len(self.etag)) if re.fullmatch("[0-9a-f]+", self.etag) else None
 
-    def differs(self, path: Path) -> str | None:
-        """What is wrong with a copy of it, in a few words; None where it is intact. The whole copy is read."""
+    def difference(self, path: Path) -> str | None:
+        """How a copy of it differs, in a few words; None where it is intact. The whole copy is read."""
         size = path.stat().st_size
         if self.size is not None and size != self.size:
             return f"{size} bytes where the hub has {self.size}"
@@ -333,76 +303,80 @@ class Remote(NamedTuple):
         return None if found == self.etag else f"{self.checksum} {found[:12]}... where the hub has {self.etag[:12]}..."
 
 
-def digest_of(path: Path, digest) -> str:
+def sha256_of(path: Path) -> str:
+    return _digest_of(path, hashlib.sha256())
+
+
+def git_sha1_of(path: Path) -> str:
+    """What git calls a file: SHA-1 over "blob", its size and its content."""
+    return _digest_of(path, hashlib.sha1(f"blob {path.stat().st_size}\0".encode()))
+
+
+def _digest_of(path: Path, digest) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
-def sha256_of(path: Path) -> str:
-    return digest_of(path, hashlib.sha256())
-
-
-def git_sha1_of(path: Path) -> str:
-    """What git calls a file: SHA-1 over "blob", its size and its content."""
-    return digest_of(path, hashlib.sha1(f"blob {path.stat().st_size}\0".encode()))
-
-
-def file_url(file: str, repository: str = REPOSITORY) -> str:
-    from huggingface_hub import hf_hub_url
-
-    kind = "dataset" if repository == REPOSITORY else "model"
-    return hf_hub_url(repository, file, repo_type=kind, endpoint=endpoint())
-
-
-def look_up(file: str, token: str, repository: str = REPOSITORY) -> Remote:
+def file_metadata(file: str, token: str, repository: str = REPOSITORY) -> RemoteFile:
     """Size and checksum of a file on the hub; also the cheapest way to learn whether this token may have it.
 
-    `token`: "" for none, for what is public. Raises whatever huggingface_hub raises: see `explain`.
+    `token`: "" for none, for what is public. Raises whatever huggingface_hub raises: see `to_hub_error`.
     """
-    from huggingface_hub import get_hf_file_metadata
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    url = file_url(file, repository)
-    found = within(HUB_SECONDS, lambda: get_hf_file_metadata(url, token=token or False, timeout=HUB_SECONDS))
-    return Remote(file, found.size, (found.etag or "").lower(), found.location or url)
-
-
-class Listed(NamedTuple):
-    """A file as a listing has it: size, and SHA-256 where it is a large one."""
-
-    size: int
-    sha256: str | None
+    kind = "dataset" if repository == REPOSITORY else "model"
+    url = hf_hub_url(repository, file, repo_type=kind, endpoint=endpoint())
+    found = with_timeout(HUB_SECONDS, lambda: get_hf_file_metadata(url, token=token or False, timeout=HUB_SECONDS))
+    return RemoteFile(file, found.size, (found.etag or "").lower(), found.location or url)
 
 
-def listed(files: Sequence[str], token: str) -> dict[str, Listed]:
-    """Those of the files that the hub has. They are asked for by name: listing the repository takes hours.
-
-    Raises whatever huggingface_hub raises.
-    """
+def file_sizes(files: Sequence[str], token: str) -> dict[str, tuple[int, str | None]]:
+    """{file: (size, SHA-256 where it is a large one)} of those that the hub has. They are asked for by name: listing
+    the repository takes hours. Raises whatever huggingface_hub raises."""
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
-    found: dict[str, Listed] = {}
+    found: dict[str, tuple[int, str | None]] = {}
     for start in range(0, len(files), PATHS_AT_ONCE):
         part = list(files[start : start + PATHS_AT_ONCE])
-        entries = within(
+        entries = with_timeout(
             LISTING_SECONDS,
             lambda part=part: HfApi(endpoint()).get_paths_info(REPOSITORY, part, repo_type="dataset", token=token),
         )
         for entry in entries:
-            if hasattr(entry, "size"):  # a file
-                found[entry.path] = Listed(entry.size, entry.lfs.sha256 if entry.lfs else None)
+            if isinstance(entry, RepoFile):
+                found[entry.path] = entry.size, entry.lfs.sha256 if entry.lfs else None
     return found
 
 
 def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE_BYTES:
-        raise HubTrouble(
-            f"the disk is too small: {size_text(free)} free in {folder}/, {size_text(needed + SPARE_BYTES)} needed",
-            "free some, or run this in a folder on a larger disk",
-            kind="disk",
-        )
+        found = f"{size_text(free)} free in {folder}/, {size_text(needed + SPARE_BYTES)} needed"
+        remedy = "free some, or run this in a folder on a larger disk"
+        raise HubError(f"the disk is too small: {found}", remedy, kind="disk")
+
+
+@contextmanager
+def file_lock(*paths: Path) -> Iterator[None]:
+    """Locks files or folders against other processes of this user and machine. Raises HubError where one is locked.
+
+    The lock files are in the temporary folder: the disk of the path may know no locks (network mounts).
+    """
+    from filelock import FileLock, Timeout  # huggingface_hub brings it
+
+    owner = os.getuid() if hasattr(os, "getuid") else ""
+    with ExitStack() as locks:
+        for path in dict.fromkeys(path.resolve() for path in paths):
+            name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+            try:
+                locks.enter_context(FileLock(Path(tempfile.gettempdir(), f"ctclip-{owner}-{name}.lock"), timeout=0))
+            except Timeout:
+                found = f"another process is at work on {path}"
+                raise HubError(found, f"wait for it to end, {AGAIN}", kind="file") from None
+        yield
 
 
 def parts_of(target: Path) -> list[Path]:
@@ -410,7 +384,41 @@ def parts_of(target: Path) -> list[Path]:
     return list(target.parent.glob(f".{target.name}.*.part"))
 
 
-def receive(remote: Remote, target: Path, token: str) -> None:
+def download(
+    file: str,
+    target: Path,
+    token: str,
+    note: Callable[[str], None] = lambda text: None,
+    remote: RemoteFile | None = None,
+    size: int | None = None,
+    repository: str = REPOSITORY,
+) -> RemoteFile:
+    """Makes `target` the hub's `file`, trying again where that may help; -> what the hub announced.
+
+    Not hf_hub_download: from huggingface_hub 2 on it starts from the first byte again after a kill (LOG.md).
+    `remote`: from a `file_metadata` just made. `size`: what room there is for. The caller has locked the target, or a
+    folder above it: see `file_lock`. Raises HubError.
+    """
+
+    def attempt() -> RemoteFile:
+        nonlocal remote
+        found, remote = remote or file_metadata(file, token, repository), None  # a second time its address has expired
+        if size is not None and found.size != size:
+            changed = f"{file} was changed on the hub meanwhile: {found.size} bytes where {size} were announced"
+            raise HubError(changed, "run this again", kind="file")
+        try:
+            _download_once(found, target, token)
+        except Exception as error:
+            if to_hub_error(error, file, token, repository).kind == "bytes":
+                for part in parts_of(target):
+                    part.unlink()
+            raise
+        return found
+
+    return retry(attempt, file, token, note, repository)
+
+
+def _download_once(remote: RemoteFile, target: Path, token: str) -> None:
     """One attempt at `target`, complete and compared with the hub's checksum. What arrived before a failure, or before
     the process was killed, is kept and not fetched again."""
     from huggingface_hub.file_download import http_get
@@ -426,102 +434,25 @@ def receive(remote: Remote, target: Path, token: str) -> None:
         part.unlink()
         have = 0
     check_disk(target.parent, (remote.size or 0) - have)
-    own = is_hubs(remote.location)  # the token is for nobody else
+    own_token = token if is_hub_url(remote.location) else ""  # never sent to another host
     with open(part, "ab") as file:
         http_get(
             remote.location,
             file,
             resume_size=have,
-            headers=build_hf_headers(token=(token if own else "") or False),
+            headers=build_hf_headers(token=own_token or False),
             expected_size=remote.size,
             displayed_filename=target.name,
         )
         file.flush()
         os.fsync(file.fileno())
-    difference = remote.differs(part)
-    if difference:
-        raise HubTrouble(
+    if difference := remote.difference(part):
+        raise HubError(
             f"{target.name} did not arrive as it is on the hub: {difference}",
             "something on the way changes files (a proxy, a mirror, the disk?): run this again, or on another network",
             kind="bytes",
         )
     os.replace(part, target)
-
-
-def persist(
-    attempt: Callable, file: str, token: str, note: Callable[[str], None], repository: str = REPOSITORY
-):
-    """attempt(), again after each of `WAITS` while it fails in a way that may pass. Raises HubTrouble.
-
-    `note` gets a phrase for each failed attempt. Bytes that are wrong twice will not get right.
-    """
-    damaged = 0
-    for wait in (*WAITS, None):
-        try:
-            return attempt()
-        except Exception as error:
-            trouble = explain(error, file, token, repository)
-            damaged += trouble.kind == "bytes"
-            if wait is None or not trouble.passes or damaged > 1:
-                raise trouble from error
-            pause = max(wait, trouble.wait)
-            note(f"{trouble.reason}; going on in {pause:.0f} s")
-            time.sleep(pause)
-    raise AssertionError("unreachable")
-
-
-@contextmanager
-def alone(*paths: Path) -> Iterator[None]:
-    """Holds files or folders against other processes of this user and machine. Raises HubTrouble where one is held.
-
-    A lock goes with its process, however that ends, and does not lie on the disk of the path, which may know none
-    (network mounts).
-    """
-    from filelock import FileLock, Timeout  # huggingface_hub brings it
-
-    owner = os.getuid() if hasattr(os, "getuid") else ""
-    with ExitStack() as held:
-        for path in dict.fromkeys(path.resolve() for path in paths):
-            name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
-            try:
-                held.enter_context(FileLock(Path(tempfile.gettempdir(), f"ctclip-{owner}-{name}.lock"), timeout=0))
-            except Timeout:
-                found = f"another process is at work on {path}"
-                raise HubTrouble(found, f"wait for it to end, {AGAIN}", kind="file") from None
-        yield
-
-
-def fetch(
-    file: str,
-    target: Path,
-    token: str,
-    note: Callable[[str], None] = lambda text: None,
-    remote: Remote | None = None,
-    size: int | None = None,
-    repository: str = REPOSITORY,
-) -> Remote:
-    """Makes `target` the hub's `file`, trying again where that may help; -> what the hub announced.
-
-    `remote`: from a `look_up` just made. `size`: what room there is for. The caller holds the target, or a folder above
-    it: see `alone`. Raises HubTrouble.
-    """
-
-    def attempt() -> Remote:
-        nonlocal remote
-        found, remote = remote or look_up(file, token, repository), None  # a second time its address may have expired
-        if size is not None and found.size != size:
-            changed = f"{file} was changed on the hub meanwhile: {found.size} bytes where {size} were announced"
-            raise HubTrouble(changed, "run this again", kind="file")
-        try:
-            receive(found, target, token)
-        except Exception as error:
-            if explain(error, file, token, repository).kind == "bytes":
-                for part in parts_of(target):
-                    part.unlink()
-            raise
-        return found
-
-    return persist(attempt, file, token, note, repository)
 
 
 # ---- weights on this machine
@@ -532,7 +463,7 @@ class WeightsFile:
 
     def __init__(self, name: str):
         self.name, self.file = name, WEIGHTS[name]
-        self.whole = Path("models", f"ctclip_{name}.pt")
+        self.whole = weights_path(name)
         self.slim = slim_path(self.whole)
         self.record = record_path(self.whole)
 
@@ -545,28 +476,28 @@ class WeightsFile:
     def size(self) -> str:
         return size_text(self.path.stat().st_size)
 
-    def kept(self) -> dict:
+    def recorded(self) -> dict:
         return read_record(self.whole)
 
     @property
-    def kept_sha256(self) -> str | None:
+    def recorded_sha256(self) -> str | None:
         """Of the file as it was fetched or made."""
-        return self.kept().get("slim_sha256" if self.path == self.slim else "sha256")
+        return self.recorded().get("slim_sha256" if self.path == self.slim else "sha256")
 
-    def damage(self, remote: Remote | None = None) -> str | None:
+    def damage(self, remote: RemoteFile | None = None) -> str | None:
         """What is wrong with the file; None where it is intact or nothing is known.
 
-        Compared with the hub's (`remote`); a slim copy, and any file where the hub cannot be asked, with what was kept.
+        Compared with the hub's (`remote`); a slim copy, and any file where the hub cannot be asked, with the record.
         """
         if remote is not None and self.path == self.whole:
-            return remote.differs(self.path)
-        if remote is not None and remote.checksum == "SHA-256" and self.kept().get("sha256") != remote.etag:
+            return remote.difference(self.path)
+        if remote is not None and remote.checksum == "SHA-256" and self.recorded().get("sha256") != remote.etag:
             return f"not made from the file that the hub has now, says {self.record}"
-        return self.unlike_kept(sha256_of(self.path)) if self.kept_sha256 else None
+        return self.differs_from_record(sha256_of(self.path)) if self.recorded_sha256 else None
 
-    def unlike_kept(self, sha256: str) -> str | None:
-        """What is wrong with a file of that SHA-256, by what was kept."""
-        known = self.kept_sha256
+    def differs_from_record(self, sha256: str) -> str | None:
+        """What is wrong with a file of that SHA-256, by the record."""
+        known = self.recorded_sha256
         return None if known in (None, sha256) else f"SHA-256 {sha256[:12]}... where {known[:12]}... was kept"
 
 
@@ -575,16 +506,12 @@ def vocabulary_path(weights: Path) -> Path:
     return weights.parent / VOCABULARY_REPOSITORY.rpartition("/")[2] / VOCABULARY
 
 
-def slim_path(weights: Path) -> Path:
-    return weights.with_suffix(".safetensors")
-
-
 def record_path(weights: Path) -> Path:
     return weights.with_suffix(".json")
 
 
 def read_record(weights: Path) -> dict:
-    """What is kept of a weights file; {} where nothing is, or nothing readable: all of it can be found again."""
+    """The record of a weights file; {} where there is none, or none that can be read: all of it can be found again."""
     try:
         return dict(json.loads(record_path(weights).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -592,8 +519,6 @@ def read_record(weights: Path) -> dict:
 
 
 def write_record(weights: Path, **changes) -> None:
-    """Keeps these fields beside what is kept already."""
-    path = record_path(weights)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(read_record(weights) | changes, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Sets these fields and keeps the others."""
+    with replacing(record_path(weights)) as temporary:
+        temporary.write_text(json.dumps(read_record(weights) | changes, indent=2) + "\n", encoding="utf-8")

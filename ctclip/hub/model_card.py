@@ -30,14 +30,14 @@ from ctclip.formatting import size_text
 from ctclip.hub.client import (
     AGAIN,
     TOKENS_PAGE,
-    HubTrouble,
+    HubError,
     check_endpoint,
     endpoint,
-    error_chain,
-    explain,
     find_token,
     hub_host,
-    is_hubs,
+    is_hub_url,
+    to_hub_error,
+    unwrapped,
 )
 from ctclip.inference.predictor import load_model
 from ctclip_model import ABNORMALITIES, CheckpointError, CTCLIPMultiAbnormalityModel, has_tensors_of, published_name
@@ -583,7 +583,7 @@ def _text(path: Path) -> str | None:
 def push_run(run: str | Path, repo_id: str, private: bool = True, cohort: str | None = None) -> str:
     """Uploads ON_THE_HUB's files of a run in one commit; -> the commit's address.
 
-    Raises HubTrouble (one line, the token in none) for whatever the hub or the way to it does not do. A public
+    Raises HubError (one line, the token in none) for whatever the hub or the way to it does not do. A public
     repository is not written to with `private`.
     """
     from huggingface_hub import get_token
@@ -594,18 +594,18 @@ def push_run(run: str | Path, repo_id: str, private: bool = True, cohort: str | 
         if repo_id.count("/") != 1:
             raise HFValidationError("no user")
     except HFValidationError:
-        raise HubTrouble(f"found {repo_id!r}, expected USER/NAME as the hub has it, such as jane/ct-findings",
+        raise HubError(f"found {repo_id!r}, expected USER/NAME as the hub has it, such as jane/ct-findings",
                          "correct it", kind="access") from None
     check_endpoint()
     if not get_token():
         make = f"make one with write access ({TOKENS_PAGE}), set HF_TOKEN to it, {AGAIN}"
-        raise HubTrouble("no Hugging Face token found", make, kind="access")
+        raise HubError("no Hugging Face token found", make, kind="access")
     token = find_token()
     model = load_model(run, "cpu")
     logging.set_verbosity_error()
     try:
         if private and is_public(repo_id, token):
-            raise HubTrouble(f"{repo_id} is there already, and public", "push to another name, or say --public",
+            raise HubError(f"{repo_id} is there already, and public", "push to another name, or say --public",
                              kind="access")
         return push_with_card(model, repo_id, token, private, cohort)
     except (CardError, EvaluationError):
@@ -670,32 +670,32 @@ def is_public(repo_id: str, token: str) -> bool:
         raise
 
 
-def explain_push(error: Exception, repo_id: str, token: str) -> HubTrouble:
+def explain_push(error: Exception, repo_id: str, token: str) -> HubError:
     """`explain`, in the words of somebody who uploads."""
-    for link in error_chain(error):
+    for link in unwrapped(error):
         response = getattr(link, "response", None)
         status = getattr(response, "status_code", None)
-        if status is None or not is_hubs(str(getattr(response, "url", endpoint()))):
+        if status is None or not is_hub_url(str(getattr(response, "url", endpoint()))):
             continue
         if status == 401:
-            return HubTrouble(
+            return HubError(
                 "the hub refused the token (401): mistyped, expired or revoked",
                 f"make a new one with write access ({TOKENS_PAGE}), set HF_TOKEN to it, {AGAIN}", kind="access",
             )
         if status == 403:
-            return HubTrouble(
+            return HubError(
                 f"the hub lets this token write nothing to {repo_id} (403): it is somebody else's, or the token may "
                 "only read",
                 f"name a repository of your own, or take a token with write access ({TOKENS_PAGE}), {AGAIN}",
                 kind="access",
             )
         if status == 404:
-            return HubTrouble(f"{hub_host()} has no {repo_id} that this token may see (404)",
+            return HubError(f"{hub_host()} has no {repo_id} that this token may see (404)",
                               f"check its name and HF_ENDPOINT, {AGAIN}", kind="access")
         if status in (400, 409, 412, 422):
             said = str(getattr(link, "server_message", None) or "no reason given").replace(token, "***").splitlines()[0]
-            return HubTrouble(f"the hub did not take the files ({status}): {said[:200]}", "run this again", kind="hub")
-    return explain(error, repo_id, token)
+            return HubError(f"the hub did not take the files ({status}): {said[:200]}", "run this again", kind="hub")
+    return to_hub_error(error, repo_id, token)
 
 
 # ---- script
@@ -721,8 +721,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             raise CardError(f"{run / CARD}: found a card that somebody wrote, expected none or one of ours; --print "
                             "shows the new one")
-    except HubTrouble as trouble:
-        print(f"error: {trouble.line()}", file=sys.stderr)
+    except HubError as trouble:
+        print(f"error: {str(trouble)}", file=sys.stderr)
         return 2
     except (CardError, EvaluationError, CheckpointError, OSError, RuntimeError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)

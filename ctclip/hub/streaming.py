@@ -1,12 +1,12 @@
-"""CT-RATE through a disk of any size: volume N + 1 is fetched while volume N is read and encoded into the code cache,
-and each file is deleted as soon as its codes are on the disk.
+"""CT-RATE through a disk of any size: volume N + 1 is downloaded while volume N is encoded into the code cache, each
+file is deleted as soon as its codes are on the disk.
 
     <scratch_dir>/.stream/...             the files that are here at present
     <data_dir>/streamed_<split>.jsonl     what was encoded and deleted, and what could not be read and why
     <cache_dir>/codes-.../                the codes (see ctclip.data.feature_cache)
 
 A volume's codes are on the disk before its line is, and its line before its file is deleted: whenever the process is
-killed, the same command goes on where it was, a transfer from its last byte.
+killed, the same command goes on where it was, a download from its last byte.
 """
 
 from __future__ import annotations
@@ -51,19 +51,20 @@ from ctclip.data.preprocessing import (
     volume_path,
 )
 from ctclip.distributed import Ranks
-from ctclip.formatting import row, size_text
-from ctclip.hub.client import SPARE_BYTES, HubTrouble, alone, find_token, parts_of
+from ctclip.formatting import print_row, size_text
+from ctclip.hub.client import SPARE_BYTES, HubError, file_lock, find_token, parts_of
 from ctclip.hub.download import (
+    Downloader,
     Failures,
-    Item,
     Selection,
-    Transfers,
-    fetch_selection,
-    items_of,
+    Transfer,
+    first_names,
     make_folder,
     next_command,
-    nothing_there,
+    none_on_hub,
+    plan_transfers,
     print_note,
+    select_volumes,
 )
 from ctclip.inference.predictor import choose_device, print_failures
 from ctclip_model import CLASSFINE_PATH, CTCLIPMultiAbnormalityModel
@@ -71,11 +72,12 @@ from ctclip_model import CLASSFINE_PATH, CTCLIPMultiAbnormalityModel
 MANIFEST_BYTES = 512  # more than a line of the manifest takes, unless its reason is long
 DISK_GB = 10.0
 TICK_SECONDS = 2
+BAR = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}{postfix}]"
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where a stream keeps what: cohort, cache, the encoder's weights; and how many GB of disk it may use in all."""
+class StreamOptions:
+    """Where cohort, cache and the encoder's weights are; how many GB of disk a stream may use in all; its device."""
 
     data_dir: Path
     cache_dir: Path
@@ -115,53 +117,58 @@ class Manifest:
 
 
 @dataclass
-class Work:
-    """The chosen volumes: those with a file, encoded in place; those to fetch; how many are done or in quarantine."""
+class StreamPlan:
+    """The chosen volumes: those with a file, encoded in place; those to download; how many are in the cache or in
+    quarantine."""
 
-    here: list[Volume]
-    items: list[Item]
-    done: int
+    on_disk: list[Volume]
+    transfers: list[Transfer]
+    cached: int
     quarantined: int
 
 
-def plan_work(
-    chosen: Sequence[Volume], places: Places, selection: Selection, cache: FeatureCache, token: str
-) -> Work:
+def plan_stream(
+    chosen: Sequence[Volume], options: StreamOptions, selection: Selection, cache: FeatureCache, token: str
+) -> StreamPlan:
     """Compares the chosen volumes with disk, manifest and cache, and asks the hub about those without a file here.
 
     A file that has another size or SHA-256 on the hub than in the manifest was replaced there: it counts as new.
     """
-    paths = {volume.name: places.data_dir / volume_path(volume.name, selection.fixed) for volume in chosen}
-    here = [replace(volume, path=paths[volume.name]) for volume in chosen if paths[volume.name].exists()]
-    away = [volume for volume in chosen if not paths[volume.name].exists()]
-    items = items_of(away, selection.fixed, token, lambda name: staged_path(places.staging, name, selection.fixed))
-    if not here and not items:
-        raise nothing_there(chosen)
-    streamed = read_streamed(places.data_dir, selection.split)
-    known = {name: entry for (name, fixed), entry in streamed.items() if fixed == selection.fixed}
+    paths = {volume.name: options.data_dir / volume_path(volume.name, selection.fixed) for volume in chosen}
+    on_disk = [replace(volume, path=paths[volume.name]) for volume in chosen if paths[volume.name].exists()]
+    others = [volume for volume in chosen if not paths[volume.name].exists()]
+
+    def staged(name: str) -> Path:
+        return staged_path(options.staging, name, selection.fixed)
+
+    transfers = plan_transfers(others, selection.fixed, token, staged)
+    if not on_disk and not transfers:
+        raise none_on_hub(chosen)
+    manifest = read_streamed(options.data_dir, selection.split)
     current = {
-        item: entry
-        for item in items
-        if (entry := known.get(item.volume.name))
-        and entry.size == item.size
-        and (entry.sha256 is None or item.sha256 in (None, entry.sha256))
+        transfer: entry
+        for transfer in transfers
+        if (entry := manifest.get((transfer.volume.name, selection.fixed)))
+        and entry.size == transfer.size
+        and (entry.sha256 is None or transfer.sha256 in (None, entry.sha256))
     }
-    quarantined = [item for item, entry in current.items() if entry.reason is not None]
-    streamed_once = {
-        item: replace(item.volume, path=item.target, signature=(entry.size, entry.tail))
-        for item, entry in current.items()
+    quarantined = [transfer for transfer, entry in current.items() if entry.reason is not None]
+    encoded_once = {
+        transfer: replace(transfer.volume, path=transfer.target, signature=(entry.size, entry.tail))
+        for transfer, entry in current.items()
         if entry.reason is None
     }
-    rows, _ = cache.intact(cache_keys(list(streamed_once.values())))
-    done = [item for item, row in zip(streamed_once, rows, strict=True) if row is not None]
-    settled = {*quarantined, *done}
-    return Work(here, [item for item in items if item not in settled], len(done), len(quarantined))
+    rows, _ = cache.intact(cache_keys(list(encoded_once.values())))
+    cached = [transfer for transfer, row in zip(encoded_once, rows, strict=True) if row is not None]
+    settled = {*quarantined, *cached}
+    left = [transfer for transfer in transfers if transfer not in settled]
+    return StreamPlan(on_disk, left, len(cached), len(quarantined))
 
 
-def clear_staging(staging: Path, items: Sequence[Item], room: float) -> None:
-    """Deletes what an earlier process left there, but for the beginning of `items`, as many as fit `room` together."""
-    totals = accumulate(item.size for item in items)
-    wanted = {item.target for item, total in zip(items, totals, strict=True) if total <= room}
+def clear_staging(staging: Path, transfers: Sequence[Transfer], room: float) -> None:
+    """Deletes what an earlier process left there, but for the first `transfers`, as many as fit `room` together."""
+    totals = accumulate(transfer.size for transfer in transfers)
+    wanted = {transfer.target for transfer, total in zip(transfers, totals, strict=True) if total <= room}
     for path in [path for path in staging.rglob("*") if path.is_file()]:
         target = path.with_name(path.name[1:].rsplit(".", 2)[0]) if path.suffix == ".part" else path
         if target not in wanted:
@@ -197,9 +204,9 @@ def bytes_in(folder: Path) -> int:
 
 
 @dataclass
-class Budget:
-    """How the stream uses the disk: `limit` in all, of which `room` for files in transit; `encoded` by now, codes and
-    lines of the manifest at `per_volume` each."""
+class DiskBudget:
+    """How the stream uses the disk: `limit` bytes in all, of which `room` for files in transit; `encoded` by now, codes
+    and lines of the manifest at `per_volume` each."""
 
     limit: float
     room: float
@@ -207,155 +214,155 @@ class Budget:
     per_volume: int
 
 
-def plan_disk(places: Places, cache: FeatureCache, items: Sequence[Item]) -> Budget:
-    """The budget for these items: all their codes, and the rest for files. Raises HubTrouble where the largest file and
-    the codes do not fit, in --disk-gb or on the disks as they are."""
+def plan_disk(options: StreamOptions, cache: FeatureCache, transfers: Sequence[Transfer]) -> DiskBudget:
+    """All the codes, and the rest for files. Raises HubError where the largest file and the codes do not fit, in
+    --disk-gb or on the disks as they are."""
     per_volume = cache.record_bytes + LINE_BYTES + MANIFEST_BYTES
-    encoded, growth = bytes_in(cache.folder), len(items) * per_volume
-    largest = max(items, key=lambda item: item.size)
-    codes = f"the codes of {len(items)} volumes"
+    encoded, growth = bytes_in(cache.folder), len(transfers) * per_volume
+    largest = max(transfers, key=lambda transfer: transfer.size)
+    codes = f"the codes of {len(transfers)} volumes"
     file = f"{largest.volume.name} ({size_text(largest.size)})"
-    limit = places.disk_gb * 1e9
+    limit = options.disk_gb * 1e9
     if limit < (least := encoded + growth + largest.size):
-        found = f"found --disk-gb {places.disk_gb:g}, expected at least {size_text(least)} for {file} and {codes}"
-        raise HubTrouble(found, "raise it, or choose fewer volumes", kind="disk")
-    scratch, store = existing(places.staging), existing(cache.folder)
-    together = scratch.stat().st_dev == store.stat().st_dev
-    free = shutil.disk_usage(scratch).free + bytes_in(places.staging) - SPARE_BYTES - together * growth
+        found = f"found --disk-gb {options.disk_gb:g}, expected at least {size_text(least)} for {file} and {codes}"
+        raise HubError(found, "raise it, or choose fewer volumes", kind="disk")
+    scratch, store = existing(options.staging), existing(cache.folder)
+    one_disk = scratch.stat().st_dev == store.stat().st_dev
+    scratch_free, store_free = shutil.disk_usage(scratch).free, shutil.disk_usage(store).free
+    shared = growth if one_disk else 0
+    free = scratch_free + bytes_in(options.staging) - SPARE_BYTES - shared
     if free < largest.size:
-        what = f"{file} and {codes}" if together else file
-        raise too_small(scratch, shutil.disk_usage(scratch).free, largest.size + together * growth + SPARE_BYTES, what)
-    if not together and shutil.disk_usage(store).free < growth + SPARE_BYTES:
-        raise too_small(store, shutil.disk_usage(store).free, growth + SPARE_BYTES, codes)
+        what = f"{file} and {codes}" if one_disk else file
+        raise _too_small(scratch, scratch_free, largest.size + shared + SPARE_BYTES, what)
+    if not one_disk and store_free < growth + SPARE_BYTES:
+        raise _too_small(store, store_free, growth + SPARE_BYTES, codes)
     room = min(limit - encoded - growth, free)
-    return Budget(encoded + growth + room, room, encoded, per_volume)
+    return DiskBudget(encoded + growth + room, room, encoded, per_volume)
 
 
-def too_small(folder: Path, free: float, needed: float, what: str) -> HubTrouble:
+def _too_small(folder: Path, free: float, needed: float, what: str) -> HubError:
     found = f"the disk is too small: {size_text(free)} free in {folder}, {size_text(needed)} needed for {what}"
     remedy = "free some, or name a --data-dir, --scratch-dir and --cache-dir on larger disks"
-    return HubTrouble(found, remedy, kind="disk")
+    return HubError(found, remedy, kind="disk")
 
 
-# ---- fetch, read, encode
+# ---- download, read, encode
 
 
 @dataclass
-class Arrival:
-    """A file that arrived: as a volume, how `ctclip.data.feature_cache` will know it, and what reading it gave."""
+class DownloadedVolume:
+    """A transfer that ended: as a volume, its key in the cache, and what reading it gave."""
 
-    item: Item
+    transfer: Transfer
     volume: Volume
-    source: str | None = None
+    cache_key: str | None = None
     signature: tuple[int, str] = (0, "")
     tensor: torch.Tensor | None = None
     decision: HuDecision | None = None
     unreadable: str | None = None
 
 
-def read(item: Item, shape: tuple[int, int, int]) -> Arrival:
-    arrival = Arrival(item, replace(item.volume, path=item.target))
-    if item.trouble is not None:
-        return arrival
-    arrival.source, arrival.signature = cache_key(arrival.volume), file_signature(item.target)
+def read(transfer: Transfer, shape: tuple[int, int, int]) -> DownloadedVolume:
+    found = DownloadedVolume(transfer, replace(transfer.volume, path=transfer.target))
+    if transfer.error is not None:
+        return found
+    found.cache_key, found.signature = cache_key(found.volume), file_signature(transfer.target)
     try:
-        arrival.tensor, arrival.decision = read_volume(arrival.volume, shape)
+        found.tensor, found.decision = read_volume(found.volume, shape)
     except VolumeError as error:
         cause = error.__context__
         if isinstance(cause, OSError) and cause.errno:  # the disk's fault, not the volume's
-            found = f"{item.target} could not be read ({cause.strerror})"
-            item.trouble = HubTrouble(found, "check the disk of --scratch-dir, then run this again", kind="disk")
+            reason = f"{transfer.target} could not be read ({cause.strerror})"
+            transfer.error = HubError(reason, "check the disk of --scratch-dir, then run this again", kind="disk")
         else:  # the bytes are the hub's: fetching them again would not help
-            arrival.unreadable = str(error).removeprefix(f"{item.target.name}: ")
-    return arrival
+            found.unreadable = str(error).removeprefix(f"{transfer.target.name}: ")
+    return found
 
 
-def arrivals(transfers: Transfers, shape: tuple[int, int, int], tick: Callable[[], None]) -> Iterator[Arrival]:
-    """Items as they arrive, read by a thread of its own: one is ready, at most, while another is being encoded. `tick`
-    is called every now and then while there is none."""
+def prefetch(
+    downloader: Downloader, shape: tuple[int, int, int], tick: Callable[[], None]
+) -> Iterator[DownloadedVolume]:
+    """Volumes as they arrive, read by a thread that prefetches one. `tick` is called every now and then while there is
+    none."""
     ready: queue.Queue = queue.Queue(maxsize=1)
 
     def work() -> None:
         try:
-            for item in transfers:
-                ready.put(read(item, shape))
-        except BaseException as error:  # handed to the consumer below
+            for transfer in downloader:
+                ready.put(read(transfer, shape))
+        except BaseException as error:  # raised in the consumer's thread below
             ready.put(error)
 
-    left = transfers.left
+    left = downloader.left
     threading.Thread(target=work, daemon=True).start()
     while left:
         try:
-            arrival = ready.get(timeout=TICK_SECONDS)
+            found = ready.get(timeout=TICK_SECONDS)
         except queue.Empty:
             tick()
             continue
-        if isinstance(arrival, BaseException):
-            raise arrival
+        if isinstance(found, BaseException):
+            raise found
         left -= 1
-        yield arrival
+        yield found
 
 
-def stream(selection: Selection, places: Places) -> None:
+def stream(selection: Selection, options: StreamOptions) -> None:
     """The chosen volumes into the cache; prints what it does.
 
-    Raises HubTrouble, CacheError, CohortError or CheckpointError, each one line; what has been encoded is kept.
+    Raises HubError, CacheError, CohortError or CheckpointError, each one line; what has been encoded is kept.
     """
     token = find_token()
-    with alone(places.data_dir, places.staging):
-        chosen = fetch_selection(selection, places.data_dir, token)
-        make_folder(places.staging)
-        device = choose_device(places.device)
-        model = CTCLIPMultiAbnormalityModel(str(places.weights), head="linear").to(device).eval()  # only encodes
-        row("encoder", f"{model.load_report} on {device}")
-        cache = FeatureCache(places.cache_dir, model)
-        work = plan_work(chosen, places, selection, cache, token)
-        if work.here:
-            encode_missing(model, cache, work.here, device, 0, Ranks(), lambda volumes, batch: print_failures(batch))
-        total = size_text(sum(item.size for item in work.items))
-        there = f"{work.done} are in the cache, {work.quarantined} in quarantine, {len(work.here)} have a file here"
-        row("", f"{there}, {len(work.items)} to fetch, {total}")
-        budget = plan_disk(places, cache, work.items) if work.items else None
-        clear_staging(places.staging, work.items, budget.room if budget else 0)
+    with file_lock(options.data_dir, options.staging):
+        chosen = select_volumes(selection, options.data_dir, token)
+        make_folder(options.staging)
+        device = choose_device(options.device)
+        model = CTCLIPMultiAbnormalityModel(str(options.weights), head="linear").to(device).eval()  # only encodes
+        print_row("encoder", f"{model.load_report} on {device}")
+        cache = FeatureCache(options.cache_dir, model)
+        plan = plan_stream(chosen, options, selection, cache, token)
+        if plan.on_disk:
+            encode_missing(model, cache, plan.on_disk, device, 0, Ranks(), lambda volumes, batch: print_failures(batch))
+        total = size_text(sum(transfer.size for transfer in plan.transfers))
+        known = f"{plan.cached} are in the cache, {plan.quarantined} in quarantine"
+        print_row("", f"{known}, {len(plan.on_disk)} have a file here, {len(plan.transfers)} to fetch, {total}")
+        budget = plan_disk(options, cache, plan.transfers) if plan.transfers else None
+        clear_staging(options.staging, plan.transfers, budget.room if budget else 0)
         if budget:
             transit = size_text(budget.room)
-            row("", f"disk: at most {size_text(budget.limit)}, of which {transit} for files in transit")
-            encode_arrivals(model, cache, work.items, budget, selection, places, token)
-        for folder in (*places.staging.iterdir(), places.staging):
+            print_row("", f"disk: at most {size_text(budget.limit)}, of which {transit} for files in transit")
+            encode_transfers(model, cache, plan.transfers, budget, selection, options, token)
+        for folder in (*options.staging.iterdir(), options.staging):
             with suppress(OSError):  # not empty
                 folder.rmdir()
-    encoder = "" if str(places.weights) == CLASSFINE_PATH else f" --ctclip-path {shlex.quote(str(places.weights))}"
-    more = f" --cache-dir {shlex.quote(str(places.cache_dir))}{encoder} --freeze-backbone"
-    row("next", next_command(selection.split, places.data_dir, more))
+    encoder = "" if str(options.weights) == CLASSFINE_PATH else f" --ctclip-path {shlex.quote(str(options.weights))}"
+    more = f" --cache-dir {shlex.quote(str(options.cache_dir))}{encoder} --freeze-backbone"
+    print_row("next", next_command(selection.split, options.data_dir, more))
 
 
-def is_encoded(cache: FeatureCache, source: str) -> bool:
+def is_encoded(cache: FeatureCache, key: str) -> bool:
     """Whether its codes are there, intact: a process may have been killed after them and before their line."""
-    (row,), _ = cache.intact([source])
+    (row,), _ = cache.intact([key])
     return row is not None
 
 
-def encode_arrivals(
+def encode_transfers(
     model: CTCLIPMultiAbnormalityModel,
     cache: FeatureCache,
-    items: Sequence[Item],
-    budget: Budget,
+    transfers: Sequence[Transfer],
+    budget: DiskBudget,
     selection: Selection,
-    places: Places,
+    options: StreamOptions,
     token: str,
 ) -> None:
     device = next(model.parameters()).device
-    manifest_path = places.data_dir / streamed_path(selection.split)
+    manifest_path = options.data_dir / streamed_path(selection.split)
     failures, quarantined, done, start = Failures(), [], 0, time.monotonic()
-    bar = tqdm(
-        total=len(items),
-        desc="stream",
-        bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}{postfix}]",
-    )
+    bar = tqdm(total=len(transfers), desc="stream", bar_format=BAR)
 
     def show(refresh: bool = True) -> None:
         per_minute = 60 * done / (time.monotonic() - start)
-        used = size_text(budget.encoded + bytes_in(places.staging))
+        used = size_text(budget.encoded + bytes_in(options.staging))
         bar.set_postfix_str(f"{per_minute:.1f} vol/min, disk {used} of {size_text(budget.limit)}", refresh)
 
     with (
@@ -363,33 +370,34 @@ def encode_arrivals(
         closing(cache),
         bar,
         encoding(model, device),
-        Transfers(items, token, budget.room) as transfers,
+        Downloader(transfers, token, budget.room) as downloader,
     ):
-        for arrival in arrivals(transfers, model.input_shape, show):
-            item, name = arrival.item, arrival.item.volume.name
-            if item.trouble:
-                print_note(f"{name}: {item.trouble.reason}")
-                failures.add(item)
-                for part in parts_of(item.target):  # it would take room that others need
+        for found in prefetch(downloader, model.input_shape, show):
+            transfer, name = found.transfer, found.volume.name
+            if transfer.error:
+                failures.add(transfer)
+                for part in parts_of(transfer.target):  # it would take room that others need
                     remove(part)
             else:
-                failures.good()
-                if arrival.unreadable:
-                    print_note(f"quarantined: {name}: {arrival.unreadable}")
+                failures.reset()
+                if found.unreadable:
+                    print_note(f"quarantined: {name}: {found.unreadable}")
                     quarantined.append(name)
-                elif not is_encoded(cache, arrival.source):
-                    codes = model.encode_for_cache(arrival.tensor[None].to(device))
-                    cache.append([arrival.volume], codes, [arrival.decision], [arrival.source], len(items) - done)
-                manifest.add(name, Streamed(selection.fixed, *arrival.signature, item.sha256, arrival.unreadable))
+                elif not is_encoded(cache, found.cache_key):
+                    codes = model.encode_for_cache(found.tensor[None].to(device))
+                    cache.append([found.volume], codes, [found.decision], [found.cache_key], len(transfers) - done)
+                manifest.add(name, Streamed(selection.fixed, *found.signature, transfer.sha256, found.unreadable))
                 budget.encoded += budget.per_volume
-            remove(item.target)
-            transfers.release(item)
+            remove(transfer.target)
+            downloader.release(transfer)
             done += 1
             show(refresh=False)
             bar.update()
     minutes = (time.monotonic() - start) / 60
-    encoded = len(items) - len(failures.items) - len(quarantined)
-    row("stream", f"{encoded} volumes encoded in {minutes:.1f} min, {encoded / minutes:.1f} per minute: {cache.folder}")
+    encoded = len(transfers) - len(failures.transfers) - len(quarantined)
+    speed = f"{minutes:.1f} min, {encoded / minutes:.1f} per minute"
+    print_row("stream", f"{encoded} volumes encoded in {speed}: {cache.folder}")
     if quarantined:
-        row("", f"in quarantine, with the reason in {manifest_path}: {len(quarantined)} ({', '.join(quarantined[:3])})")
+        names = first_names(quarantined)
+        print_row("", f"in quarantine, with the reason in {manifest_path}: {len(quarantined)} ({names})")
     failures.raise_if_any("what has been encoded is kept")

@@ -69,7 +69,7 @@ def measure(folder: Path, pause) -> None:
     from ctclip.data.preprocessing import load_cohort
     from ctclip.distributed import Ranks
     from ctclip.hub.download import Selection, download_volumes
-    from ctclip.hub.streaming import Places, stream
+    from ctclip.hub.streaming import StreamOptions, stream
     from ctclip_model import CTCLIPMultiAbnormalityModel
 
     model = CTCLIPMultiAbnormalityModel(str(DEMO)).eval()
@@ -81,7 +81,7 @@ def measure(folder: Path, pause) -> None:
     pause.value = 3 * max(encoding - unthrottled, 0) / blocks  # three transfers at a time
     time.sleep(0.2)
     fetching = seconds(download_volumes, Selection("train"), folder / "again")
-    places = Places(folder / "streamed", folder / "cache", DEMO)
+    places = StreamOptions(folder / "streamed", folder / "cache", DEMO)
     streaming = seconds(stream, Selection("train"), places)
     count = len(volumes)
     print(f"{count} phantoms, {torch.get_num_threads()} threads, encoder {DEMO.name}; seconds")

@@ -19,7 +19,7 @@ import pytest
 from helpers_hub import TOKEN, Hub
 
 from ctclip.environment import packages
-from ctclip.hub.client import alone
+from ctclip.hub.client import file_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 PAYLOAD = bytes(range(256)) * 1200
@@ -196,7 +196,7 @@ def test_a_file_put_there_by_hand_is_recorded_and_not_fetched_once_it_is_slim(su
 
 
 def test_weights_that_another_process_is_fetching_are_left_to_it(suite, hub):
-    with alone(weights(suite)):
+    with file_lock(weights(suite)):
         done = fetch(suite, hub)
     assert done.returncode == 0 and hub.requests == []
     assert "classfine: not here: another process is at work on" in flat(done.stdout)

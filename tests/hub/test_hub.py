@@ -4,6 +4,7 @@ Reference: the bytes and checksums that hub holds, what it saw of tokens and ran
 """
 
 import hashlib
+import importlib
 import socket
 import threading
 import time
@@ -11,10 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 from helpers_hub import NEWCOMER, TOKEN, UNSCOPED, Hub
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from ctclip.hub import client as hub_client
-from ctclip.hub.client import HubTrouble, explain, fetch, listed, look_up, parts_of
+from ctclip.hub.client import HubError, download, file_metadata, file_sizes, parts_of, to_hub_error
 
+httpx = importlib.import_module(HTTPError.__module__)  # httpx2 from huggingface_hub 2 on
 LARGE, SMALL = "dataset/valid_fixed/a.nii.gz", "dataset/labels.csv"
 CONTENT = {LARGE: bytes(range(256)) * 8000, SMALL: b"VolumeName\na\n"}  # 2 MB
 TERMS = "https://huggingface.co/datasets/ibrahimhamamci/CT-RATE"
@@ -44,33 +47,33 @@ def failing(verb, fault, times=10**6, suffix=""):
 @pytest.mark.parametrize("file", [LARGE, SMALL])
 def test_a_file_arrives_with_the_hubs_checksum(hub, tmp_path, file):
     target = tmp_path / "file"
-    remote = fetch(file, target, TOKEN)
+    remote = download(file, target, TOKEN)
     assert target.read_bytes() == CONTENT[file] and list(tmp_path.iterdir()) == [target]
-    assert remote.size == len(CONTENT[file]) and remote.differs(target) is None
+    assert remote.size == len(CONTENT[file]) and remote.difference(target) is None
     assert remote.checksum == {LARGE: "SHA-256", SMALL: "git SHA-1"}[file]
     target.write_bytes(CONTENT[file][:-1] + b"?")
     found = hashlib.sha256(target.read_bytes()).hexdigest()[:12] if file == LARGE else None
-    assert remote.differs(target).startswith(f"{remote.checksum} {found or ''}")
+    assert remote.difference(target).startswith(f"{remote.checksum} {found or ''}")
     target.write_bytes(b"half")
-    assert remote.differs(target) == f"4 bytes where the hub has {len(CONTENT[file])}"
+    assert remote.difference(target) == f"4 bytes where the hub has {len(CONTENT[file])}"
 
 
 def test_the_token_goes_to_the_hub_and_not_to_the_storage_it_points_to(hub, tmp_path):
-    fetch(LARGE, tmp_path / "file", TOKEN)
+    download(LARGE, tmp_path / "file", TOKEN)
     tokens = {path.startswith("/storage/"): token for _, path, token, _ in hub.requests}
     assert tokens == {False: TOKEN, True: None}
 
 
 def test_a_mirror_without_checksums_is_taken_by_its_size(tmp_path):
-    remote = hub_client.Remote("x", 3, "abc-def", "http://mirror")
+    remote = hub_client.RemoteFile("x", 3, "abc-def", "http://mirror")
     (tmp_path / "x").write_bytes(b"123")
-    assert remote.checksum is None and remote.differs(tmp_path / "x") is None
+    assert remote.checksum is None and remote.difference(tmp_path / "x") is None
 
 
 def test_a_cut_transfer_goes_on_from_its_last_chunk(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 16)  # 10 MB: more than the file has
     hub.fault = failing("GET", "cut", times=1)
-    fetch(LARGE, tmp_path / "file", TOKEN)
+    download(LARGE, tmp_path / "file", TOKEN)
     firsts = [first for verb, _, _, first in hub.requests if verb == "GET"]
     assert firsts == [0, 15 << 16] and (tmp_path / "file").read_bytes() == CONTENT[LARGE]
 
@@ -79,7 +82,7 @@ def test_a_beginning_left_by_a_killed_process_is_not_fetched_again(hub, tmp_path
     etag = hashlib.sha256(CONTENT[LARGE]).hexdigest()
     (tmp_path / f".file.{etag[:12]}.part").write_bytes(CONTENT[LARGE][:1_500_000])
     (tmp_path / ".file.0123456789ab.part").write_bytes(b"of another version")
-    fetch(LARGE, tmp_path / "file", TOKEN)
+    download(LARGE, tmp_path / "file", TOKEN)
     assert [first for verb, _, _, first in hub.requests if verb == "GET"] == [1_500_000]
     assert (tmp_path / "file").read_bytes() == CONTENT[LARGE] and len(list(tmp_path.iterdir())) == 1
 
@@ -88,22 +91,22 @@ def test_a_beginning_left_by_a_killed_process_is_not_fetched_again(hub, tmp_path
 def test_a_damaged_beginning_costs_a_second_transfer(hub, tmp_path, beginning):
     etag = hashlib.sha256(CONTENT[LARGE]).hexdigest()
     (tmp_path / f".file.{etag[:12]}.part").write_bytes(beginning)
-    fetch(LARGE, tmp_path / "file", TOKEN)
+    download(LARGE, tmp_path / "file", TOKEN)
     assert (tmp_path / "file").read_bytes() == CONTENT[LARGE]
 
 
 def test_wrong_bytes_are_caught_and_fetched_again(hub, tmp_path):
     hub.fault = failing("GET", "wrong", times=1)
     notes = []
-    fetch(LARGE, tmp_path / "file", TOKEN, notes.append)
+    download(LARGE, tmp_path / "file", TOKEN, notes.append)
     assert (tmp_path / "file").read_bytes() == CONTENT[LARGE]
     assert len(notes) == 1 and notes[0].startswith("file did not arrive as it is on the hub: SHA-256 ")
 
 
 def test_bytes_that_stay_wrong_never_get_the_name(hub, tmp_path):
     hub.fault = failing("GET", "wrong")
-    with pytest.raises(HubTrouble, match="did not arrive as it is on the hub") as caught:
-        fetch(LARGE, tmp_path / "file", TOKEN)
+    with pytest.raises(HubError, match="did not arrive as it is on the hub") as caught:
+        download(LARGE, tmp_path / "file", TOKEN)
     assert caught.value.kind == "bytes" and list(tmp_path.iterdir()) == [] and hub.count("GET") == 2
 
 
@@ -111,7 +114,7 @@ def test_bytes_that_stay_wrong_never_get_the_name(hub, tmp_path):
 def test_the_hubs_own_errors_are_waited_for(hub, tmp_path, status):
     hub.fault = failing("HEAD", status, times=2)
     notes = []
-    fetch(LARGE, tmp_path / "file", TOKEN, notes.append)
+    download(LARGE, tmp_path / "file", TOKEN, notes.append)
     host = hub.url.removeprefix("http://")
     assert notes == [f"{host} answered with an error of its own ({status}); going on in 0 s"] * 2
 
@@ -121,14 +124,13 @@ def test_it_waits_as_long_as_the_hub_asks(monkeypatch):
     assert hub_client.asked_wait({"RateLimit": '"resolvers";r=0;t=41'}) == 41
     assert hub_client.asked_wait({"Retry-After": "100000"}) == hub_client.LONGEST_WAIT
     assert hub_client.asked_wait({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}) == 0
-    error = RuntimeError()
-    error.response = SimpleNamespace(status_code=429, headers={"Retry-After": "3"})
-    assert explain(error, "x", TOKEN).wait == 3
+    response = httpx.Response(429, headers={"Retry-After": "3"}, request=httpx.Request("GET", hub_client.HUB))
+    assert to_hub_error(HfHubHTTPError("slow down", response=response), "x", TOKEN).wait == 3
 
 
 def test_files_are_asked_for_by_name_many_at_a_time(hub, monkeypatch):
     monkeypatch.setattr(hub_client, "PATHS_AT_ONCE", 2)
-    found = listed([LARGE, "dataset/nowhere.nii.gz", SMALL], TOKEN)
+    found = file_sizes([LARGE, "dataset/nowhere.nii.gz", SMALL], TOKEN)
     digest = hashlib.sha256(CONTENT[LARGE]).hexdigest()
     assert found == {LARGE: (len(CONTENT[LARGE]), digest), SMALL: (len(CONTENT[SMALL]), None)}
     assert [request[0] for request in hub.requests] == ["POST", "POST"]
@@ -138,27 +140,27 @@ def test_an_address_that_expired_is_asked_for_again(hub, tmp_path):
     """A 403 of the storage, which knows no tokens, says nothing of the token."""
     hub.fault = failing("GET", "403", times=1)
     notes = []
-    fetch(LARGE, tmp_path / "file", TOKEN, notes.append)
+    download(LARGE, tmp_path / "file", TOKEN, notes.append)
     assert notes == ["the address of a file's bytes has expired (403); going on in 0 s"]
     assert hub.count("HEAD") == 2 and (tmp_path / "file").read_bytes() == CONTENT[LARGE]
 
 
 def test_what_another_one_holds_is_left_to_it(tmp_path):
-    with hub_client.alone(tmp_path / "a", tmp_path / "b"):
+    with hub_client.file_lock(tmp_path / "a", tmp_path / "b"):
         for paths in ([tmp_path / "b"], [tmp_path / "c", tmp_path / "c" / ".." / "a"]):
-            with pytest.raises(HubTrouble) as caught, hub_client.alone(*paths):
+            with pytest.raises(HubError) as caught, hub_client.file_lock(*paths):
                 raise AssertionError("both hold it")
             place = tmp_path.resolve() / paths[-1].name
-            assert caught.value.line() == (
+            assert str(caught.value) == (
                 f"another process is at work on {place}; wait for it to end, then run this again"
             )
-    with hub_client.alone(tmp_path / "b", tmp_path / "c"):  # nothing is held any more
+    with hub_client.file_lock(tmp_path / "b", tmp_path / "c"):  # nothing is held any more
         assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_has_grown_meanwhile_is_not_fetched(hub, tmp_path):
-    with pytest.raises(HubTrouble) as caught:
-        fetch(LARGE, tmp_path / "file", TOKEN, size=1_000_000)
+    with pytest.raises(HubError) as caught:
+        download(LARGE, tmp_path / "file", TOKEN, size=1_000_000)
     assert caught.value.reason == (
         f"{LARGE} was changed on the hub meanwhile: 2048000 bytes where 1000000 were announced"
     )
@@ -168,12 +170,12 @@ def test_a_file_that_has_grown_meanwhile_is_not_fetched(hub, tmp_path):
 # ---- each failure its own sentence
 
 
-def trouble_of(file, token=TOKEN):
+def error_of(file, token=TOKEN):
     try:
-        look_up(file, token)
+        file_metadata(file, token)
     except Exception as error:
-        return explain(error, file, token)
-    raise AssertionError("no trouble")
+        return to_hub_error(error, file, token)
+    raise AssertionError("no error")
 
 
 REFUSALS = {
@@ -198,8 +200,8 @@ REFUSALS = {
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refused_tokens(hub, case):
     token, line = REFUSALS[case]
-    trouble = trouble_of(LARGE, token)
-    assert trouble.line() == line and trouble.kind == "access" and not trouble.passes
+    error = error_of(LARGE, token)
+    assert str(error) == line and error.kind == "access" and not error.is_transient
 
 
 STATUSES = {
@@ -215,7 +217,7 @@ STATUSES = {
 @pytest.mark.parametrize("status", STATUSES)
 def test_statuses(hub, status):
     hub.fault = failing("HEAD", status)
-    assert trouble_of(LARGE).line() == STATUSES[status].format(host=hub.url.removeprefix("http://"))
+    assert str(error_of(LARGE)) == STATUSES[status].format(host=hub.url.removeprefix("http://"))
 
 
 def test_no_connection(hub, monkeypatch):
@@ -223,7 +225,7 @@ def test_no_connection(hub, monkeypatch):
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
     monkeypatch.setenv("HF_ENDPOINT", f"http://someone:secret@127.0.0.1:{port}")
-    assert trouble_of(LARGE).line() == (
+    assert str(error_of(LARGE)) == (
         f"no connection to 127.0.0.1:{port}; check the network, the proxy (HTTPS_PROXY) and HF_ENDPOINT, then run this "
         "again"
     )
@@ -233,7 +235,7 @@ def test_no_answer(hub, monkeypatch):
     monkeypatch.setattr(hub_client, "HUB_SECONDS", 0.3)
     hub.fault, hub.pause = failing("HEAD", "hang"), 2
     started = time.monotonic()
-    assert trouble_of(LARGE).line() == (
+    assert str(error_of(LARGE)) == (
         f"no answer from {hub.url.removeprefix('http://')} within 0.3 s; check the network and the proxy "
         "(HTTPS_PROXY), or wait a few minutes; then run this again"
     )
@@ -242,7 +244,7 @@ def test_no_answer(hub, monkeypatch):
 
 def test_a_certificate_that_is_not_trusted(hub):
     error = ConnectionError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate")
-    assert explain(error, LARGE, TOKEN).line() == (
+    assert str(to_hub_error(error, LARGE, TOKEN)) == (
         f"the certificate of {hub.url.removeprefix('http://')} is not trusted here: something in between replaces it; "
         "name your network's certificates in SSL_CERT_FILE, then run this again"
     )
@@ -252,7 +254,7 @@ def test_offline_switch(hub, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert trouble_of(LARGE).line() == (
+    assert str(error_of(LARGE)) == (
         "HF_HUB_OFFLINE is set, so nothing is fetched; unset HF_HUB_OFFLINE, then run this again"
     )
     assert hub.requests == []
@@ -260,35 +262,35 @@ def test_offline_switch(hub, monkeypatch):
 
 def test_disk_too_small_is_said_before_anything_is_fetched(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(hub_client.shutil, "disk_usage", lambda folder: SimpleNamespace(free=51_000_000))
-    with pytest.raises(HubTrouble) as caught:
-        fetch(LARGE, tmp_path / "file", TOKEN)
-    assert caught.value.line() == (
+    with pytest.raises(HubError) as caught:
+        download(LARGE, tmp_path / "file", TOKEN)
+    assert str(caught.value) == (
         f"the disk is too small: 51.00 MB free in {tmp_path}/, 52.05 MB needed; free some, or run this in a folder on "
         "a larger disk"
     )
     assert hub.count("GET") == 0 and list(tmp_path.iterdir()) == []
     etag = hashlib.sha256(CONTENT[LARGE]).hexdigest()  # what is here already needs no room
     (tmp_path / f".file.{etag[:12]}.part").write_bytes(CONTENT[LARGE][:1_500_000])
-    fetch(LARGE, tmp_path / "file", TOKEN)
+    download(LARGE, tmp_path / "file", TOKEN)
 
 
 def test_a_disk_that_fills_up(hub, tmp_path):
     error = OSError(28, "No space left on device")
-    assert explain(error, LARGE, TOKEN).line() == "the disk is full; free some, then run this again"
+    assert str(to_hub_error(error, LARGE, TOKEN)) == "the disk is full; free some, then run this again"
 
 
 def test_a_folder_one_may_not_write_to(hub, tmp_path):
     error = PermissionError(13, "Permission denied", "models/x.part")
-    assert explain(error, LARGE, TOKEN).line() == (
+    assert str(to_hub_error(error, LARGE, TOKEN)) == (
         "models/x.part: Permission denied; make it writable, or name another folder, then run this again"
     )
 
 
 def test_unknown_errors_lose_token_and_password():
-    trouble = explain(RuntimeError(f"bad header Bearer {TOKEN}\nmore"), "x.pt", TOKEN)
-    assert trouble.line() == "huggingface_hub stopped with RuntimeError: bad header Bearer ***; run this again"
-    trouble = explain(RuntimeError("no scheme in 'htp://someone:secret@mirror/x'"), "x.pt", TOKEN)
-    assert trouble.reason == "huggingface_hub stopped with RuntimeError: no scheme in 'htp://***@mirror/x'"
+    error = to_hub_error(RuntimeError(f"bad header Bearer {TOKEN}\nmore"), "x.pt", TOKEN)
+    assert str(error) == "huggingface_hub stopped with RuntimeError: bad header Bearer ***; run this again"
+    error = to_hub_error(RuntimeError("no scheme in 'htp://someone:secret@mirror/x'"), "x.pt", TOKEN)
+    assert error.reason == "huggingface_hub stopped with RuntimeError: no scheme in 'htp://***@mirror/x'"
 
 
 def test_a_transfer_that_is_cut_for_good_is_given_up_and_kept(hub, tmp_path, monkeypatch):
@@ -301,21 +303,21 @@ def test_a_transfer_that_is_cut_for_good_is_given_up_and_kept(hub, tmp_path, mon
         raise ConnectionError("cut")
 
     monkeypatch.setattr("huggingface_hub.file_download.http_get", cut)
-    with pytest.raises(HubTrouble, match=r"no connection to 127\.0\.0\.1"):
-        fetch(LARGE, tmp_path / "file", TOKEN)
+    with pytest.raises(HubError, match=r"no connection to 127\.0\.0\.1"):
+        download(LARGE, tmp_path / "file", TOKEN)
     assert calls == [0, 10, 20, 30] and [path.stat().st_size for path in parts_of(tmp_path / "file")] == [40]
 
 
 def test_a_slow_hub_is_no_failure(hub, tmp_path):
     hub.fault, hub.pause = failing("GET", "slow"), 0.01
-    fetch(LARGE, tmp_path / "file", TOKEN)
+    download(LARGE, tmp_path / "file", TOKEN)
     assert (tmp_path / "file").read_bytes() == CONTENT[LARGE] and hub.count("GET") == 1
 
 
 def test_several_files_at_once(hub, tmp_path):
     """Threads share huggingface_hub's client."""
     targets = [tmp_path / str(i) for i in range(6)]
-    threads = [threading.Thread(target=fetch, args=(LARGE, target, TOKEN)) for target in targets]
+    threads = [threading.Thread(target=download, args=(LARGE, target, TOKEN)) for target in targets]
     for thread in threads:
         thread.start()
     for thread in threads:

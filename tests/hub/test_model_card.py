@@ -22,7 +22,7 @@ from ctclip.evaluation.calibration import load_calibration
 from ctclip.evaluation.evaluate import evaluate
 from ctclip.hub import model_card as card_module
 from ctclip.hub.__main__ import main
-from ctclip.hub.client import HubTrouble
+from ctclip.hub.client import HubError
 from ctclip.hub.model_card import CardError, licence_of, model_card, published_record, save_with_card
 from ctclip.training.loop import save_best
 from ctclip_model import ABNORMALITIES, CheckpointError, CTCLIPMultiAbnormalityModel, asdict
@@ -556,6 +556,6 @@ def test_wrong_usage_is_one_line(monkeypatch, flags):
 
 
 def test_push_run_raises_what_it_says(make_run, hub):
-    with pytest.raises(HubTrouble):
+    with pytest.raises(HubError):
         card_module.push_run(make_run()[0], "somebody/ct")
     assert isinstance(card_module.push_run(make_run()[0], "jane/ct"), str) and Path(make_run()[0]).is_dir()

@@ -356,9 +356,9 @@ def test_files_in_transit_can_be_elsewhere(stream, undisturbed, tiny_classfine, 
     (tmp_path / "S" / "mine.txt").write_text("not the stream's")
     seen, read = set(), streaming.read
 
-    def noting(item, shape):
-        seen.add(item.target.parents[3])
-        return read(item, shape)
+    def noting(transfer, shape):
+        seen.add(transfer.target.parents[3])
+        return read(transfer, shape)
 
     monkeypatch.setattr(streaming, "read", noting)
     code, _, error = stream("--scratch-dir", tmp_path / "S", "--volumes", 6)
@@ -526,7 +526,7 @@ def test_a_second_process_for_a_cohort_or_scratch_folder_is_refused(setup, strea
     calls = [lambda: stream("--scratch-dir", "S")]
     if folder == "D":
         calls += [lambda what=what: setup("--data", what, "--data-dir", "D") for what in ("labels", "valid")]
-    with hub_client.alone(Path(folder)):
+    with hub_client.file_lock(Path(folder)):
         ended = [call() for call in calls]
     place = tmp_path.resolve() / folder
     line = f"error: another process is at work on {place}; wait for it to end, then run this again\n"
