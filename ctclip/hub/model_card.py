@@ -672,7 +672,7 @@ def is_public(repo_id: str, token: str) -> bool:
 
 def explain_push(error: Exception, repo_id: str, token: str) -> HubError:
     """`explain`, in the words of somebody who uploads."""
-    for link in unwrapped(error):
+    for link in (unwrapped(error),):
         response = getattr(link, "response", None)
         status = getattr(response, "status_code", None)
         if status is None or not is_hub_url(str(getattr(response, "url", endpoint()))):
