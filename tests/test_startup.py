@@ -64,11 +64,11 @@ def test_facts_that_are_also_written_where_torch_is_not_imported():
 
 def test_scripts_hand_on_what_other_scripts_import_from_them():
     from ctclip import config as config_module
-    from ctclip.evaluation import calibration
     from ctclip.evaluation import evaluate as evaluate_module
+    from ctclip.evaluation import thresholds
     from ctclip.training import loop
 
     for name in ("TrainingConfig", "Machine", "TrainingError"):
         assert getattr(loop, name) is getattr(config_module, name)
     assert evaluate_module.Settings is config_module.Settings
-    assert tuple(calibration.OBJECTIVE_SCORES) == config_module.OBJECTIVES
+    assert tuple(thresholds.OBJECTIVE_SCORES) == config_module.OBJECTIVES

@@ -16,17 +16,17 @@ import numpy as np
 from ctclip.config import RESAMPLES
 from ctclip.evaluation.metrics import (
     EvaluationError,
+    bin_indices,
     calibration_errors,
-    columns_of,
-    decision_summands,
+    confusion_counts,
     nanmean,
-    places_of,
-    plain,
+    none_if_nan,
+    per_label_from_counts,
     pooled_auroc,
-    resampled_ranking,
-    summary_of,
+    resampled_auroc_and_ap,
+    summary_from_counts,
 )
-from ctclip_model import ABNORMALITIES, N_LABELS
+from ctclip_model import ABNORMALITIES
 
 LEVEL = 0.95
 ROUNDING = 1e-12  # differences that are nothing else
@@ -66,21 +66,21 @@ def draw(patients: Sequence[str], resamples: int = RESAMPLES, seed: int = 0) -> 
 # A tree of dictionaries shaped like metrics.json whose leaves are (B,), or (B, 18) where there is one value per label.
 
 
-def decisions_tree(labels: np.ndarray, decisions: np.ndarray, resamples: Resamples) -> tuple[dict, dict]:
+def resampled_decisions(labels: np.ndarray, decisions: np.ndarray, resamples: Resamples) -> tuple[dict, dict]:
     """(the part of M that depends on decisions, per-label columns) in every resample."""
-    sums = resamples.sums(decision_summands(labels, decisions))
-    return summary_of(sums), columns_of(sums)
+    sums = resamples.sums(confusion_counts(labels, decisions))
+    return summary_from_counts(sums), per_label_from_counts(sums)
 
 
-def ranking_tree(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> tuple[dict, dict]:
+def resampled_ranking(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> tuple[dict, dict]:
     """(the part of M that no threshold can change, per-label columns) in every resample."""
-    auroc, average_precision = resampled_ranking(labels, probabilities, resamples.group, resamples.counts)
+    auroc, average_precision = resampled_auroc_and_ap(labels, probabilities, resamples.group, resamples.counts)
     micro = pooled_auroc(labels, probabilities, resamples.group, resamples.counts)
     summary = {"auroc_macro": nanmean(auroc), "auroc_micro": micro}
     return summary, {"auroc": auroc, "average_precision": average_precision}
 
 
-def brier_tree(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> np.ndarray:
+def resampled_brier(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> np.ndarray:
     """Brier scores (B, 18). Calibration errors are not resampled: noise in a bin counts as error, so an estimate lies
     above the truth and resamples above the estimate; see ece_if_calibrated."""
     sums = resamples.sums(np.column_stack([(probabilities - labels) ** 2, np.ones(len(labels))]))
@@ -93,9 +93,9 @@ def ece_if_calibrated(probabilities: np.ndarray, group: np.ndarray, draws: int =
     Labels are drawn from the probabilities, `draws` times, one random number for all of a patient's rows (`group`,
     (N,)). What an observed error is to be compared with: it is never 0 on a finite table.
     """
-    rng, places = np.random.default_rng(seed), places_of(probabilities)
-    drawn = (rng.random((group.max() + 1, N_LABELS))[group] < probabilities for _ in range(draws))
-    return float(np.mean([calibration_errors(labels, probabilities, places).mean() for labels in drawn]))
+    rng, bins = np.random.default_rng(seed), bin_indices(probabilities)
+    drawn = (rng.random((group.max() + 1, probabilities.shape[1]))[group] < probabilities for _ in range(draws))
+    return float(np.mean([calibration_errors(labels, probabilities, bins).mean() for labels in drawn]))
 
 
 # --------------------------------------------------------------------------------------------------------- intervals
@@ -112,7 +112,7 @@ def interval(values: np.ndarray) -> list[float] | None:
 
 def enough_cases(labels: np.ndarray, patients: np.ndarray) -> np.ndarray:
     """(18,) mask: labels that MIN_CASES patients have, and as many lack."""
-    counts = [[len(np.unique(patients[labels[:, j] == value])) for j in range(N_LABELS)] for value in (0, 1)]
+    counts = [[len(np.unique(patients[labels[:, j] == value])) for j in range(labels.shape[1])] for value in (0, 1)]
     return np.min(counts, axis=0) >= MIN_CASES
 
 
@@ -165,7 +165,8 @@ def compare_labels(first: np.ndarray, second: np.ndarray, resampled: np.ndarray)
     about 5 % of comparisons of equals.
     """
     rows = {
-        name: difference(plain(first[j]), plain(second[j]), resampled[:, j]) for j, name in enumerate(ABNORMALITIES)
+        name: difference(none_if_nan(first[j]), none_if_nan(second[j]), resampled[:, j])
+        for j, name in enumerate(ABNORMALITIES)
     }
     corrected = holm([row["p"] for row in rows.values()])
     return {name: row | {"p_corrected": p} for (name, row), p in zip(rows.items(), corrected, strict=True)}

@@ -25,28 +25,18 @@ from ctclip import __version__
 from ctclip.config import CALIBRATION_FILE, SYNTHETIC_NOTE, UNITS, Settings, given_evaluation_flags
 from ctclip.evaluation.bootstrap import (
     Resamples,
-    brier_tree,
     by_label,
     compare,
     compare_labels,
-    decisions_tree,
     draw,
     ece_if_calibrated,
     enough_cases,
     intervals,
-    ranking_tree,
+    resampled_brier,
+    resampled_decisions,
+    resampled_ranking,
 )
-from ctclip.evaluation.calibration import (
-    Calibration,
-    cross_folds,
-    fit_calibration,
-    load_calibration,
-    objective_score,
-    read_prevalence,
-    rescale_to_half,
-    tune_global_threshold,
-    tune_label_thresholds,
-)
+from ctclip.evaluation.calibration import Calibration, cross_folds, fit_calibration, load_calibration, read_prevalence
 from ctclip.evaluation.cases import Case, with_pictures, worst_cases
 from ctclip.evaluation.example import EXAMPLE_NOTE, write_example
 from ctclip.evaluation.figures import (
@@ -66,8 +56,8 @@ from ctclip.evaluation.metrics import (
     compute_metrics,
     decision_columns,
     decision_metrics,
+    none_if_nan,
     per_label_metrics,
-    plain,
     pooled_auroc,
     ranking_columns,
     ranking_metrics,
@@ -99,6 +89,7 @@ from ctclip.evaluation.tables import (
     write_table,
 )
 from ctclip.evaluation.text_report import decimal, format_report, percent
+from ctclip.evaluation.thresholds import objective_score, rescale_to_half, tune_global_threshold, tune_label_thresholds
 from ctclip.fileio import replacing
 from ctclip_model import ABNORMALITIES, CheckpointError
 
@@ -239,7 +230,7 @@ def score(rows: Rows, fitted: FittedThresholds, resamples: Resamples) -> Scores:
     y, p, q = rows.labels, rows.probabilities, fitted.calibrated
     auroc, average_precision = ranking_columns(y, p)
     ranking = ranking_metrics(y, p)
-    ranking_in, ranked_in = ranking_tree(y, p, resamples)
+    ranking_in, ranked_in = resampled_ranking(y, p, resamples)
     measured = Scores({}, {}, {}, {})
     for name, decided in (
         ("at_0.5", p >= 0.5),
@@ -247,13 +238,13 @@ def score(rows: Rows, fitted: FittedThresholds, resamples: Resamples) -> Scores:
         ("tuned", p >= fitted.thresholds),
         ("tuned_global", p >= fitted.global_thresholds),
     ):
-        summary_in, measured.column_tree[name] = decisions_tree(y, decided, resamples)
+        summary_in, measured.column_tree[name] = resampled_decisions(y, decided, resamples)
         measured.columns[name] = decision_columns(y, decided)
         measured.point[name] = ranking | decision_metrics(y, decided)
         measured.tree[name] = ranking_in | summary_in
     # A monotone map leaves each label's AUROC alone; only the pooled one moves. (Cross-fitted columns are made of five
     # maps, so their own AUROC would differ a little, and would be of no map that anyone applies.)
-    measured.point["calibrated"]["auroc_micro"] = plain(pooled_auroc(y, q)[0])
+    measured.point["calibrated"]["auroc_micro"] = none_if_nan(pooled_auroc(y, q)[0])
     measured.tree["calibrated"]["auroc_micro"] = pooled_auroc(y, q, resamples.group, resamples.counts)
     measured.columns["tuned"] |= {"auroc": auroc, "average_precision": average_precision}
     measured.column_tree["tuned"] |= ranked_in
@@ -268,7 +259,7 @@ def _measure_calibration(measured: Scores, rows: Rows, fitted: FittedThresholds,
     """Adds "calibration": errors as given ("before") and calibrated ("after")."""
     point, tree, columns, column_tree = {}, {}, {}, {}
     for when, values in (("before", rows.probabilities), ("after", fitted.calibrated)):
-        errors, brier_in = calibration_columns(rows.labels, values), brier_tree(rows.labels, values, resamples)
+        errors, brier_in = calibration_columns(rows.labels, values), resampled_brier(rows.labels, values, resamples)
         point[when] = {key: float(column.mean()) for key, column in errors.items()}
         point[when]["ece_if_calibrated"] = ece_if_calibrated(values, resamples.group)
         tree[when] = {"brier": brier_in.mean(axis=1)}
@@ -355,7 +346,7 @@ def _comparison(this: Scores, other: Scores) -> dict:
         "fitted_on": CROSS_FITTED,
         **{name: other.point[name] for name in sets},
         "this": {name: this.point[name] for name in sets},
-        "auroc_per_label": dict(zip(ABNORMALITIES, map(plain, other.columns["tuned"]["auroc"]), strict=True)),
+        "auroc_per_label": dict(zip(ABNORMALITIES, map(none_if_nan, other.columns["tuned"]["auroc"]), strict=True)),
         "differences": {
             name: compare(this.point[name], other.point[name], this.tree[name], other.tree[name]) for name in sets
         }

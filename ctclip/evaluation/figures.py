@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip.evaluation.metrics import bin_of, threshold_table, undefined_labels
+from ctclip.evaluation.metrics import bin_index, threshold_table, undefined_labels
 from ctclip.evaluation.text_report import percent
 from ctclip.fileio import replacing
 from ctclip_model import ABNORMALITIES
@@ -96,7 +96,7 @@ def reliability_figure(labels: np.ndarray, before: np.ndarray, after: np.ndarray
 
 def reliability_points(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(mean probability, label rate) of each bin of one label, (bins,); the bins of the calibration error."""
-    place = bin_of(probabilities)
+    place = bin_index(probabilities)
     used = np.unique(place)
     means = [(probabilities[place == k].mean(), labels[place == k].mean()) for k in used]
     x, y = zip(*means, strict=True)

@@ -1,10 +1,10 @@
 """Labels and probabilities -> numbers, each defined here once: for a single table and for a thousand resamples of it.
 
-Legend: N rows (volumes, scans or patients), 18 labels, P patients, B resamples, `counts` (B, P) how often a patient is
-drawn; a plain evaluation is the one resample in which everyone is drawn once.
+Legend: N rows (volumes, scans or patients), L labels, P patients, B resamples, `counts` (B, P) how often a patient is
+drawn; a plain evaluation is the one resample in which every patient is drawn once.
 
-- A label is called positive where `probability >= threshold`. The challenge cuts at 0.5.
-- Precision, recall and F1 are computed per label with 0/0 = 0 and averaged plainly over the 18, as the challenge does.
+- A decision is positive where `probability >= threshold`. The challenge's threshold is 0.5.
+- Precision, recall and F1 are computed per label with 0/0 = 0 and averaged over the labels, as the challenge does.
 - AUROC macro is the mean over labels with both classes present; the others are named, never counted as 0 or 0.5.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from ctclip.errors import UserError
 from ctclip_model import ABNORMALITIES, N_LABELS
 
-TABLE_CUTS = np.arange(1, 20) / 20  # 0.05 to 0.95
+TABLE_THRESHOLDS = np.arange(1, 20) / 20  # 0.05 to 0.95
 ECE_BINS = 10
 CHUNK = 2**18  # numbers of a (B, rows) array that are worked on at a time: 2 MB, which stay in the processor's cache
 
@@ -38,7 +38,7 @@ def undefined_labels(labels: np.ndarray) -> list[str]:
 def compute_metrics(labels: np.ndarray, probabilities: np.ndarray, thresholds: float | np.ndarray = 0.5) -> dict:
     """The dictionary M of metrics.json for (N, 18) labels in {0, 1} and probabilities in [0, 1].
 
-    `thresholds` is one cut, (18,) cuts, or (N, 18) cuts per decision; positive means probability >= threshold.
+    `thresholds` is one for all, (18,), or (N, 18): one per decision; positive means probability >= threshold.
     Every value is a plain float, or None where it is undefined. AUROC does not depend on `thresholds`.
     """
     labels, probabilities = checked(labels, probabilities)
@@ -59,41 +59,45 @@ def per_label_metrics(labels: np.ndarray, probabilities: np.ndarray, thresholds:
     }
     positives = labels.sum(axis=0, dtype=np.int64)
     return {
-        name: {key: plain(column[j]) for key, column in columns.items()} | {"positives": int(positives[j])}
+        name: {key: none_if_nan(column[j]) for key, column in columns.items()} | {"positives": int(positives[j])}
         for j, name in enumerate(ABNORMALITIES)
     }
 
 
-def threshold_table(labels: np.ndarray, probabilities: np.ndarray, cuts: Sequence[float] = TABLE_CUTS) -> list[dict]:
-    """One row per cut: threshold, hamming_accuracy, f1_macro, precision_macro, recall_macro, positive_rate."""
+def threshold_table(
+    labels: np.ndarray, probabilities: np.ndarray, thresholds: Sequence[float] = TABLE_THRESHOLDS
+) -> list[dict]:
+    """One row per threshold: threshold, hamming_accuracy, f1_macro, precision_macro, recall_macro, positive_rate."""
     labels, probabilities = checked(labels, probabilities)
     keys = ("hamming_accuracy", "f1_macro", "precision_macro", "recall_macro", "positive_rate")
     rows = []
-    for cut in cuts:
-        metrics = decision_metrics(labels, probabilities >= cut)
-        rows.append({"threshold": float(cut)} | {key: metrics[key] for key in keys})
+    for threshold in thresholds:
+        metrics = decision_metrics(labels, probabilities >= threshold)
+        rows.append({"threshold": float(threshold)} | {key: metrics[key] for key in keys})
     return rows
 
 
 def decision_columns(labels: np.ndarray, decisions: np.ndarray) -> dict[str, np.ndarray]:
     """Every per-label metric of (N, 18) decisions, (18,) each."""
-    return columns_of(decision_summands(labels, decisions).sum(axis=0))
+    return per_label_from_counts(confusion_counts(labels, decisions).sum(axis=0))
 
 
 def decision_metrics(labels: np.ndarray, decisions: np.ndarray) -> dict:
     """The part of M that depends on the decisions."""
-    return {key: plain(value) for key, value in summary_of(decision_summands(labels, decisions).sum(axis=0)).items()}
+    counts = confusion_counts(labels, decisions).sum(axis=0)
+    return {key: none_if_nan(value) for key, value in summary_from_counts(counts).items()}
 
 
 def ranking_metrics(labels: np.ndarray, probabilities: np.ndarray) -> dict:
     """The part of M that no threshold can change."""
     auroc, _ = ranking_columns(labels, probabilities)
-    return {"auroc_macro": plain(nanmean(auroc)), "auroc_micro": plain(pooled_auroc(labels, probabilities)[0])}
+    micro = pooled_auroc(labels, probabilities)[0]
+    return {"auroc_macro": none_if_nan(nanmean(auroc)), "auroc_micro": none_if_nan(micro)}
 
 
 def ranking_columns(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """AUROC and average precision of each label, (18,), NaN where one class is absent."""
-    auroc, average_precision = resampled_ranking(labels, probabilities, *everyone(labels))
+    auroc, average_precision = resampled_auroc_and_ap(labels, probabilities, *no_resampling(labels))
     return auroc[0], average_precision[0]
 
 
@@ -102,26 +106,28 @@ def calibration_columns(labels: np.ndarray, probabilities: np.ndarray) -> dict[s
     Review 1950), expected calibration error, mean probability."""
     return {
         "brier": ((probabilities - labels) ** 2).mean(axis=0),
-        "ece": calibration_errors(labels, probabilities, places_of(probabilities)),
+        "ece": calibration_errors(labels, probabilities, bin_indices(probabilities)),
         "mean": probabilities.mean(axis=0),
     }
 
 
-def calibration_errors(labels: np.ndarray, probabilities: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Expected calibration error of each label (18,): |mean probability - label rate| of each bin, weighted by rows.
+def calibration_errors(labels: np.ndarray, probabilities: np.ndarray, bins: np.ndarray) -> np.ndarray:
+    """Expected calibration error of each label (L,): |mean probability - label rate| of each bin, weighted by rows.
 
-    `places` are those of places_of. Nixon et al., CVPR Workshops 2019, call bins of equal size adaptive.
+    `bins` are those of bin_indices. Nixon et al., CVPR Workshops 2019, call bins of equal size adaptive.
     """
-    gaps = np.bincount(places.ravel(), (probabilities - labels).ravel(), N_LABELS * ECE_BINS)
-    return np.abs(gaps).reshape(N_LABELS, ECE_BINS).sum(axis=1) / len(labels)
+    n_labels = labels.shape[1]
+    gaps = np.bincount(bins.ravel(), (probabilities - labels).ravel(), n_labels * ECE_BINS)
+    return np.abs(gaps).reshape(n_labels, ECE_BINS).sum(axis=1) / len(labels)
 
 
-def places_of(probabilities: np.ndarray) -> np.ndarray:
-    """(N, 18) -> the bin of each, numbered through all labels."""
-    return np.stack([bin_of(column) for column in probabilities.T], axis=1) + ECE_BINS * np.arange(N_LABELS)
+def bin_indices(probabilities: np.ndarray) -> np.ndarray:
+    """(N, L) -> the bin of each, numbered through all labels."""
+    bins = np.stack([bin_index(column) for column in probabilities.T], axis=1)
+    return bins + ECE_BINS * np.arange(probabilities.shape[1])
 
 
-def bin_of(probabilities: np.ndarray) -> np.ndarray:
+def bin_index(probabilities: np.ndarray) -> np.ndarray:
     """(N,) -> the bin of each, 0 to ECE_BINS - 1. Bins hold equal numbers of rows (edges are quantiles; equal
     probabilities share one): after a focal loss all probabilities lie in a few bins of equal width."""
     edges = np.quantile(probabilities, np.arange(1, ECE_BINS) / ECE_BINS)
@@ -143,7 +149,7 @@ def checked(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, 
     return labels.astype(np.int8), probabilities
 
 
-def plain(value: float) -> float | None:
+def none_if_nan(value: float) -> float | None:
     """A float for JSON, None for NaN."""
     return None if np.isnan(value) else float(value)
 
@@ -162,12 +168,12 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray, empty: float = 0.0) -
 
 # --------------------------------------------------------------------------------- sums over rows, and what they give
 
-# Everything that depends on decisions is a function of sums over rows. decision_summands gives what each row adds;
+# Everything that depends on decisions is a function of sums over rows. confusion_counts gives what each row adds;
 # weighted sums of it, one per resample, are a matrix product; `*_of` turns sums with any leading axes into metrics.
 
 
-def decision_summands(labels: np.ndarray, decisions: np.ndarray) -> np.ndarray:
-    """(N, 56): true positives, false positives, positives of each label; all 18 right; 1."""
+def confusion_counts(labels: np.ndarray, decisions: np.ndarray) -> np.ndarray:
+    """(N, 3 L + 2): true positives, false positives, positives of each label; whether all L are right; 1."""
     labels, decisions = labels.astype(bool), np.asarray(decisions, bool)
     right = (labels == decisions).all(axis=1, keepdims=True)
     parts = [labels & decisions, ~labels & decisions, labels, right, np.ones_like(right)]
@@ -175,12 +181,13 @@ def decision_summands(labels: np.ndarray, decisions: np.ndarray) -> np.ndarray:
 
 
 def _unpacked(sums: np.ndarray) -> tuple[np.ndarray, ...]:
-    tp, fp, positives, right, n = np.split(sums, [N_LABELS, 2 * N_LABELS, 3 * N_LABELS, 3 * N_LABELS + 1], axis=-1)
+    labels = (sums.shape[-1] - 2) // 3
+    tp, fp, positives, right, n = np.split(sums, [labels, 2 * labels, 3 * labels, 3 * labels + 1], axis=-1)
     return tp, fp, positives, right[..., 0], n
 
 
-def columns_of(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """Sums (..., 56) of decision_summands -> per-label metrics (..., 18)."""
+def per_label_from_counts(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Sums (..., 3 L + 2) of confusion_counts -> per-label metrics (..., L)."""
     tp, fp, positives, _, n = _unpacked(sums)
     return {
         "precision": _ratio(tp, tp + fp),
@@ -192,10 +199,10 @@ def columns_of(sums: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def summary_of(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """Sums (..., 56) of decision_summands -> the part of M that depends on decisions, (...), NaN where undefined."""
+def summary_from_counts(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Sums (..., 3 L + 2) of confusion_counts -> the part of M that depends on decisions (...); NaN: undefined."""
     tp, fp, positives, right, n = _unpacked(sums)
-    columns = columns_of(sums)
+    columns = per_label_from_counts(sums)
     return {
         "f1_macro": columns["f1"].mean(axis=-1),
         "precision_macro": columns["precision"].mean(axis=-1),
@@ -204,12 +211,12 @@ def summary_of(sums: np.ndarray) -> dict[str, np.ndarray]:
         "exact_match": right / n[..., 0],
         "positive_rate": columns["positive_rate"].mean(axis=-1),
         "label_rate": columns["label_rate"].mean(axis=-1),
-        "crg": _crg(tp.sum(axis=-1), fp.sum(axis=-1), positives.sum(axis=-1), N_LABELS * n[..., 0]),
+        "crg": _crg(tp.sum(axis=-1), fp.sum(axis=-1), positives.sum(axis=-1), tp.shape[-1] * n[..., 0]),
     }
 
 
 def crg_exchange(positives: float, decisions: float) -> float:
-    """r: how many false alarms CRG holds to be worth one finding found or missed."""
+    """r: how many false positives weigh as much as one positive found or missed."""
     return (decisions - positives) / (2 * positives)
 
 
@@ -225,12 +232,12 @@ def _crg(tp: np.ndarray, fp: np.ndarray, a: np.ndarray, x: np.ndarray) -> np.nda
 # ---------------------------------------------------------------------------------------------- areas under curves
 
 
-def everyone(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def no_resampling(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(group, counts) of the resample in which every row is drawn once."""
     return np.zeros(len(labels), np.int64), np.ones((1, 1))
 
 
-def areas(
+def auroc_and_ap(
     labels: np.ndarray, scores: np.ndarray, group: np.ndarray, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(AUROC (B,), average precision (B,)) of one ranking in B resamples; NaN where one class is absent.
@@ -261,11 +268,11 @@ def areas(
     return auroc, average_precision
 
 
-def resampled_ranking(
+def resampled_auroc_and_ap(
     labels: np.ndarray, probabilities: np.ndarray, group: np.ndarray, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC and average precision of each label in B resamples, (B, 18) each; see areas."""
-    columns = [areas(labels[:, j], probabilities[:, j], group, counts) for j in range(N_LABELS)]
+    """AUROC and average precision of each label in B resamples, (B, L) each; see auroc_and_ap."""
+    columns = [auroc_and_ap(labels[:, j], probabilities[:, j], group, counts) for j in range(labels.shape[1])]
     auroc, average_precision = zip(*columns, strict=True)
     return np.stack(auroc, axis=1), np.stack(average_precision, axis=1)
 
@@ -273,10 +280,10 @@ def resampled_ranking(
 def pooled_auroc(
     labels: np.ndarray, probabilities: np.ndarray, group: np.ndarray | None = None, counts: np.ndarray | None = None
 ) -> np.ndarray:
-    """AUROC of all 18 x N decisions as one ranking ("micro"), in B resamples (B,); without them, in one of everyone."""
+    """AUROC of all N x L decisions as one ranking ("micro"), in B resamples (B,); by default (1,), not resampled."""
     if group is None or counts is None:
-        group, counts = everyone(labels)
-    return areas(labels.ravel(), probabilities.ravel(), np.repeat(group, N_LABELS), counts)[0]
+        group, counts = no_resampling(labels)
+    return auroc_and_ap(labels.ravel(), probabilities.ravel(), np.repeat(group, labels.shape[1]), counts)[0]
 
 
 def _chunks(resamples: int, rows: int) -> Iterator[slice]:
@@ -296,7 +303,7 @@ def auroc_difference(
     labels, first, second (N, 18), probabilities in [0, 1]; groups (N,) is each volume's patient. Labels with one class
     are left out. Paired: what both predictions get right or wrong cancels. Clustered: a patient's volumes are not
     independent. None where no label has both classes, or one patient leaves nothing to judge the spread by. Nothing is
-    resampled: the same input gives the same numbers, in O(18 N log N).
+    resampled: the same input gives the same numbers, in O(L N log N).
 
     DeLong, DeLong & Clarke-Pearson, Biometrics 1988, for the influence of a volume on an AUROC; Obuchowski, Biometrics
     1997, for summing it within a patient. Here it is averaged over the labels first, so that their covariance counts.

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ctclip.evaluation.bootstrap import Resamples, decisions_tree, enough_cases, interval
-from ctclip.evaluation.metrics import decision_metrics, nanmean, plain, ranking_columns, resampled_ranking
+from ctclip.evaluation.bootstrap import Resamples, enough_cases, interval, resampled_decisions
+from ctclip.evaluation.metrics import decision_metrics, nanmean, none_if_nan, ranking_columns, resampled_auroc_and_ap
 from ctclip.evaluation.tables import Rows
 
 MIN_PATIENTS = 20  # fewer say nothing
@@ -90,14 +90,14 @@ def _one_group(
     own = resamples.only(chosen)
     counted = enough_cases(labels, patients)
     auroc, _ = ranking_columns(labels, probabilities)
-    resampled, _ = resampled_ranking(labels, probabilities, own.group, own.counts)
-    summary, _ = decisions_tree(labels, decisions[chosen], own)
+    resampled, _ = resampled_auroc_and_ap(labels, probabilities, own.group, own.counts)
+    summary, _ = resampled_decisions(labels, decisions[chosen], own)
     point = decision_metrics(labels, decisions[chosen])
     return count | {
         "too_small": False,
         "auroc_labels": int(counted.sum()),
-        "auroc_macro": plain(nanmean(auroc[counted])),
-        "auroc_everyone": plain(nanmean(overall[counted])),
+        "auroc_macro": none_if_nan(nanmean(auroc[counted])),
+        "auroc_everyone": none_if_nan(nanmean(overall[counted])),
         **{key: point[key] for key in MEASURES},
         "intervals": {"auroc_macro": interval(nanmean(resampled[:, counted]))}
         | {key: interval(summary[key]) for key in MEASURES},

@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ctclip.data.preprocessing import PREVALENCE  # noqa: E402
-from ctclip.evaluation.bootstrap import decisions_tree, draw, ranking_tree  # noqa: E402
+from ctclip.evaluation.bootstrap import draw, resampled_decisions, resampled_ranking  # noqa: E402
 
 PATIENTS, VOLUMES = 1304, 3039
 
@@ -42,8 +42,8 @@ def main() -> int:
         labels, probabilities, patients = cohort(decimals)
         started = time.perf_counter()
         resamples = draw(patients, args.resamples)
-        _, columns = ranking_tree(labels, probabilities, resamples)
-        decisions_tree(labels, probabilities >= 0.5, resamples)
+        _, columns = resampled_ranking(labels, probabilities, resamples)
+        resampled_decisions(labels, probabilities >= 0.5, resamples)
         ours = time.perf_counter() - started
         started, worst = time.perf_counter(), 0.0
         for b in range(args.checked):

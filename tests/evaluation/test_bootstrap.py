@@ -29,8 +29,8 @@ def cohort(ties=True, n_patients=40, seed=0):
 def test_every_resample_is_what_scikit_learn_says_of_the_rows_drawn(ties):
     y, p, patients = cohort(ties)
     resamples = boot.draw(patients, 40, seed=3)
-    ranking, ranked = boot.ranking_tree(y, p, resamples)
-    summary, columns = boot.decisions_tree(y, p >= 0.5, resamples)
+    ranking, ranked = boot.resampled_ranking(y, p, resamples)
+    summary, columns = boot.resampled_decisions(y, p >= 0.5, resamples)
     assert summary.keys() | ranking.keys() == set(cm.compute_metrics(y, p))
     for b, counts in enumerate(resamples.counts.astype(int)):
         drawn = np.repeat(np.arange(len(y)), counts[resamples.group])
@@ -53,7 +53,7 @@ def test_every_resample_is_what_scikit_learn_says_of_the_rows_drawn(ties):
 def test_resampled_brier_scores():
     y, p, patients = cohort()
     resamples = boot.draw(patients, 30)
-    tree = boot.brier_tree(y, p, resamples)
+    tree = boot.resampled_brier(y, p, resamples)
     for b, counts in enumerate(resamples.counts.astype(int)):
         drawn = np.repeat(np.arange(len(y)), counts[resamples.group])
         np.testing.assert_allclose(tree[b], ((p - y)[drawn] ** 2).mean(axis=0), atol=1e-12)
@@ -87,7 +87,7 @@ def test_copies_of_volumes_do_not_make_an_interval_shorter():
     r = rows(predictions, labels)
     once = boot.draw(r.patients, 300)
     thrice = boot.draw(np.repeat(r.patients, 3), 300)
-    for tree in (boot.ranking_tree, lambda y, p, draws: boot.decisions_tree(y, p >= 0.5, draws)):
+    for tree in (boot.resampled_ranking, lambda y, p, draws: boot.resampled_decisions(y, p >= 0.5, draws)):
         first = boot.intervals(tree(r.labels, r.probabilities, once)[0])
         second = boot.intervals(tree(np.repeat(r.labels, 3, 0), np.repeat(r.probabilities, 3, 0), thrice)[0])
         assert {k: pytest.approx(v, abs=1e-12) for k, v in first.items()} == second
@@ -98,7 +98,9 @@ def test_intervals_are_as_wide_as_delong_says():
     other = predictions.sample(frac=1, random_state=0).set_axis(predictions.index)
     r = rows(predictions, labels)
     draws = boot.draw(r.patients, 1000)
-    first, second = (boot.ranking_tree(r.labels, p.to_numpy(), draws)[0]["auroc_macro"] for p in (predictions, other))
+    first, second = (
+        boot.resampled_ranking(r.labels, p.to_numpy(), draws)[0]["auroc_macro"] for p in (predictions, other)
+    )
     difference, error = cm.auroc_difference(r.labels, predictions.to_numpy(), other.to_numpy(), r.patients)
     low, high = boot.interval(first - second)
     assert (high - low) / (2 * 1.96) == pytest.approx(error, rel=0.1)
@@ -142,7 +144,7 @@ def test_equals_are_told_apart_at_most_as_often_as_promised():
         y = (rng.random(80) < 0.4).astype(int)
         first, second = 0.8 * y + rng.normal(size=(2, 80))
         draws = boot.draw(np.arange(80), 200, seed)
-        one, other = (cm.areas(y, s, draws.group, draws.counts)[0] for s in (first, second))
+        one, other = (cm.auroc_and_ap(y, s, draws.group, draws.counts)[0] for s in (first, second))
         hits += boot.difference(0.0, 0.0, one - other)["p"] < 0.05
     assert 1 <= hits <= 11
 
@@ -209,5 +211,5 @@ def test_subgroups_are_the_metrics_of_their_rows():
             assert low < group[key] < high
     whole = found["Age"][0]
     assert whole["n_rows"] == 240 and whole["positive_rate"] == pytest.approx(decisions.mean())
-    tree, _ = boot.decisions_tree(r.labels, decisions, draws)
+    tree, _ = boot.resampled_decisions(r.labels, decisions, draws)
     assert whole["intervals"]["f1_macro"] == boot.interval(tree["f1_macro"])

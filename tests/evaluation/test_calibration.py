@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ctclip.evaluation import calibration as cal
 from ctclip.evaluation import evaluate as ev
+from ctclip.evaluation import thresholds as th
 from ctclip.evaluation.calibration import ABNORMALITIES, EvaluationError
 from ctclip.evaluation.tables import patients_of
 
@@ -36,11 +37,11 @@ def over_predictor(n_patients, seed, **kwargs):
 
 @pytest.mark.parametrize("method", ["platt", "temperature"])
 def test_slopes_without_a_common_one_are_logistic_regression_on_platts_targets(method, monkeypatch):
-    monkeypatch.setattr(cal, "SLOPE_SPREAD", 1e4)
+    monkeypatch.setattr(cal, "SLOPE_PRIOR_SD", 1e4)
     predictions, labels = over_predictor(60, seed=0)
     calibration = fitted(predictions, labels, method=method)
     for j in range(18):
-        y, x = labels.to_numpy()[:, j], cal.edged_logit(predictions.to_numpy()[:, [j]])
+        y, x = labels.to_numpy()[:, j], cal.compressed_logit(predictions.to_numpy()[:, [j]])
         positives = y.sum() / 2  # two volumes share the weight of their patient
         high, low = (positives + 1) / (positives + 2), 1 / (60 - positives + 2)
         t = np.where(y == 1, high, low)
@@ -58,7 +59,7 @@ def test_the_fit_is_the_minimum_of_what_it_says_it_minimises():
     from scipy.optimize import minimize
 
     predictions, labels = over_predictor(40, seed=1)
-    y, x = labels.to_numpy(), cal.edged_logit(predictions.to_numpy())
+    y, x = labels.to_numpy(), cal.compressed_logit(predictions.to_numpy())
     calibration = fitted(predictions, labels, method="platt")
     positives = y.sum(axis=0) / 2
     t = np.where(y == 1, (positives + 1) / (positives + 2), 1 / (40 - positives + 2))
@@ -68,12 +69,13 @@ def test_the_fit_is_the_minimum_of_what_it_says_it_minimises():
         return 0.5 * (np.logaddexp(0, z) - t[:, j] * z).sum()
 
     def shared(v):
-        return sum(entropy(np.exp(v[0]), v[1 + j], j) for j in range(18)) + v[0] ** 2 / (2 * cal.COMMON_SPREAD**2)
+        prior = v[0] ** 2 / (2 * cal.COMMON_SLOPE_PRIOR_SD**2)
+        return sum(entropy(np.exp(v[0]), v[1 + j], j) for j in range(18)) + prior
 
     common = minimize(shared, np.zeros(19), method="BFGS").x[0]
     for j in (0, 5, 17):
         def own(v, j=j):
-            return entropy(np.exp(v[0]), v[1], j) + (v[0] - common) ** 2 / (2 * cal.SLOPE_SPREAD**2)
+            return entropy(np.exp(v[0]), v[1], j) + (v[0] - common) ** 2 / (2 * cal.SLOPE_PRIOR_SD**2)
 
         best = minimize(own, [common, 0.0], method="Nelder-Mead", options={"xatol": 1e-8, "fatol": 1e-12})
         assert own([np.log(calibration.slope[j]), calibration.intercept[j]]) == pytest.approx(best.fun, rel=1e-6)
@@ -82,8 +84,8 @@ def test_the_fit_is_the_minimum_of_what_it_says_it_minimises():
 def test_rare_labels_borrow_the_common_slope(monkeypatch):
     """All labels have the same true slope; one of 25 patients has label 0. Alone, its slope is far off."""
     off = {}
-    for spread in (1e4, cal.SLOPE_SPREAD):
-        monkeypatch.setattr(cal, "SLOPE_SPREAD", spread)
+    for spread in (1e4, cal.SLOPE_PRIOR_SD):
+        monkeypatch.setattr(cal, "SLOPE_PRIOR_SD", spread)
         errors = []
         for seed in range(6):
             predictions, labels = simulate(25, seed)
@@ -92,7 +94,7 @@ def test_rare_labels_borrow_the_common_slope(monkeypatch):
             slope = np.log(fitted(predictions, labels, method="platt").slope)
             errors.append(abs(slope[0] - np.median(slope[9:])))
         off[spread] = np.mean(errors)
-    assert off[cal.SLOPE_SPREAD] < 0.5 * off[1e4]
+    assert off[cal.SLOPE_PRIOR_SD] < 0.5 * off[1e4]
 
 
 @pytest.mark.parametrize("case", ["reversed", "separated", "all positive", "all negative", "constant", "saturated"])
@@ -289,7 +291,7 @@ def test_prevalence_of_ct_rate_is_known():
 def test_the_map_decides_at_half_as_the_cut_did(cut):
     near = [cut, np.nextafter(cut, 0), np.nextafter(cut, 1)]
     p = np.unique(np.clip(np.concatenate([np.random.default_rng(0).random(500), near, [0, 1, 0.5]]), 0, 1))
-    mapped = cal.rescale_to_half(p, np.array(cut))
+    mapped = th.rescale_to_half(p, np.array(cut))
     assert np.array_equal(mapped >= 0.5, p >= cut)
     assert ((mapped >= 0) & (mapped <= 1)).all() and (np.diff(mapped) >= 0).all()
 
@@ -327,13 +329,13 @@ SCORES = {  # by scikit-learn, for one label
 
 
 def test_every_objective_is_checked_here():
-    assert {name.partition(":")[0] for name in SCORES} == {*cal.OBJECTIVES, "sensitivity"}
+    assert {name.partition(":")[0] for name in SCORES} == {*th.OBJECTIVES, "sensitivity"}
 
 
 @pytest.mark.parametrize("objective", SCORES)
 def test_label_thresholds_reach_the_best_score_there_is(objective):
     y, p = with_ties(3)
-    cuts = cal.tune_label_thresholds(y, p, objective)
+    cuts = th.tune_label_thresholds(y, p, objective)
     score = SCORES[objective]
     for j in range(0, 18, 3):
         best = max(score(y[:, j], p[:, j] >= cut, y.mean()) for cut in (*np.unique(p[:, j]), 2.0))
@@ -356,27 +358,27 @@ def test_global_threshold_reaches_the_best_score_there_is(objective):
 
     assert len(np.unique(p)) < 15
     best = max(score(cut) for cut in (*np.unique(p), 2.0))
-    assert score(cal.tune_global_threshold(y, p, objective)) == pytest.approx(best, abs=1e-12)
+    assert score(th.tune_global_threshold(y, p, objective)) == pytest.approx(best, abs=1e-12)
 
 
 def test_cuts_for_crg_reach_the_best_pooled_crg_there_is():
     """Label by label, though CRG is pooled: no other cut of any label, with the others kept, gives a better one."""
     y, p = with_ties(5)
-    cuts = cal.tune_label_thresholds(y, p, "crg")
+    cuts = th.tune_label_thresholds(y, p, "crg")
     best = ev.compute_metrics(y, p, cuts)["crg"]
     for j in range(18):
         for cut in (*np.unique(p[:, j]), 2.0):
             other = cuts.copy()
             other[j] = cut
             assert ev.compute_metrics(y, p, other)["crg"] <= best + 1e-12
-    assert best > ev.compute_metrics(y, p, cal.tune_global_threshold(y, p, "crg"))["crg"] > 1 / 3
+    assert best > ev.compute_metrics(y, p, th.tune_global_threshold(y, p, "crg"))["crg"] > 1 / 3
 
 
 def test_on_calibrated_probabilities_crg_cuts_at_the_pooled_prevalence():
     """Within what the sampling of the data leaves: the gain is flat around its best cut."""
     _, labels, z = logits_with_true_posterior(4000, seed=0)
     y, q = labels.to_numpy(), sigmoid(z)
-    assert cal.tune_global_threshold(y, q, "crg") == pytest.approx(y.mean(), abs=0.02)
+    assert th.tune_global_threshold(y, q, "crg") == pytest.approx(y.mean(), abs=0.02)
 
 
 @pytest.mark.parametrize("floor", [0.5, 0.9, 1.0])
@@ -384,7 +386,7 @@ def test_on_calibrated_probabilities_crg_cuts_at_the_pooled_prevalence():
 def test_sensitivity_is_reached_and_hardly_more(floor, spelled):
     predictions, labels = simulate(200, seed=0)
     y, p = labels.to_numpy(), predictions.to_numpy()
-    cuts = cal.tune_label_thresholds(y, p, spelled.format(floor))
+    cuts = th.tune_label_thresholds(y, p, spelled.format(floor))
     for j in range(18):
         found = sk.recall_score(y[:, j], p[:, j] >= cuts[j])
         assert floor <= found < floor + 2.5 / y[:, j].sum() or found == 1 == floor
@@ -393,29 +395,29 @@ def test_sensitivity_is_reached_and_hardly_more(floor, spelled):
 @pytest.mark.parametrize("name", ["auroc", "sensitivity", "sensitivity:0", "sensitivity:1.5", "sensitivity:-1", ""])
 def test_an_unknown_objective_is_refused(name):
     with pytest.raises(EvaluationError, match="expected one of prevalence"):
-        cal.tune_label_thresholds(*with_ties(), objective=name)
+        th.tune_label_thresholds(*with_ties(), objective=name)
 
 
 def test_cuts_divide_ties_never_and_reach_both_ends():
     values = np.array([0.2, 0.2, 0.4, np.nextafter(0.4, 1), 1.0])
-    cuts = cal.candidate_cuts(values)
+    cuts = th.candidate_thresholds(values)
     assert [int((values >= cut).sum()) for cut in cuts] == [5, 3, 2, 1, 0]
     assert cuts[1] == pytest.approx(0.3)
-    assert [int((np.zeros(3) >= cut).sum()) for cut in cal.candidate_cuts(np.zeros(3))] == [3, 0]
+    assert [int((np.zeros(3) >= cut).sum()) for cut in th.candidate_thresholds(np.zeros(3))] == [3, 0]
 
 
 def test_a_global_search_in_parts_is_the_whole_search():
     rng = np.random.default_rng(0)
     y, p = (rng.random((4000, 18)) < 0.2).astype(int), rng.random((4000, 18))  # 72,000 cuts: three parts
-    assert (p >= cal.tune_global_threshold(y, p, "prevalence")).sum() == y.sum()
+    assert (p >= th.tune_global_threshold(y, p, "prevalence")).sum() == y.sum()
 
 
 def test_a_label_with_one_class_takes_the_global_threshold_and_is_named():
     predictions, labels = simulate(30, seed=1)
     labels["Emphysema"], labels["Cardiomegaly"] = 0, 1
     y, p = labels.to_numpy(), predictions.to_numpy()
-    cuts = cal.tune_label_thresholds(y, p, "f1")
-    common = cal.tune_global_threshold(y, p, "f1")
+    cuts = th.tune_label_thresholds(y, p, "f1")
+    common = th.tune_global_threshold(y, p, "f1")
     named = [name for name, cut in zip(ABNORMALITIES, cuts, strict=True) if cut == common]
     assert named == ["Cardiomegaly", "Emphysema"] == ev.undefined_labels(y)
     reported = simulate(30, seed=2, first=100)

@@ -20,7 +20,8 @@ from ctclip.evaluation import calibration as cal
 from ctclip.evaluation import evaluate as ev
 from ctclip.evaluation import figures
 from ctclip.evaluation import run_folder as folders
-from ctclip.evaluation.metrics import ABNORMALITIES, EvaluationError, bin_of
+from ctclip.evaluation import thresholds as th
+from ctclip.evaluation.metrics import ABNORMALITIES, EvaluationError, bin_index
 from ctclip.evaluation.tables import join, patients_of, rows_of
 from ctclip.evaluation.text_report import format_report
 
@@ -96,7 +97,7 @@ def without_ranking(row):
 
 def errors_reference(y, p):
     """Brier score, calibration error and mean probability, (18,) each."""
-    ece = [sum(abs((p - y)[bin_of(p[:, j]) == k, j].sum()) for k in range(10)) / len(y) for j in range(18)]
+    ece = [sum(abs((p - y)[bin_index(p[:, j]) == k, j].sum()) for k in range(10)) / len(y) for j in range(18)]
     brier = [sk.brier_score_loss(y[:, j], p[:, j], labels=[0, 1]) for j in range(18)]
     return {"brier": np.array(brier), "ece": np.array(ece), "mean": p.mean(axis=0)}
 
@@ -125,7 +126,7 @@ def test_every_number_of_metrics_json():
     patients = patients_of(predictions.index)
     fit_y, fit_p = tuning[1].to_numpy(), tuning[0].to_numpy()
     calibration = cal.fit_calibration(fit_y, fit_p, patients_of(tuning[0].index), objective="f1")
-    cuts, one = cal.tune_label_thresholds(fit_y, fit_p, "f1"), cal.tune_global_threshold(fit_y, fit_p, "f1")
+    cuts, one = th.tune_label_thresholds(fit_y, fit_p, "f1"), th.tune_global_threshold(fit_y, fit_p, "f1")
     calibrated = calibration.apply(p)
     draws = drawn_rows(patients, 5)
     expected = sets_reference(y, p, calibrated, cuts, one)
@@ -148,7 +149,7 @@ def test_every_number_of_metrics_json():
         bounds[name]["at_0.5"] = {key: percentiles([row[key] for _, row in again]) if key in given else None
                                   for key in at_half}
     keys = ("hamming_accuracy", "f1_macro", "precision_macro", "recall_macro", "positive_rate")
-    claims = {"tuned": cal.tune_label_thresholds(y, p, "f1"), "tuned_global": cal.tune_global_threshold(y, p, "f1")}
+    claims = {"tuned": th.tune_label_thresholds(y, p, "f1"), "tuned_global": th.tune_global_threshold(y, p, "f1")}
     optimism_keys = ("positive_rate", "hamming_accuracy", "f1_macro", "recall_macro", "crg")
     expected |= {
         "per_label": per_label,
@@ -162,7 +163,7 @@ def test_every_number_of_metrics_json():
                 | {f"{key}_after": column[j] for key, column in after.items()} for j, name in enumerate(NAMES)}},
         "thresholds": {
             "global": one, "per_label": dict(zip(NAMES, cuts, strict=True)),
-            "per_label_calibrated": dict(zip(NAMES, cal.sigmoid(
+            "per_label_calibrated": dict(zip(NAMES, cal.expit(
                 calibration.slope * cal.logit(cuts) + calibration.intercept), strict=True)),
             "objective": "f1", "fitted_on": "tuning patients", "n_rows": 90, "n_volumes": 90, "n_patients": 45,
             "took_global": []},

@@ -201,7 +201,7 @@ def test_brier_score_equals_scikit_learn_and_bins_are_of_equal_size():
     for j in range(18):
         assert columns["brier"][j] == pytest.approx(sk.brier_score_loss(y[:, j], p[:, j]), abs=1e-12)
     untied = np.random.default_rng(0).random(500)
-    place = cm.bin_of(untied)
+    place = cm.bin_index(untied)
     assert np.bincount(place).tolist() == [50] * 10 and (np.diff(untied[np.argsort(place, kind="stable")]) > 0).any()
     expected = np.mean([abs(untied[place == k].mean() - (k % 2)) for k in range(10)])
     labels = np.repeat(place[:, None] % 2, 18, axis=1)

@@ -1,0 +1,186 @@
+"""Labels and probabilities -> thresholds: exhaustive search for the best one by an objective; the map onto 0.5.
+
+Thresholds are for probabilities as the model gives them, before calibration. `prevalence` weighs positives and
+negatives so that each label has the rate asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+
+from ctclip.config import DEFAULT_OBJECTIVE, OBJECTIVES
+from ctclip.evaluation.metrics import EvaluationError, checked, crg_exchange, undefined_labels
+from ctclip_model import ABNORMALITIES
+
+# Each objective scores all candidates at once: tp and fp are (L, T) for L labels and T thresholds, positives is (L, 1),
+# n the number of rows and rate the share of positives among the labels' n x L values. It returns (T,) scores to
+# maximise, so that one label (L = 1) and one global threshold for all labels are the same search.
+
+
+def _score_prevalence(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
+    return -np.abs((tp + fp - positives).sum(axis=0)) / (n * len(tp))
+
+
+def _score_f1(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
+    predicted_and_true = tp + fp + positives
+    return (2 * tp / np.where(predicted_and_true > 0, predicted_and_true, 1)).mean(axis=0)
+
+
+def _score_hamming(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
+    return 1 - (positives - tp + fp).mean(axis=0) / n
+
+
+def _sensitivity_and_specificity(
+    tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(T,) each: means over the labels with both classes."""
+    both = (positives > 0) & (positives < n)
+    share = both / max(both.sum(), 1)
+    sensitivity = (share * tp / np.where(both, positives, 1)).sum(axis=0)
+    return sensitivity, (share * (1 - fp / np.where(both, n - positives, 1))).sum(axis=0)
+
+
+def _score_youden(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
+    return sum(_sensitivity_and_specificity(tp, fp, positives, n)) - 1
+
+
+def _score_crg(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
+    """CRG grows with this sum over the labels, so its best thresholds are found label by label, at the pooled rate."""
+    r = crg_exchange(rate, 1)
+    return (r * tp - r * (positives - tp) - fp).sum(axis=0) / n
+
+
+def _score_sensitivity(
+    tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float, floor: float
+) -> np.ndarray:
+    """The most specific threshold that finds at least `floor` of the positives."""
+    sensitivity, specificity = _sensitivity_and_specificity(tp, fp, positives, n)
+    return np.where(sensitivity >= floor - 1e-12, 1 + specificity, sensitivity)
+
+
+OBJECTIVE_SCORES: dict[str, Callable[..., np.ndarray]] = {  # in OBJECTIVES' order
+    "prevalence": _score_prevalence,  # predicted rate = label rate
+    "f1": _score_f1,
+    "hamming": _score_hamming,
+    "youden": _score_youden,
+    "crg": _score_crg,
+}
+SENSITIVITY = re.compile(r"sensitivity\s*(?:>=|:|=)\s*(0?\.\d+|1|1\.0*)")
+
+
+def objective_score(objective: str) -> Callable[..., np.ndarray]:
+    """The function behind a name: one of OBJECTIVES, or "sensitivity:X" with X in (0, 1] (also "sensitivity>=X")."""
+    match = SENSITIVITY.fullmatch(objective)
+    if match and float(match[1]) > 0:
+        return partial(_score_sensitivity, floor=float(match[1]))
+    if objective not in OBJECTIVES:
+        raise EvaluationError(
+            f"found objective {objective!r}, expected one of {', '.join(OBJECTIVES)} or sensitivity:X with X above 0 "
+            "and at most 1, such as sensitivity:0.9"
+        )
+    return OBJECTIVE_SCORES[objective]
+
+
+def tune_global_threshold(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    objective: str = DEFAULT_OBJECTIVE,
+    prevalence: Mapping[str, float] | None = None,
+) -> float:
+    """The one threshold for all labels that maximises `objective` (macro F1, pooled rate, pooled accuracy, mean Youden,
+    CRG, or mean specificity at a mean sensitivity). `prevalence` as in fit_calibration."""
+    labels, probabilities = checked(labels, probabilities)
+    return _best_threshold(labels, probabilities, objective, _class_weights(labels, prevalence), slice(None))
+
+
+def tune_label_thresholds(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    objective: str = DEFAULT_OBJECTIVE,
+    prevalence: Mapping[str, float] | None = None,
+) -> np.ndarray:
+    """(L,) thresholds, each maximising `objective` on its own label. `prevalence` as in fit_calibration.
+
+    A label without both classes here (named by undefined_labels) has nothing to tune on and takes the global threshold.
+    """
+    labels, probabilities = checked(labels, probabilities)
+    weights = _class_weights(labels, prevalence)
+    undefined = undefined_labels(labels)
+    fallback = _best_threshold(labels, probabilities, objective, weights, slice(None)) if undefined else None
+    return np.array([
+        fallback if name in undefined else _best_threshold(labels, probabilities, objective, weights, slice(j, j + 1))
+        for j, name in enumerate(ABNORMALITIES)
+    ])
+
+
+def _class_weights(labels: np.ndarray, prevalence: Mapping[str, float] | None) -> tuple[np.ndarray, np.ndarray]:
+    """(18,) weights of each label's positives and negatives that give it the rate asked for; 1 with one class."""
+    rates, wanted = labels.mean(axis=0), target_rates(labels, prevalence)
+    two = (rates > 0) & (rates < 1)
+    safe = np.where(two, rates, 0.5)
+    return np.where(two, wanted / safe, 1), np.where(two, (1 - wanted) / (1 - safe), 1)
+
+
+def _best_threshold(
+    labels: np.ndarray, probabilities: np.ndarray, objective: str, weights: tuple[np.ndarray, np.ndarray], which: slice
+) -> float:
+    """Exhaustive search over candidate_thresholds for the labels in `which`. Of equally good ones, the one whose
+    positive rate is nearest to the label rate, then the highest."""
+    score_of = objective_score(objective)
+    of_positive, of_negative = (column[:, None] for column in weights)
+    all_positives = of_positive * labels.sum(axis=0, dtype=np.int64)[:, None]
+    rate = np.clip(all_positives.sum() / labels.size, 1e-12, 1)
+    columns = list(zip(labels.T[which], probabilities.T[which], strict=True))
+    sorted_positive = [np.sort(p[y == 1]) for y, p in columns]
+    sorted_negative = [np.sort(p[y == 0]) for y, p in columns]
+    positives, candidates = all_positives[which], candidate_thresholds(probabilities[:, which])
+    scores, gaps = [], []
+    for part in np.array_split(candidates, len(candidates) // 2**15 + 1):  # bounds the memory on a large cohort
+        tp = of_positive[which] * np.stack([len(p) - np.searchsorted(p, part) for p in sorted_positive])
+        fp = of_negative[which] * np.stack([len(p) - np.searchsorted(p, part) for p in sorted_negative])
+        scores.append(score_of(tp, fp, positives, len(labels), rate))
+        gaps.append(np.abs((tp + fp - positives).sum(axis=0)))
+    score, gap = np.concatenate(scores), np.concatenate(gaps)
+    best = np.flatnonzero(score >= score.max() - 1e-12)
+    best = best[gap[best] <= gap[best].min() + 1e-9]
+    return float(candidates[best[-1]])
+
+
+def candidate_thresholds(probabilities: np.ndarray) -> np.ndarray:
+    """Ascending, one for each way `probability >= threshold` can divide these values: below all of them, midway
+    between neighbours (tied volumes are never split), above all of them (that last one may exceed 1)."""
+    values = np.unique(probabilities)
+    lower, upper = np.concatenate([[0.0], values]), np.concatenate([values, [1.0]])
+    middle = (lower + upper) / 2
+    # Neighbours so close that their midpoint rounds onto the lower one: the upper value itself divides them.
+    middle[1:] = np.where(middle[1:] > values, middle[1:], np.nextafter(values, 2))
+    return middle
+
+
+def rescale_to_half(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] that are >= 0.5 exactly where `probabilities` >= `thresholds`, for whoever decides at 0.5.
+
+    Piecewise linear per label, from 0 to the threshold and from there to 1: increasing, so that no label's AUROC
+    changes (values closer than 1e-16 may fall together). The result ranks and decides; it is no probability any more.
+    """
+    p, thresholds = np.broadcast_arrays(np.asarray(probabilities, np.float64), thresholds)
+    above = p >= thresholds
+    low = p / np.where(above, 1, 2 * thresholds)
+    high = 0.5 + (p - thresholds) / np.where(above & (thresholds < 1), 2 * (1 - thresholds), 1)
+    return np.where(above, high, low)
+
+
+def _smoothed_rates(labels: np.ndarray) -> np.ndarray:
+    """Label rates, with those of one-class labels moved half a row away from 0 and 1."""
+    return np.clip(labels.mean(axis=0), 0.5 / len(labels), 1 - 0.5 / len(labels))
+
+
+def target_rates(labels: np.ndarray, prevalence: Mapping[str, float] | None) -> np.ndarray:
+    """(18,) rates to calibrate for: `prevalence` where it names the label, else those of `labels`."""
+    return np.array([
+        (prevalence or {}).get(name, rate) for name, rate in zip(ABNORMALITIES, _smoothed_rates(labels), strict=True)
+    ])
