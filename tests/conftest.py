@@ -22,7 +22,7 @@ def tiny_classfine() -> str:
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
     """A cohort of 40 training and 16 validation phantoms in the hub's layout. Read-only: copy it to change it."""
-    from ctclip.phantoms.phantom import write_phantom_cohort
+    from ctclip.phantoms.cohort import write_phantom_cohort
 
     return write_phantom_cohort(tmp_path_factory.mktemp("phantoms"), 40, 16, seed=5, progress=False)
 

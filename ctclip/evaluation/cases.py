@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ctclip.data.windows import Window, display_window
 from ctclip.evaluation.tables import Rows, row_keys
 from ctclip_model import ABNORMALITIES
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 LISTED = 3  # of each label and kind
 PICTURE_SHAPE = (200, 200, 200)  # voxels of 1.8 mm over the 360 mm cube; a slice is as many pixels
-LUNG_WINDOW, SOFT_WINDOW = (-0.6, 1.5), (0.04, 0.4)  # level and width, HU / 1000
-SOFT_LABELS = frozenset((*ABNORMALITIES[:7], "Pleural effusion"))  # devices, vessels, heart, hernia, lymph nodes
 LUNG_DENSITY = (-0.95, -0.5)  # HU / 1000
 
 
@@ -91,8 +90,8 @@ def with_pictures(
             failures.append((name, str(error)))
             continue
         for place in places:
-            window = SOFT_WINDOW if cases[place].label in SOFT_LABELS else LUNG_WINDOW
-            done[place] = replace(cases[place], picture=picture(tensor, window))
+            jpeg = picture(tensor, display_window(cases[place].label))
+            done[place] = replace(cases[place], picture=jpeg)
     return done, failures
 
 
@@ -111,7 +110,7 @@ def _volumes_by_row(volumes: Sequence[Volume], unit: str) -> Mapping[str, Volume
     return first
 
 
-def picture(volume: torch.Tensor, window: tuple[float, float]) -> bytes:
+def picture(volume: torch.Tensor, window: Window) -> bytes:
     """JPEG of (1, D, H, W) = (1, z, x, y), HU / 1000: the axial and the coronal slice with the most lung in them.
 
     As radiologists look: the patient's right on the left, front or head at the top.
@@ -122,8 +121,7 @@ def picture(volume: torch.Tensor, window: tuple[float, float]) -> bytes:
     lung = _eroded((hu > LUNG_DENSITY[0]) & (hu < LUNG_DENSITY[1]), 2)
     axial = hu[lung.sum(axis=(1, 2)).argmax()].T
     coronal = hu[::-1, :, lung.sum(axis=(0, 1)).argmax()]
-    level, width = window
-    shown, (low, high) = np.concatenate([axial, coronal], axis=1), (level - width / 2, level + width / 2)
+    shown, (low, high) = np.concatenate([axial, coronal], axis=1), window.limits(unit=1000)
     file = io.BytesIO()
     imsave(file, shown, vmin=low, vmax=high, cmap="gray", format="jpg", pil_kwargs={"quality": 80})
     return file.getvalue()

@@ -582,7 +582,7 @@ def _inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
         tuning = None
         if args.tuning_predictions:
             tuning = load_predictions(args.tuning_predictions), load_labels(args.tuning_labels)
-        from ctclip.phantoms.phantom import is_phantom_cohort
+        from ctclip.phantoms.cohort import is_phantom_cohort
 
         data_dir = Path(args.data_dir) if args.data_dir else None
         phantom = bool(run_record(Path(args.predictions).parent).get("phantom"))  # a run's tables stay what they are

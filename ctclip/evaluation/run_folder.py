@@ -58,7 +58,7 @@ def run_inputs(
     present = (tables / "predictions.csv").is_file() and (tables / "labels.csv").is_file()
     if data_dir is not None or not present:
         predict_run(run, data_dir, device, workers, tables)
-    from ctclip.phantoms.phantom import is_phantom_cohort
+    from ctclip.phantoms.cohort import is_phantom_cohort
 
     record = run_record(run)
     phantom = bool(record.get("phantom", False)) if data_dir is None else is_phantom_cohort(data_dir)

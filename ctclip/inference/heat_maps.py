@@ -26,7 +26,7 @@ import torch
 
 from ctclip.data.preprocessing import FIELD_OF_VIEW_MM, VOLUME_SUFFIX, Placement
 from ctclip.data.readers import GzipFile
-from ctclip.evaluation.cases import LUNG_WINDOW, SOFT_LABELS, SOFT_WINDOW
+from ctclip.data.windows import Window, display_window
 from ctclip.evaluation.figures import GREY, INK, new_figure, write_figure
 from ctclip.evaluation.metrics import EvaluationError
 from ctclip.fileio import replacing
@@ -281,7 +281,7 @@ def explain_figure(
     values: np.ndarray,
     placement: Placement,
     title: str,
-    window: tuple[float, float],
+    window: Window,
     caption: str = "",
     outline: np.ndarray | None = None,
 ) -> Figure:
@@ -376,12 +376,12 @@ def _shown_mm(hu: np.ndarray, placement: Placement) -> list[tuple[float, float]]
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """hu and outline (D, H, W); values (T, h, w), coloured up to `top`; window: level and width."""
+    """hu and outline (D, H, W); values (T, h, w), coloured up to `top`."""
 
     hu: np.ndarray
     values: np.ndarray
     outline: np.ndarray
-    window: tuple[float, float]
+    window: Window
     top: float
 
     def show(self, ax: Axes, axis: int, at: float) -> AxesImage:
@@ -394,9 +394,9 @@ class _Seen:
         planes = self.hu.take(k, axis), evidence, self.outline.take(k, axis)
         gray, evidence, inside = (plane.T for plane in planes) if axis == 0 else planes
 
-        level, width = self.window
+        black, white = self.window.limits(unit=1000)
         whole = {"extent": (0, FIELD_OF_VIEW_MM, FIELD_OF_VIEW_MM, 0), "interpolation": "bilinear"}
-        ax.imshow(gray, cmap="gray", vmin=level - width / 2, vmax=level + width / 2, **whole)
+        ax.imshow(gray, cmap="gray", vmin=black, vmax=white, **whole)
         scale = self.top if self.top > 0 else 1.0
         share = np.clip((evidence / scale - FAINT) / (1 - FAINT), 0, 1) if self.top > 0 else np.zeros(evidence.shape)
         image = ax.imshow(evidence, cmap="plasma", vmin=0, vmax=scale, alpha=OPAQUE * share**0.7, **whole)
@@ -499,7 +499,7 @@ def explain_scan(
             values,
             placement,
             f"{label}: probability {probabilities[index[i]]:.2f}",
-            SOFT_WINDOW if label in SOFT_LABELS else LUNG_WINDOW,
+            display_window(label),
             f"{name}    {_account(values, evidence.remainder[i], evidence.logits[i], placement)}",
         )
         write_figure(figure, picture, note)

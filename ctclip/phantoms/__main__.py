@@ -1,8 +1,12 @@
 """python -m ctclip.phantoms --data-dir D --train 200 --valid 50 --seed 0"""
 
+from __future__ import annotations
+
+import argparse
 import sys
 
-from ctclip.config import phantom_parser
+from ctclip.cli import run_cli
+from ctclip.config import SYNTHETIC_NOTE, phantom_parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -10,9 +14,22 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.data_dir is None and args.montage is None:
         parser.error("found neither --data-dir nor --montage; name a folder for the cohort or a PNG file")
-    from ctclip.phantoms.phantom import run  # numpy and pandas: not for --help and wrong flags
+    return run_cli(lambda: write(args), interrupted="the same command continues where this one ended")
 
-    return run(args)
+
+def write(args: argparse.Namespace) -> None:
+    """A cohort, a montage or both."""
+    if args.data_dir is not None:
+        from ctclip.phantoms.cohort import write_phantom_cohort  # numpy and pandas: not for --help and wrong flags
+
+        write_phantom_cohort(args.data_dir, args.train, args.valid, args.seed, args.workers)
+        print(f"{args.data_dir}: {args.train} training and {args.valid} validation phantoms")
+    if args.montage is not None:
+        from ctclip.phantoms.montage import draw_montage  # matplotlib
+
+        draw_montage(args.montage)
+        print(f"{args.montage}: the 18 findings")
+    print(SYNTHETIC_NOTE)
 
 
 if __name__ == "__main__":

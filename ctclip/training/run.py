@@ -22,7 +22,7 @@ from ctclip.data.preprocessing import FETCH_COMMAND, Cohort, Volume, load_cohort
 from ctclip.distributed import Ranks
 from ctclip.inference.predictor import choose_device, choose_precision, choose_workers
 from ctclip.inference.prompts import load_with_prompts
-from ctclip.phantoms.phantom import is_phantom_cohort, write_phantom_cohort
+from ctclip.phantoms.cohort import is_phantom_cohort, write_phantom_cohort
 from ctclip_model import (
     CLASSFINE_PATH,
     DEMO_PATH,

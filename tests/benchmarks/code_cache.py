@@ -27,7 +27,7 @@ from helpers_model import PUBLISHED  # noqa: E402
 from ctclip.data.feature_cache import FeatureCache, encode_missing  # noqa: E402
 from ctclip.data.preprocessing import HuDecision, Volume, load_cohort, read_volume  # noqa: E402
 from ctclip.distributed import Ranks  # noqa: E402
-from ctclip.phantoms.phantom import write_phantom_cohort  # noqa: E402
+from ctclip.phantoms.cohort import write_phantom_cohort  # noqa: E402
 from ctclip_model import N_LABELS, CTCLIPMultiAbnormalityModel, create_balanced_loss  # noqa: E402
 
 BATCH_SIZE = 16

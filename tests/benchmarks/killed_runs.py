@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))
-    from ctclip.phantoms.phantom import write_phantom_cohort
+    from ctclip.phantoms.cohort import write_phantom_cohort
 
     # In memory where possible: a save waits for the disk, and a killed process loses nothing that the disk has not got.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rows import Row, best_of, run
 
-from ctclip.phantoms.phantom import plan_split, write_phantom_cohort, write_volume
+from ctclip.phantoms.cohort import plan_split, write_phantom_cohort, write_volume
 
 GOAL = 8.0  # volumes per second and core
 SEED = 0

@@ -35,10 +35,11 @@ sys.path.insert(0, str(ROOT))
 
 from ctclip.config import SYNTHETIC_NOTE  # noqa: E402
 from ctclip.data.preprocessing import Placement, place_volume, preprocess_volume  # noqa: E402
-from ctclip.evaluation.cases import LUNG_WINDOW, SOFT_LABELS, SOFT_WINDOW  # noqa: E402
+from ctclip.data.windows import display_window  # noqa: E402
 from ctclip.evaluation.figures import BLUE, GREY, INK, LIGHT, ORANGE, new_figure, write_figure  # noqa: E402
 from ctclip.inference.heat_maps import explain_figure, strongest_token, token_evidence  # noqa: E402
-from ctclip.phantoms.phantom import Phantom, make_phantom, write_phantom_cohort  # noqa: E402
+from ctclip.phantoms.cohort import write_phantom_cohort  # noqa: E402
+from ctclip.phantoms.phantom import Phantom, make_phantom  # noqa: E402
 from ctclip.training.loop import TrainingConfig, train  # noqa: E402
 from ctclip_model import ABNORMALITIES, DEMO_PATH, CTCLIPMultiAbnormalityModel  # noqa: E402
 
@@ -167,7 +168,7 @@ def example(model: CTCLIPMultiAbnormalityModel, path: Path) -> None:
         evidence.values[0],
         placement,
         f"{label}: probability {1 / (1 + np.exp(-evidence.logits[0])):.2f}",
-        SOFT_WINDOW if label in SOFT_LABELS else LUNG_WINDOW,
+        display_window(label),
         f"Phantom {seed}. Blue line: where the finding was drawn",
         drawn[0].numpy(),
     )

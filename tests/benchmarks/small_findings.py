@@ -27,7 +27,7 @@ from ctclip.data.feature_cache import FeatureCache, encode_missing  # noqa: E402
 from ctclip.data.preprocessing import load_cohort  # noqa: E402
 from ctclip.distributed import Ranks  # noqa: E402
 from ctclip.inference.predictor import load_model  # noqa: E402
-from ctclip.phantoms.phantom import write_phantom_cohort  # noqa: E402
+from ctclip.phantoms.cohort import write_phantom_cohort  # noqa: E402
 from ctclip.training.loop import TrainingConfig, train  # noqa: E402
 from ctclip_model import ABNORMALITIES, DEMO_PATH  # noqa: E402
 

@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     from helpers_hub import TOKEN
 
-    from ctclip.phantoms.phantom import write_phantom_cohort
+    from ctclip.phantoms.cohort import write_phantom_cohort
 
     pause, addresses = multiprocessing.Value("d", 0.0), multiprocessing.Queue()
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ctclip.data.preprocessing import CohortError, load_cohort
+from ctclip.data.windows import SOFT_TISSUE_LABELS, Window
 from ctclip.evaluation import cases
 from ctclip.evaluation.metrics import ABNORMALITIES
 from ctclip.evaluation.tables import Rows
@@ -41,7 +42,7 @@ def test_the_picture_is_turned_as_radiologists_look():
     hu[0, 97:104, 10:14, 97:104] = 1  # right
     hu[0, 97:104, 97:104, 10:14] = 1  # front
     hu[0, 190:194, 97:104, 97:104] = 1  # head
-    shown = np.array(Image.open(io.BytesIO(cases.picture(hu, (0, 2)))).convert("L"))
+    shown = np.array(Image.open(io.BytesIO(cases.picture(hu, Window(0, 2000)))).convert("L"))
     assert shown.shape == (200, 400)
     axial, coronal = shown[:, :200], shown[:, 200:]
     for slice_, row, column in ((axial, 100, 12), (axial, 12, 100), (coronal, 8, 100)):
@@ -73,6 +74,6 @@ def test_pictures_of_the_first_of_each_kind_and_what_could_not_be_read(phantoms,
 
 
 def test_lung_findings_are_seen_in_the_lung_window():
-    assert set(ABNORMALITIES) > cases.SOFT_LABELS
-    assert {"Lung nodule", "Emphysema", "Consolidation"}.isdisjoint(cases.SOFT_LABELS)
-    assert {"Cardiomegaly", "Hiatal hernia", "Pleural effusion"} <= cases.SOFT_LABELS
+    assert set(ABNORMALITIES) > SOFT_TISSUE_LABELS
+    assert {"Lung nodule", "Emphysema", "Consolidation"}.isdisjoint(SOFT_TISSUE_LABELS)
+    assert {"Cardiomegaly", "Hiatal hernia", "Pleural effusion"} <= SOFT_TISSUE_LABELS

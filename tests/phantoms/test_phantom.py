@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from ctclip.data.preprocessing import PREVALENCE, labels_path, metadata_path, no_chest_path, patient_of, volume_path
-from ctclip.phantoms import phantom
+from ctclip.phantoms import cohort as cohort_module
+from ctclip.phantoms import findings, montage, patient, phantom
 from ctclip.phantoms.__main__ import main
-from ctclip.phantoms.phantom import make_phantom, plan_split, write_phantom_cohort
+from ctclip.phantoms.cohort import MANIFEST, plan_split, write_phantom_cohort, write_volume
+from ctclip.phantoms.phantom import make_phantom
 from ctclip_model import ABNORMALITIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,24 +28,24 @@ SEED = 19  # a man scanned without contrast medium
 
 # Mean change in HU that a finding makes where its mask says it was drawn, at demo size.
 CHANGE = {
-    phantom.MEDICAL: (300, 3000),
-    phantom.ARTERIAL: (200, 900),
-    phantom.CARDIOMEGALY: (80, 600),
-    phantom.PERICARDIAL: (80, 700),
-    phantom.CORONARY: (200, 900),
-    phantom.HERNIA: (-900, 200),
-    phantom.NODES: (50, 500),
-    phantom.EMPHYSEMA: (-200, -30),
-    phantom.ATELECTASIS: (400, 1000),
-    phantom.NODULE: (400, 1000),
-    phantom.OPACITY: (120, 400),
-    phantom.FIBROSIS: (150, 900),
-    phantom.EFFUSION: (500, 1000),
-    phantom.MOSAIC: (-120, -10),
-    phantom.PERIBRONCHIAL: (80, 600),
-    phantom.CONSOLIDATION: (400, 1000),
-    phantom.BRONCHIECTASIS: (50, 500),
-    phantom.SEPTAL: (80, 500),
+    findings.MEDICAL: (300, 3000),
+    findings.ARTERIAL: (200, 900),
+    findings.CARDIOMEGALY: (80, 600),
+    findings.PERICARDIAL: (80, 700),
+    findings.CORONARY: (200, 900),
+    findings.HERNIA: (-900, 200),
+    findings.NODES: (50, 500),
+    findings.EMPHYSEMA: (-200, -30),
+    findings.ATELECTASIS: (400, 1000),
+    findings.NODULE: (400, 1000),
+    findings.OPACITY: (120, 400),
+    findings.FIBROSIS: (150, 900),
+    findings.EFFUSION: (500, 1000),
+    findings.MOSAIC: (-120, -10),
+    findings.PERIBRONCHIAL: (80, 600),
+    findings.CONSOLIDATION: (400, 1000),
+    findings.BRONCHIECTASIS: (50, 500),
+    findings.SEPTAL: (80, 500),
 }
 
 
@@ -145,29 +147,29 @@ def test_findings_are_what_they_are(normal):
         return p, p.masks[name], np.argwhere(p.masks[name])
 
     lung = np.argwhere((normal.hu < -750) & (normal.hu > -950) & (np.arange(nx)[:, None, None] > 0))
-    _, _, at = shown(phantom.EFFUSION)
+    _, _, at = shown(findings.EFFUSION)
     assert at[:, 1].mean() > lung[:, 1].mean() + 5, "fluid lies behind"
-    emphysema, mask, at = shown(phantom.EMPHYSEMA)
+    emphysema, mask, at = shown(findings.EMPHYSEMA)
     assert at[:, 2].mean() > np.argwhere((normal.hu < -780) & (normal.hu > -930))[:, 2].mean(), "upper lobes"
     assert np.percentile(emphysema.hu[mask], 25) < -920
-    enlarged, mask, _ = shown(phantom.CARDIOMEGALY)
+    enlarged, mask, _ = shown(findings.CARDIOMEGALY)
     width = np.ptp(np.flatnonzero(mask.any((1, 2)))) * enlarged.spacing[0]
-    chest = 2 * np.interp(phantom.HEART_CENTRE[2], phantom.CAGE_Z, phantom.CAGE_WIDTH) * enlarged.patient.size[0]
+    chest = 2 * np.interp(patient.HEART_CENTRE[2], patient.CAGE_Z, patient.CAGE_WIDTH) * enlarged.patient.size[0]
     assert width / chest > 0.52
-    hernia, mask, at = shown(phantom.HERNIA)
+    hernia, mask, at = shown(findings.HERNIA)
     assert (hernia.hu[mask] < -500).any() and (hernia.hu[mask] > -50).any(), "air and fluid"
     air, fluid = (at[values][:, 1].mean() for values in (hernia.hu[mask] < -500, hernia.hu[mask] > -50))
     assert air < fluid, "air in front"
-    _, mask, at = shown(phantom.NODULE)
-    consolidated, mask, _ = shown(phantom.CONSOLIDATION)
+    _, mask, at = shown(findings.NODULE)
+    consolidated, mask, _ = shown(findings.CONSOLIDATION)
     assert np.median(consolidated.hu[mask]) > -50
-    glass, mask, _ = shown(phantom.OPACITY)
+    glass, mask, _ = shown(findings.OPACITY)
     assert -760 < np.median(glass.hu[mask]) < -450
 
 
 def test_high_diaphragm_with_atelectasis():
     for seed in (1, 2, 3):
-        healthy, collapsed = make_phantom(seed, NONE).patient, make_phantom(seed, only(phantom.ATELECTASIS)).patient
+        healthy, collapsed = make_phantom(seed, NONE).patient, make_phantom(seed, only(findings.ATELECTASIS)).patient
         assert max(b - a for a, b in zip(healthy.dome, collapsed.dome, strict=True)) > 15
 
 
@@ -181,12 +183,12 @@ def test_wrong_labels_are_refused(labels):
 
 
 def test_label_rates_are_the_datasets():
-    drawn = np.array([phantom._as_labels(None, seed, 0) for seed in range(3000)])
+    drawn = np.array([phantom.resolve_labels(None, seed, 0) for seed in range(3000)])
     for rate, name in zip(drawn.mean(0), ABNORMALITIES, strict=True):
         p = PREVALENCE[name]
         assert abs(rate - p) < 4.5 * np.sqrt(p * (1 - p) / len(drawn)), name
     together = np.corrcoef(
-        drawn[:, ABNORMALITIES.index(phantom.ARTERIAL)], drawn[:, ABNORMALITIES.index(phantom.CORONARY)]
+        drawn[:, ABNORMALITIES.index(findings.ARTERIAL)], drawn[:, ABNORMALITIES.index(findings.CORONARY)]
     )
     assert together[0, 1] > 0.1, "arteries calcify together"
 
@@ -273,7 +275,7 @@ def test_interrupted_cohort_is_continued_not_redone(cohort):
     lost = sorted(before)[3:5]
     for path in lost:
         path.unlink()
-    manifest = cohort / phantom.MANIFEST
+    manifest = cohort / MANIFEST
     manifest.write_text(manifest.read_text().replace("true", "false"))
     write_phantom_cohort(cohort, 10, 5, seed=3, workers=2, progress=False)
     after = state()
@@ -289,7 +291,7 @@ def test_another_cohort_in_the_folder_is_refused(cohort, tmp_path):
     (tmp_path / "dataset").mkdir()
     with pytest.raises(ValueError, match="would overwrite its tables"):
         write_phantom_cohort(tmp_path, 1, 1)
-    (tmp_path / phantom.MANIFEST).write_text("{")
+    (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(ValueError, match="unreadable"):
         write_phantom_cohort(tmp_path, 1, 1)
     with pytest.raises(ValueError, match="expected at least 1"):
@@ -298,8 +300,8 @@ def test_another_cohort_in_the_folder_is_refused(cohort, tmp_path):
 
 def test_zlib_gives_the_same_voxels(cohort, tmp_path, monkeypatch):
     plan = plans_of()[0]
-    monkeypatch.setattr(phantom, "igzip", None)
-    phantom.write_volume(tmp_path, plan)
+    monkeypatch.setattr(cohort_module, "igzip", None)
+    write_volume(tmp_path, plan)
     a, b = (np.asarray(nibabel.load(folder / plan.path).dataobj) for folder in (cohort, tmp_path))
     assert np.array_equal(a, b)
 
@@ -337,6 +339,6 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, capsys):
 
 def test_montage_shows_every_finding(tmp_path, monkeypatch):
     """Every view names a finding; the picture is written (at a coarse grid here) and stays small."""
-    assert set(phantom.VIEWS) == set(ABNORMALITIES)
-    phantom.draw_montage(tmp_path / "m.png", progress=False, spacing=(5.0, 5.0, 6.0))
+    assert set(montage.VIEWS) == set(ABNORMALITIES)
+    montage.draw_montage(tmp_path / "m.png", progress=False, spacing=(5.0, 5.0, 6.0))
     assert 10_000 < (tmp_path / "m.png").stat().st_size < 900_000

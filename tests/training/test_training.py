@@ -30,7 +30,7 @@ from ctclip.config import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfi
 from ctclip.data.preprocessing import Volume, load_cohort, micro_batch_size, split_by_patient
 from ctclip.evaluation import figures
 from ctclip.inference import predictor
-from ctclip.phantoms.phantom import plan_split
+from ctclip.phantoms.cohort import plan_split
 from ctclip.training import loop
 from ctclip.training import run as run_module
 from ctclip.training.checkpoint import states

@@ -1,0 +1,28 @@
+"""How chest CT is displayed: windows in HU, and the one that each finding is read in."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ctclip_model import ABNORMALITIES
+
+
+class Window(NamedTuple):
+    """Level and width in HU: black at level - width / 2, white at level + width / 2."""
+
+    level: float
+    width: float
+
+    def limits(self, unit: float = 1.0) -> tuple[float, float]:
+        """Black and white, in HU; unit=1000: in HU / 1000, as the model's volumes are."""
+        return (self.level - self.width / 2) / unit, (self.level + self.width / 2) / unit
+
+
+LUNG_WINDOW, NARROW_LUNG_WINDOW = Window(-600, 1500), Window(-750, 700)  # narrow: emphysema
+SOFT_TISSUE_WINDOW, BONE_WINDOW = Window(40, 400), Window(500, 2400)
+SOFT_TISSUE_LABELS = frozenset((*ABNORMALITIES[:7], "Pleural effusion"))  # devices, vessels, heart, hernia, lymph nodes
+
+
+def display_window(label: str) -> Window:
+    """The window in which a finding is looked at."""
+    return SOFT_TISSUE_WINDOW if label in SOFT_TISSUE_LABELS else LUNG_WINDOW
