@@ -127,13 +127,16 @@ def hub_host() -> str:
     return f"{address.hostname}:{address.port}" if address.port else str(address.hostname)
 
 
-def find_token() -> str:
-    """HF_TOKEN or what `hf auth login` stored. Refuses what would end up, quoted, in an HTTP library's message."""
+def find_token(*steps: str) -> str:
+    """HF_TOKEN or what `hf auth login` stored. Refuses what would end up, quoted, in an HTTP library's message.
+
+    `steps`: what to do where there is none, if not those for CT-RATE.
+    """
     from huggingface_hub import get_token
 
     token = get_token()
     if not token:
-        raise HubError("no Hugging Face token found", *token_steps(), kind="access")
+        raise HubError("no Hugging Face token found", *(steps or token_steps()), kind="access")
     if not re.fullmatch(r"[A-Za-z0-9_.~+/=-]+", token):
         found = "the Hugging Face token holds characters that no token has (a quote, a space?)"
         remedy = "set HF_TOKEN again: letters, digits and _ only, without quotes; then run this again"

@@ -1,6 +1,6 @@
 """Weights files: their fingerprint, the record kept beside them, and a slim copy with only the tensors in use.
 
-    python -m ctclip.hub weights models/ctclip_classfine.pt              the fingerprint, and whether it is the one kept
+    python -m ctclip.hub weights models/ctclip_classfine.pt              the fingerprint, and whether it is as recorded
     python -m ctclip.hub weights models/ctclip_classfine.pt --slim       0.7 GB as safetensors in place of 1.77 GB
 
 Two people have the same model where the digests of their tensors are equal, and it computes the same where the numbers
@@ -9,12 +9,10 @@ beside it are: what the model makes of one fixed synthetic volume. models/ctclip
 
 from __future__ import annotations
 
-import argparse
-import os
 import platform
 import shutil
-import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,8 +26,10 @@ from torch import Tensor
 from ctclip.data.digest import tensors_sha256
 from ctclip.data.feature_cache import encoding
 from ctclip.data.preprocessing import preprocess_volume
+from ctclip.fileio import replacing
 from ctclip.formatting import size_text
-from ctclip.hub.client import SPARE_BYTES, read_record, record_path, sha256_of, slim_path, write_record
+from ctclip.hub.client import SPARE_BYTES, read_record, record_path, sha256_of, write_record
+from ctclip.paths import slim_path
 from ctclip.phantoms.phantom import make_phantom
 from ctclip_model import (
     LINEAR_HEAD_KEYS,
@@ -107,7 +107,7 @@ def fingerprint(model: CTCLIPMultiAbnormalityModel) -> Fingerprint:
 # ---- the record beside the file
 
 
-def kept_fingerprint(weights: Path) -> Fingerprint | None:
+def recorded_fingerprint(weights: Path) -> Fingerprint | None:
     """That of the record; None where there is none, or something else in its place."""
     kept = read_record(weights).get("fingerprint")
     try:
@@ -135,10 +135,13 @@ def tensors_in_use(path: Path, model: CTCLIPMultiAbnormalityModel) -> dict[str, 
 def make_slim(path: Path) -> tuple[Path, Fingerprint]:
     """Puts a slim copy in the place of `path` once it is proven to compute the same, to the bit; -> (it, fingerprint).
 
-    Raises CheckpointError where there is no room for both, another file is in its place, or the proof fails; `path` is
-    then as it was.
+    Raises CheckpointError where `path` is no .pt file, there is no room for both, another file is in the copy's place,
+    or the proof fails; `path` is then as it was.
     """
     target = slim_path(path)
+    if path.suffix != ".pt" or (target.exists() and not path.exists()):
+        found = f"{path if path.exists() else target}: found a {target.suffix} file"
+        raise CheckpointError(f"{found}, expected the .pt file that a slim copy is made of; leave --slim out")
     if target.exists() and not is_slim_copy(target, path):
         raise CheckpointError(
             f"{target}: found a file that was not made from {path.name}, expected none; move it, or leave --slim out"
@@ -154,52 +157,43 @@ def make_slim(path: Path) -> tuple[Path, Fingerprint]:
         )
     copy = path.with_name(f".{path.stem}.slim.safetensors")  # always this name: one left by a kill is overwritten
     try:
-        save_file(kept, copy, metadata={SLIM_OF: path.name})
-        del kept, model
-        with open(copy, "rb+") as file:
-            os.fsync(file.fileno())
-        after = fingerprint(load(copy))
-        if (after.digest, after.values) != (before.digest, before.values):
-            raise CheckpointError(f"{path}: the slim copy gives {after}, expected {before}; it was not kept")
-        shutil.copymode(path, copy)
-        os.replace(copy, target)
-    finally:
-        copy.unlink(missing_ok=True)
+        with replacing(target, copy):
+            save_file(kept, copy, metadata={SLIM_OF: path.name})
+            del kept, model
+            after = fingerprint(load(copy))
+            if (after.digest, after.values) != (before.digest, before.values):
+                raise CheckpointError(f"{path}: the slim copy gives {after}, expected {before}; it was not kept")
+            shutil.copymode(path, copy)
+    except SafetensorError as error:  # as a disk without room
+        raise CheckpointError(f"{copy}: found {error}, expected a disk to write to; leave --slim out") from error
     path.unlink()
     return target, after
 
 
-# ---- command line
+# ---- the command
 
 
-def run(args: argparse.Namespace) -> int:
-    """`python -m ctclip.hub weights`."""
-    try:
-        path = args.weights
-        if args.slim and path.suffix == ".pt":
-            size = path.stat().st_size if path.exists() else 0
-            path, found = make_slim(path)
-            print(f"slim: {path}, {size_text(path.stat().st_size)} in place of {size_text(size)}: the same to the bit")
-        else:
-            found = fingerprint(load(path))
-    except (CheckpointError, FileNotFoundError, OSError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    kept = kept_fingerprint(path)
-    if kept and (difference := found.difference(kept)):
-        print(found)
-        print(
-            f"error: {path}: found {difference}, expected the kept one ({record_path(path)}); fetch the file again, or "
-            "delete the record if you replaced the file yourself",
-            file=sys.stderr,
+def check_weights(path: Path, slim: bool = False) -> Iterator[str]:
+    """`python -m ctclip.hub weights`: yields its lines of output. Raises CheckpointError where the fingerprint is not
+    the recorded one; where none is recorded, it is recorded now."""
+    if slim:
+        size = path.stat().st_size if path.exists() else 0
+        path, found = make_slim(path)
+        yield f"slim: {path}, {size_text(path.stat().st_size)} in place of {size_text(size)}: the same to the bit"
+    else:
+        found = fingerprint(load(path))
+    recorded = recorded_fingerprint(path)
+    if recorded and (difference := found.difference(recorded)):
+        yield str(found)
+        raise CheckpointError(
+            f"{path}: found {difference}, expected the kept one ({record_path(path)}); fetch the file again, or delete "
+            "the record if you replaced the file yourself"
         )
-        return 2
-    how = "as kept" if kept else f"kept now in {record_path(path)}"
-    if kept is None or args.slim:
-        made = {"slim_sha256": sha256_of(path)} if args.slim else {}
+    how = "as kept" if recorded else f"kept now in {record_path(path)}"
+    if recorded is None or slim:
+        digest = {"slim_sha256": sha256_of(path)} if slim else {}
         try:
-            write_record(path, fingerprint=asdict(found), **made)
+            write_record(path, fingerprint=asdict(found), **digest)
         except OSError as error:
             how = f"not kept: {record_path(path)}: {error.strerror}"
-    print(f"{found}, {how}")
-    return 0
+    yield f"{found}, {how}"

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ctclip import __version__
+from ctclip.card_file import discard_card
 from ctclip.config import MOVABLE, Machine, TrainingConfig, TrainingError, config_from_flags, machine_from_flags
 from ctclip.data.feature_cache import CacheError, encoder_digest
 from ctclip.data.preprocessing import (
@@ -685,8 +686,6 @@ def save_best(run: Run, model: CTCLIPMultiAbnormalityModel, tuning: Split, best:
     tensors, best.tensors = best.tensors, {}
     if not run.ranks.is_main:
         return
-    from ctclip.hub.model_card import discard_card
-
     stale = ("predictions.csv", "labels.csv", "tuning_predictions.csv", *RESULT_FILES)
     for path in (*(run.folder / name for name in stale), *run.folder.glob("*.png")):
         path.unlink(missing_ok=True)

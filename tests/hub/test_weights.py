@@ -10,13 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from ctclip import paths
 from ctclip.hub import weights as weights_module
 from ctclip.hub.__main__ import main
 from ctclip.hub.client import read_record
 from ctclip.hub.weights import Fingerprint, fingerprint, fixed_phantom, make_slim
-from ctclip_model import CheckpointError, CTCLIPMultiAbnormalityModel, read_checkpoint
+from ctclip_model import (
+    CLASSFINE_PATH,
+    SLIM_OF,
+    CheckpointError,
+    CTCLIPMultiAbnormalityModel,
+    existing_weights,
+    read_checkpoint,
+)
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 EXPECTED = np.load(FIXTURES / "tiny_a_expected.npz")
@@ -152,6 +160,25 @@ def test_command_line_keeps_the_fingerprint_and_compares(weights, capsys):
     assert captured.err.count("\n") == 1
     slim.with_suffix(".json").unlink()
     assert main(["weights", str(slim)]) == 0
+
+
+def test_only_a_pt_file_has_a_slim_copy_made(weights, capsys):
+    """Of a .safetensors file, and of a .pt file that a slim copy has replaced: refused, and nothing is recorded."""
+    slim, _ = make_slim(weights)
+    content = slim.read_bytes()
+    for path in (slim, weights):
+        assert main(["weights", str(path), "--slim"]) == 2
+        expected = f"error: {slim}: found a .safetensors file, expected the .pt file that a slim copy is made of; leave"
+        assert capsys.readouterr().err == f"{expected} --slim out\n"
+    assert [path.name for path in weights.parent.iterdir()] == [slim.name] and slim.read_bytes() == content
+
+
+def test_paths_of_the_model_file_are_those_of_the_package(tmp_path):
+    """ctclip_model.py, which imports nothing of ours, types them again."""
+    assert CLASSFINE_PATH == paths.CLASSFINE_PATH == paths.weights_path("classfine").as_posix()
+    made = paths.slim_path(tmp_path / "ctclip_classfine.pt")
+    save_file({"a": torch.zeros(1)}, made, metadata={SLIM_OF: "ctclip_classfine.pt"})
+    assert existing_weights(tmp_path / "ctclip_classfine.pt") == made
 
 
 def test_bad_files_are_one_line(tmp_path, capsys):

@@ -1,0 +1,179 @@
+"""A model saved with its card and what belongs to its weights, in a folder or on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import logging, validate_repo_id
+
+from ctclip.card_file import CARD, discard_card, hand_written_card, read_card
+from ctclip.config import CALIBRATION_FILE
+from ctclip.errors import UserError
+from ctclip.evaluation.run_folder import run_record
+from ctclip.fileio import replacing
+from ctclip.hub.client import (
+    AGAIN,
+    TOKENS_PAGE,
+    HubError,
+    find_token,
+    hub_host,
+    is_hub_url,
+    to_hub_error,
+    unwrapped,
+)
+from ctclip.hub.model_card import card_text, origin
+from ctclip.hub.published import CardError, Facts, unchanged
+from ctclip.inference.predictor import load_model
+from ctclip_model import CTCLIPMultiAbnormalityModel
+
+SIDECARS = ("run.json", "metrics.json", CALIBRATION_FILE)  # beside the weights, for whoever downloads them
+ON_THE_HUB = ("model.safetensors", "config.json", CARD, *SIDECARS)
+
+
+# ---- to a folder
+
+
+def save_with_card(
+    model: CTCLIPMultiAbnormalityModel, target: str | Path, repo_id: str | None = None, cohort: str | None = None
+) -> None:
+    """`save_pretrained` with the card and those of SIDECARS that belong to these weights.
+
+    Files about other weights are deleted first, then the weights are written, then the files about them: a full disk
+    leaves no file beside weights that it does not belong to. A README.md that a person wrote stays, and one in the
+    run's folder is copied. In the run's own folder only the card is written. Raises CardError where the folder is a run
+    of other weights, which would be lost.
+    """
+    target, facts = Path(target), Facts.of(model, model.folder)
+    model.derived_from = origin(model, facts.record)
+    files, card = {}, None if facts.changed else hand_written_card(model.folder)
+    card = card or card_text(model, facts, repo_id, cohort)
+    own = not facts.changed and model.folder is not None and target.is_dir() and model.folder.samefile(target)
+    if not own:
+        if (target / "run.json").is_file() and not run_record(target).get("published"):
+            raise CardError(f"{target}: found a run of other weights, whose results and record would be lost, expected "
+                            "another folder; choose one")
+        target.mkdir(parents=True, exist_ok=True)
+        files = facts.files()
+        for name in SIDECARS:
+            path = target / name
+            if path.is_file() and path.read_bytes() != files.get(name, "").encode():
+                path.unlink()
+    if read_card(target) != card:
+        discard_card(target)
+    model._save_pretrained(target)
+    for name, content in files.items():
+        with replacing(target / name) as path:
+            path.write_text(content, encoding="utf-8", newline="\n")
+    write_card(target, card)
+
+
+def write_card(folder: Path, card: str) -> bool:
+    """README.md in the folder, unless there is one that a person wrote; -> whether it was written."""
+    if hand_written_card(folder) is not None:
+        return False
+    with replacing(folder / CARD) as temporary:
+        temporary.write_text(card, encoding="utf-8")
+    return True
+
+
+# ---- to the hub
+
+
+def push_run(run: str | Path, repo_id: str, private: bool = True, cohort: str | None = None) -> str:
+    """Uploads ON_THE_HUB's files of a run in one commit; -> the commit's address.
+
+    Raises HubError (one line, the token in none) for whatever the hub or the way to it does not do. A public
+    repository is not written to with `private`.
+    """
+    try:
+        validate_repo_id(repo_id)
+        if repo_id.count("/") != 1:
+            raise HFValidationError("no user")
+    except HFValidationError:
+        found = f"found {repo_id!r}, expected USER/NAME as the hub has it, such as jane/ct-findings"
+        raise HubError(found, "correct it", kind="access") from None
+    token = find_token(f"make one with write access ({TOKENS_PAGE}), set HF_TOKEN to it, {AGAIN}")
+    model = load_model(run, "cpu")
+    logging.set_verbosity_error()
+    try:
+        if private and is_public(repo_id, token):
+            found = f"{repo_id} is there already, and public"
+            raise HubError(found, "push to another name, or say --public", kind="access")
+        return push_with_card(model, repo_id, token, private, cohort)
+    except UserError:
+        raise
+    except Exception as error:
+        raise to_push_error(error, repo_id, token) from error
+
+
+def push_with_card(
+    model: CTCLIPMultiAbnormalityModel, repo_id: str, token: str, private: bool, cohort: str | None = None
+) -> str:
+    """`save_with_card`, to the hub in one commit; -> its address.
+
+    Files there that belong to other weights are deleted. A card that a person wrote there is replaced by one that a
+    person wrote in the run's folder, never by a generated one.
+    """
+    generated = hand_written_card(model.folder) is None or not unchanged(model, model.folder)
+    keep_theirs = generated and card_on_the_hub(repo_id, token)
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save_with_card(model, folder, repo_id, cohort)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="Model, card and thresholds",
+            ignore_patterns=[CARD] if keep_theirs else None, delete_patterns=list(SIDECARS),
+        )
+    return str(commit)
+
+
+def card_on_the_hub(repo_id: str, token: str) -> str | None:
+    """The repository's README.md where a person wrote it, not a program; None also where there is none to see."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            hf_hub_download(repo_id, CARD, token=token, local_dir=folder)
+        except LocalEntryNotFoundError:  # no connection: not known
+            raise
+        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+            return None
+        return hand_written_card(Path(folder))
+
+
+def is_public(repo_id: str, token: str) -> bool:
+    """Whether the repository exists and everybody can see it."""
+    try:
+        return not HfApi(token=token).model_info(repo_id).private
+    except RepositoryNotFoundError as error:
+        if error.response.status_code == 404:
+            return False
+        raise
+
+
+def to_push_error(error: Exception, repo_id: str, token: str) -> HubError:
+    """`to_hub_error`, in the words of somebody who uploads."""
+    refused = unwrapped(error)
+    if not isinstance(refused, HfHubHTTPError) or not is_hub_url(str(refused.response.url)):
+        return to_hub_error(error, repo_id, token)
+    status = refused.response.status_code
+    if status in (400, 409, 412, 422):
+        said = (refused.server_message or "no reason given").replace(token, "***").splitlines()[0]
+        return HubError(f"the hub did not take the files ({status}): {said[:200]}", "run this again", kind="hub")
+    known = {
+        401: ("the hub refused the token (401): mistyped, expired or revoked",
+              f"make a new one with write access ({TOKENS_PAGE}), set HF_TOKEN to it, {AGAIN}"),
+        403: (f"the hub lets this token write nothing to {repo_id} (403): it is somebody else's, or the token may only "
+              "read", f"name a repository of your own, or take a token with write access ({TOKENS_PAGE}), {AGAIN}"),
+        404: (f"{hub_host()} has no {repo_id} that this token may see (404)",
+              f"check its name and HF_ENDPOINT, {AGAIN}"),
+    }
+    return HubError(*known[status], kind="access") if status in known else to_hub_error(error, repo_id, token)
