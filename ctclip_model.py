@@ -778,7 +778,7 @@ def unused_reason(key: str) -> str | None:
     return next((reason for part, reason in UNUSED_KEYS if key.startswith(part) or part in f".{key}"), None)
 
 
-def load_tower(model: nn.Module, state: dict[str, Tensor], path: Path, head: HeadStart) -> LoadReport:
+def load_tower(model: nn.Module, state: dict[str, Tensor], path: Path, head: HeadInit) -> LoadReport:
     """Gives `model` the tensors of the file at `path`; every key of either is loaded, dropped by name, or an error.
 
     `state`: what `read_checkpoint(path)` gave. The head (`classifier.*`) is the one part that a file may lack: it then
@@ -1213,7 +1213,7 @@ def _label_names(head: str | None, prompts: Prompts | None, labels: Sequence[str
 
 
 @dataclass(frozen=True)
-class HeadStart:
+class HeadInit:
     """The head of a CT-CLIP model, and the tensors that the file's text tower made for it (none: other heads)."""
 
     name: str
@@ -1236,22 +1236,22 @@ def takes_prompts(head: str | None, state: dict[str, Tensor]) -> bool:
 
 def choose_head(
     head: str | None, path: Path, state: dict[str, Tensor], prompts: Prompts, weight: Tensor | None
-) -> HeadStart:
+) -> HeadInit:
     """`head`: None for the file's own. `weight`: of the prompt head, where it was computed before.
 
     Raises CheckpointError where "prompts" is asked for and cannot be made.
     """
     if not takes_prompts(head, state):
-        return HeadStart(head or "linear")
+        return HeadInit(head or "linear")
     try:
         if weight is None:
             text_tower_tensors(state)  # first: without it nothing else matters
             weight = prompt_weights(state, prompts, Vocabulary.read(vocabulary_path(path)))
     except PromptError as error:
         if head is None:
-            return HeadStart("linear", no_prompts_reason=str(error))
+            return HeadInit("linear", no_prompts_reason=str(error))
         raise CheckpointError(f"{path}: {error}") from error
-    return HeadStart("prompts", dict(zip(LINEAR_HEAD_KEYS, (weight, torch.zeros(len(weight))), strict=True)))
+    return HeadInit("prompts", dict(zip(LINEAR_HEAD_KEYS, (weight, torch.zeros(len(weight))), strict=True)))
 
 
 HEAD_PREFIXES = ("attention.", "classifier.")  # of all parameters outside the backbone
@@ -1347,11 +1347,11 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
     def _load_ctclip(self, path: Path, head: str | None, prompts: Prompts | None, weight: Tensor | None) -> None:
         state = read_checkpoint(path)
         sizes = TowerSizes.from_state_dict(state)
-        start = choose_head(head, path, state, prompts or Prompts.from_names(self.labels), weight)
-        if start.tensors:
+        init = choose_head(head, path, state, prompts or Prompts.from_names(self.labels), weight)
+        if init.tensors:
             state = read_checkpoint(path)  # mapped anew: the text tower's 0.4 GB leave memory
-        self._build_tower(sizes, start.name, torch.device("meta"))  # nothing is drawn for what the file replaces
-        self.load_report = load_tower(self, state, path, start)
+        self._build_tower(sizes, init.name, torch.device("meta"))  # nothing is drawn for what the file replaces
+        self.load_report = load_tower(self, state, path, init)
         self.derived_from = published_name(path)
 
     def _build_tower(self, sizes: TowerSizes, head: str, device: torch.device | None = None) -> None:
