@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ctclip.phantoms.patient import (
     AIR,
@@ -35,7 +34,7 @@ from ctclip.phantoms.patient import (
     lung_depth,
     random_stream,
 )
-from ctclip.phantoms.scene import Box, Piece, Scene, intersection, perpendiculars, relative, smooth_path
+from ctclip.phantoms.scene import Box, Piece, Point, Scene, intersection, perpendiculars, relative, smooth_path
 
 CHAMBERS = (  # place and size in the heart's own frame (unit sphere, long axis first)
     ((0.15, 0.32, -0.12), (0.62, 0.40, 0.42)),
@@ -215,22 +214,22 @@ class Tree:
         """Binary tree from the hilum that reaches 2**k target points: each branch heads for the middle of its share."""
         depth = int(np.log2(len(targets)))
         groups, parent = targets[None, : 2**depth], root[None]
-        starts, stops, levels = [], [], []
+        branches = []
         for level in range(depth):
             reach = 0.32 if level == 0 else 0.5
             node = parent + reach * (groups.mean(1) - parent)
-            starts.append(parent), stops.append(node), levels.append(np.full(len(node), level))
+            branches.append((parent, node, np.full(len(node), level)))
             axis = groups.var(1).argmax(1)
             order = np.take_along_axis(groups, axis[:, None, None], axis=2)[..., 0].argsort(1)
             groups = np.take_along_axis(groups, order[..., None], axis=1)
             groups = groups.reshape(2 ** (level + 1), -1, 3)
             parent = np.repeat(node, 2, axis=0)
-        starts.append(parent), stops.append(groups[:, 0]), levels.append(np.full(len(parent), depth))
-        start, stop, level = np.concatenate(starts), np.concatenate(stops), np.concatenate(levels)
+        branches.append((parent, groups[:, 0], np.full(len(parent), depth)))
+        start, stop, levels = (np.concatenate(arrays) for arrays in zip(*branches, strict=True))
         u, v = perpendiculars(stop - start)
         length = np.linalg.norm(stop - start, axis=1, keepdims=True)
         a, b = rng.normal(0, 0.1, (2, len(start), 1))
-        return Tree(start, stop, level, (a * u + b * v) * length)
+        return Tree(start, stop, levels, (a * u + b * v) * length)
 
     def take(self, keep: np.ndarray) -> Tree:
         return Tree(self.start[keep], self.stop[keep], self.level[keep], self.bow[keep])
@@ -320,7 +319,7 @@ def paint_lung_vessels(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None
 
 
 def paint_bronchi(
-    s: Scene, lungs: Lungs, tree: Tree, lumen: np.ndarray, wall: ArrayLike, mark: str | None = None
+    s: Scene, lungs: Lungs, tree: Tree, lumen: np.ndarray, wall: np.ndarray | float, mark: str | None = None
 ) -> None:
     """Wall, then the air in it. lumen, wall: mm, (n,); wall may be one number."""
     outer = s.thin_tubes(tree.start, tree.stop, lumen + wall, (lumen + wall) * 0.85, tree.bow)
@@ -352,7 +351,7 @@ def paint_mediastinal_fat(s: Scene) -> None:
     s.paint(s.thin_balls(normal, np.full(len(normal), s.patient.node_radius)), SOFT)
 
 
-def heart_layer(s: Scene, mm: float, shift: Sequence[float] = (0, 0, 0)) -> Piece | None:
+def heart_layer(s: Scene, mm: float, shift: Point = (0, 0, 0)) -> Piece | None:
     """The heart grown by `mm` on all sides and shifted."""
     centre, matrix = s.patient.heart
     return s.ellipsoid(centre + shift, matrix=matrix * (1 + mm / HEART_RADII))

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from ctclip_model import ABNORMALITIES
 try:
     from isal import igzip  # three times as fast as zlib at the same size
 except ImportError:
-    igzip = None
+    igzip = None  # type: ignore[assignment]
 
 MANIFEST = "phantom.json"
 
@@ -280,6 +281,7 @@ def write_phantom_cohort(
 
 def _write_all(data_dir: Path, plans: list[PlannedVolume], workers: int, progress: bool) -> None:
     workers = max(1, min(workers, len(plans)))
+    done: Iterator[None]
     with contextlib.ExitStack() as stack:
         if workers == 1:
             done = map(write_volume, [data_dir] * len(plans), plans)

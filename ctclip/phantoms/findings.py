@@ -52,7 +52,7 @@ from ctclip.phantoms.patient import (
     cage_depth,
     random_stream,
 )
-from ctclip.phantoms.scene import WHOLE, Scene, perpendiculars, smooth_path
+from ctclip.phantoms.scene import WHOLE, Point, Scene, perpendiculars, smooth_path
 from ctclip_model import ABNORMALITIES
 
 (
@@ -392,14 +392,14 @@ def muscle_front(patient: Patient, x: float, z: float) -> float:
 def paint_medical_material(s: Scene, rng: np.random.Generator) -> None:
     """Pacemaker with its lead, port with its catheter, or sternal wires with a valve ring."""
 
-    def line(points: list[Sequence[float]], radius: float, value: float) -> None:
+    def line(points: list[Point], radius: float, value: float) -> None:
         path = smooth_path(np.array(points, float))
         s.paint(s.thin_tubes(path[:-1], path[1:], radius, radius), value, mark=MEDICAL)
 
     kind = int(rng.choice(3, p=[0.4, 0.3, 0.3]))
     centre, matrix = s.patient.heart
     if kind == 0:
-        x, z = 78 * (-1 if rng.random() < 0.15 else 1), float(rng.uniform(55, 72))
+        x, z = 78.0 * (-1 if rng.random() < 0.15 else 1), float(rng.uniform(55, 72))
         y = muscle_front(s.patient, x, z) - min(4.0, s.patient.fat * 0.3)
         s.paint(s.ellipsoid((x, y, z), (25, 6.0, 22)), METAL, mark=MEDICAL)
         apex = centre + matrix @ (0.55, -0.55, 0.2)
@@ -415,8 +415,8 @@ def paint_medical_material(s: Scene, rng: np.random.Generator) -> None:
         for z in np.linspace(72, -52, int(rng.integers(5, 8))):
             front = np.interp(z, CAGE_Z, CAGE_CENTRE) - np.interp(z, CAGE_Z, CAGE_DEPTH) - 6
             turn = np.linspace(0, 2 * np.pi, 20)
-            x = (15 + 6 * (z > 50)) * np.cos(turn)
-            ring = np.stack([x, front + 8 * np.sin(turn), z + 2 * np.sin(turn * 2)], axis=1)
+            width = (15 + 6 * (z > 50)) * np.cos(turn)
+            ring = np.stack([width, front + 8 * np.sin(turn), z + 2 * np.sin(turn * 2)], axis=1)
             s.paint(s.thin_tubes(ring[:-1], ring[1:], 1.4, 1.4), METAL, mark=MEDICAL)
         turn = np.linspace(0, 2 * np.pi, 24)[:, None]
         u, v = perpendiculars(np.array([(-0.4, -0.4, 0.8)]))

@@ -9,13 +9,14 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ctclip.phantoms.patient import AIR, Patient
 
 Box = tuple[slice, slice, slice]  # z, y, x
 Piece = tuple[Box, np.ndarray]  # and the covered fraction of each voxel in the box, float32
 Mark = tuple[Box, np.ndarray]  # and which voxels in the box, bool
+Point = Sequence[float] | np.ndarray  # x, y, z
+Numbers = float | Sequence[float] | np.ndarray  # one for all, or one each
 WHOLE: Box = (slice(None), slice(None), slice(None))
 
 
@@ -98,7 +99,7 @@ class Scene:
         k = (points[:, 2] - self.bottom) / self.dz
         return np.stack([k, (v - self.origin[1]) / self.step[1], (u - self.origin[0]) / self.step[0]]).T
 
-    def box(self, low: Sequence[float], high: Sequence[float]) -> Box | None:
+    def box(self, low: Point, high: Point) -> Box | None:
         """Slices (z, y, x) of the voxels that a patient-space box touches, or None outside the grid."""
         (x0, y0, z0), (x1, y1, z1) = low, high
         sx, sy, _ = self.scale
@@ -140,7 +141,7 @@ class Scene:
     # ---- shapes
 
     def ellipsoid(
-        self, centre: Sequence[float], radii: float | Sequence[float] = 1.0, matrix: np.ndarray | None = None
+        self, centre: Point, radii: Numbers = 1.0, matrix: np.ndarray | None = None
     ) -> Piece | None:
         """Axis-parallel with `radii`, or the image of the unit sphere under `matrix`."""
         cx, cy, cz = (float(c) for c in centre)
@@ -160,7 +161,7 @@ class Scene:
             square = ((x / rx) ** 2 + (y / ry) ** 2) + (z / rz) ** 2
         else:
             mean = abs(float(np.linalg.det(matrix))) ** (1 / 3)
-            square = 0
+            square = np.zeros((), np.float32)
             for a, b, c in np.linalg.inv(matrix).tolist():
                 part = (a * x + b * y) + c * z
                 part *= part
@@ -171,7 +172,7 @@ class Scene:
         return box, np.clip(square, 0, 1, out=square)
 
     def lump(
-        self, centre: np.ndarray, radii: ArrayLike, rng: np.random.Generator, rough: float = 0.3, edge: float = 0.0
+        self, centre: np.ndarray, radii: Numbers, rng: np.random.Generator, rough: float = 0.3, edge: float = 0.0
     ) -> Piece | None:
         """Ellipsoid with an uneven surface; `edge` mm of soft border."""
         radii = np.broadcast_to(radii, 3)
@@ -193,7 +194,7 @@ class Scene:
         return box, np.clip(radius, 0, 1, out=radius)
 
     def column(
-        self, nodes: np.ndarray, rx: ArrayLike, ry: ArrayLike | None = None, z_range: tuple[float, float] | None = None
+        self, nodes: np.ndarray, rx: Numbers, ry: Numbers | None = None, z_range: tuple[float, float] | None = None
     ) -> Piece | None:
         """Upright tube: centre x, y as functions of z through `nodes` (n, 3); rx, ry are numbers or arrays (n,)."""
         order = np.argsort(nodes[:, 2])
@@ -214,16 +215,16 @@ class Scene:
         cover = np.clip(square, 0, 1, out=square)
         return box, cover * np.clip(np.minimum(z - low, high - z) / self.dz + 0.5, 0, 1).astype(np.float32)
 
-    def tube(self, points: np.ndarray, radii: ArrayLike) -> Piece | None:
+    def tube(self, points: np.ndarray, radii: Numbers) -> Piece | None:
         """Round tube along a polyline, by distance: for radii of about a voxel and more."""
-        radii = (np.asarray(radii, float) * np.ones(len(points))).tolist()
-        reach = max(radii) + self.h
+        radius = np.broadcast_to(np.asarray(radii, float), len(points)).tolist()
+        reach = max(radius) + self.h
         box = self.box((points.min(0) - reach).tolist(), (points.max(0) + reach).tolist())
         if box is None:
             return None
-        points = points.tolist()
+        path = points.tolist()
         cover = np.zeros([s.stop - s.start for s in box], np.float32)
-        for a, b, ra, rb in zip(points[:-1], points[1:], radii[:-1], radii[1:], strict=True):
+        for a, b, ra, rb in zip(path[:-1], path[1:], radius[:-1], radius[1:], strict=True):
             margin = max(ra, rb) + self.h
             low = [min(p, q) - margin for p, q in zip(a, b, strict=True)]
             part = self.box(low, [max(p, q) + margin for p, q in zip(a, b, strict=True)])
@@ -247,7 +248,7 @@ class Scene:
             np.maximum(view, square, out=view)
         return box, np.clip(cover, 0, 1, out=cover)
 
-    def splat(self, points: np.ndarray, volumes: ArrayLike, gain: float = 1.1) -> Piece | None:
+    def splat(self, points: np.ndarray, volumes: Numbers, gain: float = 1.1) -> Piece | None:
         """Coverage by a cloud of points, each standing for `volumes` mm3: for anything thinner than a voxel."""
         index = self.to_index(points).T  # rows of each axis: numpy is slow over a last axis of three
         base = np.floor(index).astype(np.int64)
@@ -274,14 +275,15 @@ class Scene:
                     np.add(flat, (k * dims[1] + j) * dims[2] + i, out=steps[corner])
         total = np.bincount(steps.ravel(), weights.ravel(), minlength=int(dims.prod()))
         cover = np.minimum(total, 1).astype(np.float32).reshape(dims)
-        return tuple(slice(int(a), int(a + d)) for a, d in zip(low, dims, strict=True)), cover
+        z, y, x = (slice(int(a), int(a + d)) for a, d in zip(low, dims, strict=True))
+        return (z, y, x), cover
 
     def thin_tubes(
-        self, start: np.ndarray, stop: np.ndarray, r0: ArrayLike, r1: ArrayLike, bow: np.ndarray | None = None
+        self, start: np.ndarray, stop: np.ndarray, r0: Numbers, r1: Numbers, bow: np.ndarray | None = None
     ) -> Piece | None:
         """Many tapering tubes at once, (n, 3) start and stop, (n,) radii; `bow` (n, 3) bends them sideways."""
         start, stop = np.atleast_2d(start).astype(float), np.atleast_2d(stop).astype(float)
-        r0, r1 = r0 * np.ones(len(start)), r1 * np.ones(len(start))
+        r0, r1 = (np.broadcast_to(np.asarray(r, float), len(start)) for r in (r0, r1))
         along = stop - start
         length = np.linalg.norm(along, axis=1)
         count = np.maximum(np.ceil(length / (0.7 * min(self.h, self.dz))), 1).astype(int)
