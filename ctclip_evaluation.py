@@ -4,45 +4,130 @@
     python ctclip_evaluation.py --checkpoint results/RUN
     python ctclip_evaluation.py --predictions P.csv --labels L.csv [--baseline B.csv]
     python ctclip_evaluation.py --apply results/RUN --predictions NEW.csv
-    python ctclip_evaluation.py --example                              from 97 % to honest, on simulated predictions
+    python ctclip_evaluation.py --example                              a simulated classifier that over-predicts
 
 In a script of your own: `from ctclip_evaluation import evaluate, fit_calibration, load_labels, load_predictions`.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctclip.config import evaluation_parser
+from ctclip.cli import refuse_unused, run_cli
+from ctclip.config import evaluation_flags, evaluation_parser
+from ctclip.errors import UserError
 
 if TYPE_CHECKING:
-    from ctclip.evaluation.calibration import fit_calibration, load_calibration, rescale_to_half
-    from ctclip.evaluation.evaluate import EvaluationError, Settings, evaluate
-    from ctclip.evaluation.metrics import compute_metrics, per_label_metrics
+    from ctclip.config import Settings
+    from ctclip.evaluation.calibration import fit_calibration, load_calibration
+    from ctclip.evaluation.evaluate import evaluate
+    from ctclip.evaluation.metrics import EvaluationError, compute_metrics, per_label_metrics
+    from ctclip.evaluation.results import EvaluationInputs
     from ctclip.evaluation.tables import load_labels, load_predictions
     from ctclip.evaluation.text_report import format_report
+    from ctclip.evaluation.thresholds import rescale_to_half
 
 __all__ = [
     "EvaluationError", "Settings", "compute_metrics", "evaluate", "fit_calibration", "format_report",
-    "load_calibration", "load_labels", "load_predictions", "rescale_to_half", "per_label_metrics",
+    "load_calibration", "load_labels", "load_predictions", "per_label_metrics", "rescale_to_half",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """The names above, for scripts that import them; the command line answers --help without torch and pandas."""
+    name = {"map_cuts_to_half": "rescale_to_half"}.get(name, name)  # its name before 0.7
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ctclip.evaluation import evaluate
+    from ctclip.evaluation import calibration, evaluate, metrics, tables, text_report, thresholds
 
-    return getattr(evaluate, name)
+    modules = (evaluate, calibration, metrics, tables, text_report, thresholds)
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 def main(argv: list[str] | None = None) -> int:
     args = evaluation_parser().parse_args(argv)
-    from ctclip.evaluation.evaluate import run
+    return run_cli(lambda: run(args))
 
-    return run(args)
+
+def run(args: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    check_flags(args)
+    from ctclip.evaluation.command import apply_calibration, evaluate_and_write, settings_from_flags
+
+    if args.apply:
+        apply_calibration(args.apply, args.predictions, Path(args.output_dir or Path("results", "applied")))
+        return
+    settings = settings_from_flags(args)
+    inputs, folder = read_inputs(args)
+    evaluate_and_write(inputs, folder, settings, args.baseline, args.metadata, args.pictures)
+    print(f"Evaluation took {time.perf_counter() - started:.1f} s")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that the chosen source does not use, and for tables that lack their counterpart."""
+    tables = {"--predictions": args.predictions, "--labels": args.labels,
+              "--tuning-predictions": args.tuning_predictions, "--tuning-labels": args.tuning_labels}
+    source = ("apply" if args.apply else "example" if args.example else "tables" if any(tables.values()) else "run")
+    uses = {
+        "--predictions": ("an evaluation of tables, or --apply,", source in ("tables", "apply")),
+        "--labels": ("an evaluation of tables", source == "tables"),
+        "--tuning-predictions": ("an evaluation of tables", source == "tables"),
+        "--tuning-labels": ("an evaluation of tables", source == "tables"),
+        "--checkpoint": ("an evaluation of a run", source == "run"),
+        "--device": ("an evaluation of a run", source == "run"),
+        "--workers": ("an evaluation of a run", source == "run"),
+        "--data-dir": ("an evaluation of a run or of tables", source in ("run", "tables")),
+        "--example": ("an evaluation", source == "example"),
+        **dict.fromkeys(evaluation_flags(), ("an evaluation", source != "apply")),
+    }
+    refuse_unused(args.given, uses)
+    if source == "apply" and not args.predictions:
+        raise UserError("found --apply without --predictions, expected both; add --predictions FILE.csv")
+    if args.tuning_predictions and args.tuning_labels and not args.predictions:
+        raise UserError("found tuning tables only, expected --predictions and --labels too; add them")
+    for one, other in (("--predictions", "--labels"), ("--tuning-predictions", "--tuning-labels")):
+        if source == "tables" and bool(tables[one]) != bool(tables[other]):
+            has, lacks = (one, other) if tables[one] else (other, one)
+            raise UserError(f"found {has} without {lacks}, expected both; add {lacks} FILE.csv")
+
+
+def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
+    """(inputs, output folder) of the source that the flags name: the example, tables, or a run."""
+    from ctclip.evaluation.example import EXAMPLE_NOTE, write_example
+    from ctclip.evaluation.results import EvaluationInputs
+    from ctclip.evaluation.run_folder import check_output_folder, newest_run, results_folder, run_record
+    from ctclip.evaluation.tables import load_labels, load_predictions
+    from ctclip.fileio import make_folder
+    from ctclip.inference.run_predictions import run_inputs
+    from ctclip.phantoms.cohort import is_phantom_cohort
+
+    if args.example:
+        folder = make_folder(args.output_dir or Path("results", "example"), "change --output-dir")
+        check_output_folder(folder)
+        reported, tuning = write_example(folder)
+        return EvaluationInputs(*reported, tuning=tuning, note=EXAMPLE_NOTE), folder
+    if args.predictions:
+        tuning = None
+        if args.tuning_predictions:
+            tuning = load_predictions(args.tuning_predictions), load_labels(args.tuning_labels)
+        data_dir = Path(args.data_dir) if args.data_dir else None
+        given = Path(args.predictions)
+        phantom = bool(run_record(given.parent).get("phantom"))  # a phantom run's tables are about phantoms anywhere
+        phantom = phantom or (data_dir is not None and is_phantom_cohort(data_dir))
+        predictions, labels = load_predictions(given), load_labels(args.labels)
+        folder = Path(args.output_dir or Path("results", "evaluation"))
+        check_output_folder(folder, given.parent if given.name == "predictions.csv" else None)
+        return EvaluationInputs(predictions, labels, tuning, phantom=phantom, data_dir=data_dir), folder
+    run = Path(args.checkpoint) if args.checkpoint else newest_run()
+    if not args.checkpoint:
+        print(f"Evaluating the newest run, {run} (choose another with --checkpoint)")
+    folder = Path(args.output_dir or results_folder(run, args.data_dir))
+    check_output_folder(folder, None if args.data_dir else run)
+    return run_inputs(run, args.data_dir, args.device, args.workers, folder), folder
 
 
 if __name__ == "__main__":

@@ -304,6 +304,13 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
                               "read once more; 0: none (default: %(default)s)")
 
 
+def evaluation_flags() -> list[str]:
+    """The flags of add_evaluation_flags, as the command line has them."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_evaluation_flags(parser)
+    return ["--" + name.replace("_", "-") for name in vars(parser.parse_args([]))]
+
+
 def given_evaluation_flags(args: argparse.Namespace) -> list[str]:
     """Flags of add_evaluation_flags that were given a value other than their default."""
     defaults = argparse.ArgumentParser()

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ctclip.errors import UserError
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errno of a write for which there is no room
 
 
@@ -28,6 +30,18 @@ def replacing(path: str | os.PathLike, temporary: Path | None = None) -> Iterato
             _sync_folder(temporary.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: str | os.PathLike, remedy: str) -> Path:
+    """The folder, made where there is none. Raises UserError, which ends with `remedy`, where it cannot be made."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: found a place that cannot be written ({error.strerror}), expected a folder; {remedy}"
+        ) from error
+    return folder
 
 
 def _sync_folder(folder: Path) -> None:

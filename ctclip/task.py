@@ -13,9 +13,10 @@ import numpy as np
 
 from ctclip.config import PREDICTIONS, given_evaluation_flags
 from ctclip.data.preprocessing import load_cohort
-from ctclip.evaluation.evaluate import report, settings_from_flags
+from ctclip.evaluation.command import evaluate_and_write, settings_from_flags
 from ctclip.evaluation.metrics import EvaluationError
-from ctclip.evaluation.run_folder import foreign_folder, newest_run, run_inputs
+from ctclip.evaluation.run_folder import newest_run, results_folder
+from ctclip.inference.run_predictions import run_inputs
 from ctclip.inference.scans import check_output, labels_of, predict, rows_table, write_csv, write_predictions
 from ctclip.training.loop import guarded, run_training
 
@@ -131,9 +132,9 @@ def run(args: argparse.Namespace) -> int:
                 return
         if args.task != "train":
             data_dir = getattr(args, "data_dir", None) if args.task == "evaluate" else None
-            folder = foreign_folder(run, data_dir)
+            folder = results_folder(run, data_dir)
             inputs = run_inputs(run, data_dir, args.device, args.workers, folder)
-            report(inputs, folder, settings, args.baseline, args.metadata, args.pictures)
+            evaluate_and_write(inputs, folder, settings, args.baseline, args.metadata, args.pictures)
         print(f"\nDone in {time.perf_counter() - start:.0f} s: {run}")
 
     return guarded(action)

@@ -17,7 +17,7 @@ MODEL = Path(os.environ.get("CTCLIP_MODEL", HERE / "model"))
 
 
 def main() -> int:
-    from ctclip.evaluation.metrics import EvaluationError
+    from ctclip.errors import UserError
     from ctclip.evaluation.run_folder import run_calibration
     from ctclip.inference.scans import check_output, predict, write_predictions
     from ctclip_model import CheckpointError
@@ -27,7 +27,7 @@ def main() -> int:
         form = "uncalibrated" if run_calibration(MODEL) is None else "mapped"
         table = predict(INPUT, MODEL, form=form, workers=1)  # a thread: the container's shared memory holds no volume
         write_predictions(OUTPUT, table, MODEL)
-    except (EvaluationError, CheckpointError, OSError) as error:
+    except (UserError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"Wrote {OUTPUT}: {len(table.attrs['scans'])} scans; {table.attrs['how']}")

@@ -247,7 +247,7 @@ def data_step(options: argparse.Namespace) -> None:
 
     from ctclip.data.feature_cache import CacheError
     from ctclip.data.preprocessing import CohortError
-    from ctclip.evaluation.metrics import EvaluationError
+    from ctclip.errors import UserError
     from ctclip.hub.download import Selection, download_tables, download_volumes
     from ctclip_model import CheckpointError
 
@@ -270,7 +270,7 @@ def data_step(options: argparse.Namespace) -> None:
             download_volumes(selection, data_dir)
     except HubError as trouble:
         raise SetupError(str(trouble)) from trouble
-    except (CacheError, CohortError, CheckpointError, EvaluationError, FileNotFoundError) as error:
+    except (CacheError, CohortError, CheckpointError, UserError, FileNotFoundError) as error:
         raise SetupError(str(error)) from error
     except OSError as error:
         raise SetupError(f"{error.filename or data_dir}: {error.strerror or error}; name another --data-dir") from error

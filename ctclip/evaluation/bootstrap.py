@@ -1,9 +1,8 @@
-"""How sure a number is: patients are drawn again, a thousand times, and every metric is computed anew each time.
+"""Bootstrap intervals and p-values: patients are drawn with replacement, and every metric is computed on each draw.
 
-Patients, not volumes: a patient's volumes say the same thing twice, and drawn one by one they would make every interval
-too short. Thresholds and calibration stay what they are; the intervals are about the patients that happened to be
-reported, not of those the cuts were fitted on. Two predictions are compared on the same draws, so what both get right
-or wrong cancels.
+Patients, not volumes: a patient's volumes are not independent, and drawn one by one they would make every interval too
+short. Thresholds and calibration stay fixed; the intervals are about the sample of reported patients, not about those
+that were fitted on. Two predictions are compared on the same draws, so that what both get right or wrong cancels.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from ctclip.evaluation.metrics import (
 from ctclip_model import ABNORMALITIES
 
 LEVEL = 0.95
-ROUNDING = 1e-12  # differences that are nothing else
-MIN_CASES = 10  # patients with and without a finding; with fewer, resampling promises more than it holds (LOG.md)
+ROUNDING = 1e-12  # smaller differences are rounding
+MIN_CASES = 10  # patients with and without a finding; with fewer, intervals are too short (LOG.md)
 DEFINED = 0.95  # share of the resamples in which a metric must be defined for its interval to be given
 
 
@@ -63,7 +62,7 @@ def draw(patients: Sequence[str], resamples: int = RESAMPLES, seed: int = 0) -> 
 
 # -------------------------------------------------------------------------------------------- metrics in every resample
 
-# A tree of dictionaries shaped like metrics.json whose leaves are (B,), or (B, 18) where there is one value per label.
+# Summaries are {metric: (B,)}, per-label columns {metric: (B, L)}, with the keys of metrics.json.
 
 
 def resampled_decisions(labels: np.ndarray, decisions: np.ndarray, resamples: Resamples) -> tuple[dict, dict]:
@@ -116,31 +115,15 @@ def enough_cases(labels: np.ndarray, patients: np.ndarray) -> np.ndarray:
     return np.min(counts, axis=0) >= MIN_CASES
 
 
-def intervals(tree: Mapping) -> dict:
-    """The tree with an interval at each leaf; (B, 18) becomes {label: interval}."""
-    return {key: intervals(leaf) if isinstance(leaf, Mapping) else _leaf(leaf) for key, leaf in tree.items()}
-
-
-def _leaf(values: np.ndarray) -> list[float] | None | dict:
-    if values.ndim == 1:
-        return interval(values)
-    return {name: interval(values[:, j]) for j, name in enumerate(ABNORMALITIES)}
-
-
-def by_label(columns: Mapping[str, Mapping]) -> dict[str, dict]:
-    """{key: {label: value}} -> {label: {key: value}}."""
-    return {name: {key: column[name] for key, column in columns.items()} for name in ABNORMALITIES}
-
-
 # -------------------------------------------------------------------------------------------------------- differences
 
 
-def compare(first: Mapping, second: Mapping, first_tree: Mapping, second_tree: Mapping) -> dict:
-    """{key: {difference: first - second, interval, p}} of two dictionaries of numbers and their trees of (B,)."""
+def compare(first: Mapping, second: Mapping, first_resampled: Mapping, second_resampled: Mapping) -> dict:
+    """{key: {difference: first - second, interval, p}} of two dictionaries of numbers and the same resampled, (B,)."""
     return {
-        key: difference(first[key], second[key], first_tree[key] - second_tree[key])
+        key: difference(first[key], second[key], first_resampled[key] - second_resampled[key])
         for key in first
-        if key in first_tree
+        if key in first_resampled
     }
 
 

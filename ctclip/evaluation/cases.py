@@ -1,4 +1,4 @@
-"""The volumes most wrongly called, label by label, each with a look at the scan where it is at hand."""
+"""The most wrong volumes of each label, with slices of the scan where it can be read."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
+from ctclip.data.preprocessing import FETCH_COMMAND, Volume, VolumeError, load_cohort, read_volume
 from ctclip.data.windows import Window, display_window
+from ctclip.evaluation.results import FittedThresholds
 from ctclip.evaluation.tables import Rows, row_keys
 from ctclip_model import ABNORMALITIES
-
-if TYPE_CHECKING:
-    import torch
-
-    from ctclip.data.preprocessing import Volume
 
 LISTED = 3  # of each label and kind
 PICTURE_SHAPE = (200, 200, 200)  # voxels of 1.8 mm over the 360 mm cube; a slice is as many pixels
@@ -26,33 +24,30 @@ LUNG_DENSITY = (-0.95, -0.5)  # HU / 1000
 
 @dataclass(frozen=True)
 class Case:
-    """A volume called wrongly: `kind` is "missed" or "false alarm", `probability` and `cut` are calibrated, `picture`
-    is a JPEG, an axial beside a coronal slice, or None."""
+    """A wrong decision: `kind` is "missed" or "false alarm", `probability` and `threshold` are calibrated, `picture` is
+    a JPEG, an axial beside a coronal slice, or None."""
 
     label: str
     kind: str
     name: str
     probability: float
-    cut: float
+    threshold: float
     picture: bytes | None = None
 
 
-def worst_cases(rows: Rows, calibrated: np.ndarray, cuts: np.ndarray, calibrated_cuts: np.ndarray) -> list[Case]:
-    """Up to LISTED missed ones and as many false alarms of each label, the most wrong first.
-
-    rows: as evaluated; calibrated (N, 18); cuts on probabilities as given, which decide, and the same calibrated, which
-    are shown; both broadcast to (N, 18).
-    """
-    called, shown = rows.probabilities >= cuts, np.broadcast_to(calibrated_cuts, calibrated.shape)
+def worst_cases(rows: Rows, fitted: FittedThresholds) -> list[Case]:
+    """Up to LISTED missed ones and as many false alarms of each label, the most wrong first."""
+    positive, calibrated = rows.probabilities >= fitted.thresholds, fitted.calibrated
+    thresholds = np.broadcast_to(fitted.calibrated_thresholds, calibrated.shape)
     cases = []
     for j, label in enumerate(ABNORMALITIES):
         for kind, wrong, order in (
-            ("missed", (rows.labels[:, j] == 1) & ~called[:, j], calibrated[:, j]),
-            ("false alarm", (rows.labels[:, j] == 0) & called[:, j], -calibrated[:, j]),
+            ("missed", (rows.labels[:, j] == 1) & ~positive[:, j], calibrated[:, j]),
+            ("false alarm", (rows.labels[:, j] == 0) & positive[:, j], -calibrated[:, j]),
         ):
             chosen = np.flatnonzero(wrong)
             for i in chosen[np.argsort(order[chosen], kind="stable")][:LISTED]:
-                cases.append(Case(label, kind, str(rows.names[i]), float(calibrated[i, j]), float(shown[i, j])))
+                cases.append(Case(label, kind, str(rows.names[i]), float(calibrated[i, j]), float(thresholds[i, j])))
     return cases
 
 
@@ -64,10 +59,6 @@ def with_pictures(
     A row of merged volumes shows the first of them. Each volume is read once; those that were streamed and have no file
     are counted under one reason. Raises CohortError where `data_dir` has no usable cohort.
     """
-    from tqdm import tqdm
-
-    from ctclip.data.preprocessing import FETCH_COMMAND, VolumeError, load_cohort, read_volume
-
     volumes = _volumes_by_row(load_cohort(data_dir, "valid").volumes, unit)
     wanted: dict[str, list[int]] = {}
     for places in _places(cases).values():

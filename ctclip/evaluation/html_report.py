@@ -376,7 +376,7 @@ def _picture(case: Case) -> Html:
 
 
 def _verdict(case: Case) -> Html:
-    verdict = f"{case.kind}: {case.probability:.3f}, cut {case.cut:.3f}"
+    verdict = f"{case.kind}: {case.probability:.3f}, cut {case.threshold:.3f}"
     return joined(tag("b", verdict), " ", tag("code", case.name))
 
 

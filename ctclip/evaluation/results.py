@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ctclip.evaluation.bootstrap import interval
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.tables import Rows
+from ctclip_model import ABNORMALITIES
 
 TUNING, CROSS_FITTED = "tuning patients", "cross-fitted by patient"  # FittedThresholds.fitted_on
 
@@ -57,6 +59,52 @@ class FittedThresholds:
     thresholds: np.ndarray
     calibrated_thresholds: np.ndarray
     global_thresholds: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One way to decide: metrics of all labels, (L,) of each, and both in B resamples of the patients.
+
+    The keys are those of metrics.json. In `per_label_resampled` labels with too few cases are NaN.
+    """
+
+    summary: dict[str, float | None]
+    per_label: dict[str, np.ndarray]
+    resampled: dict[str, np.ndarray]
+    per_label_resampled: dict[str, np.ndarray]
+
+    def intervals(self) -> dict[str, list[float] | None]:
+        return {key: interval(values) for key, values in self.resampled.items()}
+
+    def label_intervals(self) -> dict[str, dict[str, list[float] | None]]:
+        """{label: {metric: interval}}."""
+        columns = self.per_label_resampled
+        return {
+            name: {key: interval(column[:, j]) for key, column in columns.items()}
+            for j, name in enumerate(ABNORMALITIES)
+        }
+
+
+@dataclass(frozen=True)
+class CalibrationScores:
+    """Errors of one table of probabilities as such: `per_label` has "brier", "ece" and "mean" (L,)."""
+
+    per_label: dict[str, np.ndarray]
+    ece_if_calibrated: float
+    brier_resampled: np.ndarray  # (B, L)
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Means over the labels."""
+        means = {key: float(column.mean()) for key, column in self.per_label.items()}
+        return means | {"ece_if_calibrated": self.ece_if_calibrated}
+
+    def intervals(self) -> dict[str, list[float] | None]:
+        return {"brier": interval(self.brier_resampled.mean(axis=1))}
+
+    def label_intervals(self) -> dict[str, list[float] | None]:
+        """{label: interval of its Brier score}."""
+        return {name: interval(self.brier_resampled[:, j]) for j, name in enumerate(ABNORMALITIES)}
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def write_table(path: str | Path, names: Sequence[str], values: np.ndarray) -> N
 class Rows:
     """What is evaluated, row by row: names and patients (N,), labels (N, 18) int8, probabilities (N, 18) float64.
 
-    Made of `n_volumes` volumes. `unit` is a key of UNITS. `left_out` counts, by table, the volumes that others lack
+    Made of `n_volumes` volumes. `unit` is a key of UNITS. `skipped` counts, by table, the volumes that others lack
     (only where that was allowed); `conflicts` the rows whose volumes were merged though their labels differ (a finding
     counts if any of them has it).
     """
@@ -154,7 +154,7 @@ class Rows:
     probabilities: np.ndarray
     n_volumes: int
     unit: str = "volume"
-    left_out: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
     conflicts: int = 0
 
     def __len__(self) -> int:
@@ -190,8 +190,8 @@ def join(tables: Mapping[str, pd.DataFrame], allow_partial: bool = False) -> tup
     if not names:
         found = " and ".join(map(source_of, tables.values()))
         raise EvaluationError(f"{found}: found no volume in common, expected the same volumes; check VolumeName")
-    left_out = {what: len(table) - len(names) for what, table in tables.items() if len(table) > len(names)}
-    return [name for name in first.index if name in names], left_out
+    skipped = {what: len(table) - len(names) for what, table in tables.items() if len(table) > len(names)}
+    return [name for name in first.index if name in names], skipped
 
 
 def rows_of(
@@ -199,13 +199,13 @@ def rows_of(
     labels: pd.DataFrame | None,
     names: Sequence[str],
     unit: str = "volume",
-    left_out: dict[str, int] | None = None,
+    skipped: dict[str, int] | None = None,
 ) -> Rows:
     """The named volumes of both tables, merged to `unit`; without `labels`, all of them are 0."""
     columns = list(ABNORMALITIES)
     p = predictions.loc[names, columns].to_numpy()
     y, p = checked(np.zeros(p.shape) if labels is None else labels.loc[names, columns].to_numpy(), p)
-    rows = Rows(np.array(names), patients_of(names), y, p, len(names), left_out=left_out or {})
+    rows = Rows(np.array(names), patients_of(names), y, p, len(names), skipped=skipped or {})
     if unit not in UNITS:
         raise EvaluationError(f"found unit {unit!r}, expected one of {', '.join(UNITS)}")
     if unit != "volume":
@@ -217,8 +217,8 @@ def tuning_rows(
     tuning: tuple[pd.DataFrame, pd.DataFrame], unit: str = "volume", allow_partial: bool = False
 ) -> Rows:
     """Rows of (predictions, labels) of tuning patients."""
-    volumes, left_out = join(dict(zip(("tuning predictions", "tuning labels"), tuning, strict=True)), allow_partial)
-    return rows_of(*tuning, volumes, unit, left_out)
+    volumes, skipped = join(dict(zip(("tuning predictions", "tuning labels"), tuning, strict=True)), allow_partial)
+    return rows_of(*tuning, volumes, unit, skipped)
 
 
 def _merged(rows: Rows, unit: str, keys: np.ndarray, how: str) -> Rows:
@@ -242,7 +242,7 @@ def _merged(rows: Rows, unit: str, keys: np.ndarray, how: str) -> Rows:
                    probabilities=probabilities, unit=unit, conflicts=conflicts)
 
 
-def refuse_overlap(reported: np.ndarray, tuning: np.ndarray, source: str) -> None:
+def check_no_overlap(reported: np.ndarray, tuning: np.ndarray, source: str) -> None:
     """EvaluationError where tuning patients are among the reported ones."""
     shared = sorted(set(reported.tolist()) & set(tuning.tolist()))
     if shared:

@@ -36,10 +36,10 @@ from ctclip.data.preprocessing import (
     VolumeError,
     volume_loader,
 )
-from ctclip.evaluation.evaluate import RESULT_FILES
+from ctclip.errors import UserError
 from ctclip.evaluation.figures import TRAINING_CURVES, write_training_figure
-from ctclip.evaluation.metrics import EvaluationError, auroc_difference, compute_metrics
-from ctclip.evaluation.run_folder import newest_run, run_record
+from ctclip.evaluation.metrics import auroc_difference, compute_metrics
+from ctclip.evaluation.run_folder import RESULT_FILES, newest_run, run_record
 from ctclip.evaluation.tables import write_table
 from ctclip.fileio import replacing
 from ctclip.inference.predictor import predict_volumes
@@ -964,7 +964,7 @@ USER_ERRORS = (
     StateError,
     CohortError,
     VolumeError,
-    EvaluationError,
+    UserError,
     ModelError,
     OSError,
 )

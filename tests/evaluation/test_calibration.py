@@ -11,11 +11,19 @@ from helpers_evaluation import RATES, rows, sigmoid, simulate, with_ties
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
+from ctclip.config import Settings
 from ctclip.evaluation import calibration as cal
 from ctclip.evaluation import evaluate as ev
 from ctclip.evaluation import thresholds as th
-from ctclip.evaluation.calibration import ABNORMALITIES, EvaluationError
-from ctclip.evaluation.tables import patients_of
+from ctclip.evaluation.metrics import (
+    ABNORMALITIES,
+    EvaluationError,
+    calibration_columns,
+    compute_metrics,
+    undefined_labels,
+)
+from ctclip.evaluation.tables import Rows, patients_of
+from ctclip.evaluation.text_report import format_report
 
 NAMES = list(ABNORMALITIES)
 
@@ -148,7 +156,7 @@ def test_calibrated_probabilities_mean_what_they_say_on_unseen_patients():
     q = calibration.apply(p)
     assert calibration.method == "platt" and (p >= 0.5).mean() > 0.8
     assert abs(q.mean(axis=0) - y.mean(axis=0)).max() < 0.05 and abs(q.mean() - y.mean()) < 0.01
-    assert ev.calibration_columns(y, q)["ece"].mean() < 0.04 < 0.4 < ev.calibration_columns(y, p)["ece"].mean()
+    assert calibration_columns(y, q)["ece"].mean() < 0.04 < 0.4 < calibration_columns(y, p)["ece"].mean()
     assert cal.log_loss(y, q) == pytest.approx(sk.log_loss(y.ravel(), q.ravel()), abs=1e-9)
     assert cal.log_loss(y, q) < cal.log_loss(y, p)
 
@@ -301,8 +309,8 @@ def test_the_map_gives_the_tuned_metrics_at_half():
     calibration = fitted(*tuning, objective="f1")
     mapped = calibration.rescale_to_half(predictions.to_numpy())
     y = labels.to_numpy()
-    assert ev.compute_metrics(y, mapped) == pytest.approx(
-        ev.compute_metrics(y, predictions.to_numpy(), calibration.thresholds)
+    assert compute_metrics(y, mapped) == pytest.approx(
+        compute_metrics(y, predictions.to_numpy(), calibration.thresholds)
         | {"auroc_micro": sk.roc_auc_score(y.ravel(), mapped.ravel())}, abs=1e-12)
 
 
@@ -365,13 +373,13 @@ def test_cuts_for_crg_reach_the_best_pooled_crg_there_is():
     """Label by label, though CRG is pooled: no other cut of any label, with the others kept, gives a better one."""
     y, p = with_ties(5)
     cuts = th.tune_label_thresholds(y, p, "crg")
-    best = ev.compute_metrics(y, p, cuts)["crg"]
+    best = compute_metrics(y, p, cuts)["crg"]
     for j in range(18):
         for cut in (*np.unique(p[:, j]), 2.0):
             other = cuts.copy()
             other[j] = cut
-            assert ev.compute_metrics(y, p, other)["crg"] <= best + 1e-12
-    assert best > ev.compute_metrics(y, p, th.tune_global_threshold(y, p, "crg"))["crg"] > 1 / 3
+            assert compute_metrics(y, p, other)["crg"] <= best + 1e-12
+    assert best > compute_metrics(y, p, th.tune_global_threshold(y, p, "crg"))["crg"] > 1 / 3
 
 
 def test_on_calibrated_probabilities_crg_cuts_at_the_pooled_prevalence():
@@ -419,11 +427,11 @@ def test_a_label_with_one_class_takes_the_global_threshold_and_is_named():
     cuts = th.tune_label_thresholds(y, p, "f1")
     common = th.tune_global_threshold(y, p, "f1")
     named = [name for name, cut in zip(ABNORMALITIES, cuts, strict=True) if cut == common]
-    assert named == ["Cardiomegaly", "Emphysema"] == ev.undefined_labels(y)
+    assert named == ["Cardiomegaly", "Emphysema"] == undefined_labels(y)
     reported = simulate(30, seed=2, first=100)
     metrics = ev.evaluate(*reported, tuning=(predictions, labels))
     assert metrics["thresholds"]["took_global"] == named
-    assert "so the global cut: Cardiomegaly, Emphysema" in ev.format_report(metrics)
+    assert "so the global cut: Cardiomegaly, Emphysema" in format_report(metrics)
 
 
 # --------------------------------------------------------------------------------------------- fitted on other patients
@@ -441,12 +449,12 @@ def test_folds_cover_every_row_once_and_keep_patients_apart():
 
 def test_what_a_patient_is_judged_by_does_not_depend_on_the_own_labels():
     r = rows(*simulate(20, seed=0))
-    before = ev.fit_thresholds(r, None, ev.Settings())
+    before = ev.fit_thresholds(r, None, Settings())
     for patient in np.unique(r.patients)[:4]:
         own = r.patients == patient
         labels = np.where(own[:, None], 1 - r.labels, r.labels)
-        flipped = ev.fit_thresholds(ev.Rows(r.names, r.patients, labels, r.probabilities, r.n_volumes), None,
-                                    ev.Settings())
+        flipped = ev.fit_thresholds(Rows(r.names, r.patients, labels, r.probabilities, r.n_volumes), None,
+                                    Settings())
         for name in ("calibrated", "thresholds", "global_thresholds"):
             assert np.array_equal(getattr(before, name)[own], getattr(flipped, name)[own]), name
             assert not np.array_equal(getattr(before, name), getattr(flipped, name)), name
@@ -455,8 +463,8 @@ def test_what_a_patient_is_judged_by_does_not_depend_on_the_own_labels():
 def test_cross_fitting_does_not_depend_on_the_order_of_rows():
     predictions, labels = simulate(20, seed=0)
     order = np.random.default_rng(1).permutation(len(predictions))
-    before = ev.fit_thresholds(rows(predictions, labels), None, ev.Settings())
-    after = ev.fit_thresholds(rows(predictions.iloc[order], labels), None, ev.Settings())
+    before = ev.fit_thresholds(rows(predictions, labels), None, Settings())
+    after = ev.fit_thresholds(rows(predictions.iloc[order], labels), None, Settings())
     for name in ("thresholds", "global_thresholds"):
         assert np.array_equal(getattr(after, name), getattr(before, name)[order])
     np.testing.assert_allclose(after.calibrated, before.calibrated[order], atol=1e-6)

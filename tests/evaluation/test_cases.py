@@ -12,6 +12,7 @@ from ctclip.data.preprocessing import CohortError, load_cohort
 from ctclip.data.windows import SOFT_TISSUE_LABELS, Window
 from ctclip.evaluation import cases
 from ctclip.evaluation.metrics import ABNORMALITIES
+from ctclip.evaluation.results import TUNING, FittedThresholds
 from ctclip.evaluation.tables import Rows
 
 
@@ -23,15 +24,20 @@ def rows_with(labels, probabilities, names=None):
     return Rows(names, np.array([name[:7] for name in names]), y, p, len(names))
 
 
+def fitted(calibrated, threshold, calibrated_threshold):
+    thresholds, shown = np.full(18, threshold), np.full(18, calibrated_threshold)
+    return FittedThresholds(None, TUNING, 0, [], {}, calibrated, thresholds, shown, np.array(threshold))
+
+
 def test_the_most_wrong_volumes_by_hand():
-    """Cut at 0.5: missed are 0.1, 0.2, 0.3, 0.4 (three are listed), false alarms 0.9, 0.6 and, on the cut, 0.5."""
+    """Threshold 0.5: missed are 0.1, 0.2, 0.3, 0.4 (three are listed), false alarms 0.9, 0.6 and, equal to it, 0.5."""
     rows = rows_with([1, 1, 1, 1, 1, 0, 0, 0, 0], [0.3, 0.1, 0.2, 0.4, 0.8, 0.6, 0.9, 0.2, 0.5])
-    found = cases.worst_cases(rows, rows.probabilities / 2, np.full(18, 0.5), np.full(18, 0.25))
+    found = cases.worst_cases(rows, fitted(rows.probabilities / 2, 0.5, 0.25))
     assert [(c.kind, c.name[6], c.probability) for c in found] == [
         ("missed", "1", 0.05), ("missed", "2", 0.1), ("missed", "0", 0.15),
         ("false alarm", "6", 0.45), ("false alarm", "5", 0.3), ("false alarm", "8", 0.25)]
-    assert {c.label for c in found} == {ABNORMALITIES[0]} and {c.cut for c in found} == {0.25}
-    assert cases.worst_cases(rows, rows.probabilities, np.full(18, 2.0), np.ones(18))[-1].kind == "missed"
+    assert {c.label for c in found} == {ABNORMALITIES[0]} and {c.threshold for c in found} == {0.25}
+    assert cases.worst_cases(rows, fitted(rows.probabilities, 2.0, 1.0))[-1].kind == "missed"
 
 
 def test_the_picture_is_turned_as_radiologists_look():

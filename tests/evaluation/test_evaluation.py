@@ -15,15 +15,19 @@ from helpers_evaluation import decided, reference, simulate
 from sklearn import metrics as sk
 
 import ctclip_evaluation
-from ctclip.config import SYNTHETIC_NOTE
+from ctclip.config import SYNTHETIC_NOTE, Settings
 from ctclip.evaluation import calibration as cal
+from ctclip.evaluation import command, figures, output
 from ctclip.evaluation import evaluate as ev
-from ctclip.evaluation import figures
 from ctclip.evaluation import run_folder as folders
+from ctclip.evaluation import tables as tables_module
 from ctclip.evaluation import thresholds as th
 from ctclip.evaluation.metrics import ABNORMALITIES, EvaluationError, bin_index
-from ctclip.evaluation.tables import join, patients_of, rows_of
+from ctclip.evaluation.run_folder import RunError
+from ctclip.evaluation.tables import Rows, join, patients_of, rows_of
 from ctclip.evaluation.text_report import format_report
+from ctclip.fileio import replacing
+from ctclip.inference.run_predictions import run_inputs
 
 SCRIPT = Path(__file__).resolve().parents[2] / "ctclip_evaluation.py"
 NAMES = list(ABNORMALITIES)
@@ -31,7 +35,7 @@ FEW = {"resamples": 20}  # where intervals are not what a test is about
 
 
 def settings(**kwargs):
-    return ev.Settings(**(FEW | kwargs))
+    return Settings(**(FEW | kwargs))
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -205,7 +209,7 @@ def check_comparison(found, y, p, q, patients, draws):
     names = np.array([f"{patient}_a_{k % 2}" for k, patient in enumerate(patients)])
     sides = {}
     for side, values in (("this", p), ("base", q)):
-        judged = ev.fit_thresholds(ev.Rows(names, patients, y, values, len(y)), None, settings(objective="f1"))
+        judged = ev.fit_thresholds(Rows(names, patients, y, values, len(y)), None, settings(objective="f1"))
         sides[side] = values, judged.calibrated, judged.thresholds
     rows = {side: [sets_reference(y[i], values[i], after[i], cuts[i], 0.5) for i in (slice(None), *draws)]
             for side, (values, after, cuts) in sides.items()}
@@ -265,7 +269,7 @@ def test_the_example_goes_from_97_percent_to_honest(tmp_path, monkeypatch, capsy
     """The guide's worked example: the tuned rate within two points of the label rate on unseen patients; calibrated and
     mapped tables rank as the given one does, and the mapped one decides at 0.5 as tuned."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ev, "_write_figures", lambda *args: None)
+    monkeypatch.setattr(output, "_write_figures", lambda *args: None)
     assert ctclip_evaluation.main(["--example", "--resamples", "100"]) == 0
     printed, folder = capsys.readouterr().out, Path("results/example")
     assert printed.count("Simulated predictions, neither patients nor a model") == 2
@@ -276,16 +280,16 @@ def test_the_example_goes_from_97_percent_to_honest(tmp_path, monkeypatch, capsy
     assert abs(tuned["positive_rate"] - tuned["label_rate"]) < 0.02 and tuned["auroc_macro"] == half["auroc_macro"]
     before, after = metrics["calibration"]["before"], metrics["calibration"]["after"]
     assert after["ece"] < 0.05 < 0.5 < before["ece"] and after["ece"] < 2 * after["ece_if_calibrated"]
-    y = ev.load_labels(folder / "labels.csv").to_numpy()
-    given, calibrated, mapped = (ev.load_predictions(folder / f"predictions{kind}.csv").to_numpy()
+    y = tables_module.load_labels(folder / "labels.csv").to_numpy()
+    given, calibrated, mapped = (tables_module.load_predictions(folder / f"predictions{kind}.csv").to_numpy()
                                  for kind in ("", "_calibrated", "_mapped"))
     for j in range(18):
         auroc = sk.roc_auc_score(y[:, j], given[:, j])
         assert sk.roc_auc_score(y[:, j], calibrated[:, j]) == sk.roc_auc_score(y[:, j], mapped[:, j]) == auroc
     assert (mapped >= 0.5).mean() == pytest.approx(tuned["positive_rate"], abs=1e-12)
     assert abs(calibrated.mean() - y.mean()) < 0.01
-    fitted = set(patients_of(ev.load_predictions(folder / "tuning_predictions.csv").index))
-    assert not fitted & set(patients_of(ev.load_predictions(folder / "predictions.csv").index))
+    fitted = set(patients_of(tables_module.load_predictions(folder / "tuning_predictions.csv").index))
+    assert not fitted & set(patients_of(tables_module.load_predictions(folder / "predictions.csv").index))
 
 
 def test_a_baseline_without_tuning_patients_is_compared_alike():
@@ -434,9 +438,9 @@ def test_tables_are_matched_by_column_name(tmp_path):
     predictions, labels = simulate(5, seed=0)
     shuffled = predictions[list(ABNORMALITIES)[::-1]].assign(comment="a, b").iloc[:, ::-1]
     shuffled.reset_index().iloc[:, ::-1].to_csv(tmp_path / "p.csv", index=False, encoding="utf-8-sig")
-    pd.testing.assert_frame_equal(ev.load_predictions(tmp_path / "p.csv"), predictions)
+    pd.testing.assert_frame_equal(tables_module.load_predictions(tmp_path / "p.csv"), predictions)
     labels.astype(float).reset_index().to_csv(tmp_path / "l.csv", index=False)
-    read = ev.load_labels(tmp_path / "l.csv")
+    read = tables_module.load_labels(tmp_path / "l.csv")
     pd.testing.assert_frame_equal(read, labels)
     assert list(read.columns) == list(ABNORMALITIES) and (read.dtypes == np.int8).all()
 
@@ -451,7 +455,7 @@ def test_files_are_written_whole_and_read_back(tmp_path):
         "calibration.json", "metrics.json", "per_label.csv", "positive_rate.png", "precision_recall.png",
         "predictions.csv", "reliability.png", "report.html", "roc.png", "threshold_sweep.png", "training_curves.png"]
     assert json.loads((out / "metrics.json").read_text()) == metrics
-    pd.testing.assert_frame_equal(ev.load_predictions(out / "predictions.csv"), predictions)
+    pd.testing.assert_frame_equal(tables_module.load_predictions(out / "predictions.csv"), predictions)
     table = pd.read_csv(out / "per_label.csv", index_col="label")
     assert list(table.index) == list(ABNORMALITIES)
     for name in ABNORMALITIES:
@@ -492,7 +496,7 @@ def test_training_curves_are_saved_while_a_run_goes_on(tmp_path):
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     target = tmp_path / "metrics.json"
     target.write_text("old")
-    with pytest.raises(RuntimeError), ev.replacing(target) as path:
+    with pytest.raises(RuntimeError), replacing(target) as path:
         path.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
@@ -574,13 +578,8 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tables, capsys):
     ([], "results: found no run"),
     (["--checkpoint", "nowhere"], "nowhere: found no such folder"),
     (["--checkpoint", "."], "found no predictions.csv with labels.csv"),
-    (["--checkpoint", ".", "--labels", "l.csv"], "found --checkpoint with --labels"),
-    (["--example", "--predictions", "p.csv"], "found --example with --predictions"),
-    (["--apply", "c.json"], "expected --predictions CSV with it"),
-    (["--apply", "c.json", "--predictions", "p.csv", "--labels", "l.csv"], "and no other table"),
+    (["--apply", "c.json"], "found --apply without --predictions"),
     (["--apply", "c.json", "--predictions", "p.csv"], "c.json: found no readable file"),
-    (["--apply", "c.json", "--predictions", "p.csv", "--objective", "f1"], "found --apply with --objective"),
-    (["--predictions", "p.csv", "--labels", "l.csv", "--device", "cuda:9"], "found --device with tables"),
     (["--predictions", "p.csv", "--labels", "l.csv", "--resamples", "99"], "found --resamples 99, expected 100 to"),
     (["--predictions", "p.csv", "--labels", "l.csv", "--metadata", "m.csv"], "m.csv: found no row for any of the 24"),
     (["--predictions", "p.csv", "--labels", "l.csv", "--output-dir", "run"], "run: found a run, whose tables"),
@@ -606,6 +605,22 @@ def test_wrong_usage_is_one_line_and_exit_code_2(argv, message, tables, capsys):
     assert ctclip_evaluation.main(argv) == 2
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1 and message in printed.err and "expected" in printed.err
+
+
+@pytest.mark.parametrize("argv, unused, goes_with", [
+    (["--checkpoint", ".", "--labels", "l.csv"], "--checkpoint", "an evaluation of a run"),
+    (["--checkpoint", ".", "--example"], "--checkpoint", "an evaluation of a run"),
+    (["--example", "--predictions", "p.csv"], "--predictions", "an evaluation of tables, or --apply,"),
+    (["--example", "--data-dir", "d"], "--data-dir", "an evaluation of a run or of tables"),
+    (["--apply", "c.json", "--predictions", "p.csv", "--labels", "l.csv"], "--labels", "an evaluation of tables"),
+    (["--apply", "c.json", "--predictions", "p.csv", "--objective", "f1"], "--objective", "an evaluation"),
+    (["--apply", "c.json", "--predictions", "p.csv", "--example"], "--example", "an evaluation"),
+    (["--predictions", "p.csv", "--labels", "l.csv", "--device", "cuda:9"], "--device", "an evaluation of a run"),
+])
+def test_a_flag_that_the_source_does_not_use_is_refused(argv, unused, goes_with, capsys):
+    assert ctclip_evaluation.main(argv) == 2
+    assert capsys.readouterr().err == (f"error: found {unused}, which goes with {goes_with} only; leave it out, or add "
+                                       "what it goes with\n")
 
 
 def run_script(*argv, cwd):
@@ -654,7 +669,7 @@ def test_newest_run_is_evaluated_and_named(tmp_path, monkeypatch, capsys):
         os.utime(path, (1, 1))
     own = Path("results/new/predictions.csv").read_bytes()
     for slow in ("roc_figure", "precision_recall_figure", "reliability_figure", "sweep_figure"):  # drawn elsewhere
-        monkeypatch.setattr(ev, slow, lambda *args: figures.new_figure(1, 1))
+        monkeypatch.setattr(output, slow, lambda *args: figures.new_figure(1, 1))
     assert ctclip_evaluation.main([]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].startswith(f"Evaluating the newest run, {Path('results/new')}")
@@ -666,16 +681,16 @@ def test_newest_run_is_evaluated_and_named(tmp_path, monkeypatch, capsys):
 
 def test_a_run_is_read_as_training_left_it(tmp_path):
     make_run(tmp_path / "run", phantom=False)
-    run = folders.run_inputs(tmp_path / "run")
+    run = run_inputs(tmp_path / "run")
     assert len(run.predictions) == len(run.labels) == len(run.tuning[0]) == len(run.tuning[1]) == 24
     assert [row["epoch"] for row in run.history] == [1, 2]  # the line cut off by an interruption is left out
     assert run.phantom is False
     (tmp_path / "run" / "log.jsonl").write_text('{"epoch": \n{"epoch": 2}\n')
-    with pytest.raises(EvaluationError, match="log.jsonl, line 1: found no JSON"):
-        folders.run_inputs(tmp_path / "run")
+    with pytest.raises(RunError, match="log.jsonl, line 1: found no JSON"):
+        run_inputs(tmp_path / "run")
     (tmp_path / "run" / "labels.csv").unlink()
-    with pytest.raises(EvaluationError, match="found no predictions.csv with labels.csv"):
-        folders.run_inputs(tmp_path / "run")
+    with pytest.raises(RunError, match="found no predictions.csv with labels.csv"):
+        run_inputs(tmp_path / "run")
 
 
 def test_applying_a_stored_calibration(tmp_path, monkeypatch, capsys):
@@ -689,7 +704,7 @@ def test_applying_a_stored_calibration(tmp_path, monkeypatch, capsys):
     assert ctclip_evaluation.main(["--apply", "run", "--predictions", "new.csv", "--output-dir", "out"]) == 0
     assert "18 volumes; calibration" in capsys.readouterr().out
     for name, function in (("calibrated", calibration.apply), ("mapped", calibration.rescale_to_half)):
-        written = ev.load_predictions(f"out/predictions_{name}.csv")
+        written = tables_module.load_predictions(f"out/predictions_{name}.csv")
         assert list(written.index) == list(new.index)
         assert np.array_equal(written.to_numpy(), function(new.to_numpy()))
     assert (written.to_numpy() >= 0.5).mean() == (new.to_numpy() >= calibration.thresholds).mean()
@@ -710,7 +725,7 @@ def test_a_run_s_calibration_is_stored_used_and_made_anew_where_it_does_not_fit(
 
 
 def test_a_run_is_evaluated_into_its_own_folder_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(ev, "write_results", lambda *args: None)
+    monkeypatch.setattr(command, "write_results", lambda *args: None)
     make_run(tmp_path / "run")
     run = str(tmp_path / "run")
     tables = ["--predictions", f"{run}/predictions.csv", "--labels", f"{run}/labels.csv"]
@@ -724,7 +739,7 @@ def test_a_run_is_evaluated_into_its_own_folder_only(tmp_path, monkeypatch):
 
 def test_tables_of_a_phantom_run_stay_phantoms(tmp_path, monkeypatch, capsys):
     make_run(tmp_path / "run")
-    monkeypatch.setattr(ev, "write_results", lambda *args: None)
+    monkeypatch.setattr(command, "write_results", lambda *args: None)
     folder = str(tmp_path / "run")
     argv = ["--predictions", f"{folder}/predictions.csv", "--labels", f"{folder}/labels.csv"]
     assert ctclip_evaluation.main([*argv, "--output-dir", str(tmp_path / "out")]) == 0

@@ -32,8 +32,7 @@ from ctclip.data.preprocessing import (
     volume_path,
 )
 from ctclip.distributed import Ranks
-from ctclip.evaluation import cases, figures
-from ctclip.evaluation import evaluate as evaluate_module
+from ctclip.evaluation import cases, figures, output
 from ctclip.evaluation.tables import load_predictions
 from ctclip.inference.predictor import predict_volumes
 from ctclip.training import loop
@@ -88,7 +87,7 @@ def streamed(phantoms, model, tmp_path_factory) -> tuple[Path, Path]:
 def no_figures(monkeypatch):
     monkeypatch.setattr(loop, "write_training_figure", lambda *args: None)
     for slow in ("roc_figure", "precision_recall_figure", "reliability_figure", "sweep_figure", "rate_figure"):
-        monkeypatch.setattr(evaluate_module, slow, lambda *args: figures.new_figure(1, 1))
+        monkeypatch.setattr(output, slow, lambda *args: figures.new_figure(1, 1))
 
 
 def train_flags(data_dir: Path, cache_dir: Path, weights_file: str, *more: str) -> list[str]:

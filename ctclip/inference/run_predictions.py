@@ -1,0 +1,104 @@
+"""Predictions of a run on its cohort's unseen split: read where they are there, made with its model where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ctclip.config import TrainingConfig
+from ctclip.data.feature_cache import FeatureCache
+from ctclip.data.preprocessing import FETCH_COMMAND, Volume, load_cohort
+from ctclip.evaluation.results import EvaluationInputs
+from ctclip.evaluation.run_folder import RunError, read_history, results_folder, run_record, run_tuning
+from ctclip.evaluation.tables import load_labels, load_predictions, write_table
+from ctclip.inference.predictor import load_model, predict_volumes, print_failures
+from ctclip.phantoms.cohort import is_phantom_cohort
+from ctclip_model import CTCLIPMultiAbnormalityModel
+
+
+def run_inputs(
+    run_dir: str | Path,
+    data_dir: str | Path | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    tables: str | Path | None = None,
+    log: Callable[[str], object] = print,
+) -> EvaluationInputs:
+    """The inputs of an evaluation, from a run folder.
+
+    Predictions that are not there yet are made with the run's model, on the validation split of the run's cohort. With
+    `data_dir` they are made anew on that cohort, and kept in the folder `tables`, apart from the run's own.
+    """
+    run = Path(run_dir)
+    if not run.is_dir():
+        raise RunError(f"{run}: found no such folder, expected a run folder; list results/ for its name")
+    tables = run if data_dir is None else Path(tables or results_folder(run, data_dir))
+    present = (tables / "predictions.csv").is_file() and (tables / "labels.csv").is_file()
+    if data_dir is not None or not present:
+        predict_run(run, data_dir, device, workers, tables, log)
+    record = run_record(run)
+    phantom = bool(record.get("phantom", False)) if data_dir is None else is_phantom_cohort(data_dir)
+    cohort = data_dir or record.get("data_dir")
+    predictions, labels = load_predictions(tables / "predictions.csv"), load_labels(tables / "labels.csv")
+    history = read_history(run / "log.jsonl")
+    folder = Path(cohort) if cohort else None
+    return EvaluationInputs(predictions, labels, run_tuning(run), history, phantom, folder, record)
+
+
+def predict_run(
+    run: Path,
+    data_dir: str | Path | None,
+    device: str | None,
+    workers: int | None,
+    tables: Path,
+    log: Callable[[str], object] = print,
+) -> None:
+    """Writes predictions.csv and labels.csv of the cohort's validation split into `tables`.
+
+    What the run's cache has of the volumes is taken from there; streamed volumes are nowhere else.
+    """
+    record = run_record(run)
+    data_dir = data_dir or record.get("data_dir")
+    if data_dir is None or not (run / "model.safetensors").is_file():
+        raise RunError(
+            f"{run}: found no predictions.csv with labels.csv, expected them or a finished epoch to make them with; "
+            "let training go on (--resume), or give --predictions and --labels"
+        )
+    cohort = load_cohort(data_dir, "valid")
+    model = load_model(run, device)
+    log(f"Predicting the unseen split of {data_dir}\n{cohort.summary()}")
+    cache = open_run_cache(record, model)
+    if not any_readable(cohort.volumes, cache):
+        where = f"{cache_dir_of(record)} (no such folder)" if cache is None else cache.folder
+        raise RunError(
+            f"{data_dir}: found none of the {len(cohort)} volumes on disk (they were streamed) and none in {where}, "
+            "expected them in the cache of this encoder; evaluate a run that was trained with --freeze-backbone on the "
+            f"cache they were streamed into, or fetch the files with {FETCH_COMMAND} valid"
+        )
+    read, logits = predict_volumes(model, cohort.volumes, workers=workers, on_batch=print_failures, cache=cache)
+    if not read:
+        raise RunError(f"{data_dir}: none of the {len(cohort)} volumes of its valid split could be read")
+    names = [cohort.volumes[i].name for i in read]
+    tables.mkdir(parents=True, exist_ok=True)
+    write_table(tables / "labels.csv", names, np.stack([cohort.volumes[i].labels for i in read]).astype(int))
+    write_table(tables / "predictions.csv", names, logits.sigmoid().numpy())
+
+
+def cache_dir_of(record: Mapping) -> str:
+    """The --cache-dir of a run, as its record has it."""
+    return record.get("config", {}).get("cache_dir", TrainingConfig.cache_dir)
+
+
+def open_run_cache(record: Mapping, model: CTCLIPMultiAbnormalityModel) -> FeatureCache | None:
+    """The cache of the folder that a run's record names, to read from; None where there is no such folder."""
+    folder = Path(cache_dir_of(record))
+    return FeatureCache(folder, model) if folder.is_dir() else None
+
+
+def any_readable(volumes: Sequence[Volume], cache: FeatureCache | None) -> bool:
+    """Whether any of the volumes has a file or, where it was streamed, an entry in the cache."""
+    if any(volume.signature is None for volume in volumes):
+        return True
+    return cache is not None and any(row is not None for row in cache.rows(volumes))
