@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ctclip.data.preprocessing import Placement, place_volume, preprocess_volume
+from ctclip.data.windows import SOFT_TISSUE_WINDOW
 from ctclip.evaluation.metrics import EvaluationError
 from ctclip.inference import heat_maps as explain
 from ctclip_model import ABNORMALITIES, HEADS, CTCLIPMultiAbnormalityModel
@@ -310,7 +311,7 @@ def test_the_picture_is_turned_as_radiologists_look():
     hu[0, 0, 30:35, 6:12, 12:18] = 1
     values = np.full((8, 10, 10), -0.1, np.float32)
     values[6, 1, 2] = 2.0
-    figure = explain.explain_figure(hu, values, cube(), "title", (0.04, 0.4), "caption")
+    figure = explain.explain_figure(hu, values, cube(), "title", SOFT_TISSUE_WINDOW, "caption")
     *axial, coronal = [ax for ax in figure.axes if len(ax.images) == 2]
     assert len(axial) == 3
     peak = next(ax for ax in axial if ax.collections)
@@ -330,7 +331,7 @@ def test_the_picture_is_turned_as_radiologists_look():
 
 
 def test_evidence_against_is_not_coloured():
-    figure = explain.explain_figure(torch.zeros(1, 1, 12, 20, 20), np.full((3, 4, 4), -1.0), cube(), "t", (0.04, 0.4))
+    figure = explain.explain_figure(torch.zeros(1, 1, 12, 20, 20), np.full((3, 4, 4), -1.0), cube(), "t", SOFT_TISSUE_WINDOW)
     pictures = [ax for ax in figure.axes if len(ax.images) == 2]
     assert pictures and not any(ax.images[1].get_alpha().any() or ax.collections for ax in pictures)
     assert any("No token within the scan speaks" in text.get_text() for ax in figure.axes for text in ax.texts)
@@ -355,7 +356,7 @@ def test_slices_and_ring_lie_within_the_scan():
     values = np.zeros((16, 10, 10), np.float32)
     values[[0, 14, 8], [2, 2, 2], [5, 5, 9]] = 9, 8, 7
     values[[12, 6, 10], [3, 3, 3], [4, 4, 4]] = 1, 2, 1.5
-    figure = explain.explain_figure(torch.zeros(1, 1, 32, 40, 40), values, placement, "t", (0.04, 0.4))
+    figure = explain.explain_figure(torch.zeros(1, 1, 32, 40, 40), values, placement, "t", SOFT_TISSUE_WINDOW)
     *axial, coronal = panels(figure)
     titles = [ax.get_title("left") for ax in axial]
     below = [round((0.8125 - (row + 0.5) / 16) * 360) for row in (12, 10, 6)]
@@ -380,7 +381,7 @@ def test_a_scan_between_two_tokens_is_shown_where_it_is(slices):
     assert np.flatnonzero(tokens.any((1, 2))).tolist() == [2]
     values = np.zeros((4, 10, 10), np.float32)
     values[0, 0, 0], values[2, 5, 5] = 5, 1
-    ax, coronal = panels(explain.explain_figure(torch.zeros(1, 1, 40, 40, 40), values, thin, "t", (0.04, 0.4)))
+    ax, coronal = panels(explain.explain_figure(torch.zeros(1, 1, 40, 40, 40), values, thin, "t", SOFT_TISSUE_WINDOW))
     assert f"(0 to {slices - 1})" in ax.get_title("left") and ax.collections
     low, high = coronal.get_ylim()
     assert low <= coronal.collections[0].get_offsets()[0, 1] <= high
@@ -402,7 +403,7 @@ def test_what_lies_outside_the_scan_is_said():
 def test_numbers_are_not_printed_over_titles(z):
     values = np.ones((16, 10, 10), np.float32)
     values[[15, 11, 8]] = 2
-    figure = explain.explain_figure(torch.zeros(1, 1, 32, 40, 40), values, within(z), "t", (0.04, 0.4))
+    figure = explain.explain_figure(torch.zeros(1, 1, 32, 40, 40), values, within(z), "t", SOFT_TISSUE_WINDOW)
     figure.draw_without_rendering()
     coronal = panels(figure)[-1]
     numbers = [text for text in coronal.texts if text.get_text().isdigit()]
@@ -415,7 +416,7 @@ def test_numbers_are_not_printed_over_titles(z):
 def test_where_nothing_speaks_for_it_no_ring_is_spoken_of():
     values = np.full((8, 10, 10), -1.0, np.float32)
     values[0, 5, 5] = 3  # outside the scan
-    figure = explain.explain_figure(torch.zeros(1, 1, 12, 20, 20), values, within((0.3, 0.7)), "t", (0.04, 0.4))
+    figure = explain.explain_figure(torch.zeros(1, 1, 12, 20, 20), values, within((0.3, 0.7)), "t", SOFT_TISSUE_WINDOW)
     assert panels(figure) and panels(figure)[-1].get_title("left").startswith("Coronal\nslice j")
     assert not any(ax.images[1].get_alpha().any() or ax.collections for ax in panels(figure))
 
