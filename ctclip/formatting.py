@@ -11,7 +11,7 @@ WIDTH, INDENT, TIED = 100, 12, "\u00a0"  # TIED: a space at which no line is bro
 
 def print_row(label: str, text: str) -> None:
     """One aligned entry of at most 100 columns; its further lines keep its own indentation, number or [seconds]."""
-    hanging = " " * len(re.match(r" *(\d\. |\[[ \d]+ s\] )?", text).group())
+    hanging = " " * len(re.sub(r"^( *(?:\d\. |\[[ \d]+ s\] )?).*", r"\1", text, flags=re.DOTALL))
     body = textwrap.wrap(
         text, WIDTH - INDENT, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
     )
@@ -28,5 +28,5 @@ def comma_separated(items: Iterable) -> str:
     return ", ".join(str(item) for item in items)
 
 
-def size_text(count: int) -> str:
+def size_text(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -127,9 +127,10 @@ def run(args: argparse.Namespace) -> int:
         else:
             if args.task == "full" and hasattr(args, "data_dir"):
                 load_cohort(args.data_dir, "valid", limit=1)
-            run = run_training(args)
-            if run is None:  # --plan
+            trained = run_training(args)
+            if trained is None:  # --plan
                 return
+            run = trained
         if args.task != "train":
             data_dir = getattr(args, "data_dir", None) if args.task == "evaluate" else None
             folder = results_folder(run, data_dir)

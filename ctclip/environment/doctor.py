@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator  # noqa: UP035  (ctclip_setup must get as far as its Python check)
+from typing import Callable, Iterator  # noqa: UP035  (ctclip_setup must get as far as its Python check)
 
 from ctclip.environment.packages import (
     OLDEST_PYTHON,
@@ -102,12 +102,11 @@ def doctor(data_dir: Path | None, as_json: bool) -> int:
             print(row, flush=True)
     count = Counter(row.state for row in rows)
     if as_json:
-        versions = next((row.numbers["versions"] for row in rows if "versions" in row.numbers), {})
-        report = {
+        report: dict[str, object] = {
             "rows": [row.as_dict() for row in rows],
             "failed": count["failed"],
             "python": sys.version.split()[0],
-            "versions": versions,
+            "versions": next((row.numbers["versions"] for row in rows if "versions" in row.numbers), {}),
         }
         print(json.dumps(report, indent=2))
     else:
@@ -284,7 +283,9 @@ def see_gpu() -> dict:
     """What torch makes of the GPUs; `problem` where it can compute on none."""
     import torch
 
-    seen = {"torch": torch.__version__, "cuda": torch.version.cuda, "devices": [], "precision": None, "problem": None}
+    devices: list[dict] = []
+    seen = {"torch": torch.__version__, "cuda": torch.version.cuda, "devices": devices, "precision": None,
+            "problem": None}  # fmt: skip
     try:
         torch.zeros(1, device="cuda")
     except (RuntimeError, AssertionError) as error:
@@ -293,7 +294,7 @@ def see_gpu() -> dict:
 
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        seen["devices"].append({"name": device.name, "memory_bytes": device.total_memory})
+        devices.append({"name": device.name, "memory_bytes": device.total_memory})
     seen["precision"] = {"bfloat16": "bf16", "float16": "fp16"}[str(choose_precision(torch.device("cuda")))[6:]]
     return seen
 
@@ -405,9 +406,9 @@ def disk_rows() -> Iterator[Row]:
             found = f"{folder} cannot be written to ({error.strerror})"
             yield Row("disk", "failed", found, ("run this in a folder you may write to",), {"folder": str(folder)})
             return
-    tightest = min(free, key=free.get)
-    found, numbers = f"{size_text(free[tightest])} free in {tightest}", {"free_bytes": free[tightest]}
-    numbers["folder"] = str(tightest)
+    tightest = min(free, key=lambda folder: free[folder])
+    found = f"{size_text(free[tightest])} free in {tightest}"
+    numbers = {"free_bytes": free[tightest], "folder": str(tightest)}
     if free[tightest] < LITTLE_DISK:
         remedy = "free some, or run this in a folder on a larger disk: one file of weights is 1.77 GB"
         yield Row("disk", "warning", found, (remedy,), numbers)
@@ -478,10 +479,11 @@ def weights_rows() -> Iterator[Row]:
 
 def weights_row(weights: WeightsFile) -> Row:
     """Of one file: its bytes against those that were kept, then its fingerprint, which is kept if there was none."""
-    file = weights.path
-    numbers = {"weights": weights.name, "file": str(file), "bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    file = weights.path or weights.whole
+    sha256 = sha256_of(file)
+    numbers = {"weights": weights.name, "file": str(file), "bytes": file.stat().st_size, "sha256": sha256}
     lead = f"{weights.name}: {file}, {weights.size}"
-    if problem := weights.differs_from_record(numbers["sha256"]):
+    if problem := weights.differs_from_record(sha256):
         again = f"fetch it again: {setup_command()} --model {weights.name}"
         return Row("weights", "failed", f"{lead}: {problem}", (again,), numbers)
     try:
@@ -492,7 +494,7 @@ def weights_row(weights: WeightsFile) -> Row:
         found, remedy = found_and_remedy(str(error)[len("error: ") :])
         return Row("weights", "failed", f"{weights.name}: {found}", remedy, numbers)
     digest = re.search(r"fingerprint (\w+)", said)
-    numbers["fingerprint"] = digest and digest[1]
+    numbers |= {"fingerprint": digest and digest[1]}
     checked = ", SHA-256 as kept" if weights.recorded_sha256 else ""
     return Row("weights", "ok", f"{lead}{checked}; {said}", numbers=numbers)
 
@@ -503,7 +505,7 @@ def prompts_rows() -> Iterator[Row]:
     if not files:
         return
     vocabulary, transformers = vocabulary_path(files[0].whole), installed_version("transformers")
-    numbers = {"vocabulary": str(vocabulary), "transformers": transformers}
+    numbers: dict[str, object] = {"vocabulary": str(vocabulary), "transformers": transformers}
     remedies = {
         "its vocabulary": not vocabulary.exists() and f"{setup_command()} --model {files[0].name} fetches it",
         "the package transformers": transformers is None and "pip install transformers",
@@ -596,7 +598,7 @@ def cohort_rows(data_dir: Path | None) -> Iterator[Row]:
             yield Row("cohort", "failed", found, remedy, {"split": seen["split"]})
 
 
-PROBES = {"gpu": see_gpu, "cohort": see_cohort}
+PROBES: dict[str, Callable[..., object]] = {"gpu": see_gpu, "cohort": see_cohort}
 
 if __name__ == "__main__":
     print(json.dumps(PROBES[sys.argv[1]](*sys.argv[2:])))

@@ -34,7 +34,7 @@ def versions_text(versions: dict[str, str]) -> str:
     return comma_separated(f"{name}{TIED}{version}" for name, version in versions.items())
 
 
-def check_python(version: Sequence[int] = tuple(sys.version_info)) -> None:
+def check_python(version: Sequence[int] = sys.version_info[:3]) -> None:
     if tuple(version[:2]) < OLDEST_PYTHON:
         found = ".".join(str(part) for part in version[:3])
         raise SetupError(f"found Python {found}, expected 3.10 or newer; run this with a newer one (python3.11, ...)")
@@ -142,12 +142,13 @@ def pip_event(line: str) -> str | None:
 
 def run_pip(command: list[str]) -> tuple[int, list[str]]:
     """Runs pip, printing its few events with the seconds since the start; -> (exit code, its whole output)."""
-    started, lines = time.monotonic(), []
+    started = time.monotonic()
+    lines: list[str] = []
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, encoding="utf-8", errors="replace"
     ) as process:
-        for line in process.stdout:
+        for line in process.stdout or ():
             lines.append(line.rstrip())
             event = pip_event(line)
             if event:

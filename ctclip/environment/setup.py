@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import shlex
 import subprocess
@@ -355,7 +356,7 @@ def setup(options: argparse.Namespace) -> int:
     troubles = weights_step(options.model, options.slim) if options.model else {}
     if options.data:
         if options.stream_cache and troubles:
-            raise SetupError(f"--stream-cache needs the weights: {next(iter(troubles.values())).line()}")
+            raise SetupError(f"--stream-cache needs the weights: {next(iter(troubles.values()))}")
         data_step(options)
     else:
         device = verify_step()["device"]
@@ -444,8 +445,9 @@ def refuse_idle_flags(parser: OneLineParser, options: argparse.Namespace) -> Non
 
 def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):
-            stream.reconfigure(line_buffering=True, errors="replace")
+        with contextlib.suppress(ValueError):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(line_buffering=True, errors="replace")
     try:
         check_python()
         return setup(parse_arguments(sys.argv[1:] if arguments is None else arguments))

@@ -477,7 +477,7 @@ class WeightsFile:
 
     @property
     def size(self) -> str:
-        return size_text(self.path.stat().st_size)
+        return size_text((self.path or self.whole).stat().st_size)
 
     def recorded(self) -> dict:
         return read_record(self.whole)
@@ -496,7 +496,7 @@ class WeightsFile:
             return remote.difference(self.path)
         if remote is not None and remote.checksum == "SHA-256" and self.recorded().get("sha256") != remote.etag:
             return f"not made from the file that the hub has now, says {self.record}"
-        return self.differs_from_record(sha256_of(self.path)) if self.recorded_sha256 else None
+        return self.differs_from_record(sha256_of(self.path or self.whole)) if self.recorded_sha256 else None
 
     def differs_from_record(self, sha256: str) -> str | None:
         """What is wrong with a file of that SHA-256, by the record."""

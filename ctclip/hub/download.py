@@ -102,7 +102,8 @@ def draw_patients(volumes: Sequence[Volume], seed: int) -> list[str]:
         labels[volume.patient] = np.maximum(labels.get(volume.patient, 0), volume.labels)
     patients = sorted(labels)
     seen = np.zeros(len(ABNORMALITIES))
-    ahead, others = [], []
+    ahead: list[str] = []
+    others: list[str] = []
     for i in np.random.default_rng(seed).permutation(len(patients)):
         present = labels[patients[i]]
         (ahead if (present > seen).any() else others).append(patients[i])
@@ -249,17 +250,19 @@ class Failures:
     """Transfers that failed, and how many in a row for the same reason."""
 
     transfers: list[Transfer] = field(default_factory=list)
+    reason: str = ""  # of the first
     kind: str = ""
     in_a_row: int = 0
 
-    def add(self, transfer: Transfer) -> None:
+    def add(self, transfer: Transfer, error: HubError) -> None:
         """Prints the error; raises it once `IN_A_ROW` transfers, one after the other, have failed for that reason."""
-        print_note(f"{transfer.volume.name}: {transfer.error.reason}")
+        print_note(f"{transfer.volume.name}: {error.reason}")
         self.transfers.append(transfer)
-        self.in_a_row = self.in_a_row + 1 if transfer.error.kind == self.kind else 1
-        self.kind = transfer.error.kind
+        self.reason = self.reason or error.reason
+        self.in_a_row = self.in_a_row + 1 if error.kind == self.kind else 1
+        self.kind = error.kind
         if self.in_a_row >= IN_A_ROW and self.kind != "file":
-            raise transfer.error
+            raise error
 
     def reset(self) -> None:
         self.in_a_row, self.kind = 0, ""
@@ -268,8 +271,7 @@ class Failures:
         """At the end of a command that could not do everything."""
         if self.transfers:
             names = first_names([transfer.volume.name for transfer in self.transfers])
-            reason = self.transfers[0].error.reason
-            failed = f"{len(self.transfers)} volumes could not be fetched ({names}): {reason}"
+            failed = f"{len(self.transfers)} volumes could not be fetched ({names}): {self.reason}"
             raise HubError(failed, f"run the same command again: {kept}")
 
 
@@ -315,7 +317,7 @@ def _download_selection(selection: Selection, data_dir: Path, token: str) -> Non
     with bar, Downloader(wanted, token, inf) as downloader:
         for transfer in downloader:
             if transfer.error:
-                failures.add(transfer)
+                failures.add(transfer, transfer.error)
             else:
                 failures.reset()
                 bar.update(transfer.size)

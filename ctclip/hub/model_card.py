@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import timm
@@ -58,7 +59,7 @@ def origin(model: CTCLIPMultiAbnormalityModel, record: Mapping | None = None) ->
         return "imagenet" if said or ((record or {}).get("config") or {}).get("pretrained") else None
     config = (record or {}).get("config") or {}
     if config.get("model") == "ctclip":
-        said.append(config.get("ctclip_path") or (DEMO if record.get("phantom") else "ctclip_classfine"))
+        said.append(config.get("ctclip_path") or (DEMO if (record or {}).get("phantom") else "ctclip_classfine"))
     names = [published_name(path) for path in said]
     return next((name for name in names if name != DEMO), DEMO if names else None)
 
@@ -170,7 +171,7 @@ def _front_matter(
 ) -> str:
     tags = ["chest-ct", "medical-imaging", "radiology", "multi-label-classification", "pytorch_model_hub_mixin",
             "model_hub_mixin", "ct-clip" if model.is_ctclip else "timm", *(["phantoms"] if facts.phantom else [])]
-    fields = {"library_name": "pytorch", "pipeline_tag": "image-classification", "tags": sorted(tags)}
+    fields: dict[str, Any] = {"library_name": "pytorch", "pipeline_tag": "image-classification", "tags": sorted(tags)}
     if licence.name in HUB_LICENCES or licence.name == "unknown":
         fields["license"] = licence.name
     else:

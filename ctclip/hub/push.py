@@ -124,7 +124,8 @@ def push_with_card(
     Files there that belong to other weights are deleted. A card that a person wrote there is replaced by one that a
     person wrote in the run's folder, never by a generated one.
     """
-    generated = hand_written_card(model.folder) is None or not unchanged(model, model.folder)
+    own = model.folder
+    generated = own is None or hand_written_card(own) is None or not unchanged(model, own)
     keep_theirs = generated and card_on_the_hub(repo_id, token)
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)

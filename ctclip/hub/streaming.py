@@ -266,7 +266,8 @@ def read(transfer: Transfer, shape: tuple[int, int, int]) -> DownloadedVolume:
     found = DownloadedVolume(transfer, replace(transfer.volume, path=transfer.target))
     if transfer.error is not None:
         return found
-    found.cache_key, found.signature = cache_key(found.volume), file_signature(transfer.target)
+    size, tail = file_signature(transfer.target)
+    found.cache_key, found.signature = cache_key(found.volume), (size, str(tail))
     try:
         found.tensor, found.decision = read_volume(found.volume, shape)
     except VolumeError as error:
@@ -340,7 +341,7 @@ def stream(selection: Selection, options: StreamOptions) -> None:
     print_row("next", next_command(selection.split, options.data_dir, more))
 
 
-def is_encoded(cache: FeatureCache, key: str) -> bool:
+def is_encoded(cache: FeatureCache, key: str | None) -> bool:
     """Whether its codes are there, intact: a process may have been killed after them and before their line."""
     (row,), _ = cache.intact([key])
     return row is not None
@@ -357,7 +358,8 @@ def encode_transfers(
 ) -> None:
     device = next(model.parameters()).device
     manifest_path = options.data_dir / streamed_path(selection.split)
-    failures, quarantined, done, start = Failures(), [], 0, time.monotonic()
+    failures, done, start = Failures(), 0, time.monotonic()
+    quarantined: list[str] = []
     bar = tqdm(total=len(transfers), desc="stream", bar_format=BAR)
 
     def show(refresh: bool = True) -> None:
@@ -375,7 +377,7 @@ def encode_transfers(
         for found in prefetch(downloader, model.input_shape, show):
             transfer, name = found.transfer, found.volume.name
             if transfer.error:
-                failures.add(transfer)
+                failures.add(transfer, transfer.error)
                 for part in parts_of(transfer.target):  # it would take room that others need
                     remove(part)
             else:
@@ -383,7 +385,7 @@ def encode_transfers(
                 if found.unreadable:
                     print_note(f"quarantined: {name}: {found.unreadable}")
                     quarantined.append(name)
-                elif not is_encoded(cache, found.cache_key):
+                elif found.tensor is not None and found.decision and not is_encoded(cache, found.cache_key):
                     codes = model.encode_for_cache(found.tensor[None].to(device))
                     cache.append([found.volume], codes, [found.decision], [found.cache_key], len(transfers) - done)
                 manifest.add(name, Streamed(selection.fixed, *found.signature, transfer.sha256, found.unreadable))

@@ -41,7 +41,7 @@ from ctclip_model import (
     unused_reason,
 )
 
-PHANTOM = {"seed": 2026, "shape": (180, 180, 90), "spacing": (2.0, 2.0, 4.0)}  # x, y, z; mm
+PHANTOM_SEED, PHANTOM_SHAPE, PHANTOM_SPACING = 2026, (180, 180, 90), (2.0, 2.0, 4.0)  # x, y, z; mm
 VALUES = 18  # numbers shown: the logits, or as many of the latent's
 TOLERANCE = 0.02  # of a number of about 1: processors differ in rounding, and a code that is nearly a tie may flip
 
@@ -82,8 +82,8 @@ def tensors_digest(model: CTCLIPMultiAbnormalityModel) -> str:
 
 def fixed_phantom(shape: tuple[int, int, int]) -> Tensor:
     """The volume that fingerprints are taken of, (1, 1, D, H, W): by way of a file, so that reading is part of it."""
-    phantom = make_phantom(PHANTOM["seed"], np.arange(VALUES) % 2, PHANTOM["spacing"], PHANTOM["shape"])
-    x, y, z = PHANTOM["spacing"]
+    x, y, z = PHANTOM_SPACING
+    phantom = make_phantom(PHANTOM_SEED, np.arange(VALUES) % 2, PHANTOM_SPACING, PHANTOM_SHAPE)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "phantom.nii")
         nibabel.save(nibabel.Nifti1Image(phantom.hu, np.diag([-x, -y, z, 1])), path)
@@ -109,8 +109,8 @@ def fingerprint(model: CTCLIPMultiAbnormalityModel) -> Fingerprint:
 
 def recorded_fingerprint(weights: Path) -> Fingerprint | None:
     """That of the record; None where there is none, or something else in its place."""
-    kept = read_record(weights).get("fingerprint")
     try:
+        kept = read_record(weights)["fingerprint"]
         return Fingerprint(**kept | {"values": tuple(map(float, kept["values"]))})
     except (TypeError, KeyError, ValueError):
         return None
