@@ -331,7 +331,8 @@ def test_the_picture_is_turned_as_radiologists_look():
 
 
 def test_evidence_against_is_not_coloured():
-    figure = explain.explain_figure(torch.zeros(1, 1, 12, 20, 20), np.full((3, 4, 4), -1.0), cube(), "t", SOFT_TISSUE_WINDOW)
+    evidence = np.full((3, 4, 4), -1.0)
+    figure = explain.explain_figure(torch.zeros(1, 1, 12, 20, 20), evidence, cube(), "t", SOFT_TISSUE_WINDOW)
     pictures = [ax for ax in figure.axes if len(ax.images) == 2]
     assert pictures and not any(ax.images[1].get_alpha().any() or ax.collections for ax in pictures)
     assert any("No token within the scan speaks" in text.get_text() for ax in figure.axes for text in ax.texts)
