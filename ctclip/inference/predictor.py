@@ -7,35 +7,38 @@ import sys
 from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
-from ctclip.evaluation.metrics import EvaluationError
-from ctclip_model import CheckpointError, CTCLIPMultiAbnormalityModel
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    import torch
+from ctclip.data.feature_cache import FeatureCache, cache_keys, encoding
+from ctclip.data.preprocessing import PUBLISHED_SHAPE, Batch, Volume, read_ahead
+from ctclip.errors import UserError
+from ctclip.evaluation.run_folder import RunError
+from ctclip.inference.prompts import load_with_prompts
+from ctclip_model import CheckpointError, CTCLIPMultiAbnormalityModel, PromptError, Prompts
 
-    from ctclip.data.feature_cache import FeatureCache
-    from ctclip.data.preprocessing import Batch, Volume
-    from ctclip_model import Prompts
+Items = TypeVar("Items", bound=Sequence)
+
+
+class MachineError(UserError):
+    """A device or a number of workers that cannot be had here."""
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    import torch
-
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise EvaluationError(f"--device {name}: not usable here ({reason}), expected cpu, cuda or cuda:N") from error
+        raise MachineError(f"--device {name}: not usable here ({reason}), expected cpu, cuda or cuda:N") from error
     return device
 
 
 def choose_precision(device: torch.device) -> torch.dtype:
     """bf16 where the hardware multiplies it natively, fp16 on older cards (T4), float32 elsewhere."""
-    import torch
-
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
@@ -44,7 +47,7 @@ def choose_precision(device: torch.device) -> torch.dtype:
 def choose_workers(workers: int | None) -> int:
     """Reading processes of training: as asked for, else up to 8; none on two cores, where they only compete."""
     if workers is not None and workers < 0:
-        raise EvaluationError(f"--workers is {workers}, expected at least 0")
+        raise MachineError(f"--workers is {workers}, expected at least 0")
     cpus = os.cpu_count() or 1
     return workers if workers is not None else min(8, cpus) if cpus > 2 else 0
 
@@ -54,33 +57,45 @@ def load_model(
 ) -> CTCLIPMultiAbnormalityModel:
     """The model of a run folder, or of a CT-CLIP file that brings its head, or a text tower to make one of; in
     evaluation mode, on the device. With `prompts` the file's text tower makes a head for these findings."""
-    from safetensors import SafetensorError
-
-    from ctclip.inference.prompts import load_with_prompts
-
     checkpoint = Path(checkpoint)
-    if checkpoint.is_dir():
-        if prompts is not None:
-            raise EvaluationError(f"{checkpoint}: found a run, which keeps no text tower, expected a CT-CLIP file for "
-                                  "prompts; name one with --checkpoint (models/ctclip_zeroshot.pt)")
-        if not (checkpoint / "model.safetensors").is_file():
-            raise EvaluationError(f"{checkpoint}: found no model.safetensors, expected a run with a finished epoch")
-        try:
-            model = CTCLIPMultiAbnormalityModel.from_pretrained(checkpoint)
-        except SafetensorError as error:
-            raise CheckpointError(f"{checkpoint}/model.safetensors: found a damaged file ({error}), expected a run's "
-                                  "weights; resume the run, or copy the file again") from error
-    else:
-        model = load_with_prompts(checkpoint, prompts)
-        if model.load_report.new:
-            remedy = (
-                "its answers would all be 0.5. Expected a ClassFine file or a run folder; fine-tune first with python "
-                "ctclip_training.py --ctclip-path"
-            )
-            if model.load_report.no_prompts_reason:
-                remedy = f"and none can be made from prompts: {model.load_report.no_prompts_reason}"
-            raise CheckpointError(f"{checkpoint} has no classification head: {remedy}")
+    model = _load_run(checkpoint, prompts) if checkpoint.is_dir() else _load_file(checkpoint, prompts)
     return model.to(choose_device(device)).eval()
+
+
+def _load_run(folder: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityModel:
+    if prompts is not None:
+        raise PromptError(
+            f"{folder}: found a run, which has no text tower, expected a CT-CLIP file for prompts; name one with "
+            "--checkpoint (models/ctclip_zeroshot.pt)"
+        )
+    if not (folder / "model.safetensors").is_file():
+        raise RunError(f"{folder}: found no model.safetensors, expected a run with a finished epoch")
+    try:
+        return CTCLIPMultiAbnormalityModel.from_pretrained(folder)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{folder}/model.safetensors: found a damaged file ({error}), expected a run's weights; resume the run, or "
+            "copy the file again"
+        ) from error
+
+
+def _load_file(path: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityModel:
+    model = load_with_prompts(path, prompts)
+    if not model.load_report.new:
+        return model
+    if model.load_report.no_prompts_reason:
+        remedy = f"and none can be made from prompts: {model.load_report.no_prompts_reason}"
+    else:
+        remedy = (
+            "its answers would all be 0.5. Expected a ClassFine file or a run folder; fine-tune first with python "
+            "ctclip_training.py --ctclip-path"
+        )
+    raise CheckpointError(f"{path} has no classification head: {remedy}")
+
+
+def chunks(items: Items, size: int) -> list[Items]:
+    """A sequence in pieces of `size`, the last perhaps shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def predict_volumes(
@@ -105,27 +120,21 @@ def predict_volumes(
     `resample_there`: on a GPU from the stored integers, equal but for rounding; each reading thread then needs some
     0.5 GB of the GPU's memory.
     """
-    import torch
-    from tqdm import tqdm
-
-    from ctclip.data.feature_cache import cache_keys, encoding
-    from ctclip.data.preprocessing import PUBLISHED_SHAPE, read_ahead
-
     device = next(model.parameters()).device
     entries: list[int | None] = [None] * len(volumes)
     if cache is not None:
         entries, _ = cache.intact(cache_keys(volumes))
-    stored = _pieces([i for i, entry in enumerate(entries) if entry is not None], batch_size)
+    stored = chunks([i for i, entry in enumerate(entries) if entry is not None], batch_size)
     held = max(1, min(batch_size, prod(PUBLISHED_SHAPE) // prod(model.input_shape)))  # no more voxels than one of those
-    unread = _pieces([i for i, entry in enumerate(entries) if entry is None], held)
+    unread = chunks([i for i, entry in enumerate(entries) if entry is None], held)
     there = device if resample_there and device.type == "cuda" else None
     loader = read_ahead(volumes, model.input_shape, unread, max(1, choose_workers(workers)), there)
     rows: dict[int, torch.Tensor] = {}
     with encoding(model, device), tqdm(total=len(volumes), desc=title, unit="vol", delay=2, leave=False) as progress:
-        for piece in stored:
-            logits = model.head(cache.head_inputs(model, [entries[i] for i in piece], device))
-            rows |= dict(zip(piece, logits.cpu(), strict=True))
-            progress.update(len(piece))
+        for chunk in stored:
+            logits = model.head(cache.head_inputs(model, [entries[i] for i in chunk], device))
+            rows |= dict(zip(chunk, logits.cpu(), strict=True))
+            progress.update(len(chunk))
         for batch in loader:
             if on_batch is not None:
                 on_batch(batch)
@@ -142,12 +151,6 @@ def predict_volumes(
     return read, torch.stack([rows[i] for i in read]) if read else torch.zeros(0, len(model.labels))
 
 
-def _pieces(items: list[int], size: int) -> list[list[int]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
 def print_failures(batch: Batch) -> None:
-    from tqdm import tqdm
-
     for name, reason in batch.failures:
         tqdm.write(f"skipped: {name}: {reason}", file=sys.stderr)

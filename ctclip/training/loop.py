@@ -42,16 +42,16 @@ from ctclip.evaluation.metrics import auroc_difference, compute_metrics
 from ctclip.evaluation.run_folder import RESULT_FILES, newest_run, run_record
 from ctclip.evaluation.tables import write_table
 from ctclip.fileio import replacing
-from ctclip.inference.predictor import predict_volumes
+from ctclip.inference.predictor import chunks, predict_volumes
 from ctclip.training.checkpoint import StateError, load_newest, or_explain, save_state
 from ctclip.training.run import (
+    CACHED_AT_ONCE,
     Interrupted,
     Job,
     Run,
     Split,
     frozen_inputs,
     load_features,
-    parts,
     prepare,
 )
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, ModelError
@@ -288,7 +288,7 @@ def pieces_of(
     for batch in batches:
         mine = run.ranks.shard(batch)
         size = run.micro_batch * (1 if split.rows is None else CACHED_PIECE)
-        cut = [mine[start : start + size] for start in range(0, len(mine), size)] or [[]]
+        cut = chunks(mine, size) or [[]]
         pieces += cut
         ends += [False] * (len(cut) - 1) + [True]
     if split.rows is not None:
@@ -371,8 +371,8 @@ def tune(model: CTCLIPMultiAbnormalityModel, split: Split, run: Run, chosen: lis
     mine = run.ranks.shard(chosen)
     read, logits = mine, torch.zeros(0, len(ABNORMALITIES))
     if mine and split.rows is not None:
-        chunks = [mine[part.start : part.stop] for part in parts(mine)]
-        logits = torch.cat([model.head(frozen_inputs(run, model, split, chunk)).float().cpu() for chunk in chunks])
+        inputs = (frozen_inputs(run, model, split, part) for part in chunks(mine, CACHED_AT_ONCE))
+        logits = torch.cat([model.head(part).float().cpu() for part in inputs])
     elif mine:
         read, logits = encode_and_predict(model, split, run, mine)
     found: dict[int, Tensor | None] = dict.fromkeys(chosen)

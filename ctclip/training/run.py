@@ -20,7 +20,7 @@ from ctclip.config import QUICK_TEST_VOLUMES, SYNTHETIC_NOTE, Machine, TrainingC
 from ctclip.data.feature_cache import FeatureCache, encode_missing
 from ctclip.data.preprocessing import FETCH_COMMAND, Cohort, Volume, load_cohort, micro_batch_size, split_by_patient
 from ctclip.distributed import Ranks
-from ctclip.inference.predictor import choose_device, choose_precision, choose_workers
+from ctclip.inference.predictor import choose_device, choose_precision, choose_workers, chunks
 from ctclip.inference.prompts import load_with_prompts
 from ctclip.phantoms.cohort import is_phantom_cohort, write_phantom_cohort
 from ctclip_model import (
@@ -30,6 +30,8 @@ from ctclip_model import (
     balanced_label_weights,
     create_loss,
 )
+
+CACHED_AT_ONCE = 64  # volumes whose cached codes are on the device at a time
 
 
 class Interrupted(KeyboardInterrupt):
@@ -232,12 +234,9 @@ def load_features(run: Run, model: CTCLIPMultiAbnormalityModel, splits: dict[str
             raise TrainingError(f"none of the {len(rows)} {name} volumes could be read; see the lines above")
         run.readings |= dict(zip(split.names, run.cache.readings(split.rows), strict=True))
         if model.cache_format == "pooled" or (model.is_ctclip and model.head_name != "attention"):
-            split.features = torch.cat([frozen_inputs(run, model, split, part).cpu() for part in parts(split.rows)])
+            parts = chunks(range(len(split.rows)), CACHED_AT_ONCE)
+            split.features = torch.cat([frozen_inputs(run, model, split, part).cpu() for part in parts])
     run.exchange_records()
-
-
-def parts(items: Sequence, size: int = 64) -> list[range]:
-    return [range(start, min(start + size, len(items))) for start in range(0, len(items), size)]
 
 
 @torch.no_grad()
