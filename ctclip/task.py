@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ctclip.config import PREDICTIONS, given_evaluation_flags
-from ctclip.data.preprocessing import load_cohort
+from ctclip.data.cohort import load_cohort
 from ctclip.evaluation.command import evaluate_and_write, settings_from_flags
 from ctclip.evaluation.metrics import EvaluationError
 from ctclip.evaluation.run_folder import newest_run, results_folder

@@ -33,13 +33,13 @@ def fast():
     import torch
     from helpers_training import read_once
 
-    from ctclip.data import preprocessing
+    from ctclip.data import loading
     from ctclip.training import loop
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocessing, "read_volume", read_once)
+        patch.setattr(loading, "read_volume", read_once)
         patch.setattr(loop, "write_training_figure", lambda *args: None)
         yield
     torch.set_num_threads(threads)

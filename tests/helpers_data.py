@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
-from ctclip.data.preprocessing import ABNORMALITIES, labels_path, metadata_path, volume_path
+from ctclip.data.ct_rate import labels_path, metadata_path, volume_path
+from ctclip_model import ABNORMALITIES
 
 SMALL = (24, 48, 48)  # 15 mm and 7.5 mm: the whole cube in 55 thousand voxels
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ctclip.data import preprocessing
+from ctclip.data.preprocessing import read_volume
 
-read_volume = preprocessing.read_volume
 kept: dict[tuple, tuple] = {}
 
 

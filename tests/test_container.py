@@ -18,7 +18,7 @@ import pytest
 from helpers_data import affine_of, chest
 from helpers_scans import write_mha
 
-from ctclip.data.preprocessing import PREVALENCE
+from ctclip.data.ct_rate import PREVALENCE
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 
 ROOT = Path(__file__).parent.parent

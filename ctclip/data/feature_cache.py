@@ -36,19 +36,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ctclip.data.cohort import Volume
+from ctclip.data.ct_rate import FETCH_COMMAND, GEOMETRY_COLUMNS, is_version_2, split_of
 from ctclip.data.digest import tensors_sha256
-from ctclip.data.preprocessing import (
-    FETCH_COMMAND,
-    GEOMETRY_COLUMNS,
-    PREPROCESSING_VERSION,
-    Batch,
-    HuDecision,
-    Volume,
-    _in_fixed_folder,
-    micro_batch_size,
-    split_of,
-    volume_loader,
-)
+from ctclip.data.hounsfield import HuDecision
+from ctclip.data.loading import Batch, micro_batch_size, volume_loader
+from ctclip.data.preprocessing import PREPROCESSING_VERSION
 from ctclip.distributed import Ranks
 from ctclip.errors import UserError
 from ctclip.fileio import DISK_FULL
@@ -79,7 +72,7 @@ def cache_key(volume: Volume) -> str | None:
     except OSError:  # reading it will fail as well, and say why
         return None
     row = volume.metadata and {column: volume.metadata.get(column) for column in GEOMETRY_COLUMNS}
-    parts = [volume.name, _in_fixed_folder(volume.path), row, size, content]
+    parts = [volume.name, is_version_2(volume.path), row, size, content]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

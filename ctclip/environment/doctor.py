@@ -529,7 +529,7 @@ def prompts_rows() -> Iterator[Row]:
 
 def see_cohort(data_dir: str) -> list[dict]:
     """Of each split whose label table is there: what it holds, and how its first, middle and last file are read."""
-    from ctclip.data.preprocessing import SPLITS, labels_path
+    from ctclip.data.ct_rate import SPLITS, labels_path
 
     if not Path(data_dir).is_dir():
         return [{"split": None, "error": f"found no folder {data_dir}, expected the cohort's; check --data-dir"}]
@@ -541,7 +541,11 @@ def see_cohort(data_dir: str) -> list[dict]:
 
 
 def see_split(data_dir: str, split: str) -> dict:
-    from ctclip.data.preprocessing import VOLUME_SUFFIX, CohortError, VolumeError, load_cohort, read_volume
+    from ctclip.data.cohort import load_cohort
+    from ctclip.data.ct_rate import VOLUME_SUFFIX
+    from ctclip.data.preprocessing import read_volume
+    from ctclip.data.tables import CohortError
+    from ctclip.data.volume_file import VolumeError
 
     try:
         cohort = load_cohort(data_dir, split)

@@ -247,7 +247,7 @@ def data_step(options: argparse.Namespace) -> None:
     from huggingface_hub.utils import disable_progress_bars
 
     from ctclip.data.feature_cache import CacheError
-    from ctclip.data.preprocessing import CohortError
+    from ctclip.data.tables import CohortError
     from ctclip.errors import UserError
     from ctclip.hub.download import Selection, download_tables, download_volumes
     from ctclip_model import CheckpointError

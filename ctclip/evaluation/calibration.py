@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logit
 
 from ctclip.config import CALIBRATION_FILE, METHODS
-from ctclip.data.preprocessing import PREVALENCE
+from ctclip.data.ct_rate import PREVALENCE
 from ctclip.evaluation.metrics import EvaluationError, checked
 from ctclip.evaluation.thresholds import rescale_to_half, target_rates, tune_global_threshold, tune_label_thresholds
 from ctclip.fileio import replacing

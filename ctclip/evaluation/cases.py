@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ctclip.data.preprocessing import FETCH_COMMAND, Volume, VolumeError, load_cohort, read_volume
+from ctclip.data.cohort import Volume, load_cohort
+from ctclip.data.ct_rate import FETCH_COMMAND
+from ctclip.data.preprocessing import read_volume
+from ctclip.data.volume_file import VolumeError
 from ctclip.data.windows import Window, display_window
 from ctclip.evaluation.results import FittedThresholds
 from ctclip.evaluation.tables import Rows, row_keys

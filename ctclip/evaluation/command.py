@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from ctclip.config import CALIBRATION_FILE, Settings
-from ctclip.data.preprocessing import CohortError, read_metadata
+from ctclip.data.cohort import read_metadata
+from ctclip.data.tables import CohortError
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import load_calibration, read_prevalence
 from ctclip.evaluation.cases import with_pictures, worst_cases

@@ -24,7 +24,7 @@ OVERCONFIDENCE = 1.79  # added to the scores, as logits: 97 % of them lie above 
 
 def over_predictor(n_patients: int, seed: int, prefix: str) -> tuple[list[str], np.ndarray, np.ndarray]:
     """(names, labels (N, 18), probabilities (N, 18)); a patient's two volumes have one label and nearly one score."""
-    from ctclip.data.preprocessing import PREVALENCE
+    from ctclip.data.ct_rate import PREVALENCE
 
     rng = np.random.default_rng(seed)
     shape = n_patients, len(ABNORMALITIES)

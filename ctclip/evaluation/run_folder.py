@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from ctclip.config import CALIBRATION_FILE, DEFAULT_OBJECTIVE
-from ctclip.data.preprocessing import metadata_path, read_metadata
+from ctclip.data.cohort import read_metadata
+from ctclip.data.ct_rate import metadata_path
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration, fit_calibration, load_calibration
 from ctclip.evaluation.tables import load_labels, load_predictions, tuning_rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ctclip.config import UNITS
+from ctclip.data.ct_rate import names_patient, patient_of, scan_of
+from ctclip.data.tables import Table, number, read_table, some
 from ctclip.evaluation.metrics import EvaluationError, checked
 from ctclip.fileio import replacing
 from ctclip_model import ABNORMALITIES
@@ -25,7 +26,10 @@ def load_predictions(path: str | Path) -> pd.DataFrame:
     Any fault of the file raises EvaluationError naming file, line and remedy. `attrs` keep the path as "source" and
     {name: line of the file} as "lines".
     """
-    frame = _read_table(path)
+    table = _read_table(path)
+    if table.repeated:
+        raise EvaluationError(table.repeated[0])
+    frame = _frame(table)
     values = frame.to_numpy()
     bad = ~((values >= 0) & (values <= 1))  # NaN fails both comparisons
     _refuse_values(path, frame, bad, "a probability in [0, 1]", "write sigmoid outputs, not logits")
@@ -33,71 +37,32 @@ def load_predictions(path: str | Path) -> pd.DataFrame:
 
 
 def load_labels(path: str | Path) -> pd.DataFrame:
-    """Labels 0/1 (int8) from a CSV with CT-RATE's header; otherwise like load_predictions."""
-    frame = _read_table(path)
+    """Labels 0/1 (int8) from a CSV with CT-RATE's header; otherwise like load_predictions. Identical rows of a volume
+    count once, as in training."""
+    frame = _frame(_read_table(path))
     bad = ~np.isin(frame.to_numpy(), (0, 1))
     _refuse_values(path, frame, bad, "0 or 1", "correct the label or remove the row")
     return frame.astype(np.int8)
 
 
-def _read_table(path: str | Path) -> pd.DataFrame:
+def _read_table(path: str | Path) -> Table:
+    """A table in which every row is whole. Training skips the others; here they would change what is measured."""
+    table = read_table(path, ABNORMALITIES, error=EvaluationError)
+    if table.faults:
+        raise EvaluationError(table.faults[0])
+    if not table.rows:
+        raise EvaluationError(f"{path}: found no rows below the header, expected at least one volume; add them")
+    return table
+
+
+def _frame(table: Table) -> pd.DataFrame:
     """The 18 columns as floats; text that is no number becomes NaN."""
     import pandas as pd
 
-    header, rows = _read_rows(path)
-    columns = _find_columns(path, header)
-    names: dict[str, int] = {}
-    for line, row in rows:
-        if len(row) != len(header):
-            raise EvaluationError(
-                f"{path}, line {line}: found {len(row)} values, expected {len(header)} as in the header; repair it"
-            )
-        name = row[columns[0]].strip()
-        if not name:
-            raise EvaluationError(f"{path}, line {line}: found no VolumeName, expected one; name the volume")
-        if name in names:
-            raise EvaluationError(
-                f"{path}, line {line}: found {name} again, expected one row per volume (first on line {names[name]}); "
-                "remove one of the two"
-            )
-        names[name] = line
-    values = np.array([[_number(row[j]) for j in columns[1:]] for _, row in rows])
-    frame = pd.DataFrame(values, index=pd.Index(names, name="VolumeName"), columns=list(ABNORMALITIES))
-    frame.attrs |= {"source": str(path), "lines": names}
+    values = np.array([[number(cell) for cell in cells] for cells in table.rows.values()])
+    frame = pd.DataFrame(values, index=pd.Index(table.rows, name="VolumeName"), columns=list(ABNORMALITIES))
+    frame.attrs |= {"source": str(table.path), "lines": table.lines}
     return frame
-
-
-def _read_rows(path: str | Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and (line number, fields) of every row that is not blank."""
-    remedy = "give one with VolumeName and the 18 abnormalities, separated by commas"
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as handle:  # -sig: spreadsheets put a byte order mark first
-            reader = csv.reader(handle, strict=True)
-            rows = [(reader.line_num, row) for row in reader if any(field.strip() for field in row)]
-    except OSError as error:
-        raise EvaluationError(f"{path}: found no readable file ({error.strerror}), expected a CSV; {remedy}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        found = f"something that is not text in columns ({error})"
-        raise EvaluationError(f"{path}: found {found}, expected a CSV; {remedy}") from error
-    if len(rows) < 2:
-        found = "no rows below the header" if rows else "an empty file"
-        raise EvaluationError(f"{path}: found {found}, expected at least one volume; {remedy}")
-    return [field.strip() for field in rows[0][1]], rows[1:]
-
-
-def _find_columns(path: str | Path, header: list[str]) -> list[int]:
-    """Positions of VolumeName and the 18 labels in the header, wherever they stand."""
-    wanted = ("VolumeName", *ABNORMALITIES)
-    missing = [name for name in wanted if name not in header]
-    if missing:
-        raise EvaluationError(
-            f"{path}: found no column {some(missing)}, expected VolumeName and the 18 abnormalities; "
-            "check the spelling and that commas separate the columns"
-        )
-    twice = [name for name in wanted if header.count(name) > 1]
-    if twice:
-        raise EvaluationError(f"{path}: found column {some(twice)} twice, expected it once; remove one of the two")
-    return [header.index(name) for name in wanted]
 
 
 def _refuse_values(
@@ -114,18 +79,6 @@ def _refuse_values(
         f"{path}, line {frame.attrs['lines'][name]}: found {found} for {frame.columns[column]} of {name}{more}, "
         f"expected {expected}; {remedy}"
     )
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return np.nan
-
-
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first few names, quoted, and how many more there are."""
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def write_table(path: str | Path, names: Sequence[str], values: np.ndarray) -> None:
@@ -254,20 +207,16 @@ def check_no_overlap(reported: np.ndarray, tuning: np.ndarray, source: str) -> N
 
 def patients_of(names: Sequence[str]) -> np.ndarray:
     """Patient of each volume, read from its name: train_12_a_1.nii.gz and train_12_b_2.nii.gz are both train_12."""
-    from ctclip.data.preprocessing import patient_of
-
     return np.array([patient_of(name) for name in names])
 
 
 def count_unnamed(names: Sequence[str]) -> int:
     """Volumes whose name is not of CT-RATE's form, so that patients_of may tell patients apart wrongly."""
-    return sum(len(name.split("_")) < 4 for name in names)
+    return sum(not names_patient(name) for name in names)
 
 
 def scans_of(names: Sequence[str]) -> np.ndarray:
     """Scan of each volume, read from its name: train_12_a_1.nii.gz and train_12_a_2.nii.gz are both train_12_a."""
-    from ctclip.data.preprocessing import scan_of
-
     return np.array([scan_of(name) for name in names])
 
 

@@ -18,15 +18,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ctclip.data.preprocessing import (
-    SPLITS,
-    Volume,
-    labels_path,
-    listed_volumes,
-    metadata_path,
-    no_chest_path,
-    volume_path,
-)
+from ctclip.data.cohort import Volume, listed_volumes
+from ctclip.data.ct_rate import SPLITS, labels_path, metadata_path, no_chest_path, volume_path
 from ctclip.formatting import INDENT, print_row, size_text
 from ctclip.hub.client import (
     HubError,

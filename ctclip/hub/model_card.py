@@ -17,7 +17,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ctclip.card_file import MARK
 from ctclip.config import SYNTHETIC_NOTE
-from ctclip.data.preprocessing import FIELD_OF_VIEW_MM, HU_MAX, HU_MIN
+from ctclip.data.geometry import FIELD_OF_VIEW_MM
+from ctclip.data.hounsfield import HU_MAX, HU_MIN
 from ctclip.evaluation.text_report import decimal, fitted_on, percent
 from ctclip.hub.client import REPOSITORY
 from ctclip.hub.published import CardError, Facts

@@ -27,6 +27,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ctclip.data.cohort import Streamed, Volume, read_streamed
+from ctclip.data.ct_rate import VOLUME_SUFFIX, scan_of, streamed_path, volume_path
 from ctclip.data.feature_cache import (
     LINE_BYTES,
     FeatureCache,
@@ -38,18 +40,9 @@ from ctclip.data.feature_cache import (
     file_signature,
     write_all,
 )
-from ctclip.data.preprocessing import (
-    VOLUME_SUFFIX,
-    HuDecision,
-    Streamed,
-    Volume,
-    VolumeError,
-    read_streamed,
-    read_volume,
-    scan_of,
-    streamed_path,
-    volume_path,
-)
+from ctclip.data.hounsfield import HuDecision
+from ctclip.data.preprocessing import read_volume
+from ctclip.data.volume_file import VolumeError
 from ctclip.distributed import Ranks
 from ctclip.formatting import print_row, size_text
 from ctclip.hub.client import SPARE_BYTES, HubError, file_lock, find_token, parts_of

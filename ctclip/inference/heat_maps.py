@@ -24,8 +24,9 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from ctclip.data.preprocessing import FIELD_OF_VIEW_MM, VOLUME_SUFFIX, Placement
-from ctclip.data.readers import GzipFile
+from ctclip.data.ct_rate import VOLUME_SUFFIX
+from ctclip.data.geometry import FIELD_OF_VIEW_MM, Placement
+from ctclip.data.inflate import GzipFile
 from ctclip.data.windows import Window, display_window
 from ctclip.evaluation.figures import GREY, INK, new_figure, write_figure
 from ctclip.evaluation.metrics import EvaluationError

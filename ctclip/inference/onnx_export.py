@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctclip.data.preprocessing import FIELD_OF_VIEW_MM
+from ctclip.data.geometry import FIELD_OF_VIEW_MM
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.run_folder import run_calibration

@@ -13,8 +13,10 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from ctclip.data.cohort import Volume
 from ctclip.data.feature_cache import FeatureCache, cache_keys, encoding
-from ctclip.data.preprocessing import PUBLISHED_SHAPE, Batch, Volume, read_ahead
+from ctclip.data.geometry import PUBLISHED_SHAPE
+from ctclip.data.loading import Batch, read_ahead
 from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import RunError
 from ctclip.inference.prompts import load_with_prompts

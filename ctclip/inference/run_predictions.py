@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from ctclip.config import TrainingConfig
+from ctclip.data.cohort import Volume, load_cohort
+from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.feature_cache import FeatureCache
-from ctclip.data.preprocessing import FETCH_COMMAND, Volume, load_cohort
 from ctclip.evaluation.results import EvaluationInputs
 from ctclip.evaluation.run_folder import RunError, read_history, results_folder, run_record, run_tuning
 from ctclip.evaluation.tables import load_labels, load_predictions, write_table

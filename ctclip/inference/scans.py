@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ctclip.config import SYNTHETIC_NOTE
-from ctclip.data.readers import FILE_SUFFIXES, SERIES_PREFIX, VolumeError, is_dicom, series_of
+from ctclip.data.dicom import SERIES_PREFIX, is_dicom, series_of
+from ctclip.data.readers import FILE_SUFFIXES
+from ctclip.data.volume_file import VolumeError
 from ctclip.evaluation.metrics import EvaluationError
 from ctclip.evaluation.run_folder import newest_run, run_calibration, run_record, run_tuning
 from ctclip.fileio import replacing
@@ -165,7 +167,7 @@ def predict(
     Raises:
         EvaluationError, CheckpointError, FileNotFoundError: one line each, before anything is computed.
     """
-    from ctclip.data.preprocessing import Volume
+    from ctclip.data.cohort import Volume
 
     if form not in FORMS:
         raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
@@ -247,7 +249,7 @@ class _Pictures:
         self.files: list[Path] = []
 
     def add(self, index: int, voxels: torch.Tensor, probabilities: np.ndarray) -> None:
-        from ctclip.data.preprocessing import place_volume
+        from ctclip.data.geometry import place_volume
         from ctclip.inference.heat_maps import explain_scan
 
         scan = self.scans[index]
@@ -323,7 +325,7 @@ def write_results(path: Path, table: pd.DataFrame, instead: np.ndarray) -> None:
 def prevalence(checkpoint: Path) -> np.ndarray:
     """(18,) share of positive volumes among a run's tuning patients, who are drawn like its training patients; without
     them, and for a weights file, in CT-RATE's train split."""
-    from ctclip.data.preprocessing import PREVALENCE
+    from ctclip.data.ct_rate import PREVALENCE
 
     tuning = run_tuning(checkpoint) if checkpoint.is_dir() else None
     return np.array(list(PREVALENCE.values())) if tuning is None else tuning[1].to_numpy().mean(axis=0)

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ctclip.config import SYNTHETIC_NOTE
-from ctclip.data.preprocessing import PREVALENCE, labels_path, metadata_path, no_chest_path, volume_path
+from ctclip.data.ct_rate import PREVALENCE, labels_path, metadata_path, no_chest_path, volume_path
 from ctclip.fileio import replacing
 from ctclip.phantoms.findings import draw_labels
 from ctclip.phantoms.patient import AIR, Patient, Purpose, random_stream

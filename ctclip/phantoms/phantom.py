@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ctclip.data.preprocessing import PREVALENCE
+from ctclip.data.ct_rate import PREVALENCE
 from ctclip.errors import UserError
 from ctclip.phantoms.findings import IN_LUNG, Findings, draw_labels, paint_body, with_findings
 from ctclip.phantoms.patient import AIR, TORSO_DEPTH, TORSO_Z, Patient, Purpose, random_stream

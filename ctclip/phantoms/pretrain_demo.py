@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from ctclip.cli import OneLineParser, run_cli
 from ctclip.config import SYNTHETIC_NOTE
-from ctclip.data.preprocessing import FIELD_OF_VIEW_MM, preprocess_volume
+from ctclip.data.geometry import FIELD_OF_VIEW_MM
+from ctclip.data.preprocessing import preprocess_volume
 from ctclip.fileio import replacing
 from ctclip.phantoms.phantom import make_phantom
 from ctclip_model import (

@@ -22,7 +22,7 @@ import torch
 
 from ctclip.config import SYNTHETIC_NOTE
 from ctclip.data.feature_cache import FeatureCache, encoding, existing
-from ctclip.data.preprocessing import VolumeDataset
+from ctclip.data.loading import VolumeDataset
 from ctclip.training.checkpoint import KEEP
 from ctclip.training.loop import CACHED_PIECE, Moving, accumulate, out_of_memory
 from ctclip.training.run import Job, Machine, TrainingConfig, TrainingError, prepare

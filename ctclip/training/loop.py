@@ -31,11 +31,9 @@ from ctclip import __version__
 from ctclip.card_file import discard_card
 from ctclip.config import MOVABLE, Machine, TrainingConfig, TrainingError, config_from_flags, machine_from_flags
 from ctclip.data.feature_cache import CacheError, encoder_digest
-from ctclip.data.preprocessing import (
-    CohortError,
-    VolumeError,
-    volume_loader,
-)
+from ctclip.data.loading import volume_loader
+from ctclip.data.tables import CohortError
+from ctclip.data.volume_file import VolumeError
 from ctclip.errors import UserError
 from ctclip.evaluation.figures import TRAINING_CURVES, write_training_figure
 from ctclip.evaluation.metrics import auroc_difference, compute_metrics

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ctclip.config import QUICK_TEST_VOLUMES, SYNTHETIC_NOTE, Machine, TrainingConfig, TrainingError
+from ctclip.data.cohort import Cohort, Volume, load_cohort
+from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.feature_cache import FeatureCache, encode_missing
-from ctclip.data.preprocessing import FETCH_COMMAND, Cohort, Volume, load_cohort, micro_batch_size, split_by_patient
+from ctclip.data.loading import micro_batch_size
+from ctclip.data.splits import split_by_patient
 from ctclip.distributed import Ranks
 from ctclip.inference.predictor import choose_device, choose_precision, choose_workers, chunks
 from ctclip.inference.prompts import load_with_prompts

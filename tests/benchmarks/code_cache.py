@@ -24,8 +24,10 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 from helpers_model import PUBLISHED  # noqa: E402
 
+from ctclip.data.cohort import Volume, load_cohort  # noqa: E402
 from ctclip.data.feature_cache import FeatureCache, encode_missing  # noqa: E402
-from ctclip.data.preprocessing import HuDecision, Volume, load_cohort, read_volume  # noqa: E402
+from ctclip.data.hounsfield import HuDecision  # noqa: E402
+from ctclip.data.preprocessing import read_volume  # noqa: E402
 from ctclip.distributed import Ranks  # noqa: E402
 from ctclip.phantoms.cohort import write_phantom_cohort  # noqa: E402
 from ctclip_model import N_LABELS, CTCLIPMultiAbnormalityModel, create_balanced_loss  # noqa: E402

@@ -25,8 +25,10 @@ from helpers_model import PUBLISHED
 from torch import Tensor, nn
 
 from ctclip.config import Machine, TrainingConfig
+from ctclip.data.cohort import Cohort, Volume
 from ctclip.data.feature_cache import FeatureCache
-from ctclip.data.preprocessing import Cohort, HuDecision, Volume, micro_batch_size
+from ctclip.data.hounsfield import HuDecision
+from ctclip.data.loading import micro_batch_size
 from ctclip.training import loop
 from ctclip.training.run import Job, Run, Split, frozen_inputs
 from ctclip_model import N_LABELS, CTCLIPMultiAbnormalityModel, create_loss

@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from ctclip.config import SYNTHETIC_NOTE  # noqa: E402
-from ctclip.data.preprocessing import Placement, place_volume, preprocess_volume  # noqa: E402
+from ctclip.data.geometry import Placement, place_volume  # noqa: E402
+from ctclip.data.preprocessing import preprocess_volume  # noqa: E402
 from ctclip.data.windows import display_window  # noqa: E402
 from ctclip.evaluation.figures import BLUE, GREY, INK, LIGHT, ORANGE, new_figure, write_figure  # noqa: E402
 from ctclip.inference.heat_maps import explain_figure, strongest_token, token_evidence  # noqa: E402

@@ -25,7 +25,9 @@ import torch
 from helpers_model import PUBLISHED
 from preprocessing import SMALL, write_volume
 
-from ctclip.data.preprocessing import Volume, read_ahead, read_volume
+from ctclip.data.cohort import Volume
+from ctclip.data.loading import read_ahead
+from ctclip.data.preprocessing import read_volume
 from ctclip.inference.predictor import choose_workers, predict_volumes
 from ctclip_model import N_LABELS, CTCLIPMultiAbnormalityModel
 

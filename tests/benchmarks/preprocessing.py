@@ -20,7 +20,8 @@ import torch
 from isal import igzip
 from rows import Row, best_of, peak_memory, run
 
-from ctclip.data.preprocessing import PUBLISHED_SHAPE, preprocess_volume
+from ctclip.data.geometry import PUBLISHED_SHAPE
+from ctclip.data.preprocessing import preprocess_volume
 
 RATIO_GOAL, MEMORY_GOAL = 1.5, 100  # MB beyond the output
 TOLERANCE = 2e-6

@@ -23,8 +23,8 @@ from sklearn.metrics import roc_auc_score
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from ctclip.data.cohort import load_cohort  # noqa: E402
 from ctclip.data.feature_cache import FeatureCache, encode_missing  # noqa: E402
-from ctclip.data.preprocessing import load_cohort  # noqa: E402
 from ctclip.distributed import Ranks  # noqa: E402
 from ctclip.inference.predictor import load_model  # noqa: E402
 from ctclip.phantoms.cohort import write_phantom_cohort  # noqa: E402

@@ -65,8 +65,8 @@ def main() -> None:
 def measure(folder: Path, pause) -> None:
     import torch
 
+    from ctclip.data.cohort import load_cohort
     from ctclip.data.feature_cache import FeatureCache, encode_missing
-    from ctclip.data.preprocessing import load_cohort
     from ctclip.distributed import Ranks
     from ctclip.hub.download import Selection, download_volumes
     from ctclip.hub.streaming import StreamOptions, stream

@@ -15,25 +15,14 @@ import pytest
 import torch
 from helpers_data import HEADER, META_HEADER, SMALL, chest, label_line, meta_line, put, tables, write
 
-from ctclip.data.preprocessing import (
-    ABNORMALITIES,
-    PREVALENCE,
-    CohortError,
-    Volume,
-    VolumeDataset,
-    augment,
-    labels_path,
-    load_cohort,
-    metadata_path,
-    no_chest_path,
-    patient_of,
-    preprocess_volume,
-    read_metadata,
-    scan_of,
-    split_by_patient,
-    volume_loader,
-    volume_path,
-)
+from ctclip.data.augmentation import augment
+from ctclip.data.cohort import Volume, load_cohort, read_metadata
+from ctclip.data.ct_rate import PREVALENCE, labels_path, metadata_path, no_chest_path, patient_of, scan_of, volume_path
+from ctclip.data.loading import VolumeDataset, volume_loader
+from ctclip.data.preprocessing import preprocess_volume
+from ctclip.data.splits import split_by_patient
+from ctclip.data.tables import CohortError
+from ctclip_model import ABNORMALITIES
 
 A, B, C = "valid_1_a_1.nii.gz", "valid_1_a_2.nii.gz", "valid_2_a_1.nii.gz"
 
@@ -111,7 +100,7 @@ def test_columns_are_matched_by_name(data_dir):
 def test_a_wrong_header_is_an_error_naming_the_column(data_dir, path, column):
     text = (data_dir / path).read_text()
     (data_dir / path).write_text(text.replace(column, "Other", 1))
-    with pytest.raises(CohortError, match=f"{path.name}: found columns .*expected column {column}; "):
+    with pytest.raises(CohortError, match=f"{path.name}: found no column '{column}', expected VolumeName.*; "):
         load_cohort(data_dir, "valid")
 
 
@@ -401,7 +390,7 @@ class Telling(VolumeDataset):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals to a process group are a POSIX matter")
 def test_workers_leave_stopping_to_the_main_process(monkeypatch):
     """Ctrl-C, sent to a worker, changes nothing; the main process can end it, whatever SIGTERM does to itself."""
-    monkeypatch.setattr("ctclip.data.preprocessing.VolumeDataset", Telling)
+    monkeypatch.setattr("ctclip.data.loading.VolumeDataset", Telling)
     monkeypatch.setattr(Telling, "collate", lambda self, items: items[0])
     before = signal.signal(signal.SIGTERM, lambda *arguments: None)
     try:

@@ -26,8 +26,11 @@ import torch
 from helpers_data import chest, put, row, write
 
 from ctclip.data import feature_cache
+from ctclip.data.cohort import Volume, load_cohort
+from ctclip.data.ct_rate import volume_path
 from ctclip.data.feature_cache import CacheError, FeatureCache, cache_key, encode_missing, encoder_digest
-from ctclip.data.preprocessing import HuDecision, Volume, load_cohort, read_volume, volume_path
+from ctclip.data.hounsfield import HuDecision
+from ctclip.data.preprocessing import read_volume
 from ctclip.distributed import Ranks
 from ctclip_model import CTCLIPMultiAbnormalityModel
 
@@ -694,7 +697,7 @@ def test_a_late_rank_does_its_part_of_what_the_first_found_missing(tiny_classfin
 TWO_RANKS = """
 import sys, torch
 from ctclip.data.feature_cache import CacheError, FeatureCache, encode_missing
-from ctclip.data.preprocessing import load_cohort
+from ctclip.data.cohort import load_cohort
 from ctclip_model import CTCLIPMultiAbnormalityModel
 from ctclip.distributed import Ranks
 

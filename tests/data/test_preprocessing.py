@@ -22,8 +22,11 @@ import pytest
 import torch
 from helpers_data import SMALL, affine_of, chest, published, put, reoriented, row, write
 
-from ctclip.data import preprocessing, readers
-from ctclip.data.preprocessing import Volume, VolumeError, decide_reading, preprocess_volume, read_volume
+from ctclip.data import nifti, preprocessing, resampling, volume_file
+from ctclip.data.cohort import Volume
+from ctclip.data.hounsfield import VoxelStatistics, decide_hu
+from ctclip.data.preprocessing import preprocess_volume, read_volume
+from ctclip.data.volume_file import VolumeError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "fixtures" / "volumes"
 ROWS = pd.read_csv(GOLDEN / "metadata.csv").to_dict("records")
@@ -210,9 +213,9 @@ def test_nifti_2_and_a_fourth_axis_of_one_are_fine(tmp_path):
 def test_slab_size_and_inflater_do_not_matter(tmp_path, monkeypatch):
     path = write(tmp_path / "a.nii.gz", chest((30, 31, 33)))
     expected = preprocess_volume(path, None, SMALL)
-    monkeypatch.setattr(readers, "GzipFile", gzip.GzipFile)
+    monkeypatch.setattr(nifti, "GzipFile", gzip.GzipFile)
     for slab in (1, 5000, 1 << 30):
-        monkeypatch.setattr(readers, "SLAB_BYTES", slab)
+        monkeypatch.setattr(volume_file, "SLAB_BYTES", slab)
         assert torch.equal(preprocess_volume(path, None, SMALL), expected)
 
 
@@ -441,7 +444,7 @@ def test_first_slab_can_mislead_without_harm(tmp_path, monkeypatch):
     hu = chest((40, 40, 30))
     hu[:, :, :8] = -1024
     path = tmp_path / "train" / "train_1" / "train_1_a" / "train_1_a_1.nii.gz"
-    monkeypatch.setattr(readers, "SLAB_BYTES", 4 * 40 * 40 * 2)
+    monkeypatch.setattr(volume_file, "SLAB_BYTES", 4 * 40 * 40 * 2)
     volume, decision = read_volume(_volume(write(path, hu), row()), SMALL)
     assert decision.reading == "hu"
     assert np.abs(volume.numpy() - published(hu, (8.0, 8.0, 12.0), SMALL)).max() < 3e-7
@@ -449,8 +452,8 @@ def test_first_slab_can_mislead_without_harm(tmp_path, monkeypatch):
 
 def test_a_file_is_inflated_once(tmp_path, monkeypatch):
     opened = []
-    original = readers.StreamFile.__init__
-    monkeypatch.setattr(readers.StreamFile, "__init__", lambda s, p: (opened.append(p), original(s, p))[1])
+    original = volume_file.StreamFile.__init__
+    monkeypatch.setattr(volume_file.StreamFile, "__init__", lambda s, p: (opened.append(p), original(s, p))[1])
     read_volume(_volume(put(tmp_path, "valid_1_a_1.nii.gz", False), row()), SMALL)
     assert len(opened) == 1
 
@@ -465,8 +468,29 @@ def test_verdict_over_the_mixtures_scans_are_made_of(body, air):
     rest = np.where(rng.random(n) < air, rng.normal(-1000, 15, n), rng.normal(-850, 70, n))
     hu = np.concatenate([rng.choice(tissue, int(n * body)), rest[: int(n * (1 - body))]]).round()
     for intercept in (-1024, -8192):
-        assert decide_reading(hu, metadata_scale=(1, intercept)).reading == "hu"
-        assert decide_reading(hu - intercept, metadata_scale=(1, intercept)).reading == "stored"
+        assert decide_hu(_statistics(hu), metadata_scale=(1, intercept)).reading == "hu"
+        assert decide_hu(_statistics(hu - intercept), metadata_scale=(1, intercept)).reading == "stored"
+
+
+def _statistics(values):
+    statistics = VoxelStatistics((values.size, 1, 1), Path("v.nii.gz"))
+    statistics.add(0, values[None])
+    return statistics
+
+
+@pytest.mark.parametrize("body", [0.08, 0.15, 0.5])
+def test_raw_values_in_a_wide_field_of_view_are_refused_by_both(tmp_path, body):
+    """Under a valid header: little body and much air, which raw values with offset 1024 put into the soft window."""
+    rng = np.random.default_rng(0)
+    tissue = rng.choice([-100, 40, 60, 600], (60, 60, 30), p=[0.3, 0.3, 0.3, 0.1])
+    hu = np.where(rng.random(tissue.shape) < body, tissue, -1000) + rng.integers(0, 20, tissue.shape)
+    good, raw = (write(tmp_path / f"{name}.nii.gz", (hu + offset).astype(np.int16))
+                 for name, offset in (("good", 0), ("raw", 1024)))
+    assert torch.equal(read_volume(_volume(good), SMALL)[0], preprocess_volume(good, None, SMALL))
+    with pytest.raises(VolumeError, match="ambiguous"):
+        read_volume(_volume(raw), SMALL)
+    with pytest.raises(VolumeError, match="raw stored values"):
+        preprocess_volume(raw, None, SMALL)
 
 
 REAL = os.environ.get("CTCLIP_REAL_CT")
@@ -527,6 +551,6 @@ def test_a_device_resamples_to_the_same_tensor(tmp_path, monkeypatch, codes, dty
     path = write(folder / "valid_1_a_1.nii.gz", turned.astype(dtype), zooms, affine, scale=scale, big_endian=big_endian)
     expected, decision = read_volume(_volume(path, None), SMALL)
     for stack in (16, 3, 1):
-        monkeypatch.setattr(preprocessing._DeviceResampler, "STACK", stack)
+        monkeypatch.setattr(resampling.DeviceResampler, "STACK", stack)
         found, same = read_volume(_volume(path, None), SMALL, torch.device("cpu"))
         assert (found - expected).abs().max() < 1e-6 and same == decision

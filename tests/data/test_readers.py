@@ -17,9 +17,11 @@ import torch
 from helpers_data import SMALL, affine_of, chest, reoriented, write
 from helpers_scans import as_itk, write_dicom, write_mha
 
-from ctclip.data import readers
-from ctclip.data.preprocessing import VolumeError, place_volume, preprocess_volume
+from ctclip.data import dicom, metaimage, volume_file
+from ctclip.data.geometry import place_volume
+from ctclip.data.preprocessing import preprocess_volume
 from ctclip.data.readers import open_volume
+from ctclip.data.volume_file import VolumeError
 
 SPACING = (7.5, 7.9, 12.25)
 
@@ -94,9 +96,9 @@ def test_zlib_stream_in_small_pieces(tmp_path, scan, monkeypatch):
     hu, affine, expected = scan
     path = write_mha(tmp_path / "a.mha", hu, affine, compressed=True)
     for slab in (1, 3000, 1 << 30):
-        monkeypatch.setattr(readers, "SLAB_BYTES", slab)
+        monkeypatch.setattr(volume_file, "SLAB_BYTES", slab)
         assert torch.equal(preprocess_volume(path, None, SMALL), expected)
-    monkeypatch.setattr(readers, "decompressobj", zlib.decompressobj)
+    monkeypatch.setattr(metaimage, "decompressobj", zlib.decompressobj)
     assert torch.equal(preprocess_volume(path, None, SMALL), expected)
 
 
@@ -213,7 +215,7 @@ def _series(folder, **changes):
 
 def _one_less(folder):
     files = sorted(_series(folder).iterdir(), key=lambda file: file.stat().st_mtime_ns)
-    readers.DicomSeries(folder).files[3].unlink()
+    dicom.DicomSeries(folder).files[3].unlink()
     assert len(files) == 8
 
 
@@ -244,12 +246,12 @@ def _cut_slice(folder, place):
     if not folder.exists():
         _series(folder)
     files = [file for file in sorted(folder.iterdir()) if file.stat().st_size > 700]
-    by_place = sorted(files, key=lambda file: readers._Slice(file, *information(file)).position[2])
+    by_place = sorted(files, key=lambda file: dicom.SliceHeader(file, *information(file)).position[2])
     by_place[min(place, len(by_place) - 1)].write_bytes(by_place[min(place, len(by_place) - 1)].read_bytes()[:600])
 
 
 def information(file):
-    return readers._information(readers.simple_itk(file), file)
+    return dicom.read_tags(dicom.simple_itk(file), file)
 
 
 BAD_SERIES = {
@@ -287,8 +289,8 @@ def test_order_comes_from_positions_and_geometry_from_the_series(tmp_path, scan,
     """Also where GDCM does not sort: files are handed over in a random order here."""
     hu, affine, expected = scan
     folder = write_dicom(tmp_path / "series", hu, affine)
-    original = readers.DicomSeries._files
-    monkeypatch.setattr(readers.DicomSeries, "_files", lambda self: sorted(original(self), reverse=True)[::2]
+    original = dicom.DicomSeries._files
+    monkeypatch.setattr(dicom.DicomSeries, "_files", lambda self: sorted(original(self), reverse=True)[::2]
                         + sorted(original(self), reverse=True)[1::2])
     assert torch.equal(preprocess_volume(folder, None, SMALL), expected)
     np.testing.assert_allclose(place_volume(folder).affine, affine, atol=1e-3)
@@ -333,7 +335,7 @@ def test_other_ways_to_write_a_flag_and_blank_lines_are_read(tmp_path, scan):
 
 def test_cut_slice_of_a_series_is_named(tmp_path):
     folder = _series(tmp_path / "bad")
-    series = readers.DicomSeries(folder)
+    series = dicom.DicomSeries(folder)
     victim = series.files[5]
     victim.write_bytes(victim.read_bytes()[:-300])  # after the headers were read: else it would be a missing slice
     with pytest.raises(VolumeError, match=victim.name):
@@ -350,12 +352,12 @@ def test_dicom_without_simple_itk_names_the_package(tmp_path, monkeypatch):
 def test_series_are_named_by_folder_and_number(tmp_path):
     _series(tmp_path / "one")
     _two_series(tmp_path / "two")
-    assert list(readers.series_of(tmp_path / "one")) == ["one"]
-    assert len(readers.series_of(tmp_path / "two")) == 2
-    assert all(name.startswith("two/series_") for name in readers.series_of(tmp_path / "two"))
+    assert list(dicom.series_of(tmp_path / "one")) == ["one"]
+    assert len(dicom.series_of(tmp_path / "two")) == 2
+    assert all(name.startswith("two/series_") for name in dicom.series_of(tmp_path / "two"))
     for number in range(4):  # of one number, and one last part of the identity
         write_dicom(tmp_path / "many", chest((20, 18, 3)), affine_of(SPACING), f"1.2.{number}.4.7", f"s{number}")
-    assert list(readers.series_of(tmp_path / "many")) == [f"many/series_7{end}" for end in ("", "_2", "_3", "_4")]
+    assert list(dicom.series_of(tmp_path / "many")) == [f"many/series_7{end}" for end in ("", "_2", "_3", "_4")]
 
 
 # ------------------------------------------------------------------ fuzz: seconds and megabytes, whatever a header says
@@ -371,7 +373,8 @@ def test_hundred_mutated_headers_of_each_kind_are_a_tensor_or_one_line(tmp_path)
         mutate(tmp_path / f"{number:03d}.mha", number)
     script = (
         "import resource, sys, time, pathlib, torch\n"
-        "from ctclip.data.preprocessing import preprocess_volume, VolumeError\n"
+        "from ctclip.data import preprocess_volume\n"
+        "from ctclip.data.volume_file import VolumeError\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30), -1))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

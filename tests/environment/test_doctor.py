@@ -17,7 +17,7 @@ import pytest
 from helpers_data import HEADER, META_HEADER, label_line, meta_line, put, tables
 from helpers_hub import NEWCOMER, TOKEN, UNSCOPED, Hub
 
-from ctclip.data.preprocessing import volume_path
+from ctclip.data.ct_rate import volume_path
 from ctclip.environment import doctor
 from ctclip.environment.doctor import ProcessFailed, Row
 from ctclip.environment.packages import Requirement, SetupError

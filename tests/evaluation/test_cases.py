@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ctclip.data.preprocessing import CohortError, load_cohort
+from ctclip.data.cohort import load_cohort
+from ctclip.data.tables import CohortError
 from ctclip.data.windows import SOFT_TISSUE_LABELS, Window
 from ctclip.evaluation import cases
 from ctclip.evaluation.metrics import ABNORMALITIES

@@ -445,6 +445,23 @@ def test_tables_are_matched_by_column_name(tmp_path):
     assert list(read.columns) == list(ABNORMALITIES) and (read.dtypes == np.int8).all()
 
 
+def test_a_label_table_that_trains_also_evaluates(tmp_path):
+    """Folders before CT-RATE's names, a comma at the end of every row and a row there twice change nothing; two
+    different rows of a volume do. Folders before other names tell scans apart."""
+    _, labels = simulate(3, seed=0)
+    rows = labels.set_axis([f"dataset/valid/{name}" for name in labels.index]).rename_axis("VolumeName").to_csv()
+    head, *lines = rows.splitlines()
+    path = tmp_path / "l.csv"
+    path.write_text("\n".join([head, *(f"{line}," for line in (*lines, lines[0]))]))
+    pd.testing.assert_frame_equal(ev.load_labels(path), labels)
+    path.write_text("\n".join([head, *lines, lines[0].replace(",0,", ",1,", 1)]))
+    with pytest.raises(EvaluationError, match="line 8: found valid_1_a_1.nii.gz with other values, expected one row"):
+        ev.load_labels(path)
+    other = labels.set_axis([f"{folder}/scan.nii.gz" for folder in "abcdef"])
+    other.to_csv(path, index_label="VolumeName")
+    assert list(ev.load_labels(path).index) == list(other.index)
+
+
 def test_files_are_written_whole_and_read_back(tmp_path):
     predictions, labels = simulate(20, seed=0)
     history = [{"epoch": 1, "stage": "frozen", "train_loss": 0.6, "tuning_loss": 0.7, "tuning_auroc_macro": None,

@@ -17,20 +17,13 @@ from safetensors.torch import save_file
 
 import ctclip_evaluation
 import ctclip_training
-from ctclip.data import preprocessing
+from ctclip.data import loading
+from ctclip.data.cohort import Streamed, Volume, load_cohort, read_streamed
+from ctclip.data.ct_rate import SPLITS, streamed_path, volume_path
 from ctclip.data.feature_cache import CacheError, FeatureCache, cache_key, cache_keys, encode_missing
-from ctclip.data.preprocessing import (
-    SPLITS,
-    CohortError,
-    Streamed,
-    Volume,
-    VolumeError,
-    load_cohort,
-    read_streamed,
-    read_volume,
-    streamed_path,
-    volume_path,
-)
+from ctclip.data.preprocessing import read_volume
+from ctclip.data.tables import CohortError
+from ctclip.data.volume_file import VolumeError
 from ctclip.distributed import Ranks
 from ctclip.evaluation import cases, figures, output
 from ctclip.evaluation.tables import load_predictions
@@ -345,7 +338,7 @@ def test_logits_from_the_cache_are_those_from_the_file(phantoms, streamed, tiny_
     cache = FeatureCache(streamed[1], model)
     read, expected = predict_volumes(model, load_cohort(phantoms, "valid").volumes, workers=0)
     sizes, inputs = [], FeatureCache.head_inputs
-    monkeypatch.setattr(preprocessing, "read_volume", lambda *_: pytest.fail("read a file"))
+    monkeypatch.setattr(loading, "read_volume", lambda *_: pytest.fail("read a file"))
     monkeypatch.setattr(FeatureCache, "head_inputs", lambda *args: sizes.append(len(args[2])) or inputs(*args))
     again, logits = predict_volumes(model, load_cohort(streamed[0], "valid").volumes, 5, workers=0, cache=cache)
     assert again == read == list(range(16)) and sizes == [5, 5, 5, 1]  # token grids of a few volumes at a time

@@ -24,9 +24,10 @@ import pytest
 import torch
 from helpers_hub import NEWCOMER, TOKEN, Hub
 
-from ctclip.data import readers
+from ctclip.data import volume_file
+from ctclip.data.cohort import Volume, listed_volumes, load_cohort, read_streamed
+from ctclip.data.ct_rate import volume_path
 from ctclip.data.feature_cache import FeatureCache, encode_missing
-from ctclip.data.preprocessing import Volume, listed_volumes, load_cohort, read_streamed, volume_path
 from ctclip.distributed import Ranks
 from ctclip.environment import setup as setup_steps
 from ctclip.hub import client as hub_client
@@ -438,7 +439,7 @@ def test_what_passes_is_waited_for(stream, hub, undisturbed, tiny_classfine, mon
 
 
 def test_a_disk_that_does_not_give_a_file_back_is_not_the_volume_s_fault(stream, tiny_classfine, monkeypatch):
-    fill, left = readers.StreamFile.fill, [2]
+    fill, left = volume_file.StreamFile.fill, [2]
 
     def broken(self, buffer):
         try:
@@ -446,10 +447,10 @@ def test_a_disk_that_does_not_give_a_file_back_is_not_the_volume_s_fault(stream,
                 left[0] -= 1
                 raise OSError(5, "Input/output error")
         except OSError:
-            raise readers.file_error(self.path, "damaged data (5)", "a readable file", "copy it again") from None
+            raise volume_file.file_error(self.path, "damaged data (5)", "a readable file", "copy it again") from None
         return fill(self, buffer)
 
-    monkeypatch.setattr(readers.StreamFile, "fill", broken)
+    monkeypatch.setattr(volume_file.StreamFile, "fill", broken)
     code, out, error = stream("--volumes", 6)
     assert code == 2 and "could not be read (Input/output error)" in error
     assert all(entry.reason is None for entry in read_streamed("D", "train").values())

@@ -18,7 +18,8 @@ from helpers_model import OTHER_SIZES
 from PIL import Image
 from safetensors.torch import load_file
 
-from ctclip.data.preprocessing import Placement, place_volume, preprocess_volume
+from ctclip.data.geometry import Placement, place_volume
+from ctclip.data.preprocessing import preprocess_volume
 from ctclip.data.windows import SOFT_TISSUE_WINDOW
 from ctclip.evaluation.metrics import EvaluationError
 from ctclip.inference import heat_maps as explain

@@ -15,7 +15,7 @@ import torch
 from helpers_model import OTHER_SIZES
 from torch import nn
 
-from ctclip.data.preprocessing import FIELD_OF_VIEW_MM
+from ctclip.data.geometry import FIELD_OF_VIEW_MM
 from ctclip.evaluation.calibration import fit_calibration
 from ctclip.inference import onnx_export
 from ctclip.inference.onnx_export import ExportError, check_volumes, export_onnx, export_run

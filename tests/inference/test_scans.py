@@ -17,7 +17,9 @@ from helpers_data import affine_of, chest, reoriented, write
 from helpers_scans import write_dicom, write_mha
 
 import run_task2
-from ctclip.data.preprocessing import PREVALENCE, Volume, read_ahead
+from ctclip.data.cohort import Volume
+from ctclip.data.ct_rate import PREVALENCE
+from ctclip.data.loading import read_ahead
 from ctclip.evaluation.metrics import EvaluationError
 from ctclip.inference import scans as scans_module
 from ctclip.inference.scans import find_scans, predict, write_predictions
@@ -237,15 +239,15 @@ def test_the_next_scan_is_read_while_one_is_computed(tmp_path, monkeypatch):
     """Order of events, not times: before the first batch is handed out, the second volume's reading has begun."""
     import threading
 
-    from ctclip.data import preprocessing
+    from ctclip.data import loading
 
-    begun, original = [threading.Event() for _ in range(4)], preprocessing.read_volume
+    begun, original = [threading.Event() for _ in range(4)], loading.read_volume
 
     def watched(volume, shape):
         begun[int(volume.name)].set()
         return original(volume, shape)
 
-    monkeypatch.setattr(preprocessing, "read_volume", watched)
+    monkeypatch.setattr(loading, "read_volume", watched)
     path = write(tmp_path / "a.nii.gz", chest())
     volumes = [Volume(str(i), path, np.zeros(18, np.float32)) for i in range(4)]
     batches = read_ahead(volumes, (24, 48, 48), [[0], [1], [2], [3]])
@@ -362,9 +364,9 @@ def test_the_folder_one_is_in_is_a_series_by_its_own_name(stored, monkeypatch):
 
 
 def test_what_is_done_when_ctrl_c_comes_is_kept(stored, tmp_path, monkeypatch, capsys):
-    from ctclip.data import preprocessing
+    from ctclip.data import geometry, loading
 
-    original, read = preprocessing.read_volume, []
+    original, read = loading.read_volume, []
 
     def interrupted(volume, shape):
         read.append(volume.name)
@@ -372,8 +374,8 @@ def test_what_is_done_when_ctrl_c_comes_is_kept(stored, tmp_path, monkeypatch, c
             raise KeyboardInterrupt
         return original(volume, shape)
 
-    monkeypatch.setattr(preprocessing, "read_volume", interrupted)
-    monkeypatch.setattr(preprocessing, "PUBLISHED_SHAPE", (1, 1, 1))  # one scan at a time, as with the published model
+    monkeypatch.setattr(loading, "read_volume", interrupted)
+    monkeypatch.setattr(geometry, "PUBLISHED_SHAPE", (1, 1, 1))  # one scan at a time, as with the published model
     with pytest.raises(SystemExit) as stopped:
         call("--input", stored, "--output", tmp_path / "p.csv")
     table = pd.read_csv(tmp_path / "p.part.csv", index_col="VolumeName")

@@ -14,7 +14,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from ctclip.data.preprocessing import PREVALENCE, labels_path, metadata_path, no_chest_path, patient_of, volume_path
+from ctclip.data.ct_rate import PREVALENCE, labels_path, metadata_path, no_chest_path, patient_of, volume_path
 from ctclip.phantoms import cohort as cohort_module
 from ctclip.phantoms import findings, montage, patient, phantom
 from ctclip.phantoms.__main__ import main

@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers_training import one_line
 
-from ctclip.data import preprocessing
-from ctclip.data.preprocessing import VolumeError
+from ctclip.data import loading
+from ctclip.data.volume_file import VolumeError
 from ctclip.training import estimate
 from ctclip.training.estimate import HEADROOM, Cost, Probe, duration, size_text
 from ctclip.training.loop import TrainingConfig, train
@@ -216,7 +216,7 @@ def test_a_measured_peak_contains_what_was_held_for_a_moment(run):
 
 
 def test_unreadable_volumes_are_skipped_and_counted(run, monkeypatch):
-    real, bad = preprocessing.read_volume, []
+    real, bad = loading.read_volume, []
 
     def sometimes(volume, shape):
         if len(bad) < 3:
@@ -224,7 +224,7 @@ def test_unreadable_volumes_are_skipped_and_counted(run, monkeypatch):
             raise VolumeError(f"{volume.path.name}: found the end of the file, expected more")
         return real(volume, shape)
 
-    monkeypatch.setattr(preprocessing, "read_volume", sometimes)
+    monkeypatch.setattr(loading, "read_volume", sometimes)
     code, out, _ = run()
     assert code == 0 and "measured on 5 volumes, 3 more could not be read; nothing" in out
     assert all(f"skipped (train): {name}: found the end" in out for name in bad)
@@ -234,15 +234,15 @@ def test_a_cohort_that_cannot_be_read_is_refused_in_one_line(run, monkeypatch):
     def never(volume, shape):
         raise VolumeError(f"{volume.path.name}: found the end of the file, expected more")
 
-    monkeypatch.setattr(preprocessing, "read_volume", never)
+    monkeypatch.setattr(loading, "read_volume", never)
     code, _, err = run()
     assert code == 2 and one_line(err) and "found 8 of 8 training volumes unreadable" in err
 
 
 def test_a_loss_that_is_not_finite_is_refused_in_one_line(run, monkeypatch):
-    real = preprocessing.read_volume
+    real = loading.read_volume
     blank = lambda volume, shape: (real(volume, shape)[0] * math.nan, real(volume, shape)[1])  # noqa: E731
-    monkeypatch.setattr(preprocessing, "read_volume", blank)
+    monkeypatch.setattr(loading, "read_volume", blank)
     code, _, err = run("--freeze-epochs", "0")
     assert code == 2 and one_line(err) and "not finite" in err
 

@@ -1,0 +1,292 @@
+"""CT-RATE's tables -> the usable volumes of a split: labels, metadata and no-chest list joined, files looked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ctclip.data.ct_rate import (
+    GEOMETRY_COLUMNS,
+    OPTIONAL_COLUMNS,
+    SPLITS,
+    SUBGROUP_COLUMNS,
+    VOLUME_SUFFIX,
+    labels_path,
+    metadata_path,
+    no_chest_path,
+    patient_of,
+    scan_of,
+    streamed_path,
+    volume_path,
+)
+from ctclip.data.geometry import geometry_from_metadata
+from ctclip.data.tables import CohortError, Table, number, read_table
+from ctclip.data.volume_file import VolumeError
+from ctclip_model import ABNORMALITIES
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """One reconstruction: file, 18 labels (float32, 0 or 1) and its metadata row (None if there is no usable one).
+
+    `signature` is set where the file was streamed and is not on the disk any more: its size and its last 8 bytes in
+    hex, by which `feature_cache.cache_key` finds what was encoded of it. `path` is then where the file would be.
+    """
+
+    name: str
+    path: Path
+    labels: np.ndarray
+    metadata: Mapping[str, Any] | None = None
+    signature: tuple[int, str] | None = None
+
+    @property
+    def patient(self) -> str:
+        return patient_of(self.name)
+
+    @property
+    def scan(self) -> str:
+        return scan_of(self.name)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What is known of a file that was encoded and deleted; with a `reason`, of one that could not be read.
+
+    fixed: version 2; size in bytes; tail: its last 8 bytes in hex.
+    """
+
+    fixed: bool
+    size: int
+    tail: str
+    sha256: str | None
+    reason: str | None
+
+
+@dataclass
+class Cohort:
+    """Usable volumes; those skipped as (name, reason); and remarks about the tables as a whole."""
+
+    volumes: list[Volume]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    not_on_disk: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def reasons(self) -> dict[str, list[str]]:
+        """{reason for skipping: names}, the most frequent first."""
+        counts = Counter(reason for _, reason in self.skipped)
+        return {reason: [name for name, why in self.skipped if why == reason] for reason, _ in counts.most_common()}
+
+    def summary(self) -> str:
+        """A few lines of text: counts, what was skipped by reason with its first names, remarks."""
+        scans, patients = {v.scan for v in self.volumes}, {v.patient for v in self.volumes}
+        lines = [f"{len(self)} volumes, {len(scans)} scans, {len(patients)} patients"]
+        if self.not_on_disk:
+            lines.append(f"not on disk: {self.not_on_disk} (listed in the labels, no file)")
+        streamed = sum(volume.signature is not None for volume in self.volumes)
+        if streamed:
+            lines.append(f"without a file: {streamed} (streamed, known only by their cached codes)")
+        for reason, names in self.reasons().items():
+            count = len(names)
+            lines.append(f"skipped: {count} x {reason}: {', '.join(names[:3])}{', ...' if count > 3 else ''}")
+        return "\n".join(lines + self.notes)
+
+
+# ------------------------------------------------------------------ tables and lists
+
+
+METADATA_COLUMNS = f"VolumeName, {', '.join(GEOMETRY_COLUMNS)}"
+
+def _no_chest(path: Path) -> set[str] | None:
+    """Volume names of the list (one per line, bare or as a path); None if there is no list."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CohortError(f"{path.name}: found an unreadable list ({error}), expected text; replace it") from None
+    names = {PurePosixPath(line.strip().replace("\\", "/")).name for line in lines if line.strip()}
+    return {name if name.endswith(VOLUME_SUFFIX) else name + VOLUME_SUFFIX for name in names}
+
+
+def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
+    """{volume: its row as text}, of those SUBGROUP_COLUMNS that there are.
+
+    Raises CohortError where the table cannot be read or has none of them. Contradictory rows are skipped.
+    """
+    table = read_table(path, (), SUBGROUP_COLUMNS, expected="VolumeName")
+    if not table.columns:
+        wanted = ", ".join(SUBGROUP_COLUMNS)
+        raise CohortError(f"{path}: found none of {wanted}, expected at least one; add one, or drop the table")
+    return {name: dict(zip(table.columns, row, strict=True)) for name, row in table.rows.items()}
+
+
+STREAMED_TYPES = {
+    "fixed": bool,
+    "size": int,
+    "tail": str,
+    "sha256": (str, type(None)),
+    "reason": (str, type(None)),
+}
+
+
+def read_streamed(data_dir: str | Path, split: str) -> dict[tuple[str, bool], Streamed]:
+    """{(volume, whether version 2): what is known of that file} from a split's manifest, {} where there is none.
+
+    The last line of a file counts; one that a kill has torn, or that is anything else, is ignored. Raises CohortError
+    where the manifest cannot be read.
+    """
+    path = Path(data_dir, streamed_path(split))
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        found = f"an unreadable manifest ({error.strerror})"
+        raise CohortError(f"{path.name}: found {found}, expected a file; check its permissions") from None
+    streamed = {}
+    for line in lines:
+        try:
+            content = json.loads(line)
+            name, values = content["name"], {key: content[key] for key in STREAMED_TYPES}
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isinstance(name, str) and all(isinstance(values[key], kind) for key, kind in STREAMED_TYPES.items()):
+            streamed[name, values["fixed"]] = Streamed(**values)
+    return streamed
+
+
+# ------------------------------------------------------------------ joined
+
+
+class CohortBuilder:
+    """Joins label rows, metadata rows, the no-chest list, the disk and the manifest, one volume at a time."""
+
+    def __init__(self, data_dir: Path, split: str):
+        self.data_dir = data_dir
+        self.notes: list[str] = []
+        self.labels = read_table(data_dir / labels_path(split), ABNORMALITIES)
+        metadata_file = data_dir / metadata_path(split)
+        if metadata_file.exists():
+            self.metadata = read_table(metadata_file, GEOMETRY_COLUMNS, OPTIONAL_COLUMNS, METADATA_COLUMNS)
+        else:
+            self.metadata = Table(metadata_file, GEOMETRY_COLUMNS)
+            self.notes.append(f"no {metadata_file.name}: version-1 volumes are skipped")
+        no_chest = _no_chest(data_dir / no_chest_path(split))
+        if no_chest is None:
+            self.notes.append(f"no {no_chest_path(split).name}: scans of other body parts are not skipped")
+        self.no_chest = no_chest or set()
+        self.streamed = read_streamed(data_dir, split)
+        for table, what in ((self.labels, "label"), (self.metadata, "metadata")):
+            if table.repeated:
+                self.notes.append(f"duplicate {what} rows with the same content, counted once: {len(table.repeated)}")
+
+    @property
+    def labelled(self) -> list[str]:
+        """All names of the label table, the contradictory ones last."""
+        return [*self.labels.rows, *sorted(self.labels.contradictory)]
+
+    def find(self, name: str) -> tuple[Path, bool, Streamed | None] | None:
+        """(path, whether version 2, None) of the file, version 2 first: it is the corrected one. Without a file, where
+        it would be and what the manifest says of it."""
+        for fixed in (True, False):
+            path = self.data_dir / volume_path(name, fixed)
+            if os.path.exists(path):  # False also where a folder may not be entered
+                return path, fixed, None
+        known = [entry for fixed in (True, False) if (entry := self.streamed.get((name, fixed)))]
+        streamed = next((entry for entry in known if entry.reason is None), known[0] if known else None)
+        return streamed and (self.data_dir / volume_path(name, streamed.fixed), streamed.fixed, streamed)
+
+    def add(self, cohort: Cohort, name: str, path: Path, fixed: bool, streamed: Streamed | None) -> None:
+        """Adds the volume, or its name and the reason for skipping it."""
+        result = self._join(name, path, fixed, streamed)
+        if isinstance(result, Volume):
+            cohort.volumes.append(result)
+        else:
+            cohort.skipped.append((name, result))
+
+    def _join(self, name: str, path: Path, fixed: bool, streamed: Streamed | None) -> Volume | str:
+        if streamed is not None and streamed.reason is not None:
+            return f"quarantined: {streamed.reason}"
+        if name in self.no_chest:
+            return "not a chest (no-chest list)"
+        if name in self.labels.contradictory:
+            return "contradictory label rows"
+        if name not in self.labels.rows:
+            return "no label row"
+        labels = np.array([number(cell) for cell in self.labels.rows[name]], np.float32)
+        if not np.isin(labels, (0, 1)).all():
+            return "labels other than 0 and 1"
+        row, reason = self._metadata_row(name)
+        if reason and not fixed:
+            return f"{reason} (needed by a version-1 file)"
+        return Volume(name, path, labels, row, streamed and (streamed.size, streamed.tail))
+
+    def _metadata_row(self, name: str) -> tuple[dict[str, Any] | None, str | None]:
+        """(usable metadata row, None) or (None, what is wrong with it)."""
+        if name in self.metadata.contradictory:
+            return None, "contradictory metadata rows"
+        if name not in self.metadata.rows:
+            return None, "no metadata row"
+        row = dict(zip(self.metadata.columns, self.metadata.rows[name], strict=True))
+        empty = [column for column in GEOMETRY_COLUMNS if not row[column]]
+        if empty:
+            return None, f"no {' and no '.join(empty)} in its metadata row"
+        try:
+            geometry_from_metadata(row, name)
+        except VolumeError as error:
+            return None, str(error).removeprefix(f"{name}: ")
+        return row | {column: float(row[column]) for column in ("RescaleSlope", "RescaleIntercept", "ZSpacing")}, None
+
+
+def load_cohort(data_dir: str | Path, split: str, limit: int | None = None) -> Cohort:
+    """Volumes of one split in the hub's layout under data_dir, in the order of the label table.
+
+    Joins labels, metadata and the no-chest list by VolumeName; a volume present in both versions is taken from the
+    `_fixed` folder, one present in neither from the manifest of streamed ones, with its `signature`. `limit` stops
+    after that many usable volumes. Paths are built from names, the tree is never listed. Raises CohortError where a
+    table or a column is missing or nothing usable is left.
+    """
+    data_dir = Path(data_dir)
+    if split not in SPLITS:
+        raise CohortError(f"found split {split!r}, expected one of {', '.join(SPLITS)}; choose one")
+    if not data_dir.is_dir():
+        raise CohortError(f"found no folder {data_dir}, expected the cohort's; check --data-dir")
+    builder = CohortBuilder(data_dir, split)
+    cohort = Cohort([], notes=builder.notes)
+    labelled = dict.fromkeys(builder.labelled)
+    unlabelled = [name for name in builder.metadata.rows if name not in labelled]
+    for name in [*labelled, *unlabelled]:
+        if limit is not None and len(cohort) >= limit:
+            break
+        found = builder.find(name)
+        if found is None:
+            cohort.not_on_disk += name in labelled
+        else:
+            builder.add(cohort, name, *found)
+    if not cohort.volumes:
+        found = "; ".join(cohort.summary().splitlines()[1:]) or "an empty label table"
+        raise CohortError(f"{data_dir}: found no usable {split} volume ({found}), expected at least one; add volumes")
+    return cohort
+
+
+def listed_volumes(data_dir: str | Path, split: str, fixed: bool) -> Cohort:
+    """Every usable volume that the tables of a split list, whether its file is here or not; `fixed`: as version 2.
+
+    For choosing what to fetch. Raises CohortError where a table or a column is missing.
+    """
+    data_dir = Path(data_dir)
+    builder = CohortBuilder(data_dir, split)
+    cohort = Cohort([], notes=builder.notes)
+    for name in builder.labelled:
+        builder.add(cohort, name, data_dir / volume_path(name, fixed), fixed, None)
+    return cohort

@@ -1,0 +1,170 @@
+"""From file axes to the cube that every model sees: spacing and orientation of a file, crop and padding of each axis.
+
+x, y, z are patient axes in LPS order (x to the left, y to the back, z to the head); D, H, W = z, x, y, the order the
+network was trained on (in plane that is the transpose of the usual picture). A file's own axes are called fast, middle
+and slow.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nibabel.orientations import io_orientation
+
+from ctclip.data.readers import open_volume
+from ctclip.data.volume_file import Header, VolumeError, file_error, shape_text
+
+FIELD_OF_VIEW_MM = 360.0  # edge of the cube that every input covers, whatever its number of voxels
+PUBLISHED_SHAPE = (240, 480, 480)  # (D, H, W) = (z, x, y)
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    if len(shape) != 3 or any(int(n) != n or n < 1 for n in shape):
+        raise ValueError(f"found shape {tuple(shape)}, expected three positive numbers (D, H, W)")
+
+
+# ------------------------------------------------------------------ a file
+
+
+@dataclass(frozen=True)
+class FileGeometry:
+    """How a file's voxels are taken: HU = slope * stored + intercept; and for each file axis, fastest first, the
+    spacing (mm), the LPS axis it runs along (x 0, y 1, z 2), and whether backwards."""
+
+    slope: float
+    intercept: float
+    spacing: tuple[float, ...]
+    axes: tuple[int, ...] = (0, 1, 2)
+    backwards: tuple[bool, ...] = (False, False, False)
+
+    @property
+    def cube_axes(self) -> tuple[int, ...]:
+        """Axis of (D, H, W) = (z, x, y) for each file axis."""
+        return tuple((1, 2, 0)[axis] for axis in self.axes)
+
+
+def geometry_from_metadata(metadata: Mapping[str, Any], name: str) -> FileGeometry:
+    """Version 1: everything from the metadata row, voxels in stored order, header ignored. Raises VolumeError."""
+    slope, intercept = _number(metadata, "RescaleSlope", name), _number(metadata, "RescaleIntercept", name)
+    spacing = (*_pair(metadata, name), _number(metadata, "ZSpacing", name))
+    if slope <= 0:
+        raise VolumeError(f"{name}: found RescaleSlope {slope:g}, expected more than 0; correct the metadata table")
+    _check_spacing(spacing, name, "the metadata row")
+    return FileGeometry(slope, intercept, spacing)
+
+
+def geometry_from_header(header: Header, path: Path) -> FileGeometry:
+    """Version 2: scaling, spacing and orientation from the header; without orientation the stored order is LPS.
+
+    An oblique scan is taken along the nearest axes. Raises VolumeError.
+    """
+    _check_spacing(header.spacing, path.name, "the header")
+    if header.blank:
+        remedy = "pass metadata with RescaleSlope, RescaleIntercept, XYSpacing and ZSpacing"
+        raise file_error(path, "a blank header (no orientation, 1 mm)", "spacing in the header or metadata", remedy)
+    if header.affine is None:
+        return FileGeometry(header.slope, header.intercept, header.spacing)
+    if np.isnan(header.affine).any():
+        raise file_error(path, "a singular orientation matrix", "an invertible one", "write the header again")
+    lengths = np.linalg.norm(header.affine[:3, :3], axis=0)
+    if not np.allclose(lengths, header.spacing, rtol=0.01):
+        found = f"spacing {shape_text(header.spacing)} mm beside an orientation of {shape_text(lengths.round(4))} mm"
+        raise file_error(path, found, "the same twice", "write the header again")
+    axes, signs = io_orientation(header.affine).T  # RAS axis of each file axis, +1 towards right, front, head
+    towards_lps = (-1, -1, 1)
+    backwards = tuple(bool(sign != towards_lps[int(axis)]) for axis, sign in zip(axes, signs, strict=True))
+    return FileGeometry(header.slope, header.intercept, header.spacing, tuple(int(a) for a in axes), backwards)
+
+
+def _number(metadata: Mapping[str, Any], column: str, name: str) -> float:
+    try:
+        value = float(metadata[column])
+    except (KeyError, TypeError, ValueError):
+        value = float("nan")
+    if not isfinite(value):
+        shown = repr(metadata[column]) if column in metadata else "nothing"
+        raise VolumeError(f"{name}: found {shown} as {column}, expected a number; correct the metadata table")
+    return value
+
+
+def _pair(metadata: Mapping[str, Any], name: str) -> tuple[float, float]:
+    """XYSpacing: text such as "[0.34, 0.34]" or a sequence."""
+    value = metadata.get("XYSpacing")
+    parts = re.findall(r"[^\s,\[\]()]+", value) if isinstance(value, str) else value
+    try:
+        x, y = (float(part) for part in parts)
+    except (TypeError, ValueError):
+        expected = "two numbers such as [0.7, 0.7]"
+        message = f"{name}: found {value!r} as XYSpacing, expected {expected}; correct the metadata table"
+        raise VolumeError(message) from None
+    return x, y
+
+
+def _check_spacing(spacing: Sequence[float], name: str, where: str) -> None:
+    if not all(isfinite(s) and s > 0 for s in spacing):
+        found = f"found spacing {shape_text(spacing)} mm in {where}"
+        raise VolumeError(f"{name}: {found}, expected three positive numbers; correct it or leave the volume out")
+
+
+# ------------------------------------------------------------------ the cube
+
+
+@dataclass(frozen=True)
+class CropPad:
+    """One axis laid centred into the cube: its `resampled` voxels, of which the first `crop` are cropped, or before
+    which `pad` are padded."""
+
+    resampled: int
+    crop: int
+    pad: int
+
+    @classmethod
+    def of(cls, size: int, spacing: float, target_size: int) -> CropPad:
+        # Published arithmetic, to the bit where it decides a size: 0.6 mm must not become one voxel more or less.
+        resampled = int(size * (spacing / (FIELD_OF_VIEW_MM / target_size)))
+        return cls(resampled, max((resampled - target_size) // 2, 0), max((target_size - resampled) // 2, 0))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a file's voxels lie in the cube that a model sees.
+
+    shape: voxels along the file's axes, fastest first; spacing: in mm; affine (4, 4): file index -> RAS mm, None where
+    the file states no orientation (then it is read as LPS); axes: for each file axis, which axis of (D, H, W) it runs
+    along; position: for each file axis, each voxel's place along that axis of the cube, in (0, 1) inside, outside below
+    0 or above 1.
+    """
+
+    shape: tuple[int, int, int]
+    spacing: tuple[float, ...]
+    affine: np.ndarray | None
+    axes: tuple[int, int, int]
+    position: tuple[np.ndarray, ...]
+
+
+def place_volume(path: str | Path, shape: Sequence[int] = PUBLISHED_SHAPE) -> Placement:
+    """Where the voxels of a file with a right header lie in `preprocess_volume(path, shape=shape)`; reads the header
+    only. Raises VolumeError."""
+    path = Path(path)
+    check_shape(shape)
+    with open_volume(path) as file:
+        header = file.header
+    geometry = geometry_from_header(header, path)
+    axes = geometry.cube_axes
+    each = zip(header.shape, geometry.spacing, axes, geometry.backwards, strict=True)
+    position = tuple(_positions(size, spacing, shape[axis], backwards) for size, spacing, axis, backwards in each)
+    return Placement(header.shape, header.spacing, header.affine, axes, position)
+
+
+def _positions(size: int, spacing: float, target_size: int, backwards: bool) -> np.ndarray:
+    """Centres of the voxels of a file axis, as a share of the cube's edge: InterpolationWeights the other way round."""
+    fit = CropPad.of(size, spacing, target_size)
+    resampled = (np.arange(size) + 0.5) * (fit.resampled / size)
+    position = (resampled - fit.crop + fit.pad) / target_size
+    return position[::-1].copy() if backwards else position

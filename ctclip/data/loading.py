@@ -1,0 +1,184 @@
+"""Volumes -> batches: a dataset, a loader with processes, a reader with threads. A bad file costs only itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from math import log2, prod
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ctclip.data.augmentation import augment
+from ctclip.data.cohort import Volume
+from ctclip.data.geometry import PUBLISHED_SHAPE, check_shape
+from ctclip.data.hounsfield import HuDecision
+from ctclip.data.preprocessing import read_volume
+from ctclip.data.volume_file import VolumeError
+from ctclip_model import ABNORMALITIES
+
+
+@dataclass
+class Batch:
+    """volumes (B, 1, D, H, W) float32 in [-1, 1]; labels (B, 18); index (B,) int64 into the list given; B counts the
+    readable ones only, the others are in failures as (name, reason); decisions has one entry per readable one."""
+
+    volumes: torch.Tensor
+    labels: torch.Tensor
+    index: torch.Tensor
+    failures: list[tuple[str, str]]
+    decisions: list[HuDecision]
+
+    def pin_memory(self) -> Batch:
+        """For DataLoader: from page-locked memory a GPU takes the volumes while the CPU goes on."""
+        return replace(self, volumes=self.volumes.pin_memory(), labels=self.labels.pin_memory())
+
+
+class VolumeDataset(Dataset):
+    """Item i: (i, tensor, labels, decision), or (i, None, name, reason) for a file that cannot be used.
+
+    With `augment_seed` the tensors are augmented. What is drawn for a volume follows from the seed and its name alone:
+    one seed per epoch gives the epoch's tensors again, in any order, worker or resumed run. `device` is read_volume's.
+    """
+
+    def __init__(
+        self,
+        volumes: Sequence[Volume],
+        shape: Sequence[int] = PUBLISHED_SHAPE,
+        augment_seed: int | None = None,
+        device: torch.device | None = None,
+    ):
+        check_shape(shape)
+        self.volumes, self.shape, self.augment_seed = list(volumes), tuple(shape), augment_seed
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def __getitem__(self, index: int) -> tuple:
+        volume = self.volumes[index]
+        try:
+            try:
+                on_device = {} if self.device is None else {"device": self.device}
+                tensor, decision = read_volume(volume, self.shape, **on_device)
+            except (OSError, MemoryError, torch.OutOfMemoryError):
+                # A network mount, a full moment, a full GPU; a second failure counts.
+                tensor, decision = read_volume(volume, self.shape)
+                tensor = tensor.to(self.device or "cpu")
+        except (VolumeError, OSError, MemoryError) as error:  # one bad file never stops the others
+            reason = str(error) or type(error).__name__
+            return index, None, volume.name, reason.removeprefix(f"{volume.path.name}: ")
+        if self.augment_seed is not None:
+            seed = zlib.crc32(f"{self.augment_seed} {volume.name}".encode())  # hash() differs between processes
+            augment(tensor, torch.Generator().manual_seed(seed))
+        return index, tensor, torch.from_numpy(np.asarray(volume.labels, np.float32)), decision
+
+    def collate(self, items: Sequence[tuple]) -> Batch:
+        """Items -> Batch; with no readable item the tensors have length 0."""
+        good = [item for item in items if item[1] is not None]
+        failures = [(name, reason) for _, tensor, name, reason in items if tensor is None]
+        if len(good) == 1:  # not copied: it may be 221 MB
+            volumes = good[0][1][None]
+        else:
+            volumes = torch.stack([item[1] for item in good]) if good else torch.empty(0, 1, *self.shape)
+        return Batch(
+            volumes=volumes,
+            labels=torch.stack([item[2] for item in good]) if good else torch.empty(0, len(ABNORMALITIES)),
+            index=torch.tensor([item[0] for item in good], dtype=torch.int64),
+            failures=failures,
+            decisions=[item[3] for item in good],
+        )
+
+
+def micro_batch_size(shape: Sequence[int], batch_size: int) -> int:
+    """Volumes to hold at once to begin with: the largest power of two within the voxels of two published volumes.
+
+    A batch of 16 published volumes would be 3.5 GB before the network sees it; its gradients are accumulated instead.
+    """
+    most = max(1, 2 * prod(PUBLISHED_SHAPE) // prod(shape))
+    return 1 << int(log2(min(most, batch_size)))
+
+
+def volume_loader(
+    volumes: Sequence[Volume],
+    shape: Sequence[int] = PUBLISHED_SHAPE,
+    batch_size: int = 1,
+    shuffle: bool = False,
+    num_workers: int = 0,
+    generator: torch.Generator | None = None,
+    augment_seed: int | None = None,
+    micro_batches: Sequence[Sequence[int]] | None = None,
+    pin: bool = False,
+) -> DataLoader:
+    """DataLoader of Batch.
+
+    Args:
+        generator: makes a shuffle repeatable.
+        augment_seed: VolumeDataset's.
+        micro_batches: the indices of every batch, in order, empty ones too, in place of `batch_size` and `shuffle`.
+        pin: leave batches in page-locked memory, for a GPU.
+
+    Each worker prepares one batch ahead in shared memory: 221 MB per volume at the published shape. Where shared memory
+    is small (containers give 64 or 128 MB) use num_workers=0.
+    """
+    dataset = VolumeDataset(volumes, shape, augment_seed)
+    if not shuffle:  # DataLoader draws a seed for its workers: reading must not disturb the random numbers of training
+        generator = torch.Generator()
+    ahead = {"persistent_workers": True, "prefetch_factor": 1} if num_workers else {}
+    regular = {"batch_size": batch_size, "shuffle": shuffle}
+    batches = regular if micro_batches is None else {"batch_sampler": micro_batches}
+    return DataLoader(
+        dataset,
+        **batches,
+        num_workers=num_workers,
+        generator=generator,
+        collate_fn=dataset.collate,
+        worker_init_fn=_ignore_interrupts,
+        pin_memory=pin,
+        **ahead,
+    )
+
+
+def read_ahead(
+    volumes: Sequence[Volume],
+    shape: Sequence[int],
+    micro_batches: Sequence[Sequence[int]],
+    readers: int = 1,
+    device: torch.device | None = None,
+) -> Iterator[Batch]:
+    """A Batch for each of `micro_batches` (indices into volumes), in order; threads read the next ones meanwhile.
+
+    Reading spends its time where Python's lock is released. Unlike volume_loader's processes, threads need no shared
+    memory, of which a container may have 64 MB; at most `readers` volumes, or the next micro-batch, wait in memory,
+    that of the `device` if one is given (see read_volume).
+    """
+    dataset = VolumeDataset(volumes, shape, device=device)
+    waiting: deque[list] = deque()
+    pool = ThreadPoolExecutor(max(1, readers))
+    try:
+        for indices in micro_batches:
+            waiting.append([pool.submit(dataset.__getitem__, index) for index in indices])
+            if sum(map(len, list(waiting)[1:])) >= readers:
+                yield dataset.collate([item.result() for item in waiting.popleft()])
+        while waiting:
+            yield dataset.collate([item.result() for item in waiting.popleft()])
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C, `timeout` and the shell's `kill %1` signal every process of a group. The main one decides when to stop,
+    and a step in flight still needs its batch: workers ignore Ctrl-C and leave the group.
+
+    SIGTERM stays as torch has set it in a worker, in place of any handler of the main process: ended by that process it
+    exits with 0. With the default action instead, torch would report a killed worker whenever a run ends early.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()

@@ -1,0 +1,206 @@
+"""What every reader of volume files is: a header, then slices from front to back, as they are stored.
+
+A file stores three axes, the fastest first, so its slices lie along the third. They are read, and inflated where they
+are compressed, a few at a time while the ones before are worked on: no file is ever held whole, and no size that a
+header claims is believed before the file could hold it. Whatever is wrong with a file is a VolumeError of one line.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+
+from ctclip.data.inflate import InflateError
+from ctclip.errors import UserError
+
+RECOPY = "copy or download the file again"
+CONVERT = "convert it to a 3-D NIfTI of numbers"
+DEFLATE_LIMIT = 1032  # deflate cannot shrink anything by more than this
+SLAB_BYTES = 4 << 20  # read and inflated at a time
+SLABS_AHEAD = 3  # with a single one, reading and work on it wait for each other in turns
+MOST_PLANE = 4096 * 4096  # voxels of a slice: 16 times those of a fine CT
+MOST_VOXELS = 1 << 33  # five times those of CT-RATE's largest volume
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+class VolumeError(UserError):
+    """A volume file that cannot be used: one line naming what was found, what was expected, what to do."""
+
+
+def file_error(path: Path, found: str, expected: str, remedy: str) -> VolumeError:
+    return VolumeError(f"{path.name}: found {found}, expected {expected}; {remedy}")
+
+
+def shape_text(shape: Sequence[float]) -> str:
+    return " x ".join(str(n) for n in shape)
+
+
+def shortest_decimal(value: float) -> float:
+    """The shortest decimal of the same float32: 0.699999988 mm is 0.7. A size, in voxels, may hang on it, and one
+    scan must not be a voxel longer in a format that keeps more digits."""
+    with np.errstate(over="ignore"):  # to infinity, which is refused as such
+        return float(str(np.float32(value)))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself. Three file axes, fastest first; spacing in mm.
+
+    `affine` (4, 4), file index -> RAS mm, is None where no orientation is stated and NaN where an unusable one is.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    slope: float
+    intercept: float
+    spacing: tuple[float, ...]
+    affine: np.ndarray | None
+
+    @property
+    def blank(self) -> bool:
+        """No orientation and unit spacing: what a writer leaves when it was told nothing (CT-RATE version 1)."""
+        return self.affine is None and set(self.spacing) == {1.0}
+
+
+class VolumeFile:
+    """An open volume, read once from front to back. Every fault raises VolumeError."""
+
+    path: Path
+    header: Header
+
+    def __enter__(self) -> VolumeFile:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        pass
+
+    def error(self, found: str, expected: str, remedy: str) -> VolumeError:
+        return file_error(self.path, found, expected, remedy)
+
+    def read(self, slices: np.ndarray, first: int) -> None:
+        """Fill (n, middle axis, fastest axis) with the slices from `first` on; called in order, all of them."""
+        raise NotImplementedError
+
+    def check_end(self) -> None:
+        """After the last slice."""
+
+    def slabs(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first index, slices as stored (n, middle axis, fastest axis)). Valid until the next one is asked for.
+
+        While one slab is being worked on, a thread reads up to SLABS_AHEAD others.
+        """
+        fast, middle, slow = self.header.shape
+        step = min(slow, max(1, SLAB_BYTES // (fast * middle * self.header.dtype.itemsize)))
+        starts = range(0, slow, step)
+        buffers = [np.empty((step, middle, fast), self.header.dtype) for _ in range(SLABS_AHEAD + 1)]
+        slabs = [buffers[i % len(buffers)][: min(step, slow - start)] for i, start in enumerate(starts)]
+        tasks = chain(zip(repeat(self.read), slabs, starts), [(self.check_end,)])
+        reader = ThreadPoolExecutor(1)
+        try:
+            pending = deque(reader.submit(*task) for task in islice(tasks, SLABS_AHEAD))
+            for start, slab in zip(starts, slabs, strict=True):
+                pending.popleft().result()
+                pending.extend(reader.submit(*task) for task in islice(tasks, 1))
+                yield start, slab
+            pending.popleft().result()
+        finally:
+            reader.shutdown(cancel_futures=True)
+
+
+# ------------------------------------------------------------------ files that are one stream of bytes
+
+
+class StreamFile(VolumeFile):
+    """A header, then the voxels, in one file. Subclasses set `stream`, where the voxels come from, and the header."""
+
+    stream: IO[bytes]
+
+    def __init__(self, path: Path):
+        self.path = path
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise self.error("a pipe or device", "a file", "name the file itself")  # opening it might never return
+        try:
+            self.raw = open(path, "rb")  # noqa: SIM115  closed in close()
+        except FileNotFoundError:
+            raise file_error(path, "no such file", "a volume", "check the path or download it") from None
+        except OSError as error:
+            raise file_error(path, f"unreadable ({error.strerror})", "a file", "check its permissions") from None
+        try:
+            self.open()
+        except OSError as error:
+            self.close()
+            raise file_error(path, f"unreadable ({error.strerror or error})", "a file", RECOPY) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def open(self) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.raw.close()
+
+    def read(self, slices: np.ndarray, first: int) -> None:
+        self.fill(slices.reshape(-1).view(np.uint8))
+
+    def fill(self, buffer: np.ndarray) -> None:
+        """Fill a uint8 array from the stream, to the last byte."""
+        view, done = memoryview(buffer), 0
+        try:
+            while done < len(view):
+                count = self.stream.readinto(view[done:])
+                if not count:
+                    raise EOFError
+                done += count
+        except EOFError:
+            raise self.error("a truncated file", "as many voxels as its header declares", RECOPY) from None
+        except (OSError, zlib.error, InflateError) as error:
+            raise self.error(f"damaged data ({error})", "a readable file", RECOPY) from None
+
+    def skip(self, count: int) -> None:
+        scratch = np.empty(min(count, SLAB_BYTES), np.uint8)
+        while count > 0:
+            self.fill(scratch[: min(count, len(scratch))])
+            count -= len(scratch)
+
+    def check_end(self) -> None:
+        """Reading past the last voxel makes gzip compare its checksum; bytes after the voxels are tolerated."""
+        try:
+            self.stream.read(1)
+        except EOFError:
+            raise self.error("damaged data (the stream ends early)", "a readable file", RECOPY) from None
+        except (OSError, zlib.error, InflateError) as error:
+            raise self.error(f"damaged data ({error})", "a readable file", RECOPY) from None
+
+    def check_size(self, header: Header, offset: int) -> None:
+        """Refuse a size that the file cannot hold, before allocating anything of that size."""
+        voxels = prod(header.shape)
+        declared = offset + voxels * header.dtype.itemsize
+        at_most = os.fstat(self.raw.fileno()).st_size * (DEFLATE_LIMIT if self.stream is not self.raw else 1)
+        if declared > at_most:
+            found = f"{shape_text(header.shape)} voxels declared, {declared} bytes"
+            raise self.error(found, f"at most {at_most} bytes in a file of this size (truncated?)", RECOPY)
+        if voxels > MOST_VOXELS or prod(header.shape[:2]) > MOST_PLANE:
+            expected = f"at most {MOST_PLANE} in a slice and {MOST_VOXELS} in all"
+            raise self.error(f"{shape_text(header.shape)} voxels", expected, "resample it to a finite size first")
+
+
+def three_axes(shape: Sequence[int], path: Path) -> tuple[int, int, int]:
+    if len(shape) < 3 or any(n > 1 for n in shape[3:]) or min(shape[:3]) < 2:
+        expected = "3 axes of at least 2 voxels"
+        raise file_error(path, f"{len(shape)} axes of {shape_text(shape)} voxels", expected, CONVERT)
+    return tuple(shape[:3])
