@@ -298,7 +298,7 @@ def pieces_of(
         return
     seed = run.config.seed * 100_003 + epoch if run.config.augment else None
     loader = volume_loader(
-        split.volumes, model.input_shape, pieces=pieces, num_workers=run.workers, augment_seed=seed,
+        split.volumes, model.input_shape, micro_batches=pieces, num_workers=run.workers, augment_seed=seed,
         pin=run.device.type == "cuda",
     )  # fmt: skip
     for batch, last in zip(loader, ends, strict=True):
