@@ -364,7 +364,8 @@ def test_the_folder_one_is_in_is_a_series_by_its_own_name(stored, monkeypatch):
 
 
 def test_what_is_done_when_ctrl_c_comes_is_kept(stored, tmp_path, monkeypatch, capsys):
-    from ctclip.data import geometry, loading
+    from ctclip.data import loading
+    from ctclip.inference import predictor
 
     original, read = loading.read_volume, []
 
@@ -375,7 +376,7 @@ def test_what_is_done_when_ctrl_c_comes_is_kept(stored, tmp_path, monkeypatch, c
         return original(volume, shape)
 
     monkeypatch.setattr(loading, "read_volume", interrupted)
-    monkeypatch.setattr(geometry, "PUBLISHED_SHAPE", (1, 1, 1))  # one scan at a time, as with the published model
+    monkeypatch.setattr(predictor, "PUBLISHED_SHAPE", (1, 1, 1))  # one scan at a time, as with the published model
     with pytest.raises(SystemExit) as stopped:
         call("--input", stored, "--output", tmp_path / "p.csv")
     table = pd.read_csv(tmp_path / "p.part.csv", index_col="VolumeName")
