@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from ctclip.evaluation.calibration import fit_calibration, load_calibration
     from ctclip.evaluation.evaluate import evaluate
     from ctclip.evaluation.metrics import EvaluationError, compute_metrics, per_label_metrics
+    from ctclip.evaluation.render import format_report
     from ctclip.evaluation.results import EvaluationInputs
     from ctclip.evaluation.tables import load_labels, load_predictions
-    from ctclip.evaluation.text_report import format_report
     from ctclip.evaluation.thresholds import rescale_to_half
 
 __all__ = [
@@ -42,9 +42,9 @@ def __getattr__(name: str) -> Any:
     name = {"map_cuts_to_half": "rescale_to_half"}.get(name, name)  # its name before 0.7
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ctclip.evaluation import calibration, evaluate, metrics, tables, text_report, thresholds
+    from ctclip.evaluation import calibration, evaluate, metrics, render, tables, thresholds
 
-    modules = (evaluate, calibration, metrics, tables, text_report, thresholds)
+    modules = (evaluate, calibration, metrics, render, tables, thresholds)
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 

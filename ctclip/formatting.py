@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from typing import Iterable  # noqa: UP035  (ctclip_setup must get as far as its Python check)
+from typing import Iterable, Sequence  # noqa: UP035  (ctclip_setup must get as far as its Python check)
 
 WIDTH, INDENT, TIED = 100, 12, "\u00a0"  # TIED: a space at which no line is broken
 
@@ -30,3 +30,31 @@ def comma_separated(items: Iterable) -> str:
 
 def size_text(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def decimal(value: float | None, digits: int = 4) -> str:
+    return "undefined" if value is None else f"{value:.{digits}f}"
+
+
+def metric_text(value: float | None, key: str = "", digits: int = 4) -> str:
+    """In the form of the metric `key` of metrics.json: rates in percent."""
+    return percent(value) if value is not None and key.endswith("_rate") else decimal(value, digits)
+
+
+def change_text(value: float | None, key: str = "", digits: int = 4) -> str:
+    """A difference, with its sign; of rates in percentage points."""
+    if value is None:
+        return "undefined"
+    return f"{100 * value:+.1f} pts" if key.endswith("_rate") else f"{value:+.{digits}f}"
+
+
+def interval_text(bounds: Sequence[float] | None, key: str = "", digits: int = 4) -> str:
+    """low-high, of rates in percent; without unit, as it stands behind a value that has one. Empty for None."""
+    if bounds is None:
+        return ""
+    scale, digits = (100, 1) if key.endswith("_rate") else (1, digits)
+    return (" to " if min(bounds) < 0 else "-").join(f"{scale * bound:.{digits}f}" for bound in bounds)

@@ -13,12 +13,13 @@ from ctclip.evaluation.calibration import load_calibration, read_prevalence
 from ctclip.evaluation.cases import with_pictures, worst_cases
 from ctclip.evaluation.evaluate import evaluate_tables
 from ctclip.evaluation.output import write_calibrated, write_results
+from ctclip.evaluation.render import format_report
 from ctclip.evaluation.results import EvaluationInputs
 from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE, check_output_folder, run_metadata
 from ctclip.evaluation.tables import load_predictions, rows_of
-from ctclip.evaluation.text_report import format_report, percent
 from ctclip.evaluation.thresholds import objective_score
 from ctclip.fileio import make_folder
+from ctclip.formatting import percent
 
 RESAMPLES_BETWEEN = 100, 10_000  # fewer say nothing, more need more memory than they are worth
 

@@ -65,8 +65,8 @@ from ctclip.evaluation.tables import (
     source_of,
     tuning_rows,
 )
-from ctclip.evaluation.text_report import decimal, percent
 from ctclip.evaluation.thresholds import tune_global_threshold, tune_label_thresholds
+from ctclip.formatting import decimal, percent
 from ctclip_model import ABNORMALITIES
 
 NEED_CASES = ("auroc", "average_precision", "precision", "recall", "f1")  # no interval without enough cases

@@ -1,31 +1,283 @@
-"""Evaluation and training as pictures (matplotlib), for the run's folder and for notebooks."""
+"""Evaluation and training as pictures (matplotlib): PNG for the run's folder and notebooks, SVG for the page."""
 
 from __future__ import annotations
 
+import io
+import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip.evaluation.metrics import bin_index, threshold_table, undefined_labels
-from ctclip.evaluation.text_report import percent
+from ctclip.evaluation.metrics import bin_index, threshold_sweep
 from ctclip.fileio import replacing
+from ctclip.formatting import percent
 from ctclip_model import ABNORMALITIES
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TRAINING_CURVES = "training_curves.png"  # in a run folder; training and evaluation both write it
-INK, GREY, LIGHT = "#222222", "#767676", "#dddddd"
+INK, GREY, LIGHT, GRID, BAND = "#222222", "#767676", "#dddddd", "#eaeaea", "#f0f0f0"
 BLUE, ORANGE, GREEN, PURPLE, OLIVE = "#0072b2", "#d55e00", "#009e73", "#9a5b9e", "#a08a00"
-COLOURS = {"ink": INK, "blue": BLUE, "orange": ORANGE, "green": GREEN}
-TRAINING_PANELS = (  # title; curves: key of log.jsonl, name, colour
-    ("Loss", (("train_loss", "training", "blue"), ("tuning_loss", "tuning patients", "orange"))),
-    ("Macro AUROC, tuning patients", (("tuning_auroc_macro", "macro AUROC", "green"),)),
-    ("Positive rate at 0.5", (("positive_rate", "predicted", "orange"), ("label_rate", "labels", "ink"))),
+PAGE_COLOURS = {  # the page's variables, which differ in light and dark
+    INK: "text", GREY: "muted", LIGHT: "strong", GRID: "line", BAND: "band", "#ffffff": "paper",
+    BLUE: "blue", ORANGE: "orange", GREEN: "green", PURPLE: "purple", OLIVE: "olive",
+}
+MOST_POINTS = 150  # of a curve
+SWEEP_CURVES = (  # key of M; name; colour
+    ("positive_rate", "Positive rate", ORANGE),
+    ("hamming_accuracy", "Hamming accuracy", GREEN),
+    ("f1_macro", "F1 macro", BLUE),
+    ("precision_macro", "Precision macro", OLIVE),
+    ("recall_macro", "Recall macro", PURPLE),
+    ("crg", "CRG", INK),
 )
+TRAINING_PANELS = (  # title; curves: key of log.jsonl, name, colour
+    ("Loss", (("train_loss", "training", BLUE), ("tuning_loss", "tuning patients", ORANGE))),
+    ("Macro AUROC, tuning patients", (("tuning_auroc_macro", "macro AUROC", GREEN),)),
+    ("Positive rate at 0.5, %", (("positive_rate", "predicted", ORANGE), ("label_rate", "labels", INK))),
+)
+
+
+# ------------------------------------------------------------------------------------------------- one plot per label
+
+
+@dataclass(frozen=True)
+class LabelPlot:
+    """A kind of plot on unit axes that every label has. `draw` takes the axes and one label's arrays, (N,) each:
+    labels, probabilities, calibrated probabilities. `metric` names the value above it. `one_class`: it is also drawn
+    of labels with one class only."""
+
+    draw: Callable[[Axes, np.ndarray, np.ndarray, np.ndarray], None]
+    xlabel: str
+    ylabel: str
+    metric: str
+    one_class: bool = False
+
+
+def draw_roc(ax: Axes, labels: np.ndarray, probabilities: np.ndarray, _: np.ndarray) -> None:
+    from sklearn.metrics import roc_curve
+
+    x, y = thinned(*roc_curve(labels, probabilities)[:2])
+    ax.plot([0, 1], [0, 1], color=LIGHT, linewidth=1)
+    area = thinned(x, y, 50)
+    ax.fill([*area[0], 1], [*area[1], 0], color=BLUE, alpha=0.1, linewidth=0)
+    ax.plot(x, y, color=BLUE, linewidth=1.4)
+
+
+def draw_precision_recall(ax: Axes, labels: np.ndarray, probabilities: np.ndarray, _: np.ndarray) -> None:
+    """The dashed line is the label rate, which a random ranking gives."""
+    ax.plot([0, 1], [labels.mean()] * 2, color=GREY, linewidth=1, linestyle="--")
+    x, y = thinned(*precision_recall_stairs(labels, probabilities), 75)  # two points each
+    ax.step(x, y, where="post", color=BLUE, linewidth=1.4)
+
+
+def draw_reliability(ax: Axes, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray) -> None:
+    ax.plot([0, 1], [0, 1], color=LIGHT, linewidth=1)
+    for values, colour in ((probabilities, ORANGE), (calibrated, BLUE)):
+        x, y = reliability_points(labels, values)
+        ax.plot(x, y, color=colour, linewidth=1)
+        dots = np.column_stack([x, x + 1e-4, np.full(len(x), np.nan)])  # strokes with round ends: markers are long SVG
+        ax.plot(dots.ravel(), np.repeat(y, 3), color=colour, linewidth=4, solid_capstyle="round")
+
+
+LABEL_PLOTS = {
+    "roc": LabelPlot(draw_roc, "False positive rate", "True positive rate", "AUROC"),
+    "precision_recall": LabelPlot(draw_precision_recall, "Recall", "Precision", "AP"),
+    "reliability": LabelPlot(draw_reliability, "Mean probability in the bin", "Label rate in the bin", "ECE", True),
+}
+
+
+def label_figure(
+    plot: LabelPlot, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray, captions: Mapping[str, str]
+) -> Figure:
+    """All labels in 3 x 6 panels; arrays (N, 18). A label without a curve says its caption instead."""
+    figure = new_figure(13, 7.4, layout=None)  # solving the layout of 18 panels takes a second; this one is fixed
+    axes = figure.subplots(3, 6, sharex=True, sharey=True)
+    figure.subplots_adjust(left=0.055, right=0.99, bottom=0.075, top=0.92, wspace=0.2, hspace=0.42)
+    for ax, name, *arrays in zip(axes.flat, ABNORMALITIES, labels.T, probabilities.T, calibrated.T, strict=True):
+        if has_curve(plot, arrays[0]):
+            plot.draw(ax, *arrays)
+        ax.set_title(f"{_two_lines(name)}\n{plot.metric} {captions[name]}", fontsize=8.5)
+        ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal")
+        _tidy(ax)
+    figure.supxlabel(plot.xlabel, fontsize=10, y=0.012)
+    figure.supylabel(plot.ylabel, fontsize=10, x=0.008)
+    return figure
+
+
+def label_svg(plot: LabelPlot, name: str, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray) -> str:
+    """One label's panel for the page; arrays (N,)."""
+    figure = new_figure(2.1, 2, layout=None)
+    ax = figure.add_axes((0.15, 0.13, 0.82, 0.83))
+    ax.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    _tidy(ax, grid="y")
+    plot.draw(ax, labels, probabilities, calibrated)
+    return svg(figure, name)
+
+
+def has_curve(plot: LabelPlot, labels: np.ndarray) -> bool:
+    return plot.one_class or 0 < labels.sum() < len(labels)
+
+
+def precision_recall_stairs(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(recall, precision) of one label from recall 1 down to 0, each precision held down to the next recall: the area
+    below is average precision. (scikit-learn ends with a point at precision 1 that nobody has reached.)"""
+    from sklearn.metrics import precision_recall_curve
+
+    precision, recall, _ = precision_recall_curve(labels, probabilities)
+    precision, recall = precision[recall > 0], recall[recall > 0]
+    return np.append(recall, 0), np.append(precision, precision[-1])
+
+
+def reliability_points(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(mean probability, label rate) of each bin of one label, (bins,); the bins of the calibration error."""
+    place = bin_index(probabilities)
+    used = np.unique(place)
+    means = [(probabilities[place == k].mean(), labels[place == k].mean()) for k in used]
+    x, y = zip(*means, strict=True)
+    return np.array(x), np.array(y)
+
+
+def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most `most` of a curve's points, evenly along it, both ends among them; none is moved."""
+    if len(x) <= most:
+        return x, y
+    along = np.concatenate([[0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])
+    keep = np.unique(np.searchsorted(along, np.linspace(0, along[-1], most)).clip(max=len(x) - 1))
+    keep[-1] = len(x) - 1
+    return x[keep], y[keep]
+
+
+# ------------------------------------------------------------------------------------------------ plots of the whole
+
+
+def sweep_figure(
+    thresholds: np.ndarray, sweep: Mapping[str, np.ndarray], metrics: Mapping, size: tuple[float, float] = (8.5, 4.5),
+    page: bool = False,
+) -> Figure:
+    """What one threshold (T,) for all labels does to each metric, (T, 19) of threshold_sweep. For the page: without a
+    legend, and with names by which its script finds the curves."""
+    figure = new_figure(*size, layout=None if page else "constrained")
+    left, right = (0.4 / size[0], 0.1 / size[0])  # inches, as report.html has them for its slider
+    ax = figure.add_axes((left, 0.3 / size[1], 1 - left - right, 1 - 0.4 / size[1])) if page else figure.subplots()
+    for key, title, colour in SWEEP_CURVES:
+        width = 2.4 if key == "positive_rate" else 1.6
+        ax.plot(thresholds, sweep[key][:, 0], color=colour, linewidth=width, label=title, gid=f"curve-{key}")
+    rate, chosen = metrics["at_0.5"]["label_rate"], min(metrics["thresholds"]["global"], 1)
+    for gid, (x, y), colour, style, title in (
+        ("label_rate", ((0, 1), (rate, rate)), ORANGE, "--", f"Label rate {percent(rate)}"),
+        ("tuned", ((chosen, chosen), (0, 1)), GREY, ":", f"Global threshold {chosen:.3f}"),
+        ("threshold", ((0.5, 0.5), (0, 1)), INK, "-", "Threshold 0.5"),
+    ):
+        ax.plot(x, y, color=colour, linestyle=style, linewidth=1.2, label=title, gid=f"curve-{gid}")
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    ax.set_xticks(np.arange(0, 1.01, 0.2 if size[0] < 6 else 0.1))
+    _tidy(ax, grid="y")
+    if not page:
+        ax.set(xlabel="Threshold, one for all labels", ylabel="Value")
+        ax.set_title("Threshold sweep", loc="left", fontsize=11)
+        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    return figure
+
+
+def rate_figure(metrics: Mapping, size: tuple[float, float] = (9, 6)) -> Figure:
+    """Per label: how often it is present, and how often it is predicted at 0.5 and with tuned thresholds. On a narrow
+    figure names stand above their row."""
+    narrow = size[0] < 6
+    rows = list(metrics["per_label"].items())[::-1]
+    places = np.arange(len(rows))
+    truth = 100 * np.array([row["label_rate"] for _, row in rows])
+    half = 100 * np.array([row["at_0.5"]["positive_rate"] for _, row in rows])
+    tuned = 100 * np.array([row["positive_rate"] for _, row in rows])
+    figure = new_figure(*size)
+    ax = figure.subplots()
+    ax.hlines(places, truth, half, color=LIGHT, linewidth=2, zorder=1)
+    ax.plot(truth, places, "|", markersize=10 if narrow else 13, markeredgewidth=2.6, color=INK, label="Label rate")
+    ax.plot(half, places, "o", markersize=6.5, markerfacecolor="#ffffff", markeredgecolor=ORANGE, markeredgewidth=1.6,
+            label="Predicted at 0.5", zorder=3)
+    ax.plot(tuned, places, "o", markersize=6.5, color=BLUE, label="Predicted, tuned", zorder=4)
+    ax.set(xlim=(-2, 102), ylim=(-0.7, len(rows) - (0 if narrow else 0.3)), xlabel="Share of volumes, %")
+    _tidy(ax, grid="x")
+    if narrow:
+        ax.set_yticks([])
+        ax.spines["left"].set_visible(False)
+        for place, (name, _) in zip(places, rows, strict=True):
+            ax.text(-2, place + 0.32, name, fontsize=9, color=INK)
+    else:
+        ax.set_yticks(places, [name for name, _ in rows], fontsize=9)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9, handletextpad=0.2, columnspacing=1,
+                  labelcolor=INK)
+    return figure
+
+
+def training_figure(history: list[dict]) -> Figure:
+    """Loss, tuning AUROC and positive rate by epoch, from log.jsonl; frozen epochs are shaded, the best is ringed."""
+    figure = new_figure(13, 4)
+    for ax, (title, curves) in zip(figure.subplots(1, 3), TRAINING_PANELS, strict=True):
+        draw_training(ax, history, curves)
+        ax.set_title(title, loc="left", fontsize=11)
+    return figure
+
+
+def training_svgs(history: list[dict]) -> list[tuple[str, str]]:
+    """(title, drawing) of the panels that have a value to show."""
+    panels = []
+    for title, curves in TRAINING_PANELS:
+        values = np.array([[row.get(key) for row in history] for key, _, _ in curves], dtype=float)
+        if np.isfinite(values).any():
+            figure = new_figure(4.2, 2.7)
+            draw_training(figure.subplots(), history, curves)
+            panels.append((title, svg(figure, title)))
+    return panels
+
+
+def draw_training(ax: Axes, history: list[dict], curves: Sequence[tuple[str, str, str]]) -> None:
+    epochs = [row.get("epoch", number) for number, row in enumerate(history, 1)]
+    frozen = [epoch for epoch, row in zip(epochs, history, strict=True) if row.get("stage") == "frozen"]
+    best = [(n, row.get("tuning_auroc_macro")) for n, row in zip(epochs, history, strict=True) if row.get("best")]
+    ax.set(xlabel="Epoch", xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
+    _tidy(ax, grid="y")
+    if frozen:
+        ax.axvspan(min(epochs) - 0.5, max(frozen) + 0.5, facecolor=BAND, edgecolor=GREY, linewidth=0.5, zorder=0,
+                   label="Backbone frozen")
+    for key, name, colour in curves:
+        values = np.array([row.get(key) for row in history], dtype=float)  # None where an epoch has no value
+        values[~np.isfinite(values)] = np.nan
+        values *= 100 if key.endswith("_rate") else 1
+        ax.plot(epochs, values, "o-", color=colour, markersize=4, label=name)
+        if key == "tuning_auroc_macro" and best and best[-1][1] is not None:
+            ax.scatter(*best[-1], s=90, facecolors="none", edgecolors=INK, linewidths=1.3, zorder=3,
+                       label=f"Best, epoch {best[-1][0]}")
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    ax.legend(frameon=False, fontsize=9, labelcolor=INK)
+
+
+# --------------------------------------------------------------------------------------------------- figures and files
+
+
+def write_figures(
+    folder: Path, metrics: Mapping, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray,
+    captions: Mapping[str, Mapping[str, str]], history: list[dict] | None,
+) -> None:
+    """All of an evaluation as PNG. `captions`: of LABEL_PLOTS, for each label."""
+    thresholds = np.arange(1, 100) / 100
+    figures = {
+        f"{key}.png": label_figure(plot, labels, probabilities, calibrated, captions[key])
+        for key, plot in LABEL_PLOTS.items()
+    }
+    figures["threshold_sweep.png"] = sweep_figure(
+        thresholds, threshold_sweep(labels, probabilities, thresholds), metrics)
+    figures["positive_rate.png"] = rate_figure(metrics)
+    if history:
+        figures[TRAINING_CURVES] = training_figure(history)
+    for name, figure in figures.items():
+        write_figure(figure, folder / name, metrics["note"])
 
 
 def write_training_figure(history: list[dict], path: str | Path, note: str | None) -> None:
@@ -41,165 +293,42 @@ def write_figure(figure: Figure, path: Path, note: str | None) -> None:
         figure.savefig(temporary, format="png", bbox_inches="tight" if note else None)
 
 
-def roc_figure(labels: np.ndarray, probabilities: np.ndarray) -> Figure:
-    """18 small ROC curves, AUROC in each title; a label with one class says so instead."""
-    from sklearn.metrics import roc_auc_score, roc_curve
+def svg(figure: Figure, salt: str) -> str:
+    """A drawing to be put into an HTML page, in the page's font and colours; its width is the page's business. The same
+    figure gives the same text, and `salt`, different for each drawing of a page, keeps its ids apart."""
+    from matplotlib import rc_context
 
-    def draw(ax, y: np.ndarray, p: np.ndarray) -> str:
-        ax.plot([0, 1], [0, 1], color=LIGHT, linewidth=1)
-        fpr, tpr, _ = roc_curve(y, p)
-        ax.fill_between(fpr, tpr, color=BLUE, alpha=0.1, linewidth=0)
-        ax.plot(fpr, tpr, color=BLUE, linewidth=1.6)
-        return f"AUROC {roc_auc_score(y, p):.3f}, {int(y.sum())}/{len(y)} positive"
-
-    return _label_panels(labels, probabilities, draw, "False positive rate", "True positive rate")
-
-
-def precision_recall_figure(labels: np.ndarray, probabilities: np.ndarray) -> Figure:
-    """18 small precision-recall curves with average precision; the line across is what chance gives, the label rate."""
-    from sklearn.metrics import average_precision_score
-
-    def draw(ax, y: np.ndarray, p: np.ndarray) -> str:
-        ax.axhline(y.mean(), color=GREY, linewidth=1, linestyle="--")
-        ax.step(*precision_recall_stairs(y, p), where="post", color=BLUE, linewidth=1.6)
-        return f"AP {average_precision_score(y, p):.3f}, label rate {y.mean():.3f}"
-
-    return _label_panels(labels, probabilities, draw, "Recall", "Precision")
-
-
-def precision_recall_stairs(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(recall, precision) of one label from recall 1 down to 0, each precision held down to the next recall: the area
-    below is average precision. (scikit-learn ends with a point at precision 1 that nobody has reached.)"""
-    from sklearn.metrics import precision_recall_curve
-
-    precision, recall, _ = precision_recall_curve(labels, probabilities)
-    precision, recall = precision[recall > 0], recall[recall > 0]
-    return np.append(recall, 0), np.append(precision, precision[-1])
-
-
-def reliability_figure(labels: np.ndarray, before: np.ndarray, after: np.ndarray) -> Figure:
-    """18 small reliability diagrams: label rate against mean probability of each bin, before and after calibration."""
-
-    def draw(ax, y: np.ndarray, p: np.ndarray) -> str:
-        ax.plot([0, 1], [0, 1], color=LIGHT, linewidth=1)
-        for values, color in ((p[:, 0], ORANGE), (p[:, 1], BLUE)):
-            ax.plot(*reliability_points(y, values), "o-", color=color, markersize=3, linewidth=1.2)
-        return f"mean p {p[:, 0].mean():.2f}, now {p[:, 1].mean():.2f}; rate {y.mean():.2f}"
-
-    both = np.stack([before, after], axis=2)
-    figure = _label_panels(labels, both, draw, "Mean probability in the bin", "Label rate in the bin", one_class=True)
-    for color, title in ((ORANGE, "as given"), (BLUE, "calibrated")):
-        figure.axes[0].plot([], [], "o-", color=color, markersize=3, label=title)
-    figure.legend(loc="lower right", ncols=2, frameon=False, fontsize=9, bbox_to_anchor=(0.995, 0.0))
-    return figure
-
-
-def reliability_points(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mean probability, label rate) of each bin of one label, (bins,); the bins of the calibration error."""
-    place = bin_index(probabilities)
-    used = np.unique(place)
-    means = [(probabilities[place == k].mean(), labels[place == k].mean()) for k in used]
-    x, y = zip(*means, strict=True)
-    return np.array(x), np.array(y)
-
-
-def _label_panels(
-    labels: np.ndarray, values: np.ndarray, draw: Callable, xlabel: str, ylabel: str, one_class: bool = False
-) -> Figure:
-    """3 x 6 panels on unit axes. `draw(ax, labels (N,), values (N, ...))` returns the second line of the title; labels
-    with one class say so instead, unless `one_class`."""
-    undefined = () if one_class else undefined_labels(labels)
-    figure = new_figure(13, 7.4, layout=None)  # solving the layout of 18 panels takes a second; this one is fixed
-    axes = figure.subplots(3, 6, sharex=True, sharey=True)
-    figure.subplots_adjust(left=0.055, right=0.99, bottom=0.075, top=0.92, wspace=0.2, hspace=0.42)
-    for j, (ax, name) in enumerate(zip(axes.flat, ABNORMALITIES, strict=True)):
-        if name in undefined:
-            ax.text(0.5, 0.5, "one class only:\nno curve", ha="center", va="center", color=GREY, fontsize=9)
-            caption = f"{int(labels[:, j].sum())}/{len(labels)} positive"
-        else:
-            caption = draw(ax, labels[:, j], values[:, j])
-        ax.set_title(f"{_two_lines(name)}\n{caption}", fontsize=8.5)
-        ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal")
-        _tidy(ax)
-    figure.supxlabel(xlabel, fontsize=10, y=0.012)
-    figure.supylabel(ylabel, fontsize=10, x=0.008)
-    return figure
-
-
-def sweep_figure(labels: np.ndarray, probabilities: np.ndarray, metrics: dict) -> Figure:
-    """What one cut for all labels does to each metric, with 0.5, the global cut and the label rate marked."""
-    rows = threshold_table(labels, probabilities, np.arange(1, 100) / 100)
-    cuts = [row["threshold"] for row in rows]
-    figure = new_figure(8.5, 5)
-    ax = figure.subplots()
-    curves = (("Hamming accuracy", "hamming_accuracy", GREEN), ("F1 macro", "f1_macro", BLUE),
-              ("Precision macro", "precision_macro", OLIVE), ("Recall macro", "recall_macro", PURPLE),
-              ("Positive rate", "positive_rate", ORANGE))
-    for title, key, color in curves:
-        width = 2.4 if key == "positive_rate" else 1.6
-        ax.plot(cuts, [row[key] for row in rows], color=color, linewidth=width, label=title)
-    rate, chosen = metrics["at_0.5"]["label_rate"], metrics["thresholds"]["global"]
-    ax.axhline(rate, color=ORANGE, linestyle="--", linewidth=1, label=f"Label rate {percent(rate)}")
-    ax.axvline(0.5, color=GREY, linestyle=":", linewidth=1.2, label="Cut at 0.5")
-    ax.axvline(chosen, color=INK, linestyle="-.", linewidth=1.2, label=f"Global cut {chosen:.3f}")
-    ax.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="Threshold, one for all labels", ylabel="Value")
-    ax.set_title("Threshold sweep", loc="left", fontsize=11)
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-    _tidy(ax)
-    return figure
-
-
-def rate_figure(metrics: dict) -> Figure:
-    """Per label: how often it is there, and how often it is predicted at 0.5 and with tuned cuts."""
-    rows = list(metrics["per_label"].items())[::-1]
-    places = np.arange(len(rows))
-    truth = 100 * np.array([row["label_rate"] for _, row in rows])
-    half = 100 * np.array([row["at_0.5"]["positive_rate"] for _, row in rows])
-    tuned = 100 * np.array([row["positive_rate"] for _, row in rows])
-    figure = new_figure(9, 6)
-    ax = figure.subplots()
-    ax.hlines(places, truth, half, color=LIGHT, linewidth=2, zorder=1)
-    ax.scatter(truth, places, marker="|", s=170, linewidths=2.6, color=INK, label="Label rate", zorder=2)
-    ax.scatter(half, places, s=46, facecolors="white", edgecolors=ORANGE, linewidths=1.6, zorder=3,
-               label="Predicted at 0.5")
-    ax.scatter(tuned, places, s=46, color=BLUE, label="Predicted, tuned cuts", zorder=4)
-    ax.set_yticks(places, [name for name, _ in rows], fontsize=9)
-    ax.set(xlim=(-2, 102), ylim=(-0.7, len(rows) - 0.3), xlabel="Share of volumes, %")
-    m, t = metrics["at_0.5"], metrics["tuned"]
-    ax.set_title(
-        f"Positive rate: {percent(m['positive_rate'])} at 0.5, {percent(t['positive_rate'])} tuned; "
-        f"label rate {percent(m['label_rate'])}",
-        loc="left", fontsize=11, pad=24,
-    )
-    ax.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, frameon=False, fontsize=9, borderaxespad=0.1)
-    _tidy(ax)
-    return figure
-
-
-def training_figure(history: list[dict]) -> Figure:
-    """Loss, tuning AUROC and positive rate by epoch, from log.jsonl; frozen epochs are shaded, the best is ringed."""
-    epochs = [row.get("epoch", number) for number, row in enumerate(history, 1)]
-    frozen = [epoch for epoch, row in zip(epochs, history, strict=True) if row.get("stage") == "frozen"]
-    best = [(n, row.get("tuning_auroc_macro")) for n, row in zip(epochs, history, strict=True) if row.get("best")]
-    figure = new_figure(13, 4)
-    for ax, (title, curves) in zip(figure.subplots(1, 3), TRAINING_PANELS, strict=True):
-        if frozen:
-            shade = {"facecolor": "#f0f0f0", "edgecolor": GREY, "linewidth": 0.5, "zorder": 0}
-            ax.axvspan(min(epochs) - 0.5, max(frozen) + 0.5, label="Backbone frozen", **shade)
-        percent_scale = any(key.endswith("_rate") for key, _, _ in curves)
-        for key, name, colour in curves:
-            color = COLOURS[colour]
-            values = np.array([row.get(key) for row in history], dtype=float)  # None where an epoch has no value
-            ax.plot(epochs, values * (100 if percent_scale else 1), "o-", color=color, markersize=4, label=name)
-            if key == "tuning_auroc_macro" and best and best[-1][1] is not None:
-                ring = {"facecolors": "none", "edgecolors": INK, "linewidths": 1.3, "zorder": 3}
-                ax.scatter(*best[-1], s=90, label=f"Best, epoch {best[-1][0]}", **ring)
-        ax.set(xlabel="Epoch", xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
-        ax.set_title(title + (", %" if percent_scale else ""), loc="left", fontsize=11)
-        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        ax.legend(frameon=False, fontsize=9)
-        _tidy(ax)
-    return figure
+    for artist in figure.findobj():
+        artist.set_clip_on(False)  # nothing leaves its axes, and clip paths need ids
+    file = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(file, format="svg", transparent=True, dpi=72,
+                       metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    width, height = 72 * figure.get_size_inches()
+    box = figure.axes[0].get_position()
+    axes = (box.x0 * width, (1 - box.y1) * height, box.x1 * width, (1 - box.y0) * height)
+    text = file.getvalue()
+    text = text[text.index(">", text.index("<svg ")) + 1 :]
+    for colour, name in PAGE_COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    text = re.sub(r"-?\d+\.\d+", lambda number: f"{round(float(number[0]), 1):g}", text)
+    for pattern, replacement in (
+        (r"<defs>\s*<style.*?</defs>|<!--.*?-->", ""),  # a style for all paths of the page; comments
+        (r' id="[\w.]+_\d+"| transform="rotate\(-0 [^"]*"', ""),  # figure_1, axes_1, ...: not unique in a page
+        (r'id="curve-(\w+)"', r'data-curve="\1"'),
+        (r" font-family: [^;\"]+;|;? stroke-line(cap|join): (square|miter)", ""),
+        (r'<path d="[^"]*" style="fill: none"/>', ""),  # backgrounds
+        (r"fill: none; |font-size: 9px; |; fill: var\(--muted\)", ""),  # as report.html has them for all
+        (r"(?<=[;:]) (?=[^<>]*/?>)", ""),
+        (r"\s*\n\s*", " "),
+        (r" ?([MLC]) (-?\d)", r"\1\2"),
+        (r"> <", "><"),
+        (r"<g/>|<g></g>", ""),
+    ):
+        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
+    box = " ".join(f"{value:.1f}" for value in axes)
+    text = f'<svg viewBox="0 0 {width:g} {height:g}" data-axes="{box}">{text}'
+    return text.strip()
 
 
 def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
@@ -212,9 +341,14 @@ def new_figure(width: float, height: float, layout: str | None = "constrained") 
     return figure
 
 
-def _tidy(ax) -> None:
+def _tidy(ax: Axes, grid: str | None = None) -> None:
+    """Quiet axes; for the page without tick marks, whose symbols would be most of a small drawing."""
     ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=9, length=3, color=GREY)
+    ax.spines[["left", "bottom"]].set_color(GREY)
+    ax.tick_params(labelsize=9, length=0 if grid else 3, color=GREY, labelcolor=GREY if grid else INK)
+    if grid:
+        ax.grid(axis=grid, color=GRID, linewidth=0.8)
+        ax.set_axisbelow(True)
 
 
 def _two_lines(name: str, width: int = 22) -> str:

@@ -68,13 +68,31 @@ def threshold_table(
     labels: np.ndarray, probabilities: np.ndarray, thresholds: Sequence[float] = TABLE_THRESHOLDS
 ) -> list[dict]:
     """One row per threshold: threshold, hamming_accuracy, f1_macro, precision_macro, recall_macro, positive_rate."""
-    labels, probabilities = checked(labels, probabilities)
+    sweep = threshold_sweep(labels, probabilities, np.asarray(thresholds))
     keys = ("hamming_accuracy", "f1_macro", "precision_macro", "recall_macro", "positive_rate")
-    rows = []
-    for threshold in thresholds:
-        metrics = decision_metrics(labels, probabilities >= threshold)
-        rows.append({"threshold": float(threshold)} | {key: metrics[key] for key in keys})
-    return rows
+    return [{"threshold": float(threshold)} | {key: float(sweep[key][i, 0]) for key in keys}
+            for i, threshold in enumerate(thresholds)]
+
+
+def threshold_sweep(labels: np.ndarray, probabilities: np.ndarray, thresholds: np.ndarray) -> dict[str, np.ndarray]:
+    """Each metric of decision_metrics but exact_match at each of T thresholds, (T, 19): of all labels together, then of
+    each label alone. NaN where undefined."""
+    labels, probabilities = checked(labels, probabilities)
+
+    def called(truth: int) -> np.ndarray:
+        columns = [np.sort(probabilities[labels[:, j] == truth, j]) for j in range(labels.shape[1])]
+        return np.stack([len(column) - np.searchsorted(column, thresholds) for column in columns], axis=1)
+
+    tp, fp, positives, n = called(1), called(0), labels.sum(axis=0, dtype=np.int64), len(labels)
+    ends = np.broadcast_to((np.nan, n), (len(thresholds), 2))
+    sums = np.concatenate([tp, fp, np.broadcast_to(positives, tp.shape), ends], axis=1)
+    together, columns = summary_from_counts(sums), per_label_from_counts(sums)
+    alone = {
+        "f1_macro": columns["f1"], "precision_macro": columns["precision"], "recall_macro": columns["recall"],
+        "hamming_accuracy": columns["accuracy"], "positive_rate": columns["positive_rate"],
+        "label_rate": columns["label_rate"], "crg": _crg(tp, fp, positives, np.float64(n)),
+    }
+    return {key: np.column_stack([together[key], column]) for key, column in alone.items()}
 
 
 def decision_columns(labels: np.ndarray, decisions: np.ndarray) -> dict[str, np.ndarray]:

@@ -12,17 +12,9 @@ import pandas as pd
 from ctclip.config import CALIBRATION_FILE
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.cases import Case
-from ctclip.evaluation.figures import (
-    TRAINING_CURVES,
-    precision_recall_figure,
-    rate_figure,
-    reliability_figure,
-    roc_figure,
-    sweep_figure,
-    training_figure,
-    write_figure,
-)
-from ctclip.evaluation.html_report import write_page
+from ctclip.evaluation.figures import write_figures
+from ctclip.evaluation.render import write_page
+from ctclip.evaluation.report import figure_captions
 from ctclip.evaluation.results import TUNING, Evaluation
 from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE
 from ctclip.evaluation.tables import source_of, write_table
@@ -34,8 +26,10 @@ def write_results(output_dir: str | Path, evaluation: Evaluation, cases: Sequenc
     """RESULT_FILES, predictions.csv and the figures; each file is replaced whole or not at all."""
     folder = make_folder(output_dir, "change --output-dir")
     _write_tables(folder, evaluation)
-    _write_figures(folder, evaluation)
-    write_page(folder / PAGE, evaluation, evaluation.inputs.history, evaluation.inputs.record, cases)
+    inputs, metrics = evaluation.inputs, evaluation.metrics
+    arrays = evaluation.rows.labels, evaluation.rows.probabilities, evaluation.fitted.calibrated
+    write_figures(folder, metrics, *arrays, figure_captions(metrics), inputs.history)
+    write_page(folder / PAGE, metrics, *arrays, inputs.history, inputs.record, cases)
 
 
 def write_calibrated(
@@ -75,20 +69,3 @@ def _per_label_frame(metrics: dict) -> pd.DataFrame:
     frame = pd.DataFrame.from_dict(rows, orient="index")
     frame.index.name = "label"
     return frame
-
-
-def _write_figures(folder: Path, evaluation: Evaluation) -> None:
-    """The page's figures, for notebooks."""
-    history, metrics = evaluation.inputs.history, evaluation.metrics
-    y, p = evaluation.rows.labels, evaluation.rows.probabilities
-    figures = {
-        "roc.png": roc_figure(y, p),
-        "precision_recall.png": precision_recall_figure(y, p),
-        "reliability.png": reliability_figure(y, p, evaluation.fitted.calibrated),
-        "threshold_sweep.png": sweep_figure(y, p, metrics),
-        "positive_rate.png": rate_figure(metrics),
-    }
-    if history:
-        figures[TRAINING_CURVES] = training_figure(history)
-    for name, figure in figures.items():
-        write_figure(figure, folder / name, metrics["note"])

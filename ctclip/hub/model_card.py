@@ -19,7 +19,9 @@ from ctclip.card_file import MARK
 from ctclip.config import SYNTHETIC_NOTE
 from ctclip.data.geometry import FIELD_OF_VIEW_MM
 from ctclip.data.hounsfield import HU_MAX, HU_MIN
-from ctclip.evaluation.text_report import decimal, fitted_on, percent
+from ctclip.evaluation.render import markdown
+from ctclip.evaluation.report import Paragraph, decision_table, report_sections
+from ctclip.formatting import decimal
 from ctclip.hub.client import REPOSITORY
 from ctclip.hub.published import CardError, Facts
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, published_name
@@ -203,53 +205,12 @@ def _results(facts: Facts) -> str:
     m = facts.metrics
     if m is None:
         return f"{NOT_MEASURED}: there is no evaluation of these weights on unseen patients."
-    found, unit = m["intervals"], m["unit"]["name"]
-    whose = "phantoms" if m["phantom"] else "patients"
-    lines = [
-        f"On {m['n_volumes']:,} volumes of {m['n_patients']:,} unseen {whose} (one row per {unit}), 95 % intervals "
-        f"from {m['settings']['resamples']:,} bootstrap resamples of the {whose}. Thresholds and calibration: "
-        f"{fitted_on(m['thresholds'])}."
-    ]
-    if m["note"]:
-        lines += ["", f"**{m['note']}**"]
-    sets = ("at_0.5", "calibrated", "tuned")
-    lines += ["", "| | uncalibrated, threshold 0.5 | calibrated, threshold 0.5 | tuned thresholds |",
-              "|---|---|---|---|"]
-    for title, key in (("AUROC macro (no threshold)", "auroc_macro"), ("Positive rate", "positive_rate"),
-                       ("Label rate", "label_rate"), ("Hamming accuracy", "hamming_accuracy"), ("F1 macro", "f1_macro"),
-                       ("CRG", "crg")):
-        cells = [_with_interval(m[name][key], found[name][key], key.endswith("_rate")) for name in sets]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    before, after = (m["calibration"][when] for when in ("before", "after"))
-    brier = [_with_interval(m["calibration"][when]["brier"], found["calibration"][when]["brier"])
-             for when in ("before", "after")]
-    lines += [
-        "",
-        "| Mean over labels | uncalibrated | calibrated |", "|---|---|---|",
-        f"| Brier score | {' | '.join(brier)} |",
-        f"| Expected calibration error (no interval) | {before['ece']:.4f} | {after['ece']:.4f} |",
-        f"| the same, if the probabilities were right | {before['ece_if_calibrated']:.4f} | "
-        f"{after['ece_if_calibrated']:.4f} |",
-        "",
-        "| Label | positives | label rate | positive rate, tuned | F1, tuned | AUROC |", "|---|---|---|---|---|---|",
-    ]
-    for name, row in m["per_label"].items():
-        auroc = _with_interval(row["auroc"], found["per_label"][name]["auroc"], digits=3)
-        rates = f"{percent(row['label_rate'])} | {percent(row['positive_rate'])}"
-        lines.append(f"| {name} | {row['positives']:,} | {rates} | {row['f1']:.3f} | {auroc} |")
-    if m["undefined_auroc"]:
-        lines += ["", f"No AUROC, one class only: {', '.join(m['undefined_auroc'])}."]
-    return "\n".join(lines)
-
-
-def _with_interval(value: float | None, bounds, rate: bool = False, digits: int = 4) -> str:
-    if value is None:
-        return "undefined"
-    if rate:
-        text, ends = percent(value), [f"{100 * bound:.1f}" for bound in bounds or ()]
-    else:
-        text, ends = f"{value:.{digits}f}", [f"{bound:.{digits}f}" for bound in bounds or ()]
-    return f"{text} ({' to '.join(ends)})" if ends else f"{text} (too few cases for an interval)"
+    sections = report_sections(m)
+    whose = f"{m['n_patients']:,} unseen {'phantoms' if m['phantom'] else 'patients'}"
+    blocks = [Paragraph(f"On {m['n_volumes']:,} volumes of {whose} (one row per {m['unit']['name']})."),
+              *([Paragraph(m["note"], warning=True)] if m["note"] else [])]
+    chosen = [sections[key] for key in ("comparison", "per_label", "calibration")]
+    return "\n\n".join([markdown(blocks), *(f"### {part.title}\n\n{markdown(part.blocks)}" for part in chosen)])
 
 
 def _decisions(model: CTCLIPMultiAbnormalityModel, facts: Facts) -> str:
@@ -259,19 +220,9 @@ def _decisions(model: CTCLIPMultiAbnormalityModel, facts: Facts) -> str:
         return (f"{NOT_MEASURED}: no calibration and no thresholds belong to these weights; 0.5 was not tuned.\n\n"
                 f"Order of the labels: {order}.")
     unit = "" if calibration.unit == "volume" else f", fitted per {calibration.unit}"
-    lines = [
-        f"Calibration: {calibration.method}; thresholds for `{calibration.objective}`, one per label, and one for all: "
-        f"{calibration.global_threshold:.4f}. Fitted on {calibration.n_rows:,} rows of {calibration.n_patients:,} "
-        f"patients{unit}. A case is positive at or above the threshold: on the uncalibrated probability, or equally on "
-        "the calibrated one. Labels in the order of the logits:",
-        "", "| | Label | threshold, uncalibrated | threshold, calibrated |", "|---|---|---|---|",
-    ]
-    for number, (name, cut, after) in enumerate(
-        zip(ABNORMALITIES, calibration.thresholds, calibration.calibrated_thresholds, strict=True)
-    ):
-        lines.append(f"| {number} | {name} | {_cut(cut)} | {_cut(after)} |")
-    return "\n".join(lines)
-
-
-def _cut(value: float) -> str:
-    return "nothing is positive" if value > 1 else f"{value:.4f}"
+    lead = (f"Calibration: {calibration.method}; thresholds for {calibration.objective}, one per label, and one for "
+            f"all: {calibration.global_threshold:.4f}. Fitted on {calibration.n_rows:,} rows of "
+            f"{calibration.n_patients:,} patients{unit}. A label is positive at or above its threshold: of the "
+            "uncalibrated probability, or equally of the calibrated one. Labels in the order of the logits:")
+    table = decision_table(ABNORMALITIES, calibration.thresholds, calibration.calibrated_thresholds)
+    return markdown([Paragraph(lead), table])

@@ -22,8 +22,8 @@ from ctclip.evaluation.metrics import (
     compute_metrics,
     undefined_labels,
 )
+from ctclip.evaluation.render import format_report
 from ctclip.evaluation.tables import Rows, patients_of
-from ctclip.evaluation.text_report import format_report
 
 NAMES = list(ABNORMALITIES)
 

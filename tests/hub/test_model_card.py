@@ -102,7 +102,7 @@ def test_the_card_holds_the_runs_own_numbers(make_run):
                    m["calibration"]["after"]["ece"], *m["intervals"]["calibration"]["before"]["brier"]):
         assert f"{figure:.4f}" in card
     rate, low, high = m["tuned"]["positive_rate"], *m["intervals"]["tuned"]["positive_rate"]
-    assert f"{100 * rate:.1f} % ({100 * low:.1f} to {100 * high:.1f})" in card
+    assert f"{100 * rate:.1f} % ({100 * low:.1f}-{100 * high:.1f})" in card
     assert "| training | 1,234 | 1,000 |" in card and "Skipped (unreadable, not a chest): 1 volumes" in card
     assert "Trained with ctclip 0.6.5." in card
     assert "2 epochs in 7 s on cpu; the best, 1, has macro AUROC 0.712" in flat(card)
@@ -111,7 +111,9 @@ def test_the_card_holds_the_runs_own_numbers(make_run):
     rows = [f"| {i} | {name} | {cut:.4f} | {after:.4f} |" for i, (name, cut, after) in enumerate(cuts)]
     assert len(rows) == 18 and [row for row in rows if row not in card] == []
     for name, row in m["per_label"].items():
-        assert re.search(rf"\| {name} \| {row['positives']} \|.*\| {row['auroc']:.3f} \(", card)
+        bounds = m["intervals"]["per_label"][name]["auroc"]
+        auroc = f"{row['auroc']:.3f}" + (f" ({bounds[0]:.3f}-{bounds[1]:.3f})" if bounds else "")
+        assert re.search(rf"\| {name} \| {row['positives']} \|.*\| {re.escape(auroc)} \|", card)
     assert "not clinical performance" in card and "not a medical device" in card
 
 

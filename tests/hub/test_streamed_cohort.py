@@ -25,7 +25,7 @@ from ctclip.data.preprocessing import read_volume
 from ctclip.data.tables import CohortError
 from ctclip.data.volume_file import VolumeError
 from ctclip.distributed import Ranks
-from ctclip.evaluation import cases, figures, output
+from ctclip.evaluation import cases, figures
 from ctclip.evaluation.tables import load_predictions
 from ctclip.inference.predictor import predict_volumes
 from ctclip.training import loop
@@ -79,8 +79,7 @@ def streamed(phantoms, model, tmp_path_factory) -> tuple[Path, Path]:
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     monkeypatch.setattr(loop, "write_training_figure", lambda *args: None)
-    for slow in ("roc_figure", "precision_recall_figure", "reliability_figure", "sweep_figure", "rate_figure"):
-        monkeypatch.setattr(output, slow, lambda *args: figures.new_figure(1, 1))
+    monkeypatch.setattr(figures, "label_figure", lambda *args: figures.new_figure(1, 1))
 
 
 def train_flags(data_dir: Path, cache_dir: Path, weights_file: str, *more: str) -> list[str]:

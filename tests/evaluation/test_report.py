@@ -1,7 +1,9 @@
-"""report.html against what it is made of: its counts and its slider against compute_metrics; its markup through an HTML
-parser, with names that try to be markup; its behaviour in a headless Chromium, where there is one.
+"""An evaluation's report: the same values as text, Markdown and HTML; the page's slider against compute_metrics; its
+markup through an HTML parser, with names that try to be markup; its behaviour in a headless Chromium, where there is
+one.
 """
 
+import base64
 import dataclasses
 import io
 import json
@@ -14,10 +16,13 @@ import pytest
 from helpers_evaluation import simulate
 
 from ctclip.config import SYNTHETIC_NOTE
+from ctclip.evaluation import render
 from ctclip.evaluation.cases import Case
 from ctclip.evaluation.evaluate import Settings, evaluate_tables
-from ctclip.evaluation.html_report import MOST_POINTS, thinned, write_page
+from ctclip.evaluation.figures import MOST_POINTS, new_figure, svg, thinned
 from ctclip.evaluation.metrics import compute_metrics, per_label_metrics
+from ctclip.evaluation.render import format_report, markdown, write_page
+from ctclip.evaluation.report import Figure, Paragraph, Table, Value, figure_sections, report_sections
 from ctclip.evaluation.results import EvaluationInputs
 from ctclip_model import ABNORMALITIES
 
@@ -25,16 +30,16 @@ HOSTILE = """<img src=x onerror=alert(1)>"'&.nii.gz"""
 BREAKOUT = "</script></title><script>alert(2)</script>"
 ONE_CLASS = "Hiatal hernia"  # without positives
 LABEL = 9
-CUTS = (0, 137, 300, 500, 501, 812, 1000)
+STOPS = (0, 27, 60, 100, 101, 162, 200)  # of the slider, in steps of 0.005
 KEYS = ("positive_rate", "hamming_accuracy", "f1_macro", "precision_macro", "recall_macro", "crg")
 RECORD = {"config": {"model": "ctclip", BREAKOUT: BREAKOUT, "data_dir": "/secret/place"},
           "data_dir": f"/data/{HOSTILE}", "device": "cpu", "volumes": {"train": 3}, "versions": {"torch": "2"}}
-MOVE = """cuts => cuts.map(k => {
-  const slider = document.getElementById("cut");
+MOVE = """stops => stops.map(k => {
+  const slider = document.getElementById("threshold");
   slider.value = k;
   slider.dispatchEvent(new Event("input"));
   const shown = [...document.querySelectorAll("#sweep dd")].map(e => [e.dataset.value, e.textContent]);
-  return [Object.fromEntries(shown), document.querySelector("[data-curve=cut]").getAttribute("d")];
+  return [Object.fromEntries(shown), document.querySelector("[data-value=threshold]").textContent];
 })"""
 HISTORY = [
     {"epoch": 1, "stage": "frozen", "train_loss": 0.5, "tuning_loss": float("inf"), "tuning_auroc_macro": 0.6,
@@ -49,7 +54,7 @@ def evaluation():
     """120 volumes; a third of the probabilities lie on the slider's stops, one label has no positives."""
     predictions, labels = simulate(60, seed=0, shift=1.0)
     baseline, _ = simulate(60, seed=1)
-    predictions.iloc[::3] = predictions.iloc[::3].round(3)
+    predictions.iloc[::3] = (200 * predictions.iloc[::3]).round() / 200
     labels[ONE_CLASS] = 0
     tables = [table.rename(index={predictions.index[0]: HOSTILE}) for table in (predictions, labels, baseline)]
     tables[2].attrs["source"] = BREAKOUT
@@ -69,8 +74,16 @@ def path(evaluation, tmp_path_factory):
     cases = [Case("Lung nodule", "missed", HOSTILE, 0.1, 0.4, jpeg.getvalue()),
              Case("Lung nodule", "false alarm", "valid_2_a_1.nii.gz", 0.9, 0.4)]
     path = tmp_path_factory.mktemp("page") / "report.html"
-    write_page(path, evaluation, HISTORY, RECORD, cases)
+    write(path, evaluation, HISTORY, RECORD, cases)
     return path
+
+
+def write(path, evaluation, *rest):
+    write_page(path, evaluation.metrics, *arrays_of(evaluation), *rest)
+
+
+def arrays_of(evaluation):
+    return evaluation.rows.labels, evaluation.rows.probabilities, evaluation.fitted.calibrated
 
 
 class Parsed(HTMLParser):
@@ -95,7 +108,68 @@ def parsed(path):
 
 
 def probabilities(evaluation, source):
-    return evaluation.rows.probabilities if source == "given" else evaluation.fitted.calibrated
+    return evaluation.rows.probabilities if source == "uncalibrated" else evaluation.fitted.calibrated
+
+
+# ----------------------------------------------------------------------------------------------------- three renderings
+
+
+def cells(section):
+    """Every value of a section's tables."""
+    tables = [block for block in section.blocks if isinstance(block, Table)]
+    return [cell for table in tables for row in table.rows for cell in row if cell]
+
+
+def plain(text):
+    """Text of a page or a card as the report's cells have it."""
+    for shown, written in (("\N{EN DASH}", "-"), ("\N{MINUS SIGN}", "-"), ("\N{RIGHTWARDS ARROW}", "->"),
+                           ("&lt;", "<"), ("&amp;", "&"), ("\\|", "|")):
+        text = text.replace(shown, written)
+    return re.sub(r"\s+", " ", text)
+
+
+def test_the_same_values_in_text_markdown_and_page(evaluation, parsed):
+    sections = report_sections(evaluation.metrics)
+    assert {"data", "comparison", "thresholds", "per_label", "calibration", "subgroups", "baseline", "criteria"} \
+        <= set(sections)
+    text, page = plain(format_report(evaluation.metrics)), plain(parsed.text)
+    for key, section in sections.items():
+        card, values = plain(markdown(section.blocks)), cells(section)
+        assert len(values) > 5
+        for cell in values:
+            figure, interval = (cell.text, cell.interval) if isinstance(cell, Value) else (cell, "")
+            both = f"{figure} ({interval})" if interval else figure
+            assert plain(both) in card
+            if key != "headline":
+                assert plain(both) in text or len(both) > 60  # wrapped
+            if key != "threshold_table":  # the page has the slider
+                assert plain(figure) in page and interval in page
+        for block in section.blocks:
+            if isinstance(block, Paragraph) and key != "threshold_table":
+                assert plain(block.text) in page
+
+
+def test_text_repeats_names_where_columns_do_not_fit():
+    table = Table("t", ["Name", *(f"number {i}" for i in range(30))], [("group",), ("a", *map(str, range(30)))])
+    lines = render._table_text(table)
+    assert max(map(len, lines)) <= 100 and sum(line.startswith("  a ") for line in lines) > 1
+    numbers = [int(word) for line in lines if line.startswith("  a ") for word in line.split()[1:]]
+    assert numbers == list(range(30))
+
+
+def test_markdown_shows_markup_as_text():
+    text = markdown([Paragraph(f"{BREAKOUT} | x"), Table("t", ("a", "b"), [(BREAKOUT, "1|2\n3")])])
+    assert "<" not in text and "1\\|2 3" in text and text.count("\n") == 4
+
+
+def test_drawings_are_the_same_each_time(evaluation):
+    first, second = (figure_sections(evaluation.metrics, *arrays_of(evaluation), HISTORY) for _ in range(2))
+    drawings = [panel.svgs for section in first.values() for block in section.blocks if isinstance(block, Figure)
+                for panel in block.panels]
+    assert first == second and len(drawings) == 3 * 18 + 1 + 3
+    figure = new_figure(1, 1)
+    figure.subplots().set_title("<b>&")
+    assert "&lt;b&gt;&amp;" in svg(figure, "")
 
 
 # ---------------------------------------------------------------------------------------------------- without a browser
@@ -122,31 +196,31 @@ def test_nothing_is_fetched(parsed, path):
     assert {link[1:] for link in links if link.startswith("#")} <= targets
 
 
-@pytest.mark.parametrize("source", ["given", "calibrated"])
-def test_counts_give_compute_metrics(evaluation, path, source):
+@pytest.mark.parametrize("source", ["uncalibrated", "calibrated"])
+def test_slider_data_is_compute_metrics(evaluation, path, source):
     text = path.read_text(encoding="utf-8")
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text)[1])
-    assert data["labels"] == list(ABNORMALITIES) and data["rows"] == 120
-    counts = np.zeros((18, 2, 1001))
-    for j, label in enumerate(data["counts"][source]):
-        for c, sparse in enumerate(label):
-            counts[j, c, sparse[::2]] = sparse[1::2]
-    for k in range(0, 1001, 7):
-        (tp, fp), positives = counts[:, :, k:].sum(axis=2).T, counts[:, 0].sum(axis=1)
-        expected = compute_metrics(evaluation.rows.labels, probabilities(evaluation, source), k / 1000)
-        assert (tp + fp).mean() / 120 == pytest.approx(expected["positive_rate"], abs=1e-12)
-        assert 1 - (fp + positives - tp).mean() / 120 == pytest.approx(expected["hamming_accuracy"], abs=1e-12)
-        f1 = 2 * tp / np.maximum(tp + fp + positives, 1)
-        assert f1.mean() == pytest.approx(expected["f1_macro"], abs=1e-12)
+    assert data["labels"] == list(ABNORMALITIES) and data["metrics"] == list(KEYS)
+    values = np.frombuffer(base64.b64decode(data["values"][source]), "<u2").reshape(len(KEYS), 19, data["stops"])
+    assert data["stops"] == 201
+    for k in range(0, 201, 7):
+        for label in (None, LABEL, ABNORMALITIES.index(ONE_CLASS)):
+            expected = metrics_at(evaluation.rows.labels, probabilities(evaluation, source), k / 200, label)
+            shown = values[:, 0 if label is None else label + 1, k]
+            for key, value in zip(KEYS, shown, strict=True):
+                if expected[key] is None:
+                    assert value == data["undefined"]
+                else:
+                    assert value / 10_000 == pytest.approx(expected[key], abs=5e-5 + 1e-12)
 
 
 def test_undefined_is_said(path, parsed):
     text = path.read_text(encoding="utf-8")
-    assert re.search(rf'<th scope="row">{ONE_CLASS}</th><td>undefined <small></small></td><td>undefined</td>', text)
-    assert text.count("one class only: no curve") == 2  # ROC and precision-recall; reliability needs one class only
-    assert "mean of 17 labels" in parsed.text
-    assert re.search(r"rare15too few: under 20", parsed.text)
-    assert f"AUROC and AP are undefined: {ONE_CLASS}" in parsed.text
+    assert re.search(rf'<th scope="row">{ONE_CLASS}</th>(<td>[^u]*</td>)+<td>undefined</td><td>undefined</td>', text)
+    assert text.count("undefined: only one class") == 4  # ROC and precision-recall, seen and heard; not reliability
+    assert text.count('<p class="nothing">') == 2 and "mean of 17 labels" in parsed.text
+    assert re.search(r"rare15too few patients", parsed.text)
+    assert f"No AUROC, only one class here: {ONE_CLASS}" in parsed.text
 
 
 def test_blocks_come_and_go(evaluation, path, tmp_path):
@@ -154,7 +228,7 @@ def test_blocks_come_and_go(evaluation, path, tmp_path):
     full = path.read_text(encoding="utf-8")
     assert optional <= set(re.findall(r'<section id="(\w+)"', full)) and SYNTHETIC_NOTE not in full
     bare = evaluation.metrics | {"subgroups": None, "baseline": None, "phantom": True, "note": SYNTHETIC_NOTE}
-    write_page(tmp_path / "bare.html", dataclasses.replace(evaluation, metrics=bare), None, {}, [])
+    write(tmp_path / "bare.html", dataclasses.replace(evaluation, metrics=bare), None, {}, [])
     text = (tmp_path / "bare.html").read_text(encoding="utf-8")
     sections = re.findall(r'<section id="(\w+)"', text)
     assert not optional & set(sections) and len(sections) == 12
@@ -206,13 +280,13 @@ def test_opens_quietly(page, path):
     assert page.locator("code", has_text=HOSTILE).count() == 1
 
 
-@pytest.mark.parametrize("source", ["given", "calibrated"])
+@pytest.mark.parametrize("source", ["uncalibrated", "calibrated"])
 @pytest.mark.parametrize("label", [None, LABEL, ABNORMALITIES.index(ONE_CLASS)])
 def test_slider_shows_compute_metrics(page, evaluation, source, label):
     page.locator(f"[value={source}]").check()
-    page.locator("#label").select_option(str(-1 if label is None else label))
-    for k, (shown, line) in zip(CUTS, page.evaluate(MOVE, CUTS), strict=True):
-        expected = metrics_at(evaluation.rows.labels, probabilities(evaluation, source), k / 1000, label)
+    page.locator("#label").select_option(str(0 if label is None else label + 1))
+    for k, (shown, line) in zip(STOPS, page.evaluate(MOVE, STOPS), strict=True):
+        expected = metrics_at(evaluation.rows.labels, probabilities(evaluation, source), k / 200, label)
         assert list(shown) == list(KEYS)
         for key in KEYS:
             if expected[key] is None:
@@ -221,7 +295,7 @@ def test_slider_shows_compute_metrics(page, evaluation, source, label):
                 assert float(shown[key].removesuffix(" %")) == pytest.approx(100 * expected[key], abs=0.05 + 1e-9)
             else:
                 assert float(shown[key]) == pytest.approx(expected[key], abs=5e-5 + 1e-9)
-        assert line == f"M{k} 0V1000"
+        assert line == f"threshold {k / 200:.3f}"
 
 
 def metrics_at(labels, p, cut, label):
@@ -240,14 +314,30 @@ def metrics_at(labels, p, cut, label):
 
 
 def test_slider_by_keyboard(page):
-    page.locator("#cut").fill("500")
-    page.locator("#cut").press("ArrowRight")
-    assert page.locator("[data-value=cut]").text_content() == "cut 0.501"
+    page.locator("#threshold").fill("100")
+    page.locator("#threshold").press("ArrowRight")
+    assert page.locator("[data-value=threshold]").text_content() == "threshold 0.505"
+
+
+def test_curves_follow_the_choice(page, evaluation):
+    """Each rendering's curve lies where its axes have the value."""
+    page.locator("[value=calibrated]").check()
+    page.locator("#label").select_option(str(LABEL + 1))
+    paths = page.evaluate("""[...document.querySelectorAll("[data-curve=recall_macro] path")].map(
+        path => [path.closest("svg").dataset.axes, path.getAttribute("d")])""")
+    expected = [metrics_at(evaluation.rows.labels, evaluation.fitted.calibrated, k / 200, LABEL)["recall_macro"]
+                for k in range(201)]
+    assert len(paths) == 2  # wide and narrow
+    for axes, path in paths:
+        left, top, right, bottom = map(float, axes.split())
+        x, y = np.array([list(map(float, point.split())) for point in path[1:].split("L")]).T
+        np.testing.assert_allclose((x - left) / (right - left), np.arange(201) / 200, atol=1e-3)
+        np.testing.assert_allclose((bottom - y) / (bottom - top), expected, atol=1e-3)
 
 
 def test_headings_sort(page, evaluation):
-    rows = page.locator("#labels tbody th")
-    head = page.locator("#labels thead th").nth(1)
+    rows = page.locator("#per_label tbody th")
+    head = page.locator("#per_label thead th").nth(6)
     auroc = {name: row["auroc"] for name, row in evaluation.metrics["per_label"].items()}
     defined = [name for name in ABNORMALITIES if auroc[name] is not None]
     by_auroc = sorted(defined, key=lambda name: round(auroc[name], 3))
@@ -259,7 +349,7 @@ def test_headings_sort(page, evaluation):
     assert shown[-1] == ONE_CLASS  # undefined is last either way
     head.locator("button").press("Enter")
     assert head.get_attribute("aria-sort") == "ascending" and rows.all_text_contents() == [*by_auroc, ONE_CLASS]
-    name = page.locator("#labels thead th").first
+    name = page.locator("#per_label thead th").first
     name.locator("button").press("Enter")
     assert rows.all_text_contents() == sorted(ABNORMALITIES, key=str.lower)
     assert (name.get_attribute("aria-sort"), head.get_attribute("aria-sort")) == ("ascending", "none")
@@ -285,5 +375,5 @@ def test_reads_without_script(browser, path):
     page = context.new_page()
     page.goto(path.as_uri())
     assert page.locator("input, select, button").count() == 0
-    assert page.locator("#labels tbody tr").count() == 18 and page.locator("#threshold svg path").count() > 6
+    assert page.locator("#per_label tbody tr").count() == 18 and page.locator("#sweep svg path").count() > 6
     context.close()

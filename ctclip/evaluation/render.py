@@ -1,0 +1,181 @@
+"""A report's sections (report.py) as text for the terminal, as Markdown, and as report.html, a single file that fetches
+nothing. Names of volumes, files and settings come from tables that anyone may have written: jinja2 escapes them, and
+the page's policy lets no script run but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from ctclip.evaluation.cases import Case
+from ctclip.evaluation.figures import SWEEP_CURVES
+from ctclip.evaluation.report import (
+    Cell,
+    Figure,
+    Paragraph,
+    Section,
+    Table,
+    data_name,
+    figure_sections,
+    flat,
+    report_sections,
+    settings_section,
+    slider_data,
+    sweep_section,
+)
+from ctclip.fileio import replacing
+from ctclip.formatting import WIDTH, metric_text
+
+TEXT_SECTIONS = ("data", "per_label", "calibration", "thresholds", "threshold_table", "comparison", "subgroups",
+                 "baseline", "criteria")
+PAGE_SECTIONS = ("headline", "criteria", "comparison", "thresholds", "sweep", "per_label", "roc", "precision_recall",
+                 "reliability", "rates", "training", "calibration", "subgroups", "baseline", "cases", "settings")
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+
+def format_report(metrics: Mapping) -> str:
+    """What is printed of an evaluation's metrics (or of a metrics.json read back): at most WIDTH columns."""
+    sections = report_sections(metrics)
+    return "\n\n".join(_section_text(sections[key]) for key in TEXT_SECTIONS if key in sections)
+
+
+def _section_text(section: Section) -> str:
+    lines, after_table = [section.title.upper()], False
+    for block in section.blocks:
+        if isinstance(block, Figure):
+            continue
+        lines += [""] * after_table
+        after_table = isinstance(block, Table)
+        lines += _table_text(block) if isinstance(block, Table) else textwrap.wrap(block.text, WIDTH)
+    return "\n".join(lines)
+
+
+def _table_text(table: Table) -> list[str]:
+    if not table.columns:
+        width = max(len(row[0]) for row in table.rows) + 4
+        return [line for name, value in table.rows
+                for line in textwrap.wrap(f"{name:<{width}}{flat(value)}", WIDTH, subsequent_indent=" " * width)]
+    grouped, count = any(len(row) == 1 for row in table.rows), len(table.columns)
+    rows = [[*map(flat, row), *[""] * (count - len(row))] for row in table.rows]
+    for row, cells in zip(table.rows, rows, strict=True):
+        cells[0] = "  " * (grouped and len(row) > 1) + cells[0]
+    columns = list(zip(table.columns, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    if len(_fitting(widths)) > 1:  # headings over several lines
+        widths = [max(map(len, [*title.split(), *cells])) for title, *cells in columns]
+    lines = []
+    for chosen in _fitting(widths):
+        lines += [""] * bool(lines)
+        titles = [textwrap.wrap(table.columns[i], widths[i]) for i in chosen]
+        height = max(map(len, titles))
+        header = zip(*([*[""] * (height - len(title)), *title] for title in titles), strict=True)
+        for cells in (*header, ["-" * widths[i] for i in chosen], *([row[i] for i in chosen] for row in rows)):
+            aligned = (cell.rjust(widths[i]) for i, cell in zip(chosen[1:], cells[1:], strict=True))
+            lines.append("  ".join([cells[0].ljust(widths[0]), *aligned]).rstrip())
+    return lines
+
+
+def _fitting(widths: Sequence[int]) -> list[list[int]]:
+    """Columns that fit beside each other, the first in each group, as it names the row."""
+    groups = [[0]]
+    for i in range(1, len(widths)):
+        if sum(widths[j] + 2 for j in groups[-1]) + widths[i] > WIDTH:
+            groups.append([0])
+        groups[-1].append(i)
+    return groups
+
+
+# --------------------------------------------------------------------------------------------------------- Markdown
+
+
+def markdown(blocks: Iterable[Paragraph | Table | Figure]) -> str:
+    """Paragraphs and tables; figures have no place in a model card."""
+    return "\n\n".join(_block_markdown(block) for block in blocks if not isinstance(block, Figure))
+
+
+def _block_markdown(block: Paragraph | Table) -> str:
+    if isinstance(block, Paragraph):
+        return f"**{_escaped(block.text)}**" if block.warning else _escaped(block.text)
+    if not block.columns:
+        return "\n".join(f"- {_escaped(name)}: {_escaped(flat(value))}" for name, value in block.rows)
+    lines = [map(_escaped, block.columns), ["---", *["--:"] * (len(block.columns) - 1)]]
+    lines += [[f"**{_escaped(flat(row[0]))}**", *[""] * (len(block.columns) - 1)] if len(row) == 1
+              else [_escaped(flat(cell)) for cell in row] for row in block.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"\s+", " ", text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|"))
+
+
+# ------------------------------------------------------------------------------------------------------------- HTML
+
+
+def write_page(
+    path: Path, metrics: Mapping, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray,
+    history: list[dict] | None, record: Mapping, cases: Sequence[Case],
+) -> None:
+    """Writes report.html, whole or not at all. Arrays (N, 18) as evaluated. `history` is log.jsonl's list of epochs,
+    `record` the content of a run's run.json, {} without a run."""
+    data = data_name(record)
+    sections = report_sections(metrics) | figure_sections(metrics, labels, probabilities, calibrated, history)
+    sections["sweep"] = sweep_section(metrics, labels, probabilities)
+    sections["settings"] = settings_section(metrics, record)
+    if cases:
+        lead = ("Per label, the volumes whose calibrated probability lies farthest on the wrong side of the threshold, "
+                "some with an axial and a coronal slice: to tell a wrong label from a wrong model.")
+        sections["cases"] = Section("cases", "Worst errors", [Paragraph(lead)])
+    facts = sections["data"].blocks[0]
+    facts = replace(facts, rows=[*[("Data", data)] * bool(data), *facts.rows,
+                                 ("Written", f"{datetime.now():%Y-%m-%d %H:%M}")])
+    by_label: dict[str, list[Case]] = {}
+    for case in cases:
+        by_label.setdefault(case.label, []).append(case)
+    text = _template().render(
+        title=f"CT-CLIP evaluation{f', {data}' if data else ''}", facts=facts, note=metrics["note"],
+        sections=[sections[key] for key in PAGE_SECTIONS if key in sections], cases=by_label,
+        curves=[(key, name, metric_text(metrics["at_0.5"][key], key)) for key, name, _ in SWEEP_CURVES],
+        slider=slider_data(metrics, labels, probabilities, calibrated),
+    )
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "typeset": _typeset,
+        "typeset_interval": _typeset_interval,
+        "sha256": lambda script: base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "base64": lambda content: base64.b64encode(content).decode(),
+        "drawing": Markup,  # figures.svg's text, in which matplotlib has escaped names
+    }
+    return environment.get_template("report.html")
+
+
+def _typeset(cell: Cell) -> Markup | str:
+    """Minus signs and arrows; an interval in small, with a dash."""
+    if not isinstance(cell, str):
+        small = Markup(" <small>{}</small>").format(_typeset_interval(cell.interval)) if cell.interval else ""
+        return Markup("{}{}").format(_typeset(cell.text), small)
+    return re.sub(r"(?<![\w.)-])-(?=[\d ])", "\N{MINUS SIGN}", cell.replace("->", "\N{RIGHTWARDS ARROW}"))
+
+
+def _typeset_interval(interval: str) -> str:
+    return _typeset(re.sub(r"(?<=\d)-(?=\d)", "\N{EN DASH}", interval))
