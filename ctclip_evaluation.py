@@ -108,8 +108,8 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
     if args.example:
         folder = make_folder(args.output_dir or Path("results", "example"), "change --output-dir")
         check_output_folder(folder)
-        reported, tuning = write_example(folder)
-        return EvaluationInputs(*reported, tuning=tuning, note=EXAMPLE_NOTE), folder
+        reported, fitted_on = write_example(folder)
+        return EvaluationInputs(*reported, tuning=fitted_on, note=EXAMPLE_NOTE), folder
     if args.predictions:
         tuning = None
         if args.tuning_predictions:

@@ -51,7 +51,7 @@ class Resamples:
         return Resamples(self.group[chosen], self.counts)
 
 
-def draw(patients: Sequence[str], resamples: int = RESAMPLES, seed: int = 0) -> Resamples:
+def draw(patients: Sequence[str] | np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Resamples:
     """As many patients as there are, drawn with replacement, `resamples` times; the order of rows does not matter."""
     if resamples < 1:
         raise EvaluationError(f"found {resamples} resamples, expected at least 1; 1000 are usual")

@@ -140,7 +140,7 @@ def load_calibration(path: str | Path) -> Calibration:
 def fit_calibration(
     labels: np.ndarray,
     probabilities: np.ndarray,
-    patients: Sequence[str],
+    patients: Sequence[str] | np.ndarray,
     method: str = "auto",
     objective: str = "prevalence",
     prevalence: Mapping[str, float] | None = None,
@@ -244,7 +244,9 @@ def _minimise_log_loss(
     return unknowns[0], unknowns[1:] if free else start
 
 
-def cross_folds(patients: Sequence[str], folds: int = FOLDS, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def cross_folds(
+    patients: Sequence[str] | np.ndarray, folds: int = FOLDS, seed: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(rows of the others, rows of this fold), masks (N,): every row is in one fold, with all of its patient's rows.
 
     Folds are drawn from the sorted patients, so they depend on `seed` and on who is there, not on the order of rows.

@@ -57,12 +57,13 @@ def evaluate_and_write(
     """
     other = load_predictions(baseline) if baseline else None
     groups = read_metadata(metadata) if metadata else run_metadata(inputs.data_dir)
-    if metadata and not set(groups) & set(inputs.predictions.index):
+    if metadata and not set(groups or ()) & set(inputs.predictions.index):
         raise UserError(f"{metadata}: found no row for any of the {len(inputs.predictions)} volumes, expected rows "
                         "named as they are; check VolumeName")
     evaluation = evaluate_tables(inputs, settings or Settings(), other, groups)
     print(format_report(evaluation.metrics))
-    cases, unread = worst_cases(evaluation.rows, evaluation.fitted), []
+    cases = worst_cases(evaluation.rows, evaluation.fitted)
+    unread: list[tuple[str, str]] = []
     if inputs.data_dir is not None and pictures:
         try:
             cases, unread = with_pictures(cases, evaluation.rows.unit, inputs.data_dir, pictures)

@@ -65,7 +65,7 @@ def per_label_metrics(labels: np.ndarray, probabilities: np.ndarray, thresholds:
 
 
 def threshold_table(
-    labels: np.ndarray, probabilities: np.ndarray, thresholds: Sequence[float] = TABLE_THRESHOLDS
+    labels: np.ndarray, probabilities: np.ndarray, thresholds: Sequence[float] | np.ndarray = TABLE_THRESHOLDS
 ) -> list[dict]:
     """One row per threshold: threshold, hamming_accuracy, f1_macro, precision_macro, recall_macro, positive_rate."""
     sweep = threshold_sweep(labels, probabilities, np.asarray(thresholds))
@@ -167,7 +167,7 @@ def checked(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, 
     return labels.astype(np.int8), probabilities
 
 
-def none_if_nan(value: float) -> float | None:
+def none_if_nan(value: float | np.ndarray) -> float | None:
     """A float for JSON, None for NaN."""
     return None if np.isnan(value) else float(value)
 
@@ -233,7 +233,7 @@ def summary_from_counts(sums: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def crg_exchange(positives: float, decisions: float) -> float:
+def crg_exchange(positives: float | np.ndarray, decisions: float | np.ndarray) -> float | np.ndarray:
     """r: how many false positives weigh as much as one positive found or missed."""
     return (decisions - positives) / (2 * positives)
 

@@ -33,7 +33,7 @@ def write_results(output_dir: str | Path, evaluation: Evaluation, cases: Sequenc
 
 
 def write_calibrated(
-    folder: Path, calibration: Calibration, names: Sequence[str], probabilities: np.ndarray
+    folder: Path, calibration: Calibration, names: Sequence[str] | np.ndarray, probabilities: np.ndarray
 ) -> None:
     """APPLIED_FILES: the probabilities calibrated, and rescaled so that 0.5 decides as the tuned thresholds do."""
     calibrated, rescaled = APPLIED_FILES

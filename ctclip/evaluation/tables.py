@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,7 +81,7 @@ def _refuse_values(
     )
 
 
-def write_table(path: str | Path, names: Sequence[str], values: np.ndarray) -> None:
+def write_table(path: str | Path, names: Sequence[str] | np.ndarray, values: np.ndarray) -> None:
     """VolumeName and the 18 columns, as predictions (probabilities) and labels (0/1) files have them."""
     import pandas as pd
 
@@ -205,24 +205,25 @@ def check_no_overlap(reported: np.ndarray, tuning: np.ndarray, source: str) -> N
         )
 
 
-def patients_of(names: Sequence[str]) -> np.ndarray:
+def patients_of(names: Sequence[str] | np.ndarray) -> np.ndarray:
     """Patient of each volume, read from its name: train_12_a_1.nii.gz and train_12_b_2.nii.gz are both train_12."""
     return np.array([patient_of(name) for name in names])
 
 
-def count_unnamed(names: Sequence[str]) -> int:
+def count_unnamed(names: Sequence[str] | np.ndarray) -> int:
     """Volumes whose name is not of CT-RATE's form, so that patients_of may tell patients apart wrongly."""
     return sum(not names_patient(name) for name in names)
 
 
-def scans_of(names: Sequence[str]) -> np.ndarray:
+def scans_of(names: Sequence[str] | np.ndarray) -> np.ndarray:
     """Scan of each volume, read from its name: train_12_a_1.nii.gz and train_12_a_2.nii.gz are both train_12_a."""
     return np.array([scan_of(name) for name in names])
 
 
-def row_keys(names: Sequence[str], unit: str) -> list[str]:
+def row_keys(names: Sequence[str] | np.ndarray, unit: str) -> list[str]:
     """The row of that unit to which each volume belongs."""
-    return {"volume": np.array, "scan": scans_of, "patient": patients_of}[unit](names).tolist()
+    key_of: dict[str, Callable[..., np.ndarray]] = {"volume": np.array, "scan": scans_of, "patient": patients_of}
+    return key_of[unit](names).tolist()
 
 
 def source_of(frame: pd.DataFrame) -> str:

@@ -45,7 +45,8 @@ def _sensitivity_and_specificity(
 
 
 def _score_youden(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
-    return sum(_sensitivity_and_specificity(tp, fp, positives, n)) - 1
+    sensitivity, specificity = _sensitivity_and_specificity(tp, fp, positives, n)
+    return sensitivity + specificity - 1
 
 
 def _score_crg(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
