@@ -9,7 +9,7 @@
     python run_task2.py --mode predict --checkpoint models/ctclip_zeroshot.pt --prompts my.txt --input SCANS
     python run_task2.py --export onnx --checkpoint results/RUN --output model.onnx
 
-In a script of your own: `from run_task2 import predict` (ctclip/inference/scans.py says what it takes and gives).
+In a script of your own: `from run_task2 import predict` (ctclip/inference/predictions.py says what it takes).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ctclip.config import task_parser
 
 if TYPE_CHECKING:
-    from ctclip.inference.scans import predict
+    from ctclip.inference.predictions import predict
 
 __all__ = ["main", "predict"]
 
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
     """`predict`, for scripts that import it; the command line answers --help without torch."""
     if name != "predict":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ctclip.inference.scans import predict
+    from ctclip.inference.predictions import predict
 
     return predict
 

@@ -17,23 +17,23 @@ MODEL = Path(os.environ.get("CTCLIP_MODEL", HERE / "model"))
 
 
 def main() -> int:
-    from ctclip.errors import UserError
-    from ctclip.evaluation.run_folder import run_calibration
-    from ctclip.inference.scans import check_output, predict, write_predictions
-    from ctclip_model import CheckpointError
+    from ctclip.cli import run_cli
 
-    try:
-        check_output(OUTPUT)
-        form = "uncalibrated" if run_calibration(MODEL) is None else "mapped"
-        table = predict(INPUT, MODEL, form=form, workers=1)  # a thread: the container's shared memory holds no volume
-        write_predictions(OUTPUT, table, MODEL)
-    except (UserError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"Wrote {OUTPUT}: {len(table.attrs['scans'])} scans; {table.attrs['how']}")
-    for name, reason in table.attrs["failures"]:
+    return run_cli(answer_all)
+
+
+def answer_all() -> None:
+    from ctclip.evaluation.run_folder import run_calibration
+    from ctclip.inference.predictions import check_output, predict_scans, write_predictions
+
+    check_output(OUTPUT)
+    form = "uncalibrated" if run_calibration(MODEL) is None else "mapped"
+    # A thread reads ahead: the container's shared memory holds no volume.
+    predictions = predict_scans(INPUT, MODEL, form=form, workers=1)
+    write_predictions(OUTPUT, predictions, MODEL)
+    print(f"Wrote {OUTPUT}: {len(predictions.scans)} scans; {predictions.description}")
+    for name, reason in predictions.failures:
         print(f"warning: answered with the prevalence: {name}: {reason}", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

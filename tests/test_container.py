@@ -62,7 +62,7 @@ def test_entry_point_answers_every_scan_and_exits_with_0(places, tmp_path):
     done = subprocess.run(command, env=environment(*places, tmp_path), cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     check_results(tmp_path)
-    assert "3 scans; probabilities as the model gives them" in done.stdout
+    assert "3 scans; uncalibrated probabilities" in done.stdout
     [warning] = done.stderr.strip().splitlines()
     assert warning.startswith("warning: answered with the prevalence: amos_2.mha: found 48 x 44 x 20 voxels declared")
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
@@ -70,7 +70,7 @@ def test_entry_point_answers_every_scan_and_exits_with_0(places, tmp_path):
 
 def test_a_run_with_thresholds_answers_with_these_on_a_half(places, tmp_path):
     from ctclip.evaluation.calibration import fit_calibration
-    from ctclip.inference.scans import predict
+    from ctclip.inference.predictions import predict
 
     source, plain = places
     random = np.random.default_rng(0)
@@ -82,7 +82,7 @@ def test_a_run_with_thresholds_answers_with_these_on_a_half(places, tmp_path):
     command = [sys.executable, ROOT / "docker" / "entrypoint.py"]
     env = environment(source, tmp_path / "model", tmp_path)
     done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
-    assert done.returncode == 0 and "tuned cuts (prevalence) on 0.5" in done.stdout, done.stderr
+    assert done.returncode == 0 and "tuned thresholds (prevalence) lie at 0.5" in done.stdout, done.stderr
     check_results(tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())["predictions"]
     given = predict(source / "amos_1.mha", plain, form="uncalibrated", device="cpu").to_numpy()

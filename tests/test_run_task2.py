@@ -119,7 +119,7 @@ def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, ph
     done = call(folder, "run_task2.py", *flags, "--map-thresholds")
     assert done.returncode == 2 and files[0].name in done.stderr and "1 of 3 scans could not be read" in done.stderr
     mapped = pd.read_csv(folder / "out" / "p.csv", index_col=0)
-    assert len(mapped) == 2 and "tuned cuts (prevalence) on 0.5" in done.stdout
+    assert len(mapped) == 2 and "tuned thresholds (prevalence) lie at 0.5" in done.stdout
     both = mapped.index.intersection(reported.index)
     assert abs(mapped.loc[both].to_numpy() - calibration.rescale_to_half(reported.loc[both].to_numpy())).max() < 1e-4
 

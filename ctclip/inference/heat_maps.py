@@ -29,8 +29,8 @@ from ctclip.data.geometry import FIELD_OF_VIEW_MM, Placement
 from ctclip.data.inflate import GzipFile
 from ctclip.data.windows import Window, display_window
 from ctclip.evaluation.figures import GREY, INK, new_figure, write_figure
-from ctclip.evaluation.metrics import EvaluationError
 from ctclip.fileio import replacing
+from ctclip.inference.scans import PredictionError
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, slice_triplets
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ WORTH_SAYING = 0.03  # share of the evidence outside the scan from which the cap
 def parse_labels(text: str, model_labels: Sequence[str] = ABNORMALITIES) -> list[str]:
     """Labels of the model, spelled as there and in the order asked for, from "emphysema, Lung nodule" or "all".
 
-    A label may have commas of its own: the most parts that make one are taken as one. Raises EvaluationError for a name
+    A label may have commas of its own: the most parts that make one are taken as one. Raises PredictionError for a name
     that the model does not have.
     """
     known = {",".join(_parts(label.lower())): label for label in model_labels}
@@ -62,7 +62,7 @@ def parse_labels(text: str, model_labels: Sequence[str] = ABNORMALITIES) -> list
     if [part.lower() for part in parts] == ["all"]:
         return list(model_labels)
     if not parts:
-        raise EvaluationError("found no label to explain, expected one or more, commas between; name them, or all")
+        raise PredictionError("found no label to explain, expected one or more, commas between; name them, or all")
     labels = []
     while parts:
         counts = range(len(parts), 0, -1)
@@ -70,7 +70,7 @@ def parse_labels(text: str, model_labels: Sequence[str] = ABNORMALITIES) -> list
         if count is None:
             close = difflib.get_close_matches(parts[0].lower(), known, n=3, cutoff=0.5)
             expected = f"perhaps {' or '.join(known[name] for name in close)}" if close else ", ".join(model_labels)
-            raise EvaluationError(
+            raise PredictionError(
                 f"found '{parts[0]}' among the labels to explain, expected a label of this model ({expected}); "
                 "correct it, or ask for all"
             )

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from ctclip.data.geometry import Placement, place_volume
 from ctclip.data.preprocessing import preprocess_volume
 from ctclip.data.windows import SOFT_TISSUE_WINDOW
-from ctclip.evaluation.metrics import EvaluationError
 from ctclip.inference import heat_maps as explain
+from ctclip.inference.scans import PredictionError
 from ctclip_model import ABNORMALITIES, HEADS, CTCLIPMultiAbnormalityModel
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -167,7 +167,7 @@ def test_labels_may_have_commas():
     assert explain.parse_labels("Cyst, Nodule, solid, Nodule", own) == ["Cyst", "Nodule, solid", "Nodule"]
     assert explain.parse_labels("Nodule, cyst,large ,thin", own) == ["Nodule", "Cyst, large, thin"]
     assert explain.parse_labels("all", own) == list(own)
-    with pytest.raises(EvaluationError, match="found 'large'"):
+    with pytest.raises(PredictionError, match="found 'large'"):
         explain.parse_labels("Cyst, large", own)
 
 
@@ -182,7 +182,7 @@ def test_labels_may_have_commas():
     ],
 )
 def test_unknown_labels_are_one_line(text, said):
-    with pytest.raises(EvaluationError, match=said) as caught:
+    with pytest.raises(PredictionError, match=said) as caught:
         explain.parse_labels(text)
     assert "\n" not in str(caught.value)
 

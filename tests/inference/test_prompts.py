@@ -476,7 +476,7 @@ def test_a_prompt_file_predicts_the_18_findings_and_ones_own(weights, tmp_path, 
     (tmp_path / "my.txt").write_text("Hernia\nLung nodules\n")
     flags = ["--mode", "predict", "--checkpoint", str(weights), "--input", str(scan.parent), "--device", "cpu"]
     assert run_task2.main([*flags, "--output", str(tmp_path / "all.csv")]) == 0
-    assert "as the model gives them" in capsys.readouterr().out
+    assert "uncalibrated probabilities" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "all.csv", index_col=0)
     model = CTCLIPMultiAbnormalityModel(str(weights)).eval()
     with torch.no_grad():

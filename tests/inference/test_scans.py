@@ -20,9 +20,10 @@ import run_task2
 from ctclip.data.cohort import Volume
 from ctclip.data.ct_rate import PREVALENCE
 from ctclip.data.loading import read_ahead
-from ctclip.evaluation.metrics import EvaluationError
+from ctclip.inference import predictions as predictions_module
 from ctclip.inference import scans as scans_module
-from ctclip.inference.scans import find_scans, predict, write_predictions
+from ctclip.inference.predictions import predict, predict_scans, write_predictions
+from ctclip.inference.scans import PredictionError, find_scans
 from ctclip_model import ABNORMALITIES
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
@@ -58,12 +59,13 @@ def stored(tmp_path_factory):
 
 
 def test_same_scan_in_every_format_and_orientation_has_the_same_probabilities(stored):
-    table = predict(stored, MODEL, device="cpu")
+    predictions = predict_scans(stored, MODEL, device="cpu")
+    table = predictions.table
     assert list(table.index) == [
         "LAS.nii.gz", "LAS_m.mha", "LPI.nii.gz", "LPI_m.mha", "RAS.nii.gz", "RAS_m.mha", "a.nii.gz", "c.mha",
         "deep/b.nii", "deep/d.mha", "deep/dicom", "dicom",
     ]  # fmt: skip
-    assert list(table.columns) == list(ABNORMALITIES) and not table.attrs["failures"]
+    assert list(table.columns) == list(ABNORMALITIES) and not predictions.failures
     assert table.std().max() < 1e-6 and (table.max() - table.min()).max() < 1e-4
     assert table.iloc[0].std() > 0.01, "a model that answers alike everywhere would show nothing"
 
@@ -185,7 +187,7 @@ def test_prevalence_of_a_run_is_that_of_its_tuning_patients(tmp_path):
     names = [f"train_{i}_a_1.nii.gz" for i in range(4)]
     write_table(tmp_path / "tuning_labels.csv", names, labels)
     write_table(tmp_path / "tuning_predictions.csv", names, np.full((4, 18), 0.5))
-    np.testing.assert_array_equal(scans_module.prevalence(tmp_path), [0.75] + [0] * 17)
+    np.testing.assert_array_equal(predictions_module.prevalence(tmp_path), [0.75] + [0] * 17)
 
 
 REFUSED = [
@@ -210,7 +212,7 @@ def test_wrong_usage_is_one_line_before_anything_is_computed(tmp_path, monkeypat
     write_mha(tmp_path / "twins" / "a.mha", chest(), affine_of(SPACING))
     (tmp_path / "mine.txt").write_text("Pneumothorax\n")
     (tmp_path / "empty" / "x.nii.gz").write_bytes(b"") if "x.nii.gz" in " ".join(flags) else None
-    monkeypatch.setattr(scans_module, "predict_volumes", lambda *a, **k: pytest.fail("computed"))
+    monkeypatch.setattr(predictions_module, "predict_volumes", lambda *a, **k: pytest.fail("computed"))
     assert call(*flags) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and line in err
@@ -226,9 +228,9 @@ def test_dicom_without_simple_itk_is_one_scan_that_cannot_be_read(tmp_path, monk
     write_dicom(tmp_path / "in" / "series", chest((20, 18, 8)), affine_of(SPACING))
     write(tmp_path / "in" / "a.nii.gz", chest())
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
-    table = predict(tmp_path / "in", MODEL, device="cpu")
-    assert list(table.index) == ["a.nii.gz"]
-    [(name, reason)] = table.attrs["failures"]
+    predictions = predict_scans(tmp_path / "in", MODEL, device="cpu")
+    assert list(predictions.table.index) == ["a.nii.gz"]
+    [(name, reason)] = predictions.failures
     assert name == "series" and reason.endswith("pip install SimpleITK")
 
 
@@ -276,7 +278,7 @@ def test_memory_does_not_grow_with_the_scan(tmp_path):
     write_mha(tmp_path / "small.mha", hu[::8, ::8].repeat(30, axis=2), affine_of((5.6, 5.6, 12.0)))
     script = (
         "import resource, sys\n"
-        "from ctclip.inference.scans import predict\n"
+        "from run_task2 import predict\n"
         "table = predict(sys.argv[2], sys.argv[1], device='cpu')\n"
         "assert len(table) == 1\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
@@ -300,7 +302,7 @@ def test_links_are_followed_and_a_folder_that_cannot_be_listed_is_named(tmp_path
         onerror(PermissionError(13, "Permission denied", "in/secret"))
 
     monkeypatch.setattr(scans_module.os, "walk", refused)
-    with pytest.raises(EvaluationError, match="in/secret: found a folder that cannot be listed .Permission denied."):
+    with pytest.raises(PredictionError, match="in/secret: found a folder that cannot be listed .Permission denied."):
         find_scans(tmp_path / "in")
 
 
@@ -319,8 +321,8 @@ def test_a_series_whose_files_are_all_damaged_is_still_a_scan(tmp_path):
     for file in folder.iterdir():
         file.write_bytes(file.read_bytes()[:600])
     write(tmp_path / "in" / "a.nii.gz", chest())
-    table = predict(tmp_path / "in", MODEL, device="cpu")
-    assert list(table.index) == ["a.nii.gz"] and [name for name, _ in table.attrs["failures"]] == ["series"]
+    predictions = predict_scans(tmp_path / "in", MODEL, device="cpu")
+    assert list(predictions.table.index) == ["a.nii.gz"] and [name for name, _ in predictions.failures] == ["series"]
 
 
 def test_find_scans_asks_no_file_for_its_content(tmp_path):
@@ -328,15 +330,16 @@ def test_find_scans_asks_no_file_for_its_content(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "broken link.mha").symlink_to(tmp_path / "gone")
     assert [(scan.name, scan.stem) for scan in find_scans(tmp_path / "in")] == [("broken link.mha", "broken link")]
-    with pytest.raises(EvaluationError, match="an empty list"):
+    with pytest.raises(PredictionError, match="an empty list"):
         find_scans([])
 
 
 def test_write_predictions_by_ending(tmp_path):
     write(tmp_path / "a.nii.gz", chest())
-    table = predict(tmp_path / "a.nii.gz", MODEL, device="cpu")
-    write_predictions(tmp_path / "p.csv", table, MODEL)
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "p.csv", index_col=0), table, check_dtype=False, atol=1e-6)
+    predictions = predict_scans(tmp_path / "a.nii.gz", MODEL, device="cpu")
+    write_predictions(tmp_path / "p.csv", predictions, MODEL)
+    written = pd.read_csv(tmp_path / "p.csv", index_col=0)
+    pd.testing.assert_frame_equal(written, predictions.table, check_dtype=False, atol=1e-6)
 
 
 # ------------------------------------------------------------------ with heat maps, with prompts
@@ -377,10 +380,33 @@ def test_what_is_done_when_ctrl_c_comes_is_kept(stored, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(loading, "read_volume", interrupted)
     monkeypatch.setattr(predictor, "PUBLISHED_SHAPE", (1, 1, 1))  # one scan at a time, as with the published model
-    with pytest.raises(SystemExit) as stopped:
-        call("--input", stored, "--output", tmp_path / "p.csv")
+    assert call("--input", stored, "--output", tmp_path / "p.csv") == 130
     table = pd.read_csv(tmp_path / "p.part.csv", index_col="VolumeName")
-    assert stopped.value.code == 130 and list(table.index) == read[: len(table)] and 1 <= len(table) <= 3
+    assert list(table.index) == read[: len(table)] and 1 <= len(table) <= 3
     assert f"p.part.csv: {len(table)} scans" in capsys.readouterr().err
     assert not (tmp_path / "p.csv").exists()
     np.testing.assert_allclose(table.iloc[0], predict(stored / read[0], MODEL, device="cpu").iloc[0], atol=1e-6)
+
+
+def test_what_is_done_when_the_process_is_killed_is_kept(tmp_path):
+    """SIGKILL: no handler runs, so that the rows must have been on the disk already."""
+    from ctclip.inference.commands import PartialTable
+
+    script = (
+        "import os, signal, sys, numpy as np\n"
+        "from pathlib import Path\n"
+        "from ctclip.inference.commands import PartialTable\n"
+        "with PartialTable(Path(sys.argv[1]), ['a', 'b']) as part:\n"
+        "    part.append('one', np.float32([0.25, 0.1]))\n"
+        "    part.append('two, too', np.float32([0.5, 0.2]))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    root, path = Path(__file__).resolve().parents[2], tmp_path / "new" / "p.part.csv"
+    done = subprocess.run([sys.executable, "-c", script, path], cwd=root, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    table = pd.read_csv(path, index_col="VolumeName")
+    assert list(table.index) == ["one", "two, too"] and table.loc["one"].tolist() == [0.25, 0.1]
+    with PartialTable(path, ["a", "b"]) as part:
+        part.append("three", np.float32([0, 1]))
+        assert list(pd.read_csv(path).VolumeName) == ["three"], "of this run, not of the one before"
+    assert not path.exists()
