@@ -154,12 +154,12 @@ def fit_calibration(
     calibration and thresholds are then those for that cohort.
     """
     labels, probabilities = checked(labels, probabilities)
-    patients = np.asarray(patients)
+    patient_of_row = np.asarray(patients)
     if method not in ("auto", *METHODS):
         raise EvaluationError(f"found calibration {method!r}, expected auto, {', '.join(METHODS)}")
-    losses = _cross_validated_losses(labels, probabilities, patients) if method == "auto" else {}
+    losses = _cross_validated_losses(labels, probabilities, patient_of_row) if method == "auto" else {}
     method = min(losses, key=losses.__getitem__) if losses else "none" if method == "auto" else method
-    n_patients = len(np.unique(patients))
+    n_patients = len(np.unique(patient_of_row))
     slope, intercept = _fit_slopes(labels, probabilities, n_patients, method)
     rates = target_rates(labels, prevalence)
     # Elkan, IJCAI 2001; Saerens, Latinne & Decaestecker, Neural Computation 2002

@@ -605,7 +605,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tables, capsys):
     (["--predictions", "p.csv", "--labels", "l.csv", "--objective", "auroc"], "found objective 'auroc'"),
     (["--predictions", "p.csv", "--labels", "l.csv", "--pictures", "-1"], "found --pictures -1"),
     (["--predictions", "p.csv", "--labels", "l.csv", "--prevalence", "no.json"], "no.json: found no readable file"),
-    (["--predictions", "p.csv", "--labels", "l.csv", "--metadata", "no.csv"], "found no no.csv"),
+    (["--predictions", "p.csv", "--labels", "l.csv", "--metadata", "no.csv"], "no.csv: found no readable file"),
     (["--predictions", "p.csv"], "found --predictions without --labels"),
     (["--labels", "l.csv"], "found --labels without --predictions"),
     (["--predictions", "p.csv", "--labels", "l.csv", "--tuning-labels", "l.csv"], "without --tuning-predictions"),
