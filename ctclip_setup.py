@@ -18,9 +18,118 @@ Exit codes: 0 ready, 2 something for you to do (one line says what), 1 the forwa
 
 from __future__ import annotations
 
+import argparse
+import io
 import sys
+import time
+from pathlib import Path
+from typing import Sequence  # noqa: UP035  (3.8 must get as far as check_python)
 
-from ctclip.environment.setup import main
+from ctclip.cli import OneLineParser, refuse_unused, run_cli
+from ctclip.config import TrainingConfig
+from ctclip.environment import setup as steps
+from ctclip.environment.doctor import doctor
+from ctclip.environment.packages import SetupError, check_python, read_requirements
+from ctclip.formatting import print_row
+from ctclip.hub.client import DISK_GB, TERMS_PAGE, WEIGHTS
+from ctclip.paths import SUITE
+
+DATA_DIR = "data/ct_rate"
+
+
+def setup_parser() -> OneLineParser:
+    parser = OneLineParser(
+        description="Installs what is missing, fetches CT-CLIP's weights and checks that everything computes.",
+        epilog="models/ and results/ are made in the folder you run this in, where the other scripts look for them. "
+        f"Weights and data are gated: accept the terms at {TERMS_PAGE} and set HF_TOKEN; without them the built-in "
+        "cohort works all the same. HF_ENDPOINT (a mirror) and HF_HOME (token and cache) are honoured.",
+    )
+    add = parser.add_argument
+    add("--dev", action="store_true", help="also install pytest, ruff and what else the tests take")
+    add("--check", action="store_true", help="look only; install and fetch nothing, use no network")
+    add("--doctor", action="store_true", help="a table of what works here, with a remedy for what does not")
+    add("--json", action="store_true", help="with --doctor: the table for scripts")
+    add = parser.add_argument_group("weights").add_argument
+    add("--model", nargs="+", choices=list(WEIGHTS), metavar="NAME",
+        help="weights to fetch, 1.77 GB each: classfine (default; predicts at once), vocabfine, zeroshot")
+    add("--no-weights", action="store_true", help="fetch no weights: enough for the built-in cohort")
+    add("--slim", action="store_true", help="replace each file by the tensors in use (0.7 GB; with prompts 1.2 GB)")
+    add = parser.add_argument_group("data", "From CT-RATE, 21 TB in all; a volume has about 225 MB.").add_argument
+    add("--data", choices=("labels", "train", "valid"), help="labels: the tables only; train, valid: volumes as well")
+    add("--volumes", type=int, metavar="N", help="so many, of patients drawn so that every label occurs")
+    add("--patients", type=int, metavar="N", help="all volumes of so many patients, drawn likewise")
+    add("--seed", type=int, default=0, help="of the draw (default 0); more of the same seed contain the fewer")
+    add("--data-version", type=int, choices=(1, 2), default=2, help="2 (default): HU, right headers; 1: raw values")
+    add("--data-dir", metavar="D", help=f"folder of the cohort (default {DATA_DIR}); with --doctor, the one to look at")
+    add = parser.add_argument_group("streaming").add_argument
+    add("--stream-cache", action="store_true", help="keep each volume's codes (28 KB) in place of the volume")
+    add("--disk-gb", type=float, metavar="GB", default=DISK_GB,
+        help=f"never use more disk than this (default {DISK_GB:g}, or what is free)")
+    add("--cache-dir", metavar="C", default=TrainingConfig.cache_dir, help="where the codes go (default %(default)s)")
+    add("--scratch-dir", metavar="S", help="where files are until encoded (default: in --data-dir); not on Drive")
+    add("--ctclip-path", metavar="FILE", help="weights of the encoder (default: those of --model)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    return parser
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises UserError for a flag that nothing would look at, or a value that makes no sense."""
+    volumes, look = options.data in ("train", "valid"), options.check or options.doctor
+    streaming = ("--stream-cache", options.stream_cache)
+    refuse_unused(options.given, {
+        "--json": ("--doctor", options.doctor),
+        "--data": ("fetching (not --check or --doctor)", not look),
+        **dict.fromkeys(("--volumes", "--patients", "--data-version", "--stream-cache"),
+                        ("--data train or valid", volumes)),
+        "--seed": ("--volumes or --patients", bool(options.volumes or options.patients)),
+        **dict.fromkeys(("--disk-gb", "--cache-dir", "--scratch-dir", "--ctclip-path", "--device"), streaming),
+        "--data-dir": ("--data or --doctor", bool(options.data or options.doctor)),
+        "--slim": ("weights to fetch (not --no-weights, --check or --doctor)", not (options.no_weights or look)),
+    })
+    if options.volumes is not None and options.patients is not None:
+        raise SetupError("found --volumes and --patients, expected one of them; leave one out")
+    for flag, value, least in (("--volumes", options.volumes, 1), ("--patients", options.patients, 1),
+                               ("--seed", options.seed, 0)):
+        if value is not None and value < least:
+            raise SetupError(f"{flag} is {value}, expected at least {least}")
+    if not options.disk_gb > 0:
+        raise SetupError(f"--disk-gb is {options.disk_gb:g}, expected more than 0")
+    if options.stream_cache and options.no_weights and not options.ctclip_path:
+        raise SetupError("--stream-cache needs weights to encode with: leave --no-weights out, or name --ctclip-path")
+
+
+def setup(argv: Sequence[str] | None = None) -> int:
+    started = time.monotonic()
+    check_python()
+    options = setup_parser().parse_args(argv)
+    check_options(options)
+    unneeded = options.ctclip_path or (options.data and not options.stream_cache)
+    names = [] if options.no_weights else options.model or ([] if unneeded else ["classfine"])
+    steps.configure_hub()
+    if options.doctor:
+        return doctor(Path(options.data_dir) if options.data_dir else None, options.json)
+    print_row("setup", f"CT-CLIP Task 2 suite in {SUITE}, Python {sys.version.split()[0]}")
+    if options.check:
+        steps.check(names, options.dev)
+        return 0
+    steps.folders_step()
+    steps.packages_step(read_requirements(options.dev))
+    failed = steps.weights_step(names, options.slim) if names else {}
+    if options.data:
+        steps.data_step(options, Path(options.data_dir or DATA_DIR), failed)
+    else:
+        device = steps.forward_step()["device"]
+        steps.summary(failed, [name for name in names if name not in failed], device, options.dev)
+    print_row("", f"done in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, errors="replace")
+    return run_cli(lambda: setup(argv), "run the same command again to go on")
+
 
 if __name__ == "__main__":
     sys.exit(main())

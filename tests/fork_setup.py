@@ -14,6 +14,7 @@ import huggingface_hub.file_download  # noqa: F401
 import torch
 
 import ctclip.hub.streaming  # noqa: F401
+import ctclip_setup
 from ctclip.environment import setup as setup_steps
 
 torch.set_num_threads(1)  # a forked process has no threads of this one's pool
@@ -27,6 +28,6 @@ for _ in sys.stdin:
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os._exit(setup_steps.main(sys.argv[2:]))
+        os._exit(ctclip_setup.main(sys.argv[2:]))
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

@@ -1,7 +1,7 @@
 """Does this machine do what the suite needs: a dozen checks, each with what was found and what to do about it.
 
 Standard library only at import. What imports torch does so in a process of its own, because an import can end a
-process: one forward pass, and the probes below (`python -m ctclip.environment.doctor gpu`, `... cohort D`).
+process: the probes at the end (`python -m ctclip.environment.doctor forward`, `... gpu`, `... cohort D`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator  # noqa: UP035  (ctclip_setup must get as far as its Python check)
 
+from ctclip.config import TrainingConfig
 from ctclip.environment.packages import (
     OLDEST_PYTHON,
     SetupError,
@@ -45,7 +46,7 @@ from ctclip.hub.client import (
     vocabulary_path,
 )
 from ctclip.memory import system_memory
-from ctclip.paths import SUITE, module_command, module_environment, script
+from ctclip.paths import module_command, module_environment, script
 
 SYSTEM = Path("/")  # where proc/, sys/ and dev/ are
 LITTLE_MEMORY, LITTLE_SHARED, LITTLE_DISK = 4e9, 1e9, 5e9  # bytes
@@ -85,6 +86,10 @@ class Row:
             numbered = "   " if re.match(r"\d\. ", step) else ""
             lines += wrapped(step, margin + ("   " if number else "-> "), margin + "   " + numbered)
         return "\n".join(lines).replace(TIED, " ")
+
+
+def warning_if(little: bool, name: str, found: str, remedy: str, numbers: dict) -> Row:
+    return Row(name, "warning", found, (remedy,), numbers) if little else Row(name, "ok", found, (), numbers)
 
 
 def wrapped(text: str, first: str, further: str) -> list[str]:
@@ -136,10 +141,10 @@ def examine(data_dir: Path | None) -> Iterator[Row]:
         try:
             yield from check()
         except Exception as error:
-            yield broken(name, error)
+            yield failed_row(name, error)
 
 
-def broken(name: str, error: Exception, *remedy: str) -> Row:
+def failed_row(name: str, error: Exception, *remedy: str) -> Row:
     """A check that raised: skipped where it needs a package that is missing, else failed."""
     if isinstance(error, SetupError):
         return Row(name, "failed", *found_and_remedy(str(error)))
@@ -179,10 +184,6 @@ class ProcessFailed(Exception):
     """A process that gave no result; the message is the last line of its error."""
 
 
-class ForwardFailed(ProcessFailed):
-    """The installation does not compute; the message is the last line of its error."""
-
-
 def output_of(command: list[str], seconds: float) -> str:
     try:
         done = subprocess.run(
@@ -199,54 +200,10 @@ def output_of(command: list[str], seconds: float) -> str:
     return done.stdout.strip()
 
 
-def ask(probe: str, *arguments: str):
-    """What a function of PROBES returns."""
-    command = module_command("ctclip.environment.doctor", probe, *arguments)
+def run_probe(name: str, *arguments: str):
+    """What the function of PROBES returns in a process of its own."""
+    command = module_command("ctclip.environment.doctor", name, *arguments)
     return json.loads(output_of(command, PROBE_SECONDS).splitlines()[-1])
-
-
-FORWARD = """
-import json, sys, time
-sys.path.insert(0, sys.argv[1])
-import timm, torch
-from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
-if sys.argv[2]:
-    model = CTCLIPMultiAbnormalityModel(ctclip_path=sys.argv[2])
-    volume = torch.zeros(1, 1, *model.input_shape)
-else:
-    model = CTCLIPMultiAbnormalityModel(ctclip_path=None, backbone="resnet18", pretrained=False)
-    volume = torch.zeros(1, 3, 64, 64)
-device = "cuda" if torch.cuda.is_available() else "cpu"
-model = model.to(device).eval()
-start = time.monotonic()
-with torch.no_grad():
-    logits = model(volume.to(device))
-if tuple(logits.shape) != (1, len(ABNORMALITIES)) or not bool(torch.isfinite(logits).all()):
-    raise SystemExit("logits of shape %s, expected finite (1, %d)" % (tuple(logits.shape), len(ABNORMALITIES)))
-print(json.dumps({"torch": torch.__version__, "seconds": time.monotonic() - start, "input": list(volume.shape),
-    "logits": list(logits.shape), "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu"}))
-"""
-
-
-def forward_pass() -> dict:
-    """A small volume through the demo model (the slice model where that file is absent), in its own process."""
-    demo = SUITE / "models" / "ctclip_demo.pt"
-    try:
-        output = output_of([sys.executable, "-c", FORWARD, str(SUITE), str(demo) if demo.exists() else ""], 300)
-    except ProcessFailed as error:
-        raise ForwardFailed(str(error)) from error
-    return json.loads(output.splitlines()[-1])
-
-
-def forward_rows() -> Iterator[Row]:
-    try:
-        result = forward_pass()
-    except ForwardFailed as error:
-        yield broken("forward pass", error, f"if the packages are at fault: {REINSTALL}")
-        return
-    sizes = f"{tuple(result['input'])} -> logits {tuple(result['logits'])}"
-    found = f"{sizes} in {result['seconds']:.2f} s on {result['device']}"
-    yield Row("forward pass", "ok", found, numbers={"seconds": result["seconds"], "device": result["device"]})
 
 
 # ---- Python and packages
@@ -279,26 +236,6 @@ def packages_rows() -> Iterator[Row]:
 # ---- the machine
 
 
-def see_gpu() -> dict:
-    """What torch makes of the GPUs; `problem` where it can compute on none."""
-    import torch
-
-    devices: list[dict] = []
-    seen = {"torch": torch.__version__, "cuda": torch.version.cuda, "devices": devices, "precision": None,
-            "problem": None}  # fmt: skip
-    try:
-        torch.zeros(1, device="cuda")
-    except (RuntimeError, AssertionError) as error:
-        return {**seen, "problem": str(error).strip().splitlines()[0]}
-    from ctclip.inference.predictor import choose_precision
-
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        devices.append({"name": device.name, "memory_bytes": device.total_memory})
-    seen["precision"] = {"bfloat16": "bf16", "float16": "fp16"}[str(choose_precision(torch.device("cuda")))[6:]]
-    return seen
-
-
 def driver_gpus() -> tuple[list[dict], str | None, str]:
     """(name and memory of each GPU, the driver's version, what nvidia-smi says where it is there and sees none)."""
     program = shutil.which("nvidia-smi")
@@ -326,9 +263,9 @@ def gpus_text(gpus: list[dict]) -> str:
 def gpu_rows() -> Iterator[Row]:
     gpus, driver, complaint = driver_gpus()
     try:
-        seen = ask("gpu")
+        seen = run_probe("gpu")
     except ProcessFailed as error:
-        row = broken("gpu", error, f"if the packages are at fault: {REINSTALL}")
+        row = failed_row("gpu", error, f"if the packages are at fault: {REINSTALL}")
         if gpus:
             row.found += f"; nvidia-smi sees {gpus_text(gpus)}, driver {driver}"
         yield row
@@ -370,13 +307,8 @@ def memory_rows() -> Iterator[Row]:
         return
     found = f"{size_text(memory.available)} available of {size_text(memory.total)}"
     found += ", the limit of its cgroup" if memory.limited else ""
-    numbers = {
-        "available_bytes": memory.available, "total_bytes": memory.total, "cgroup_limited": memory.limited,
-    }  # fmt: skip
-    if memory.available < LITTLE_MEMORY:
-        yield Row("memory", "warning", found, (MORE_MEMORY,), numbers)
-    else:
-        yield Row("memory", "ok", found, numbers=numbers)
+    numbers = {"available_bytes": memory.available, "total_bytes": memory.total, "cgroup_limited": memory.limited}
+    yield warning_if(memory.available < LITTLE_MEMORY, "memory", found, MORE_MEMORY, numbers)
 
 
 def shared_rows() -> Iterator[Row]:
@@ -386,18 +318,15 @@ def shared_rows() -> Iterator[Row]:
         return
     total, _, free = shutil.disk_usage(folder)
     found, numbers = f"{size_text(free)} free of {size_text(total)}", {"free_bytes": free, "total_bytes": total}
-    if free < LITTLE_SHARED:
-        remedy = "add --workers 0 to every command that reads volumes; in a container: docker run --shm-size 8g"
-        yield Row("shared memory", "warning", found, (remedy,), numbers)
-    else:
-        yield Row("shared memory", "ok", found, numbers=numbers)
+    remedy = "add --workers 0 to every command that reads volumes; in a container: docker run --shm-size 8g"
+    yield warning_if(free < LITTLE_SHARED, "shared memory", found, remedy, numbers)
 
 
 def disk_rows() -> Iterator[Row]:
     """Of the working folder, and of those of models/, results/ and cache/ that there are: they may be elsewhere."""
-    here = Path.cwd()
-    free = {}
-    for folder in (here, *(here / name for name in ("models", "results", "cache") if (here / name).exists())):
+    here, free = Path.cwd(), {}
+    others = [here / name for name in ("models", "results", TrainingConfig.cache_dir)]
+    for folder in (here, *(other for other in others if other.exists())):
         free[folder] = shutil.disk_usage(folder).free
         try:
             with tempfile.TemporaryFile(dir=folder):  # permission bits do not tell: root, read-only mounts
@@ -407,13 +336,10 @@ def disk_rows() -> Iterator[Row]:
             yield Row("disk", "failed", found, ("run this in a folder you may write to",), {"folder": str(folder)})
             return
     tightest = min(free, key=lambda folder: free[folder])
-    found = f"{size_text(free[tightest])} free in {tightest}"
     numbers = {"free_bytes": free[tightest], "folder": str(tightest)}
-    if free[tightest] < LITTLE_DISK:
-        remedy = "free some, or run this in a folder on a larger disk: one file of weights is 1.77 GB"
-        yield Row("disk", "warning", found, (remedy,), numbers)
-    else:
-        yield Row("disk", "ok", found, numbers=numbers)
+    found = f"{size_text(free[tightest])} free in {tightest}"
+    remedy = "free some, or run this in a folder on a larger disk: one file of weights is 1.77 GB"
+    yield warning_if(free[tightest] < LITTLE_DISK, "disk", found, remedy, numbers)
 
 
 # ---- the hub
@@ -429,9 +355,9 @@ def token_rows() -> Iterator[Row]:
 
     try:
         source = token_source(find_token())
-    except HubError as trouble:
+    except HubError as error:
         state = "failed" if get_token() else "warning"  # the built-in cohort needs none
-        yield Row("token", state, trouble.reason, trouble.steps, {"source": None})
+        yield Row("token", state, error.reason, error.steps, {"source": None})
         return
     yield Row("token", "ok", f"found, {source}", numbers={"source": source})
 
@@ -451,10 +377,10 @@ def hub_rows() -> Iterator[Row]:
     file, started = WEIGHTS["classfine"], time.monotonic()
     try:
         file_metadata(file, token)
-    except Exception as error:
-        trouble = to_hub_error(error, file, token)
-        state = "warning" if trouble.is_transient else "failed"
-        yield Row("hub", state, trouble.reason, trouble.steps, {"host": hub_host()})
+    except Exception as caught:
+        error = to_hub_error(caught, file, token)
+        state = "warning" if error.is_transient else "failed"
+        yield Row("hub", state, error.reason, error.steps, {"host": hub_host()})
         return
     seconds = time.monotonic() - started
     found = f"the token may read CT-RATE ({hub_host()} answered in {seconds:.1f} s)"
@@ -473,7 +399,7 @@ def weights_rows() -> Iterator[Row]:
         try:
             yield weights_row(weights)
         except Exception as error:
-            row = broken("weights", error)
+            row = failed_row("weights", error)
             yield Row(row.name, row.state, f"{weights.name}: {row.found}", row.remedy, {"weights": weights.name})
 
 
@@ -527,7 +453,98 @@ def prompts_rows() -> Iterator[Row]:
 # ---- the cohort
 
 
-def see_cohort(data_dir: str) -> list[dict]:
+def cohort_rows(data_dir: Path | None) -> Iterator[Row]:
+    if data_dir is None:
+        yield Row("cohort", "skipped", "no --data-dir given")
+        return
+    for seen in run_probe("cohort", str(data_dir)):
+        lead = f"{seen['split']}: " if seen["split"] else ""
+        if "error" in seen:
+            found, remedy = found_and_remedy(seen["error"])
+            yield Row("cohort", "failed", lead + found, remedy, {"split": seen["split"]})
+            continue
+        tried = len(seen["readings"]) + len(seen["faults"])
+        counts = [f"{len(seen['readings'])} of {tried} files tried can be read"] if tried else []  # else: streamed
+        found = "; ".join([*seen["summary"], *counts])
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name, reading, evidence in seen["readings"]:
+            groups.setdefault((reading, evidence), []).append(name)
+        for (reading, evidence), names in groups.items():
+            found += f"; as {reading}: {comma_separated(names)} ({evidence})"
+        faults = seen.pop("faults")
+        yield Row("cohort", "ok", lead + found, numbers=seen)
+        for fault in faults:
+            found, remedy = found_and_remedy(fault)
+            yield Row("cohort", "failed", found, remedy, {"split": seen["split"]})
+
+
+# ---- the forward pass
+
+
+def forward_rows() -> Iterator[Row]:
+    try:
+        result = run_probe("forward")
+    except ProcessFailed as error:
+        yield failed_row("forward pass", error, f"if the packages are at fault: {REINSTALL}")
+        return
+    sizes = f"{tuple(result['input'])} -> logits {tuple(result['logits'])}"
+    found = f"{sizes} in {result['seconds']:.2f} s on {result['device']}"
+    yield Row("forward pass", "ok", found, numbers={"seconds": result["seconds"], "device": result["device"]})
+
+
+# ---- probes: functions that import torch or read volumes, each in a process of its own (`run_probe`)
+
+
+def probe_forward() -> dict:
+    """A small volume through the demo model, or through a slice model where that file is absent."""
+    import timm  # noqa: F401  (which fails where torchvision does not fit torch)
+    import torch
+
+    from ctclip_model import ABNORMALITIES, DEMO_PATH, CTCLIPMultiAbnormalityModel
+
+    if Path(DEMO_PATH).exists():
+        model = CTCLIPMultiAbnormalityModel(ctclip_path=DEMO_PATH)
+        volume = torch.zeros(1, 1, *model.input_shape)
+    else:
+        model = CTCLIPMultiAbnormalityModel(ctclip_path=None, backbone="resnet18", pretrained=False)
+        volume = torch.zeros(1, 3, 64, 64)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).eval()
+    start = time.monotonic()
+    with torch.no_grad():
+        logits = model(volume.to(device))
+    if tuple(logits.shape) != (1, len(ABNORMALITIES)) or not bool(torch.isfinite(logits).all()):
+        raise RuntimeError(f"logits of shape {tuple(logits.shape)}, expected finite (1, {len(ABNORMALITIES)})")
+    return {
+        "torch": torch.__version__,
+        "seconds": time.monotonic() - start,
+        "input": list(volume.shape),
+        "logits": list(logits.shape),
+        "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
+    }
+
+
+def probe_gpu() -> dict:
+    """The GPUs that torch can use; `problem` where it can compute on none."""
+    import torch
+
+    devices: list[dict] = []
+    found = {"torch": torch.__version__, "cuda": torch.version.cuda, "devices": devices, "precision": None,
+             "problem": None}  # fmt: skip
+    try:
+        torch.zeros(1, device="cuda")
+    except (RuntimeError, AssertionError) as error:
+        return {**found, "problem": str(error).strip().splitlines()[0]}
+    from ctclip.inference.predictor import choose_precision
+
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        devices.append({"name": device.name, "memory_bytes": device.total_memory})
+    found["precision"] = {"bfloat16": "bf16", "float16": "fp16"}[str(choose_precision(torch.device("cuda")))[6:]]
+    return found
+
+
+def probe_cohort(data_dir: str) -> list[dict]:
     """Of each split whose label table is there: what it holds, and how its first, middle and last file are read."""
     from ctclip.data.ct_rate import SPLITS, labels_path
 
@@ -537,10 +554,10 @@ def see_cohort(data_dir: str) -> list[dict]:
     if not any(table.exists() for table in tables.values()):
         first = next(iter(tables.values()))
         return [{"split": None, "error": f"found no {first}, expected a table of labels; check --data-dir"}]
-    return [see_split(data_dir, split) for split, table in tables.items() if table.exists()]
+    return [_probe_split(data_dir, split) for split, table in tables.items() if table.exists()]
 
 
-def see_split(data_dir: str, split: str) -> dict:
+def _probe_split(data_dir: str, split: str) -> dict:
     from ctclip.data.cohort import load_cohort
     from ctclip.data.ct_rate import VOLUME_SUFFIX
     from ctclip.data.preprocessing import read_volume
@@ -577,32 +594,7 @@ def see_split(data_dir: str, split: str) -> dict:
     }
 
 
-def cohort_rows(data_dir: Path | None) -> Iterator[Row]:
-    if data_dir is None:
-        yield Row("cohort", "skipped", "no --data-dir given")
-        return
-    for seen in ask("cohort", str(data_dir)):
-        lead = f"{seen['split']}: " if seen["split"] else ""
-        if "error" in seen:
-            found, remedy = found_and_remedy(seen["error"])
-            yield Row("cohort", "failed", lead + found, remedy, {"split": seen["split"]})
-            continue
-        tried = len(seen["readings"]) + len(seen["faults"])
-        counts = [f"{len(seen['readings'])} of {tried} files tried can be read"] if tried else []  # else: streamed
-        found = "; ".join([*seen["summary"], *counts])
-        groups: dict[tuple[str, str], list[str]] = {}
-        for name, reading, evidence in seen["readings"]:
-            groups.setdefault((reading, evidence), []).append(name)
-        for (reading, evidence), names in groups.items():
-            found += f"; as {reading}: {comma_separated(names)} ({evidence})"
-        faults = seen.pop("faults")
-        yield Row("cohort", "ok", lead + found, numbers=seen)
-        for fault in faults:
-            found, remedy = found_and_remedy(fault)
-            yield Row("cohort", "failed", found, remedy, {"split": seen["split"]})
-
-
-PROBES: dict[str, Callable[..., object]] = {"gpu": see_gpu, "cohort": see_cohort}
+PROBES: dict[str, Callable[..., object]] = {"forward": probe_forward, "gpu": probe_gpu, "cohort": probe_cohort}
 
 if __name__ == "__main__":
     print(json.dumps(PROBES[sys.argv[1]](*sys.argv[2:])))

@@ -45,6 +45,7 @@ HUB_SECONDS = 10  # for the first answer; the hub's host name has several addres
 LISTING_SECONDS = 60  # for the sizes of PATHS_AT_ONCE files
 PATHS_AT_ONCE = 500
 SPARE_BYTES = 50_000_000  # left free on any disk
+DISK_GB = 10.0  # that a stream may use
 WAITS = (1, 2, 4, 8, 16)  # seconds before each further attempt
 LONGEST_WAIT = 300  # that the hub may ask for
 

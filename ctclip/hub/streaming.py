@@ -45,7 +45,7 @@ from ctclip.data.preprocessing import read_volume
 from ctclip.data.volume_file import VolumeError
 from ctclip.distributed import Ranks
 from ctclip.formatting import print_row, size_text
-from ctclip.hub.client import SPARE_BYTES, HubError, file_lock, find_token, parts_of
+from ctclip.hub.client import DISK_GB, SPARE_BYTES, HubError, file_lock, find_token, parts_of
 from ctclip.hub.download import (
     Downloader,
     Failures,
@@ -63,7 +63,6 @@ from ctclip.inference.predictor import choose_device, print_failures
 from ctclip_model import CLASSFINE_PATH, CTCLIPMultiAbnormalityModel
 
 MANIFEST_BYTES = 512  # more than a line of the manifest takes, unless its reason is long
-DISK_GB = 10.0
 TICK_SECONDS = 2
 BAR = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}{postfix}]"
 

@@ -178,16 +178,18 @@ def test_a_process_that_dies_is_told_with_its_signal_or_last_line():
     if os.name != "nt":
         killed = said("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
         assert str(killed) == "the process was ended by SIGKILL (out of memory?)"
-        assert doctor.broken("cohort", killed).remedy == (doctor.MORE_MEMORY,)
+        assert doctor.failed_row("cohort", killed).remedy == (doctor.MORE_MEMORY,)
 
 
 def test_only_what_requirements_txt_names_and_lacks_is_skipped(monkeypatch):
     absent = ProcessFailed("ModuleNotFoundError: No module named 'sklearn'")
-    assert doctor.broken("x", absent).state == "failed"  # installed, and yet it cannot be imported
+    assert doctor.failed_row("x", absent).state == "failed"  # installed, and yet it cannot be imported
     monkeypatch.setattr(doctor, "installed_version", lambda name: None)
-    assert (doctor.broken("x", absent).state, doctor.broken("x", absent).found) == ("skipped", "needs scikit-learn")
+    row = doctor.failed_row("x", absent)
+    assert (row.state, row.found) == ("skipped", "needs scikit-learn")
     for module in ("ctclip_model", "typing_extensions"):
-        assert doctor.broken("x", ProcessFailed(f"ModuleNotFoundError: No module named '{module}'")).state == "failed"
+        absent = ProcessFailed(f"ModuleNotFoundError: No module named '{module}'")
+        assert doctor.failed_row("x", absent).state == "failed"
 
 
 # ---- Python and packages
@@ -219,7 +221,7 @@ def test_a_suite_without_its_requirements(monkeypatch):
     monkeypatch.setattr(doctor, "read_requirements", unreadable)
     row = next(row for row in doctor.examine(None) if row.name == "packages")
     assert (row.state, row.remedy) == ("failed", ("get the whole suite",))
-    assert doctor.broken("gpu", ProcessFailed("ModuleNotFoundError: No module named 'nothing'")).state == "failed"
+    assert doctor.failed_row("gpu", ProcessFailed("ModuleNotFoundError: No module named 'nothing'")).state == "failed"
 
 
 # ---- the GPU
@@ -269,7 +271,7 @@ def test_gpu(monkeypatch, case):
     smi, differs, state, found, remedy = GPUS[case]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(doctor, "driver_gpus", lambda: smi)
-    monkeypatch.setattr(doctor, "ask", lambda probe: {**SEEN, **differs})
+    monkeypatch.setattr(doctor, "run_probe", lambda probe: {**SEEN, **differs})
     row = only(doctor.gpu_rows())
     assert (row.state, found in row.found) == (state, True), row.found
     assert (remedy in row.remedy[0]) if remedy else row.remedy == ()
@@ -287,7 +289,7 @@ def test_a_torch_that_cannot_be_imported(monkeypatch):
     def fails(probe):
         raise ProcessFailed(said)
 
-    monkeypatch.setattr(doctor, "ask", fails)
+    monkeypatch.setattr(doctor, "run_probe", fails)
     said = "OSError: libcudart.so.12: cannot open shared object file"
     row = only(doctor.gpu_rows())
     assert row.state == "failed" and row.found.startswith(said) and doctor.REINSTALL in row.remedy[0]
@@ -316,7 +318,7 @@ def test_what_nvidia_smi_says(tmp_path, monkeypatch, script, expected):
 
 
 def test_torch_is_asked_for_real():
-    seen = doctor.ask("gpu")
+    seen = doctor.run_probe("gpu")
     assert seen["torch"] and bool(seen["devices"]) == (seen["problem"] is None)
 
 
@@ -588,7 +590,7 @@ def test_one_file_that_breaks_the_check_hides_no_other(models, monkeypatch):
 @pytest.fixture
 def here(monkeypatch):
     """The probes in this process: what they return is what JSON can carry."""
-    monkeypatch.setattr(doctor, "ask", lambda probe, *args: json.loads(json.dumps(doctor.PROBES[probe](*args))))
+    monkeypatch.setattr(doctor, "run_probe", lambda probe, *args: json.loads(json.dumps(doctor.PROBES[probe](*args))))
 
 
 def test_no_cohort_to_look_at(tmp_path, here):
@@ -642,9 +644,9 @@ def test_a_table_that_gives_no_cohort(tmp_path, here):
 
 
 def test_forward_pass_that_fails(monkeypatch):
-    def fails():
-        raise doctor.ForwardFailed("ImportError: operator torchvision::nms does not exist")
+    def fails(probe):
+        raise ProcessFailed("ImportError: operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(doctor, "forward_pass", fails)
+    monkeypatch.setattr(doctor, "run_probe", fails)
     row = only(doctor.forward_rows())
     assert row.state == "failed" and "torchvision::nms" in row.found and doctor.REINSTALL in row.remedy[0]

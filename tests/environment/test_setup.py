@@ -59,7 +59,7 @@ class no_grad:
 """,
     "ctclip_model.py": """
 import torch
-ABNORMALITIES = range(18)
+ABNORMALITIES, DEMO_PATH = range(18), "no such file"
 class CTCLIPMultiAbnormalityModel:
     input_shape = (4, 8, 8)
     def __init__(self, ctclip_path, backbone="", pretrained=True): assert ctclip_path or not pretrained
@@ -555,6 +555,23 @@ def test_old_python_gets_one_line():
     with pytest.raises(packages.SetupError, match=r"found Python 3\.9\.18, expected 3\.10 or newer"):
         packages.check_python((3, 9, 18, "final", 0))
     packages.check_python((3, 10, 0))
+
+
+def older_interpreters():
+    """Of Python 3.8 and 3.9, as they are called or as pyenv keeps them."""
+    pyenv = Path.home().glob(".pyenv/versions/3.[89].*/bin/python")
+    found = [*pyenv, shutil.which("python3.8"), shutil.which("python3.9")]
+    return [path for path in found if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0]
+
+
+def test_an_older_interpreter_gets_one_line(suite):
+    if not older_interpreters():
+        pytest.skip("no Python 3.8 or 3.9 here")
+    for python in older_interpreters():
+        done = run(suite, "--help", python=(python,))
+        assert done.returncode == 2 and done.stdout == ""
+        said = r"error: found Python 3\.[89]\.\d+, expected 3\.10 or newer; run this with a newer one .*\n"
+        assert re.fullmatch(said, done.stderr)
 
 
 def test_bare_interpreter_explains_itself(suite, tmp_path):

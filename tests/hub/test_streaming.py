@@ -24,6 +24,7 @@ import pytest
 import torch
 from helpers_hub import NEWCOMER, TOKEN, Hub
 
+import ctclip_setup
 from ctclip.data import volume_file
 from ctclip.data.cohort import Volume, listed_volumes, load_cohort, read_streamed
 from ctclip.data.ct_rate import volume_path
@@ -68,7 +69,7 @@ def setup(hub, tmp_path, monkeypatch, capsys, tiny_classfine):
 
     def call(*arguments):
         try:
-            code = setup_steps.main([str(argument) for argument in arguments])
+            code = ctclip_setup.main([str(argument) for argument in arguments])
         except SystemExit as ended:  # argparse's way
             code = ended.code
         captured = capsys.readouterr()
@@ -196,9 +197,9 @@ def test_refused_tokens_end_with_one_line(setup, hub, monkeypatch):
 USAGE = {
     "both": (("--data", "valid", "--volumes", "1", "--patients", "1"), "found --volumes and --patients, expected one"),
     "none": (("--data", "valid", "--volumes", "0"), "--volumes is 0, expected at least 1"),
-    "idle": (("--data", "labels", "--patients", "3"), "found --patients without --data train or valid"),
-    "no data": (("--stream-cache",), "found --stream-cache without --data train or valid"),
-    "no stream": (("--data", "valid", "--disk-gb", "1"), "found --disk-gb without --stream-cache"),
+    "idle": (("--data", "labels", "--patients", "3"), "found --patients, which goes with --data train or valid only"),
+    "no data": (("--stream-cache",), "found --stream-cache, which goes with --data train or valid only"),
+    "no stream": (("--data", "valid", "--disk-gb", "1"), "found --disk-gb, which goes with --stream-cache only"),
     "disk": (("--data", "valid", "--stream-cache", "--disk-gb", "0"), "--disk-gb is 0, expected more than 0"),
     "weights": (("--data", "valid", "--stream-cache", "--no-weights"), "--stream-cache needs weights to encode with"),
 }
