@@ -72,8 +72,9 @@ def setup_parser() -> OneLineParser:
     return parser
 
 
-def check_options(options: argparse.Namespace) -> None:
+def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Raises UserError for a flag that nothing would look at, or a value that makes no sense."""
+    options = setup_parser().parse_args(argv)
     volumes, look = options.data in ("train", "valid"), options.check or options.doctor
     streaming = ("--stream-cache", options.stream_cache)
     refuse_unused(options.given, {
@@ -96,13 +97,13 @@ def check_options(options: argparse.Namespace) -> None:
         raise SetupError(f"--disk-gb is {options.disk_gb:g}, expected more than 0")
     if options.stream_cache and options.no_weights and not options.ctclip_path:
         raise SetupError("--stream-cache needs weights to encode with: leave --no-weights out, or name --ctclip-path")
+    return options
 
 
 def setup(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     check_python()
-    options = setup_parser().parse_args(argv)
-    check_options(options)
+    options = parse_options(argv)
     unneeded = options.ctclip_path or (options.data and not options.stream_cache)
     names = [] if options.no_weights else options.model or ([] if unneeded else ["classfine"])
     steps.configure_hub()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import ctclip_setup
 from ctclip import config
-from ctclip.environment import setup
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(path for folder in (".", "docs", "docker") for path in (ROOT / folder).glob("*.md"))
@@ -20,7 +20,7 @@ PARSERS = {
     "ctclip_training.py": config.training_parser("").parse_args,
     "ctclip_evaluation.py": config.evaluation_parser().parse_args,
     "run_task2.py": config.task_parser("").parse_args,
-    "ctclip_setup.py": setup.parse_arguments,
+    "ctclip_setup.py": ctclip_setup.parse_options,
     "ctclip.hub": config.hub_parser("").parse_args,
     "ctclip.phantoms": config.phantom_parser().parse_args,
 }
