@@ -28,8 +28,9 @@ def comma_separated(items: Iterable) -> str:
     return ", ".join(str(item) for item in items)
 
 
-def size_text(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+def size_text(count: float, digits: int = 2) -> str:
+    """Bytes as text, in decimal units."""
+    return f"{count / 1e9:.{digits}f} GB" if count >= 1e8 else f"{count / 1e6:.{digits}f} MB"
 
 
 def percent(value: float) -> str:
