@@ -130,7 +130,7 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     return {name: dict(zip(table.columns, row, strict=True)) for name, row in table.rows.items()}
 
 
-STREAMED_TYPES = {
+STREAMED_TYPES: dict[str, type | tuple[type, ...]] = {
     "fixed": bool,
     "size": int,
     "tail": str,
@@ -204,7 +204,9 @@ class CohortBuilder:
                 return path, fixed, None
         known = [entry for fixed in (True, False) if (entry := self.streamed.get((name, fixed)))]
         streamed = next((entry for entry in known if entry.reason is None), known[0] if known else None)
-        return streamed and (self.data_dir / volume_path(name, streamed.fixed), streamed.fixed, streamed)
+        if streamed is None:
+            return None
+        return self.data_dir / volume_path(name, streamed.fixed), streamed.fixed, streamed
 
     def add(self, cohort: Cohort, name: str, path: Path, fixed: bool, streamed: Streamed | None) -> None:
         """Adds the volume, or its name and the reason for skipping it."""
@@ -229,7 +231,7 @@ class CohortBuilder:
         row, reason = self._metadata_row(name)
         if reason and not fixed:
             return f"{reason} (needed by a version-1 file)"
-        return Volume(name, path, labels, row, streamed and (streamed.size, streamed.tail))
+        return Volume(name, path, labels, row, (streamed.size, streamed.tail) if streamed else None)
 
     def _metadata_row(self, name: str) -> tuple[dict[str, Any] | None, str | None]:
         """(usable metadata row, None) or (None, what is wrong with it)."""
@@ -274,8 +276,8 @@ def load_cohort(data_dir: str | Path, split: str, limit: int | None = None) -> C
         else:
             builder.add(cohort, name, *found)
     if not cohort.volumes:
-        found = "; ".join(cohort.summary().splitlines()[1:]) or "an empty label table"
-        raise CohortError(f"{data_dir}: found no usable {split} volume ({found}), expected at least one; add volumes")
+        reasons = "; ".join(cohort.summary().splitlines()[1:]) or "an empty label table"
+        raise CohortError(f"{data_dir}: found no usable {split} volume ({reasons}), expected at least one; add volumes")
     return cohort
 
 

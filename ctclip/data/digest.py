@@ -17,6 +17,6 @@ def tensors_sha256(tensors: Mapping[str, Tensor], before: bytes = b"", after: by
     digest = hashlib.sha256(before)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     digest.update(after)
     return digest.hexdigest()

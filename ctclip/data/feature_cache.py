@@ -101,6 +101,7 @@ def record_format(model: CTCLIPMultiAbnormalityModel) -> tuple[str, tuple[int, .
     """(numpy type, shape) of what is stored for one volume."""
     if model.cache_format == "codes":
         sizes = model.sizes
+        assert sizes is not None
         depth = model.input_shape[0] // sizes.temporal_patch
         return "uint16" if sizes.codes <= 2**16 else "int32", (depth, sizes.grid, sizes.grid)
     device = next(model.parameters()).device
@@ -208,7 +209,7 @@ class FeatureCache:
         return self.rows_of(cache_keys(volumes))
 
     def rows_of(self, sources: Sequence[str | None]) -> list[int | None]:
-        return [source and self._newest.get(source) for source in sources]
+        return [self._newest.get(source) if source else None for source in sources]
 
     def readings(self, rows: Sequence[int]) -> list[str]:
         """How each volume's voxels were read: "hu" or "stored"."""
@@ -223,7 +224,7 @@ class FeatureCache:
         return self._maps[entry.shard][entry.record]
 
     def _is_intact(self, row: int) -> bool:
-        if row not in self._intact and zlib.crc32(self._record(row)) == self._entries[row].crc32:
+        if row not in self._intact and zlib.crc32(self._record(row).data) == self._entries[row].crc32:
             self._intact.add(row)
         return row in self._intact
 
@@ -295,10 +296,10 @@ class FeatureCache:
             shard, data, index = self._writing = self._writing or self._new_shard()
             number = data.tell() // self.record_bytes
             write_all(data, records.tobytes())
-            lines = []
+            lines: list[str] = []
             for volume, source, decision, record in zip(volumes, sources, decisions, records, strict=True):
                 line = {"record": number + len(lines), "name": volume.name, "source": source}
-                lines.append(json.dumps(line | {"reading": decision.reading, "crc32": zlib.crc32(record)}) + "\n")
+                lines.append(json.dumps(line | {"reading": decision.reading, "crc32": zlib.crc32(record.data)}) + "\n")
             write_all(index, "".join(lines).encode())
         except BaseException as error:
             self.close()  # half a record must stay the last of its shard

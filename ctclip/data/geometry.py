@@ -96,7 +96,7 @@ def _number(metadata: Mapping[str, Any], column: str, name: str) -> float:
 def _pair(metadata: Mapping[str, Any], name: str) -> tuple[float, float]:
     """XYSpacing: text such as "[0.34, 0.34]" or a sequence."""
     value = metadata.get("XYSpacing")
-    parts = re.findall(r"[^\s,\[\]()]+", value) if isinstance(value, str) else value
+    parts = re.findall(r"[^\s,\[\]()]+", value) if isinstance(value, str) else () if value is None else value
     try:
         x, y = (float(part) for part in parts)
     except (TypeError, ValueError):
@@ -144,7 +144,7 @@ class Placement:
     shape: tuple[int, int, int]
     spacing: tuple[float, ...]
     affine: np.ndarray | None
-    axes: tuple[int, int, int]
+    axes: tuple[int, ...]
     position: tuple[np.ndarray, ...]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import log2, prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,8 +131,8 @@ def volume_loader(
     dataset = VolumeDataset(volumes, shape, augment_seed)
     if not shuffle:  # DataLoader draws a seed for its workers: reading must not disturb the random numbers of training
         generator = torch.Generator()
-    ahead = {"persistent_workers": True, "prefetch_factor": 1} if num_workers else {}
-    regular = {"batch_size": batch_size, "shuffle": shuffle}
+    ahead: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 1} if num_workers else {}
+    regular: dict[str, Any] = {"batch_size": batch_size, "shuffle": shuffle}
     batches = regular if micro_batches is None else {"batch_sampler": micro_batches}
     return DataLoader(
         dataset,

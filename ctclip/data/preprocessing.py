@@ -55,7 +55,7 @@ def preprocess_volume(
     check_shape(shape)
     row = None if metadata is None else geometry_from_metadata(metadata, path.name)
     out, header, statistics = _resample_file(path, shape, lambda header, _: row or geometry_from_header(header, path))
-    check_reading(statistics, header, row and (row.slope, row.intercept))
+    check_reading(statistics, header, (row.slope, row.intercept) if row else None)
     return out
 
 
@@ -77,8 +77,8 @@ def read_volume(
     row = None if volume.metadata is None else geometry_from_metadata(volume.metadata, path.name)
 
     def decide(header: Header, statistics: VoxelStatistics) -> HuDecision:
-        scales = (header.slope, header.intercept), row and (row.slope, row.intercept)
-        return decide_hu(statistics, *scales, version_2, header.blank)
+        own, of_row = (header.slope, header.intercept), (row.slope, row.intercept) if row else None
+        return decide_hu(statistics, own, of_row, version_2, header.blank)
 
     def geometry_of(reading: str, header: Header) -> FileGeometry:
         if reading == "stored" and row is not None:

@@ -60,11 +60,12 @@ class ResamplingPlan:
         shape, axes = tuple(out.shape[1:]), geometry.cube_axes
         each = zip(header.shape, geometry.spacing, axes, geometry.backwards, strict=True)
         weights = [InterpolationWeights.of(size, mm, shape[axis], backwards) for size, mm, axis, backwards in each]
-        if None in weights:
+        fast, middle, slow = weights
+        if fast is None or middle is None or slow is None:
             found = f"{shape_text(header.shape)} voxels of {shape_text(geometry.spacing)} mm"
             expected = f"at least one voxel of the {shape_text(shape)} input"
             raise file_error(path, found, expected, "check the spacing")
-        self.fast, self.middle, self.slow = weights
+        self.fast, self.middle, self.slow = fast, middle, slow
         self.crop = self.middle.span, self.fast.span
         self.rows, self.columns = (span.stop - span.start for span in self.crop)
         self.target = out[0].permute(axes[2], axes[0], axes[1])[self.slow.box, self.fast.box, self.middle.box]

@@ -36,7 +36,8 @@ def split_by_patient(volumes: Sequence[Volume], fraction: float, seed: int) -> t
 def _assign(rows: np.ndarray, count: int, order: np.ndarray) -> tuple[float, list[int]]:
     """(imbalance, `count` rows held out): rows are assigned in the order given, each to the side that keeps every
     column closest to its share."""
-    share, balance, held_out = count / len(rows), np.zeros(rows.shape[1]), []
+    share, balance = count / len(rows), np.zeros(rows.shape[1])
+    held_out: list[int] = []
     for place, i in enumerate(order):
         if_held, if_not = balance + (1 - share) * rows[i], balance - share * rows[i]
         remaining, missing = len(order) - place, count - len(held_out)

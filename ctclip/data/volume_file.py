@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from functools import partial
+from itertools import chain, islice
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import Protocol
 
 import numpy as np
 
@@ -98,7 +99,7 @@ class VolumeFile:
     def check_end(self) -> None:
         """After the last slice."""
 
-    def slabs(self) -> Iterator[tuple[int, np.ndarray]]:
+    def slabs(self) -> Generator[tuple[int, np.ndarray], None, None]:
         """(first index, slices as stored (n, middle axis, fastest axis)). Valid until the next one is asked for.
 
         While one slab is being worked on, a thread reads up to SLABS_AHEAD others.
@@ -108,13 +109,14 @@ class VolumeFile:
         starts = range(0, slow, step)
         buffers = [np.empty((step, middle, fast), self.header.dtype) for _ in range(SLABS_AHEAD + 1)]
         slabs = [buffers[i % len(buffers)][: min(step, slow - start)] for i, start in enumerate(starts)]
-        tasks = chain(zip(repeat(self.read), slabs, starts), [(self.check_end,)])
+        reads = (partial(self.read, slab, start) for slab, start in zip(slabs, starts, strict=True))
+        tasks: Iterator[Callable[[], None]] = chain(reads, [self.check_end])
         reader = ThreadPoolExecutor(1)
         try:
-            pending = deque(reader.submit(*task) for task in islice(tasks, SLABS_AHEAD))
+            pending = deque(reader.submit(task) for task in islice(tasks, SLABS_AHEAD))
             for start, slab in zip(starts, slabs, strict=True):
                 pending.popleft().result()
-                pending.extend(reader.submit(*task) for task in islice(tasks, 1))
+                pending.extend(reader.submit(task) for task in islice(tasks, 1))
                 yield start, slab
             pending.popleft().result()
         finally:
@@ -124,10 +126,18 @@ class VolumeFile:
 # ------------------------------------------------------------------ files that are one stream of bytes
 
 
+class ByteStream(Protocol):
+    """What is asked of a file, plain or inflated."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def readinto(self, buffer: memoryview, /) -> int | None: ...
+
+
 class StreamFile(VolumeFile):
     """A header, then the voxels, in one file. Subclasses set `stream`, where the voxels come from, and the header."""
 
-    stream: IO[bytes]
+    stream: ByteStream
 
     def __init__(self, path: Path):
         self.path = path
@@ -159,7 +169,7 @@ class StreamFile(VolumeFile):
 
     def fill(self, buffer: np.ndarray) -> None:
         """Fill a uint8 array from the stream, to the last byte."""
-        view, done = memoryview(buffer), 0
+        view, done = buffer.data, 0
         try:
             while done < len(view):
                 count = self.stream.readinto(view[done:])
@@ -203,4 +213,5 @@ def three_axes(shape: Sequence[int], path: Path) -> tuple[int, int, int]:
     if len(shape) < 3 or any(n > 1 for n in shape[3:]) or min(shape[:3]) < 2:
         expected = "3 axes of at least 2 voxels"
         raise file_error(path, f"{len(shape)} axes of {shape_text(shape)} voxels", expected, CONVERT)
-    return tuple(shape[:3])
+    fast, middle, slow = shape[:3]
+    return fast, middle, slow
