@@ -1,14 +1,14 @@
-"""Where in a scan a label's logit comes from: evidence per token -> a NIfTI on the scan's own grid, and a picture.
+"""Heat maps: what each token contributes to a label's logit, as a NIfTI on the scan's own grid and as a picture.
 
 Legend   D H W voxels of the model's cube (z, x, y), T h w tokens of it, C width, L latent, S slices:
-         as in ctclip_model. n labels that are explained.
+         as in ctclip_model. n labels.
 
-A logit is, or nearly is, a sum over tokens. `token_evidence` splits it, `write_heat_map` lays the parts over the file's
-own voxels, `explain_figure` shows them on what the model saw, `explain_scan` does all of it for one scan.
+A logit is, or nearly is, a sum over tokens. `token_contributions` splits it, `write_heat_map` resamples the parts onto
+the file's own voxels, `draw_heat_map` shows them on the model's input, `write_scan_heat_maps` does it all for a scan.
 
-A map says which tokens moved this model's answer. That is not an outline of a finding: a token is 15 mm wide in the
-published tower, it has exchanged what it knows with all others before it is counted, and a wrong answer has a map too.
-How often the strongest point lies on the finding is measured on phantoms by tests/benchmarks/pointing_game.py.
+A map says which tokens moved this model's answer. It is not an outline of a finding: a token is 15 mm wide in the
+published tower and has attended to all others before it is counted, and a wrong answer has a map too. How often the
+highest point lies on the finding is measured on phantoms by tests/benchmarks/pointing_game.py.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ LEVELS = 127  # steps of a map on either side of 0: in 255 levels it packs sever
 SHOWN, APART_MM = 3, 20.0  # axial slices in a picture, and how far from each other
 FAINT, OPAQUE = 0.2, 0.75  # share of the highest value below which nothing is drawn; opacity of the highest
 MARGIN_MM = 6.0  # of air around the body in a picture
+WIDTH, LEFT, GAP, HEAD, FOOT = 13.0, 0.15, 0.12, 1.15, 0.7  # inches: figure, its margin, between panels, above, below
+PANEL = (WIDTH - 2 * LEFT - SHOWN * GAP) / (SHOWN + 1)
 NUMBER_POINTS = 8.0
 OUTLINE = "#4dd2ff"
 UNSAFE = re.compile(r"[^\w.-]+")  # in a file's name
 LONGEST_NAME = 80  # bytes of a label in a file's name, which ends at 255 on most disks
 NIFTI_1_SIZE = 2**15 - 1  # voxels along an axis that its header can say
-WORTH_SAYING = 0.03  # share of the evidence outside the scan from which the caption tells of it
+OUTSIDE_SHARE = 0.03  # share of the contributions outside the scan above which the caption gives it
 
 
 def parse_labels(text: str, model_labels: Sequence[str] = ABNORMALITIES) -> list[str]:
@@ -62,7 +64,7 @@ def parse_labels(text: str, model_labels: Sequence[str] = ABNORMALITIES) -> list
     if [part.lower() for part in parts] == ["all"]:
         return list(model_labels)
     if not parts:
-        raise PredictionError("found no label to explain, expected one or more, commas between; name them, or all")
+        raise PredictionError("found no label for --explain, expected one or more, commas between; name them, or all")
     labels = []
     while parts:
         counts = range(len(parts), 0, -1)
@@ -71,7 +73,7 @@ def parse_labels(text: str, model_labels: Sequence[str] = ABNORMALITIES) -> list
             close = difflib.get_close_matches(parts[0].lower(), known, n=3, cutoff=0.5)
             expected = f"perhaps {' or '.join(known[name] for name in close)}" if close else ", ".join(model_labels)
             raise PredictionError(
-                f"found '{parts[0]}' among the labels to explain, expected a label of this model ({expected}); "
+                f"found '{parts[0]}' among the labels of --explain, expected a label of this model ({expected}); "
                 "correct it, or ask for all"
             )
         labels.append(known[",".join(parts[:count]).lower()])
@@ -87,10 +89,10 @@ def _parts(text: str) -> list[str]:
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class Contributions:
     """n logits, each split over the cube: logits = values.sum((1, 2, 3)) + remainder.
 
-    values (n, T, h, w) float32, in logits, positive where a token speaks for the label; a grid of T x h x w equal boxes
+    values (n, T, h, w) float32, in logits, positive where a token raises the label's; a grid of T x h x w equal boxes
     over the model's cube, in the order of its axes (z, x, y). logits, remainder: (n,) float64.
     """
 
@@ -99,13 +101,13 @@ class Evidence:
     remainder: np.ndarray
 
 
-def token_evidence(
+def token_contributions(
     model: CTCLIPMultiAbnormalityModel, volume: Tensor, labels: Sequence[int], smooth: bool = True
-) -> Evidence:
+) -> Contributions:
     """Volume (1, 1, D, H, W) -> what each token adds to the logits of `labels` (indices), in one pass of the tower.
 
     What a value is depends on the head; the model is in evaluation mode.
-    - attention: attention times evidence of the token. Exact; the remainder is the bias.
+    - attention: attention weight times the token's score. Exact; the remainder is the bias.
     - linear, prompts: the token's share in the latent, through the classifier. The latent is a mean over tokens divided
       by its own length, then cut at 0 (not for prompts): length and cut are held at this volume's. The remainder is the
       bias. A token changed or taken away would change both, so that the values are exact as a sum, not as a forecast.
@@ -114,10 +116,9 @@ def token_evidence(
     - slice variant: class activation map of each slice triplet, after cbam if there is one. Exact; the remainder is the
       bias. Between the triplets' slices a map is interpolated, not seen.
 
-    `smooth`: each token shares with its neighbours, 1-2-1 along each axis (in plane only for slices), which moves
-    evidence by a token and leaves the sums as they are. Single tokens are noisy: on phantoms, it takes the linear
-    head's strongest point to the finding in 70 of 100 cases in place of 59, and leaves the attention head's at 77. To
-    take away what other scans have at the same place, or what air has, gained nothing: no reference is needed.
+    `smooth`: 1-2-1 along each axis (in plane only for slices); the sums stay. Single tokens are noisy: on phantoms it
+    takes the linear head's highest point to the finding in 70 of 100 cases in place of 59, and leaves the attention
+    head's at 77. Subtracting a reference (other scans at the same place, or air) gained nothing.
     """
     if volume.ndim != 5 or volume.shape[0] != 1:
         raise ValueError(f"found a volume of shape {tuple(volume.shape)}, expected one scan (1, 1, D, H, W)")
@@ -126,21 +127,23 @@ def token_evidence(
     index = list(labels)
     with torch.no_grad():
         if not model.is_ctclip:
-            values, logits = _slice_evidence(model, volume, index)
+            values, logits = _slice_contributions(model, volume, index)
         elif model.head_name == "attention":
             codes = model.features(volume)
-            attention, evidence = model.classifier.attend(codes, model.codebook)
-            values, logits = (attention * evidence)[0, index], model.head(codes)[0, index]
+            attention, scores = model.classifier.attend(codes, model.codebook)
+            values, logits = (attention * scores)[0, index], model.head(codes)[0, index]
         else:
-            values, logits = _latent_evidence(model, volume, index)
+            values, logits = _latent_contributions(model, volume, index)
     values, logits = values.float().cpu().numpy(), logits.double().cpu().numpy()
     if smooth:
         for axis in (1, 2, 3) if model.is_ctclip else (2, 3):
             values = _smoothed(values, axis)
-    return Evidence(values, logits, logits - values.sum((1, 2, 3), dtype=np.float64))
+    return Contributions(values, logits, logits - values.sum((1, 2, 3), dtype=np.float64))
 
 
-def _latent_evidence(model: CTCLIPMultiAbnormalityModel, volume: Tensor, index: list[int]) -> tuple[Tensor, Tensor]:
+def _latent_contributions(
+    model: CTCLIPMultiAbnormalityModel, volume: Tensor, index: list[int]
+) -> tuple[Tensor, Tensor]:
     """values (n, T, h, w), logits (n,) of a head on the latent. Each logit is taken back to the tokens as a direction,
     (L,) -> (h, w, C), in one reading of the projection: its 0.6 GB are never multiplied by the tokens."""
     tower, projection = model.visual_transformer, model.to_visual_latent
@@ -156,7 +159,7 @@ def _latent_evidence(model: CTCLIPMultiAbnormalityModel, volume: Tensor, index: 
     return values, logits.detach()[index]
 
 
-def _slice_evidence(model: CTCLIPMultiAbnormalityModel, volume: Tensor, index: list[int]) -> tuple[Tensor, Tensor]:
+def _slice_contributions(model: CTCLIPMultiAbnormalityModel, volume: Tensor, index: list[int]) -> tuple[Tensor, Tensor]:
     """values (n, S, h, w), logits (n,). The head takes a mean over slices and places, so that it can be taken last."""
     maps = model.attention(model.backbone(slice_triplets(volume, model.n_slices)[0]))  # (S, C, h, w)
     weight, bias = model.classifier.weight[index], model.classifier.bias[index]
@@ -197,7 +200,7 @@ def write_heat_map(values: np.ndarray, placement: Placement, path: str | Path, l
     slope = highest / LEVELS or 1.0
     levels = np.asarray(values, np.float32).transpose(placement.axes) / np.float32(slope)  # file axes, fastest first
     fast, middle, slow = (_weights(p, n) for p, n in zip(placement.position, levels.shape, strict=True))
-    header = _heat_header(placement, slope, highest, label)
+    header = _nifti_header(placement, slope, highest, label)
     packing = {"filename": "", "mode": "wb", "compresslevel": 1, "mtime": 0}  # neither name nor time in the file
     with replacing(path) as temporary, temporary.open("wb") as raw, GzipFile(fileobj=raw, **packing) as file:
         file.write(header.binaryblock + bytes(4))
@@ -217,7 +220,7 @@ def _write_slices(file: IO[bytes], levels: np.ndarray, fast: np.ndarray, middle:
         file.write(stored.data)
 
 
-def _heat_header(placement: Placement, slope: float, highest: float, label: str) -> nib.Nifti1Header:
+def _nifti_header(placement: Placement, slope: float, highest: float, label: str) -> nib.Nifti1Header:
     """NIfTI-1, which every viewer reads; NIfTI-2 for a grid that only that can say."""
     kind = nib.Nifti1Header if max(placement.shape) <= NIFTI_1_SIZE else nib.Nifti2Header
     header = kind(endianness="<")
@@ -277,7 +280,7 @@ def tokens_within(placement: Placement, grid: tuple[int, int, int]) -> np.ndarra
     return np.logical_and.outer(np.logical_and.outer(sides[0], sides[1]), sides[2])
 
 
-def explain_figure(
+def draw_heat_map(
     volume: Tensor,
     values: np.ndarray,
     placement: Placement,
@@ -286,77 +289,67 @@ def explain_figure(
     caption: str = "",
     outline: np.ndarray | None = None,
 ) -> Figure:
-    """The strongest axial slices, head first, and the coronal slice through the strongest token (ringed).
+    """The axial slices of the highest contributions, head first, and the coronal slice through the highest (ringed).
 
-    volume (1, 1, D, H, W) is what the model saw; values (T, h, w). Slices and ring are chosen among `tokens_within`.
-    Colour: evidence for the label, clear below FAINT of the highest value within the scan; evidence against it is not
-    drawn. As radiologists look: the patient's right on the left, front or head at the top. `outline` (D, H, W), if any,
-    is drawn where it crosses 0.
+    volume (1, 1, D, H, W) is the model's input; values (T, h, w). Slices and ring are chosen among `tokens_within`.
+    Colour: positive contributions, transparent below FAINT of the highest within the scan; negative ones are not drawn.
+    Radiological convention: the patient's right on the left, front or head at the top. `outline` (D, H, W), if any, is
+    drawn where it crosses 0.
     """
     hu = volume[0, 0].float().cpu().numpy()
     within = np.where(tokens_within(placement, values.shape), values, -np.inf)
-    peak, levels, top = strongest_token(within), strongest_levels(within), float(within.max())
-    seen = _Seen(hu, values, np.zeros_like(hu) if outline is None else outline, window, top)
+    peak, levels, highest = strongest_token(within), strongest_levels(within), float(within.max())
     z, x, y = (_centre(placement, axis, i, n) for axis, (i, n) in enumerate(zip(peak, values.shape, strict=True)))
     heights = [_centre(placement, 0, row, len(values)) for row in levels]
     (x0, x1), (y0, y1), (z0, z1) = _shown_mm(hu, placement)
-    page = _Page(x1 - x0, y1 - y0, z1 - z0)
-
-    for column, (row, at) in enumerate(zip(levels, heights, strict=True)):
-        ax = page.axes(column, y1 - y0)
-        seen.show(ax, 0, at)
+    figure, axial, coronal, footer = _panels(len(levels), x1 - x0, y1 - y0, z1 - z0)
+    slices = _Slices(hu, values, outline, window, highest)
+    for number, (ax, row, at) in enumerate(zip(axial, levels, heights, strict=True), 1):
+        slices.draw(ax, 0, at)
         ax.set(xlim=(x0, x1), ylim=(y1, y0))
-        _headline(ax, f"{column + 1}. Axial, {_below_top(placement, at)}", _file_index(placement, 0, at))
-        if row == peak[0] and top > 0:
+        _headline(ax, f"{number}. Axial, {_below_top(placement, at)}", _file_index(placement, 0, at))
+        if row == peak[0] and highest > 0:
             _ring(ax, x, y)
-    ax = page.axes(max(len(levels), 2), z1 - z0)  # the colour bar takes two columns
-    image = seen.show(ax, 2, y)
-    ax.set(xlim=(x0, x1), ylim=(z0, z1))
-    _headline(ax, "Coronal, through the ring" if top > 0 else "Coronal", _file_index(placement, 2, y))
-    if top > 0:
-        _ring(ax, x, z)
+    colours = slices.draw(coronal, 2, y)
+    coronal.set(xlim=(x0, x1), ylim=(z0, z1))
+    _headline(coronal, "Coronal, through the ring" if highest > 0 else "Coronal", _file_index(placement, 2, y))
+    if highest > 0:
+        _ring(coronal, x, z)
     for number, at in enumerate(heights, 1):
-        _number(ax, at * FIELD_OF_VIEW_MM, number, NUMBER_POINTS * 1.5 / 72 / page.inch)
-    page.write(title, caption)
-    _colour_bar(page.bar(), image, top)
-    return page.figure
+        _number(coronal, at * FIELD_OF_VIEW_MM, number)
+    figure.suptitle(title, x=LEFT / WIDTH, y=1 - 0.14 / figure.get_figheight(), ha="left", va="top", fontsize=13,
+                    color=INK, weight="bold")
+    figure.text(LEFT / WIDTH, 1 - 0.44 / figure.get_figheight(), caption, fontsize=9, color=GREY, va="top")
+    _colour_bar(footer, colours, highest)
+    return figure
+
+
+def _panels(n_axial: int, across: float, deep: float, tall: float) -> tuple[Figure, list[Axes], Axes, Axes]:
+    """Figure, axial panels, the coronal panel beside them, and the room below the axial ones. Lengths in mm: panels are
+    equally wide, so that all have one scale."""
+    axial_inches, coronal_inches = (PANEL * size / across for size in (deep, tall))
+    body = max(axial_inches + FOOT, coronal_inches + 0.1)
+    figure = new_figure(WIDTH, HEAD + body, layout=None)
+    grid = figure.add_gridspec(
+        2,
+        SHOWN + 1,
+        left=LEFT / WIDTH,
+        right=1 - LEFT / WIDTH,
+        top=body / (HEAD + body),
+        bottom=0,
+        wspace=GAP / PANEL,
+        hspace=0,
+        height_ratios=(axial_inches, body - axial_inches),
+    )
+    axial = [figure.add_subplot(grid[0, column]) for column in range(n_axial)]
+    coronal = figure.add_subplot(grid[:, max(n_axial, 2)])  # the colour bar takes two columns
+    return figure, axial, coronal, figure.add_subplot(grid[1, :2])
 
 
 def _centre(placement: Placement, cube_axis: int, token: int, tokens: int) -> float:
-    """Of a token, as a share of the cube's edge; moved to the nearest voxel's where that is within the scan no more."""
+    """Centre of a token, as a share of the cube's edge; the nearest voxel's where it lies outside the scan."""
     position = placement.position[placement.axes.index(cube_axis)]
     return float(np.clip((token + 0.5) / tokens, position.min(), position.max()))
-
-
-class _Page:
-    """A figure of SHOWN axial panels above a colour bar, and a coronal one beside them: all of one scale, heads
-    aligned. Lengths in inches, but for the panels', which are in mm."""
-
-    WIDTH, LEFT, GAP, HEAD, FOOT = 13.0, 0.15, 0.12, 1.15, 0.7
-
-    def __init__(self, across: float, deep: float, tall: float):
-        self.panel = (self.WIDTH - 2 * self.LEFT - SHOWN * self.GAP) / (SHOWN + 1)
-        self.inch = self.panel / across  # per mm
-        self.deep = deep * self.inch
-        self.height = self.HEAD + max(self.deep + self.FOOT, tall * self.inch + 0.1)
-        self.figure = new_figure(self.WIDTH, self.height, layout=None)
-
-    def axes(self, column: int, size: float) -> Axes:
-        left, high = self.LEFT + column * (self.panel + self.GAP), size * self.inch
-        return self._place(left, self.HEAD + high, self.panel, high)
-
-    def bar(self) -> Axes:
-        return self._place(self.LEFT, self.HEAD + self.deep + 0.27, 1.6 * self.panel, 0.11)
-
-    def write(self, title: str, caption: str) -> None:
-        left, top = self.LEFT / self.WIDTH, 1 - 0.14 / self.height
-        self.figure.text(left, top, title, fontsize=13, color=INK, va="top", weight="bold")
-        self.figure.text(left, top - 0.3 / self.height, caption, fontsize=9, color=GREY, va="top")
-
-    def _place(self, left: float, below: float, width: float, height: float) -> Axes:
-        """`below`: of its lower side, from the top of the figure."""
-        wide, high = self.WIDTH, self.height
-        return self.figure.add_axes((left / wide, (high - below) / high, width / wide, height / high))
 
 
 def _shown_mm(hu: np.ndarray, placement: Placement) -> list[tuple[float, float]]:
@@ -376,35 +369,39 @@ def _shown_mm(hu: np.ndarray, placement: Placement) -> list[tuple[float, float]]
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
-    """hu and outline (D, H, W); values (T, h, w), coloured up to `top`."""
+class _Slices:
+    """hu and outline (D, H, W); values (T, h, w), coloured up to `highest`."""
 
     hu: np.ndarray
     values: np.ndarray
-    outline: np.ndarray
+    outline: np.ndarray | None
     window: Window
-    top: float
+    highest: float
 
-    def show(self, ax: Axes, axis: int, at: float) -> AxesImage:
+    def draw(self, ax: Axes, axis: int, at: float) -> AxesImage:
         """The slice at that share of the cube, over the whole cube, the first row at 0 mm: axis 0 axial (y down), 2
-        coronal (z down). Returns the image that the colours belong to."""
-        layers = [_weights((np.arange(d) + 0.5) / d, n) for d, n in zip(self.hu.shape, self.values.shape, strict=True)]
+        coronal (z down). Returns the coloured image."""
         k = min(int(at * self.hu.shape[axis]), self.hu.shape[axis] - 1)
-        first, second = (layers[other] for other in range(3) if other != axis)
-        evidence = first @ np.tensordot(layers[axis][k], self.values, (0, axis)) @ second.T
-        planes = self.hu.take(k, axis), evidence, self.outline.take(k, axis)
-        gray, evidence, inside = (plane.T for plane in planes) if axis == 0 else planes
+        voxel_weights = [
+            _weights((np.arange(d) + 0.5) / d, n) for d, n in zip(self.hu.shape, self.values.shape, strict=True)
+        ]
+        first, second = (weights for other, weights in enumerate(voxel_weights) if other != axis)
+        colour = first @ np.tensordot(voxel_weights[axis][k], self.values, (0, axis)) @ second.T
+        turned = np.transpose if axis == 0 else np.asarray
+        gray, colour = turned(self.hu.take(k, axis)), turned(colour)
 
         black, white = self.window.limits(unit=1000)
-        whole = {"extent": (0, FIELD_OF_VIEW_MM, FIELD_OF_VIEW_MM, 0), "interpolation": "bilinear"}
-        ax.imshow(gray, cmap="gray", vmin=black, vmax=white, **whole)
-        scale = self.top if self.top > 0 else 1.0
-        share = np.clip((evidence / scale - FAINT) / (1 - FAINT), 0, 1) if self.top > 0 else np.zeros(evidence.shape)
-        image = ax.imshow(evidence, cmap="plasma", vmin=0, vmax=scale, alpha=OPAQUE * share**0.7, **whole)
-        if inside.min() < 0 < inside.max():
+        whole_cube = {"extent": (0, FIELD_OF_VIEW_MM, FIELD_OF_VIEW_MM, 0), "interpolation": "bilinear"}
+        ax.imshow(gray, cmap="gray", vmin=black, vmax=white, **whole_cube)
+        scale = max(self.highest, 0.0) or 1.0
+        share = np.clip((colour / scale - FAINT) / (1 - FAINT), 0, 1) if self.highest > 0 else np.zeros(colour.shape)
+        image = ax.imshow(colour, cmap="plasma", vmin=0, vmax=scale, alpha=OPAQUE * share**0.7, **whole_cube)
+        if self.outline is not None:
+            inside = turned(self.outline.take(k, axis))
             rows, columns = (FIELD_OF_VIEW_MM * (np.arange(n) + 0.5) / n for n in inside.shape)
-            ax.contour(columns, rows, inside, levels=[0], colors=[OUTLINE], linewidths=1.2)
-        ax.set(xticks=[], yticks=[], aspect="auto", facecolor="black")
+            if inside.min() < 0 < inside.max():
+                ax.contour(columns, rows, inside, levels=[0], colors=[OUTLINE], linewidths=1.2)
+        ax.set(xticks=[], yticks=[], facecolor="black", anchor="N")
         ax.spines[:].set_visible(False)
         _mark_sides(ax)
         return image
@@ -421,12 +418,12 @@ def _on_picture(size: float) -> dict:
     return {"color": "white", "fontsize": size, "path_effects": [withStroke(linewidth=2, foreground="black")]}
 
 
-def _number(ax: Axes, z: float, number: int, needed: float) -> None:
-    """A line across the coronal panel with its number, which takes `needed` mm: above the line, or below it where the
-    title would be."""
-    (x0, x1), high = ax.get_xlim(), ax.get_ylim()[1]
+def _number(ax: Axes, z: float, number: int) -> None:
+    """A line across the coronal panel with its number: above the line, or below it where the title would be."""
+    (x0, x1), top = ax.get_xlim(), ax.get_ylim()[1]
     ax.axhline(z, color="white", linewidth=0.6, linestyle=(0, (4, 4)), alpha=0.7)
-    side = "bottom" if z + needed <= high else "top"
+    number_mm = NUMBER_POINTS * 1.5 / 72 * (x1 - x0) / PANEL
+    side = "bottom" if z + number_mm <= top else "top"
     ax.text(x0 + 0.09 * (x1 - x0), z, str(number), va=side, **_on_picture(NUMBER_POINTS))  # beside the R
 
 
@@ -436,17 +433,18 @@ def _ring(ax: Axes, across: float, down: float) -> None:
         ax.scatter(*place, s=170, facecolors="none", edgecolors=colour, linewidths=width)
 
 
-def _colour_bar(ax: Axes, image: AxesImage, top: float) -> None:
-    if top <= 0:
-        ax.set_axis_off()
-        said = "No token within the scan speaks for this label: nothing is coloured"
-        ax.text(0, 1, said, fontsize=9, color=GREY, va="top")
+def _colour_bar(footer: Axes, image: AxesImage, highest: float) -> None:
+    inch = 1 / (footer.get_position().height * footer.figure.get_figheight())
+    footer.set_axis_off()
+    if highest <= 0:
+        text = "No positive contribution within the scan: nothing is coloured"
+        footer.text(0, 1 - 0.2 * inch, text, fontsize=9, color=GREY, va="top")
         return
-    bar = ax.figure.colorbar(image, cax=ax, orientation="horizontal")
-    bar.set_ticks([0, top / 2, top], labels=["0", f"{top / 2:.2g}", f"{top:.2g}"])
+    ax = footer.inset_axes((0, 1 - 0.3 * inch, 0.8, 0.11 * inch))
+    bar = footer.figure.colorbar(image, cax=ax, orientation="horizontal")
+    bar.set_ticks([0, highest / 2, highest], labels=["0", f"{highest / 2:.2g}", f"{highest:.2g}"])
     ax.tick_params(labelsize=8, length=2, color=GREY)
-    said = "Evidence for the label, logits per token. Scaled to the highest within the scan"
-    ax.set_xlabel(said, fontsize=8, color=GREY)
+    ax.set_xlabel("Contribution to the logit, per token; scaled to the highest within the scan", fontsize=8, color=GREY)
     bar.solids.set_alpha(1)
     bar.outline.set_visible(False)
 
@@ -469,7 +467,7 @@ def _file_index(placement: Placement, cube_axis: int, place: float) -> str:
 # --------------------------------------------------------------------------------------------------------- one scan
 
 
-def explain_scan(
+def write_scan_heat_maps(
     model: CTCLIPMultiAbnormalityModel,
     volume: Tensor,
     placement: Placement,
@@ -479,7 +477,7 @@ def explain_scan(
     probabilities: np.ndarray,
     note: str | None = None,
 ) -> list[Path]:
-    """Writes `<name>_<label>.nii.gz` and `.png` of each label into `folder`; returns their paths. See `_stems`.
+    """Writes `<name>_<label>.nii.gz` and `.png` of each label into `folder`; returns their paths. See `_file_stems`.
 
     volume: (1, 1, D, H, W) of that scan on the model's device. placement: of its file, for `model.input_shape`. labels:
     of `model.labels`. probabilities: one for each of `model.labels`, as the user is told them. note: on the picture,
@@ -488,27 +486,27 @@ def explain_scan(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     index = [model.labels.index(label) for label in labels]
-    evidence = token_evidence(model, volume, index)
+    contributions = token_contributions(model, volume, index)
     written = []
-    for i, (label, stem) in enumerate(zip(labels, _stems(name, labels), strict=True)):
+    for i, (label, stem) in enumerate(zip(labels, _file_stems(name, labels), strict=True)):
         path = folder / stem
-        values = evidence.values[i]
+        values = contributions.values[i]
         heat_map, picture = path.with_name(path.name + VOLUME_SUFFIX), path.with_name(path.name + ".png")
         write_heat_map(values, placement, heat_map, label)
-        figure = explain_figure(
+        figure = draw_heat_map(
             volume,
             values,
             placement,
             f"{label}: probability {probabilities[index[i]]:.2f}",
             display_window(label),
-            f"{name}    {_account(values, evidence.remainder[i], evidence.logits[i], placement)}",
+            f"{name}    {_caption(values, contributions.remainder[i], contributions.logits[i], placement)}",
         )
         write_figure(figure, picture, note)
         written += [heat_map, picture]
     return written
 
 
-def _stems(name: str, labels: Sequence[str]) -> list[str]:
+def _file_stems(name: str, labels: Sequence[str]) -> list[str]:
     """`<name>_<label>` without unsafe signs, cut at LONGEST_NAME; a number behind where two would be one file, as they
     are, case apart, on the disks of Windows and macOS."""
     stems: dict[str, str] = {}
@@ -522,11 +520,13 @@ def _stems(name: str, labels: Sequence[str]) -> list[str]:
     return list(stems.values())
 
 
-def _account(values: np.ndarray, remainder: float, logit: float, placement: Placement) -> str:
+def _caption(values: np.ndarray, remainder: float, logit: float, placement: Placement) -> str:
     outside = ~tokens_within(placement, values.shape)
-    tokens = []
-    for side, what in ((values > 0, "for"), (values < 0, "against")):
-        whole, beyond = values[side].sum(), values[side & outside].sum()
-        said = f"tokens {what} it {whole:+.2f}"
-        tokens.append(said + f" (of which outside the scan {beyond:+.2f})" * bool(beyond / (whole or 1) > WORTH_SAYING))
-    return f"Logit {logit:+.2f}, before calibration: {', '.join(tokens)}, remainder {remainder:+.2f}"
+    sums = []
+    for side, name in ((values > 0, "positive contributions"), (values < 0, "negative")):
+        total, beyond = values[side].sum(), values[side & outside].sum()
+        text = f"{name} {total:+.2f}"
+        if beyond / (total or 1) > OUTSIDE_SHARE:
+            text += f" (of which outside the scan {beyond:+.2f})"
+        sums.append(text)
+    return f"Logit {logit:+.2f} before calibration: {', '.join(sums)}, remainder {remainder:+.2f}"

@@ -25,7 +25,7 @@ from ctclip.data.geometry import place_volume
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.run_folder import newest_run, run_calibration, run_record, run_tuning
 from ctclip.fileio import replacing
-from ctclip.inference.heat_maps import explain_scan, parse_labels
+from ctclip.inference.heat_maps import parse_labels, write_scan_heat_maps
 from ctclip.inference.predictor import load_model, predict_volumes
 from ctclip.inference.scans import PredictionError, Scan, find_scans
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, Prompts
@@ -184,7 +184,7 @@ class _HeatMaps:
         answers = self.transform(probabilities)[0]
         placement = place_volume(scan.path, self.model.input_shape)
         folder, name = self.folder / Path(scan.stem).parent, Path(scan.stem).name
-        self.files += explain_scan(self.model, voxels, placement, self.labels, folder, name, answers, self.note)
+        self.files += write_scan_heat_maps(self.model, voxels, placement, self.labels, folder, name, answers, self.note)
 
 
 # ------------------------------------------------------------------ files

@@ -38,7 +38,7 @@ from ctclip.data.geometry import Placement, place_volume  # noqa: E402
 from ctclip.data.preprocessing import preprocess_volume  # noqa: E402
 from ctclip.data.windows import display_window  # noqa: E402
 from ctclip.evaluation.figures import BLUE, GREY, INK, LIGHT, ORANGE, new_figure, write_figure  # noqa: E402
-from ctclip.inference.heat_maps import explain_figure, strongest_token, token_evidence  # noqa: E402
+from ctclip.inference.heat_maps import draw_heat_map, strongest_token, token_contributions  # noqa: E402
 from ctclip.phantoms.cohort import write_phantom_cohort  # noqa: E402
 from ctclip.phantoms.phantom import Phantom, make_phantom  # noqa: E402
 from ctclip.training.loop import TrainingConfig, train  # noqa: E402
@@ -99,9 +99,9 @@ def strongest(
     model: CTCLIPMultiAbnormalityModel, cases: Sequence[Case], smooth: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N, 18, 3) the strongest token of every map; (N, 18) logits."""
-    found = [token_evidence(model, case.volume.float()[None], range(N_LABELS), smooth) for case in cases]
-    peaks = np.array([[strongest_token(values) for values in evidence.values] for evidence in found])
-    return peaks, np.array([evidence.logits for evidence in found])
+    found = [token_contributions(model, case.volume.float()[None], range(N_LABELS), smooth) for case in cases]
+    peaks = np.array([[strongest_token(values) for values in contributions.values] for contributions in found])
+    return peaks, np.array([contributions.logits for contributions in found])
 
 
 def hit_rate(cases: Sequence[Case], peaks: np.ndarray, name: str) -> tuple[float, float, float, int]:
@@ -163,12 +163,12 @@ def example(model: CTCLIPMultiAbnormalityModel, path: Path) -> None:
     phantom = make_phantom(seed)
     volume, placement = read_phantom(phantom, phantom.hu, model.input_shape)
     drawn, _ = read_phantom(phantom, np.where(phantom.masks[label], 1000, -1000).astype(np.int16), model.input_shape)
-    evidence = token_evidence(model, volume[None], [ABNORMALITIES.index(label)])
-    figure = explain_figure(
+    contributions = token_contributions(model, volume[None], [ABNORMALITIES.index(label)])
+    figure = draw_heat_map(
         volume[None],
-        evidence.values[0],
+        contributions.values[0],
         placement,
-        f"{label}: probability {1 / (1 + np.exp(-evidence.logits[0])):.2f}",
+        f"{label}: probability {1 / (1 + np.exp(-contributions.logits[0])):.2f}",
         display_window(label),
         f"Phantom {seed}. Blue line: where the finding was drawn",
         drawn[0].numpy(),
