@@ -1,8 +1,8 @@
-"""Fine-tuning: the head on a frozen backbone first, then layer by layer into it, with states that a run continues from.
+"""Fine-tuning: the head on a frozen backbone first, then layer by layer into it, with states that a run resumes from.
 
     python ctclip_training.py --mode quick_test
     python ctclip_training.py --mode full_train --data-dir D --cache-dir C
-    python ctclip_training.py --mode full_train --data-dir D --plan           what it will cost, before it costs
+    python ctclip_training.py --mode full_train --data-dir D --plan           time, memory and disk, measured before
     python ctclip_training.py --resume                                        after any interruption
     torchrun --nproc-per-node=8 ctclip_training.py --mode full_train --data-dir D
 """
@@ -11,20 +11,27 @@ from __future__ import annotations
 
 import sys
 
+from ctclip.cli import run_cli
 from ctclip.config import training_parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = training_parser(__doc__).parse_args(argv)
     from ctclip.distributed import is_main_process  # after the flags: torch takes two seconds
-    from ctclip.training.loop import guarded, run_training
+    from ctclip.training.estimate import print_estimate
+    from ctclip.training.loop import train
+    from ctclip.training.run import RESUME_HINT, run_from_flags
 
     def action() -> None:
-        folder = run_training(args)
-        if folder is not None and is_main_process():
+        config, folder, machine = run_from_flags(args)
+        if args.plan:
+            print_estimate(config, folder, machine)
+            return
+        folder = train(config, folder, machine)
+        if is_main_process():
             print(f"Next: python ctclip_evaluation.py --checkpoint {folder}")
 
-    return guarded(action)
+    return run_cli(action, RESUME_HINT)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from ctclip.cli import OneLineParser
+from ctclip.cli import OneLineParser, refuse_unused
 from ctclip.errors import UserError
 from ctclip.paths import CLASSFINE_PATH
 
@@ -27,43 +28,94 @@ class TrainingError(UserError):
     """A run that cannot start or go on. One line: what was found, what was expected, what to do."""
 
 
+def _setting(default: Any, group: str, help: str, **options: Any) -> Any:
+    """A field with a flag of its own: `group` and `help` as --help shows them, `options` of argparse."""
+    return field(default=default, metadata={"group": group, "help": help, **options})
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """Everything that the weights of a run depend on; the only owner of the defaults. Stored in run.json."""
 
     mode: str = "full_train"
-    data_dir: str | None = None
-    train_volumes: int = 600  # built-in cohort only
-    valid_volumes: int = 250
-    limit: int | None = None
-    tuning_fraction: float = 0.2
-    cache_dir: str = "cache"
-    augment: bool = False
-    model: str = "ctclip"
-    ctclip_path: str | None = None
-    head: str = "linear"
-    init_head: str = "file"
-    dropout: float = 0.3
-    use_attention: str = "none"
-    pretrained: bool = True
-    epochs: int = 22
-    freeze_epochs: int = 20
-    freeze_backbone: bool = False
-    unfreeze_layers: int = 2
-    patience: int = 3
-    batch_size: int = 16
-    learning_rate: float | None = None  # None: HEAD_LEARNING_RATE
-    backbone_learning_rate: float = 3e-5
-    layer_decay: float = 0.8
-    weight_decay: float = 0.01
-    warmup_fraction: float = 0.05
-    clip_norm: float = 1.0
-    ema_decay: float = 0.0
-    loss_type: str = "focal"
-    alpha: float = 0.35
-    gamma: float = 2.0
-    class_weights: bool = False
-    seed: int = 0
+
+    # fmt: off
+    data_dir: str | None = _setting(
+        None, "data", "cohort in the layout of CT-RATE's repository (default: built-in synthetic chests)", metavar="D")
+    train_volumes: int = _setting(600, "data", "built-in cohort: number of training volumes", metavar="N")
+    valid_volumes: int = _setting(250, "data", "built-in cohort: number of test volumes (other patients)", metavar="N")
+    limit: int | None = _setting(None, "data", "use only the first N volumes of the training split", metavar="N")
+    tuning_fraction: float = _setting(
+        0.2, "data", "fraction of the training patients held out for validation: best epoch, calibration, thresholds",
+        metavar="F")
+    cache_dir: str = _setting(
+        "cache", "data", "folder for the frozen backbone's features, shared by all runs: cached epochs take seconds",
+        metavar="C")
+    augment: bool = _setting(
+        False, "data",
+        "shift and rescale the voxels of training volumes, add noise; no cache: every frozen epoch encodes them again")
+
+    model: str = _setting("ctclip", "model", "'ctclip', or a timm slice backbone: efficientnet_b0, ...", metavar="NAME")
+    ctclip_path: str | None = _setting(
+        None, "model", f"CT-CLIP checkpoint (default {CLASSFINE_PATH}; on the built-in cohort the demo's)",
+        metavar="FILE")
+    head: str = _setting(
+        "linear", "model",
+        "linear: ClassFine's; mlp: with a hidden layer; attention: pools the token grid per label, for small findings",
+        choices=("linear", "mlp", "attention"))
+    init_head: str = _setting(
+        "file", "model",
+        "start of the linear head; file: the checkpoint's, or zeros; prompts: zero-shot weights from its text tower",
+        choices=("file", "prompts"))
+    dropout: float = _setting(0.3, "model", "dropout rate in the head", metavar="F")
+    use_attention: str = _setting(
+        "none", "model", "attention block on a slice backbone's feature map", choices=("none", "cbam"))
+    pretrained: bool = _setting(
+        True, "model", "random initial weights for a slice backbone instead of ImageNet's: much lower AUROC")
+
+    epochs: int = _setting(22, "optimization", "passes over the training volumes, frozen and unfrozen", metavar="N")
+    freeze_epochs: int = _setting(
+        20, "optimization", "first epochs, with a frozen backbone (fast: features come from the cache)", metavar="N")
+    freeze_backbone: bool = _setting(False, "optimization", "keep the backbone frozen in every epoch")
+    unfreeze_layers: int = _setting(
+        2, "optimization",
+        "layers unfrozen with each epoch after the frozen ones, from the output down; more take more memory and time; "
+        "0: all at once", metavar="N")
+    patience: int = _setting(
+        3, "optimization",
+        "early stopping: unfrozen epochs in a row worse than the best AUROC by more than one standard error",
+        metavar="N")
+    batch_size: int = _setting(
+        16, "optimization", "volumes per optimizer step; gradients are accumulated, so memory does not limit it",
+        metavar="N")
+    learning_rate: float | None = _setting(  # None: HEAD_LEARNING_RATE
+        None, "optimization", "peak learning rate of the head (default "
+        f"{', '.join(f'{rate:g} for {kind}' for kind, rate in HEAD_LEARNING_RATE.items())})", metavar="R")
+    backbone_learning_rate: float = _setting(
+        3e-5, "optimization", "peak learning rate of the unfrozen layer nearest to the output", metavar="R")
+    layer_decay: float = _setting(
+        0.8, "optimization", "factor on the learning rate for each layer further from the output", metavar="F")
+    weight_decay: float = _setting(
+        0.01, "optimization", "AdamW's weight decay, on matrices only (not on norms and biases)", metavar="R")
+    warmup_fraction: float = _setting(
+        0.05, "optimization", "share of its epochs in which a learning rate rises to its peak, before a cosine to 0",
+        metavar="F")
+    clip_norm: float = _setting(1.0, "optimization", "gradients are scaled down to at most this norm", metavar="R")
+    ema_decay: float = _setting(
+        0.0, "optimization", "evaluate and save an exponential moving average of the weights; 0: off, typical: 0.999",
+        metavar="F")
+    loss_type: str = _setting(
+        "focal", "loss",
+        "focal: see --alpha and --gamma; bce: binary cross-entropy, probabilities fit the label rate; asl: timm's "
+        "asymmetric loss, ranks well, probabilities are too high", choices=("focal", "bce", "asl"))
+    alpha: float = _setting(
+        0.35, "loss", "focal loss: weight of the negatives; higher gives fewer positive predictions", metavar="A")
+    gamma: float = _setting(
+        2.0, "loss", "focal loss: higher gives easy cases less weight and flattens the probabilities", metavar="G")
+    class_weights: bool = _setting(
+        False, "loss", "weight labels by inverse frequency (positives and negatives alike: positive rates stay)")
+    seed: int = _setting(0, "optimization", "seed of split, shuffling, dropout and new weights", metavar="N")
+    # fmt: on
 
     @property
     def head_learning_rate(self) -> float:
@@ -74,14 +126,14 @@ class TrainingConfig:
     def frozen_epochs(self) -> int:
         return self.epochs if self.freeze_backbone else min(self.freeze_epochs, self.epochs)
 
-    def open_layers(self, epoch: int, layers: int) -> int:
-        """How many of the backbone's layers, counted from the output, move in this epoch."""
+    def unfrozen_layers(self, epoch: int, layers: int) -> int:
+        """How many of the backbone's layers, counted from the output, are trained in this epoch."""
         if epoch < self.frozen_epochs:
             return 0
         return min(layers, self.unfreeze_layers * (epoch - self.frozen_epochs + 1)) if self.unfreeze_layers else layers
 
     def check(self) -> None:
-        """Raises TrainingError for a value that makes no run."""
+        """Raises UserError for a value out of range, and for a choice of model or head that would be ignored."""
         bounds = {
             "epochs": (self.epochs >= 1, "at least 1"),
             "freeze_epochs": (self.freeze_epochs >= 0, "at least 0"),
@@ -104,19 +156,31 @@ class TrainingConfig:
         }
         for name, (good, expected) in bounds.items():
             if not good:
-                raise TrainingError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected {expected}")
+                raise TrainingError(f"{flag_of(name)} is {getattr(self, name)}, expected {expected}")
+        of_model = ("ctclip_path", "head", "init_head", "use_attention")
+        changed = [name for name in of_model if getattr(self, name) != getattr(TrainingConfig, name)]
+        refuse_unused([flag_of(name) for name in changed], training_flag_uses(self))
 
 
 @dataclass(frozen=True)
 class Machine:
     """How a run is carried out. May differ between a run and its continuation, and changes weights by rounding only."""
 
-    device: str | None = None
-    workers: int | None = None
-    micro_batch: int | None = None
-    gradient_checkpointing: str = "auto"
-    save_minutes: float = 10.0
-    tensorboard: bool = False
+    # fmt: off
+    device: str | None = _setting(None, "machine", "cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    workers: int | None = _setting(
+        None, "machine", "processes that read volumes (default: up to 8; on two cores 0: the main process reads)",
+        metavar="N")
+    micro_batch: int | None = _setting(
+        None, "machine", "volumes per forward pass (default: by their size); halved when memory runs out", metavar="N")
+    gradient_checkpointing: str = _setting(
+        "auto", "machine",
+        "recompute the activations of unfrozen layers: less than half the memory, slower; auto: on CUDA",
+        choices=("auto", "on", "off"))
+    save_minutes: float = _setting(
+        10.0, "run", "minutes between saved states, besides one at every epoch's end; 0: after every step", metavar="M")
+    tensorboard: bool = _setting(False, "run", "write TensorBoard events into the run's folder")
+    # fmt: on
 
     def check(self) -> None:
         """Raises TrainingError for a value that makes no run."""
@@ -131,13 +195,47 @@ class Machine:
                 raise TrainingError(f"--tensorboard needs a package ({error}); pip install tensorboard") from error
 
 
-# What a continued run may be told anew: folders get mounted elsewhere. That content is the same is checked.
+# Options that may change on --resume: folders get mounted elsewhere. Their contents are verified.
 MOVABLE = ("data_dir", "cache_dir", "ctclip_path")
 
-# What `--mode quick_test` changes: three epochs of which the last is unfrozen, on so many training and tuning volumes;
-# the cohort is a little larger, because a split by patient cannot hit two numbers exactly.
+# What `--mode quick_test` changes: three epochs of which the last is unfrozen, on so many training and validation
+# volumes; the cohort is a little larger, because a split by patient cannot hit two numbers exactly.
 QUICK_TEST = {"train_volumes": 270, "valid_volumes": 100, "epochs": 3, "freeze_epochs": 2}
 QUICK_TEST_VOLUMES = (200, 50)
+
+
+def flag_of(name: str) -> str:
+    """Of a field of TrainingConfig or Machine; a switch that is on by default has the flag that turns it off."""
+    return f"--{'no-' if name == 'pretrained' else ''}{name.replace('_', '-')}"
+
+
+def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
+    """Flag -> (what it goes with, whether `config` has that), for `refuse_unused`. All other flags always count."""
+    built_in = "the built-in cohort (no --data-dir)", config.data_dir is None
+    ctclip = "--model ctclip", config.model == "ctclip"
+    slices = "a slice backbone (--model efficientnet_b0, ...)", config.model != "ctclip"
+    linear = "--model ctclip and --head linear", (config.model, config.head) == ("ctclip", "linear")
+    frozen = "frozen epochs (--freeze-epochs above 0)", config.frozen_epochs > 0
+    unfrozen = "unfrozen epochs (--epochs above --freeze-epochs)", config.frozen_epochs < config.epochs
+    focal = "--loss-type focal", config.loss_type == "focal"
+    return {
+        "--train-volumes": built_in,
+        "--valid-volumes": built_in,
+        "--cache-dir": frozen,
+        "--ctclip-path": ctclip,
+        "--head": ctclip,
+        "--init-head": linear,
+        "--use-attention": slices,
+        "--no-pretrained": slices,
+        "--freeze-epochs": ("a backbone that is unfrozen later (no --freeze-backbone)", not config.freeze_backbone),
+        "--unfreeze-layers": unfrozen,
+        "--patience": unfrozen,
+        "--backbone-learning-rate": unfrozen,
+        "--layer-decay": unfrozen,
+        "--gradient-checkpointing": unfrozen,
+        "--alpha": focal,
+        "--gamma": focal,
+    }
 
 
 # What an evaluation can be asked for; the functions behind the names are in evaluation/calibration.py and tables.py.
@@ -169,99 +267,41 @@ class Settings:
     allow_partial: bool = False
 
 
+def _add_settings(parser: argparse.ArgumentParser, settings: type, suppress: bool) -> None:
+    """A flag for each field, by its metadata; with `suppress`, one that is left out is absent from the namespace."""
+    groups = {group.title: group for group in parser._action_groups}
+    for item in fields(settings):
+        if not item.metadata:
+            continue
+        options = dict(item.metadata)
+        title = options.pop("group")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        if item.default is True or item.default is False:
+            options["action"] = "store_false" if item.default else "store_true"
+        else:
+            options["type"] = {"int": int, "float": float, "str": str}[item.type.removesuffix(" | None")]
+            options["help"] += "" if item.default is None else f" (default {item.default})"
+        default = argparse.SUPPRESS if suppress else item.default
+        groups[title].add_argument(flag_of(item.name), dest=item.name, default=default, **options)
+
+
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of TrainingConfig, defaults from there, in groups. A flag left out is absent from the namespace."""
-    default = TrainingConfig()
-
-    def add(group, flag: str, text: str, **kwargs) -> None:
-        value = getattr(default, flag.replace("-", "_"))
-        shown = "" if value in (None, False) else f" (default {value})"
-        if kwargs.get("action") is None:
-            kwargs.setdefault("type", str)
-        group.add_argument(f"--{flag}", default=argparse.SUPPRESS, help=text + shown, **kwargs)
-
-    data = parser.add_argument_group("data")
-    add(data, "data-dir", "folder in the hub's layout; left out: the built-in cohort of synthetic chests", metavar="D")
-    add(data, "train-volumes", "size of the built-in cohort's training split", type=int, metavar="N")
-    add(data, "valid-volumes", "size of the built-in cohort's unseen split", type=int, metavar="N")
-    add(data, "limit", "use only the first N volumes of the training split", type=int, metavar="N")
-    add(data, "tuning-fraction", "share of patients kept for choosing epoch and thresholds", type=float, metavar="F")
-    add(data, "cache-dir", "what a frozen backbone makes of each volume is kept here, for all runs", metavar="C")
-    text = "shift and rescale voxels in training, add noise; no cache for them: every frozen epoch encodes anew"
-    add(data, "augment", text, action="store_true")
-    model = parser.add_argument_group("model")
-    add(model, "model", "'ctclip', or a timm name such as efficientnet_b0 for a slice classifier", metavar="NAME")
-    add(model, "ctclip-path", f"CT-CLIP weights (default {CLASSFINE_PATH}; on phantoms the demo's)", metavar="FILE")
-    text = "linear: ClassFine's; mlp: and a hidden layer; attention: pools the token grid per finding, for small ones"
-    add(model, "head", text, choices=("linear", "mlp", "attention"))
-    text = "of --head linear: what the file has, or new; prompts: at its zero-shot answers, made by its text tower"
-    add(model, "init-head", text, choices=("file", "prompts"))
-    add(model, "dropout", "share of the head's inputs dropped in training", type=float, metavar="F")
-    add(model, "use-attention", "attention on a slice backbone's feature map", choices=("none", "cbam"))
-    model.add_argument(
-        "--no-pretrained",
-        dest="pretrained",
-        action="store_false",
-        default=argparse.SUPPRESS,
-        help="start a slice backbone from random weights instead of ImageNet's (much worse)",
-    )
-    plan = parser.add_argument_group("schedule")
-    add(plan, "epochs", "passes over the training volumes", type=int, metavar="N")
-    add(plan, "freeze-epochs", "of those, with a frozen backbone (cheap: read from the cache)", type=int, metavar="N")
-    add(plan, "freeze-backbone", "never unfreeze", action="store_true")
-    text = "layers opened per unfrozen epoch, from the output down; memory and time grow with them; 0: all at once"
-    add(plan, "unfreeze-layers", text, type=int, metavar="N")
-    text = "unfrozen: stop after N evaluations in a row below the best AUROC by more than its noise"
-    add(plan, "patience", text, type=int, metavar="N")
-    add(plan, "batch-size", "volumes per step, whatever the memory; gradients are accumulated", type=int, metavar="N")
-    rates = ", ".join(f"{rate:g} for {kind}" for kind, rate in HEAD_LEARNING_RATE.items())
-    add(plan, "learning-rate", f"peak rate of the head (default {rates})", type=float, metavar="R")
-    add(plan, "backbone-learning-rate", "peak rate of the layer at the output, once open", type=float, metavar="R")
-    add(plan, "layer-decay", "each layer further from the output has this times the rate", type=float, metavar="F")
-    add(plan, "ema-decay", "evaluate and save an average of the weights (0: off; 0.999)", type=float, metavar="F")
-    add(plan, "weight-decay", "AdamW's, on matrices only", type=float, metavar="R")
-    add(plan, "warmup-fraction", "share of its epochs in which a rate rises", type=float, metavar="F")
-    add(plan, "clip-norm", "largest gradient norm", type=float, metavar="R")
-    add(plan, "seed", "of split, shuffling, dropout and new weights", type=int, metavar="N")
-    loss = parser.add_argument_group("loss")
-    add(loss, "loss-type", "focal; bce: cross-entropy; asl: asymmetric loss (timm's)", choices=("focal", "bce", "asl"))
-    add(loss, "alpha", "focal: weight of the negatives; higher: fewer positive predictions", type=float, metavar="A")
-    text = "weigh findings by how rare they are in the training labels; both sides alike, so rates do not rise"
-    add(loss, "class-weights", text, action="store_true")
-    add(loss, "gamma", "focal: higher leaves easy cases alone and flattens the probabilities", type=float, metavar="G")
-
-
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    machine.add_argument("--workers", type=int, metavar="N", help="reading processes beside the main one")
+    """The flags of TrainingConfig. One left out is absent from the namespace: a continued run keeps what it had."""
+    _add_settings(parser, TrainingConfig, suppress=True)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    default = Machine()
+    """Where the run is, whether it goes on or is only estimated, and the flags of Machine."""
     group = parser.add_argument_group("run")
     group.add_argument("--output-dir", metavar="DIR", help="folder of the run (default results/<time>_<model>)")
     group.add_argument(
-        "--resume", nargs="?", const="", metavar="DIR", help="go on with an earlier run (default: the newest)"
-    )
-    group.add_argument("--plan", action="store_true", help="measure for a minute what the run will need, and stop")
-    group.add_argument(
-        "--save-minutes",
-        type=float,
-        default=default.save_minutes,
-        metavar="M",
-        help="save the state so often, beside every epoch's end (default %(default)g)",
+        "--resume", nargs="?", const="", metavar="DIR", help="continue an earlier run (default: the newest)"
     )
     group.add_argument(
-        "--micro-batch", type=int, metavar="N", help="volumes per forward pass (default: by size; halved when too many)"
+        "--plan", action="store_true", help="measure for a minute, print the time, memory and disk needed, and stop"
     )
-    group.add_argument(
-        "--gradient-checkpointing",
-        choices=("auto", "on", "off"),
-        default=default.gradient_checkpointing,
-        help="unfrozen: recompute instead of keep, less than half the memory (default %(default)s: on CUDA)",
-    )
-    group.add_argument("--tensorboard", action="store_true", help="write TensorBoard events into the run's folder")
+    _add_settings(parser, Machine, suppress=False)
 
 
 def machine_from_flags(args: argparse.Namespace) -> Machine:
@@ -328,11 +368,10 @@ def training_parser(description: str) -> OneLineParser:
         "--mode",
         choices=("quick_test", "full_train"),
         default=argparse.SUPPRESS,
-        help="quick_test: 200 training and 50 validation phantoms, 3 epochs; full_train (default): everything below",
+        help="quick_test: 3 epochs on 200 training and 50 validation phantoms; full_train (default): as set below",
     )
     add_run_flags(parser)
     add_training_flags(parser)
-    add_machine_flags(parser)
     return parser
 
 
@@ -396,7 +435,6 @@ def task_parser(description: str) -> OneLineParser:
     add_evaluation_flags(parser)
     add_run_flags(parser)
     add_training_flags(parser)
-    add_machine_flags(parser)
     return parser
 
 

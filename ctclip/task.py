@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+from ctclip.cli import run_cli
 from ctclip.config import given_evaluation_flags
 from ctclip.data.cohort import load_cohort
 from ctclip.evaluation.command import evaluate_and_write, settings_from_flags
@@ -14,7 +15,9 @@ from ctclip.evaluation.metrics import EvaluationError
 from ctclip.evaluation.run_folder import newest_run, results_folder
 from ctclip.inference.commands import export_command, predict_command
 from ctclip.inference.run_predictions import run_inputs
-from ctclip.training.loop import guarded, run_training
+from ctclip.training.estimate import print_estimate
+from ctclip.training.loop import train
+from ctclip.training.run import RESUME_HINT, run_from_flags
 
 
 def refuse_idle_flags(args: argparse.Namespace) -> None:
@@ -57,10 +60,11 @@ def run(args: argparse.Namespace) -> int:
         else:
             if args.task == "full" and hasattr(args, "data_dir"):
                 load_cohort(args.data_dir, "valid", limit=1)
-            trained = run_training(args)
-            if trained is None:  # --plan
+            config, run, machine = run_from_flags(args)
+            if args.plan:
+                print_estimate(config, run, machine)
                 return
-            run = trained
+            run = train(config, run, machine)
         if args.task != "train":
             data_dir = getattr(args, "data_dir", None) if args.task == "evaluate" else None
             folder = results_folder(run, data_dir)
@@ -68,4 +72,4 @@ def run(args: argparse.Namespace) -> int:
             evaluate_and_write(inputs, folder, settings, args.baseline, args.metadata, args.pictures)
         print(f"\nDone in {time.perf_counter() - start:.0f} s: {run}")
 
-    return guarded(action)
+    return run_cli(action, RESUME_HINT)

@@ -34,12 +34,12 @@ def fast():
     from helpers_training import read_once
 
     from ctclip.data import loading
-    from ctclip.training import loop
+    from ctclip.training import logging
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "read_volume", read_once)
-        patch.setattr(loop, "write_training_figure", lambda *args: None)
+        patch.setattr(logging, "write_training_figure", lambda *args: None)
         yield
     torch.set_num_threads(threads)

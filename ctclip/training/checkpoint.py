@@ -11,18 +11,31 @@ import errno
 import math
 import re
 import shutil
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
+from ctclip.card_file import discard_card
+from ctclip.config import TrainingError
 from ctclip.errors import UserError
+from ctclip.evaluation.run_folder import RESULT_FILES
+from ctclip.evaluation.tables import write_table
 from ctclip.fileio import DISK_FULL, replacing
+from ctclip.training.optimization import TrainableParameters, rng_state, set_rng_state, swapped_in
+from ctclip.training.run import TrainingJob
+from ctclip_model import ABNORMALITIES
 
 KEEP = 2  # states: the one before the newest serves when the newest turns out damaged
+FORMAT = 2  # of the states
 
 # CRC-32 of anything followed by its own CRC-32, least significant byte first. States end in theirs.
 INTACT = 0x2144DF1C
@@ -30,6 +43,11 @@ INTACT = 0x2144DF1C
 
 class StateError(UserError):
     """A state that cannot be written or read. One line: what was found, what was expected, what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# State files
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class _Recorder:
@@ -71,15 +89,15 @@ def size_of(content: Any) -> int:
     return sum(size_of(part) for part in parts if isinstance(part, (torch.Tensor, dict, list)))  # few of 20,000 names
 
 
-def or_explain(folder: Path, what: str, size: int, write: Callable[[], None]) -> None:
-    """Calls `write()`, which needs `size` bytes. A full disk becomes a StateError that says what is still usable and
-    what to free."""
+@contextmanager
+def full_disk_explained(folder: Path, what: str, size: int) -> Iterator[None]:
+    """Around writing `size` bytes: a full disk becomes a StateError that says what is kept and what to free."""
     try:
-        write()
+        yield
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None)
-        if number is None and (told := re.search(r"os error (\d+)", str(error))):
-            number = int(told[1])
+        if number is None and (found := re.search(r"os error (\d+)", str(error))):
+            number = int(found[1])
         if number not in DISK_FULL:
             raise
         free = shutil.disk_usage(folder).free
@@ -100,13 +118,10 @@ def states(folder: Path) -> list[Path]:
 def save_state(folder: Path, epoch: int, step: int, content: dict) -> Path:
     """Writes the state of `step` steps after `epoch` whole epochs, then removes states too old to be needed."""
     path = folder / "state" / f"{epoch:04d}-{step:06d}.pt"
-
-    def write() -> None:
+    with full_disk_explained(folder, "The training state", size_of(content)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             _save(content, temporary)
-
-    or_explain(folder, "The training state", size_of(content), write)
     for old in (*states(folder)[:-KEEP], *path.parent.glob("*.tmp")):  # the latter from processes that were killed
         old.unlink()
     return path
@@ -141,3 +156,174 @@ def _damage(path: Path) -> str | None:
     except OSError as error:
         return str(error)
     return None if crc32 == INTACT else "wrong checksum"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The state of a run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """Where a run is, and what the epoch in progress has added up so far."""
+
+    epoch: int = 0
+    step: int = 0  # of this epoch
+    loss_sum: float = 0.0
+    seen: int = 0  # volumes
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    skipped_names: list[str] = field(default_factory=list)  # volumes of these
+    seconds: float = 0.0
+    predicted: dict[int, Tensor | None] = field(default_factory=dict)  # validation volumes, index -> logits
+    bad_epochs: int = 0  # in a row, significantly worse than the best
+    stopped: str = ""  # why the run ended before its last epoch
+
+
+@dataclass
+class BestEpoch:
+    """The best epoch so far. `tensors` holds its weights until they are written to the run's folder."""
+
+    score: float = -math.inf
+    epoch: int = 0
+    names: list[str] = field(default_factory=list)
+    logits: Tensor = field(default_factory=lambda: torch.zeros(0, len(ABNORMALITIES)))  # of these validation volumes
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class TrainingState:
+    """All that changes while a run trains. With the fields that are for this process only at the end."""
+
+    trainable: TrainableParameters
+    initial_encoder_digest: str  # of the weights that the run began with
+    progress: Progress = field(default_factory=Progress)
+    best: BestEpoch = field(default_factory=BestEpoch)
+    history: list[dict] = field(default_factory=list)  # lines of log.jsonl
+
+    epoch_start: float = field(default_factory=time.perf_counter)
+    last_save: float = field(default_factory=time.perf_counter)
+    trained_volumes: int = 0
+
+    def save_is_due(self, job: TrainingJob) -> bool:
+        """On the main rank, whose clock counts."""
+        minutes = (time.perf_counter() - self.last_save) / 60
+        return job.run.ranks.is_main and minutes >= job.run.machine.save_minutes
+
+
+def save_checkpoint(job: TrainingJob, state: TrainingState) -> None:
+    """Everything that the next step depends on. Of the model, what training has changed; the rest is in the weights
+    file that the run began with."""
+    run, trainable, progress = job.run, state.trainable, state.progress
+    progress.seconds = time.perf_counter() - state.epoch_start
+    totals = run.ranks.all_gather((progress.loss_sum, progress.seen))
+    rng_states = run.ranks.all_gather(rng_state(run.device))
+    run.exchange_records()
+    if run.ranks.is_main:
+        loss_sum, seen = (sum(values) for values in zip(*totals, strict=True))
+        content = {
+            "format": FORMAT,
+            "initial_encoder_digest": state.initial_encoder_digest,
+            "progress": asdict(progress) | {"loss_sum": loss_sum, "seen": seen},
+            "best": dict(vars(state.best)),
+            "history": state.history,
+            "unfrozen_for_epoch": trainable.epoch,
+            "tensors": trainable.tensors(),
+            "optimizer": trainable.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(),
+            "ema": {"steps": trainable.ema.steps, "tensors": trainable.ema.tensors()},
+            "rng": rng_states,
+            "micro_batch": run.micro_batch,
+            "checkpointing": run.checkpointing,
+            "criterion": job.criterion.state_dict(),
+            "failures": run.failures,
+            "readings": run.readings,
+            "volumes": {name: split.names for name, split in job.splits.items()},
+        }
+        save_state(run.folder, progress.epoch, progress.step, content)
+    state.last_save = time.perf_counter()
+
+
+def load_checkpoint(job: TrainingJob) -> dict | None:
+    """The content of the newest intact state of the run; None where there is none."""
+    run = job.run
+    content = load_newest(run.folder, run.log)
+    if content is not None and content.get("format") != FORMAT:
+        raise StateError(
+            f"{run.folder}: found states of format {content.get('format', 1)}, expected {FORMAT}; finish this run with "
+            "the version that began it, or start a new one"
+        )
+    found = None if content is None else (content["progress"]["epoch"], content["progress"]["step"])
+    if len(set(run.ranks.all_gather(found))) > 1:
+        raise TrainingError(
+            f"{run.folder} holds different states on different machines; put it on a shared file system"
+        )
+    return content
+
+
+def restore(content: dict, job: TrainingJob, state: TrainingState) -> None:
+    """Puts back what `save_checkpoint` wrote: the split too, whatever the folder has gained or lost by now."""
+    run, trainable = job.run, state.trainable
+    if content["initial_encoder_digest"] != state.initial_encoder_digest:
+        raise TrainingError(
+            f"--resume: the backbone's weights are not those that {run.folder} began with; expected the same file "
+            "(--ctclip-path names it); or start a new run"
+        )
+    state.progress, state.best = Progress(**content["progress"]), BestEpoch(**content["best"])
+    state.history = content["history"]
+    _restore_split(content["volumes"], job)
+    job.criterion.load_state_dict(content["criterion"])
+    trainable.unfreeze(content["unfrozen_for_epoch"])
+    own = job.model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, value in content["tensors"].items():
+            own[name].copy_(value)
+    trainable.optimizer.load_state_dict(content["optimizer"])
+    trainable.ema.track(trainable.parameters())
+    trainable.ema.steps = content["ema"]["steps"]
+    trainable.ema.load(content["ema"]["tensors"])
+    if content["scaler"] and run.scaler.is_enabled():  # empty when the run began on a device without loss scaling
+        run.scaler.load_state_dict(content["scaler"])
+    set_rng_state(run.device, content["rng"][run.ranks.rank % len(content["rng"])])
+    if run.machine.micro_batch is None:
+        run.micro_batch = content["micro_batch"]
+    if run.machine.gradient_checkpointing == "auto" and content["checkpointing"]:
+        run.set_checkpointing(job.model, True)
+    run.failures, run.readings = content["failures"], content["readings"]
+    if not run.ranks.is_main:  # the sums of the epoch in progress are those of all ranks
+        state.progress.loss_sum, state.progress.seen = 0.0, 0
+
+
+def _restore_split(volumes: dict[str, list[str]], job: TrainingJob) -> None:
+    """The split by name: split anew, a cohort with one volume more or less would put most patients elsewhere."""
+    here = {volume.name: volume for volume in job.cohort.volumes}
+    wanted = [name for names in volumes.values() for name in names]
+    gone = [name for name in wanted if name not in here]
+    if gone:
+        raise TrainingError(
+            f"--resume: found {len(wanted) - len(gone)} of the {len(wanted)} volumes of {job.run.folder} in "
+            f"{job.data_dir} (first missing: {gone[0]}), expected all; bring them back, or start a new run"
+        )
+    for name, split in job.splits.items():
+        split.volumes = [here[each] for each in volumes[name]]
+
+
+def save_best(job: TrainingJob, best: BestEpoch) -> None:
+    """The best weights and the validation predictions that belong to them, complete; `best` no longer has to carry
+    them. What was computed from earlier weights is removed, before the weights are replaced."""
+    folder, model = job.run.folder, job.model
+    tensors, best.tensors = best.tensors, {}
+    if not job.run.ranks.is_main:
+        return
+    stale = ("predictions.csv", "labels.csv", "tuning_predictions.csv", *RESULT_FILES)
+    for path in (*(folder / name for name in stale), *folder.glob("*.png")):
+        path.unlink(missing_ok=True)
+    discard_card(folder)
+    labels = {volume.name: volume.labels for volume in job.validation.volumes}
+    table = np.stack([labels[name] for name in best.names]).astype(int)
+    size = sum(value.nbytes for value in model.state_dict().values())
+    with full_disk_explained(folder, "The best weights", size):
+        with swapped_in(model, tensors):
+            model._save_pretrained(folder)
+        write_table(folder / "tuning_labels.csv", best.names, table)
+        write_table(folder / "tuning_predictions.csv", best.names, best.logits.sigmoid().numpy())

@@ -1,14 +1,16 @@
-"""A run before its first step: what it is told (configuration, machine), what it works on (cohort, split, model, loss),
-and where the features of a frozen backbone come from (the cache)."""
+"""Sets up a training run: command line, device, cohort, split, model and loss."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +18,27 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ctclip.config import QUICK_TEST_VOLUMES, SYNTHETIC_NOTE, Machine, TrainingConfig, TrainingError
+from ctclip.cli import refuse_unused
+from ctclip.config import (
+    MOVABLE,
+    QUICK_TEST_VOLUMES,
+    SYNTHETIC_NOTE,
+    Machine,
+    TrainingConfig,
+    TrainingError,
+    config_from_flags,
+    flag_of,
+    machine_from_flags,
+    training_flag_uses,
+)
 from ctclip.data.cohort import Cohort, Volume, load_cohort
 from ctclip.data.ct_rate import FETCH_COMMAND
-from ctclip.data.feature_cache import FeatureCache, encode_missing
+from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.loading import micro_batch_size
 from ctclip.data.splits import split_by_patient
 from ctclip.distributed import Ranks
-from ctclip.inference.predictor import choose_device, choose_precision, choose_workers, chunks
+from ctclip.evaluation.run_folder import newest_run, run_record
+from ctclip.inference.predictor import choose_device, choose_precision, choose_workers
 from ctclip.inference.prompts import load_with_prompts
 from ctclip.phantoms.cohort import is_phantom_cohort, write_phantom_cohort
 from ctclip_model import (
@@ -34,85 +49,20 @@ from ctclip_model import (
     create_loss,
 )
 
-CACHED_AT_ONCE = 64  # volumes whose cached codes are on the device at a time
+RESUME_HINT = "what was saved last, if anything, is kept; a run that has begun goes on with --resume"
+SPLIT_NAMES = {"train": "training", "tuning": "validation"}  # as in files -> in words
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What ends a run early: signals, lack of memory
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, raised where nothing is lost. `code` is the exit code."""
+    """Ctrl-C or SIGTERM, raised where nothing is lost; `run_cli` reads `exit_code`."""
 
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
-        self.code = 128 + number
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Before the first step: data, model, cached features
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def built_in_folder(config: TrainingConfig) -> Path:
-    return Path("data", f"phantoms_{config.train_volumes}_{config.valid_volumes}")
-
-
-def make_built_in_cohort(config: TrainingConfig) -> None:
-    """The phantom cohort of this size, made on first use. Prints the one line that says what it is."""
-    folder = built_in_folder(config)
-    print(f"No --data-dir: using the built-in cohort of phantoms in {folder}. {SYNTHETIC_NOTE}")
-    try:
-        write_phantom_cohort(folder, config.train_volumes, config.valid_volumes)
-    except ValueError as error:  # a cohort of another version in that folder, or a size that makes none
-        raise TrainingError(str(error)) from error
-
-
-def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormalityModel:
-    """The model that `--model` names: CT-CLIP from its weights file, or a timm backbone.
-
-    With `--init-head prompts` its head is the one that answers zero-shot, to be trained on from there.
-    """
-    if config.init_head != "file" and (config.model, config.head) != ("ctclip", "linear"):
-        raise TrainingError(
-            f"--init-head {config.init_head} goes with --model ctclip and --head linear, found --model {config.model} "
-            f"and --head {config.head}: leave it out"
-        )
-    if config.model == "ctclip":
-        if config.use_attention != "none":
-            raise TrainingError(
-                f"--use-attention {config.use_attention} is for slice backbones (--model efficientnet_b0, ...); "
-                "CT-CLIP attends by itself: leave the flag out, or choose --head attention"
-            )
-        path = config.ctclip_path or (DEMO_PATH if phantom else CLASSFINE_PATH)
-        head = "prompts" if config.init_head == "prompts" else config.head
-        return load_with_prompts(path, head=head, dropout=config.dropout)
-    for flag, given in (("--ctclip-path", config.ctclip_path), ("--head", config.head != "linear" and config.head)):
-        if given:
-            raise TrainingError(f"{flag} goes with --model ctclip, found --model {config.model}: leave one out")
-    attention = None if config.use_attention == "none" else config.use_attention
-    try:
-        return CTCLIPMultiAbnormalityModel(
-            None, config.model, attention=attention, pretrained=config.pretrained, dropout=config.dropout
-        )
-    except ValueError as error:
-        raise TrainingError(f"--model: {error}; or 'ctclip'") from error
-
-
-@dataclass
-class Split:
-    """The volumes of one side of the split and, while the backbone is frozen, where their features are."""
-
-    volumes: list[Volume]
-    rows: list[int] | None = None  # in the cache
-    features: Tensor | None = None  # in memory, where they are small: what the head takes, (N, ...)
-
-    @property
-    def labels(self) -> Tensor:
-        return torch.from_numpy(np.stack([volume.labels for volume in self.volumes]))
-
-    @property
-    def names(self) -> list[str]:
-        return [volume.name for volume in self.volumes]
-
-    def keep(self, indices: Sequence[int]) -> None:
-        self.volumes = [self.volumes[i] for i in indices]
+    def __init__(self, number: int, saved: str):
+        super().__init__(f"{saved}; go on with --resume")
+        self.exit_code = 128 + number
 
 
 class StopRequest:
@@ -135,16 +85,64 @@ class StopRequest:
 
     def _note(self, number: int, frame) -> None:
         if self.number == number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(RESUME_HINT)
         self.number = number
 
-    def check(self, message: str) -> None:
+    def check(self, saved: str) -> None:
+        """Raises Interrupted after a signal; `saved` says what is."""
         if self.number:
-            raise Interrupted(self.number, message)
+            raise Interrupted(self.number, saved)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the GPU or on the CPU (whose allocator raises a plain RuntimeError)."""
+    messages = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in messages)
+
+
+@contextmanager
+def out_of_memory_explained() -> Iterator[None]:
+    """Turns a failed allocation into a TrainingError with the remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        remedy = "--resume on a larger device, or start a run that unfreezes fewer layers (--unfreeze-layers 1)"
+        raise TrainingError(f"out of memory; {remedy}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run and what it works on
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Split:
+    """The volumes of one side of the split and, while the backbone is frozen, where their features are."""
+
+    volumes: list[Volume]
+    rows: list[int] | None = None  # in the cache
+    features: Tensor | None = None  # in memory, where they are small: the head's inputs, (N, ...)
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.from_numpy(np.stack([volume.labels for volume in self.volumes]))
+
+    @property
+    def names(self) -> list[str]:
+        return [volume.name for volume in self.volumes]
+
+    @property
+    def patients(self) -> list[str]:
+        return sorted({volume.patient for volume in self.volumes})
+
+    def keep(self, indices: Sequence[int]) -> None:
+        self.volumes = [self.volumes[i] for i in indices]
 
 
 class Run:
-    """One run's folder, device and bookkeeping: which volumes were read how, and which failed."""
+    """One run's folder, device and records: how each volume was read, and which could not be."""
 
     def __init__(self, folder: Path, config: TrainingConfig, machine: Machine):
         self.folder = folder
@@ -168,7 +166,8 @@ class Run:
         self.readings: dict[str, str] = {}
         self.cache: FeatureCache | None = None
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
+        """Prints on the main rank, above a progress bar."""
         if self.ranks.is_main:
             tqdm.write(text)
             sys.stdout.flush()
@@ -176,11 +175,11 @@ class Run:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def record(self, role: str, volumes: list[Volume], batch) -> None:
-        """Keeps the decisions and failures of a batch; a failure is printed once."""
+    def record(self, split: str, volumes: list[Volume], batch) -> None:
+        """Keeps a batch's decisions on units and its failures; a failure is printed once, by the rank that met it."""
         for name, reason in batch.failures:
             if name not in self.failures:
-                tqdm.write(f"skipped ({role}): {name}: {reason}")
+                tqdm.write(f"skipped ({SPLIT_NAMES[split]}): {name}: {reason}")
             self.failures[name] = reason
         for index, decision in zip(batch.index.tolist(), batch.decisions, strict=True):
             self.readings[volumes[index].name] = decision.reading
@@ -191,7 +190,7 @@ class Run:
             self.readings |= readings
 
     def set_checkpointing(self, model: CTCLIPMultiAbnormalityModel, enabled: bool) -> bool:
-        """False where it cannot be done: some slice backbones have no such mode."""
+        """Gradient checkpointing on or off; False where the model has none: some slice backbones."""
         try:
             model.set_gradient_checkpointing(enabled)
         except ValueError:
@@ -200,57 +199,156 @@ class Run:
         return True
 
     def use_less_memory(self, model: CTCLIPMultiAbnormalityModel) -> None:
-        """After an allocation failed: half the micro-batch, or recomputed activations; same effective batch."""
+        """After a failed allocation: halves the micro-batch, then checkpoints gradients; the batch size stays."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if self.micro_batch > 1:
             self.micro_batch //= 2
-            what = f"{self.micro_batch} volume{'s' * (self.micro_batch > 1)} at a time"
+            what = "1 volume at a time" if self.micro_batch == 1 else f"{self.micro_batch} volumes at a time"
         elif not self.checkpointing and self.set_checkpointing(model, True):
             what = "gradient checkpointing"
         else:
-            tried = "one volume at a time" + " and gradient checkpointing" * self.checkpointing
+            tried = "one volume at a time" + (" and gradient checkpointing" if self.checkpointing else "")
             raise TrainingError(
-                f"out of memory on {self.device} with {tried}; open fewer layers (--unfreeze-layers 1), keep the "
+                f"out of memory on {self.device} with {tried}; unfreeze fewer layers (--unfreeze-layers 1), keep the "
                 "backbone frozen (--freeze-backbone), or use a larger device"
             )
-        self.say(f"Out of memory on {self.device}: going on with {what}; a step still sees {self.config.batch_size}")
+        self.log(f"Out of memory on {self.device}: going on with {what}; a step still sees {self.config.batch_size}")
 
 
-def load_features(run: Run, model: CTCLIPMultiAbnormalityModel, splits: dict[str, Split]) -> None:
-    """Points every split to its features in the cache, encoding what is missing, and drops unreadable volumes."""
-    model.eval()
-    run.cache = FeatureCache(run.config.cache_dir, model)
-    for name, split in splits.items():
-        if name == "train" and run.config.augment:
-            run.say("--augment changes voxels: no cache for training volumes, every frozen epoch encodes them anew")
-            continue
+@dataclass
+class TrainingJob:
+    """A run with its data, model and loss: all that is known before the first step."""
 
-        def on_batch(volumes: list[Volume], batch, name: str = name) -> None:
-            run.record(name, volumes, batch)
-            run.stop.check("what has been encoded is in the cache")
+    run: Run
+    data_dir: Path
+    phantom: bool
+    cohort: Cohort
+    train: Split
+    validation: Split
+    model: CTCLIPMultiAbnormalityModel
+    criterion: nn.Module
 
-        rows = encode_missing(model, run.cache, split.volumes, run.device, run.workers, run.ranks, on_batch)
-        split.keep([i for i, row in enumerate(rows) if row is not None])
-        split.rows = [row for row in rows if row is not None]
-        if not split.volumes:
-            raise TrainingError(f"none of the {len(rows)} {name} volumes could be read; see the lines above")
-        run.readings |= dict(zip(split.names, run.cache.readings(split.rows), strict=True))
-        if model.cache_format == "pooled" or (model.is_ctclip and model.head_name != "attention"):
-            parts = chunks(range(len(split.rows)), CACHED_AT_ONCE)
-            split.features = torch.cat([frozen_inputs(run, model, split, part).cpu() for part in parts])
-    run.exchange_records()
+    @property
+    def splits(self) -> dict[str, Split]:
+        """By their names in files."""
+        return {"train": self.train, "tuning": self.validation}
 
-
-@torch.no_grad()
-def frozen_inputs(run: Run, model: CTCLIPMultiAbnormalityModel, split: Split, chosen: Sequence[int]) -> Tensor:
-    """What the head takes for these volumes of the split, on the device."""
-    if split.features is not None:
-        return split.features.index_select(0, torch.tensor(chosen, dtype=torch.long)).to(run.device)
-    return run.cache.head_inputs(model, [split.rows[i] for i in chosen], run.device)
+    @property
+    def note(self) -> str | None:
+        """The disclaimer shown with the results."""
+        return SYNTHETIC_NOTE if self.phantom else None
 
 
-def refuse_lost_voxels(config: TrainingConfig, data_dir: Path, volumes: Sequence[Volume]) -> None:
+# ----------------------------------------------------------------------------------------------------------------------
+# From the command line to a TrainingJob
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run_from_flags(args: argparse.Namespace) -> tuple[TrainingConfig, Path, Machine]:
+    """Configuration, folder and machine of the run that the flags ask for: a new one, or an earlier one with --resume.
+
+    A resumed run keeps its own configuration; a flag with another value is an error, except for folders, which may have
+    moved. So is a flag that has no effect.
+    """
+    config, folder = _new_run(args) if args.resume is None else _earlier_run(args)
+    refuse_unused(args.given, training_flag_uses(config))
+    return config, folder, machine_from_flags(args)
+
+
+def _new_run(args: argparse.Namespace) -> tuple[TrainingConfig, Path]:
+    config = config_from_flags(args)
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}_{config.model}"
+    folder = Path(args.output_dir) if args.output_dir else Path("results") / name
+    if (folder / "run.json").is_file():
+        raise TrainingError(f"{folder} holds a run already; add --resume {folder}, or choose another --output-dir")
+    return config, folder
+
+
+def _earlier_run(args: argparse.Namespace) -> tuple[TrainingConfig, Path]:
+    if args.output_dir:
+        raise TrainingError("--resume goes on in the run's own folder, found --output-dir too; leave it out")
+    folder = newest_run() if args.resume == "" else Path(args.resume)
+    file = folder / "run.json"
+    if not file.is_file():
+        raise TrainingError(f"--resume: no run.json in {folder}; expected the folder of an earlier run")
+    try:
+        stored = TrainingConfig(**run_record(folder)["config"])
+    except (KeyError, TypeError) as error:
+        raise TrainingError(f"--resume: {file} is of another version ({error}); start a new run") from error
+    given = {name: getattr(args, name) for name in asdict(stored) if hasattr(args, name)}
+    changed = [name for name, value in given.items() if name not in MOVABLE and value != getattr(stored, name)]
+    if changed:
+        flags = ", ".join(flag_of(name) for name in changed)
+        raise TrainingError(f"--resume goes on as {folder} began, found other values for {flags}; leave them out")
+    return replace(stored, **{name: value for name, value in given.items() if name in MOVABLE}), folder
+
+
+def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> TrainingJob:
+    """Cohort, split, model and loss of a run; nothing is written but the built-in cohort."""
+    config.check()
+    machine.check()
+    torch.manual_seed(config.seed)
+    run = Run(folder, config, machine)
+    run.folder = run.ranks.all_gather(folder)[0]  # its default name is the time, which may differ
+    data_dir = Path(config.data_dir) if config.data_dir else built_in_folder(config)
+    if config.data_dir is None and run.ranks.is_main:
+        make_built_in_cohort(run)
+    run.ranks.barrier()
+    phantom = is_phantom_cohort(data_dir)
+    model = build_model(config, phantom).to(run.device)
+    cohort = load_cohort(data_dir, "train", limit=config.limit)
+    check_voxels_available(config, data_dir, cohort.volumes)
+    train, validation = split_by_patient(cohort.volumes, config.tuning_fraction, config.seed)
+    if config.mode == "quick_test":
+        train, validation = train[: QUICK_TEST_VOLUMES[0]], validation[: QUICK_TEST_VOLUMES[1]]
+    train, validation = Split(train), Split(validation)
+    weights = balanced_label_weights(train.labels) if config.class_weights else None
+    criterion = create_loss(config.loss_type, config.alpha, config.gamma, weights).to(run.device)
+    run.micro_batch = machine.micro_batch or micro_batch_size(model.input_shape, config.batch_size)
+    choice = machine.gradient_checkpointing
+    enabled = choice == "on" or (choice == "auto" and run.device.type == "cuda")
+    if enabled and not run.set_checkpointing(model, True):
+        if choice == "on":
+            raise TrainingError(f"--gradient-checkpointing on: {config.model} has no such mode; leave it out")
+        run.log(f"{config.model} has no gradient checkpointing: going on without")
+    return TrainingJob(run, data_dir, phantom, cohort, train, validation, model, criterion)
+
+
+def built_in_folder(config: TrainingConfig) -> Path:
+    return Path("data", f"phantoms_{config.train_volumes}_{config.valid_volumes}")
+
+
+def make_built_in_cohort(run: Run) -> None:
+    """The phantom cohort of this size, made on first use; one line says what it is."""
+    config = run.config
+    folder = built_in_folder(config)
+    run.log(f"No --data-dir: using the built-in cohort of phantoms in {folder}. {SYNTHETIC_NOTE}")
+    try:
+        write_phantom_cohort(folder, config.train_volumes, config.valid_volumes)
+    except ValueError as error:  # a cohort of another version in that folder, or a size that makes none
+        raise TrainingError(str(error)) from error
+
+
+def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormalityModel:
+    """The model that `--model` names: CT-CLIP from its checkpoint, or a timm slice backbone.
+
+    `--init-head prompts` starts the head as the zero-shot classifier.
+    """
+    if config.model == "ctclip":
+        path = config.ctclip_path or (DEMO_PATH if phantom else CLASSFINE_PATH)
+        head = "prompts" if config.init_head == "prompts" else config.head
+        return load_with_prompts(path, head=head, dropout=config.dropout)
+    attention = None if config.use_attention == "none" else config.use_attention
+    try:
+        return CTCLIPMultiAbnormalityModel(
+            None, config.model, attention=attention, pretrained=config.pretrained, dropout=config.dropout
+        )
+    except ValueError as error:
+        raise TrainingError(f"--model: {error}; or 'ctclip'") from error
+
+
+def check_voxels_available(config: TrainingConfig, data_dir: Path, volumes: Sequence[Volume]) -> None:
     """Raises TrainingError where the run would read voxels of volumes that were streamed and have no file any more."""
     wanted = {}
     if config.frozen_epochs < config.epochs:
@@ -264,52 +362,3 @@ def refuse_lost_voxels(config: TrainingConfig, data_dir: Path, volumes: Sequence
             f"expected files, because {' and '.join(wanted)} read voxels; {' and '.join(wanted.values())}, or fetch "
             f"the files with {FETCH_COMMAND} train"
         )
-
-
-@dataclass
-class Job:
-    """What is known before the first step."""
-
-    run: Run
-    data_dir: Path
-    phantom: bool
-    cohort: Cohort
-    splits: dict[str, Split]
-    model: CTCLIPMultiAbnormalityModel
-    criterion: nn.Module
-
-    @property
-    def note(self) -> str | None:
-        """Disclaimer shown with the results of this run."""
-        return SYNTHETIC_NOTE if self.phantom else None
-
-
-def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> Job:
-    """Cohort, split, model and loss of a run; nothing is written but the built-in cohort."""
-    config.check()
-    machine.check()
-    torch.manual_seed(config.seed)
-    run = Run(folder, config, machine)
-    run.folder = run.ranks.all_gather(folder)[0]  # its default name is the time, which may differ
-    data_dir = Path(config.data_dir) if config.data_dir else built_in_folder(config)
-    if config.data_dir is None and run.ranks.is_main:
-        make_built_in_cohort(config)
-    run.ranks.barrier()
-    phantom = is_phantom_cohort(data_dir)
-    model = build_model(config, phantom).to(run.device)
-    cohort = load_cohort(data_dir, "train", limit=config.limit)
-    refuse_lost_voxels(config, data_dir, cohort.volumes)
-    train_volumes, tuning_volumes = split_by_patient(cohort.volumes, config.tuning_fraction, config.seed)
-    if config.mode == "quick_test":
-        train_volumes, tuning_volumes = train_volumes[: QUICK_TEST_VOLUMES[0]], tuning_volumes[: QUICK_TEST_VOLUMES[1]]
-    splits = {"train": Split(train_volumes), "tuning": Split(tuning_volumes)}
-    weights = balanced_label_weights(splits["train"].labels) if config.class_weights else None
-    criterion = create_loss(config.loss_type, config.alpha, config.gamma, weights).to(run.device)
-    run.micro_batch = machine.micro_batch or micro_batch_size(model.input_shape, config.batch_size)
-    wanted = machine.gradient_checkpointing
-    enabled = wanted == "on" or (wanted == "auto" and run.device.type == "cuda")
-    if enabled and not run.set_checkpointing(model, True):
-        if wanted == "on":
-            raise TrainingError(f"--gradient-checkpointing on: {config.model} has no such mode; leave it out")
-        run.say(f"{config.model} has no gradient checkpointing: going on without")
-    return Job(run, data_dir, phantom, cohort, splits, model, criterion)

@@ -30,7 +30,8 @@ from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.hounsfield import HuDecision
 from ctclip.data.loading import micro_batch_size
 from ctclip.training import loop
-from ctclip.training.run import Job, Run, Split, frozen_inputs
+from ctclip.training.features import frozen_inputs
+from ctclip.training.run import Run, Split, TrainingJob
 from ctclip_model import N_LABELS, CTCLIPMultiAbnormalityModel, create_loss
 
 GOAL_VOLUMES = 20_000  # that the goals, in seconds, are set for
@@ -55,17 +56,17 @@ def fill(cache: FeatureCache, volumes: list[Volume]) -> None:
     cache.close()
 
 
-def job_of(model: CTCLIPMultiAbnormalityModel, train: list[Volume], tuning: list[Volume], folder: Path) -> Job:
+def job_of(model: CTCLIPMultiAbnormalityModel, train: list[Volume], tuning: list[Volume], folder: Path) -> TrainingJob:
     """What `ctclip_training.prepare` makes of a cohort on disk."""
     config = TrainingConfig(data_dir=str(folder), cache_dir=str(folder / "cache"), epochs=4, freeze_backbone=True)
     of_job = Run(folder / "run", config, Machine(device="cpu", workers=0))
     of_job.micro_batch = micro_batch_size(model.input_shape, config.batch_size)
     criterion = create_loss(config.loss_type, config.alpha, config.gamma)
-    splits = {"train": Split(train), "tuning": Split(tuning)}
-    return Job(of_job, folder, False, Cohort([*train, *tuning]), splits, model, criterion)
+    cohort = Cohort([*train, *tuning])
+    return TrainingJob(of_job, folder, False, cohort, Split(train), Split(tuning), model, criterion)
 
 
-def epoch_seconds(job: Job) -> float:
+def epoch_seconds(job: TrainingJob) -> float:
     """Of the fastest epoch but the first, as the run's own log has it."""
     with patch.object(loop, "prepare", lambda *_: job):
         loop.train(job.run.config, job.run.folder)
@@ -88,9 +89,9 @@ def plain_logits(model: CTCLIPMultiAbnormalityModel, codes: Tensor, head: dict[s
     return (attention * (hidden @ head["evidence.weight"].T).flatten(1, 3)).sum(1) + head["evidence.bias"]
 
 
-def largest_difference(job: Job) -> float:
+def largest_difference(job: TrainingJob) -> float:
     """Of loss and gradients, relative to each one's largest value, between the training path and the plain formula."""
-    model, split = job.model.eval(), job.splits["train"]  # no dropout
+    model, split = job.model.eval(), job.train  # no dropout
     names, parameters = zip(*model.classifier.named_parameters(), strict=True)
     with torch.no_grad():  # away from the start, where labels hardly differ and gradients cancel
         for parameter in parameters:

@@ -28,7 +28,7 @@ from ctclip.hub.client import HubError
 from ctclip.hub.model_card import licence_of, model_card
 from ctclip.hub.published import PUBLIC_METRICS, CardError, Facts, published_metrics, published_record
 from ctclip.hub.push import ON_THE_HUB, push_run, save_with_card, write_card
-from ctclip.training.loop import save_best
+from ctclip.training.checkpoint import save_best
 from ctclip_model import ABNORMALITIES, CheckpointError, CTCLIPMultiAbnormalityModel, asdict
 
 SECRETS = ("/home/jane", "jane_doe", "St_Elsewhere", "mercy_hospital", "Doe_John", "C:\\")
@@ -356,14 +356,14 @@ def test_a_readme_of_the_runs_goes_along(make_run, tmp_path):
     assert (tmp_path / "copy" / "README.md").read_text() == "# Mine\n"
 
 
-def test_only_our_card_goes_when_training_goes_on(make_run, monkeypatch):
+def test_only_our_card_goes_when_training_goes_on(make_run):
     folder, model = make_run()
     discard_card(folder)  # none there
     write_card(folder, model_card(model, folder))
-    monkeypatch.setattr("ctclip.training.loop.or_explain", lambda *arguments: None)  # in place of writing
     run = SimpleNamespace(folder=folder, ranks=SimpleNamespace(is_main=True))
-    volume = SimpleNamespace(name="a", labels=torch.zeros(18).numpy())
-    save_best(run, model, SimpleNamespace(volumes=[volume]), SimpleNamespace(tensors={}, names=["a"]))
+    validation = SimpleNamespace(volumes=[SimpleNamespace(name="a", labels=torch.zeros(18).numpy())])
+    best = SimpleNamespace(tensors={}, names=["a"], logits=torch.zeros(1, 18))
+    save_best(SimpleNamespace(run=run, model=model, validation=validation), best)
     assert not (folder / "README.md").exists()
     (folder / "README.md").write_text("# Mine\n")
     discard_card(folder)

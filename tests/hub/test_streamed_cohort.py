@@ -28,12 +28,12 @@ from ctclip.distributed import Ranks
 from ctclip.evaluation import cases, figures
 from ctclip.evaluation.tables import load_predictions
 from ctclip.inference.predictor import predict_volumes
-from ctclip.training import loop
+from ctclip.training import logging
 from ctclip_model import CTCLIPMultiAbnormalityModel
 
 CPU = torch.device("cpu")
 A, B, C = "valid_1_a_1.nii.gz", "valid_2_a_1.nii.gz", "valid_3_a_1.nii.gz"
-SCHEDULE = ["--epochs", "3", "--freeze-epochs", "2", "--batch-size", "8", "--workers", "0"]
+SCHEDULE = ["--epochs", "3", "--batch-size", "8", "--workers", "0"]
 
 
 def line_of(path: Path, fixed: bool, reason: str | None = None) -> dict:
@@ -78,11 +78,12 @@ def streamed(phantoms, model, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
-    monkeypatch.setattr(loop, "write_training_figure", lambda *args: None)
+    monkeypatch.setattr(logging, "write_training_figure", lambda *args: None)
     monkeypatch.setattr(figures, "label_figure", lambda *args: figures.new_figure(1, 1))
 
 
 def train_flags(data_dir: Path, cache_dir: Path, weights_file: str, *more: str) -> list[str]:
+    more = more if "--freeze-backbone" in more else ("--freeze-epochs", "2", *more)
     return ["--data-dir", str(data_dir), "--cache-dir", str(cache_dir), "--ctclip-path", weights_file, *SCHEDULE, *more]
 
 
@@ -91,7 +92,7 @@ def runs(phantoms, streamed, tiny_classfine, tmp_path_factory) -> tuple[Path, Pa
     """(run with files and a cache of its own, run without files)."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "write_training_figure", lambda *args: None)
+        patch.setattr(logging, "write_training_figure", lambda *args: None)
         for name, data_dir, cache_dir in (("disk", phantoms, folder / "cache"), ("streamed", *streamed)):
             flags = train_flags(data_dir, cache_dir, tiny_classfine, "--freeze-backbone")
             assert ctclip_training.main([*flags, "--output-dir", str(folder / name)]) == 0

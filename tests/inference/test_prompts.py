@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import ctclip_model
+from ctclip.errors import UserError
 from ctclip.hub.weights import make_slim
 from ctclip.inference import prompts as prompts_module
 from ctclip.inference.prompts import load_with_prompts, read_prompts
-from ctclip.training.run import TrainingConfig, TrainingError, build_model
+from ctclip.training.run import TrainingConfig, build_model
 from ctclip_model import (
     ABNORMALITIES,
     CheckpointError,
@@ -449,8 +450,8 @@ def test_a_run_from_prompts_goes_on_and_is_saved_with_its_head(weights, phantoms
 
 def test_init_head_goes_with_ctclip_and_the_linear_head(weights, tiny_classfine):
     for changes in ({"head": "mlp"}, {"head": "attention"}, {"model": "resnet18", "pretrained": False}):
-        said = refusal(build_model, TrainingConfig(init_head="prompts", **changes), False, kind=TrainingError)
-        assert said.startswith("--init-head prompts goes with --model ctclip and --head linear, found --model")
+        said = refusal(TrainingConfig(init_head="prompts", **changes).check, kind=UserError)
+        assert said.startswith("found --init-head, which goes with --model ctclip and --head linear only")
     vocabulary_path(weights).unlink()
     config = TrainingConfig(ctclip_path=str(weights), init_head="prompts")
     assert "no vocabulary found" in refusal(build_model, config, False, kind=CheckpointError)

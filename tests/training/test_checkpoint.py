@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,10 +21,18 @@ import torch
 from helpers_training import damage, one_line
 from safetensors import SafetensorError
 
-from ctclip.training import checkpoint, loop
+from ctclip.cli import run_cli
+from ctclip.training import checkpoint, features, loop, steps
 from ctclip.training import run as run_module
-from ctclip.training.checkpoint import StateError, load_newest, or_explain, save_state, size_of, states
-from ctclip.training.loop import guarded, train
+from ctclip.training.checkpoint import (
+    StateError,
+    full_disk_explained,
+    load_newest,
+    save_state,
+    size_of,
+    states,
+)
+from ctclip.training.loop import train
 from ctclip.training.run import Interrupted, Machine, StopRequest, TrainingConfig
 from ctclip_training import main
 
@@ -54,22 +63,23 @@ def undisturbed(fast, config, tmp_path_factory) -> Path:
 
 
 def call_before(monkeypatch, name: str, number: int, action) -> None:
-    """Has `action()` called when ctclip_training's function is called for the `number`-th time."""
-    original, calls = getattr(loop, name), iter(range(1, 10**6))
+    """Has `action()` called when the loop's or a step's function is called for the `number`-th time."""
+    module = steps if name == "predict_volumes" else loop
+    original, calls = getattr(module, name), iter(range(1, 10**6))
 
     def counted(*args, **kwargs):
         if next(calls) == number:
             action()
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(loop, name, counted)
+    monkeypatch.setattr(module, name, counted)
 
 
 def interrupt(config, folder: Path, function: str, number: int, *signals: int) -> int:
     """Exit code of a run whose process gets these signals when that function is called for that time."""
     with pytest.MonkeyPatch.context() as patch:
         call_before(patch, function, number, lambda: [os.kill(os.getpid(), each) for each in signals])
-        return guarded(lambda: train(config, folder))
+        return run_cli(lambda: train(config, folder))
 
 
 # ------------------------------------------------------------------ runs
@@ -78,10 +88,10 @@ def interrupt(config, folder: Path, function: str, number: int, *signals: int) -
 @pytest.mark.parametrize(
     ("function", "number", "number_of_signal", "where", "newest"),
     [
-        ("accumulate", STEPS + 3, signal.SIGTERM, "step 2 of 5 of epoch 2", "0001-000002"),  # from the cache
-        ("tune", 2, signal.SIGINT, "step 0 of 5 of epoch 3", "0002-000000"),  # frozen: over before it is noticed
-        ("accumulate", 2 * STEPS + 5, signal.SIGTERM, "step 4 of 5 of epoch 3", "0002-000004"),  # the last of the epoch
-        ("accumulate", 3 * STEPS + 2, signal.SIGINT, "step 1 of 5 of epoch 4", "0003-000001"),  # more layers are open
+        ("accumulate_gradients", STEPS + 3, signal.SIGTERM, "step 2 of 5 of epoch 2", "0001-000002"),  # from the cache
+        ("predict_validation", 2, signal.SIGINT, "step 0 of 5 of epoch 3", "0002-000000"),  # frozen: ends first
+        ("accumulate_gradients", 2 * STEPS + 5, signal.SIGTERM, "step 4 of 5 of epoch 3", "0002-000004"),  # the last
+        ("accumulate_gradients", 3 * STEPS + 2, signal.SIGINT, "step 1 of 5 of epoch 4", "0003-000001"),  # more layers
         ("predict_volumes", 1, signal.SIGTERM, "the epoch's steps are saved", "0002-000005"),
     ],
 )
@@ -102,21 +112,21 @@ def test_signals_end_a_run_that_goes_on_exactly(
 
 
 def test_an_evaluation_that_was_cut_off_goes_on(config, fast, tmp_path, monkeypatch):
-    """The undisturbed run evaluates in pieces of two as well: on some processors rounding depends on a batch's size."""
-    monkeypatch.setattr(loop, "TUNING_CHUNK", 2)
+    """The undisturbed run evaluates two at a time as well: on some processors rounding depends on a batch's size."""
+    monkeypatch.setattr(loop, "VALIDATION_CHUNK", 2)
     undisturbed = train(config, tmp_path / "undisturbed")
     folder, machine = tmp_path / "run", Machine(save_minutes=0)
     with pytest.MonkeyPatch.context() as patch:
         call_before(patch, "predict_volumes", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert guarded(lambda: train(config, folder, machine)) == 143
-    assert len(load_newest(folder, print)["position"]["tuned"]) == 2
-    evaluated, predict = [], loop.predict_volumes
+        assert run_cli(lambda: train(config, folder, machine)) == 143
+    assert len(load_newest(folder, print)["progress"]["predicted"]) == 2
+    evaluated, predict = [], steps.predict_volumes
 
     def counted(model, volumes, *rest):
         evaluated.append([volume.name for volume in volumes])
         return predict(model, volumes, *rest)
 
-    monkeypatch.setattr(loop, "predict_volumes", counted)
+    monkeypatch.setattr(steps, "predict_volumes", counted)
     assert main(["--resume", str(folder)]) == 0
     names = [name for chunk in evaluated for name in chunk]
     tuning = json.loads((folder / "run.json").read_text())["volumes"]["tuning"]
@@ -124,8 +134,35 @@ def test_an_evaluation_that_was_cut_off_goes_on(config, fast, tmp_path, monkeypa
     assert differences(undisturbed, folder) == []
 
 
+def test_a_frozen_evaluation_that_was_complete_is_not_made_again(config, undisturbed, tmp_path, monkeypatch):
+    """Killed between saving it and the end of its epoch."""
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "validation_metrics", killed)
+        assert run_cli(lambda: train(config, folder, Machine(save_minutes=0))) == 130
+    assert main(["--resume", str(folder)]) == 0
+    assert differences(undisturbed, folder) == []
+
+
+def test_states_of_another_format_are_one_line_and_exit_code_2(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    train(replace(config, epochs=1), folder)
+    content = load_newest(folder, print)
+    del content["format"]  # those of version 0.6 had none
+    for path in states(folder):
+        path.unlink()
+    save_state(folder, 1, 0, content)
+    assert main(["--resume", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and "found states of format 1, expected 2" in err and "start a new one" in err
+
+
 def test_interrupted_while_encoding_keeps_what_is_encoded(config, undisturbed, tmp_path, monkeypatch, capsys):
-    config = loop.replace(config, cache_dir=str(tmp_path / "cache"))
+    config = replace(config, cache_dir=str(tmp_path / "cache"))
     batches = []
 
     def interrupted(run, role, volumes, batch):
@@ -133,14 +170,14 @@ def test_interrupted_while_encoding_keeps_what_is_encoded(config, undisturbed, t
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(run_module.Run, "record", interrupted)
-    encode, left = run_module.encode_missing, []
+    encode, left = features.encode_missing, []
 
     def count_missing(model, cache, volumes, *rest):
         left.append(cache.rows(volumes).count(None))
         return encode(model, cache, volumes, *rest)
 
-    monkeypatch.setattr(run_module, "encode_missing", count_missing)
-    assert guarded(lambda: train(config, tmp_path / "run")) == 143
+    monkeypatch.setattr(features, "encode_missing", count_missing)
+    assert run_cli(lambda: train(config, tmp_path / "run")) == 143
     assert "what has been encoded is in the cache" in capsys.readouterr().err
     monkeypatch.undo()
     assert len(batches) == 1 and left[0] > batches[0]
@@ -150,7 +187,7 @@ def test_interrupted_while_encoding_keeps_what_is_encoded(config, undisturbed, t
 
 def test_second_ctrl_c_ends_at_once_and_the_last_state_serves(config, undisturbed, tmp_path, capsys):
     folder = tmp_path / "run"
-    assert interrupt(config, folder, "accumulate", STEPS + 3, signal.SIGINT, signal.SIGINT) == 130
+    assert interrupt(config, folder, "accumulate_gradients", STEPS + 3, signal.SIGINT, signal.SIGINT) == 130
     assert "what was saved last, if anything, is kept" in capsys.readouterr().err
     assert states(folder)[-1].stem == "0001-000000"
     assert main(["--resume", str(folder)]) == 0
@@ -164,12 +201,12 @@ def test_volumes_that_turned_out_unreadable_stay_left_out(config, phantoms, tmp_
     assert len(harmed) == 4
     for path in harmed:
         path.write_bytes(b"not a scan")
-    config = loop.replace(config, data_dir=str(cohort), epochs=3)
+    config = replace(config, data_dir=str(cohort), epochs=3)
     undisturbed = train(config, tmp_path / "undisturbed")
     left_out = {row["name"] for row in json.loads((undisturbed / "run.json").read_text())["left_out"]}
     assert len(left_out & {path.name for path in harmed}) > 1
     folder = tmp_path / "run"
-    assert interrupt(config, folder, "tune", 2, signal.SIGTERM) == 143
+    assert interrupt(config, folder, "predict_validation", 2, signal.SIGTERM) == 143
     assert main(["--resume", str(folder)]) == 0
     assert differences(undisturbed, folder) == []
 
@@ -180,7 +217,7 @@ def test_a_stop_request_names_the_signal():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted, match="saved") as caught:
             stop.check("saved")
-    assert caught.value.code == 143
+    assert caught.value.exit_code == 143
 
 
 def test_killed_runs_end_as_the_undisturbed_one(flags, undisturbed, tmp_path):
@@ -195,7 +232,7 @@ def test_killed_runs_end_as_the_undisturbed_one(flags, undisturbed, tmp_path):
 def interrupted(config, undisturbed, tmp_path_factory) -> Path:
     """A run in its last epoch: two states. To be copied."""
     folder = tmp_path_factory.mktemp("interrupted") / "run"
-    interrupt(config, folder, "accumulate", 3 * STEPS + 2, signal.SIGTERM)
+    interrupt(config, folder, "accumulate_gradients", 3 * STEPS + 2, signal.SIGTERM)
     assert [path.stem for path in states(folder)] == ["0003-000000", "0003-000001"]
     return folder
 
@@ -255,7 +292,7 @@ def test_full_disk_leaves_the_last_state_and_says_what_to_free(
 ):
     folder = tmp_path / "run"
     with largest_file((undisturbed / file).stat().st_size - 1):
-        assert guarded(lambda: train(config, folder)) == 2
+        assert run_cli(lambda: train(config, folder)) == 2
     err = capsys.readouterr().err
     assert one_line(err) and what in err and "Free space there" in err and f"--resume {folder}" in err
     assert newest.format(folder) in err
@@ -271,10 +308,10 @@ def test_resume_keeps_the_split_of_a_cohort_that_has_grown_and_misses_what_is_go
     rows = table.read_text().splitlines()
     taken = next(row for row in rows if row.split(",")[0].endswith("_2.nii.gz"))
     table.write_text("\n".join(row for row in rows if row != taken) + "\n")
-    config = loop.replace(config, data_dir=str(cohort), limit=None, class_weights=True)
+    config = replace(config, data_dir=str(cohort), limit=None, class_weights=True)
     undisturbed = train(config, tmp_path / "undisturbed")
     folder = tmp_path / "run"
-    assert interrupt(config, folder, "tune", 3, signal.SIGTERM) == 143
+    assert interrupt(config, folder, "predict_validation", 3, signal.SIGTERM) == 143
     table.write_text("\n".join(rows) + "\n")
     assert main(["--resume", str(folder)]) == 0
     assert differences(undisturbed, folder) == []
@@ -287,7 +324,7 @@ def test_resume_keeps_the_split_of_a_cohort_that_has_grown_and_misses_what_is_go
 
 
 def test_resume_wants_the_weights_that_the_run_began_with(config, tiny_classfine, tmp_path, capsys):
-    folder = train(loop.replace(config, epochs=1), tmp_path / "run")
+    folder = train(replace(config, epochs=1), tmp_path / "run")
     state = torch.load(tiny_classfine, weights_only=True)
     other = dict(state)
     key = next(key for key in other if key.endswith("enc_spatial_transformer.norm_out.gamma"))
@@ -304,7 +341,7 @@ def test_resume_wants_the_weights_that_the_run_began_with(config, tiny_classfine
 # ------------------------------------------------------------------ states
 
 
-CONTENT = {"position": {"epoch": 1}, "names": ["a", "b"], "tensors": {"w": torch.arange(50.0), "n": torch.tensor(3)}}
+CONTENT = {"progress": {"epoch": 1}, "names": ["a", "b"], "tensors": {"w": torch.arange(50.0), "n": torch.tensor(3)}}
 
 
 def test_newest_two_states_are_kept_and_come_back(tmp_path):
@@ -314,7 +351,7 @@ def test_newest_two_states_are_kept_and_come_back(tmp_path):
     assert [path.name for path in states(tmp_path)] == ["0001-000000.pt", "0001-000020.pt"]
     (tmp_path / "state" / "0002-000000.pt.tmp").write_bytes(b"killed while writing")
     state = load_newest(tmp_path, print)
-    assert (state["step"], state["names"], state["position"]) == (20, ["a", "b"], {"epoch": 1})
+    assert (state["step"], state["names"], state["progress"]) == (20, ["a", "b"], {"epoch": 1})
     assert torch.equal(state["tensors"]["w"], torch.arange(50.0)) and state["tensors"]["n"].item() == 3
 
 
@@ -339,24 +376,22 @@ def test_any_damage_is_found(tmp_path):
     ],
 )
 def test_full_disk_is_explained_whoever_met_it(error, tmp_path):
-    def write():
+    with (
+        pytest.raises(StateError, match=r"Weights could not be written .* MB free.*no state has been saved yet"),
+        full_disk_explained(tmp_path, "Weights", 10),
+    ):
         raise error
-
-    with pytest.raises(StateError, match=r"Weights could not be written .* MB free.*no state has been saved yet"):
-        or_explain(tmp_path, "Weights", 10, write)
     newest = save_state(tmp_path, 3, 4, CONTENT)
-    with pytest.raises(StateError) as caught:
-        or_explain(tmp_path, "Weights", size_of({"a": [torch.zeros(2_500_000)], "b": torch.zeros(1), "c": 3}), write)
+    size = size_of({"a": [torch.zeros(2_500_000)], "b": torch.zeros(1), "c": 3})
+    with pytest.raises(StateError) as caught, full_disk_explained(tmp_path, "Weights", size):
+        raise error
     assert f"expected room for 11 MB; the last good state is {newest}" in str(caught.value)
 
 
 @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "denied"), SafetensorError("(os error 13)")])
 def test_other_errors_of_writing_stay_what_they_are(error, tmp_path):
-    def write():
+    with pytest.raises(type(error)), full_disk_explained(tmp_path, "Weights", 10):
         raise error
-
-    with pytest.raises(type(error)):
-        or_explain(tmp_path, "Weights", 10, write)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's device that is always full")

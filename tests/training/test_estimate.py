@@ -5,6 +5,7 @@ References: listings of the folders before and after, counts of volumes, and han
 
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from helpers_training import one_line
 from ctclip.data import loading
 from ctclip.data.volume_file import VolumeError
 from ctclip.training import estimate
-from ctclip.training.estimate import HEADROOM, Cost, Probe, duration, size_text
+from ctclip.training.estimate import HEADROOM, Cost, Reading, Workload, duration, seconds_per_volume
 from ctclip.training.loop import TrainingConfig, train
 from ctclip_training import main
 
@@ -57,7 +58,7 @@ def test_every_line_is_printed_and_nothing_is_written(run, phantoms, tmp_path):
     train_volumes, tuning, missing = (int(n) for n in re.findall(r"\d+", lines["Volumes"]))
     assert train_volumes + tuning == missing == 40
     assert lines["Frozen"].startswith("20 epochs x ") and lines["Unfrozen"].startswith("2 epochs x ")
-    assert "4 of 6 layers open at the end, batch 16, micro-batch 16, accumulation 1" in lines["Unfrozen"]
+    assert "4 of 6 layers unfrozen at the end, batch 16, micro-batch 16, accumulation 1" in lines["Unfrozen"]
     assert lines["Device"].startswith("cpu, 1 thread, ") and lines["Device"].endswith("; float32")
 
 
@@ -73,7 +74,7 @@ def test_volumes_in_the_cache_are_not_counted_again(run, phantoms, tiny_classfin
     code, out, _ = run("--cache-dir", str(cache), "--limit", "24")
     lines = lines_of(out)
     assert code == 0 and lines["Volumes"].endswith(", 0 not in the cache yet")
-    assert lines["Encoding"] == "nothing left to encode" and lines["Disk"].startswith("cache 0.0 MB")
+    assert lines["Encoding"] == "nothing left to encode" and lines["Disk"].startswith("cache 0.00 MB")
     assert listing(tmp_path) == before
 
 
@@ -135,7 +136,7 @@ def test_disk_is_counted_at_its_fullest(run, tiny_classfine):
 def test_too_little_memory_is_refused_in_one_line(run, monkeypatch, flags):
     monkeypatch.setattr(estimate, "available_memory", lambda device: 20_000_000)
     code, out, err = run(*flags)
-    assert code == 2 and one_line(err) and "found 20.0 MB of memory, expected " in err and "Plan (" not in out
+    assert code == 2 and one_line(err) and "found 20.00 MB of memory, expected " in err and "Plan (" not in out
     for remedy in ("--unfreeze-layers 1", "--gradient-checkpointing on", "--freeze-backbone"):
         assert (remedy in err) == (not flags)
 
@@ -146,19 +147,25 @@ def test_remedies_in_use_are_not_proposed_again(run, monkeypatch):
     assert "--unfreeze-layers" not in err and "--gradient-checkpointing" not in err and "--freeze-backbone" in err
 
 
+def unknown_memory(monkeypatch) -> None:
+    monkeypatch.setattr(estimate, "system_memory", lambda: None)
+    monkeypatch.setattr(estimate, "process_memory", lambda peak: None)
+
+
 @pytest.mark.parametrize("told", [True, False])  # by the system, how much there is
 @pytest.mark.parametrize("stage", ["frozen", "unfrozen"])
 def test_an_allocation_that_fails_is_refused_in_one_line(run, monkeypatch, stage, told):
-    real = estimate.accumulate
+    real = estimate.accumulate_gradients
     if not told:
-        monkeypatch.setattr(estimate, "linux_table", lambda file, name: math.nan)
+        unknown_memory(monkeypatch)
 
-    def fail(*args, cached):
-        if cached == (stage == "frozen"):
+    def fail(job, micro_batches, size):
+        (micro_batch,) = micro_batches
+        if micro_batch.cached == (stage == "frozen"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return real(*args, cached=cached)
+        return real(job, iter([micro_batch]), size)
 
-    monkeypatch.setattr(estimate, "accumulate", fail)
+    monkeypatch.setattr(estimate, "accumulate_gradients", fail)
     code, _, err = run()
     assert code == 2 and one_line(err) and "memory, expected more for " in err
     assert ("found too little memory" in err) == (not told)
@@ -170,35 +177,37 @@ def test_an_allocation_that_fails_is_refused_in_one_line(run, monkeypatch, stage
 def test_micro_batch_is_halved_until_it_fits(run, monkeypatch, available, size, seconds):
     """4 GB per volume on top of 10 GB: 1.1 x (10 + 4 n) are 15.4, 19.8, 28.6 and 46.2 GB for n = 1, 2, 4 and 8."""
     monkeypatch.setattr(estimate, "available_memory", lambda device: available)
-    monkeypatch.setattr(estimate, "held_memory", lambda device, most=False: 10e9)
-    monkeypatch.setattr(Probe, "measure_pass", lambda self, n: Cost(seconds * n, 10e9 + 4e9 * n))
+    monkeypatch.setattr(estimate, "held_memory", lambda device, peak=False: 10e9)
+    monkeypatch.setattr(estimate, "measure_pass", lambda job, reading, n: Cost(seconds * n, 10e9 + 4e9 * n))
     code, out, _ = run("--batch-size", "8")
     unfrozen = lines_of(out)["Unfrozen"]
     assert code == 0 and f"batch 8, micro-batch {size}, accumulation {8 // size}, " in unfrozen
     assert unfrozen.endswith(f"; add --micro-batch {size}: 8 do not fit") == (size < 8)
-    assert lines_of(out)["Memory"].startswith(f"{HEADROOM * (10 + 4 * size):.1f} GB of ")
+    assert lines_of(out)["Memory"].startswith(f"{HEADROOM * (10 + 4 * size):.2f} GB of ")
 
 
 @pytest.mark.parametrize(("device", "size"), [("cuda", 8), ("cpu", 2)])
 def test_what_cannot_end_the_process_is_tried_rather_than_predicted(run, monkeypatch, device, size):
     """1 GB per volume and 3 GB once on top of 10 GB: measured, 8 volumes need 1.1 x 21 = 23.1 GB; from the first alone,
     with 4 GB for each, 1.1 x 18 = 19.8 GB are predicted for 2 and 28.6 GB for 4."""
-    real = Probe.unfrozen_stage
+    real = estimate.fitting_micro_batch
 
-    def on_device(self) -> str:
-        self.run.device = torch.device(device)
-        return real(self)
+    def on_device(job, *args):
+        here, job.run.device = job.run.device, torch.device(device)
+        found = real(job, *args)
+        job.run.device = here
+        return found
 
-    monkeypatch.setattr(Probe, "unfrozen_stage", on_device)
+    monkeypatch.setattr(estimate, "fitting_micro_batch", on_device)
     monkeypatch.setattr(estimate, "available_memory", lambda device: 24e9)
-    monkeypatch.setattr(estimate, "held_memory", lambda device, most=False: 10e9)
-    monkeypatch.setattr(Probe, "measure_pass", lambda self, n: Cost(0.1 * n, 13e9 + 1e9 * n))
+    monkeypatch.setattr(estimate, "held_memory", lambda device, peak=False: 10e9)
+    monkeypatch.setattr(estimate, "measure_pass", lambda job, reading, n: Cost(0.1 * n, 13e9 + 1e9 * n))
     _, out, _ = run("--batch-size", "8")
     assert f"micro-batch {size}," in lines_of(out)["Unfrozen"]
 
 
 def test_memory_that_nothing_tells_refuses_nothing(run, monkeypatch):
-    monkeypatch.setattr(estimate, "linux_table", lambda file, name: math.nan)
+    unknown_memory(monkeypatch)
     code, out, _ = run()
     lines = lines_of(out)
     assert code == 0 and lines["Memory"] == "not known on this system" and "free memory not known" in lines["Device"]
@@ -206,7 +215,7 @@ def test_memory_that_nothing_tells_refuses_nothing(run, monkeypatch):
 
 
 def test_a_measured_peak_contains_what_was_held_for_a_moment(run):
-    if not estimate.reset_high_water_mark():
+    if not estimate.reset_peak_memory():
         pytest.skip("this system does not tell the peak of a process")
     cpu = torch.device("cpu")
     before = estimate.held_memory(cpu)
@@ -227,7 +236,7 @@ def test_unreadable_volumes_are_skipped_and_counted(run, monkeypatch):
     monkeypatch.setattr(loading, "read_volume", sometimes)
     code, out, _ = run()
     assert code == 0 and "measured on 5 volumes, 3 more could not be read; nothing" in out
-    assert all(f"skipped (train): {name}: found the end" in out for name in bad)
+    assert all(f"skipped (training): {name}: found the end" in out for name in bad)
 
 
 def test_a_cohort_that_cannot_be_read_is_refused_in_one_line(run, monkeypatch):
@@ -247,25 +256,23 @@ def test_a_loss_that_is_not_finite_is_refused_in_one_line(run, monkeypatch):
     assert code == 2 and one_line(err) and "not finite" in err
 
 
-def test_seconds_per_volume(monkeypatch):
+def test_seconds_per_volume():
     """Read in 2 s, computed in 3 s, 4 CPUs: 5 s one after the other; beside computing 3 s, or 3.5 s where reading takes
     its share of the CPUs; where reading takes 40 s, 10 s with four processes and 40 s with one."""
-    probe = Probe.__new__(Probe)
 
-    def pace(device: str, workers: int, reading: float) -> float:
-        probe.run = type("Run", (), {"workers": workers, "device": torch.device(device)})
-        probe.cpus, probe.readers, probe.reading_seconds = 4, max(1, min(workers, 4)), reading
-        return probe.pace(Cost(3.0, 0))
+    def pace(device: str, workers: int, seconds: float) -> float:
+        of_run = dict.fromkeys((field.name for field in fields(Workload)), 0)
+        workload = Workload(**of_run | {"workers": workers, "on_cpu": device == "cpu", "cpus": 4.0})
+        reading = Reading(seconds, 1, 0, "", torch.empty(0), torch.empty(0))
+        return seconds_per_volume(workload, reading, Cost(3.0, 0))
 
     assert pace("cpu", 0, 2.0) == pace("cuda", 0, 2.0) == 5.0
     assert pace("cuda", 2, 2.0) == 3.0 and pace("cpu", 2, 2.0) == 3.5
     assert pace("cuda", 4, 40.0) == pace("cuda", 8, 40.0) == 10.0 and pace("cuda", 1, 40.0) == 40.0
 
 
-def test_numbers_are_short():
+def test_times_are_short():
     assert [duration(s) for s in (0.00001, 0.21, 7.04, 119, 121, 7100, 7300)] == [
         "0.001 s", "0.21 s", "7 s", "119 s", "2 min", "118 min", "2.0 h",
     ]  # fmt: skip
-    assert [size_text(n) for n in (0, 27_648, 99_000_000, 100_000_000, 14.6e9)] == [
-        "0.0 MB", "0.0 MB", "99.0 MB", "0.1 GB", "14.6 GB",
-    ]  # fmt: skip
+

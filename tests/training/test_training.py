@@ -2,7 +2,7 @@
 survives, what the flags do.
 
 References: the weights before, another run that must come to the same, losses and averages worked by hand. How a run
-goes on after an interruption is in test_state.py.
+goes on after an interruption is in test_checkpoint.py.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from torch import nn
 
 from ctclip import __version__
 from ctclip import config as config_module
-from ctclip.cli import OneLineParser
+from ctclip.cli import OneLineParser, run_cli
 from ctclip.config import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig
 from ctclip.data.cohort import Volume, load_cohort
 from ctclip.data.loading import micro_batch_size
@@ -33,10 +33,11 @@ from ctclip.data.splits import split_by_patient
 from ctclip.evaluation import figures
 from ctclip.inference import predictor
 from ctclip.phantoms.cohort import plan_split
-from ctclip.training import loop
+from ctclip.training import logging, loop, steps
 from ctclip.training import run as run_module
 from ctclip.training.checkpoint import states
-from ctclip.training.loop import Averages, guarded, schedule, train
+from ctclip.training.loop import train
+from ctclip.training.optimization import EMA, TrainableParameters, schedule
 from ctclip.training.run import build_model
 from ctclip_model import (
     ABNORMALITIES,
@@ -71,10 +72,8 @@ def flags(config) -> list[str]:
 
 def rank_epochs(monkeypatch, *scores: float) -> None:
     """Has the evaluations of a run give these AUROCs."""
-    original, given = loop.compute_metrics, iter(scores)
-    monkeypatch.setattr(
-        loop, "compute_metrics", lambda *args: original(*args) | {"auroc_macro": next(given)}
-    )
+    original, given = steps.compute_metrics, iter(scores)
+    monkeypatch.setattr(steps, "compute_metrics", lambda *args: original(*args) | {"auroc_macro": next(given)})
 
 
 def assert_close(first: Path, second: Path, atol: float) -> None:
@@ -88,7 +87,7 @@ def assert_close(first: Path, second: Path, atol: float) -> None:
 
 
 def test_run_folder_is_complete_and_split_by_patient(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "write_training_figure", figures.write_training_figure)
+    monkeypatch.setattr(logging, "write_training_figure", figures.write_training_figure)
     folder = train(config(), tmp_path / "run")
     lines = history(folder)
     assert [line["epoch"] for line in lines] == [1, 2, 3]
@@ -131,30 +130,30 @@ def test_saved_tuning_predictions_are_those_of_the_saved_weights(changes, config
     again = pd.DataFrame(logits.sigmoid().numpy(), index=[volumes[i].name for i in read], columns=saved.columns)
     assert abs(again.loc[saved.index].to_numpy() - saved.to_numpy()).max() < 1e-6
     state = torch.load(states(folder)[-1], weights_only=True)
-    averages = state["averages"]["tensors"]
+    averages = state["ema"]["tensors"]
     assert set(averages) == (set(dict(state["tensors"])) if changes else set())
     for name, value in (averages or state["tensors"]).items():  # and the weights are the averages, where there are any
         assert torch.equal(weights(folder)[name], value)
         assert not averages or not torch.equal(value, state["tensors"][name]) or name.endswith("null_kv")
 
 
-def test_averages_follow_the_formula():
+def test_ema_is_that_of_the_formula():
     """timm's warm-up: decay 1 - n ** (-2 / 3) at the n-th update, up to `decay`; the first one copies."""
     parameter, other = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([5.0]))
-    averages = Averages(0.5)
-    averages.follow({"a.b": parameter})
-    assert averages.tensors()["a.b"].item() == 1
+    ema = EMA(0.5)
+    ema.track({"a.b": parameter})
+    assert ema.tensors()["a.b"].item() == 1
     expected = 1.0
     for value, decay in ((2.0, 0.0), (4.0, 1 - 2 ** (-2 / 3)), (8.0, 0.5), (0.0, 0.5)):  # 1 - 3 ** (-2/3) = 0.519
         parameter.data.fill_(value)
-        averages.update()
+        ema.update()
         expected = decay * expected + (1 - decay) * value
-        assert averages.tensors()["a.b"].item() == pytest.approx(expected, rel=1e-6)
-    averages.follow({"a.b": parameter, "c": other})  # layers were opened
-    assert averages.tensors()["a.b"].item() == pytest.approx(expected, rel=1e-6)
-    assert averages.tensors()["c"].item() == 5 and parameter.item() == 0
-    off = Averages(0.0)
-    off.follow({"a": parameter})
+        assert ema.tensors()["a.b"].item() == pytest.approx(expected, rel=1e-6)
+    ema.track({"a.b": parameter, "c": other})  # layers were opened
+    assert ema.tensors()["a.b"].item() == pytest.approx(expected, rel=1e-6)
+    assert ema.tensors()["c"].item() == 5 and parameter.item() == 0
+    off = EMA(0.0)
+    off.track({"a": parameter})
     off.update()
     assert off.tensors() == {}
 
@@ -197,7 +196,7 @@ def test_unreadable_volumes_are_counted_and_stop_nothing(config, tmp_path, phant
     left_out = {row["name"] for row in record["left_out"]}
     assert {file.name for file in files} <= left_out
     assert record["volumes"]["train"] + record["volumes"]["tuning"] == 38
-    assert "Left out while reading: 2 volumes" in capsys.readouterr().out
+    assert "Volumes that could not be read: 2," in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ what moves
@@ -267,7 +266,7 @@ def test_augmentation_turns_the_cache_off_for_training_volumes_and_says_so(confi
     assert (first - second).abs().max() > 1e-4
 
 
-def test_pieces_of_a_step_give_the_gradients_of_the_whole(config, tmp_path):
+def test_micro_batches_of_a_step_give_the_gradients_of_the_whole(config, tmp_path):
     """Without dropout, whose random numbers would fall on other rows."""
     unfrozen = config(epochs=1, freeze_epochs=0, unfreeze_layers=0, dropout=0.0)
     whole = train(unfrozen, tmp_path / "whole")
@@ -279,7 +278,7 @@ def test_pieces_of_a_step_give_the_gradients_of_the_whole(config, tmp_path):
 @pytest.mark.parametrize(
     ("shape", "batch", "pieces"), [((240, 480, 480), 16, 2), ((240, 480, 480), 5, 2), ((64, 96, 96), 5, 4)]
 )
-def test_pieces_bound_the_memory(shape, batch, pieces):
+def test_micro_batches_bound_the_memory(shape, batch, pieces):
     assert micro_batch_size(shape, batch) == pieces
 
 
@@ -302,9 +301,9 @@ def test_schedule_warms_up_then_falls_to_zero_over_its_own_span():
         ({"freeze_backbone": True, "freeze_epochs": 1}, [0] * 6),
     ],
 )
-def test_layers_open_from_the_output_down(changes, opened):
+def test_layers_are_unfrozen_from_the_output_down(changes, opened):
     config = TrainingConfig(epochs=6, **changes)
-    assert [config.open_layers(epoch, 5) for epoch in range(6)] == opened
+    assert [config.unfrozen_layers(epoch, 5) for epoch in range(6)] == opened
 
 
 def test_layers_have_their_own_rates_and_matrices_their_decay(config, tmp_path):
@@ -354,7 +353,7 @@ def test_quick_test_is_200_and_50_phantoms_in_three_epochs():
     ],
     ids=["gpu", "cpu"],
 )
-def test_out_of_memory_goes_on_with_smaller_pieces_of_the_same_step(error, config, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_goes_on_with_smaller_micro_batches(error, config, tmp_path, monkeypatch, capsys):
     unfrozen = config(epochs=1, freeze_epochs=0)  # with dropout: the step that failed must not have used up numbers
     expected = train(unfrozen, tmp_path / "expected", Machine(micro_batch=2))
     forward = CTCLIPMultiAbnormalityModel.forward
@@ -390,7 +389,7 @@ def test_out_of_memory_with_one_volume_ends_in_one_line(changes, tried, config, 
 
     monkeypatch.setattr(CTCLIPMultiAbnormalityModel, "forward", full)
     unfrozen = config(epochs=1, freeze_epochs=0, **changes)
-    assert guarded(lambda: train(unfrozen, tmp_path / "run", Machine(micro_batch=2))) == 2
+    assert run_cli(lambda: train(unfrozen, tmp_path / "run", Machine(micro_batch=2))) == 2
     captured = capsys.readouterr()
     assert re.findall("going on with (.*);", captured.out) == tried
     assert one_line(captured.err) and "out of memory on cpu with one volume at a time" in captured.err
@@ -398,11 +397,11 @@ def test_out_of_memory_with_one_volume_ends_in_one_line(changes, tried, config, 
 
 
 def test_out_of_memory_elsewhere_is_one_line(config, tmp_path, monkeypatch, capsys):
-    def full(moving, progress):
+    def full(trainable):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(loop.Moving, "step", full)
-    assert guarded(lambda: train(config(), tmp_path / "run")) == 2
+    monkeypatch.setattr(TrainableParameters, "clip_and_step", full)
+    assert run_cli(lambda: train(config(), tmp_path / "run")) == 2
     err = capsys.readouterr().err
     assert one_line(err) and err.startswith("error: out of memory; --resume on a larger device")
 
@@ -433,19 +432,19 @@ def test_step_that_is_not_finite_is_left_out_and_counted(config, tmp_path, monke
 
 def poison(monkeypatch, first: int) -> list[str]:
     """From this step on one volume of each has features that are not numbers. Returns their names, as they come."""
-    original, names, steps = loop.accumulate, [], iter(range(1, 10**6))
+    original, names, numbers = loop.accumulate_gradients, [], iter(range(1, 10**6))
 
-    def poisoned(run, model, criterion, stream, whole, cached):
-        def pieces():
-            for inputs, labels, of, last in stream:
-                inputs = inputs.clone()
+    def poisoned(job, micro_batches, batch_size):
+        def with_nan():
+            for micro_batch in micro_batches:
+                inputs = micro_batch.inputs.clone()
                 inputs[0] = math.nan
-                names.append(of[0])
-                yield inputs, labels, of, last
+                names.append(micro_batch.names[0])
+                yield micro_batch._replace(inputs=inputs)
 
-        return original(run, model, criterion, pieces() if next(steps) >= first else stream, whole, cached)
+        return original(job, with_nan() if next(numbers) >= first else micro_batches, batch_size)
 
-    monkeypatch.setattr(loop, "accumulate", poisoned)
+    monkeypatch.setattr(loop, "accumulate_gradients", poisoned)
     return names
 
 
@@ -456,7 +455,7 @@ def test_three_such_steps_in_a_row_end_the_run_with_the_volumes(batch_size, conf
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         names = poison(patch, first=6 if batch_size == 8 else 2)  # in the second epoch
-        assert guarded(lambda: train(config, folder)) == 2
+        assert run_cli(lambda: train(config, folder)) == 2
     err = capsys.readouterr().err
     assert one_line(err) and "3 steps in a row were not finite" in err and "lower --learning-rate" in err
     listed = re.search(r"volumes: (.*)\);", err)[1].split(", ")
@@ -471,29 +470,29 @@ def test_auroc_that_falls_by_more_than_its_noise_ends_the_run_at_its_best(
     config, tmp_path, tiny_classfine, monkeypatch, capsys
 ):
     rank_epochs(monkeypatch, 0.9, 0.8, 0.7, 0.6, 0.5)
-    monkeypatch.setattr(loop, "auroc_difference", lambda *args: (0.1, 0.01))
+    monkeypatch.setattr(steps, "auroc_difference", lambda *args: (0.1, 0.01))
     folder = tmp_path / "run"
     train(config(epochs=6, freeze_epochs=1, patience=2), folder)
     lines = history(folder)
     assert [line["best"] for line in lines] == [True, False, False]
     out = capsys.readouterr().out
-    assert "more than its noise 2 times in a row: back to the weights of epoch 1, training ends" in out
+    assert "more than one standard error in 2 epochs in a row: back to the weights of epoch 1, training ends" in out
     before, after = read_checkpoint(tiny_classfine), weights(folder)
     moved = {key for key in after if not torch.equal(before[key], after[key])}
     assert moved == {"classifier.weight", "classifier.bias"}  # epoch 1 was frozen
     assert "back to the weights of epoch 1" in json.loads((folder / "run.json").read_text())["status"]
     content = (folder / "model.safetensors").read_bytes()
 
-    monkeypatch.setattr(loop, "accumulate", None)  # nothing is trained
+    monkeypatch.setattr(loop, "accumulate_gradients", None)  # nothing is trained
     assert main(["--resume", str(folder)]) == 0
-    assert "State found: AUROC of the tuning patients below the best" in capsys.readouterr().out
+    assert "State found: validation AUROC below the best" in capsys.readouterr().out
     assert (folder / "model.safetensors").read_bytes() == content and history(folder) == lines
 
 
 @pytest.mark.parametrize("difference", [(0.01, 0.02), None], ids=["within the noise", "unknown"])
 def test_auroc_within_its_noise_ends_nothing(difference, config, tmp_path, monkeypatch):
     rank_epochs(monkeypatch, 0.9, 0.8, 0.7)
-    monkeypatch.setattr(loop, "auroc_difference", lambda *args: difference)
+    monkeypatch.setattr(steps, "auroc_difference", lambda *args: difference)
     folder = train(config(epochs=3, freeze_epochs=1, patience=1, limit=12), tmp_path / "run")
     assert len(history(folder)) == 3 and json.loads((folder / "run.json").read_text())["status"] == "finished"
 
@@ -557,7 +556,7 @@ def test_tensorboard_has_one_value_per_epoch_also_after_an_interruption(config, 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = tmp_path / "run"
-    save, calls = loop.save_all, iter(range(1, 10))
+    save, calls = loop.save_checkpoint, iter(range(1, 10))
 
     def killed(*args):
         if next(calls) == 2:  # epoch 2 is in the events and not in a state
@@ -565,8 +564,8 @@ def test_tensorboard_has_one_value_per_epoch_also_after_an_interruption(config, 
         save(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_all", killed)
-        assert main([*flags, "--freeze-backbone", "--tensorboard", "--output-dir", str(folder)]) == 130
+        patch.setattr(loop, "save_checkpoint", killed)
+        assert main([*flags, "--freeze-epochs", "3", "--tensorboard", "--output-dir", str(folder)]) == 130
     assert main(["--resume", str(folder), "--tensorboard"]) == 0
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
     events = EventAccumulator(str(folder / "tensorboard"))
@@ -587,7 +586,7 @@ def test_tensorboard_without_the_package_is_one_line_and_exit_code_2(flags, tmp_
 def actions() -> dict[str, object]:
     """Flag -> argparse action."""
     parser = OneLineParser()
-    for add in (config_module.add_run_flags, config_module.add_training_flags, config_module.add_machine_flags):
+    for add in (config_module.add_run_flags, config_module.add_training_flags):
         add(parser)
     return {flag: action for action in parser._actions for flag in action.option_strings}
 
@@ -609,7 +608,6 @@ def test_flags_become_settings(flags):
     parser = OneLineParser()
     config_module.add_run_flags(parser)
     config_module.add_training_flags(parser)
-    config_module.add_machine_flags(parser)
     args = parser.parse_args(
         ["--ema_decay=0.99", "--unfreeze_layers", "0", "--no-pretrained", "--micro_batch", "3", "--cache_dir", "a_b"]
     )
@@ -645,9 +643,9 @@ def test_flags_become_settings(flags):
         (["--save-minutes", "-1"], "--save-minutes is -1.0, expected"),
         (["--data-dir", "nowhere"], "nowhere"),
         (["--ctclip-path", "nothing.pt"], "CT-CLIP model not found: run python ctclip_setup.py first"),
-        (["--use_attention", "cbam"], "is for slice backbones"),
-        (["--model", "resnet18", "--ctclip_path", "x.pt"], "goes with --model ctclip"),
-        (["--model", "resnet18", "--head", "mlp"], "--head goes with --model ctclip"),
+        (["--use_attention", "cbam"], "found --use-attention, which goes with a slice backbone"),
+        (["--model", "resnet18", "--ctclip_path", "x.pt"], "goes with --model ctclip only"),
+        (["--model", "resnet18", "--head", "mlp"], "--head, which goes with --model ctclip only"),
         (["--model", "dla46_c", "--no-pretrained", "--gradient-checkpointing", "on"], "dla46_c has no such mode"),
         (["--resume", "nowhere"], "no run.json in nowhere"),
         (["--resume", "nowhere", "--output-dir", "run"], "leave it out"),
@@ -671,7 +669,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(flags, line, phantoms, tiny_clas
 
 def test_command_line_trains_resumes_and_refuses_to_overwrite(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = [*flags, "--freeze_backbone"]
+    flags = [*flags, "--freeze_epochs=3"]
     assert main(["--mode", "full_train", "--output_dir", "results/run", *flags]) == 0
     assert "Next: python ctclip_evaluation.py --checkpoint results/run" in capsys.readouterr().out
     assert main(["--output-dir", "results/run", *flags]) == 2
@@ -693,7 +691,7 @@ def test_folders_may_have_moved_when_a_run_goes_on(config, tmp_path, monkeypatch
             raise KeyboardInterrupt
 
         patch.setattr(loop, "write_history", stop)  # after the first epoch's state
-        assert guarded(lambda: train(config, folder)) == 130
+        assert run_cli(lambda: train(config, folder)) == 130
     moved = tmp_path / "moved"
     (tmp_path / "cache").rename(moved)
     assert main(["--resume", str(folder), "--cache_dir", str(moved)]) == 0

@@ -1,0 +1,179 @@
+"""What a run writes and prints about itself: run.json, log.jsonl, TensorBoard events, the lines on the screen."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import timm
+import torch
+
+from ctclip import __version__
+from ctclip.evaluation.figures import TRAINING_CURVES, write_training_figure
+from ctclip.fileio import replacing
+from ctclip.formatting import plural
+from ctclip.training.checkpoint import TrainingState, full_disk_explained
+from ctclip.training.run import SPLIT_NAMES, Run, TrainingJob
+from ctclip.training.steps import Validation
+
+SMALL = 10**6  # bytes; more than a run's record, log and curves take
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run's folder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_history(run: Run, history: list[dict]) -> None:
+    if run.ranks.is_main:
+        with full_disk_explained(run.folder, "The log", SMALL), replacing(run.folder / "log.jsonl") as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in history))
+
+
+def write_curves(job: TrainingJob, history: list[dict]) -> None:
+    if job.run.ranks.is_main:
+        with full_disk_explained(job.run.folder, "The training curves", SMALL):
+            write_training_figure(history, job.run.folder / TRAINING_CURVES, job.note)
+
+
+def write_run_file(job: TrainingJob, status: str) -> None:
+    """run.json: what was run on what with which versions, and what became of each volume that was not used."""
+    run, splits = job.run, job.splits
+    if not run.ranks.is_main:
+        return
+    left_out = [{"name": name, "reason": reason} for name, reason in (*job.cohort.skipped, *run.failures.items())]
+    content = {
+        "status": status,
+        "config": asdict(run.config),
+        "data_dir": str(job.data_dir),
+        "phantom": job.phantom,
+        "labels": list(job.model.labels),
+        "device": str(run.device),
+        "processes": run.ranks.world,
+        "precision": str(run.dtype).removeprefix("torch."),
+        "micro_batch": run.micro_batch,
+        "gradient_checkpointing": run.checkpointing,
+        "volumes": {name: len(split.volumes) for name, split in splits.items()},
+        "patients": {name: len(split.patients) for name, split in splits.items()},
+        "tuning_patients": job.validation.patients,
+        "read_as": dict(Counter(run.readings.values())),
+        "left_out": left_out,
+        "versions": {
+            "ctclip": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        },
+    }
+    with full_disk_explained(run.folder, "The run's record", SMALL), replacing(run.folder / "run.json") as path:
+        path.write_text(json.dumps(content, indent=2))
+
+
+def epoch_record(state: TrainingState, train_loss: float | None, validation: Validation, seconds: float) -> dict:
+    """The epoch's line of log.jsonl."""
+    metrics = validation.metrics
+    return {
+        "epoch": state.progress.epoch + 1,
+        "stage": "frozen" if state.trainable.backbone_frozen else "unfrozen",
+        "open_layers": state.trainable.unfrozen,
+        "train_loss": train_loss,
+        "tuning_loss": metrics["loss"],
+        "tuning_auroc_macro": metrics["auroc_macro"],
+        "positive_rate": metrics["positive_rate"],
+        "label_rate": metrics["label_rate"],
+        "learning_rate": state.trainable.optimizer.param_groups[0]["lr"],
+        "skipped_steps": state.progress.skipped,
+        "best": validation.score > state.best.score,
+        "seconds": seconds,
+    }
+
+
+def open_tensorboard(run: Run, epoch: int) -> Any:
+    """A SummaryWriter on `<run>/tensorboard` when asked for, else None; a continued run goes on in the same curves."""
+    if not run.machine.tensorboard or not run.ranks.is_main:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run.folder / "tensorboard"), purge_step=epoch + 1)
+
+
+def write_scalars(writer: Any, record: dict) -> None:
+    if writer is not None:
+        for key, value in record.items():
+            if isinstance(value, (int, float)) and key != "epoch":
+                writer.add_scalar(key, value, record["epoch"])
+        writer.flush()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The screen
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def print_setup(job: TrainingJob) -> None:
+    run, model, config = job.run, job.model, job.run.config
+    backbone = sum(p.numel() for p in model.backbone_parameters())
+    head = sum(p.numel() for p in model.head_parameters())
+    loss = config.loss_type
+    if loss == "focal":
+        loss += f" (alpha {config.alpha:g}, gamma {config.gamma:g})"
+    counted = ", ".join(
+        f"{len(split.volumes)} {SPLIT_NAMES[name]} volumes of {plural(len(split.patients), 'patient')}"
+        for name, split in job.splits.items()
+    )
+    stages = f"{config.frozen_epochs} frozen, {config.epochs - config.frozen_epochs} unfrozen"
+    precision = str(run.dtype).removeprefix("torch.")
+    processes = f"{run.ranks.world} processes, " if run.ranks.world > 1 else ""
+    kind = f"{config.model}, head {model.head_name}" if model.is_ctclip else config.model
+    run.log(job.cohort.summary())
+    run.log(f"Split by patient: {counted}")
+    run.log(f"Model:    {kind}; backbone {backbone:,} parameters, head {head:,}, input {model.input_shape}")
+    if model.load_report:
+        run.log(f"Weights:  {model.load_report}")
+    run.log(f"Training: {config.epochs} epochs ({stages}), batch {config.batch_size}, loss {loss}")
+    run.log(f"Device:   {processes}{run.device} ({precision}), {run.workers} reading processes")
+    run.log(f"Cache:    {config.cache_dir}")
+    run.log(f"Run:      {run.folder}")
+
+
+def epoch_line(record: dict, epochs: int) -> str:
+    auroc = "undefined" if record["tuning_auroc_macro"] is None else f"{record['tuning_auroc_macro']:.3f}"
+    loss = "undefined" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
+    stage = "frozen" if record["stage"] == "frozen" else f"unfrozen ({record['open_layers']} layers)"
+    return (
+        f"epoch {record['epoch']:>2}/{epochs}  backbone {stage}  train loss {loss}  "
+        f"validation loss {record['tuning_loss']:.4f}  AUROC {auroc}  "
+        f"positive rate {record['positive_rate']:.3f} (labels {record['label_rate']:.3f})  {record['seconds']:.1f} s"
+        f"{'  best' if record['best'] else ''}"
+    )
+
+
+def print_summary(job: TrainingJob, state: TrainingState, seconds: float) -> None:
+    """The last lines of a run that this process has trained for `seconds`."""
+    run, best, history = job.run, state.best, state.history
+    trained = sum(run.ranks.all_gather(state.trained_volumes))
+    record = next((record for record in history if record["epoch"] == best.epoch), None)
+    if record is not None and record["tuning_auroc_macro"] is not None:
+        run.log(f"Best epoch {best.epoch}: macro AUROC {record['tuning_auroc_macro']:.3f} on the validation patients")
+    skipped = sum(record["skipped_steps"] for record in history)
+    if skipped:
+        run.log(f"Steps skipped because they were not finite: {skipped}")
+    if run.failures:
+        run.log(f"Volumes that could not be read: {len(run.failures)}, listed in {run.folder / 'run.json'}")
+    rate = trained / seconds  # every volume counts in every epoch
+    run.log(f"Training took {seconds:.0f} s, {rate:.0f} volumes per second, peak memory {peak_memory(run.device)}")
+
+
+def peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of GPU memory"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "not known on this system"
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"

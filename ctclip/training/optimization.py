@@ -1,0 +1,225 @@
+"""What is optimised: the trainable parameters with optimizer, learning rates, moving average, and the exchange of
+gradients between ranks."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from ctclip.training.run import Run
+from ctclip_model import CTCLIPMultiAbnormalityModel
+
+
+def schedule(progress: float, start: float, end: float, warmup: float) -> float:
+    """Fraction of the peak rate at `progress` (epochs): linear warm-up from `start`, times a cosine to 0 at `end`."""
+    if progress < start:
+        return 0.0
+    done = (progress - start) / (end - start)
+    rise = min(1.0, done / warmup) if warmup > 0 else 1.0
+    return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class EMA:
+    """Exponential moving average of parameters (timm's ModelEmaV3), by name. Off with decay 0."""
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.steps = 0
+        self.average: ModelEmaV3 | None = None
+        self.live = nn.ParameterDict()
+
+    def track(self, parameters: dict[str, nn.Parameter]) -> None:
+        """From now on averages these; an average that exists goes on, a new one starts at the present value."""
+        if not self.decay:
+            return
+        before = self.tensors()
+        self.live = nn.ParameterDict({name.replace(".", "/"): value for name, value in parameters.items()})
+        self.average = ModelEmaV3(self.live, decay=self.decay, use_warmup=True)
+        self.load({name: value for name, value in before.items() if name in parameters})
+
+    def update(self) -> None:
+        if self.average is not None:
+            self.steps += 1
+            self.average.update(self.live, step=self.steps)
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self.average is None:
+            return {}
+        return {name.replace("/", "."): value.detach() for name, value in self.average.module.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        own = self.tensors()
+        for name, value in tensors.items():
+            own[name].copy_(value)
+
+
+@contextmanager
+def swapped_in(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Temporarily gives the model these tensors, by name."""
+    own = {name: value for name, value in model.state_dict(keep_vars=True).items() if name in tensors}
+    with torch.no_grad():
+        before = {name: value.detach().clone() for name, value in own.items()}
+        for name, value in own.items():
+            value.copy_(tensors[name])
+        try:
+            yield
+        finally:
+            for name, value in own.items():
+                value.copy_(before[name])
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    on_gpu = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state()} | on_gpu
+
+
+def set_rng_state(device: torch.device, state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class GradientExchange(nn.Module):
+    """Averages accumulated gradients over ranks with DistributedDataParallel, in one pass without data.
+
+    Volumes go through the model itself, so that a rank may need more passes than another, run out of memory, or have
+    nothing readable in a step, without leaving the others waiting inside a backward pass.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        super().__init__()
+        self.trainable = nn.ParameterList(parameters)
+
+    def forward(self) -> Tensor:
+        return sum(parameter.sum() for parameter in self.trainable) * 0.0
+
+
+class TrainableParameters:
+    """The parameters that are trained at present: the head's, and those of the layers that are unfrozen."""
+
+    def __init__(self, run: Run, model: CTCLIPMultiAbnormalityModel):
+        self.run, self.model, self.config = run, model, run.config
+        self.layers = model.layers()
+        self.unfrozen = 0  # layers, counted from the output
+        self.epoch = -1  # that `unfreeze` was last called for
+        self.ema = EMA(self.config.ema_decay)
+        self.exchange: nn.Module | None = None
+        by_name = dict(model.named_parameters())
+        head = {id(parameter) for parameter in model.head_parameters()}
+        self.names = [name for name, parameter in by_name.items() if id(parameter) in head]
+        self._parameters: dict[str, nn.Parameter] = {}  # those of `names`
+        groups = self._groups("head", self.names, self.config.head_learning_rate, 0)
+        # One operation in place of ten per tensor: most of what a step of a small head on the CPU takes.
+        self.optimizer = torch.optim.AdamW(groups, fused=True if run.device.type == "cpu" else None)
+
+    def _groups(self, title: str, names: Sequence[str], rate: float, start: int) -> list[dict]:
+        """AdamW groups for these parameters; no weight decay on vectors (norms, scales, biases)."""
+        parameters = dict(self.model.named_parameters())
+        groups = []
+        for decayed in (True, False):
+            chosen = [parameters[name] for name in names if (parameters[name].ndim > 1) == decayed]
+            decay = self.config.weight_decay if decayed else 0.0
+            settings = {"title": title, "peak": rate, "start": start, "lr": 0.0, "weight_decay": decay}
+            groups += [{"params": chosen} | settings] if chosen else []
+        return groups
+
+    @property
+    def backbone_frozen(self) -> bool:
+        return self.unfrozen == 0
+
+    def unfreeze(self, epoch: int) -> None:
+        """Unfreezes the layers that are to be trained in this epoch, those nearest to the output first."""
+        for at in range(self.config.frozen_epochs, epoch + 1):
+            unfrozen = self.config.unfrozen_layers(at, len(self.layers))
+            for depth in range(self.unfrozen, unfrozen):  # layers between this one and the output
+                names = self.layers[-1 - depth]
+                rate = self.config.backbone_learning_rate * self.config.layer_decay**depth
+                for group in self._groups(f"layer {len(self.layers) - depth}", names, rate, at):
+                    self.optimizer.add_param_group(group)
+                self.names = [*self.names, *names]
+                self._parameters = {}
+            self.unfrozen = max(self.unfrozen, unfrozen)
+        self.epoch = epoch
+        if self.unfrozen:
+            self.model.unfreeze_backbone(None if self.unfrozen == len(self.layers) else self.unfrozen)
+        else:
+            self.model.freeze_backbone()
+        parameters = self.parameters()
+        self.ema.track(parameters)
+        if self.run.ranks.world > 1:
+            self.exchange = None  # before the next one hooks into the same parameters
+            self.exchange = nn.parallel.DistributedDataParallel(GradientExchange(list(parameters.values())))
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        if not self._parameters:  # gathered once: a walk through the model costs more than a step
+            everything = dict(self.model.named_parameters())
+            self._parameters = {name: everything[name] for name in self.names}
+        return self._parameters
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that training may have changed: parameters, and BatchNorm statistics of a slice backbone."""
+        found = {name: value.detach() for name, value in self.parameters().items()}
+        if self.unfrozen and not self.model.is_ctclip:  # CT-CLIP's buffers (codebook, zeros) are fixed
+            found |= dict(self.model.named_buffers())
+        saved = self.model.state_dict()
+        return {name: value for name, value in found.items() if name in saved}
+
+    def evaluated_tensors(self) -> dict[str, Tensor]:
+        """What is evaluated and saved: averages where there are any."""
+        return self.tensors() | self.ema.tensors()
+
+    def set_learning_rates(self, progress: float) -> None:
+        """To the schedule's value at `progress` (epochs)."""
+        for group in self.optimizer.param_groups:
+            warmup, end = self.config.warmup_fraction, self.config.epochs
+            group["lr"] = group["peak"] * schedule(progress, group["start"], end, warmup)
+
+    def snapshot(self) -> dict:
+        """Random-number state and BatchNorm statistics: what forward passes change before the optimizer's step."""
+        statistics = [] if self.model.is_ctclip else [buffer.clone() for buffer in self.model.buffers()]
+        return {"rng": rng_state(self.run.device), "statistics": statistics}
+
+    def roll_back(self, snapshot: dict) -> None:
+        """Discards the gradients of a step that the optimizer has not taken, and all else that it has changed."""
+        self.zero_grad()
+        set_rng_state(self.run.device, snapshot["rng"])
+        for buffer, value in zip(self.model.buffers(), snapshot["statistics"], strict=False):
+            buffer.copy_(value)
+
+    def average_gradients(self) -> None:
+        """Over the ranks."""
+        if self.exchange is not None:
+            with warnings.catch_warnings():  # on the strides of an axis of length 1
+                warnings.filterwarnings("ignore", message="Grad strides do not match")
+                self.exchange().backward()
+
+    def clip_and_step(self) -> bool:
+        """Clips the gradients and takes one optimizer step; False, and no step, if they are not finite.
+
+        An overflow is part of loss scaling, and counts as finite until the scale has nowhere left to go.
+        """
+        scaler = self.run.scaler
+        parameters = [parameter for parameter in self.parameters().values() if parameter.grad is not None]
+        if not parameters:
+            return True  # nothing of this step could be read
+        scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        finite, too_long = torch.stack([norm.isfinite(), norm > self.config.clip_norm]).tolist()
+        if finite and too_long:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
+        if finite or scaler.is_enabled():  # on an overflow the scaler skips the step and lowers its scale
+            scaler.step(self.optimizer)
+            scaler.update()
+        if finite:
+            self.ema.update()
+        return finite or (scaler.is_enabled() and scaler.get_scale() >= 1)
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,198 @@
+"""One optimizer step and one validation: micro-batches in, gradients or logits out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctclip.config import TrainingConfig, TrainingError
+from ctclip.data.loading import Batch, volume_loader
+from ctclip.evaluation.metrics import auroc_difference, compute_metrics
+from ctclip.inference.predictor import chunks, predict_volumes
+from ctclip.training.features import CHUNK, frozen_inputs
+from ctclip.training.run import Split, TrainingJob, out_of_memory
+from ctclip_model import ABNORMALITIES
+
+CACHED_MICRO_BATCH = 32  # times as many volumes: cached features take less than this fraction of an encoder's memory
+
+
+class MicroBatch(NamedTuple):
+    """What goes through the model at once."""
+
+    inputs: Tensor  # volumes (n, 1, D, H, W), or the head's inputs where the backbone's features are cached
+    labels: Tensor  # (n, 18)
+    names: list[str]
+    cached: bool
+    last: bool  # of its step
+
+
+@dataclass
+class StepResult:
+    """What a rank saw in one step: the sum of its losses, of how many volumes, and the volumes whose loss is not
+    finite."""
+
+    loss_sum: float = 0.0
+    seen: int = 0
+    not_finite: list[str] = field(default_factory=list)
+    out_of_memory: bool = False
+
+
+def shuffled_batches(split: Split, config: TrainingConfig, epoch: int) -> list[list[int]]:
+    """Indices of the volumes of every step of an epoch, for all ranks together; the same for every call."""
+    generator = torch.Generator().manual_seed(_epoch_seed(config, epoch))
+    order = torch.randperm(len(split.volumes), generator=generator)
+    return [batch.tolist() for batch in order.split(config.batch_size)]
+
+
+def _epoch_seed(config: TrainingConfig, epoch: int) -> int:
+    return config.seed * 100_003 + epoch
+
+
+def read_micro_batches(job: TrainingJob, batches: Sequence[list[int]], epoch: int) -> Iterator[MicroBatch]:
+    """This rank's share of these steps, on the device. Every step has a last micro-batch, even where nothing in it
+    could be read."""
+    run, split = job.run, job.train
+    cached = split.rows is not None
+    size = run.micro_batch * (CACHED_MICRO_BATCH if cached else 1)
+    indices, last = [], []
+    for batch in batches:
+        of_step = chunks(run.ranks.shard(batch), size) or [[]]
+        indices += of_step
+        last += [False] * (len(of_step) - 1) + [True]
+    if cached:
+        labels, names = split.labels, split.names
+        for chunk, is_last in zip(indices, last, strict=True):
+            inputs = frozen_inputs(run, job.model, split, chunk) if chunk else torch.empty(0)
+            own = labels.index_select(0, torch.tensor(chunk, dtype=torch.long))
+            yield MicroBatch(inputs, own.to(run.device), [names[i] for i in chunk], True, is_last)
+        return
+    loader = volume_loader(
+        split.volumes, job.model.input_shape, micro_batches=indices, num_workers=run.workers,
+        augment_seed=_epoch_seed(run.config, epoch) if run.config.augment else None, pin=run.device.type == "cuda",
+    )  # fmt: skip
+    for batch, is_last in zip(loader, last, strict=True):
+        run.record("train", split.volumes, batch)
+        names = [split.volumes[i].name for i in batch.index.tolist()]
+        volumes, labels = (x.to(run.device, non_blocking=True) for x in (batch.volumes, batch.labels))
+        yield MicroBatch(volumes, labels, names, False, is_last)
+
+
+def accumulate_gradients(job: TrainingJob, micro_batches: Iterator[MicroBatch], batch_size: int) -> StepResult:
+    """Adds up this rank's gradients of one step, of `batch_size` volumes over all ranks."""
+    run, result = job.run, StepResult()
+    for inputs, labels, names, cached, last in micro_batches:
+        if len(labels):
+            if cached:
+                logits = job.model.head(inputs)
+            else:
+                with run.autocast():
+                    logits = job.model(inputs)
+            loss = job.criterion(logits.float(), labels)
+            value = loss.item()
+            if math.isfinite(value):
+                # Gradients are averaged over ranks, and each rank only has its share of the step.
+                share = len(labels) / batch_size * run.ranks.world
+                run.scaler.scale(loss * share).backward()
+                result.loss_sum += value * len(labels)
+                result.seen += len(labels)
+            else:
+                finite = logits.isfinite().all(1).tolist()
+                culprits = [name for name, good in zip(names, finite, strict=True) if not good]
+                result.not_finite += culprits or names
+        if last or run.stop.number:  # a step may take minutes, and a signal gives seconds
+            return result
+    raise AssertionError("a step without a last micro-batch")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Validation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Validation:
+    """Metrics at 0.5 and loss of the validation volumes that could be read, with their names and logits (n, 18)."""
+
+    metrics: dict
+    names: list[str]
+    logits: Tensor
+
+    @property
+    def score(self) -> float:
+        """Higher is better. With one class in every label there is no AUROC; the loss then decides."""
+        auroc = self.metrics["auroc_macro"]
+        return auroc if auroc is not None else -self.metrics["loss"]
+
+
+@torch.no_grad()
+def predict_validation(job: TrainingJob, indices: list[int]) -> dict[int, Tensor | None]:
+    """Logits (18,) of these validation volumes, in float32 in every stage; None for one that cannot be read.
+
+    Every rank computes its share; all get the whole.
+    """
+    run, model, split = job.run, job.model, job.validation
+    model.eval()
+    mine = run.ranks.shard(indices)
+    read, logits = mine, torch.zeros(0, len(ABNORMALITIES))
+    if mine and split.rows is not None:
+        inputs = (frozen_inputs(run, model, split, chunk) for chunk in chunks(mine, CHUNK))
+        logits = torch.cat([model.head(chunk).float().cpu() for chunk in inputs])
+    elif mine:
+        read, logits = _encode_and_predict(job, mine)
+    found: dict[int, Tensor | None] = dict.fromkeys(indices)
+    for of_rank, rows in run.ranks.all_gather((read, logits)):
+        found |= {i: row.clone() for i, row in zip(of_rank, rows, strict=True)}
+    return found
+
+
+def _encode_and_predict(job: TrainingJob, indices: list[int]) -> tuple[list[int], Tensor]:
+    """Indices, of those given, of the validation volumes that could be read, and their logits."""
+    run, volumes = job.run, [job.validation.volumes[i] for i in indices]
+
+    def on_batch(batch: Batch) -> None:
+        run.record("tuning", volumes, batch)
+        run.stop.check("the epoch's steps are saved")
+
+    while True:
+        try:
+            read, logits = predict_volumes(job.model, volumes, run.micro_batch, run.workers, on_batch)
+            return [indices[i] for i in read], logits
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or run.micro_batch == 1:
+                raise
+        run.use_less_memory(job.model)
+
+
+def validation_metrics(job: TrainingJob, predicted: dict[int, Tensor | None]) -> Validation:
+    """`predicted` is {index: logits} of all validation volumes."""
+    split = job.validation
+    read = sorted(i for i, row in predicted.items() if row is not None)
+    if not read:
+        raise TrainingError("none of the validation volumes could be read; see the lines above")
+    logits, labels = torch.stack([predicted[i] for i in read]), split.labels[read]
+    metrics = compute_metrics(labels.numpy(), logits.sigmoid().numpy())
+    metrics["loss"] = job.criterion(logits.to(job.run.device), labels.to(job.run.device)).item()
+    return Validation(metrics, [split.volumes[i].name for i in read], logits)
+
+
+def is_significantly_worse(validation: Validation, names: Sequence[str], logits: Tensor, split: Split) -> bool:
+    """Whether its macro AUROC is below that of `logits` by more than the standard error of the difference.
+
+    On the volumes that both evaluations could read.
+    """
+    volumes = {volume.name: volume for volume in split.volumes}
+    before = dict(zip(names, logits, strict=True))
+    now = dict(zip(validation.names, validation.logits, strict=True))
+    both = [name for name in now if name in before]
+    if not both:
+        return False
+    first, second = (torch.stack([rows[name] for name in both]).sigmoid().numpy() for rows in (before, now))
+    labels = np.stack([volumes[name].labels for name in both])
+    change = auroc_difference(labels, first, second, [volumes[name].patient for name in both])
+    return change is not None and change[0] > change[1]
