@@ -118,6 +118,7 @@ UNUSED_KEYS = (
 )
 
 READ_AT_ONCE = 2**24  # numbers copied from one mapping of a file: 67 MB in float32
+ONE_THREAD = 2**14  # numbers that torch copies in one thread; several would wait for each other's page faults
 
 SLIM_OF = "slim_of"  # in the header of a slim copy: the name of the file it was made from
 
@@ -755,9 +756,11 @@ def _in_memory(read: Callable[[], dict[str, Tensor]], like: dict[str, Tensor]) -
         for start in range(0, tensor.numel(), READ_AT_ONCE):
             if count >= READ_AT_ONCE:
                 state, count = read(), 0
-            part = copies[key].view(-1)[start : start + READ_AT_ONCE]
-            part.copy_(state[key].reshape(-1)[start : start + READ_AT_ONCE])
-            count += len(part)
+            target = copies[key].view(-1)[start : start + READ_AT_ONCE]
+            source = state[key].reshape(-1)[start : start + READ_AT_ONCE]
+            for part, values in zip(target.split(ONE_THREAD), source.split(ONE_THREAD), strict=True):
+                part.copy_(values)
+            count += len(target)
     return copies
 
 
