@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil, inf, isfinite, nan, prod
 from pathlib import Path
 
@@ -34,6 +35,8 @@ MOST_VOLUMES, READING_SECONDS = 8, 15  # read so many, at least 2, and stop afte
 LONG = 5  # seconds: what takes longer needs no warm-up
 HEADROOM = 1.1  # on memory: fragmentation, and what other programs may take meanwhile
 SMALL_FILES = 5_000_000  # bytes of figures, tables and logs in a run's folder
+
+in_bytes = partial(size_text, digits=1)
 
 
 def print_estimate(config: TrainingConfig, folder: Path, machine: Machine) -> None:
@@ -218,9 +221,9 @@ def check_disk(job: TrainingJob, cache: FeatureCache, workload: Workload) -> Dis
     free = shutil.disk_usage(own).free
     same = cache_need if own.stat().st_dev == other.stat().st_dev else 0
     if need + same > free:
-        also = f", and {size_text(same)} for the cache" if same else ""
+        also = f", and {in_bytes(same)} for the cache" if same else ""
         raise TrainingError(
-            f"{folder}: found {size_text(free)} free on its disk, expected {size_text(need)} for the weights and "
+            f"{folder}: found {in_bytes(free)} free on its disk, expected {in_bytes(need)} for the weights and "
             f"{KEEP + 1} states of this run{also}; free that much on it, or choose an --output-dir elsewhere"
         )
     return Disk(cache_need, cache_free, need, free)
@@ -402,8 +405,8 @@ def memory_error(job: TrainingJob, workload: Workload, need: float, unfrozen: bo
         if not job.run.checkpointing and job.run.set_checkpointing(job.model, True):  # not every model can
             remedies.append("add --gradient-checkpointing on")
         remedies += ["keep the backbone frozen (--freeze-backbone)", "use a larger GPU"]
-    found = f"{size_text(workload.available)} of memory" if isfinite(workload.available) else "too little memory"
-    expected = size_text(need) if isfinite(need) else "more"
+    found = f"{in_bytes(workload.available)} of memory" if isfinite(workload.available) else "too little memory"
+    expected = in_bytes(need) if isfinite(need) else "more"
     return TrainingError(
         f"{job.run.device}: found {found}, expected {expected} for {what}; {', or '.join(remedies)}"
     )
@@ -465,7 +468,7 @@ def estimate_text(job: TrainingJob, result: Estimate) -> str:
     need, available = max(result.memory, default=0.0), workload.available
     memory = "not known on this system"
     if isfinite(sum(result.memory) + available):
-        memory = f"{size_text(need)} of {size_text(available)}"
+        memory = f"{in_bytes(need)} of {in_bytes(available)}"
     disk = result.disk
     lines = {
         "Device": _device_text(job, workload),
@@ -475,8 +478,8 @@ def estimate_text(job: TrainingJob, result: Estimate) -> str:
         "Frozen": _frozen_text(result),
         "Unfrozen": _unfrozen_text(job.run.config, result),
         "Memory": memory,
-        "Disk": f"cache {size_text(disk.cache_need)} of {size_text(disk.cache_free)} free in "
-        f"{job.run.config.cache_dir}; run {size_text(disk.run_need)} of {size_text(disk.run_free)} free in "
+        "Disk": f"cache {in_bytes(disk.cache_need)} of {in_bytes(disk.cache_free)} free in "
+        f"{job.run.config.cache_dir}; run {in_bytes(disk.run_need)} of {in_bytes(disk.run_free)} free in "
         f"{job.run.folder.parent}",
         "Total": f"about {duration(result.total)}",
     }
@@ -495,7 +498,7 @@ def _device_text(job: TrainingJob, workload: Workload) -> str:
     if run.device.type == "cuda":
         name = torch.cuda.get_device_name(run.device)
     known = isfinite(workload.available)
-    free = f"{size_text(workload.available)} free" if known else "free memory not known"
+    free = f"{in_bytes(workload.available)} free" if known else "free memory not known"
     precision = str(run.dtype).removeprefix("torch.") + (" with loss scaling" if run.scaler.is_enabled() else "")
     number = f"{workload.world} processes, the first on " if workload.world > 1 else ""
     return f"{number}{run.device}, {name}, {free}; {precision}"

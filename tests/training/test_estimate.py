@@ -74,7 +74,7 @@ def test_volumes_in_the_cache_are_not_counted_again(run, phantoms, tiny_classfin
     code, out, _ = run("--cache-dir", str(cache), "--limit", "24")
     lines = lines_of(out)
     assert code == 0 and lines["Volumes"].endswith(", 0 not in the cache yet")
-    assert lines["Encoding"] == "nothing left to encode" and lines["Disk"].startswith("cache 0.00 MB")
+    assert lines["Encoding"] == "nothing left to encode" and lines["Disk"].startswith("cache 0.0 MB")
     assert listing(tmp_path) == before
 
 
@@ -136,7 +136,7 @@ def test_disk_is_counted_at_its_fullest(run, tiny_classfine):
 def test_too_little_memory_is_refused_in_one_line(run, monkeypatch, flags):
     monkeypatch.setattr(estimate, "available_memory", lambda device: 20_000_000)
     code, out, err = run(*flags)
-    assert code == 2 and one_line(err) and "found 20.00 MB of memory, expected " in err and "Plan (" not in out
+    assert code == 2 and one_line(err) and "found 20.0 MB of memory, expected " in err and "Plan (" not in out
     for remedy in ("--unfreeze-layers 1", "--gradient-checkpointing on", "--freeze-backbone"):
         assert (remedy in err) == (not flags)
 
@@ -183,7 +183,7 @@ def test_micro_batch_is_halved_until_it_fits(run, monkeypatch, available, size, 
     unfrozen = lines_of(out)["Unfrozen"]
     assert code == 0 and f"batch 8, micro-batch {size}, accumulation {8 // size}, " in unfrozen
     assert unfrozen.endswith(f"; add --micro-batch {size}: 8 do not fit") == (size < 8)
-    assert lines_of(out)["Memory"].startswith(f"{HEADROOM * (10 + 4 * size):.2f} GB of ")
+    assert lines_of(out)["Memory"].startswith(f"{HEADROOM * (10 + 4 * size):.1f} GB of ")
 
 
 @pytest.mark.parametrize(("device", "size"), [("cuda", 8), ("cpu", 2)])

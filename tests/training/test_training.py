@@ -603,6 +603,46 @@ def test_every_setting_has_a_flag_that_shows_its_default():
                 assert type(default)(re.search(r"\(default (.*?)[):]", text)[1]) == default, flag
 
 
+ALWAYS = {  # flags that every run looks at
+    "--mode", "--output-dir", "--resume", "--plan", "--device", "--workers", "--micro-batch", "--save-minutes",
+    "--tensorboard", "--data-dir", "--limit", "--tuning-fraction", "--augment", "--model", "--dropout", "--epochs",
+    "--freeze-backbone", "--batch-size", "--learning-rate", "--weight-decay", "--warmup-fraction", "--clip-norm",
+    "--ema-decay", "--loss-type", "--class-weights", "--seed", "--help", "--version",
+}  # fmt: skip
+
+
+def test_every_flag_has_an_effect_or_is_refused():
+    table = config_module.training_flag_uses(TrainingConfig())
+    found = [flag for flag in config_module.training_parser("")._option_string_actions if flag.startswith("--")]
+    assert sorted(found) == sorted([*ALWAYS, *table])
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--data-dir", "D", "--train-volumes", "30"], "--train-volumes, which goes with the built-in cohort"),
+        (["--data-dir", "D", "--valid-volumes=30"], "--valid-volumes, which goes with the built-in cohort"),
+        (["--loss-type", "bce", "--alpha", "0.35"], "--alpha, which goes with --loss-type focal"),
+        (["--loss-type", "asl", "--gamma", "2"], "--gamma, which goes with --loss-type focal"),
+        (["--freeze_backbone", "--unfreeze_layers", "2"], "--unfreeze-layers, which goes with unfrozen epochs"),
+        (["--freeze-epochs", "5", "--epochs", "5", "--patience", "2"], "--patience, which goes with unfrozen epochs"),
+        (["--freeze-backbone", "--layer-decay", "1"], "--layer-decay, which goes with unfrozen epochs"),
+        (["--freeze-backbone", "--backbone-learning-rate", "1"], "--backbone-learning-rate, which goes with unfrozen"),
+        (["--freeze-backbone", "--gradient-checkpointing", "on"], "--gradient-checkpointing, which goes with unfrozen"),
+        (["--freeze-backbone", "--freeze-epochs", "2"], "--freeze-epochs, which goes with a backbone that is unfrozen"),
+        (["--freeze-epochs", "0", "--cache-dir", "C"], "--cache-dir, which goes with frozen epochs"),
+        (["--no-pretrained"], "--no-pretrained, which goes with a slice backbone"),
+        (["--head", "mlp", "--init-head", "file"], "--init-head, which goes with --model ctclip and --head linear"),
+    ],
+)
+def test_a_flag_without_effect_is_refused_also_with_its_default(flags, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(flags) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and err.startswith(f"error: found {line}") and "leave it out" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_flags_become_settings(flags):
     """Underscores as well; what is left out keeps its default."""
     parser = OneLineParser()
