@@ -8,6 +8,7 @@ tests/test_architecture.py checks the same graph.
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +83,9 @@ PURPOSES = {"scripts": "What a user starts.", "ground": "What every part uses, f
 def purpose_of(layer: str) -> str:
     """The first sentence of the docstring of the layer's module or package."""
     file = ROOT / (f"{MODEL}.py" if layer == "model" else f"ctclip/{layer}/__init__.py")
-    return PURPOSES.get(layer) or (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split(". ")[0]
+    if layer in PURPOSES:
+        return PURPOSES[layer]
+    return re.split(r"\.\s", ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "")[0]
 
 
 def draw(graph: dict[str, set[str]], target: Path) -> None:
