@@ -100,7 +100,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
     from ctclip.evaluation.example import EXAMPLE_NOTE, write_example
     from ctclip.evaluation.results import EvaluationInputs
     from ctclip.evaluation.run_folder import check_output_folder, newest_run, results_folder, run_record
-    from ctclip.evaluation.tables import load_labels, load_predictions
+    from ctclip.evaluation.tables import read_labels, read_predictions
     from ctclip.fileio import make_folder
     from ctclip.inference.run_predictions import run_inputs
     from ctclip.phantoms.cohort import is_phantom_cohort
@@ -113,12 +113,12 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
     if args.predictions:
         tuning = None
         if args.tuning_predictions:
-            tuning = load_predictions(args.tuning_predictions), load_labels(args.tuning_labels)
+            tuning = read_predictions(args.tuning_predictions), read_labels(args.tuning_labels)
         data_dir = Path(args.data_dir) if args.data_dir else None
         given = Path(args.predictions)
         phantom = bool(run_record(given.parent).get("phantom"))  # a phantom run's tables are about phantoms anywhere
         phantom = phantom or (data_dir is not None and is_phantom_cohort(data_dir))
-        predictions, labels = load_predictions(given), load_labels(args.labels)
+        predictions, labels = read_predictions(given), read_labels(args.labels)
         folder = Path(args.output_dir or Path("results", "evaluation"))
         check_output_folder(folder, given.parent if given.name == "predictions.csv" else None)
         return EvaluationInputs(predictions, labels, tuning, phantom=phantom, data_dir=data_dir), folder

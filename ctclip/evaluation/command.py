@@ -16,7 +16,7 @@ from ctclip.evaluation.output import write_calibrated, write_results
 from ctclip.evaluation.render import format_report
 from ctclip.evaluation.results import EvaluationInputs
 from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE, check_output_folder, run_metadata
-from ctclip.evaluation.tables import load_predictions, rows_of
+from ctclip.evaluation.tables import read_predictions, rows_of
 from ctclip.evaluation.thresholds import objective_score
 from ctclip.fileio import make_folder
 from ctclip.formatting import percent
@@ -33,7 +33,7 @@ def settings_from_flags(args: argparse.Namespace) -> Settings:
     if args.pictures < 0:
         raise UserError(f"found --pictures {args.pictures}, expected 0 or more; 0 shows none")
     if args.baseline:
-        load_predictions(args.baseline)
+        read_predictions(args.baseline)
     if args.metadata:
         read_metadata(args.metadata)
     return Settings(
@@ -55,11 +55,12 @@ def evaluate_and_write(
     `baseline` and `metadata` are files; `pictures` says how many of the most wrong volumes of each label and kind are
     shown as slices on the page.
     """
-    other = load_predictions(baseline) if baseline else None
+    other = read_predictions(baseline) if baseline else None
     groups = read_metadata(metadata) if metadata else run_metadata(inputs.data_dir)
-    if metadata and not set(groups or ()) & set(inputs.predictions.index):
-        raise UserError(f"{metadata}: found no row for any of the {len(inputs.predictions)} volumes, expected rows "
-                        "named as they are; check VolumeName")
+    volumes = inputs.predictions.frame.index
+    if metadata and not set(groups or ()) & set(volumes):
+        raise UserError(f"{metadata}: found no row for any of the {len(volumes)} volumes, expected rows named as they "
+                        "are; check VolumeName")
     evaluation = evaluate_tables(inputs, settings or Settings(), other, groups)
     print(format_report(evaluation.metrics))
     cases = worst_cases(evaluation.rows, evaluation.fitted)
@@ -79,7 +80,7 @@ def apply_calibration(source: str, predictions: str, output_dir: Path) -> None:
     """`--apply`: other predictions, calibrated and rescaled by a stored calibration, as two tables in `output_dir`."""
     path = Path(source)
     calibration = load_calibration(path / CALIBRATION_FILE if path.is_dir() else path)
-    frame = load_predictions(predictions)
+    frame = read_predictions(predictions).frame
     rows = rows_of(frame, None, list(frame.index), calibration.unit)
     check_output_folder(make_folder(output_dir, "change --output-dir"))
     write_calibrated(output_dir, calibration, rows.names, rows.probabilities)

@@ -57,12 +57,12 @@ from ctclip.evaluation.results import (
 from ctclip.evaluation.subgroups import groups_of, subgroup_metrics
 from ctclip.evaluation.tables import (
     Rows,
+    VolumeTable,
     check_no_overlap,
+    common_volumes,
     count_unnamed,
-    join,
     row_keys,
     rows_of,
-    source_of,
     tuning_rows,
 )
 from ctclip.evaluation.thresholds import tune_global_threshold, tune_label_thresholds
@@ -78,10 +78,10 @@ OPTIMISM_METRICS = ("positive_rate", "hamming_accuracy", "f1_macro", "recall_mac
 
 
 def evaluate(
-    predictions: pd.DataFrame,
-    labels: pd.DataFrame,
-    tuning: tuple[pd.DataFrame, pd.DataFrame] | None = None,
-    baseline: pd.DataFrame | None = None,
+    predictions: pd.DataFrame | VolumeTable,
+    labels: pd.DataFrame | VolumeTable,
+    tuning: tuple[pd.DataFrame | VolumeTable, pd.DataFrame | VolumeTable] | None = None,
+    baseline: pd.DataFrame | VolumeTable | None = None,
     output_dir: str | Path | None = None,
     history: list[dict] | None = None,
     phantom: bool = False,
@@ -90,29 +90,35 @@ def evaluate(
 ) -> dict:
     """Everything format_report prints and metrics.json holds; with `output_dir` also writes the files and figures.
 
-    Frames are those of load_predictions and load_labels. `tuning` is (predictions, labels) of patients who do not
+    Tables are those of load_predictions and load_labels. `tuning` is (predictions, labels) of patients who do not
     occur in `predictions`; without it everything fitted is cross-fitted by patient. `baseline` holds other predictions
     for the same volumes. `history` is log.jsonl's list of epochs. `metadata` is {volume: row of text cells}, for
     subgroups. `settings` are those of Settings.
     """
-    inputs = EvaluationInputs(predictions, labels, tuning, history, phantom)
-    evaluation = evaluate_tables(inputs, Settings(**settings), baseline, metadata)
+    fitted_on = None if tuning is None else (_as_table(tuning[0]), _as_table(tuning[1]))
+    inputs = EvaluationInputs(_as_table(predictions), _as_table(labels), fitted_on, history, phantom)
+    other = None if baseline is None else _as_table(baseline)
+    evaluation = evaluate_tables(inputs, Settings(**settings), other, metadata)
     if output_dir is not None:
         write_results(output_dir, evaluation, worst_cases(evaluation.rows, evaluation.fitted))
     return evaluation.metrics
 
 
+def _as_table(table: pd.DataFrame | VolumeTable) -> VolumeTable:
+    return table if isinstance(table, VolumeTable) else VolumeTable(table)
+
+
 def evaluate_tables(
     inputs: EvaluationInputs,
     settings: Settings,
-    baseline: pd.DataFrame | None = None,
+    baseline: VolumeTable | None = None,
     metadata: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Evaluation:
     """`evaluate` without files: nothing is written."""
-    predictions, labels = inputs.predictions, inputs.labels
-    tables = {"predictions": predictions, "labels": labels} | ({} if baseline is None else {"baseline": baseline})
-    volumes, skipped = join(tables, settings.allow_partial)
-    rows = rows_of(predictions, labels, volumes, settings.unit, skipped)
+    tables = {"predictions": inputs.predictions, "labels": inputs.labels}
+    tables |= {} if baseline is None else {"baseline": baseline}
+    volumes, skipped = common_volumes(tables, settings.allow_partial)
+    rows = rows_of(inputs.predictions.frame, inputs.labels.frame, volumes, settings.unit, skipped)
     fitted = fit_thresholds(rows, inputs.tuning, settings)
     resamples = draw(rows.patients, settings.resamples, settings.seed)
     scores = score_decisions(rows, fitted, resamples)
@@ -144,23 +150,23 @@ def evaluate_tables(
         positive = rows.probabilities >= fitted.thresholds
         metrics["subgroups"] = subgroup_metrics(rows, positive, _row_groups(rows, volumes, metadata), resamples)
     if baseline is not None:
-        others = rows_of(baseline, labels, volumes, settings.unit)
+        others = rows_of(baseline.frame, inputs.labels.frame, volumes, settings.unit)
         if inputs.tuning is not None:  # the baseline has no tuning patients: both are cross-fitted, to be judged alike
             scores = score_decisions(rows, fit_thresholds(rows, None, settings), resamples)
         theirs = score_decisions(others, fit_thresholds(others, None, settings), resamples)
-        metrics["baseline"] = {"source": source_of(baseline)} | _comparison(scores, theirs)
+        metrics["baseline"] = {"source": baseline.source} | _comparison(scores, theirs)
     metrics["success_criteria"] = success_criteria(metrics)
     return Evaluation(metrics, rows, fitted, inputs)
 
 
 def fit_thresholds(
-    rows: Rows, tuning: tuple[pd.DataFrame, pd.DataFrame] | None, settings: Settings
+    rows: Rows, tuning: tuple[VolumeTable, VolumeTable] | None, settings: Settings
 ) -> FittedThresholds:
     """Calibration and thresholds from tuning patients, or cross-fitted by patient where there are none."""
     source, fitted_on = rows, CROSS_FITTED
     if tuning is not None:
         source, fitted_on = tuning_rows(tuning, settings.unit, settings.allow_partial), TUNING
-        check_no_overlap(rows.patients, source.patients, source_of(tuning[0]))
+        check_no_overlap(rows.patients, source.patients, tuning[0].source)
 
     def fit(chosen: np.ndarray | slice) -> Calibration:
         return fit_calibration(source.labels[chosen], source.probabilities[chosen], source.patients[chosen],

@@ -7,15 +7,12 @@ that are all far too high.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ctclip.evaluation.tables import load_labels, load_predictions, write_table
+from ctclip.data.ct_rate import PREVALENCE
+from ctclip.evaluation.tables import VolumeTable, read_labels, read_predictions, write_table
 from ctclip_model import ABNORMALITIES
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 EXAMPLE_NOTE = "Simulated predictions, neither patients nor a model: AUROC 0.75, and 97 % of all decisions positive."
 DISTANCE = 0.954  # of two unit normals whose AUROC is 0.75: sqrt(2) * 0.6745
@@ -24,8 +21,6 @@ OVERCONFIDENCE = 1.79  # added to the scores, as logits: 97 % of them lie above 
 
 def over_predictor(n_patients: int, seed: int, prefix: str) -> tuple[list[str], np.ndarray, np.ndarray]:
     """(names, labels (N, 18), probabilities (N, 18)); a patient's two volumes have one label and nearly one score."""
-    from ctclip.data.ct_rate import PREVALENCE
-
     rng = np.random.default_rng(seed)
     shape = n_patients, len(ABNORMALITIES)
     labels = np.repeat(rng.random(shape) < list(PREVALENCE.values()), 2, axis=0).astype(np.int8)
@@ -34,13 +29,13 @@ def over_predictor(n_patients: int, seed: int, prefix: str) -> tuple[list[str], 
     return names, labels, 1 / (1 + np.exp(-(score + OVERCONFIDENCE)))
 
 
-def write_example(folder: Path, n_patients: int = 1000, n_tuning: int = 300) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
+def write_example(folder: Path, n_patients: int = 1000, n_tuning: int = 300) -> list[tuple[VolumeTable, VolumeTable]]:
     """(predictions, labels) of an over-predictor on reported and on tuning patients, written under a run's names."""
     for prefix, n, seed in (("", n_patients, 0), ("tuning_", n_tuning, 1)):
         names, labels, probabilities = over_predictor(n, seed, f"simulated{prefix.rstrip('_')}")
         write_table(folder / f"{prefix}labels.csv", names, labels)
         write_table(folder / f"{prefix}predictions.csv", names, probabilities)
     return [
-        (load_predictions(folder / f"{prefix}predictions.csv"), load_labels(folder / f"{prefix}labels.csv"))
+        (read_predictions(folder / f"{prefix}predictions.csv"), read_labels(folder / f"{prefix}labels.csv"))
         for prefix in ("", "tuning_")
     ]

@@ -13,11 +13,12 @@ from ctclip.config import CALIBRATION_FILE
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.cases import Case
 from ctclip.evaluation.figures import write_figures
+from ctclip.evaluation.metrics import EvaluationError
 from ctclip.evaluation.render import write_page
 from ctclip.evaluation.report import figure_captions
 from ctclip.evaluation.results import TUNING, Evaluation
 from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE
-from ctclip.evaluation.tables import source_of, write_table
+from ctclip.evaluation.tables import load_predictions, write_table
 from ctclip.fileio import make_folder, replacing
 from ctclip_model import ABNORMALITIES
 
@@ -45,10 +46,10 @@ def _write_tables(folder: Path, evaluation: Evaluation) -> None:
     metrics, rows, fitted = evaluation.metrics, evaluation.rows, evaluation.fitted
     with replacing(folder / "metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    own, given = folder / "predictions.csv", evaluation.inputs.predictions
-    if own.resolve() != Path(source_of(given)).resolve():  # a run's own file stays as it was written
+    own, given = folder / "predictions.csv", evaluation.inputs.predictions.frame[list(ABNORMALITIES)]
+    if not _holds(own, given):  # a run's own file stays as it was written, with its other columns
         with replacing(own) as path:
-            given[list(ABNORMALITIES)].to_csv(path)
+            given.to_csv(path)
     with replacing(folder / "per_label.csv") as path:
         _per_label_frame(metrics).to_csv(path)
     fitted.calibration.save(folder / CALIBRATION_FILE)
@@ -56,6 +57,13 @@ def _write_tables(folder: Path, evaluation: Evaluation) -> None:
         (folder / name).unlink(missing_ok=True)
     if fitted.fitted_on == TUNING:  # cross-fitted columns are made of five maps: no file that anyone could compare
         write_calibrated(folder, fitted.calibration, rows.names, rows.probabilities)
+
+
+def _holds(path: Path, predictions: pd.DataFrame) -> bool:
+    try:
+        return path.is_file() and load_predictions(path).equals(predictions)
+    except EvaluationError:
+        return False
 
 
 def _per_label_frame(metrics: dict) -> pd.DataFrame:

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from ctclip.evaluation.bootstrap import interval
 from ctclip.evaluation.calibration import Calibration
-from ctclip.evaluation.tables import Rows
+from ctclip.evaluation.tables import Rows, VolumeTable
 from ctclip_model import ABNORMALITIES
 
 TUNING, CROSS_FITTED = "tuning patients", "cross-fitted by patient"  # FittedThresholds.fitted_on
@@ -22,16 +21,16 @@ TUNING, CROSS_FITTED = "tuning patients", "cross-fitted by patient"  # FittedThr
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """Tables as load_predictions and load_labels give them, and what is known about their origin.
+    """Tables as read_predictions and read_labels give them, and what is known about their origin.
 
     `tuning` is (predictions, labels) of patients who do not occur in `predictions`. `history` is log.jsonl's list of
     epochs. `data_dir` is the cohort's folder, where volumes and metadata are looked up; `record` is a run's run.json.
     `note` is a disclaimer shown with the results, where they are not of phantoms.
     """
 
-    predictions: pd.DataFrame
-    labels: pd.DataFrame
-    tuning: tuple[pd.DataFrame, pd.DataFrame] | None = None
+    predictions: VolumeTable
+    labels: VolumeTable
+    tuning: tuple[VolumeTable, VolumeTable] | None = None
     history: list[dict] | None = None
     phantom: bool = False
     data_dir: Path | None = None

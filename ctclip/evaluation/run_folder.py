@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pandas as pd
-
 from ctclip.config import CALIBRATION_FILE, DEFAULT_OBJECTIVE
 from ctclip.data.cohort import read_metadata
 from ctclip.data.ct_rate import metadata_path
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration, fit_calibration, load_calibration
-from ctclip.evaluation.tables import load_labels, load_predictions, tuning_rows
+from ctclip.evaluation.tables import VolumeTable, read_labels, read_predictions, tuning_rows
 
 # What an evaluation leaves in its folder. Training removes them when the weights that they are about are replaced.
 APPLIED_FILES = ("predictions_calibrated.csv", "predictions_mapped.csv")
@@ -94,11 +92,11 @@ def run_calibration(run: Path) -> Calibration | None:
     return fit_calibration(rows.labels, rows.probabilities, rows.patients, objective=objective)
 
 
-def run_tuning(run: Path) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+def run_tuning(run: Path) -> tuple[VolumeTable, VolumeTable] | None:
     """(predictions, labels) of a run's tuning patients, or None."""
     if not (run / "tuning_predictions.csv").is_file():
         return None
-    return load_predictions(run / "tuning_predictions.csv"), load_labels(run / "tuning_labels.csv")
+    return read_predictions(run / "tuning_predictions.csv"), read_labels(run / "tuning_labels.csv")
 
 
 def run_metadata(data_dir: str | Path | None) -> dict[str, dict[str, str]] | None:

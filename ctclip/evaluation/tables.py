@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from ctclip.config import UNITS
 from ctclip.data.ct_rate import names_patient, patient_of, scan_of
@@ -16,36 +16,50 @@ from ctclip.evaluation.metrics import EvaluationError, checked
 from ctclip.fileio import replacing
 from ctclip_model import ABNORMALITIES
 
-if TYPE_CHECKING:
-    import pandas as pd
+
+@dataclass(frozen=True)
+class VolumeTable:
+    """Numbers by VolumeName and label, where they were read, and the line of each volume in that file."""
+
+    frame: pd.DataFrame
+    source: str = "a table given in memory"
+    lines: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_predictions(path: str | Path) -> pd.DataFrame:
     """Probabilities indexed by VolumeName, the 18 columns in ABNORMALITIES' order (matched by name, others ignored).
 
-    Any fault of the file raises EvaluationError naming file, line and remedy. `attrs` keep the path as "source" and
-    {name: line of the file} as "lines".
+    Any fault of the file raises EvaluationError naming file, line and remedy.
     """
-    table = _read_table(path)
-    if table.repeated:
-        raise EvaluationError(table.repeated[0])
-    frame = _frame(table)
-    values = frame.to_numpy()
-    bad = ~((values >= 0) & (values <= 1))  # NaN fails both comparisons
-    _refuse_values(path, frame, bad, "a probability in [0, 1]", "write sigmoid outputs, not logits")
-    return frame
+    return read_predictions(path).frame
 
 
 def load_labels(path: str | Path) -> pd.DataFrame:
     """Labels 0/1 (int8) from a CSV with CT-RATE's header; otherwise like load_predictions. Identical rows of a volume
     count once, as in training."""
-    frame = _frame(_read_table(path))
-    bad = ~np.isin(frame.to_numpy(), (0, 1))
-    _refuse_values(path, frame, bad, "0 or 1", "correct the label or remove the row")
-    return frame.astype(np.int8)
+    return read_labels(path).frame
 
 
-def _read_table(path: str | Path) -> Table:
+def read_predictions(path: str | Path) -> VolumeTable:
+    """`load_predictions` with the table's origin, for messages."""
+    table = _read_whole_rows(path)
+    if table.repeated:
+        raise EvaluationError(table.repeated[0])
+    values = _numbers(table)
+    bad = ~((values >= 0) & (values <= 1))  # NaN fails both comparisons
+    _check_values(table, values, bad, "a probability in [0, 1]", "write sigmoid outputs, not logits")
+    return VolumeTable(_frame(list(table.rows), values), str(path), table.lines)
+
+
+def read_labels(path: str | Path) -> VolumeTable:
+    """`load_labels` with the table's origin, for messages."""
+    table = _read_whole_rows(path)
+    values = _numbers(table)
+    _check_values(table, values, ~np.isin(values, (0, 1)), "0 or 1", "correct the label or remove the row")
+    return VolumeTable(_frame(list(table.rows), values.astype(np.int8)), str(path), table.lines)
+
+
+def _read_whole_rows(path: str | Path) -> Table:
     """A table in which every row is whole. Training skips the others; here they would change what is measured."""
     table = read_table(path, ABNORMALITIES, error=EvaluationError)
     if table.faults:
@@ -55,39 +69,32 @@ def _read_table(path: str | Path) -> Table:
     return table
 
 
-def _frame(table: Table) -> pd.DataFrame:
+def _numbers(table: Table) -> np.ndarray:
     """The 18 columns as floats; text that is no number becomes NaN."""
-    import pandas as pd
-
-    values = np.array([[number(cell) for cell in cells] for cells in table.rows.values()])
-    frame = pd.DataFrame(values, index=pd.Index(table.rows, name="VolumeName"), columns=list(ABNORMALITIES))
-    frame.attrs |= {"source": str(table.path), "lines": table.lines}
-    return frame
+    return np.array([[number(cell) for cell in cells] for cells in table.rows.values()])
 
 
-def _refuse_values(
-    path: str | Path, frame: pd.DataFrame, bad: np.ndarray, expected: str, remedy: str
-) -> None:
+def _check_values(table: Table, values: np.ndarray, bad: np.ndarray, expected: str, remedy: str) -> None:
     if not bad.any():
         return
     row, column = np.argwhere(bad)[0]
-    value = frame.iat[row, column]
+    value, name = values[row, column], list(table.rows)[row]
     found = "no number" if np.isnan(value) else f"{value:g}"
     more = f" ({bad.sum()} such values)" if bad.sum() > 1 else ""
-    name = frame.index[row]
     raise EvaluationError(
-        f"{path}, line {frame.attrs['lines'][name]}: found {found} for {frame.columns[column]} of {name}{more}, "
+        f"{table.path}, line {table.lines[name]}: found {found} for {ABNORMALITIES[column]} of {name}{more}, "
         f"expected {expected}; {remedy}"
     )
 
 
+def _frame(names: Sequence[str] | np.ndarray, values: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame(values, index=pd.Index(names, name="VolumeName"), columns=list(ABNORMALITIES))
+
+
 def write_table(path: str | Path, names: Sequence[str] | np.ndarray, values: np.ndarray) -> None:
     """VolumeName and the 18 columns, as predictions (probabilities) and labels (0/1) files have them."""
-    import pandas as pd
-
-    frame = pd.DataFrame(values, index=pd.Index(names, name="VolumeName"), columns=list(ABNORMALITIES))
     with replacing(path) as temporary:
-        frame.to_csv(temporary)
+        _frame(names, values).to_csv(temporary)
 
 
 # ------------------------------------------------------------------------------------------------ from tables to rows
@@ -118,33 +125,41 @@ class Rows:
         return len(np.unique(self.patients))
 
 
-def join(tables: Mapping[str, pd.DataFrame], allow_partial: bool = False) -> tuple[list[str], dict[str, int]]:
-    """(volume names that all tables hold, in the first one's order; {table: how many of its volumes are left out}).
+def common_volumes(
+    tables: Mapping[str, VolumeTable], allow_partial: bool = False
+) -> tuple[list[str], dict[str, int]]:
+    """(volume names that all tables hold, in the first one's order; {table: how many of its volumes are skipped}).
 
     Unless `allow_partial`, the tables must hold the same volumes: EvaluationError names the first that does not.
     """
     for table in tables.values():
-        if not table.index.is_unique:
-            twice = table.index[table.index.duplicated()][0]
-            raise EvaluationError(f"{source_of(table)}: found {twice} again, expected one row per volume; remove one")
+        index = table.frame.index
+        if not index.is_unique:
+            twice = index[index.duplicated()][0]
+            raise EvaluationError(f"{table.source}: found {twice} again, expected one row per volume; remove one")
     first, *others = tables.values()
-    names = set(first.index)
-    for table in others:
-        for has, lacks in ((first, table), (table, first)):
-            missing = has.index.difference(lacks.index, sort=False)
-            if len(missing) and not allow_partial:
-                line = has.attrs.get("lines", {}).get(missing[0])
-                raise EvaluationError(
-                    f"{source_of(lacks)}: found no row for {len(missing)} of the {len(has)} volumes in "
-                    f"{source_of(has)}, first {missing[0]}{f' (line {line})' if line else ''}, expected the same "
-                    "volumes; add them, remove them there, or go on with those in both: --allow-partial"
-                )
-        names &= set(table.index)
+    names = set(first.frame.index)
+    for other in others:
+        if not allow_partial:
+            _check_holds_all(other, first)
+            _check_holds_all(first, other)
+        names &= set(other.frame.index)
     if not names:
-        found = " and ".join(map(source_of, tables.values()))
+        found = " and ".join(table.source for table in tables.values())
         raise EvaluationError(f"{found}: found no volume in common, expected the same volumes; check VolumeName")
-    skipped = {what: len(table) - len(names) for what, table in tables.items() if len(table) > len(names)}
-    return [name for name in first.index if name in names], skipped
+    skipped = {what: len(table.frame) - len(names) for what, table in tables.items() if len(table.frame) > len(names)}
+    return [name for name in first.frame.index if name in names], skipped
+
+
+def _check_holds_all(table: VolumeTable, other: VolumeTable) -> None:
+    missing = other.frame.index.difference(table.frame.index, sort=False)
+    if len(missing):
+        line = other.lines.get(missing[0])
+        raise EvaluationError(
+            f"{table.source}: found no row for {len(missing)} of the {len(other.frame)} volumes in {other.source}, "
+            f"first {missing[0]}{f' (line {line})' if line else ''}, expected the same volumes; add them, remove them "
+            "there, or go on with those in both: --allow-partial"
+        )
 
 
 def rows_of(
@@ -167,11 +182,12 @@ def rows_of(
 
 
 def tuning_rows(
-    tuning: tuple[pd.DataFrame, pd.DataFrame], unit: str = "volume", allow_partial: bool = False
+    tuning: tuple[VolumeTable, VolumeTable], unit: str = "volume", allow_partial: bool = False
 ) -> Rows:
     """Rows of (predictions, labels) of tuning patients."""
-    volumes, skipped = join(dict(zip(("tuning predictions", "tuning labels"), tuning, strict=True)), allow_partial)
-    return rows_of(*tuning, volumes, unit, skipped)
+    predictions, labels = tuning
+    volumes, skipped = common_volumes({"tuning predictions": predictions, "tuning labels": labels}, allow_partial)
+    return rows_of(predictions.frame, labels.frame, volumes, unit, skipped)
 
 
 def _merged(rows: Rows, unit: str, keys: np.ndarray, how: str) -> Rows:
@@ -224,8 +240,3 @@ def row_keys(names: Sequence[str] | np.ndarray, unit: str) -> list[str]:
     """The row of that unit to which each volume belongs."""
     key_of: dict[str, Callable[..., np.ndarray]] = {"volume": np.array, "scan": scans_of, "patient": patients_of}
     return key_of[unit](names).tolist()
-
-
-def source_of(frame: pd.DataFrame) -> str:
-    """The file a table was read from."""
-    return frame.attrs.get("source", "a table given in memory")

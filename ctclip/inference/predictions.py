@@ -254,4 +254,4 @@ def prevalence(checkpoint: Path) -> np.ndarray:
     """(18,) share of positive volumes among a run's tuning patients, who are drawn like its training patients; without
     them, and for a weights file, in CT-RATE's train split."""
     tuning = run_tuning(checkpoint) if checkpoint.is_dir() else None
-    return np.array(list(PREVALENCE.values())) if tuning is None else tuning[1].to_numpy().mean(axis=0)
+    return np.array(list(PREVALENCE.values())) if tuning is None else tuning[1].frame.to_numpy().mean(axis=0)

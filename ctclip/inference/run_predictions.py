@@ -13,7 +13,7 @@ from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.feature_cache import FeatureCache
 from ctclip.evaluation.results import EvaluationInputs
 from ctclip.evaluation.run_folder import RunError, read_history, results_folder, run_record, run_tuning
-from ctclip.evaluation.tables import load_labels, load_predictions, write_table
+from ctclip.evaluation.tables import read_labels, read_predictions, write_table
 from ctclip.inference.predictor import load_model, predict_volumes, print_failures
 from ctclip.phantoms.cohort import is_phantom_cohort
 from ctclip_model import CTCLIPMultiAbnormalityModel
@@ -42,7 +42,7 @@ def run_inputs(
     record = run_record(run)
     phantom = bool(record.get("phantom", False)) if data_dir is None else is_phantom_cohort(data_dir)
     cohort = data_dir or record.get("data_dir")
-    predictions, labels = load_predictions(tables / "predictions.csv"), load_labels(tables / "labels.csv")
+    predictions, labels = read_predictions(tables / "predictions.csv"), read_labels(tables / "labels.csv")
     history = read_history(run / "log.jsonl")
     folder = Path(cohort) if cohort else None
     return EvaluationInputs(predictions, labels, run_tuning(run), history, phantom, folder, record)

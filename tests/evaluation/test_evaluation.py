@@ -25,7 +25,7 @@ from ctclip.evaluation import thresholds as th
 from ctclip.evaluation.metrics import ABNORMALITIES, EvaluationError, bin_index
 from ctclip.evaluation.render import format_report
 from ctclip.evaluation.run_folder import RunError
-from ctclip.evaluation.tables import Rows, join, patients_of, rows_of
+from ctclip.evaluation.tables import Rows, VolumeTable, common_volumes, patients_of, rows_of
 from ctclip.fileio import replacing
 from ctclip.inference.run_predictions import run_inputs
 
@@ -353,7 +353,8 @@ def test_names_that_tell_no_patient_are_counted_as_patients_and_said():
 def test_only_what_all_tables_hold_is_evaluated_when_allowed():
     predictions, labels = simulate(20, seed=0)
     other = predictions.iloc[::-1].iloc[4:]
-    names, left_out = join({"p": predictions.iloc[2:], "l": labels, "b": other}, allow_partial=True)
+    tables = {"p": predictions.iloc[2:], "l": labels, "b": other}
+    names, left_out = common_volumes({key: VolumeTable(frame) for key, frame in tables.items()}, allow_partial=True)
     assert names == list(predictions.index[2:36])
     assert left_out == {"p": 4, "l": 6, "b": 2}
     tuning = simulate(20, seed=1, first=100)
@@ -453,13 +454,13 @@ def test_a_label_table_that_trains_also_evaluates(tmp_path):
     head, *lines = rows.splitlines()
     path = tmp_path / "l.csv"
     path.write_text("\n".join([head, *(f"{line}," for line in (*lines, lines[0]))]))
-    pd.testing.assert_frame_equal(ev.load_labels(path), labels)
+    pd.testing.assert_frame_equal(tables_module.load_labels(path), labels)
     path.write_text("\n".join([head, *lines, lines[0].replace(",0,", ",1,", 1)]))
     with pytest.raises(EvaluationError, match="line 8: found valid_1_a_1.nii.gz with other values, expected one row"):
-        ev.load_labels(path)
+        tables_module.load_labels(path)
     other = labels.set_axis([f"{folder}/scan.nii.gz" for folder in "abcdef"])
     other.to_csv(path, index_label="VolumeName")
-    assert list(ev.load_labels(path).index) == list(other.index)
+    assert list(tables_module.load_labels(path).index) == list(other.index)
 
 
 def test_files_are_written_whole_and_read_back(tmp_path):
@@ -698,7 +699,7 @@ def test_newest_run_is_evaluated_and_named(tmp_path, monkeypatch, capsys):
 def test_a_run_is_read_as_training_left_it(tmp_path):
     make_run(tmp_path / "run", phantom=False)
     run = run_inputs(tmp_path / "run")
-    assert len(run.predictions) == len(run.labels) == len(run.tuning[0]) == len(run.tuning[1]) == 24
+    assert [len(table.frame) for table in (run.predictions, run.labels, *run.tuning)] == [24] * 4
     assert [row["epoch"] for row in run.history] == [1, 2]  # the line cut off by an interruption is left out
     assert run.phantom is False
     (tmp_path / "run" / "log.jsonl").write_text('{"epoch": \n{"epoch": 2}\n')

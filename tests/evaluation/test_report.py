@@ -24,6 +24,7 @@ from ctclip.evaluation.metrics import compute_metrics, per_label_metrics
 from ctclip.evaluation.render import format_report, markdown, write_page
 from ctclip.evaluation.report import Figure, Paragraph, Table, Value, figure_sections, report_sections
 from ctclip.evaluation.results import EvaluationInputs
+from ctclip.evaluation.tables import VolumeTable
 from ctclip_model import ABNORMALITIES
 
 HOSTILE = """<img src=x onerror=alert(1)>"'&.nii.gz"""
@@ -57,12 +58,11 @@ def evaluation():
     predictions.iloc[::3] = (200 * predictions.iloc[::3]).round() / 200
     labels[ONE_CLASS] = 0
     tables = [table.rename(index={predictions.index[0]: HOSTILE}) for table in (predictions, labels, baseline)]
-    tables[2].attrs["source"] = BREAKOUT
     sexes = {name: {"PatientSex": "FM"[i % 2], "Manufacturer": HOSTILE if i < 90 else "rare"}
              for i, name in enumerate(tables[0].index)}
-    tuning = simulate(40, seed=2, shift=1.0, split="train")
-    inputs = EvaluationInputs(tables[0], tables[1], tuning, note=BREAKOUT)
-    return evaluate_tables(inputs, Settings(resamples=50), tables[2], sexes)
+    tuning = tuple(VolumeTable(frame) for frame in simulate(40, seed=2, shift=1.0, split="train"))
+    inputs = EvaluationInputs(VolumeTable(tables[0]), VolumeTable(tables[1]), tuning, note=BREAKOUT)
+    return evaluate_tables(inputs, Settings(resamples=50), VolumeTable(tables[2], BREAKOUT), sexes)
 
 
 @pytest.fixture(scope="module")

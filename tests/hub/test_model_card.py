@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard
 from ctclip.card_file import EARLIER_MARK, MARK, discard_card
 from ctclip.evaluation.calibration import load_calibration
 from ctclip.evaluation.evaluate import evaluate
+from ctclip.evaluation.tables import VolumeTable
 from ctclip.hub import model_card as card_module
 from ctclip.hub import push
 from ctclip.hub.__main__ import main
@@ -54,8 +55,7 @@ def evaluated(tmp_path_factory):
     """metrics.json and calibration.json as an evaluation writes them, with a baseline of somebody's folder."""
     folder = tmp_path_factory.mktemp("evaluated")
     reported, tuning = simulate(60, 1), simulate(50, 2, split="train", first=500)
-    baseline = simulate(60, 3)[0]
-    baseline.attrs["source"] = "/home/jane/St_Elsewhere/old.csv"
+    baseline = VolumeTable(simulate(60, 3)[0], "/home/jane/St_Elsewhere/old.csv")
     names = reported[0].index
     metadata = {name: {"PatientSex": "M" if i else "F", "Manufacturer": "Doe_John" if i < 2 else "Maker"}
                 for i, name in enumerate(names)}
