@@ -14,10 +14,16 @@ In a script of your own: `from run_task2 import predict` (ctclip/inference/predi
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctclip.config import task_parser
+from ctclip.cli import refuse_unused, run_cli
+from ctclip.config import task_flag_uses, task_parser
+from ctclip.errors import UserError
 
 if TYPE_CHECKING:
     from ctclip.inference.predictions import predict
@@ -36,9 +42,63 @@ def __getattr__(name: str) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     args = task_parser(__doc__).parse_args(argv)
-    from ctclip.task import run
+    return run_cli(lambda: run(args), "a training run that has begun goes on with --resume")
 
-    return run(args)
+
+def run(args: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    task = "export" if args.export else args.task
+    refuse_unused(args.given, task_flag_uses(task))
+    from ctclip.evaluation.command import settings_from_flags  # after the flags: torch takes two seconds
+    from ctclip.evaluation.run_folder import newest_run
+    from ctclip.inference.commands import export_command, predict_command
+
+    settings = settings_from_flags(args)  # what is wrong with them is said before any work
+    if task == "predict":
+        predict_command(args)
+        return
+    if task == "export":
+        export_command(args)
+        return
+    if task == "evaluate":
+        folder = Path(args.checkpoint) if args.checkpoint else newest_run()
+    else:
+        trained = train_run(args, task)
+        if trained is None:  # --plan
+            return
+        folder = trained
+    if task != "train":
+        evaluate_run(args, folder, settings, getattr(args, "data_dir", None) if task == "evaluate" else None)
+    print(f"\nDone in {time.perf_counter() - started:.0f} s: {folder}")
+
+
+def train_run(args: argparse.Namespace, task: str) -> Path | None:
+    """The folder of the run that is now trained; None with --plan, which only says what it would take."""
+    from ctclip.data.cohort import load_cohort
+    from ctclip.training.estimate import print_estimate
+    from ctclip.training.loop import train
+    from ctclip.training.run import run_from_flags
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("found torchrun with run_task2.py, expected ctclip_training.py; evaluate afterwards")
+    if task == "full" and hasattr(args, "data_dir"):
+        load_cohort(args.data_dir, "valid", limit=1)  # there must be something to evaluate on
+    config, folder, machine = run_from_flags(args)
+    if args.plan:
+        print_estimate(config, folder, machine)
+        return None
+    return train(config, folder, machine)
+
+
+def evaluate_run(args: argparse.Namespace, run: Path, settings: Any, data_dir: str | None) -> None:
+    """Predicts the unseen split (with `data_dir`, another cohort's) where that was not done yet, and reports."""
+    from ctclip.evaluation.command import evaluate_and_write
+    from ctclip.evaluation.run_folder import results_folder
+    from ctclip.inference.run_predictions import run_inputs
+
+    folder = results_folder(run, data_dir)
+    inputs = run_inputs(run, data_dir, args.device, args.workers, folder)
+    evaluate_and_write(inputs, folder, settings, args.baseline, args.metadata, args.pictures)
 
 
 if __name__ == "__main__":

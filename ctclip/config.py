@@ -351,16 +351,6 @@ def evaluation_flags() -> list[str]:
     return ["--" + name.replace("_", "-") for name in vars(parser.parse_args([]))]
 
 
-def given_evaluation_flags(args: argparse.Namespace) -> list[str]:
-    """Flags of add_evaluation_flags that were given a value other than their default."""
-    defaults = argparse.ArgumentParser()
-    add_evaluation_flags(defaults)
-    return [
-        "--" + name.replace("_", "-") for name, value in vars(defaults.parse_args([])).items()
-        if getattr(args, name) != value
-    ]
-
-
 def training_parser(description: str) -> OneLineParser:
     """Of ctclip_training.py."""
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -436,6 +426,27 @@ def task_parser(description: str) -> OneLineParser:
     add_run_flags(parser)
     add_training_flags(parser)
     return parser
+
+
+def task_flag_uses(task: str) -> dict[str, tuple[str, bool]]:
+    """Of run_task2.py, flag -> (the modes that it goes with, whether `task` is one of them), for `refuse_unused`.
+
+    A flag that every mode looks at is not in it.
+    """
+    settings = (flag_of(item.name) for item in (*fields(TrainingConfig), *fields(Machine)))
+    training = (*settings, "--output-dir", "--resume", "--plan")
+    modes = dict.fromkeys(training, ("full", "train")) | dict.fromkeys(evaluation_flags(), ("full", "evaluate"))
+    modes |= dict.fromkeys(("--input", "--prompts", "--explain", "--map-thresholds", "--uncalibrated"), ("predict",))
+    modes |= {
+        "--output": ("predict", "export"),
+        "--checkpoint": ("evaluate", "predict", "export"),
+        "--data-dir": ("full", "train", "evaluate"),
+        "--workers": ("full", "train", "evaluate", "predict"),
+    }
+    for flag in ("--mode", "--device"):
+        del modes[flag]
+    spelled = {mode: f"--mode {mode}" for mode in MODES} | {"export": "--export onnx"}
+    return {flag: (" or ".join(spelled[mode] for mode in those), task in those) for flag, those in modes.items()}
 
 
 def hub_parser(description: str) -> OneLineParser:

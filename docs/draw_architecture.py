@@ -31,7 +31,7 @@ def layer_of(module: str) -> str:
         return "model" if package == MODEL else "scripts"
     if not parts:
         return "version"
-    return {"task": "scripts"}.get(parts[0], parts[0] if parts[0] in LAYERS else "ground")
+    return parts[0] if parts[0] in LAYERS else "ground"
 
 
 def imported_names(tree: ast.AST, package: str) -> set[str]:

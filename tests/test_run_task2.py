@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 import run_task2
+from ctclip.config import task_flag_uses, task_parser
 from ctclip.evaluation.calibration import load_calibration
 from ctclip.inference.predictor import load_model
 from ctclip_model import ABNORMALITIES, CheckpointError
@@ -128,14 +129,25 @@ WRONG_USAGE = [
     (["--mode", "predict"], "needs --input"),
     (["--mode", "predict", "--input", "x.nii.gz", "--checkpoint", "nothing.pt"], "found no such file or folder"),
     (["--mode", "evaluate"], "found no run"),
-    (["--mode", "evaluate", "--map-thresholds"], "found --map-thresholds with --mode evaluate"),
+    (["--mode", "evaluate", "--map-thresholds"], "found --map-thresholds, which goes with --mode predict only"),
     (["--objective", "auroc"], "found objective 'auroc'"),
     (["--data-dir", "nowhere", "--model", "ctclip"], "found no folder nowhere"),
-    (["--input", "scans"], "found --input with --mode full"),
-    (["--mode", "evaluate", "--output-dir", "x"], "found --output-dir with --mode evaluate"),
+    (["--input", "scans"], "found --input, which goes with --mode predict only"),
+    (["--mode", "evaluate", "--output-dir", "x"], "found --output-dir, which goes with --mode full or"),
+    (["--mode", "predict", "--input", "x", "--epochs", "2"], "found --epochs, which goes with --mode full or"),
+    (["--mode", "evaluate", "--tensorboard"], "found --tensorboard, which goes with --mode full or --mode train only"),
+    (["--export", "onnx", "--workers=2"], "found --workers, which goes with --mode full or"),
+    (["--mode", "train", "--resamples", "1000"], "found --resamples, which goes with --mode full or --mode evaluate"),
     (["--device", "cuda:77", "--mode", "train"], "--device cuda:77: not usable here"),
     (["--modell", "ctclip"], "unrecognized arguments"),
 ]
+
+
+def test_every_flag_goes_with_named_modes_or_with_all():
+    """A flag that no mode names would be ignored by some without a word."""
+    flags = {option for action in task_parser("")._actions for option in action.option_strings if option[:2] == "--"}
+    with_all = {"--help", "--version", "--mode", "--export", "--device"}
+    assert flags - with_all == set(task_flag_uses("full")) and with_all < flags
 
 
 @pytest.mark.parametrize(("flags", "line"), WRONG_USAGE)
