@@ -44,7 +44,7 @@ from ctclip.data.loading import Batch, micro_batch_size, volume_loader
 from ctclip.data.preprocessing import PREPROCESSING_VERSION
 from ctclip.distributed import Ranks
 from ctclip.errors import UserError
-from ctclip.fileio import DISK_FULL
+from ctclip.fileio import DISK_FULL, replacing
 from ctclip_model import CTCLIPMultiAbnormalityModel
 
 LINE_BYTES = 256  # more than an index line takes (about 150), for the estimate of disk space
@@ -167,10 +167,10 @@ class FeatureCache:
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
         self.folder = Path(cache_dir) / f"{model.cache_format}-{digest[:12]}"
         self._entries: list[Entry] = []
-        self._newest: dict[str, int] = {}  # source -> row
+        self._newest: dict[str, int] = {}  # cache_key of a volume -> row
         self._intact: set[int] = set()  # rows whose CRC has been compared
-        self._done: dict[int, int] = {}  # shard -> bytes of its index that are in _entries
-        self._maps: dict[int, np.ndarray] = {}  # shard -> (n, *shape)
+        self._indexed: dict[int, int] = {}  # shard -> bytes of its index that are in _entries
+        self._memmaps: dict[int, np.ndarray] = {}  # shard -> (n, *shape)
         self._writing: tuple[int, IO[bytes], IO[bytes]] | None = None  # this process' own shard: number, .bin, .jsonl
         self.refresh()
 
@@ -187,7 +187,7 @@ class FeatureCache:
 
     def _read_index(self, shard: int) -> None:
         with open(self._file(shard, ".jsonl"), "rb") as file:
-            file.seek(self._done.get(shard, 0))
+            file.seek(self._indexed.get(shard, 0))
             new = file.read()
         path = self._file(shard, ".bin")
         records = path.stat().st_size // self.record_bytes if path.exists() else 0
@@ -201,15 +201,15 @@ class FeatureCache:
                     self._entries.append(entry)
             except (ValueError, KeyError, TypeError):  # a power cut can leave zeros where a line was
                 continue
-        self._done[shard] = self._done.get(shard, 0) + len(whole)
-        self._maps.pop(shard, None)  # it has grown
+        self._indexed[shard] = self._indexed.get(shard, 0) + len(whole)
+        self._memmaps.pop(shard, None)  # it has grown
 
     def rows(self, volumes: Sequence[Volume]) -> list[int | None]:
         """Row of each volume's entry, None where there is none for the volume as it is now."""
         return self.rows_of(cache_keys(volumes))
 
-    def rows_of(self, sources: Sequence[str | None]) -> list[int | None]:
-        return [self._newest.get(source) if source else None for source in sources]
+    def rows_of(self, keys: Sequence[str | None]) -> list[int | None]:
+        return [self._newest.get(key) if key else None for key in keys]
 
     def readings(self, rows: Sequence[int]) -> list[str]:
         """How each volume's voxels were read: "hu" or "stored"."""
@@ -217,11 +217,11 @@ class FeatureCache:
 
     def _record(self, row: int) -> np.ndarray:
         entry = self._entries[row]
-        if entry.shard not in self._maps:
+        if entry.shard not in self._memmaps:
             path = self._file(entry.shard, ".bin")
             shape = path.stat().st_size // self.record_bytes, *self.shape
-            self._maps[entry.shard] = np.asarray(np.memmap(path, self.dtype, "r", shape=shape))
-        return self._maps[entry.shard][entry.record]
+            self._memmaps[entry.shard] = np.asarray(np.memmap(path, self.dtype, "r", shape=shape))
+        return self._memmaps[entry.shard][entry.record]
 
     def _is_intact(self, row: int) -> bool:
         if row not in self._intact and zlib.crc32(self._record(row).data) == self._entries[row].crc32:
@@ -236,10 +236,10 @@ class FeatureCache:
                 del self._newest[self._entries[row].source]
         return len(damaged)
 
-    def intact(self, sources: Sequence[str | None]) -> tuple[list[int | None], int]:
+    def intact(self, keys: Sequence[str | None]) -> tuple[list[int | None], int]:
         """(row of each intact entry, None without one; how many were damaged and count as missing from now on)."""
-        damaged = self.verify([row for row in self.rows_of(sources) if row is not None])
-        return self.rows_of(sources), damaged
+        damaged = self.verify([row for row in self.rows_of(keys) if row is not None])
+        return self.rows_of(keys), damaged
 
     def load(self, rows: Sequence[int]) -> Tensor:
         """(n, *shape), as stored: uint16 or int32 codes, float16 maps, float32 pooled features.
@@ -277,15 +277,15 @@ class FeatureCache:
         volumes: Sequence[Volume],
         arrays: Tensor,
         decisions: Sequence[HuDecision],
-        sources: Sequence[str | None] | None = None,
+        keys: Sequence[str | None] | None = None,
         remaining: int = 0,
     ) -> None:
         """Adds an entry for each volume from `arrays` (n, *shape); they are on the disk when this returns.
 
-        `sources`: those from before the files were read, since a file can change meanwhile; default: as they are now.
+        `keys`: those from before the files were read, since a file can change meanwhile; default: as they are now.
         Raises CacheError when the disk is full (the line speaks of the `remaining` volumes); earlier entries stay.
         """
-        sources = cache_keys(volumes) if sources is None else sources
+        keys = cache_keys(volumes) if keys is None else keys
         with np.errstate(over="ignore"):
             records = arrays.detach().cpu().numpy().astype(self.dtype, order="C")
         assert records.shape == (len(volumes), *self.shape), f"{records.shape} for {len(volumes)} x {self.shape}"
@@ -297,8 +297,8 @@ class FeatureCache:
             number = data.tell() // self.record_bytes
             write_all(data, records.tobytes())
             lines: list[str] = []
-            for volume, source, decision, record in zip(volumes, sources, decisions, records, strict=True):
-                line = {"record": number + len(lines), "name": volume.name, "source": source}
+            for volume, key, decision, record in zip(volumes, keys, decisions, records, strict=True):
+                line = {"record": number + len(lines), "name": volume.name, "source": key}
                 lines.append(json.dumps(line | {"reading": decision.reading, "crc32": zlib.crc32(record.data)}) + "\n")
             write_all(index, "".join(lines).encode())
         except BaseException as error:
@@ -316,10 +316,9 @@ class FeatureCache:
         """Creates the next shard, which no other process can then take."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "key.json").exists():
-            # Not through `replacing`: several writers may be here at once, on machines that number processes alike.
-            temporary = self.folder / f"key-{uuid4().hex}.tmp"
-            temporary.write_text(json.dumps(self.key, indent=2) + "\n")
-            os.replace(temporary, self.folder / "key.json")
+            # Its own name: several writers may be here at once, on machines that number processes alike.
+            with replacing(self.folder / "key.json", self.folder / f"key-{uuid4().hex}.tmp") as temporary:
+                temporary.write_text(json.dumps(self.key, indent=2) + "\n")
         shard = max(self._shards(".bin"), default=-1) + 1
         while True:
             try:
@@ -338,7 +337,7 @@ class FeatureCache:
 
     def disk_space(self, count: int) -> tuple[int, int]:
         """Bytes that `count` more volumes need, and bytes that are free on the folder's disk."""
-        return count * (self.record_bytes + LINE_BYTES), shutil.disk_usage(existing(self.folder)).free
+        return count * (self.record_bytes + LINE_BYTES), shutil.disk_usage(nearest_existing(self.folder)).free
 
     def disk_full_message(self, count: int, found: str) -> str:
         """The one line for a disk that is full, or will be, or does not let us write."""
@@ -350,7 +349,7 @@ class FeatureCache:
         )
 
 
-def existing(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
@@ -382,26 +381,11 @@ def encode_missing(
     in the cache or the disk has too little room (before anything is encoded), when the disk fills up, or when it is not
     one that all ranks see.
     """
-    sources = cache_keys(volumes)
-    rows, damaged = cache.intact(sources)
-    if damaged and ranks.is_main:
-        tqdm.write(f"{cache.folder}: found {damaged} damaged entries, counting them as missing")
-    missing = [i for i, row in enumerate(rows) if row is None]
-    need, free = cache.disk_space(len(missing))
-    problem = cache.missing_message(volumes, rows)
-    if problem is None and need > free:
-        problem = cache.disk_full_message(len(missing), "too little room")
-    # What the main rank sees counts: another one may have looked when the first new entries were there already.
-    missing, problem = ranks.all_gather((missing, problem))[0]
-    if problem:
-        raise CacheError(problem)
-    if missing and encoder_digest(model) != cache.key["encoder_sha256"]:
-        raise CacheError(f"{cache.folder}: found other weights than the cache was opened with; open it with this model")
-
+    keys = cache_keys(volumes)
+    missing = _missing(model, cache, volumes, keys, ranks)
     mine = ranks.shard(missing)
     chosen = [volumes[i] for i in mine]
-    size = micro_batch_size(model.input_shape, 16)
-    pin = device.type == "cuda"
+    size, pin = micro_batch_size(model.input_shape, 16), device.type == "cuda"
     loader = volume_loader(chosen, model.input_shape, size, num_workers=workers if chosen else 0, pin=pin)
     done = 0
     progress = tqdm(total=len(chosen), desc="encode", unit="vol", delay=2, disable=not ranks.is_main)
@@ -415,14 +399,14 @@ def encode_missing(
                 # neighbours, on the number of ranks, or on where an earlier run was killed.
                 uploads = (volume[None].to(device, non_blocking=True) for volume in batch.volumes)
                 arrays = torch.cat([model.encode_for_cache(upload) for upload in uploads])
-                before = [sources[mine[i]] for i in read]
+                before = [keys[mine[i]] for i in read]
                 cache.append([chosen[i] for i in read], arrays, batch.decisions, before, len(chosen) - done)
             done += len(read) + len(batch.failures)
             progress.update(len(read) + len(batch.failures))
     cache.close()
     ranks.barrier()
     cache.refresh()
-    rows = cache.rows_of(sources)
+    rows = cache.rows_of(keys)
     found = [row is not None for row in rows]
     if any(other != found for other in ranks.all_gather(found)):
         raise CacheError(
@@ -430,3 +414,28 @@ def encode_missing(
             "choose a --cache-dir on a shared file system"
         )
     return rows
+
+
+def _missing(
+    model: CTCLIPMultiAbnormalityModel,
+    cache: FeatureCache,
+    volumes: Sequence[Volume],
+    keys: Sequence[str | None],
+    ranks: Ranks,
+) -> list[int]:
+    """Which volumes have no intact entry, the same on all ranks. Raises CacheError where they cannot be encoded."""
+    rows, damaged = cache.intact(keys)
+    if damaged and ranks.is_main:
+        tqdm.write(f"{cache.folder}: found {damaged} damaged entries, counting them as missing")
+    missing = [i for i, row in enumerate(rows) if row is None]
+    need, free = cache.disk_space(len(missing))
+    message = cache.missing_message(volumes, rows)
+    if message is None and need > free:
+        message = cache.disk_full_message(len(missing), "too little room")
+    # What the main rank sees counts: another one may have looked when the first new entries were there already.
+    missing, message = ranks.all_gather((missing, message))[0]
+    if message:
+        raise CacheError(message)
+    if missing and encoder_digest(model) != cache.key["encoder_sha256"]:
+        raise CacheError(f"{cache.folder}: found other weights than the cache was opened with; open it with this model")
+    return missing

@@ -36,8 +36,8 @@ from ctclip.data.feature_cache import (
     cache_keys,
     encode_missing,
     encoding,
-    existing,
     file_signature,
+    nearest_existing,
     write_all,
 )
 from ctclip.data.hounsfield import HuDecision
@@ -218,7 +218,7 @@ def plan_disk(options: StreamOptions, cache: FeatureCache, transfers: Sequence[T
     if limit < (least := encoded + growth + largest.size):
         found = f"found --disk-gb {options.disk_gb:g}, expected at least {size_text(least)} for {file} and {codes}"
         raise HubError(found, "raise it, or choose fewer volumes", kind="disk")
-    scratch, store = existing(options.staging), existing(cache.folder)
+    scratch, store = nearest_existing(options.staging), nearest_existing(cache.folder)
     one_disk = scratch.stat().st_dev == store.stat().st_dev
     scratch_free, store_free = shutil.disk_usage(scratch).free, shutil.disk_usage(store).free
     shared = growth if one_disk else 0

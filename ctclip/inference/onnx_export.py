@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctclip.data.geometry import FIELD_OF_VIEW_MM
+from ctclip.data.hounsfield import HU_MAX, HU_MIN
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.run_folder import run_calibration
@@ -252,7 +253,7 @@ def _metadata(model: CTCLIPMultiAbnormalityModel, calibration: Calibration | Non
             "name": "volume",
             "shape": ["batch", 1, *model.input_shape],
             "axes": "batch, channel, depth (upwards), x, y: in plane the transpose of the usual image; LPS",
-            "values": "HU clipped to [-1000, 1000], then / 1000; padding -1",
+            "values": f"HU clipped to [{HU_MIN}, {HU_MAX}], then / {HU_MAX}; padding -1",
             "extent_mm": FIELD_OF_VIEW_MM,
             "made_by": f"ctclip.data.preprocessing.preprocess_volume(path, shape={model.input_shape})",
         }),

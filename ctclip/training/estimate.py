@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ctclip.config import SYNTHETIC_NOTE, Machine, TrainingConfig, TrainingError
-from ctclip.data.feature_cache import FeatureCache, encoding, existing
+from ctclip.data.feature_cache import FeatureCache, encoding, nearest_existing
 from ctclip.data.loading import VolumeDataset
 from ctclip.formatting import plural, size_text
 from ctclip.memory import process_memory, reset_peak_memory, system_memory
@@ -217,7 +217,7 @@ def check_disk(job: TrainingJob, cache: FeatureCache, workload: Workload) -> Dis
     weights = sum(tensor.numel() * tensor.element_size() for tensor in job.model.state_dict().values())
     state = (1 + workload.copies) * workload.trainable_bytes
     need = weights + KEEP * state + max(weights, state) + SMALL_FILES
-    own, other = existing(folder), existing(cache.folder)
+    own, other = nearest_existing(folder), nearest_existing(cache.folder)
     free = shutil.disk_usage(own).free
     same = cache_need if own.stat().st_dev == other.stat().st_dev else 0
     if need + same > free:
