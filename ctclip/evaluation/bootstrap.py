@@ -128,8 +128,8 @@ def compare(first: Mapping, second: Mapping, first_resampled: Mapping, second_re
 
 
 def difference(first: float | None, second: float | None, resampled: np.ndarray) -> dict:
-    """One difference. p is two-sided, from the share of resamples on the other side of 0, so that p < 0.05 says what
-    the interval says; with 1000 resamples it is never below 0.002. None where undefined."""
+    """One difference. p is two-sided, from the share of resamples on the other side of 0, so that p < 0.05 where
+    the interval excludes 0; with 1000 resamples it is never below 0.002. None where undefined."""
     if first is None or second is None or (bounds := interval(resampled)) is None:
         return {"difference": None, "interval": None, "p": None}
     known = resampled[~np.isnan(resampled)]

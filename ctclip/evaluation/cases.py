@@ -21,15 +21,15 @@ from ctclip.evaluation.results import FittedThresholds
 from ctclip.evaluation.tables import Rows, row_keys
 from ctclip_model import ABNORMALITIES
 
-LISTED = 3  # of each label and kind
+LISTED = 3  # volumes of each label and kind
 PICTURE_SHAPE = (200, 200, 200)  # voxels of 1.8 mm over the 360 mm cube; a slice is as many pixels
 LUNG_DENSITY = (-0.95, -0.5)  # HU / 1000
 
 
 @dataclass(frozen=True)
 class Case:
-    """A wrong decision: `kind` is "missed" or "false alarm", `probability` and `threshold` are calibrated, `picture` is
-    a JPEG, an axial beside a coronal slice, or None."""
+    """A wrong decision: `kind` is "false negative" or "false positive", `probability` and `threshold` are calibrated,
+    `picture` is a JPEG, an axial beside a coronal slice, or None."""
 
     label: str
     kind: str
@@ -40,14 +40,14 @@ class Case:
 
 
 def worst_cases(rows: Rows, fitted: FittedThresholds) -> list[Case]:
-    """Up to LISTED missed ones and as many false alarms of each label, the most wrong first."""
+    """Up to LISTED false negatives and false positives of each label, the most wrong first."""
     positive, calibrated = rows.probabilities >= fitted.thresholds, fitted.calibrated
     thresholds = np.broadcast_to(fitted.calibrated_thresholds, calibrated.shape)
     cases = []
     for j, label in enumerate(ABNORMALITIES):
         for kind, wrong, order in (
-            ("missed", (rows.labels[:, j] == 1) & ~positive[:, j], calibrated[:, j]),
-            ("false alarm", (rows.labels[:, j] == 0) & positive[:, j], -calibrated[:, j]),
+            ("false negative", (rows.labels[:, j] == 1) & ~positive[:, j], calibrated[:, j]),
+            ("false positive", (rows.labels[:, j] == 0) & positive[:, j], -calibrated[:, j]),
         ):
             chosen = np.flatnonzero(wrong)
             for i in chosen[np.argsort(order[chosen], kind="stable")][:LISTED]:

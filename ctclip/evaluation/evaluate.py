@@ -2,7 +2,7 @@
 
 What is promised, for every number this project prints:
 - Thresholds and calibration never see the patients they are reported on: they come from tuning patients, or, without
-  any, each fifth of the patients is judged by what was fitted on the other four ("cross-fitted by patient").
+  any, what is reported on each fifth of the patients was fitted on the other four ("cross-fitted by patient").
 - Intervals are of patients, not volumes (bootstrap.py); each metric is defined in one place (metrics.py).
 - Reports need nothing but the dictionary written to metrics.json, so what is printed is what is stored.
 """
@@ -151,7 +151,7 @@ def evaluate_tables(
         metrics["subgroups"] = subgroup_metrics(rows, positive, _row_groups(rows, volumes, metadata), resamples)
     if baseline is not None:
         others = rows_of(baseline.frame, inputs.labels.frame, volumes, settings.unit)
-        if inputs.tuning is not None:  # the baseline has no tuning patients: both are cross-fitted, to be judged alike
+        if inputs.tuning is not None:  # the baseline has none, so both are cross-fitted
             scores = score_decisions(rows, fit_thresholds(rows, None, settings), resamples)
         theirs = score_decisions(others, fit_thresholds(others, None, settings), resamples)
         metrics["baseline"] = {"source": baseline.source} | _comparison(scores, theirs)

@@ -1,4 +1,4 @@
-"""A simulated classifier that says "positive" 97 % of the time, to see what calibration and thresholds make of it.
+"""A simulated classifier that says "positive" 97 % of the time, to show what calibration and thresholds do to it.
 
 No CT and no model: 18 findings at CT-RATE's rates, a score that ranks each with an AUROC of 0.75, and probabilities
 that are all far too high.

@@ -319,7 +319,7 @@ def auroc_difference(
     """(macro AUROC of `first` minus that of `second`, its standard error), for two predictions of the same volumes.
 
     labels, first, second (N, 18), probabilities in [0, 1]; groups (N,) is each volume's patient. Labels with one class
-    are left out. Paired: what both predictions get right or wrong cancels. Clustered: a patient's volumes are not
+    are skipped. Paired: what both predictions get right or wrong cancels. Clustered: a patient's volumes are not
     independent. None where no label has both classes, or one patient leaves nothing to judge the spread by. Nothing is
     resampled: the same input gives the same numbers, in O(L N log N).
 

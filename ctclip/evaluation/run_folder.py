@@ -23,7 +23,7 @@ class RunError(UserError):
 
 
 def newest_run(results: str | Path = "results") -> Path:
-    """The run folder under `results` that was written to last, judged by its log.jsonl and run.json."""
+    """The run folder under `results` that was written to last, by the times of its log.jsonl and run.json."""
     written = [path for name in ("run.json", "log.jsonl") for path in Path(results).glob(f"*/{name}")]
     if not written:
         raise RunError(
@@ -58,7 +58,7 @@ def run_record(run: Path) -> dict:
 
 
 def read_history(path: str | Path) -> list[dict] | None:
-    """Epochs of a log.jsonl, or None where there is none; a last line cut off by an interrupted run is left out."""
+    """Epochs of a log.jsonl, or None where there is none; a last line cut off by an interrupted run is skipped."""
     path = Path(path)
     if not path.is_file():
         return None

@@ -11,7 +11,7 @@ from ctclip.evaluation.bootstrap import Resamples, enough_cases, interval, resam
 from ctclip.evaluation.metrics import decision_metrics, nanmean, none_if_nan, ranking_columns, resampled_auroc_and_ap
 from ctclip.evaluation.tables import Rows
 
-MIN_PATIENTS = 20  # fewer say nothing
+MIN_PATIENTS = 20  # too few for a metric below
 UNKNOWN = "not stated"
 AGE_BANDS = ((40, "under 40"), (60, "40 to 59"), (75, "60 to 74"), (np.inf, "75 and older"))  # years, below
 THICKNESS_BANDS = ((1, "up to 1 mm"), (2, "over 1 to 2 mm"), (4, "over 2 to 4 mm"), (np.inf, "over 4 mm"))
@@ -62,7 +62,7 @@ def subgroup_metrics(
 
     `groups` gives each row's attributes. A group's macro AUROC counts the findings with enough_cases in it,
     `auroc_labels` of them; groups differ in which, so `auroc_everyone` is the whole cohort's over the same findings.
-    Below MIN_PATIENTS patients nothing is computed. Attributes that nobody has stated are left out.
+    Below MIN_PATIENTS patients nothing is computed. Attributes that no row states are skipped.
     """
     overall, _ = ranking_columns(rows.labels, rows.probabilities)
     result: dict[str, list[dict]] = {}

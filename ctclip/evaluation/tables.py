@@ -227,7 +227,7 @@ def patients_of(names: Sequence[str] | np.ndarray) -> np.ndarray:
 
 
 def count_unnamed(names: Sequence[str] | np.ndarray) -> int:
-    """Volumes whose name is not of CT-RATE's form, so that patients_of may tell patients apart wrongly."""
+    """Volumes whose name is not of CT-RATE's form, so that patients_of may be wrong."""
     return sum(not names_patient(name) for name in names)
 
 

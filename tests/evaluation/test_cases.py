@@ -31,14 +31,14 @@ def fitted(calibrated, threshold, calibrated_threshold):
 
 
 def test_the_most_wrong_volumes_by_hand():
-    """Threshold 0.5: missed are 0.1, 0.2, 0.3, 0.4 (three are listed), false alarms 0.9, 0.6 and, equal to it, 0.5."""
+    """At 0.5: false negatives 0.1, 0.2, 0.3, 0.4 (three are listed), false positives 0.9, 0.6 and, equal to it, 0.5."""
     rows = rows_with([1, 1, 1, 1, 1, 0, 0, 0, 0], [0.3, 0.1, 0.2, 0.4, 0.8, 0.6, 0.9, 0.2, 0.5])
     found = cases.worst_cases(rows, fitted(rows.probabilities / 2, 0.5, 0.25))
     assert [(c.kind, c.name[6], c.probability) for c in found] == [
-        ("missed", "1", 0.05), ("missed", "2", 0.1), ("missed", "0", 0.15),
-        ("false alarm", "6", 0.45), ("false alarm", "5", 0.3), ("false alarm", "8", 0.25)]
+        ("false negative", "1", 0.05), ("false negative", "2", 0.1), ("false negative", "0", 0.15),
+        ("false positive", "6", 0.45), ("false positive", "5", 0.3), ("false positive", "8", 0.25)]
     assert {c.label for c in found} == {ABNORMALITIES[0]} and {c.threshold for c in found} == {0.25}
-    assert cases.worst_cases(rows, fitted(rows.probabilities, 2.0, 1.0))[-1].kind == "missed"
+    assert cases.worst_cases(rows, fitted(rows.probabilities, 2.0, 1.0))[-1].kind == "false negative"
 
 
 def test_the_picture_is_turned_as_radiologists_look():
@@ -65,7 +65,8 @@ def test_pictures_of_the_first_of_each_kind_and_what_could_not_be_read(phantoms,
     spoiled = volumes[1].path
     spoiled.write_bytes(spoiled.read_bytes()[:2000])
     names = [volumes[0].name, volumes[1].name, "valid_999_a_1.nii.gz"]
-    listed = [cases.Case("Emphysema", kind, name, 0.5, 0.5) for kind in ("missed", "false alarm") for name in names]
+    kinds = ("false negative", "false positive")
+    listed = [cases.Case("Emphysema", kind, name, 0.5, 0.5) for kind in kinds for name in names]
     pictured, failures = cases.with_pictures(listed, "volume", data_dir, 3)
     assert [case.picture is not None for case in pictured] == [True, False, False] * 2
     assert pictured[0].picture == pictured[3].picture and pictured[0].picture[:2] == b"\xff\xd8"
@@ -73,7 +74,7 @@ def test_pictures_of_the_first_of_each_kind_and_what_could_not_be_read(phantoms,
     assert "truncated" in failures[0][1] or "damaged" in failures[0][1]
     only_first, failures = cases.with_pictures(listed, "volume", data_dir, 1)
     assert [case.picture is not None for case in only_first] == [True, False, False] * 2 and not failures
-    of_scan = cases.Case("Emphysema", "missed", volumes[0].scan, 0.5, 0.5)
+    of_scan = cases.Case("Emphysema", "false negative", volumes[0].scan, 0.5, 0.5)
     scan, failures = cases.with_pictures([of_scan], "scan", data_dir, 1)
     assert scan[0].picture == pictured[0].picture and not failures
     with pytest.raises(CohortError, match="found no folder"):

@@ -71,8 +71,8 @@ def path(evaluation, tmp_path_factory):
 
     jpeg = io.BytesIO()
     Image.new("L", (40, 20), 128).save(jpeg, "JPEG")
-    cases = [Case("Lung nodule", "missed", HOSTILE, 0.1, 0.4, jpeg.getvalue()),
-             Case("Lung nodule", "false alarm", "valid_2_a_1.nii.gz", 0.9, 0.4)]
+    cases = [Case("Lung nodule", "false negative", HOSTILE, 0.1, 0.4, jpeg.getvalue()),
+             Case("Lung nodule", "false positive", "valid_2_a_1.nii.gz", 0.9, 0.4)]
     path = tmp_path_factory.mktemp("page") / "report.html"
     write(path, evaluation, HISTORY, RECORD, cases)
     return path
