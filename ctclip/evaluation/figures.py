@@ -104,7 +104,8 @@ def label_figure(
         if has_curve(plot, arrays[0]):
             plot.draw(ax, *arrays)
         ax.set_title(f"{_two_lines(name)}\n{plot.metric} {captions[name]}", fontsize=8.5)
-        ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal")
+        _unit_axes(ax, edge=0.02)
+        ax.set_aspect("equal")
         _tidy(ax)
     figure.supxlabel(plot.xlabel, fontsize=10, y=0.012)
     figure.supylabel(plot.ylabel, fontsize=10, x=0.008)
@@ -115,7 +116,7 @@ def label_svg(plot: LabelPlot, name: str, labels: np.ndarray, probabilities: np.
     """One label's panel for the page; arrays (N,)."""
     figure = new_figure(2.1, 2, layout=None)
     ax = figure.add_axes((0.15, 0.13, 0.82, 0.83))
-    ax.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    _unit_axes(ax)
     _tidy(ax, grid="y")
     plot.draw(ax, labels, probabilities, calibrated)
     return svg(figure, name)
@@ -238,23 +239,26 @@ def training_svgs(history: list[dict]) -> list[tuple[str, str]]:
 
 
 def draw_training(ax: Axes, history: list[dict], curves: Sequence[tuple[str, str, str]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     epochs = [row.get("epoch", number) for number, row in enumerate(history, 1)]
     frozen = [epoch for epoch, row in zip(epochs, history, strict=True) if row.get("stage") == "frozen"]
-    best = [(n, row.get("tuning_auroc_macro")) for n, row in zip(epochs, history, strict=True) if row.get("best")]
+    best = [(n, row.get("tuning_auroc_macro")) for n, row in zip(epochs, history, strict=True) if row.get("best")][-1:]
     ax.set(xlabel="Epoch", xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
     _tidy(ax, grid="y")
     if frozen:
-        ax.axvspan(min(epochs) - 0.5, max(frozen) + 0.5, facecolor=BAND, edgecolor=GREY, linewidth=0.5, zorder=0,
+        ax.axvspan(min(epochs) - 0.5, max(frozen) + 0.5, facecolor=BAND, edgecolor=LIGHT, linewidth=0.5, zorder=0,
                    label="Backbone frozen")
     for key, name, colour in curves:
         values = np.array([row.get(key) for row in history], dtype=float)  # None where an epoch has no value
         values[~np.isfinite(values)] = np.nan
         values *= 100 if key.endswith("_rate") else 1
         ax.plot(epochs, values, "o-", color=colour, markersize=4, label=name)
-        if key == "tuning_auroc_macro" and best and best[-1][1] is not None:
-            ax.scatter(*best[-1], s=90, facecolors="none", edgecolors=INK, linewidths=1.3, zorder=3,
-                       label=f"Best, epoch {best[-1][0]}")
-    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        for epoch, auroc in best:
+            if key == "tuning_auroc_macro" and auroc is not None:
+                ax.scatter(epoch, auroc, s=90, facecolors="none", edgecolors=INK, linewidths=1.3, zorder=3,
+                           label=f"Best, epoch {epoch}")
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10]))
     ax.legend(frameon=False, fontsize=9, labelcolor=INK)
 
 
@@ -311,24 +315,32 @@ def svg(figure: Figure, salt: str) -> str:
     text = text[text.index(">", text.index("<svg ")) + 1 :]
     for colour, name in PAGE_COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
-    text = re.sub(r"-?\d+\.\d+", lambda number: f"{round(float(number[0]), 1):g}", text)
+    text = re.sub(r"<[^>]+>", lambda tag: _shorter_tag(tag[0]), text)
     for pattern, replacement in (
         (r"<defs>\s*<style.*?</defs>|<!--.*?-->", ""),  # a style for all paths of the page; comments
-        (r' id="[\w.]+_\d+"| transform="rotate\(-0 [^"]*"', ""),  # figure_1, axes_1, ...: not unique in a page
-        (r'id="curve-(\w+)"', r'data-curve="\1"'),
-        (r" font-family: [^;\"]+;|;? stroke-line(cap|join): (square|miter)", ""),
-        (r'<path d="[^"]*" style="fill: none"/>', ""),  # backgrounds
-        (r"fill: none; |font-size: 9px; |; fill: var\(--muted\)", ""),  # as report.html has them for all
-        (r"(?<=[;:]) (?=[^<>]*/?>)", ""),
-        (r"\s*\n\s*", " "),
-        (r" ?([MLC]) (-?\d)", r"\1\2"),
-        (r"> <", "><"),
+        (r'<path d="[^"]*" style="fill:none"/>', ""),  # backgrounds
+        (r">\s*\n\s*<", "><"),
         (r"<g/>|<g></g>", ""),
     ):
         text = re.sub(pattern, replacement, text, flags=re.DOTALL)
-    box = " ".join(f"{value:.1f}" for value in axes)
-    text = f'<svg viewBox="0 0 {width:g} {height:g}" data-axes="{box}">{text}'
-    return text.strip()
+    corners = " ".join(f"{value:.1f}" for value in axes)
+    return f'<svg viewBox="0 0 {width:g} {height:g}" data-axes="{corners}">{text.strip()}'
+
+
+def _shorter_tag(tag: str) -> str:
+    """An SVG tag without what the page has for all of them, its lengths to a tenth of a point."""
+    tag = re.sub(r"-?\d+\.\d+", lambda number: f"{round(float(number[0]), 1):g}", tag)
+    for pattern, replacement in (
+        (r' id="curve-(\w+)"', r' data-curve="\1"'),
+        (r' id="[\w.]+_\d+"| transform="rotate\(-0 [^"]*"', ""),  # figure_1, axes_1, ...: not unique in a page
+        (r"\s*\n\s*", " "),
+        (r" ?([MLC]) (-?\d)", r"\1\2"),
+        (r"(?<=[;:]) ", ""),
+        (r"font-family:[^;\"]+;|font-size:9px;|;fill:var\(--muted\)", ""),
+        (r"fill:none;|;?stroke-line(cap|join):(square|miter)", ""),
+    ):
+        tag = re.sub(pattern, replacement, tag)
+    return tag
 
 
 def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
@@ -341,7 +353,7 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
     return figure
 
 
-def _tidy(ax: Axes, grid: str | None = None) -> None:
+def _tidy(ax: Axes, grid: Literal["x", "y"] | None = None) -> None:
     """Quiet axes; for the page without tick marks, whose symbols would be most of a small drawing."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(GREY)
@@ -349,6 +361,12 @@ def _tidy(ax: Axes, grid: str | None = None) -> None:
     if grid:
         ax.grid(axis=grid, color=GRID, linewidth=0.8)
         ax.set_axisbelow(True)
+
+
+def _unit_axes(ax: Axes, edge: float = 0) -> None:
+    ax.set(xlim=(-edge, 1 + edge), ylim=(-edge, 1 + edge))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks((0, 0.5, 1), ("0", "0.5", "1"))
 
 
 def _two_lines(name: str, width: int = 22) -> str:

@@ -10,7 +10,6 @@ import hashlib
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -21,11 +20,13 @@ from markupsafe import Markup
 from ctclip.evaluation.cases import Case
 from ctclip.evaluation.figures import SWEEP_CURVES
 from ctclip.evaluation.report import (
+    Block,
     Cell,
     Figure,
     Paragraph,
     Section,
     Table,
+    data_facts,
     data_name,
     figure_sections,
     flat,
@@ -39,7 +40,7 @@ from ctclip.formatting import WIDTH, metric_text
 
 TEXT_SECTIONS = ("data", "per_label", "calibration", "thresholds", "threshold_table", "comparison", "subgroups",
                  "baseline", "criteria")
-PAGE_SECTIONS = ("headline", "criteria", "comparison", "thresholds", "sweep", "per_label", "roc", "precision_recall",
+PAGE_SECTIONS = ("headline", "criteria", "comparison", "sweep", "thresholds", "per_label", "roc", "precision_recall",
                  "reliability", "rates", "training", "calibration", "subgroups", "baseline", "cases", "settings")
 
 
@@ -57,7 +58,8 @@ def _section_text(section: Section) -> str:
     for block in section.blocks:
         if isinstance(block, Figure):
             continue
-        lines += [""] * after_table
+        if after_table:
+            lines.append("")
         after_table = isinstance(block, Table)
         lines += _table_text(block) if isinstance(block, Table) else textwrap.wrap(block.text, WIDTH)
     return "\n".join(lines)
@@ -65,26 +67,27 @@ def _section_text(section: Section) -> str:
 
 def _table_text(table: Table) -> list[str]:
     if not table.columns:
-        width = max(len(row[0]) for row in table.rows) + 4
-        return [line for name, value in table.rows
-                for line in textwrap.wrap(f"{name:<{width}}{flat(value)}", WIDTH, subsequent_indent=" " * width)]
-    grouped, count = any(len(row) == 1 for row in table.rows), len(table.columns)
-    rows = [[*map(flat, row), *[""] * (count - len(row))] for row in table.rows]
-    for row, cells in zip(table.rows, rows, strict=True):
-        cells[0] = "  " * (grouped and len(row) > 1) + cells[0]
+        facts = [(flat(name), flat(value)) for name, value in table.rows]
+        width = max(len(name) for name, _ in facts) + 4
+        return [line for name, value in facts
+                for line in textwrap.wrap(f"{name:<{width}}{value}", WIDTH, subsequent_indent=" " * width)]
+    indent = "  " if any(len(row) == 1 for row in table.rows) else ""
+    rows = [[flat(row[0])] + [""] * (len(table.columns) - 1) if len(row) == 1
+            else [indent + flat(row[0]), *map(flat, row[1:])] for row in table.rows]
     columns = list(zip(table.columns, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     if len(_fitting(widths)) > 1:  # headings over several lines
         widths = [max(map(len, [*title.split(), *cells])) for title, *cells in columns]
-    lines = []
+    lines: list[str] = []
     for chosen in _fitting(widths):
-        lines += [""] * bool(lines)
+        if lines:
+            lines.append("")
         titles = [textwrap.wrap(table.columns[i], widths[i]) for i in chosen]
         height = max(map(len, titles))
         header = zip(*([*[""] * (height - len(title)), *title] for title in titles), strict=True)
-        for cells in (*header, ["-" * widths[i] for i in chosen], *([row[i] for i in chosen] for row in rows)):
-            aligned = (cell.rjust(widths[i]) for i, cell in zip(chosen[1:], cells[1:], strict=True))
-            lines.append("  ".join([cells[0].ljust(widths[0]), *aligned]).rstrip())
+        for line in (*header, ["-" * widths[i] for i in chosen], *([row[i] for i in chosen] for row in rows)):
+            aligned = (cell.rjust(widths[i]) for i, cell in zip(chosen[1:], line[1:], strict=True))
+            lines.append("  ".join([line[0].ljust(widths[0]), *aligned]).rstrip())
     return lines
 
 
@@ -101,7 +104,7 @@ def _fitting(widths: Sequence[int]) -> list[list[int]]:
 # --------------------------------------------------------------------------------------------------------- Markdown
 
 
-def markdown(blocks: Iterable[Paragraph | Table | Figure]) -> str:
+def markdown(blocks: Iterable[Block]) -> str:
     """Paragraphs and tables; figures have no place in a model card."""
     return "\n\n".join(_block_markdown(block) for block in blocks if not isinstance(block, Figure))
 
@@ -110,15 +113,16 @@ def _block_markdown(block: Paragraph | Table) -> str:
     if isinstance(block, Paragraph):
         return f"**{_escaped(block.text)}**" if block.warning else _escaped(block.text)
     if not block.columns:
-        return "\n".join(f"- {_escaped(name)}: {_escaped(flat(value))}" for name, value in block.rows)
-    lines = [map(_escaped, block.columns), ["---", *["--:"] * (len(block.columns) - 1)]]
-    lines += [[f"**{_escaped(flat(row[0]))}**", *[""] * (len(block.columns) - 1)] if len(row) == 1
-              else [_escaped(flat(cell)) for cell in row] for row in block.rows]
+        return "\n".join(f"- {_escaped(name)}: {_escaped(value)}" for name, value in block.rows)
+    others = len(block.columns) - 1
+    lines = [[*map(_escaped, block.columns)], ["---", *["--:"] * others]]
+    lines += [[f"**{_escaped(row[0])}**", *[""] * others] if len(row) == 1 else [*map(_escaped, row)]
+              for row in block.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _escaped(text: str) -> str:
-    return re.sub(r"\s+", " ", text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|"))
+def _escaped(cell: Cell) -> str:
+    return re.sub(r"\s+", " ", flat(cell).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|"))
 
 
 # ------------------------------------------------------------------------------------------------------------- HTML
@@ -138,14 +142,14 @@ def write_page(
         lead = ("Per label, the volumes whose calibrated probability lies farthest on the wrong side of the threshold, "
                 "some with an axial and a coronal slice: to tell a wrong label from a wrong model.")
         sections["cases"] = Section("cases", "Worst errors", [Paragraph(lead)])
-    facts = sections["data"].blocks[0]
-    facts = replace(facts, rows=[*[("Data", data)] * bool(data), *facts.rows,
-                                 ("Written", f"{datetime.now():%Y-%m-%d %H:%M}")])
+    facts = [*data_facts(metrics), ("Written", f"{datetime.now():%Y-%m-%d %H:%M}")]
+    if data:
+        facts.insert(0, ("Data", data))
     by_label: dict[str, list[Case]] = {}
     for case in cases:
         by_label.setdefault(case.label, []).append(case)
     text = _template().render(
-        title=f"CT-CLIP evaluation{f', {data}' if data else ''}", facts=facts, note=metrics["note"],
+        title=f"CT-CLIP evaluation{f', {data}' if data else ''}", facts=Table("Data", (), facts), note=metrics["note"],
         sections=[sections[key] for key in PAGE_SECTIONS if key in sections], cases=by_label,
         curves=[(key, name, metric_text(metrics["at_0.5"][key], key)) for key, name, _ in SWEEP_CURVES],
         slider=slider_data(metrics, labels, probabilities, calibrated),

@@ -5,6 +5,7 @@ Markdown and HTML. All but the figures is made from what metrics.json holds, so 
 from __future__ import annotations
 
 import base64
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ class Value:
 
 
 Cell = str | Value
+Row = Sequence[Cell]
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Row]
     sortable: bool = False
 
 
@@ -93,11 +95,14 @@ class Figure:
     shape: str = "panels"
 
 
+Block = Paragraph | Table | Figure
+
+
 @dataclass(frozen=True)
 class Section:
     key: str
     title: str
-    blocks: Sequence[Paragraph | Table | Figure]
+    blocks: Sequence[Block]
 
 
 def report_sections(metrics: Mapping) -> dict[str, Section]:
@@ -123,6 +128,10 @@ def fitted_on(thresholds: Mapping) -> str:
 
 
 def _data(metrics: Mapping) -> Section:
+    return Section("data", "Prediction analysis", [Table("Data", (), data_facts(metrics)), *_note(metrics)])
+
+
+def data_facts(metrics: Mapping) -> list[tuple[str, str]]:
     half, p, unit = metrics["at_0.5"], metrics["probabilities"], metrics["unit"]
     facts = [
         ("Samples", f"{metrics['n_volumes']:,} volumes of {metrics['n_patients']:,} patients"),
@@ -141,7 +150,7 @@ def _data(metrics: Mapping) -> Section:
         ("At or above 0.5", f"{percent(half['positive_rate'])} of {metrics['n_rows'] * N_LABELS:,} decisions "
                             f"(truly positive: {percent(half['label_rate'])})"),
     ]
-    return Section("data", "Prediction analysis", [Table("Data", (), facts), *_note(metrics)])
+    return facts
 
 
 def _note(metrics: Mapping) -> list[Paragraph]:
@@ -157,7 +166,7 @@ def _headline(metrics: Mapping) -> Section:
         "hamming_accuracy": f"{1 - half['label_rate']:.3f} if every decision is negative",
         "crg": "0.333 for all, none or random; 1 is perfect",
     }
-    rows = [("Macro AUROC", _value(half, intervals["at_0.5"], "auroc_macro", 3),
+    rows: list[Row] = [("Macro AUROC", _value(half, intervals["at_0.5"], "auroc_macro", 3),
              f"mean of {N_LABELS - len(metrics['undefined_auroc'])} labels; needs no threshold")]
     rows += [(f"{title}, tuned", _value(tuned, intervals["tuned"], key, 3), beside[key])
              for title, key in MEASURES if key in beside]
@@ -182,7 +191,7 @@ def _criteria(metrics: Mapping) -> Section:
 
 def _comparison(metrics: Mapping) -> Section:
     half, tuned, intervals = metrics["at_0.5"], metrics["tuned"], metrics["intervals"]["tuned"]
-    rows = [
+    rows: list[Row] = [
         (title, *(metric_text(metrics[name][key], key) for name in ("at_0.5", "calibrated", "tuned_global")),
          _value(tuned, intervals, key), _difference(tuned, half, key))
         for title, key in (*MEASURES, *AUROCS)
@@ -202,7 +211,7 @@ def _difference(first: Mapping, second: Mapping, key: str) -> str:
 
 def _thresholds(metrics: Mapping) -> Section:
     thresholds, one = metrics["thresholds"], metrics["tuned_global"]
-    blocks = [
+    blocks: list[Block] = [
         Paragraph(f"Objective {thresholds['objective']}; {fitted_on(thresholds)}."),
         Paragraph(f"Global threshold {thresholds['global']:.4f}: positive rate {percent(one['positive_rate'])} (label "
                   f"rate {percent(one['label_rate'])}), F1 {one['f1_macro']:.4f}, Hamming accuracy "
@@ -216,7 +225,7 @@ def _thresholds(metrics: Mapping) -> Section:
                                 f"{', '.join(thresholds['took_global'])}."))
     blocks.append(Paragraph("Optimism: what the same search would have claimed on the reported patients themselves "
                             "(apparent), beside what the thresholds from other patients gave (held out)."))
-    rows = []
+    rows: list[Row] = []
     for title, name in (("One threshold per label", "tuned"), ("One global threshold", "tuned_global")):
         apparent, held_out = metrics["optimism"][name]["claimed"], metrics["optimism"][name]["honest"]
         rows.append((title,))
@@ -269,7 +278,7 @@ def _calibration(metrics: Mapping) -> Section:
         lead += f" Chosen for the lowest log loss on patients it was not fitted on: {losses}."
     if metrics["settings"]["prevalence"]:
         lead += " Moved to the prevalence asked for, which is not that of the patients it was fitted on."
-    overall = [
+    overall: list[Row] = [
         ("Brier score", *(_value(calibration[when], intervals[when], "brier") for when in WHEN)),
         ("Expected calibration error (ECE)", *(decimal(calibration[when]["ece"]) for when in WHEN)),
         ("ECE if perfectly calibrated", *(decimal(calibration[when]["ece_if_calibrated"]) for when in WHEN)),
@@ -291,7 +300,7 @@ def _calibration(metrics: Mapping) -> Section:
 
 
 def _subgroups(subgroups: Mapping[str, Sequence[Mapping]]) -> Section:
-    rows: list[tuple[Cell, ...]] = []
+    rows: list[Row] = []
     for attribute, groups in subgroups.items():
         rows.append((attribute,))
         for group in groups:
@@ -311,7 +320,7 @@ def _subgroups(subgroups: Mapping[str, Sequence[Mapping]]) -> Section:
 
 def _baseline(base: Mapping) -> Section:
     this, differences = base["this"], base["differences"]
-    rows: list[tuple[Cell, ...]] = []
+    rows: list[Row] = []
     for heading, name, measures in (("Without a threshold", "at_0.5", AUROCS), ("At 0.5", "at_0.5", MEASURES),
                                     ("Tuned", "tuned", MEASURES)):
         rows.append((heading,))
@@ -459,8 +468,8 @@ def sweep_section(metrics: Mapping, labels: np.ndarray, probabilities: np.ndarra
 
 def slider_data(metrics: Mapping, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray) -> dict:
     """What the slider shows: of each kind of probabilities the metrics of SWEEP_CURVES at each of STOPS, for all labels
-    together and for each alone, as base64 of uint16 (metrics, 19, stops): ten-thousandths, UNDEFINED where there is
-    no value. Tuned thresholds in the same order of labels."""
+    together and for each alone, as base64 of deflated uint16 (metrics, 19, stops): ten-thousandths, UNDEFINED where
+    there is no value. Tuned thresholds in the same order of labels."""
     thresholds = metrics["thresholds"]
     tuned = {"uncalibrated": [thresholds["global"], *thresholds["per_label"].values()],
              "calibrated": [None, *thresholds["per_label_calibrated"].values()]}
@@ -469,7 +478,7 @@ def slider_data(metrics: Mapping, labels: np.ndarray, probabilities: np.ndarray,
         sweep = threshold_sweep(labels, array, STOPS)
         stacked = np.stack([sweep[key].T for key, _, _ in SWEEP_CURVES])
         coded = np.where(np.isnan(stacked), UNDEFINED, np.round(10_000 * np.nan_to_num(stacked))).astype("<u2")
-        values[name] = base64.b64encode(coded.tobytes()).decode()
+        values[name] = base64.b64encode(zlib.compress(coded.tobytes(), 9)).decode()
     rates = [metrics["at_0.5"]["label_rate"], *(row["label_rate"] for row in metrics["per_label"].values())]
     return {"labels": list(ABNORMALITIES), "metrics": [key for key, _, _ in SWEEP_CURVES], "stops": len(STOPS),
             "undefined": UNDEFINED, "values": values, "tuned": tuned, "label_rates": rates}
