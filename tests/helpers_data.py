@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
+from ctclip.data.cohort import Volume
 from ctclip.data.ct_rate import labels_path, metadata_path, volume_path
 from ctclip_model import ABNORMALITIES
 
@@ -101,6 +104,7 @@ def row(spacing: tuple[float, ...] = (8.0, 8.0, 12.0), slope: float = 1.0, inter
     return {"RescaleSlope": slope, "RescaleIntercept": intercept, "XYSpacing": f"[{x}, {y}]", "ZSpacing": z}
 
 
+A, B, C = "valid_1_a_1.nii.gz", "valid_1_a_2.nii.gz", "valid_2_a_1.nii.gz"  # of the cohort of tests/data
 HEADER = ",".join(["VolumeName", *ABNORMALITIES])
 META_HEADER = "VolumeName,RescaleSlope,RescaleIntercept,XYSpacing,ZSpacing"
 
@@ -130,3 +134,25 @@ def put(data_dir: Path, name: str, fixed: bool, seed: int = 0) -> Path:
     if fixed:
         return write(path, chest(seed=seed))
     return write(path, chest(seed=seed) + np.int16(1024), spacing=(1.0, 1.0, 1.0), codes=(2, 0), affine=np.eye(4))
+
+
+def row_for(volume):
+    """A version-2 file is HU: its row must not be applied."""
+    return None if "valid_fixed" in volume.path.as_posix() else volume.metadata
+
+
+def volume_of(path: Path, metadata: dict | None = None) -> Volume:
+    """Any file as a volume of a cohort, without findings."""
+    return Volume(path.name, path, np.zeros(18, np.float32), metadata)
+
+
+# Scans of two real patients, where that variable names their folder.
+REAL = os.environ.get("CTCLIP_REAL_CT")
+REAL_FILES = ("thorax_lps_1.5mm.nii.gz", "torso_ras_3mm.nii.gz")
+needs_real_ct = pytest.mark.skipif(not REAL, reason="CTCLIP_REAL_CT is not set: no scans of real patients here")
+
+
+def real_scan(name: str) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
+    """(voxels, affine, spacing)"""
+    image = nib.load(Path(REAL, name))
+    return np.asarray(image.dataobj), image.affine, tuple(float(str(z)) for z in image.header.get_zooms())

@@ -3,13 +3,12 @@
 1. The golden files: output of the published preprocessing on three small volumes (every seventh voxel and moments).
 2. The published steps written out with torch's own interpolation (helpers_data.published), on random sizes.
 3. Marker voxels and re-oriented copies for axes and directions.
-4. Two scans of real patients, where CTCLIP_REAL_CT names their folder: which reading the evidence gives.
+4. Two scans of real patients, where CTCLIP_REAL_CT names their folder.
 Also: every kind of bad file gives one line with its name, and memory stays at the output plus a few slices.
 """
 
 import gzip
 import hashlib
-import os
 import struct
 import subprocess
 import sys
@@ -20,11 +19,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers_data import SMALL, affine_of, chest, published, put, reoriented, row, write
+from helpers_data import (
+    REAL,
+    REAL_FILES,
+    SMALL,
+    affine_of,
+    chest,
+    needs_real_ct,
+    published,
+    put,
+    real_scan,
+    reoriented,
+    row,
+    volume_of,
+    write,
+)
 
 from ctclip.data import nifti, preprocessing, resampling, volume_file
-from ctclip.data.cohort import Volume
-from ctclip.data.hounsfield import VoxelStatistics, decide_hu
 from ctclip.data.preprocessing import preprocess_volume, read_volume
 from ctclip.data.volume_file import VolumeError
 
@@ -386,145 +397,11 @@ def test_bad_shape(tmp_path, shape):
         preprocess_volume(write(tmp_path / "v.nii.gz", chest()), None, shape)
 
 
-# ------------------------------------------------------------------ which reading
-
-
-def _volume(path, metadata=None):
-    return Volume(path.name, path, np.zeros(18, np.float32), metadata)
-
-
-@pytest.mark.parametrize("fixed_folder", [True, False])
-@pytest.mark.parametrize("intercept", [-1024, -8192])
-@pytest.mark.parametrize("content", ["hu", "stored"])
-def test_voxels_decide_whatever_the_folder(tmp_path, content, intercept, fixed_folder):
-    path = put(tmp_path, "valid_1_a_1.nii.gz", fixed_folder)
-    hu = chest()
-    hu[:6] = -8192 if content == "hu" else hu[:6]  # out-of-view padding, as version 2 has it
-    if content == "hu":
-        write(path, hu)
-    else:
-        write(path, hu - np.int16(intercept), (1.0, 1.0, 1.0), np.eye(4))
-    volume, decision = read_volume(_volume(path, row(intercept=intercept)), SMALL)
-    assert decision.reading == content and decision.numbers[f"{content}_soft"] > 0.1
-    assert ("contradicted" in decision.evidence) == (fixed_folder != (content == "hu"))
-    assert ("blank header" in decision.evidence) == (content == "stored")
-    assert np.abs(volume.numpy() - published(hu, (8.0, 8.0, 12.0), SMALL)).max() < 3e-7
-
-
-def test_hu_that_lost_its_header_takes_the_row_s_spacing(tmp_path):
-    path = write(tmp_path / "v.nii.gz", chest(), (1.0, 1.0, 1.0), np.eye(4))
-    volume, decision = read_volume(_volume(path, row()), SMALL)
-    assert decision.reading == "hu"
-    assert np.abs(volume.numpy() - published(chest(), (8.0, 8.0, 12.0), SMALL)).max() < 3e-7
-
-
-def test_equal_readings_are_not_ambiguous(tmp_path):
-    noise = np.random.default_rng(0).integers(-3000, 3000, (20, 20, 20)).astype(np.int16)
-    _, decision = read_volume(_volume(write(tmp_path / "v.nii.gz", noise), row(intercept=0)), SMALL)
-    assert decision.reading == "hu" and "the same" in decision.evidence
-
-
-def test_without_a_row_the_header_must_be_plausible(tmp_path):
-    _, decision = read_volume(_volume(write(tmp_path / "hu.nii.gz", chest())), SMALL)
-    assert decision.reading == "hu" and "no metadata row" in decision.evidence
-    with pytest.raises(VolumeError, match="ambiguous.*add its metadata row"):
-        read_volume(_volume(write(tmp_path / "raw.nii.gz", chest() + np.int16(1024))), SMALL)
-
-
-def test_undecidable_files_are_refused_by_name(tmp_path):
-    noise = np.random.default_rng(0).integers(3000, 6000, (20, 20, 20)).astype(np.int16)
-    with pytest.raises(VolumeError, match="v.nii.gz: ambiguous, found no reading"):
-        read_volume(_volume(write(tmp_path / "v.nii.gz", noise), row()), SMALL)
-    with pytest.raises(VolumeError, match="ambiguous, found both readings"):
-        read_volume(_volume(write(tmp_path / "w.nii.gz", chest()), row(intercept=-30)), SMALL)
-
-
-def test_first_slab_can_mislead_without_harm(tmp_path, monkeypatch):
-    """Nothing but padding in the first slices, in a folder that says the wrong version."""
-    hu = chest((40, 40, 30))
-    hu[:, :, :8] = -1024
-    path = tmp_path / "train" / "train_1" / "train_1_a" / "train_1_a_1.nii.gz"
-    monkeypatch.setattr(volume_file, "SLAB_BYTES", 4 * 40 * 40 * 2)
-    volume, decision = read_volume(_volume(write(path, hu), row()), SMALL)
-    assert decision.reading == "hu"
-    assert np.abs(volume.numpy() - published(hu, (8.0, 8.0, 12.0), SMALL)).max() < 3e-7
-
-
-def test_a_file_is_inflated_once(tmp_path, monkeypatch):
-    opened = []
-    original = volume_file.StreamFile.__init__
-    monkeypatch.setattr(volume_file.StreamFile, "__init__", lambda s, p: (opened.append(p), original(s, p))[1])
-    read_volume(_volume(put(tmp_path, "valid_1_a_1.nii.gz", False), row()), SMALL)
-    assert len(opened) == 1
-
-
-@pytest.mark.parametrize("body", [0.15, 0.5, 0.9])
-@pytest.mark.parametrize("air", [0.0, 0.3, 0.8])
-def test_verdict_over_the_mixtures_scans_are_made_of(body, air):
-    """Share of body in the picture and of the rest that is air (else lung), with and without an offset."""
-    rng = np.random.default_rng(0)
-    n = 20000
-    tissue = np.concatenate([rng.normal(-100, 20, n), rng.normal(45, 25, 2 * n), rng.normal(600, 250, n // 8)])
-    rest = np.where(rng.random(n) < air, rng.normal(-1000, 15, n), rng.normal(-850, 70, n))
-    hu = np.concatenate([rng.choice(tissue, int(n * body)), rest[: int(n * (1 - body))]]).round()
-    for intercept in (-1024, -8192):
-        assert decide_hu(_statistics(hu), metadata_scale=(1, intercept)).reading == "hu"
-        assert decide_hu(_statistics(hu - intercept), metadata_scale=(1, intercept)).reading == "stored"
-
-
-def _statistics(values):
-    statistics = VoxelStatistics((values.size, 1, 1), Path("v.nii.gz"))
-    statistics.add(0, values[None])
-    return statistics
-
-
-@pytest.mark.parametrize("body", [0.08, 0.15, 0.5])
-def test_raw_values_in_a_wide_field_of_view_are_refused_by_both(tmp_path, body):
-    """Under a valid header: little body and much air, which raw values with offset 1024 put into the soft window."""
-    rng = np.random.default_rng(0)
-    tissue = rng.choice([-100, 40, 60, 600], (60, 60, 30), p=[0.3, 0.3, 0.3, 0.1])
-    hu = np.where(rng.random(tissue.shape) < body, tissue, -1000) + rng.integers(0, 20, tissue.shape)
-    good, raw = (write(tmp_path / f"{name}.nii.gz", (hu + offset).astype(np.int16))
-                 for name, offset in (("good", 0), ("raw", 1024)))
-    assert torch.equal(read_volume(_volume(good), SMALL)[0], preprocess_volume(good, None, SMALL))
-    with pytest.raises(VolumeError, match="ambiguous"):
-        read_volume(_volume(raw), SMALL)
-    with pytest.raises(VolumeError, match="raw stored values"):
-        preprocess_volume(raw, None, SMALL)
-
-
-REAL = os.environ.get("CTCLIP_REAL_CT")
-REAL_FILES = ("thorax_lps_1.5mm.nii.gz", "torso_ras_3mm.nii.gz")
-needs_real_ct = pytest.mark.skipif(not REAL, reason="CTCLIP_REAL_CT is not set: no scans of real patients here")
-
-
-def _real(name):
-    image = nib.load(Path(REAL, name))
-    return np.asarray(image.dataobj), image.affine, tuple(float(str(z)) for z in image.header.get_zooms())
-
-
-@needs_real_ct
-@pytest.mark.parametrize("name", REAL_FILES)
-def test_real_scans_are_hu_and_their_raw_copies_are_not(tmp_path, name):
-    voxels, affine, spacing = _real(name)
-    expected, decision = read_volume(_volume(Path(REAL, name), row(spacing)), SMALL)
-    assert decision.reading == "hu"
-    lps, _ = reoriented(voxels, affine, "LPS")
-    assert np.abs(expected.numpy() - published(lps, spacing, SMALL)).max() < 3e-7
-    assert torch.equal(preprocess_volume(Path(REAL, name), None, SMALL), expected)
-    for offset in (1024, 8192):
-        path = write(tmp_path / f"raw{offset}.nii.gz", (lps + offset).astype(np.int16), (1.0, 1.0, 1.0), np.eye(4))
-        volume, decision = read_volume(_volume(path, row(spacing, intercept=-offset)), SMALL)
-        assert decision.reading == "stored" and torch.equal(volume, expected)
-        with pytest.raises(VolumeError, match="metadata=None"):
-            preprocess_volume(Path(REAL, name), row(spacing, intercept=-offset), SMALL)
-
-
 @needs_real_ct
 @pytest.mark.parametrize("name", REAL_FILES)
 @pytest.mark.parametrize("codes", ["LPS", "RAS", "LAS", "PIL"])
 def test_real_scan_in_another_orientation(tmp_path, name, codes):
-    voxels, affine, spacing = _real(name)
+    voxels, affine, spacing = real_scan(name)
     turned, turned_affine = reoriented(voxels, affine, codes)
     path = write(tmp_path / "t.nii.gz", turned, spacing, turned_affine)
     expected = preprocess_volume(Path(REAL, name), None, (60, 120, 120))
@@ -549,8 +426,8 @@ def test_a_device_resamples_to_the_same_tensor(tmp_path, monkeypatch, codes, dty
     zooms = tuple(np.linalg.norm(affine[:3, :3], axis=0).round(4))
     folder = put(tmp_path, "valid_1_a_1.nii.gz", True).parent
     path = write(folder / "valid_1_a_1.nii.gz", turned.astype(dtype), zooms, affine, scale=scale, big_endian=big_endian)
-    expected, decision = read_volume(_volume(path, None), SMALL)
+    expected, decision = read_volume(volume_of(path), SMALL)
     for stack in (16, 3, 1):
         monkeypatch.setattr(resampling.DeviceResampler, "STACK", stack)
-        found, same = read_volume(_volume(path, None), SMALL, torch.device("cpu"))
+        found, same = read_volume(volume_of(path), SMALL, torch.device("cpu"))
         assert (found - expected).abs().max() < 1e-6 and same == decision
