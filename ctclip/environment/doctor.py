@@ -404,7 +404,7 @@ def weights_rows() -> Iterator[Row]:
 
 
 def weights_row(weights: WeightsFile) -> Row:
-    """Of one file: its bytes against those that were kept, then its fingerprint, which is kept if there was none."""
+    """Of one file: its SHA-256 against the recorded one, then its fingerprint, which is recorded if there was none."""
     file = weights.path or weights.whole
     sha256 = sha256_of(file)
     numbers = {"weights": weights.name, "file": str(file), "bytes": file.stat().st_size, "sha256": sha256}

@@ -60,7 +60,7 @@ class Fingerprint:
         return f"fingerprint {self.digest[:12]}; {self.kind} of the fixed phantom: {shown}"
 
     def difference(self, kept: Fingerprint) -> str | None:
-        """What sets it apart from one that was kept, in a few words; None where it is the same."""
+        """How it differs from the recorded one, in a few words; None where it is the same."""
         if (self.digest, self.kind) != (kept.digest, kept.kind):
             return f"other tensors: {self.digest[:12]} where {kept.digest[:12]} was kept"
         most = max(abs(a - b) for a, b in zip(self.values, kept.values, strict=True))
@@ -70,8 +70,8 @@ class Fingerprint:
 
 
 def load(path: Path) -> CTCLIPMultiAbnormalityModel:
-    """The file's own tensors and nothing made of them: its fingerprint must not depend on what else is in the folder,
-    as a head of prompts does."""
+    """The file's own tensors only: its fingerprint must not depend on what else is in the folder, as a head made from
+    prompts does."""
     return CTCLIPMultiAbnormalityModel(str(path), head="linear")
 
 
