@@ -104,7 +104,7 @@ def test_an_interpreter_with_nothing_installed(tmp_path):
     lines = done.stdout.splitlines()
     starts = {line[6:21].strip(): line for line in lines if line[:4].strip() in doctor.MARKS.values()}
     assert list(starts) == [name for name in NAMES if name != "prompts"]  # no weights that take any
-    for name, need in {"gpu": "torch", "token": "huggingface_hub", "cohort": "numpy", "forward pass": "timm"}.items():
+    for name, need in {"gpu": "torch", "token": "huggingface_hub", "cohort": "torch", "forward pass": "timm"}.items():
         assert starts[name] == f"{'skip':<6}{name:<15}needs {need}"
     assert starts["packages"].startswith("FAIL  packages       0 of 12 are here; missing or too old: torch>=2.6")
     assert f"      -> python {ROOT / 'ctclip_setup.py'} installs them" in lines
