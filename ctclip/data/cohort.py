@@ -31,6 +31,8 @@ from ctclip.data.tables import CohortError, Table, number, read_table
 from ctclip.data.volume_file import VolumeError
 from ctclip_model import ABNORMALITIES
 
+METADATA_COLUMNS = f"VolumeName, {', '.join(GEOMETRY_COLUMNS)}"
+
 
 @dataclass(frozen=True, eq=False)
 class Volume:
@@ -103,8 +105,6 @@ class Cohort:
 
 # ------------------------------------------------------------------ tables and lists
 
-
-METADATA_COLUMNS = f"VolumeName, {', '.join(GEOMETRY_COLUMNS)}"
 
 def _no_chest(path: Path) -> set[str] | None:
     """Volume names of the list (one per line, bare or as a path); None if there is no list."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from ctclip.data.cohort import Volume
 from ctclip.data.tables import CohortError
+from ctclip.formatting import plural
 
 
 def split_by_patient(volumes: Sequence[Volume], fraction: float, seed: int) -> tuple[list[Volume], list[Volume]]:
@@ -19,7 +20,7 @@ def split_by_patient(volumes: Sequence[Volume], fraction: float, seed: int) -> t
     for volume in volumes:
         groups.setdefault(volume.patient, []).append(volume)
     if len(groups) < 2 or not 0 < fraction < 1:
-        found = f"{len(groups)} patient(s) and fraction {fraction}"
+        found = f"{plural(len(groups), 'patient')} and fraction {fraction}"
         raise CohortError(f"found {found}, expected at least 2 patients and a fraction in (0, 1); change either")
     patients = sorted(groups)
     # Per patient: positives per label, volumes, and 1, each scaled so that all of them weigh alike.
