@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ def _save(content: dict, path: Path) -> None:
     with open(path, "wb") as file:
         recorder = _Recorder(file)
         try:
-            torch.save(content, recorder)
+            torch.save(content, cast(IO[bytes], recorder))
         except RuntimeError as error:
             raise recorder.error or error from error
         file.write(recorder.crc32.to_bytes(4, "little"))  # torch.load does not mind

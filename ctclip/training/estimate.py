@@ -241,7 +241,8 @@ def measure_reading(job: TrainingJob) -> Reading | None:
         return None
     chosen = random.Random().sample(readable, min(MOST_VOLUMES, len(readable)))
     dataset = VolumeDataset(chosen, job.model.input_shape, 0 if job.run.config.augment else None)
-    times, reasons, example = [], [], ()
+    times, reasons = [], []
+    example: tuple[str, Tensor, Tensor] | None = None
     for i in range(len(chosen)):
         start = time.perf_counter()
         _, volume, *rest = dataset[i]
@@ -253,7 +254,7 @@ def measure_reading(job: TrainingJob) -> Reading | None:
         example = chosen[i].name, volume, rest[0]
         if len(times) >= 2 and sum(times) > READING_SECONDS:
             break
-    if not times:
+    if example is None:
         raise TrainingError(
             f"{job.data_dir}: found {len(chosen)} of {len(chosen)} training volumes unreadable "
             f"({reasons[0]}), expected CT volumes; copy or download them again"
@@ -283,8 +284,8 @@ def measure_frozen_stage(job: TrainingJob, cache: FeatureCache, result: Estimate
         return
     size = min(workload.rank_batch, run.micro_batch * CACHED_MICRO_BATCH, len(labels))
     shape = (size, *cache.shape)
-    codes = model.cache_format == "codes"
-    stored = (torch.randint(model.sizes.codes, shape) if codes else torch.rand(shape)).to(run.device)
+    codes = model.sizes.codes if model.sizes is not None and model.cache_format == "codes" else None
+    stored = (torch.rand(shape) if codes is None else torch.randint(codes, shape)).to(run.device)
     with torch.no_grad():
         features = measure_warm(run.device, lambda: model.features_from_cache(stored))
         inputs = model.features_from_cache(stored)
@@ -301,31 +302,32 @@ def measure_frozen_stage(job: TrainingJob, cache: FeatureCache, result: Estimate
     head = measure_warm(run.device, step)
     result.memory += [with_headroom(job, workload, cost.peak, 0) for cost in (features, head)]
     epoch = (workload.train + workload.validation) * head.seconds / size
-    if run.config.augment:
-        epoch += workload.train * seconds_per_volume(workload, result.reading, measure_forward(job, result, encoder))
+    if run.config.augment and result.reading is not None:
+        forward = measure_forward(job, result.reading, encoder)
+        epoch += workload.train * seconds_per_volume(workload, result.reading, forward)
     result.frozen_epoch = epoch / workload.world
     result.latents = workload.cached * features.seconds / size  # each process makes all of them
 
 
-def measure_forward(job: TrainingJob, result: Estimate, encoder: Cost) -> Cost:
+def measure_forward(job: TrainingJob, reading: Reading, encoder: Cost) -> Cost:
     """Of an augmented training volume in a frozen epoch: in the precision of training."""
     run, model = job.run, job.model
     if run.dtype == torch.float32:
         return encoder
-    volume = result.reading.volume[None].to(run.device)
+    volume = reading.volume[None].to(run.device)
     with torch.no_grad(), run.autocast():
         return measure_warm(run.device, lambda: model.eval()(volume))
 
 
 def measure_unfrozen_stage(job: TrainingJob, result: Estimate, encoder: Cost) -> None:
-    workload = result.workload
-    if not workload.unfrozen_epochs:
+    workload, reading = result.workload, result.reading
+    if not workload.unfrozen_epochs or reading is None:  # without files, `prepare` has refused unfrozen epochs
         return
     result.wanted_micro_batch = min(job.run.micro_batch, workload.rank_batch)
-    result.micro_batch, step, need = fitting_micro_batch(job, workload, result.reading, result.wanted_micro_batch)
+    result.micro_batch, step, need = fitting_micro_batch(job, workload, reading, result.wanted_micro_batch)
     result.memory.append(need)
-    training = workload.train * seconds_per_volume(workload, result.reading, step)
-    validation = workload.validation * seconds_per_volume(workload, result.reading, encoder)
+    training = workload.train * seconds_per_volume(workload, reading, step)
+    validation = workload.validation * seconds_per_volume(workload, reading, encoder)
     result.unfrozen_epoch = (training + validation) / workload.world
     result.checkpointing = job.run.checkpointing
 

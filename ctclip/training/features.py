@@ -22,24 +22,24 @@ def load_features(job: TrainingJob) -> None:
     """Points both splits to their features in the cache, encoding what is missing; drops unreadable volumes."""
     run, model = job.run, job.model
     model.eval()
-    run.cache = FeatureCache(run.config.cache_dir, model)
+    run.cache = cache = FeatureCache(run.config.cache_dir, model)
     for name, split in job.splits.items():
         if name == "train" and run.config.augment:
             run.log("--augment changes voxels: no cache for training volumes, every frozen epoch encodes them anew")
         else:
-            _load_split(job, name, split)
+            _load_split(job, cache, name, split)
     run.exchange_records()
 
 
-def _load_split(job: TrainingJob, name: str, split: Split) -> None:
+def _load_split(job: TrainingJob, cache: FeatureCache, name: str, split: Split) -> None:
     run, model = job.run, job.model
     on_batch = _recorder(run, name)
-    rows = encode_missing(model, run.cache, split.volumes, run.device, run.workers, run.ranks, on_batch)
+    rows = encode_missing(model, cache, split.volumes, run.device, run.workers, run.ranks, on_batch)
     split.keep([i for i, row in enumerate(rows) if row is not None])
     split.rows = [row for row in rows if row is not None]
     if not split.volumes:
         raise TrainingError(f"none of the {len(rows)} {SPLIT_NAMES[name]} volumes could be read; see the lines above")
-    run.readings |= dict(zip(split.names, run.cache.readings(split.rows), strict=True))
+    run.readings |= dict(zip(split.names, cache.readings(split.rows), strict=True))
     if model.cache_format == "pooled" or (model.is_ctclip and model.head_name != "attention"):
         inputs = (frozen_inputs(run, model, split, chunk) for chunk in chunks(range(len(split.rows)), CHUNK))
         split.features = torch.cat([chunk.cpu() for chunk in inputs])
@@ -64,4 +64,5 @@ def frozen_inputs(run: Run, model: CTCLIPMultiAbnormalityModel, split: Split, in
     """The head's inputs for these volumes of the split, on the device."""
     if split.features is not None:
         return split.features.index_select(0, torch.tensor(indices, dtype=torch.long)).to(run.device)
+    assert run.cache is not None and split.rows is not None
     return run.cache.head_inputs(model, [split.rows[i] for i in indices], run.device)

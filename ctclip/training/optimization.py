@@ -206,11 +206,12 @@ class TrainableParameters:
         An overflow is part of loss scaling, and counts as finite until the scale has nowhere left to go.
         """
         scaler = self.run.scaler
-        parameters = [parameter for parameter in self.parameters().values() if parameter.grad is not None]
-        if not parameters:
+        parameters = list(self.parameters().values())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:
             return True  # nothing of this step could be read
         scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        norm = nn.utils.get_total_norm(gradients)
         finite, too_long = torch.stack([norm.isfinite(), norm > self.config.clip_norm]).tolist()
         if finite and too_long:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)

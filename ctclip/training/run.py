@@ -70,7 +70,7 @@ class StopRequest:
 
     NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number = 0
         self.before: dict = {}
 
@@ -299,10 +299,10 @@ def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> TrainingJ
     model = build_model(config, phantom).to(run.device)
     cohort = load_cohort(data_dir, "train", limit=config.limit)
     check_voxels_available(config, data_dir, cohort.volumes)
-    train, validation = split_by_patient(cohort.volumes, config.tuning_fraction, config.seed)
+    train, validation = (Split(side) for side in split_by_patient(cohort.volumes, config.tuning_fraction, config.seed))
     if config.mode == "quick_test":
-        train, validation = train[: QUICK_TEST_VOLUMES[0]], validation[: QUICK_TEST_VOLUMES[1]]
-    train, validation = Split(train), Split(validation)
+        for split, count in zip((train, validation), QUICK_TEST_VOLUMES, strict=True):
+            split.volumes = split.volumes[:count]
     weights = balanced_label_weights(train.labels) if config.class_weights else None
     criterion = create_loss(config.loss_type, config.alpha, config.gamma, weights).to(run.device)
     run.micro_batch = machine.micro_batch or micro_batch_size(model.input_shape, config.batch_size)

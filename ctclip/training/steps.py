@@ -172,10 +172,10 @@ def _encode_and_predict(job: TrainingJob, indices: list[int]) -> tuple[list[int]
 def validation_metrics(job: TrainingJob, predicted: dict[int, Tensor | None]) -> Validation:
     """`predicted` is {index: logits} of all validation volumes."""
     split = job.validation
-    read = sorted(i for i, row in predicted.items() if row is not None)
+    read = {i: row for i, row in sorted(predicted.items()) if row is not None}
     if not read:
         raise TrainingError("none of the validation volumes could be read; see the lines above")
-    logits, labels = torch.stack([predicted[i] for i in read]), split.labels[read]
+    logits, labels = torch.stack(list(read.values())), split.labels[list(read)]
     metrics = compute_metrics(labels.numpy(), logits.sigmoid().numpy())
     metrics["loss"] = job.criterion(logits.to(job.run.device), labels.to(job.run.device)).item()
     return Validation(metrics, [split.volumes[i].name for i in read], logits)
