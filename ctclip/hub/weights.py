@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import nibabel
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -25,12 +22,11 @@ from torch import Tensor
 
 from ctclip.data.digest import tensors_sha256
 from ctclip.data.feature_cache import encoding
-from ctclip.data.preprocessing import preprocess_volume
 from ctclip.fileio import replacing
 from ctclip.formatting import size_text
 from ctclip.hub.client import SPARE_BYTES, read_record, record_path, sha256_of, write_record
 from ctclip.paths import slim_path
-from ctclip.phantoms.phantom import make_phantom
+from ctclip.phantoms.reference import fixed_phantom
 from ctclip_model import (
     LINEAR_HEAD_KEYS,
     SLIM_OF,
@@ -41,7 +37,6 @@ from ctclip_model import (
     unused_reason,
 )
 
-PHANTOM_SEED, PHANTOM_SHAPE, PHANTOM_SPACING = 2026, (180, 180, 90), (2.0, 2.0, 4.0)  # x, y, z; mm
 VALUES = 18  # numbers shown: the logits, or as many of the latent's
 TOLERANCE = 0.02  # of a number of about 1: processors differ in rounding, and a code that is nearly a tie may flip
 
@@ -78,16 +73,6 @@ def load(path: Path) -> CTCLIPMultiAbnormalityModel:
 def tensors_digest(model: CTCLIPMultiAbnormalityModel) -> str:
     """SHA-256 over names, types, shapes and bytes of the model's tensors, in the order of their names."""
     return tensors_sha256(model.state_dict())
-
-
-def fixed_phantom(shape: tuple[int, int, int]) -> Tensor:
-    """The volume that fingerprints are taken of, (1, 1, D, H, W): by way of a file, so that reading is part of it."""
-    x, y, z = PHANTOM_SPACING
-    phantom = make_phantom(PHANTOM_SEED, np.arange(VALUES) % 2, PHANTOM_SPACING, PHANTOM_SHAPE)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "phantom.nii")
-        nibabel.save(nibabel.Nifti1Image(phantom.hu, np.diag([-x, -y, z, 1])), path)
-        return preprocess_volume(path, shape=shape)[None]
 
 
 def fingerprint(model: CTCLIPMultiAbnormalityModel) -> Fingerprint:

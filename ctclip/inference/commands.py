@@ -13,7 +13,7 @@ import numpy as np
 
 from ctclip.config import PREDICTIONS
 from ctclip.evaluation.run_folder import newest_run
-from ctclip.inference.onnx_export import export_run
+from ctclip.inference.onnx_export import describe, export_run
 from ctclip.inference.predictions import (
     Predictions,
     check_output,
@@ -101,4 +101,5 @@ def export_command(args: argparse.Namespace) -> None:
     """`--export onnx`: encoder and head as one graph, compared with the model."""
     checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run()
     default = checkpoint / "model.onnx" if checkpoint.is_dir() else checkpoint.with_suffix(".onnx")
-    print("\n".join(export_run(checkpoint, args.output or default, args.device)))
+    export = export_run(checkpoint, args.output or default, args.device)
+    print("\n".join(describe(export, checkpoint)))

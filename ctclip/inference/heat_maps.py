@@ -17,8 +17,9 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
@@ -130,15 +131,16 @@ def token_contributions(
             values, logits = _slice_contributions(model, volume, index)
         elif model.head_name == "attention":
             codes = model.features(volume)
-            attention, scores = model.classifier.attend(codes, model.codebook)
+            head: Any = model.classifier
+            attention, scores = head.attend(codes, model.codebook)
             values, logits = (attention * scores)[0, index], model.head(codes)[0, index]
         else:
             values, logits = _latent_contributions(model, volume, index)
-    values, logits = values.float().cpu().numpy(), logits.double().cpu().numpy()
+    parts, whole = values.float().cpu().numpy(), logits.double().cpu().numpy()
     if smooth:
         for axis in (1, 2, 3) if model.is_ctclip else (2, 3):
-            values = _smoothed(values, axis)
-    return Contributions(values, logits, logits - values.sum((1, 2, 3), dtype=np.float64))
+            parts = _smoothed(parts, axis)
+    return Contributions(parts, whole, whole - parts.sum((1, 2, 3), dtype=np.float64))
 
 
 def _latent_contributions(
@@ -162,7 +164,8 @@ def _latent_contributions(
 def _slice_contributions(model: CTCLIPMultiAbnormalityModel, volume: Tensor, index: list[int]) -> tuple[Tensor, Tensor]:
     """values (n, S, h, w), logits (n,). The head takes a mean over slices and places, so that it can be taken last."""
     maps = model.attention(model.backbone(slice_triplets(volume, model.n_slices)[0]))  # (S, C, h, w)
-    weight, bias = model.classifier.weight[index], model.classifier.bias[index]
+    head: Any = model.classifier
+    weight, bias = head.weight[index], head.bias[index]
     values = torch.einsum("schw,nc->nshw", maps, weight) / (maps.shape[0] * maps.shape[2] * maps.shape[3])
     return values, torch.nn.functional.linear(maps.mean((0, 2, 3)), weight, bias)
 
@@ -201,13 +204,18 @@ def write_heat_map(values: np.ndarray, placement: Placement, path: str | Path, l
     levels = np.asarray(values, np.float32).transpose(placement.axes) / np.float32(slope)  # file axes, fastest first
     fast, middle, slow = (_weights(p, n) for p, n in zip(placement.position, levels.shape, strict=True))
     header = _nifti_header(placement, slope, highest, label)
-    packing = {"filename": "", "mode": "wb", "compresslevel": 1, "mtime": 0}  # neither name nor time in the file
-    with replacing(path) as temporary, temporary.open("wb") as raw, GzipFile(fileobj=raw, **packing) as file:
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb") as raw,
+        GzipFile("", "wb", 1, raw, mtime=0) as file,  # neither name nor time in the file
+    ):
         file.write(header.binaryblock + bytes(4))
         _write_slices(file, levels, fast, middle, slow)
 
 
-def _write_slices(file: IO[bytes], levels: np.ndarray, fast: np.ndarray, middle: np.ndarray, slow: np.ndarray) -> None:
+def _write_slices(
+    file: BufferedIOBase, levels: np.ndarray, fast: np.ndarray, middle: np.ndarray, slow: np.ndarray
+) -> None:
     plane = np.empty((len(middle), len(fast)), np.float32)
     stored = np.zeros(plane.shape, "<i2")
     for row in slow:
@@ -244,7 +252,8 @@ def _nifti_header(placement: Placement, slope: float, highest: float, label: str
 
 def strongest_token(values: np.ndarray) -> tuple[int, int, int]:
     """Of (T, h, w), the first of the highest."""
-    return tuple(int(i) for i in np.unravel_index(values.argmax(), values.shape))
+    row, x, y = (int(i) for i in np.unravel_index(values.argmax(), values.shape))
+    return row, x, y
 
 
 def strongest_levels(values: np.ndarray) -> list[int]:
@@ -320,7 +329,7 @@ def draw_heat_map(
     figure.suptitle(title, x=LEFT / WIDTH, y=1 - 0.14 / figure.get_figheight(), ha="left", va="top", fontsize=13,
                     color=INK, weight="bold")
     figure.text(LEFT / WIDTH, 1 - 0.44 / figure.get_figheight(), caption, fontsize=9, color=GREY, va="top")
-    _colour_bar(footer, colours, highest)
+    _colour_bar(figure, footer, colours, highest)
     return figure
 
 
@@ -391,7 +400,7 @@ class _Slices:
         gray, colour = turned(self.hu.take(k, axis)), turned(colour)
 
         black, white = self.window.limits(unit=1000)
-        whole_cube = {"extent": (0, FIELD_OF_VIEW_MM, FIELD_OF_VIEW_MM, 0), "interpolation": "bilinear"}
+        whole_cube: dict[str, Any] = {"extent": (0, FIELD_OF_VIEW_MM, FIELD_OF_VIEW_MM, 0), "interpolation": "bilinear"}
         ax.imshow(gray, cmap="gray", vmin=black, vmax=white, **whole_cube)
         scale = max(self.highest, 0.0) or 1.0
         share = np.clip((colour / scale - FAINT) / (1 - FAINT), 0, 1) if self.highest > 0 else np.zeros(colour.shape)
@@ -433,15 +442,15 @@ def _ring(ax: Axes, across: float, down: float) -> None:
         ax.scatter(*place, s=170, facecolors="none", edgecolors=colour, linewidths=width)
 
 
-def _colour_bar(footer: Axes, image: AxesImage, highest: float) -> None:
-    inch = 1 / (footer.get_position().height * footer.figure.get_figheight())
+def _colour_bar(figure: Figure, footer: Axes, image: AxesImage, highest: float) -> None:
+    inch = 1 / (footer.get_position().height * figure.get_figheight())
     footer.set_axis_off()
     if highest <= 0:
         text = "No positive contribution within the scan: nothing is coloured"
         footer.text(0, 1 - 0.2 * inch, text, fontsize=9, color=GREY, va="top")
         return
     ax = footer.inset_axes((0, 1 - 0.3 * inch, 0.8, 0.11 * inch))
-    bar = footer.figure.colorbar(image, cax=ax, orientation="horizontal")
+    bar: Any = figure.colorbar(image, cax=ax, orientation="horizontal")
     bar.set_ticks([0, highest / 2, highest], labels=["0", f"{highest / 2:.2g}", f"{highest:.2g}"])
     ax.tick_params(labelsize=8, length=2, color=GREY)
     ax.set_xlabel("Contribution to the logit, per token; scaled to the highest within the scan", fontsize=8, color=GREY)

@@ -16,15 +16,14 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,9 +33,14 @@ from ctclip.data.hounsfield import HU_MAX, HU_MIN
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.run_folder import run_calibration
+from ctclip.fileio import replacing
 from ctclip.formatting import size_text
 from ctclip.inference.predictor import load_model
-from ctclip_model import ABNORMALITIES, CheckpointError, CTCLIPMultiAbnormalityModel
+from ctclip.phantoms.reference import fixed_phantom
+from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession  # optional
 
 NEEDED = ("onnx", "onnxscript")
 TOLERANCE = 1e-3  # of a logit: a thousandth moves no probability by more than 0.00025
@@ -65,8 +69,10 @@ class Parity:
 @dataclass(frozen=True)
 class Export:
     path: Path
-    files: tuple[Path, ...]
+    files: tuple[Path, ...]  # the graph, and before it its weights where they are a file of their own
+    input_shape: tuple[int, int, int]
     outputs: tuple[str, ...]
+    calibrated: bool  # thresholds and calibration are in the file's metadata
     seconds: float
     parity: Parity | None  # None: onnxruntime is not there, nothing was checked
 
@@ -89,7 +95,7 @@ class _Graph(nn.Module):
         if not model.is_ctclip:
             return (model.head(model.features(volume)),)
         tokens, quantizer = model.visual_transformer(volume), model.visual_transformer.vq
-        # The quantiser's own way depends on the number of tokens, so on the batch: here, one depth at a time.
+        # The quantiser chooses its method by the number of tokens, so by the batch: here, one depth at a time.
         codes = F.normalize(model.codebook, dim=-1).T
         ids = torch.stack([(F.normalize(part, dim=-1) @ codes).argmax(-1) for part in tokens.unbind(1)], dim=1)
         if model.head_name == "attention":
@@ -115,7 +121,7 @@ def export_onnx(
     left.
     """
     path, started = Path(path), time.perf_counter()
-    check_output(path)
+    check_onnx_path(path)
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ExportError(
             f"found no {' and no '.join(missing)}, which exporting needs; pip install {' '.join(NEEDED)} onnxruntime "
@@ -132,15 +138,16 @@ def export_onnx(
             model.train(training)
         files = sorted(Path(folder).iterdir(), key=lambda file: file == made)  # weights beside it first
         for file in files:
-            _sync(file)
-            os.replace(file, path.with_name(file.name))
+            with replacing(path.with_name(file.name), temporary=file):
+                pass
     if len(files) == 1:
         path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of a larger model that had this name
     written = tuple(path.with_name(file.name) for file in files)
-    return Export(path, written, outputs, time.perf_counter() - started, parity)
+    seconds = time.perf_counter() - started
+    return Export(path, written, model.input_shape, outputs, calibration is not None, seconds, parity)
 
 
-def check_output(path: Path) -> None:
+def check_onnx_path(path: Path) -> None:
     """Raises ExportError for a folder, and for any ending but .onnx: the file there could be a run's weights."""
     if path.is_dir():
         raise ExportError(f"{path}: found a folder, expected a file to write, such as {path / 'model.onnx'}")
@@ -149,33 +156,41 @@ def check_output(path: Path) -> None:
         raise ExportError(f"{path}: found {found}, expected a file that ends in .onnx; say {path.with_suffix('.onnx')}")
 
 
-def export_run(checkpoint: str | Path, output: str | Path, device: str | None = None) -> list[str]:
-    """A run folder, or a CT-CLIP file with a head, to ONNX; -> lines to print. Raises what load_model raises, too."""
+def export_run(checkpoint: str | Path, output: str | Path, device: str | None = None) -> Export:
+    """A run folder, or a CT-CLIP file with a head, to ONNX. Raises what load_model raises, too."""
     checkpoint = Path(checkpoint)
-    check_output(Path(output))
+    check_onnx_path(Path(output))
     model = load_model(checkpoint, device or "cpu")
     calibration = run_calibration(checkpoint) if checkpoint.is_dir() else None
-    export = export_onnx(model, output, calibration)
+    return export_onnx(model, output, calibration)
+
+
+def describe(export: Export, checkpoint: str | Path) -> list[str]:
+    """Lines to print."""
     size = size_text(sum(file.stat().st_size for file in export.files))
     beside = f", weights in {export.files[0].name}" if len(export.files) > 1 else ""
-    shape = ", ".join(map(str, model.input_shape))
+    shape = ", ".join(map(str, export.input_shape))
+    metadata = "labels and input contract are in the file's metadata"
+    if export.calibrated:
+        metadata += ", thresholds and calibration too"
     lines = [
         f"Wrote {export.path}: {size}{beside}, {export.seconds:.0f} s; model {checkpoint}",
-        f"  volume (batch, 1, {shape}) float32 -> {', '.join(export.outputs)}; labels and input contract are in the "
-        "file's metadata" + ("" if calibration is None else ", thresholds and calibration too"),
+        f"  volume (batch, 1, {shape}) float32 -> {', '.join(export.outputs)}; {metadata}",
     ]
-    if calibration is None:
+    if not export.calibrated:
         lines.append("  no tuning patients: no thresholds in the file; sigmoid of the logits is not calibrated")
-    return [*lines, f"  {_said(export.parity)}"]
+    return [*lines, f"  {_parity_text(export.parity)}"]
 
 
-def _said(parity: Parity | None) -> str:
+def _parity_text(parity: Parity | None) -> str:
     if parity is None:
         return "not checked against the model: onnxruntime is not installed (pip install onnxruntime)"
     codes = "" if parity.same_codes is None else f", {100 * parity.same_codes:.3f} % of the code ids equal"
     flips = f"; {parity.flips} near ties between codes went the other way" if parity.flips else ""
-    return (f"checked with onnxruntime on {parity.volumes} volumes: logits differ by {parity.difference:.1e} at most"
-            f"{codes}{flips}; {parity.onnx_seconds:.2f} s a volume, torch {parity.torch_seconds:.2f} s")
+    return (
+        f"checked with onnxruntime on {parity.volumes} volumes: logits differ by {parity.difference:.1e} at most{codes}"
+        f"{flips}; {parity.onnx_seconds:.2f} s a volume, torch {parity.torch_seconds:.2f} s"
+    )
 
 
 # ---- the graph
@@ -190,12 +205,12 @@ def _write(model: CTCLIPMultiAbnormalityModel, path: Path, metadata: dict[str, s
         used -= model.to_visual_latent.weight.nbytes
     try:
         with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 graph, (example,), dynamo=True, opset_version=OPSET, verbose=False,
                 input_names=["volume"], output_names=list(graph.outputs),
                 dynamic_shapes={"volume": {0: torch.export.Dim("batch")}},
             )
-            _forget_this_machine(program.model)
+            _strip_exporter_notes(program.model)
             program.model.metadata_props.update(metadata)
             program.model.producer_name = "ctclip.inference.onnx_export"
             program.save(str(path), external_data=used > ONE_FILE_BYTES)
@@ -206,16 +221,16 @@ def _write(model: CTCLIPMultiAbnormalityModel, path: Path, metadata: dict[str, s
         raise ExportError(f"{path.name}: could not be written ({error.strerror or error}); choose another folder") \
             from error
     except Exception as error:  # the exporter's own classes differ between versions of torch
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
         raise ExportError(
-            f"torch {torch.__version__} could not export this model ({type(error).__name__}: {said}); the versions in "
-            "requirements.txt are those that it was tried with: run python ctclip_setup.py --dev"
+            f"torch {torch.__version__} could not export this model ({type(error).__name__}: {reason}); the versions "
+            "in requirements.txt are those that it was tried with: run python ctclip_setup.py --dev"
         ) from error
     return graph.outputs
 
 
-def _forget_this_machine(graph_model) -> None:
-    """Empties the notes that the exporter leaves in an onnx_ir model: stack traces, with folders of this machine."""
+def _strip_exporter_notes(graph_model: Any) -> None:
+    """Removes the exporter's notes from an onnx_ir model: stack traces, which name folders of this machine."""
     functions = graph_model.functions.values()
     graph_model.metadata_props.clear()
     for graph in (graph_model.graph, *functions):
@@ -228,7 +243,7 @@ def _forget_this_machine(graph_model) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter talks through prints, warnings and loggers."""
+    """Silences the exporter's prints, warnings and log messages."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -238,11 +253,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _metadata(model: CTCLIPMultiAbnormalityModel, calibration: Calibration | None) -> dict[str, str]:
@@ -257,7 +267,7 @@ def _metadata(model: CTCLIPMultiAbnormalityModel, calibration: Calibration | Non
             "extent_mm": FIELD_OF_VIEW_MM,
             "made_by": f"ctclip.data.preprocessing.preprocess_volume(path, shape={model.input_shape})",
         }),
-        "output": f"logits (batch, {len(model.labels)}): their sigmoid is the probability as given, not calibrated",
+        "output": f"logits (batch, {len(model.labels)}): their sigmoid is the uncalibrated probability",
         "model": json.dumps({key: value for key, value in model._hub_mixin_config.items() if key != "labels"}),
         "use": "research only; not a medical device, not for diagnosis",
     }
@@ -274,26 +284,10 @@ def _metadata(model: CTCLIPMultiAbnormalityModel, calibration: Calibration | Non
 
 
 def check_volumes(shape: tuple[int, int, int]) -> list[Tensor]:
-    """A synthetic chest (1, 1, D, H, W), then two volumes at once: it mirrored with noise, and noise alone."""
-    chest = synthetic_chest(shape)
-    random = torch.Generator().manual_seed(0)
-    noise = torch.rand(shape, generator=random) * 2 - 1
-    second = (chest.flip(2) + 0.1 * noise).clamp(-1, 1)
-    return [chest[None, None], torch.stack([second, noise])[:, None]]
-
-
-def synthetic_chest(shape: tuple[int, int, int]) -> Tensor:
-    """(D, H, W) in [-1, 1]: air, a body, lungs, spine, heart, vessels in a regular pattern. Structure, not anatomy."""
-    z, x, y = (torch.linspace(-1, 1, n) for n in shape)
-    z, x, y = z[:, None, None], x[None, :, None], y[None, None, :]
-    volume = torch.full(shape, -1.0)
-    volume = torch.where((x / 0.85) ** 2 + (y / 0.65) ** 2 < 1, 0.04 + 0.03 * torch.sin(9 * x + 5 * z), volume)
-    for side in (-0.42, 0.42):
-        lung = ((x - side) / 0.3) ** 2 + (y / 0.5) ** 2 + (z / 0.9) ** 2 < 1
-        vessels = torch.sin(40 * x) * torch.sin(37 * y) * torch.sin(31 * z) > 0.8
-        volume = torch.where(lung, torch.where(vessels, 0.03, -0.85 + 0.1 * y), volume)
-    volume = torch.where((x / 0.1) ** 2 + ((y - 0.45) / 0.12) ** 2 < 1, 0.35 + 0.2 * torch.sin(30 * z), volume)
-    return torch.where(((x - 0.1) / 0.25) ** 2 + ((y + 0.2) / 0.25) ** 2 + (z / 0.3) ** 2 < 1, 0.12, volume)
+    """The fixed phantom (1, 1, D, H, W), then two volumes at once: it mirrored with noise, and noise alone."""
+    chest = fixed_phantom(shape)
+    noise = torch.rand((1, 1, *shape), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return [chest, torch.cat([(chest.flip(4) + 0.1 * noise).clamp(-1, 1), noise])]
 
 
 def _compare(
@@ -302,40 +296,42 @@ def _compare(
     """None without onnxruntime. Raises ExportError where the two differ by more than rounding explains."""
     if importlib.util.find_spec("onnxruntime") is None:
         return None
+    session = _session(path)
+    largest, flips, codes, torch_seconds, onnx_seconds = 0.0, 0, 0, 0.0, 0.0
+    for batch in volumes:
+        start = time.perf_counter()
+        own = _expected(model, batch)
+        middle = time.perf_counter()
+        answer = dict(zip(outputs, map(torch.from_numpy, session.run(list(outputs), {"volume": batch.numpy()})),
+                          strict=True))
+        torch_seconds, onnx_seconds = torch_seconds + middle - start, onnx_seconds + time.perf_counter() - middle
+        if not bool(torch.isfinite(answer["logits"]).all()):
+            raise ExportError("the exported file gives logits that are not finite; no file was kept: report this")
+        difference = float((answer["logits"] - own["logits"]).abs().max())
+        largest = max(largest, difference)
+        flipped = 0
+        if model.is_ctclip:
+            flipped = int((answer["code_ids"] != own["code_ids"]).sum())
+            flips, codes = flips + flipped, codes + own["code_ids"].numel()
+        if difference > TOLERANCE and not (flipped and _explained(model, own, answer)):
+            unexplained = f" ({flipped} code ids differ, which does not explain it)" if flipped else ""
+            raise ExportError(
+                f"the exported file's logits differ from the model's by {difference:.2g}, expected at most "
+                f"{TOLERANCE:g}{unexplained}; no file was kept: export with the torch and onnx versions in "
+                "requirements.txt"
+            )
+    count = sum(len(batch) for batch in volumes)
+    same_codes = 1 - flips / codes if model.is_ctclip else None
+    return Parity(count, largest, same_codes, flips, torch_seconds / count, onnx_seconds / count)
+
+
+def _session(path: Path) -> InferenceSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    difference, flips, codes, seconds = 0.0, 0, 0, np.zeros(2)
-    for batch in volumes:
-        own, seconds[0] = _timed(lambda batch=batch: _expected(model, batch), seconds[0])
-        given = {"volume": batch.numpy()}
-        found, seconds[1] = _timed(lambda given=given: session.run(list(outputs), given), seconds[1])
-        answer = dict(zip(outputs, map(torch.from_numpy, found), strict=True))
-        if not bool(torch.isfinite(answer["logits"]).all()):
-            raise ExportError("the exported file gives logits that are not finite; no file was kept: report this")
-        apart = float((answer["logits"] - own["logits"]).abs().max())
-        difference = max(difference, apart)
-        flipped = 0
-        if model.is_ctclip:
-            flipped = int((answer["code_ids"] != own["code_ids"]).sum())
-            flips, codes = flips + flipped, codes + own["code_ids"].numel()
-        if apart > TOLERANCE and not (flipped and _explained(model, own, answer)):
-            raise ExportError(
-                f"the exported file's logits differ from the model's by {apart:.2g}, expected at most {TOLERANCE:g}"
-                + (f" ({flipped} code ids differ, which does not explain it)" if flipped else "")
-                + "; no file was kept: export with the torch and onnx versions in requirements.txt"
-            )
-    count = sum(len(batch) for batch in volumes)
-    same = None if not model.is_ctclip else 1 - flips / codes
-    return Parity(count, difference, same, flips, *(seconds / count).tolist())
-
-
-def _timed(action, before: float) -> tuple:
-    started = time.perf_counter()
-    return action(), before + time.perf_counter() - started
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 @torch.inference_mode()
@@ -366,6 +362,3 @@ def _explained(model: CTCLIPMultiAbnormalityModel, own: dict[str, Tensor], answe
         return False
     logits = model.head(model.features_from_cache(answer["code_ids"].to(device))).cpu()
     return float((logits - answer["logits"]).abs().max()) <= TOLERANCE
-
-
-__all__ = ["CheckpointError", "Export", "ExportError", "Parity", "check_volumes", "export_onnx", "export_run"]

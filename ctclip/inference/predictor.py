@@ -83,10 +83,11 @@ def _load_run(folder: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityMo
 
 def _load_file(path: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityModel:
     model = load_with_prompts(path, prompts)
-    if not model.load_report.new:
+    report = model.load_report
+    if report is None or not report.new:
         return model
-    if model.load_report.no_prompts_reason:
-        remedy = f"and none can be made from prompts: {model.load_report.no_prompts_reason}"
+    if report.no_prompts_reason:
+        remedy = f"and none can be made from prompts: {report.no_prompts_reason}"
     else:
         remedy = (
             "its answers would all be 0.5. Expected a ClassFine file or a run folder; fine-tune first with python "
@@ -97,7 +98,7 @@ def _load_file(path: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityMod
 
 def chunks(items: Items, size: int) -> list[Items]:
     """A sequence in pieces of `size`, the last perhaps shorter."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
+    return [items[start : start + size] for start in range(0, len(items), size)]  # type: ignore[misc]
 
 
 def predict_volumes(
@@ -126,15 +127,16 @@ def predict_volumes(
     entries: list[int | None] = [None] * len(volumes)
     if cache is not None:
         entries, _ = cache.intact(cache_keys(volumes))
-    stored = chunks([i for i, entry in enumerate(entries) if entry is not None], batch_size)
+    stored = {i: entry for i, entry in enumerate(entries) if entry is not None}
     held = max(1, min(batch_size, prod(PUBLISHED_SHAPE) // prod(model.input_shape)))  # no more voxels than one of those
     unread = chunks([i for i, entry in enumerate(entries) if entry is None], held)
     there = device if resample_there and device.type == "cuda" else None
     loader = read_ahead(volumes, model.input_shape, unread, max(1, choose_workers(workers)), there)
     rows: dict[int, torch.Tensor] = {}
     with encoding(model, device), tqdm(total=len(volumes), desc=title, unit="vol", delay=2, leave=False) as progress:
-        for chunk in stored:
-            logits = model.head(cache.head_inputs(model, [entries[i] for i in chunk], device))
+        for chunk in chunks(list(stored), batch_size):
+            assert cache is not None
+            logits = model.head(cache.head_inputs(model, [stored[i] for i in chunk], device))
             rows |= dict(zip(chunk, logits.cpu(), strict=True))
             progress.update(len(chunk))
         for batch in loader:
@@ -146,8 +148,9 @@ def predict_volumes(
             voxels = batch.volumes.to(device)
             logits = model(voxels).cpu()
             rows |= dict(zip(batch.index.tolist(), logits, strict=True))
-            for place, index in enumerate(batch.index.tolist() if on_answer else ()):
-                on_answer(index, voxels[place : place + 1], logits[place])
+            if on_answer is not None:
+                for place, index in enumerate(batch.index.tolist()):
+                    on_answer(index, voxels[place : place + 1], logits[place])
             del batch, voxels  # before the next one is handed over
     read = sorted(rows)
     return read, torch.stack([rows[i] for i in read]) if read else torch.zeros(0, len(model.labels))

@@ -16,7 +16,8 @@ from ctclip import paths
 from ctclip.hub import weights as weights_module
 from ctclip.hub.__main__ import main
 from ctclip.hub.client import read_record
-from ctclip.hub.weights import Fingerprint, fingerprint, fixed_phantom, make_slim
+from ctclip.hub.weights import Fingerprint, fingerprint, make_slim
+from ctclip.phantoms.reference import fixed_phantom
 from ctclip_model import (
     CLASSFINE_PATH,
     SLIM_OF,
