@@ -23,15 +23,13 @@ from ctclip.inference.onnx_export import ExportError, check_volumes, describe, e
 from ctclip.phantoms.reference import fixed_phantom
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, asdict
 
+SUITE = Path(__file__).resolve().parents[2]
 cached_phantom = functools.cache(fixed_phantom)
 
 
 @pytest.fixture(autouse=True)
 def drawn_once(monkeypatch):
     monkeypatch.setattr(onnx_export, "fixed_phantom", cached_phantom)
-
-
-SUITE = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
