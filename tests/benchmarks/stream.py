@@ -81,8 +81,8 @@ def measure(folder: Path, pause) -> None:
     pause.value = 3 * max(encoding - unthrottled, 0) / blocks  # three transfers at a time
     time.sleep(0.2)
     fetching = seconds(download_volumes, Selection("train"), folder / "again")
-    places = StreamOptions(folder / "streamed", folder / "cache", DEMO)
-    streaming = seconds(stream, Selection("train"), places)
+    options = StreamOptions(folder / "streamed", folder / "cache", DEMO)
+    streaming = seconds(stream, Selection("train"), options)
     count = len(volumes)
     print(f"{count} phantoms, {torch.get_num_threads()} threads, encoder {DEMO.name}; seconds")
     print(f"fetch {fetching:.1f}, read and encode {encoding:.1f}, stream {streaming:.1f}")
