@@ -80,14 +80,14 @@ def resampled_ranking(labels: np.ndarray, probabilities: np.ndarray, resamples: 
 
 
 def resampled_brier(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> np.ndarray:
-    """Brier scores (B, 18). Calibration errors are not resampled: noise in a bin counts as error, so an estimate lies
+    """Brier scores (B, L). Calibration errors are not resampled: noise in a bin counts as error, so an estimate lies
     above the truth and resamples above the estimate; see ece_if_calibrated."""
     sums = resamples.sums(np.column_stack([(probabilities - labels) ** 2, np.ones(len(labels))]))
     return sums[:, :-1] / sums[:, -1:]
 
 
 def ece_if_calibrated(probabilities: np.ndarray, group: np.ndarray, draws: int = 100, seed: int = 0) -> float:
-    """The macro calibration error that these probabilities (N, 18) would show if they meant exactly what they say.
+    """The macro calibration error that these probabilities (N, L) would show if they meant exactly what they say.
 
     Labels are drawn from the probabilities, `draws` times, one random number for all of a patient's rows (`group`,
     (N,)). What an observed error is to be compared with: it is never 0 on a finite table.
@@ -110,7 +110,7 @@ def interval(values: np.ndarray) -> list[float] | None:
 
 
 def enough_cases(labels: np.ndarray, patients: np.ndarray) -> np.ndarray:
-    """(18,) mask: labels that MIN_CASES patients have, and as many lack."""
+    """(L,) mask: labels that MIN_CASES patients have, and as many lack."""
     counts = [[len(np.unique(patients[labels[:, j] == value])) for j in range(labels.shape[1])] for value in (0, 1)]
     return np.min(counts, axis=0) >= MIN_CASES
 
@@ -142,7 +142,7 @@ def difference(first: float | None, second: float | None, resampled: np.ndarray)
 
 
 def compare_labels(first: np.ndarray, second: np.ndarray, resampled: np.ndarray) -> dict[str, dict]:
-    """{label: as from `difference`, and p_corrected} for (18,), (18,) and differences (B, 18).
+    """{label: as from `difference`, and p_corrected} for (L,), (L,) and differences (B, L).
 
     p_corrected is Holm's over the labels (Scandinavian Journal of Statistics 1979): below 0.05 for any label at all in
     about 5 % of comparisons of equals.

@@ -146,7 +146,7 @@ def fit_calibration(
     prevalence: Mapping[str, float] | None = None,
     unit: str = "volume",
 ) -> Calibration:
-    """Calibration and thresholds from (N, 18) labels and probabilities of tuning patients.
+    """Calibration and thresholds from (N, L) labels and probabilities of tuning patients.
 
     `method`: "platt" (slope and intercept per label), "temperature" (slope only: cannot cure over-prediction), "none",
     or "auto", the one with the lowest cross-validated log loss (five folds of patients).
@@ -193,7 +193,7 @@ def _logits(probabilities: np.ndarray, method: str, slope: np.ndarray, intercept
 
 
 def _targets(labels: np.ndarray, n_patients: int) -> np.ndarray:
-    """(N, 18) labels as Platt (1999) fits them: a little inside 0 and 1, the further the fewer patients there are."""
+    """(N, L) labels as Platt (1999) fits them: a little inside 0 and 1, the further the fewer patients there are."""
     positives = n_patients * labels.mean(axis=0)
     return np.where(labels == 1, (positives + 1) / (positives + 2), 1 / (n_patients - positives + 2))
 
@@ -201,7 +201,7 @@ def _targets(labels: np.ndarray, n_patients: int) -> np.ndarray:
 def _fit_slopes(
     labels: np.ndarray, probabilities: np.ndarray, n_patients: int, method: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(slope (18,), intercept (18,)) that minimise log loss; slopes above 0 and pulled towards a common one.
+    """(slope (L,), intercept (L,)) that minimise log loss; slopes above 0 and pulled towards a common one.
 
     A rare finding has a handful of positives, too few for a slope of its own: the logarithms of the slopes are taken
     as spread around a common one, fitted first, by SLOPE_PRIOR_SD. Targets are Platt's, so that a label with one class,

@@ -30,15 +30,15 @@ class EvaluationError(UserError):
 
 
 def undefined_labels(labels: np.ndarray) -> list[str]:
-    """Names of the labels of (N, 18) that hold one class only: no AUROC, and no threshold of their own."""
+    """Names of the labels of (N, L) that hold one class only: no AUROC, and no threshold of their own."""
     positives = np.asarray(labels).sum(axis=0)
     return [name for name, count in zip(ABNORMALITIES, positives, strict=True) if count in (0, len(labels))]
 
 
 def compute_metrics(labels: np.ndarray, probabilities: np.ndarray, thresholds: float | np.ndarray = 0.5) -> dict:
-    """The dictionary M of metrics.json for (N, 18) labels in {0, 1} and probabilities in [0, 1].
+    """The dictionary M of metrics.json for (N, L) labels in {0, 1} and probabilities in [0, 1].
 
-    `thresholds` is one for all, (18,), or (N, 18): one per decision; positive means probability >= threshold.
+    `thresholds` is one for all, (L,), or (N, L): one per decision; positive means probability >= threshold.
     Every value is a plain float, or None where it is undefined. AUROC does not depend on `thresholds`.
     """
     labels, probabilities = checked(labels, probabilities)
@@ -47,7 +47,7 @@ def compute_metrics(labels: np.ndarray, probabilities: np.ndarray, thresholds: f
 
 def per_label_metrics(labels: np.ndarray, probabilities: np.ndarray, thresholds: float | np.ndarray = 0.5) -> dict:
     """{label: auroc and average_precision (None where undefined), precision, recall, f1, accuracy, positive_rate,
-    label_rate, threshold, positives}; `thresholds` as in compute_metrics, and with (N, 18) of them `threshold` is the
+    label_rate, threshold, positives}; `thresholds` as in compute_metrics, and with (N, L) of them `threshold` is the
     column's median."""
     labels, probabilities = checked(labels, probabilities)
     auroc, average_precision = ranking_columns(labels, probabilities)
@@ -96,7 +96,7 @@ def threshold_sweep(labels: np.ndarray, probabilities: np.ndarray, thresholds: n
 
 
 def decision_columns(labels: np.ndarray, decisions: np.ndarray) -> dict[str, np.ndarray]:
-    """Every per-label metric of (N, 18) decisions, (18,) each."""
+    """Every per-label metric of (N, L) decisions, (L,) each."""
     return per_label_from_counts(confusion_counts(labels, decisions).sum(axis=0))
 
 
@@ -114,13 +114,13 @@ def ranking_metrics(labels: np.ndarray, probabilities: np.ndarray) -> dict:
 
 
 def ranking_columns(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC and average precision of each label, (18,), NaN where one class is absent."""
+    """AUROC and average precision of each label, (L,), NaN where one class is absent."""
     auroc, average_precision = resampled_auroc_and_ap(labels, probabilities, *no_resampling(labels))
     return auroc[0], average_precision[0]
 
 
 def calibration_columns(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, np.ndarray]:
-    """{"brier", "ece", "mean": (18,)}: Brier score (mean squared difference of probability and label; Monthly Weather
+    """{"brier", "ece", "mean": (L,)}: Brier score (mean squared difference of probability and label; Monthly Weather
     Review 1950), expected calibration error, mean probability."""
     return {
         "brier": ((probabilities - labels) ** 2).mean(axis=0),
@@ -153,7 +153,7 @@ def bin_index(probabilities: np.ndarray) -> np.ndarray:
 
 
 def checked(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(labels int8, probabilities float64), both (N, 18); EvaluationError where they are not what they should be."""
+    """(labels int8, probabilities float64), both (N, L); EvaluationError where they are not what they should be."""
     labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
     if labels.shape != probabilities.shape or labels.ndim != 2 or labels.shape[1] != N_LABELS or not len(labels):
         raise EvaluationError(
@@ -318,7 +318,7 @@ def auroc_difference(
 ) -> tuple[float, float] | None:
     """(macro AUROC of `first` minus that of `second`, its standard error), for two predictions of the same volumes.
 
-    labels, first, second (N, 18), probabilities in [0, 1]; groups (N,) is each volume's patient. Labels with one class
+    labels, first, second (N, L), probabilities in [0, 1]; groups (N,) is each volume's patient. Labels with one class
     are skipped. Paired: what both predictions get right or wrong cancels. Clustered: a patient's volumes are not
     independent. None where no label has both classes, or one patient leaves nothing to judge the spread by. Nothing is
     resampled: the same input gives the same numbers, in O(L N log N).

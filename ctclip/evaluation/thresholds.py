@@ -119,7 +119,7 @@ def tune_label_thresholds(
 
 
 def _class_weights(labels: np.ndarray, prevalence: Mapping[str, float] | None) -> tuple[np.ndarray, np.ndarray]:
-    """(18,) weights of each label's positives and negatives that give it the rate asked for; 1 with one class."""
+    """(L,) weights of each label's positives and negatives that give it the rate asked for; 1 with one class."""
     rates, wanted = labels.mean(axis=0), target_rates(labels, prevalence)
     two = (rates > 0) & (rates < 1)
     safe = np.where(two, rates, 0.5)
@@ -181,7 +181,7 @@ def _smoothed_rates(labels: np.ndarray) -> np.ndarray:
 
 
 def target_rates(labels: np.ndarray, prevalence: Mapping[str, float] | None) -> np.ndarray:
-    """(18,) rates to calibrate for: `prevalence` where it names the label, else those of `labels`."""
+    """(L,) rates to calibrate for: `prevalence` where it names the label, else those of `labels`."""
     return np.array([
         (prevalence or {}).get(name, rate) for name, rate in zip(ABNORMALITIES, _smoothed_rates(labels), strict=True)
     ])

@@ -14,6 +14,7 @@ from ctclip.data.feature_cache import FeatureCache
 from ctclip.evaluation.results import EvaluationInputs
 from ctclip.evaluation.run_folder import RunError, read_history, results_folder, run_record, run_tuning
 from ctclip.evaluation.tables import read_labels, read_predictions, write_table
+from ctclip.fileio import make_folder
 from ctclip.inference.predictor import load_model, predict_volumes, print_failures
 from ctclip.phantoms.cohort import is_phantom_cohort
 from ctclip_model import CTCLIPMultiAbnormalityModel
@@ -82,7 +83,7 @@ def predict_run(
     if not read:
         raise RunError(f"{data_dir}: none of the {len(cohort)} volumes of its valid split could be read")
     names = [cohort.volumes[i].name for i in read]
-    tables.mkdir(parents=True, exist_ok=True)
+    make_folder(tables, "change --output-dir")
     write_table(tables / "labels.csv", names, np.stack([cohort.volumes[i].labels for i in read]).astype(int))
     write_table(tables / "predictions.csv", names, logits.sigmoid().numpy())
 

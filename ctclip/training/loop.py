@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ctclip.config import Machine, TrainingConfig, TrainingError
 from ctclip.data.feature_cache import encoder_digest
+from ctclip.fileio import make_folder
 from ctclip.inference.predictor import chunks
 from ctclip.training.checkpoint import (
     BestEpoch,
@@ -115,7 +116,7 @@ def resume_or_start(job: TrainingJob) -> TrainingState:
     run, folder = job.run, job.run.folder
     state = TrainingState(TrainableParameters(run, job.model), encoder_digest(job.model))
     if run.ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "change --output-dir")
         for left_over in folder.glob("*.tmp"):  # by a process that was killed while saving
             left_over.unlink()
     content = load_checkpoint(job)
