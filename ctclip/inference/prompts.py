@@ -1,4 +1,4 @@
-"""Findings in words from a file, and the prompt heads that are kept beside the weights, so that BERT runs once.
+"""Prompts from a text file, and prompt heads cached beside the weights, so that the text tower runs once.
 
 `ctclip_model` turns findings into a head (section "Text tower").
 """
@@ -32,25 +32,25 @@ from ctclip_model import (
 )
 
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
-RECIPE = "1"  # of the kept heads: to be raised when the same tensors and texts would give another head
+HEAD_VERSION = "1"  # of cached heads: raise it when the same tensors and texts would give another head
 
 
 def load_with_prompts(
     path: str | os.PathLike, prompts: Prompts | None = None, head: str | None = None, **kwargs
 ) -> CTCLIPMultiAbnormalityModel:
-    """The constructor for a CT-CLIP file, with `prompt_head` in place of a prompt head that is made each time.
+    """The constructor for a CT-CLIP file, with a cached `prompt_head` in place of one that is made each time.
 
     Args:
-        prompts: findings and their wording; head="prompts" goes without saying.
+        prompts: findings and their wording; implies head="prompts".
         head, kwargs: the constructor's.
     """
     head = "prompts" if prompts is not None else head
     findings = prompts or Prompts.from_names(kwargs.get("labels") or ABNORMALITIES)
-    weight = _weight_for(existing_weights(path), findings, head)
+    weight = _prompt_weight(existing_weights(path), findings, head)
     return CTCLIPMultiAbnormalityModel(path, prompts=prompts, head=head, prompt_weight=weight, **kwargs)
 
 
-def _weight_for(path: Path, prompts: Prompts, head: str | None) -> Tensor | None:
+def _prompt_weight(path: Path, prompts: Prompts, head: str | None) -> Tensor | None:
     """None where the model takes another head, or where none can be made: then the constructor says why."""
     if head not in (None, "prompts"):
         return None
@@ -64,31 +64,15 @@ def _weight_for(path: Path, prompts: Prompts, head: str | None) -> Tensor | None
 def read_prompts(path: str | os.PathLike) -> Prompts:
     """A text file of findings, UTF-8: one per line, or `finding<TAB>text if present<TAB>text if absent`.
 
-    Blank lines and lines that begin with # are left out. Raises PromptError, naming the file and the line.
+    Blank lines and lines that begin with # are skipped. Raises PromptError, naming the file and the line.
     """
-    path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # Windows' editors begin with a mark
-    except FileNotFoundError as error:
-        raise PromptError(f"{path}: found no such file, expected one finding per line; check the path") from error
-    except OSError as error:
-        raise PromptError(f"{path}: found it unreadable ({error.strerror}), expected a text file; check it") from error
-    except UnicodeDecodeError as error:
-        found = f"{path}: found bytes that are not UTF-8 (at {error.start})"
-        raise PromptError(f"{found}, expected a text file; save it as UTF-8") from error
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        parts = [part.strip() for part in line.split("\t")]
-        if len(parts) not in (1, 3) or not all(parts):
-            found = f"{path}, line {number}: found {len(parts)} parts between tabs" + ", one empty" * (not all(parts))
-            raise PromptError(f"{found}, expected a finding, or finding, text if present, text if absent; correct it")
-        try:
-            finding = Prompts.from_names(parts) if len(parts) == 1 else Prompts(*((part,) for part in parts))
-        except PromptError as error:
-            raise PromptError(f"{path}, line {number}: {error}") from error
-        rows.append((*finding.names, *finding.pairs()))
+    path, rows = Path(path), []
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            try:
+                rows.append(_parse_line(line))
+            except PromptError as error:
+                raise PromptError(f"{path}, line {number}: {error}") from error
     if not rows:
         raise PromptError(f"{path}: found no finding, expected one per line; add some")
     try:
@@ -97,54 +81,79 @@ def read_prompts(path: str | os.PathLike) -> Prompts:
         raise PromptError(f"{path}: {error}") from error
 
 
-# ---- kept beside the weights
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")  # Windows' editors begin with a mark
+    except FileNotFoundError as error:
+        raise PromptError(f"{path}: found no such file, expected one finding per line; check the path") from error
+    except OSError as error:
+        raise PromptError(f"{path}: found it unreadable ({error.strerror}), expected a text file; check it") from error
+    except UnicodeDecodeError as error:
+        found = f"{path}: found bytes that are not UTF-8 (at {error.start})"
+        raise PromptError(f"{found}, expected a text file; save it as UTF-8") from error
+
+
+def _parse_line(line: str) -> tuple[str, ...]:
+    """(finding, text if present, text if absent)."""
+    parts = [part.strip() for part in line.split("\t")]
+    if len(parts) not in (1, 3) or not all(parts):
+        empty = "" if all(parts) else ", one empty"
+        raise PromptError(
+            f"found {len(parts)} parts between tabs{empty}, expected a finding, or finding, text if present, text if "
+            "absent; correct it"
+        )
+    finding = Prompts.from_names(parts) if len(parts) == 1 else Prompts(*((part,) for part in parts))
+    return (*finding.names, *finding.pairs())
+
+
+# ---- cached beside the weights
 
 
 def head_digest(state: dict[str, Tensor], prompts: Prompts, vocabulary: Vocabulary) -> str:
     """SHA-256 of all that `prompt_weights` depends on. At the published size 0.44 GB are read."""
     used = text_tower_tensors(state) | {key: state[key] for key in ("to_text_latent.weight", "temperature")}
     words = hashlib.sha256(vocabulary.content).digest() + repr(asdict(prompts)).encode()
-    return tensors_sha256(used, before=RECIPE.encode(), after=words)
+    return tensors_sha256(used, before=HEAD_VERSION.encode(), after=words)
 
 
-def kept_path(weights: Path, digest: str) -> Path:
+def cached_head_path(weights: Path, digest: str) -> Path:
     return weights.with_name(f"{weights.stem}.prompts_{digest[:12]}.safetensors")
 
 
 def prompt_head(weights: Path, state: dict[str, Tensor], prompts: Prompts) -> Tensor:
-    """`prompt_weights` of the file at `weights`, kept in a small file beside it and taken from there the next time.
+    """`prompt_weights` of the file at `weights`, cached in a small file beside it.
 
-    Then no transformers is needed, and no text encoded. The vocabulary is looked for beside the weights, too. Where the
-    folder cannot be written to, the head is made anew each time. Raises PromptError.
+    With a cached head, transformers is not needed and no text is encoded. The vocabulary is looked for beside the
+    weights, too. In a folder that cannot be written to, the head is made each time. Raises PromptError.
     """
     text_tower_tensors(state)  # first: without it nothing else matters
     vocabulary = Vocabulary.read(vocabulary_path(weights))
     digest = head_digest(state, prompts, vocabulary)
-    path = kept_path(weights, digest)
-    weight = _kept(path, digest)
+    path = cached_head_path(weights, digest)
+    weight = _read_cached(path, digest)
     if weight is None:
         weight = prompt_weights(state, prompts, vocabulary)
-        _keep(path, weight, digest)
+        _write_cached(path, weight, digest)
     return weight
 
 
-def _fingerprint(weight: Tensor) -> str:
+def _content_digest(weight: Tensor) -> str:
     return hashlib.sha256(weight.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _kept(path: Path, digest: str) -> Tensor | None:
-    """The head kept at `path`; None where there is none, or one that is damaged or of something else."""
+def _read_cached(path: Path, digest: str) -> Tensor | None:
+    """The head cached at `path`; None where there is none, or one that is damaged or of something else."""
     try:
         with safe_open(path, framework="pt") as file:
-            weight, notes = file.get_tensor("weight"), file.metadata() or {}
+            weight, metadata = file.get_tensor("weight"), file.metadata() or {}
     except (OSError, SafetensorError):
         return None
-    return weight if notes == {"digest": digest, "content": _fingerprint(weight)} else None
+    return weight if metadata == {"digest": digest, "content": _content_digest(weight)} else None
 
 
-def _keep(path: Path, weight: Tensor, digest: str) -> None:
+def _write_cached(path: Path, weight: Tensor, digest: str) -> None:
     weight = weight.contiguous()
-    content = save({"weight": weight}, metadata={"digest": digest, "content": _fingerprint(weight)})
+    content = save({"weight": weight}, metadata={"digest": digest, "content": _content_digest(weight)})
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(content)
