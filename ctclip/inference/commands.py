@@ -73,10 +73,15 @@ class PartialTable:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.rows and error is None:
-            self.path.unlink()
+        if error is None:
+            if self.rows:
+                self.path.unlink()
         elif self.rows:
-            print(f"\nKept in {self.path}: {self.rows} scans; predict the others by themselves", file=sys.stderr)
+            kept = f"{self.path}: {self.rows} scans; predict the others by themselves"
+            if isinstance(error, KeyboardInterrupt):
+                error.args = (f"kept in {kept}",)  # what run_cli prints
+            else:
+                print(f"\nKept in {kept}", file=sys.stderr)
 
 
 def print_summary(predictions: Predictions, output: Path, checkpoint: Path) -> None:

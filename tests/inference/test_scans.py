@@ -221,7 +221,7 @@ def test_wrong_usage_is_one_line_before_anything_is_computed(tmp_path, monkeypat
 def test_flags_of_predict_belong_to_predict(capsys):
     for flag, value in (("--explain", "all"), ("--prompts", "x.txt")):
         assert run_task2.main(["--mode", "train", flag, value]) == 2
-        assert f"found {flag} with --mode train" in capsys.readouterr().err
+        assert f"found {flag}, which goes with --mode predict only" in capsys.readouterr().err
 
 
 def test_dicom_without_simple_itk_is_one_scan_that_cannot_be_read(tmp_path, monkeypatch, capsys):
@@ -383,7 +383,8 @@ def test_what_is_done_when_ctrl_c_comes_is_kept(stored, tmp_path, monkeypatch, c
     assert call("--input", stored, "--output", tmp_path / "p.csv") == 130
     table = pd.read_csv(tmp_path / "p.part.csv", index_col="VolumeName")
     assert list(table.index) == read[: len(table)] and 1 <= len(table) <= 3
-    assert f"p.part.csv: {len(table)} scans" in capsys.readouterr().err
+    line = f"Interrupted: kept in {tmp_path / 'p.part.csv'}: {len(table)} scans; predict the others by themselves"
+    assert line in capsys.readouterr().err
     assert not (tmp_path / "p.csv").exists()
     np.testing.assert_allclose(table.iloc[0], predict(stored / read[0], MODEL, device="cpu").iloc[0], atol=1e-6)
 
