@@ -1,1 +1,1 @@
-"""A fine-tuning run: its preparation, the loop, checkpoints, its cost estimated beforehand."""
+"""A fine-tuning run: set-up, frozen features, optimization, the loop, checkpoints, the estimate of --plan."""

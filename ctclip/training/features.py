@@ -33,7 +33,7 @@ def load_features(job: TrainingJob) -> None:
 
 def _load_split(job: TrainingJob, cache: FeatureCache, name: str, split: Split) -> None:
     run, model = job.run, job.model
-    on_batch = _recorder(run, name)
+    on_batch = _batch_callback(run, name)
     rows = encode_missing(model, cache, split.volumes, run.device, run.workers, run.ranks, on_batch)
     split.keep([i for i, row in enumerate(rows) if row is not None])
     split.rows = [row for row in rows if row is not None]
@@ -45,7 +45,7 @@ def _load_split(job: TrainingJob, cache: FeatureCache, name: str, split: Split) 
         split.features = torch.cat([chunk.cpu() for chunk in inputs])
 
 
-def _recorder(run: Run, split: str) -> Callable[[list[Volume], Batch], None]:
+def _batch_callback(run: Run, split: str) -> Callable[[list[Volume], Batch], None]:
     def on_batch(volumes: list[Volume], batch: Batch) -> None:
         run.record(split, volumes, batch)
         run.stop.check("what has been encoded is in the cache")

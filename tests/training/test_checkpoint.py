@@ -1,7 +1,7 @@
 """What a run goes on from, whatever ended it: SIGTERM, Ctrl-C, SIGKILL, a damaged file, a full disk.
 
-Reference for every run: an undisturbed one, bit for bit (weights, tuning predictions, losses). For a state on its own:
-what was saved.
+Reference for every run: an undisturbed one, bit for bit (weights, validation predictions, losses). For a state on its
+own: what was saved.
 """
 
 import errno
@@ -194,7 +194,7 @@ def test_second_ctrl_c_ends_at_once_and_the_last_state_serves(config, undisturbe
     assert differences(undisturbed, folder) == []
 
 
-def test_volumes_that_turned_out_unreadable_stay_left_out(config, phantoms, tmp_path):
+def test_volumes_that_turned_out_unreadable_stay_skipped(config, phantoms, tmp_path):
     """They are found out in the frozen stage; the batches of the unfrozen one depend on it."""
     cohort = shutil.copytree(phantoms, tmp_path / "cohort")
     harmed = sorted(cohort.glob("dataset/train*/*/*/*.nii.gz"))[:4]

@@ -1,5 +1,5 @@
-"""Fine-tuning on a small phantom cohort with a tiny CT-CLIP: what moves and what does not, what is saved, what a step
-survives, what the flags do.
+"""Fine-tuning on a small phantom cohort with a tiny CT-CLIP: what is trained and what is not, what is saved, what a
+step survives, what the flags do.
 
 References: the weights before, another run that must come to the same, losses and averages worked by hand. How a run
 goes on after an interruption is in test_checkpoint.py.
@@ -121,7 +121,7 @@ def test_run_folder_is_complete_and_split_by_patient(config, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("changes", [{}, {"head": "attention", "ema_decay": 0.6, "unfreeze_layers": 0}])
-def test_saved_tuning_predictions_are_those_of_the_saved_weights(changes, config, tmp_path, monkeypatch, phantoms):
+def test_saved_validation_predictions_are_those_of_the_saved_weights(changes, config, tmp_path, monkeypatch, phantoms):
     rank_epochs(monkeypatch, 0.5, 0.6, 0.7)  # the unfrozen epoch is the best
     folder = train(config(**changes), tmp_path / "run")
     saved = pd.read_csv(folder / "tuning_predictions.csv", index_col=0)
@@ -149,7 +149,7 @@ def test_ema_is_that_of_the_formula():
         ema.update()
         expected = decay * expected + (1 - decay) * value
         assert ema.tensors()["a.b"].item() == pytest.approx(expected, rel=1e-6)
-    ema.track({"a.b": parameter, "c": other})  # layers were opened
+    ema.track({"a.b": parameter, "c": other})  # layers were unfrozen
     assert ema.tensors()["a.b"].item() == pytest.approx(expected, rel=1e-6)
     assert ema.tensors()["c"].item() == 5 and parameter.item() == 0
     off = EMA(0.0)
@@ -199,7 +199,7 @@ def test_unreadable_volumes_are_counted_and_stop_nothing(config, tmp_path, phant
     assert "Volumes that could not be read: 2," in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------ what moves
+# ------------------------------------------------------------------ what is trained
 
 
 def digests(state: dict[str, torch.Tensor], prefixes: tuple[str, ...]) -> dict[str, str]:
@@ -234,20 +234,22 @@ def test_frozen_slice_backbone_stays_as_it_was_with_its_running_statistics(confi
     assert len(history(folder)) == 2
 
 
-@pytest.mark.parametrize(("epochs", "unfreeze_layers", "opened"), [(1, 1, 1), (2, 1, 2), (1, 0, 6)])
-def test_exactly_the_open_layers_move(epochs, unfreeze_layers, opened, config, tmp_path, tiny_classfine, monkeypatch):
+@pytest.mark.parametrize(("epochs", "unfreeze_layers", "unfrozen"), [(1, 1, 1), (2, 1, 2), (1, 0, 6)])
+def test_exactly_the_unfrozen_layers_are_trained(
+    epochs, unfreeze_layers, unfrozen, config, tmp_path, tiny_classfine, monkeypatch
+):
     rank_epochs(monkeypatch, 0.5, 0.6)  # the last epoch is what is saved
     folder = tmp_path / "run"
     train(config(epochs=epochs, freeze_epochs=0, unfreeze_layers=unfreeze_layers), folder)
     before, after = read_checkpoint(tiny_classfine), weights(folder)
     layers = CTCLIPMultiAbnormalityModel(tiny_classfine).layers()
     assert len(layers) == 6
-    due = {name for layer in layers[-opened:] for name in layer} | {"classifier.weight", "classifier.bias"}
+    due = {name for layer in layers[-unfrozen:] for name in layer} | {"classifier.weight", "classifier.bias"}
     moved = {key for key in after if not torch.equal(before[key], after[key])}
     assert moved == due
     fixed = {key for key in after if key.endswith((".beta", "._codebook.embed"))}  # buffers
-    assert fixed and not fixed & moved and (opened < 6 or moved == set(after) - fixed)
-    assert history(folder)[-1]["open_layers"] == opened
+    assert fixed and not fixed & moved and (unfrozen < 6 or moved == set(after) - fixed)
+    assert history(folder)[-1]["open_layers"] == unfrozen
 
 
 @pytest.mark.parametrize("head", ["linear", "attention"])
@@ -270,16 +272,16 @@ def test_micro_batches_of_a_step_give_the_gradients_of_the_whole(config, tmp_pat
     """Without dropout, whose random numbers would fall on other rows."""
     unfrozen = config(epochs=1, freeze_epochs=0, unfreeze_layers=0, dropout=0.0)
     whole = train(unfrozen, tmp_path / "whole")
-    pieces = train(unfrozen, tmp_path / "pieces", Machine(micro_batch=3, gradient_checkpointing="on"))
-    assert json.loads((pieces / "run.json").read_text())["micro_batch"] == 3
-    assert_close(whole, pieces, atol=2e-5)
+    small = train(unfrozen, tmp_path / "small", Machine(micro_batch=3, gradient_checkpointing="on"))
+    assert json.loads((small / "run.json").read_text())["micro_batch"] == 3
+    assert_close(whole, small, atol=2e-5)
 
 
 @pytest.mark.parametrize(
-    ("shape", "batch", "pieces"), [((240, 480, 480), 16, 2), ((240, 480, 480), 5, 2), ((64, 96, 96), 5, 4)]
+    ("shape", "batch", "size"), [((240, 480, 480), 16, 2), ((240, 480, 480), 5, 2), ((64, 96, 96), 5, 4)]
 )
-def test_micro_batches_bound_the_memory(shape, batch, pieces):
-    assert micro_batch_size(shape, batch) == pieces
+def test_micro_batches_bound_the_memory(shape, batch, size):
+    assert micro_batch_size(shape, batch) == size
 
 
 def test_schedule_warms_up_then_falls_to_zero_over_its_own_span():
@@ -291,7 +293,7 @@ def test_schedule_warms_up_then_falls_to_zero_over_its_own_span():
 
 
 @pytest.mark.parametrize(
-    ("changes", "opened"),
+    ("changes", "unfrozen"),
     [
         ({"freeze_epochs": 2, "unfreeze_layers": 2}, [0, 0, 2, 4, 5, 5]),
         ({"freeze_epochs": 3, "unfreeze_layers": 1}, [0, 0, 0, 1, 2, 3]),
@@ -301,9 +303,9 @@ def test_schedule_warms_up_then_falls_to_zero_over_its_own_span():
         ({"freeze_backbone": True, "freeze_epochs": 1}, [0] * 6),
     ],
 )
-def test_layers_are_unfrozen_from_the_output_down(changes, opened):
+def test_layers_are_unfrozen_from_the_output_down(changes, unfrozen):
     config = TrainingConfig(epochs=6, **changes)
-    assert [config.unfrozen_layers(epoch, 5) for epoch in range(6)] == opened
+    assert [config.unfrozen_layers(epoch, 5) for epoch in range(6)] == unfrozen
 
 
 def test_layers_have_their_own_rates_and_matrices_their_decay(config, tmp_path):
@@ -419,7 +421,7 @@ class NaNAt(nn.Module):
         return loss * math.nan if self.count in self.calls else loss
 
 
-def test_step_that_is_not_finite_is_left_out_and_counted(config, tmp_path, monkeypatch, capsys):
+def test_step_that_is_not_finite_is_skipped_and_counted(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_module, "create_loss", lambda *args: NaNAt(create_loss(*args), 2, 4))
     folder = train(config(epochs=2, freeze_backbone=True), tmp_path / "run")
     assert [line["skipped_steps"] for line in history(folder)] == [2, 0]
@@ -543,7 +545,7 @@ def test_two_processes_come_to_the_numbers_of_one(config, flags, tmp_path):
     assert abs(predictions[0].to_numpy() - predictions[1].to_numpy()).max() < 1e-5
     lines = [json.loads(line) for path in cache.rglob("*.jsonl") for line in path.read_text().splitlines()]
     assert len(lines) == 40 == len({line["name"] for line in lines})
-    assert len(list(cache.rglob("*.jsonl"))) == 4  # both processes have encoded training and tuning volumes
+    assert len(list(cache.rglob("*.jsonl"))) == 4  # both processes have encoded training and validation volumes
     record = json.loads((two / "run.json").read_text())
     assert record["processes"] == 2 and sum(record["read_as"].values()) == 40
 
