@@ -340,7 +340,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
                          help="table with PatientSex, PatientAge, Manufacturer or SliceThickness, for subgroups "
                               "(default: the cohort's own, where there is one)")
     counted.add_argument("--pictures", type=int, metavar="N", default=1,
-                         help="volumes shown as slices on the page, of each label, missed and false alarms; each is "
+                         help="slices shown per label (false negatives and false positives); each volume is "
                               "read once more; 0: none (default: %(default)s)")
 
 
