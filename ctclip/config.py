@@ -435,7 +435,8 @@ def task_flag_uses(task: str) -> dict[str, tuple[str, bool]]:
     """
     settings = (flag_of(item.name) for item in (*fields(TrainingConfig), *fields(Machine)))
     training = (*settings, "--output-dir", "--resume", "--plan")
-    modes = dict.fromkeys(training, ("full", "train")) | dict.fromkeys(evaluation_flags(), ("full", "evaluate"))
+    modes: dict[str, tuple[str, ...]] = dict.fromkeys(training, ("full", "train"))
+    modes |= dict.fromkeys(evaluation_flags(), ("full", "evaluate"))
     modes |= dict.fromkeys(("--input", "--prompts", "--explain", "--map-thresholds", "--uncalibrated"), ("predict",))
     modes |= {
         "--output": ("predict", "export"),
