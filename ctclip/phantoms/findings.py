@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.spatial import cKDTree
 
+from ctclip.phantoms import anatomy
 from ctclip.phantoms.anatomy import (
     AORTA_PATH,
     AORTA_PATH_RADIUS,
@@ -21,19 +22,6 @@ from ctclip.phantoms.anatomy import (
     Lungs,
     heart_layer,
     lumen_radius,
-    make_lungs,
-    paint_bronchi,
-    paint_cage_contents,
-    paint_coronary_arteries,
-    paint_epicardial_fat,
-    paint_great_vessels,
-    paint_heart,
-    paint_lung_vessels,
-    paint_mediastinal_fat,
-    paint_pericardium,
-    paint_skeleton,
-    paint_torso,
-    paint_trachea_and_thyroid,
 )
 from ctclip.phantoms.patient import (
     AIR,
@@ -288,7 +276,7 @@ def paint_peribronchial_thickening(s: Scene, lungs: Lungs, rng: np.random.Genera
     """Walls of the bronchi two to four times as thick as normal, visible further out."""
     tree = lungs.bronchi.take((lungs.bronchi.level >= 1) & (lungs.bronchi.level <= 6))
     wall = float(rng.uniform(2.2, 3.2)) * 0.93 ** (tree.level - 1)
-    paint_bronchi(s, lungs, tree, lumen_radius(tree.level), wall, PERIBRONCHIAL)
+    anatomy.paint_bronchi(s, lungs, tree, lumen_radius(tree.level), wall, PERIBRONCHIAL)
 
 
 def paint_bronchiectasis(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None:
@@ -299,7 +287,7 @@ def paint_bronchiectasis(s: Scene, lungs: Lungs, rng: np.random.Generator) -> No
         focus = middle[rng.choice(np.flatnonzero((tree.level == 5) & (middle[:, 2] < 70)))]
         tree = tree.take(np.linalg.norm(middle - focus, axis=1) < 42)
         lumen = np.where(tree.level >= 6, 3.0, 4.2) * rng.uniform(0.85, 1.5, len(tree.level))
-        paint_bronchi(s, lungs, tree, lumen, 1.5, BRONCHIECTASIS)
+        anatomy.paint_bronchi(s, lungs, tree, lumen, 1.5, BRONCHIECTASIS)
         ends = tree.stop[tree.level >= 5]
         radii = rng.uniform(4.0, 8.0, len(ends))
         s.paint(s.thin_balls(ends, radii + 1.5), 0, lungs.hu, BRONCHIECTASIS)
@@ -449,15 +437,15 @@ def draw_sides(rng: np.random.Generator) -> tuple[int, ...]:
 
 def paint_body(s: Scene, healthy: Patient, findings: Findings) -> np.ndarray:
     """The whole body with its findings; returns the mask of the lungs (nz, ny, nx)."""
-    paint_torso(s)
+    anatomy.paint_torso(s)
     cage = cage_depth(*s.grid)
-    paint_cage_contents(s, cage)
-    lungs = make_lungs(s, cage, healthy, findings.seed)
+    anatomy.paint_cage_contents(s, cage)
+    lungs = anatomy.make_lungs(s, cage, healthy, findings.seed)
     paint_lungs(s, lungs, findings)
     paint_mediastinum(s, findings)
     if ARTERIAL in findings:
         paint_arterial_calcification(s, findings.rng(ARTERIAL))
-    paint_skeleton(s, cage)
+    anatomy.paint_skeleton(s, cage)
     if MEDICAL in findings:
         paint_medical_material(s, findings.rng(MEDICAL))
     return lungs.mask
@@ -477,7 +465,7 @@ def paint_lungs(s: Scene, lungs: Lungs, findings: Findings) -> None:
         (OPACITY, paint_ground_glass),
         (SEPTAL, paint_septal_thickening),
     )
-    paint_lung_vessels(s, lungs, random_stream(findings.seed, Purpose.SMALL_VESSELS))
+    anatomy.paint_lung_vessels(s, lungs, random_stream(findings.seed, Purpose.SMALL_VESSELS))
     paint((FIBROSIS, paint_fibrosis))
     bronchograms = []
     if CONSOLIDATION in findings:
@@ -485,7 +473,7 @@ def paint_lungs(s: Scene, lungs: Lungs, findings: Findings) -> None:
     if ATELECTASIS in findings:
         paint_atelectasis(s, lungs, findings.rng(ATELECTASIS), draw_sides(findings.rng(ATELECTASIS)))
     normal = lungs.bronchi.take(lungs.bronchi.level <= 4)
-    paint_bronchi(s, lungs, normal, lumen_radius(normal.level), 0.5 + 0.1 * lumen_radius(normal.level))
+    anatomy.paint_bronchi(s, lungs, normal, lumen_radius(normal.level), 0.5 + 0.1 * lumen_radius(normal.level))
     paint((PERIBRONCHIAL, paint_peribronchial_thickening), (BRONCHIECTASIS, paint_bronchiectasis))
     paint_bronchograms(s, lungs, findings.rng(CONSOLIDATION), bronchograms)
     paint((NODULE, paint_nodules))
@@ -496,21 +484,21 @@ def paint_lungs(s: Scene, lungs: Lungs, findings: Findings) -> None:
 
 def paint_mediastinum(s: Scene, findings: Findings) -> None:
     """Heart, great vessels and airways with their findings, each over what lies around it."""
-    paint_mediastinal_fat(s)
+    anatomy.paint_mediastinal_fat(s)
     if NODES in findings:
         paint_lymph_nodes(s, findings.rng(NODES))
-    paint_epicardial_fat(s)
+    anatomy.paint_epicardial_fat(s)
     if PERICARDIAL in findings:
         paint_pericardial_effusion(s, findings.rng(PERICARDIAL))
     else:
-        paint_pericardium(s)
-    heart = paint_heart(s)
+        anatomy.paint_pericardium(s)
+    heart = anatomy.paint_heart(s)
     if CARDIOMEGALY in findings and heart is not None:
         s.mark(CARDIOMEGALY, heart[0], heart[1] > 0.5)
-    coronary_arteries = paint_coronary_arteries(s)
+    coronary_arteries = anatomy.paint_coronary_arteries(s)
     if CORONARY in findings:
         paint_coronary_calcification(s, coronary_arteries, findings.rng(CORONARY))
     if HERNIA in findings:
         paint_hernia(s, findings.rng(HERNIA))
-    paint_great_vessels(s)
-    paint_trachea_and_thyroid(s)
+    anatomy.paint_great_vessels(s)
+    anatomy.paint_trachea_and_thyroid(s)

@@ -15,51 +15,32 @@ from tqdm import tqdm
 from ctclip.config import SYNTHETIC_NOTE
 from ctclip.data.windows import BONE_WINDOW, LUNG_WINDOW, NARROW_LUNG_WINDOW, SOFT_TISSUE_WINDOW, Window
 from ctclip.fileio import replacing
-from ctclip.phantoms.findings import (
-    ARTERIAL,
-    ATELECTASIS,
-    BRONCHIECTASIS,
-    CARDIOMEGALY,
-    CONSOLIDATION,
-    CORONARY,
-    EFFUSION,
-    EMPHYSEMA,
-    FIBROSIS,
-    HERNIA,
-    MEDICAL,
-    MOSAIC,
-    NODES,
-    NODULE,
-    OPACITY,
-    PERIBRONCHIAL,
-    PERICARDIAL,
-    SEPTAL,
-)
+from ctclip.phantoms import findings
 from ctclip.phantoms.phantom import make_phantom
 from ctclip_model import ABNORMALITIES
 
 VIEWS = {  # finding -> (window, thickness in mm of a maximum projection, seed of the patient shown)
-    MEDICAL: (BONE_WINDOW, 120, 24),
-    ARTERIAL: (SOFT_TISSUE_WINDOW, 15, 19),
-    CARDIOMEGALY: (SOFT_TISSUE_WINDOW, 0, 13),
-    PERICARDIAL: (SOFT_TISSUE_WINDOW, 0, 14),
-    CORONARY: (SOFT_TISSUE_WINDOW, 20, 31),
-    HERNIA: (SOFT_TISSUE_WINDOW, 0, 16),
-    NODES: (SOFT_TISSUE_WINDOW, 0, 17),
-    EMPHYSEMA: (NARROW_LUNG_WINDOW, 0, 25),
-    ATELECTASIS: (LUNG_WINDOW, 0, 19),
-    NODULE: (LUNG_WINDOW, 0, 20),
-    OPACITY: (LUNG_WINDOW, 0, 21),
-    FIBROSIS: (LUNG_WINDOW, 0, 22),
-    EFFUSION: (SOFT_TISSUE_WINDOW, 0, 23),
-    MOSAIC: (LUNG_WINDOW, 0, 24),
-    PERIBRONCHIAL: (LUNG_WINDOW, 0, 25),
-    CONSOLIDATION: (LUNG_WINDOW, 0, 26),
-    BRONCHIECTASIS: (LUNG_WINDOW, 0, 27),
-    SEPTAL: (LUNG_WINDOW, 0, 28),
+    findings.MEDICAL: (BONE_WINDOW, 120, 24),
+    findings.ARTERIAL: (SOFT_TISSUE_WINDOW, 15, 19),
+    findings.CARDIOMEGALY: (SOFT_TISSUE_WINDOW, 0, 13),
+    findings.PERICARDIAL: (SOFT_TISSUE_WINDOW, 0, 14),
+    findings.CORONARY: (SOFT_TISSUE_WINDOW, 20, 31),
+    findings.HERNIA: (SOFT_TISSUE_WINDOW, 0, 16),
+    findings.NODES: (SOFT_TISSUE_WINDOW, 0, 17),
+    findings.EMPHYSEMA: (NARROW_LUNG_WINDOW, 0, 25),
+    findings.ATELECTASIS: (LUNG_WINDOW, 0, 19),
+    findings.NODULE: (LUNG_WINDOW, 0, 20),
+    findings.OPACITY: (LUNG_WINDOW, 0, 21),
+    findings.FIBROSIS: (LUNG_WINDOW, 0, 22),
+    findings.EFFUSION: (SOFT_TISSUE_WINDOW, 0, 23),
+    findings.MOSAIC: (LUNG_WINDOW, 0, 24),
+    findings.PERIBRONCHIAL: (LUNG_WINDOW, 0, 25),
+    findings.CONSOLIDATION: (LUNG_WINDOW, 0, 26),
+    findings.BRONCHIECTASIS: (LUNG_WINDOW, 0, 27),
+    findings.SEPTAL: (LUNG_WINDOW, 0, 28),
 }
-SHOWN_CORONAL = {MEDICAL}
-SHOWN_AT_THE_MIDDLE = {PERICARDIAL, ATELECTASIS, SEPTAL}  # of the finding, not where it is largest
+SHOWN_CORONAL = {findings.MEDICAL}
+SHOWN_AT_THE_MIDDLE = {findings.PERICARDIAL, findings.ATELECTASIS, findings.SEPTAL}  # not where it is largest
 NO_FINDINGS = (0,) * len(ABNORMALITIES)
 LEGEND = """Synthetic phantoms.
 Each pair: the same patient
