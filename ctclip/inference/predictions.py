@@ -237,7 +237,7 @@ def write_results(path: Path, predictions: Predictions, substitute: np.ndarray) 
     path.parent.mkdir(parents=True, exist_ok=True)
     table, rows = predictions.table, []
     for scan in predictions.scans:
-        values = table.loc[scan.name].to_numpy() if scan.name in table.index else substitute
+        values = table.loc[scan.name, list(ABNORMALITIES)] if scan.name in table.index else substitute
         answers = dict(zip(ABNORMALITIES, map(float, values), strict=True))
         rows.append({"input_image_name": scan.stem, "probabilities": answers})
     content = {
