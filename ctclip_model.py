@@ -13,7 +13,7 @@ Legend   B batch, D H W voxels (D slices, then the two in-plane axes: x, y), T h
          h = w = in-plane size / patch), C width, N heads, K head width, L latent, S slices of a volume.
          "Heads" of the transformers are N; "the head" is the classifier on top.
 
-Ladder   volume (B, 1, D, H, W)  ->  patches (B, T, h, w, C)  ->  spatial transformer over h*w  ->  temporal
+Shapes   volume (B, 1, D, H, W)  ->  patches (B, T, h, w, C)  ->  spatial transformer over h*w  ->  temporal
          transformer over T  ->  nearest codebook rows (B, T, h, w, C)  ->  mean over T, one linear map  ->
          latent (B, L), L2-normalised  ->  ReLU, dropout, linear  ->  logits (B, 18).
          Head "mlp" adds a small network to the last step. Head "attention" does not use the latent: each label pools
@@ -840,7 +840,7 @@ def _first_five(keys: Sequence[str]) -> str:
 #
 # Legend   n findings, S tokens of the longest prompt, L latent.
 #
-# Ladder   finding -> "{finding} is present." and "{finding} is not present." -> tokens (2n, S) -> the checkpoint's
+# Shapes   finding -> "{finding} is present." and "{finding} is not present." -> tokens (2n, S) -> the checkpoint's
 #          BERT, last hidden state at [CLS] -> `to_text_latent` (no bias), L2-normalised -> text latents (2n, L) ->
 #          weight (n, L) = exp(temperature) * (present - absent).
 #

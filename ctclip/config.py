@@ -1,7 +1,6 @@
-"""Configuration of a training run and of an evaluation, the only owner of their defaults; and the flags of every script
-that imports torch at its top.
+"""Configuration of a training run and of an evaluation, the only owner of their defaults; and the scripts' flags.
 
-Standard library only, like `ctclip.fileio`: --help and a mistyped flag are answered before the two seconds of torch.
+Standard library only: --help and a mistyped flag are answered before the two seconds that torch takes to import.
 """
 
 from __future__ import annotations

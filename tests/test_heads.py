@@ -326,7 +326,7 @@ def test_attention_features_are_tokens_exactly_where_a_gradient_reaches_them(vol
     assert torch.equal(model.features(volume), ids)
 
 
-def test_encoder_state_holds_all_that_compact_depends_on(volume):
+def test_encoder_state_holds_all_that_cached_features_depend_on(volume):
     model = ctclip("linear")
     state = model.encoder_state()
     assert set(state) == {key for key in model.state_dict() if key.startswith("visual_transformer.")}

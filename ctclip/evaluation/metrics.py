@@ -239,7 +239,10 @@ def crg_exchange(positives: float | np.ndarray, decisions: float | np.ndarray) -
 
 
 def _crg(tp: np.ndarray, fp: np.ndarray, a: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """CRG from pooled counts; NaN where the truth holds one class only."""
+    """CRG, the challenge's score for decisions, from pooled counts; NaN where the truth holds one class only.
+
+    1/3 where all, none or random cases are called positive, 1 where every decision is right.
+    """
     two = (a > 0) & (a < x)
     r = crg_exchange(np.where(two, a, 1), x)
     u = (x - a) / 2

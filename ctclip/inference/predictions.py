@@ -142,7 +142,7 @@ def predict_scans(
         workers=workers,
         on_batch=lambda batch: failures.extend(batch.failures),
         on_answer=on_answer,
-        resample_there=True,
+        resample_on_device=True,
     )
     files = heat_maps.files if heat_maps else []
     return Predictions(rows_table(rows, model.labels), found, failures, files, description, note)

@@ -110,7 +110,7 @@ def predict_volumes(
     title: str = "predict",
     cache: FeatureCache | None = None,
     on_answer: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
-    resample_there: bool = False,
+    resample_on_device: bool = False,
 ) -> tuple[list[int], torch.Tensor]:
     """Runs `model`, in evaluation mode, over volumes; each is read once, and not at all if `cache` has it.
 
@@ -120,7 +120,7 @@ def predict_volumes(
     `on_batch` sees every batch that is read, with the failures and decisions in it; `on_answer` every volume in it, as
     (index, voxels (1, 1, D, H, W) on the device, logits (labels,)). `cache` is one of this model, from
     which logits are the same but for rounding (and 1e-3 off with maps, kept in half precision); nothing is added to it.
-    `resample_there`: on a GPU from the stored integers, equal but for rounding; each reading thread then needs some
+    `resample_on_device`: on a GPU from the stored integers, equal but for rounding; each reading thread then needs some
     0.5 GB of the GPU's memory.
     """
     device = next(model.parameters()).device
@@ -130,7 +130,7 @@ def predict_volumes(
     stored = {i: entry for i, entry in enumerate(entries) if entry is not None}
     held = max(1, min(batch_size, prod(PUBLISHED_SHAPE) // prod(model.input_shape)))  # no more voxels than one of those
     unread = chunks([i for i, entry in enumerate(entries) if entry is None], held)
-    there = device if resample_there and device.type == "cuda" else None
+    there = device if resample_on_device and device.type == "cuda" else None
     loader = read_ahead(volumes, model.input_shape, unread, max(1, choose_workers(workers)), there)
     rows: dict[int, torch.Tensor] = {}
     with encoding(model, device), tqdm(total=len(volumes), desc=title, unit="vol", delay=2, leave=False) as progress:
