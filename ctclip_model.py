@@ -879,7 +879,7 @@ class Prompts:
     present: tuple[str, ...]
     absent: tuple[str, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.names or not len(self.names) == len(self.present) == len(self.absent):
             counts = f"{len(self.names)} findings, {len(self.present)} texts for and {len(self.absent)} against"
             raise PromptError(f"found {counts}, expected at least one finding and two texts for each; complete them")
@@ -1665,7 +1665,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         return None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> CTCLIPMultiAbnormalityModel:
         """The mixin's. Raises CheckpointError where a folder's config.json is absent, damaged or fits no weights."""
         folder = Path(pretrained_model_name_or_path)
         if (folder / "model.safetensors").is_file():
@@ -1673,7 +1673,9 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **kwargs):
+    def _from_pretrained(
+        cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **kwargs: Any
+    ) -> CTCLIPMultiAbnormalityModel:
         """From a folder, or from the hub with the small files beside the weights."""
         hub = {name: kwargs.pop(name) for name in HUB_ONLY if name in kwargs}
         folder = Path(model_id)
@@ -1702,7 +1704,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         return model
 
     @classmethod
-    def _load_as_safetensor(cls, model, model_file: str, map_location: str, strict: bool):
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         if not model.is_ctclip:
             return super()._load_as_safetensor(model, model_file, map_location, True)  # the mixin's default is False
         state = _mapped(model_file)

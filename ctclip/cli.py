@@ -21,8 +21,8 @@ class OneLineParser(argparse.ArgumentParser):
     The namespace has `given`: the flags on the command line, as the parser spells them.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
         self.add_argument("--version", action="version", version=f"ctclip {__version__}")
 
     def error(self, message: str) -> NoReturn:

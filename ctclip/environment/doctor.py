@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator  # noqa: UP035  (ctclip_setup must get as far as its Python check)
+from typing import Any, Callable, Iterator  # noqa: UP035  (ctclip_setup must get as far as its Python check)
 
 from ctclip.config import TrainingConfig
 from ctclip.environment.packages import (
@@ -200,7 +200,7 @@ def output_of(command: list[str], seconds: float) -> str:
     return done.stdout.strip()
 
 
-def run_probe(name: str, *arguments: str):
+def run_probe(name: str, *arguments: str) -> Any:
     """What the function of PROBES returns in a process of its own."""
     command = module_command("ctclip.environment.doctor", name, *arguments)
     return json.loads(output_of(command, PROBE_SECONDS).splitlines()[-1])

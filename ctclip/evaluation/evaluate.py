@@ -13,6 +13,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -86,7 +87,7 @@ def evaluate(
     history: list[dict] | None = None,
     phantom: bool = False,
     metadata: Mapping[str, Mapping[str, str]] | None = None,
-    **settings,
+    **settings: Any,
 ) -> dict:
     """Everything format_report prints and metrics.json holds; with `output_dir` also writes the files and figures.
 

@@ -18,8 +18,17 @@ import tempfile
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence  # noqa: UP035  (ctclip_setup must get as far as its Python check)
+from typing import (  # noqa: UP035  (ctclip_setup must get as far as its Python check)
+    TYPE_CHECKING,
+    Callable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Sequence,
+    TypeVar,
+)
 from urllib.parse import urlsplit
 
 from ctclip.errors import UserError
@@ -27,6 +36,10 @@ from ctclip.fileio import DISK_FULL, replacing
 from ctclip.formatting import TIED, size_text
 from ctclip.paths import slim_path, weights_path
 
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+Result = TypeVar("Result")
 HUB = "https://huggingface.co"
 REPOSITORY = "ibrahimhamamci/CT-RATE"  # a dataset repository, gated
 TERMS_PAGE = f"{HUB}/datasets/{REPOSITORY}"
@@ -197,7 +210,7 @@ def unwrapped(error: BaseException) -> BaseException:
     return error
 
 
-def _of_response(error, file: str, repository: str) -> HubError:
+def _of_response(error: HfHubHTTPError, file: str, repository: str) -> HubError:
     """What an HfHubHTTPError means to the person whose token was sent (to CT-RATE; other repositories get none)."""
     from huggingface_hub.errors import GatedRepoError
 
@@ -225,7 +238,7 @@ def _of_response(error, file: str, repository: str) -> HubError:
     return HubError(reason, remedy, kind=kind, wait=wait)
 
 
-def asked_wait(headers) -> float:
+def asked_wait(headers: Mapping[str, str]) -> float:
     """Seconds that an answer asks to wait: Retry-After, or `t` of the hub's RateLimit header; 0 without either."""
     found = re.match(r"\s*(\d+)\s*$", headers.get("Retry-After") or "") or re.search(
         r"\bt=(\d+)", headers.get("RateLimit") or ""
@@ -238,7 +251,7 @@ def _no_answer() -> HubError:
     return HubError(f"no answer from {hub_host()} within {HUB_SECONDS} s", remedy, kind="network")
 
 
-def with_timeout(seconds: float, function: Callable):
+def with_timeout(seconds: float, function: Callable[[], Result]) -> Result:
     """function() or HubError after `seconds`; a thread, because no HTTP time-out covers all addresses of a host."""
     outcome: list = []
 
@@ -259,7 +272,9 @@ def with_timeout(seconds: float, function: Callable):
     return value
 
 
-def retry(attempt: Callable, file: str, token: str, note: Callable[[str], None], repository: str = REPOSITORY):
+def retry(
+    attempt: Callable[[], Result], file: str, token: str, note: Callable[[str], None], repository: str = REPOSITORY
+) -> Result:
     """attempt(), again after each of `WAITS` while its error is transient. Raises HubError.
 
     `note` gets a phrase for each failed attempt. Wrong bytes are fetched again once.
@@ -316,7 +331,7 @@ def git_sha1_of(path: Path) -> str:
     return _digest_of(path, hashlib.sha1(f"blob {path.stat().st_size}\0".encode()))
 
 
-def _digest_of(path: Path, digest) -> str:
+def _digest_of(path: Path, digest: hashlib._Hash) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -345,11 +360,8 @@ def file_sizes(files: Sequence[str], token: str) -> dict[str, tuple[int, str | N
     found: dict[str, tuple[int, str | None]] = {}
     for start in range(0, len(files), PATHS_AT_ONCE):
         part = list(files[start : start + PATHS_AT_ONCE])
-        entries = with_timeout(
-            LISTING_SECONDS,
-            lambda part=part: HfApi(endpoint()).get_paths_info(REPOSITORY, part, repo_type="dataset", token=token),
-        )
-        for entry in entries:
+        ask = partial(HfApi(endpoint()).get_paths_info, REPOSITORY, part, repo_type="dataset", token=token)
+        for entry in with_timeout(LISTING_SECONDS, ask):
             if isinstance(entry, RepoFile):
                 found[entry.path] = entry.size, entry.lfs.sha256 if entry.lfs else None
     return found
@@ -522,7 +534,7 @@ def read_record(weights: Path) -> dict:
         return {}
 
 
-def write_record(weights: Path, **changes) -> None:
+def write_record(weights: Path, **changes: object) -> None:
     """Sets these fields and keeps the others."""
     with replacing(record_path(weights)) as temporary:
         temporary.write_text(json.dumps(read_record(weights) | changes, indent=2) + "\n", encoding="utf-8")

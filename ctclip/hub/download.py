@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def _update_tables(splits: Sequence[str], data_dir: Path, token: str) -> None:
     for split in splits:
         for path in (labels_path(split), metadata_path(split), no_chest_path(split)):
             file, target = path.as_posix(), data_dir / path
-            remote = retry(lambda file=file: file_metadata(file, token), file, token, print_note)
+            remote = retry(partial(file_metadata, file, token), file, token, print_note)
             if not target.exists() or remote.difference(target):
                 make_folder(target.parent)
                 download(file, target, token, print_note, remote)
@@ -190,7 +191,7 @@ class Downloader:
             threading.Thread(target=self._work, daemon=True).start()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         with self.changed:
             self.stopped = True
             self.changed.notify_all()

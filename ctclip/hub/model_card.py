@@ -105,7 +105,7 @@ def _base_licence(model: CTCLIPMultiAbnormalityModel, facts: Facts) -> tuple[str
                                  f"{f' (`{tag.hf_hub_id}`)' if tag is not None and tag.hf_hub_id else ''}, {known}.")
 
 
-def backbone_weights(name: str):
+def backbone_weights(name: str) -> timm.models.PretrainedCfg | None:
     """timm's entry for the pretrained weights of that name, or None."""
     return timm.get_pretrained_cfg(name, allow_unregistered=True)
 

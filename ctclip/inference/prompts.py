@@ -10,6 +10,7 @@ import hashlib
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -36,7 +37,7 @@ HEAD_VERSION = "1"  # of cached heads: raise it when the same tensors and texts 
 
 
 def load_with_prompts(
-    path: str | os.PathLike, prompts: Prompts | None = None, head: str | None = None, **kwargs
+    path: str | os.PathLike, prompts: Prompts | None = None, head: str | None = None, **kwargs: Any
 ) -> CTCLIPMultiAbnormalityModel:
     """The constructor for a CT-CLIP file, with a cached `prompt_head` in place of one that is made each time.
 

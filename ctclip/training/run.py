@@ -34,7 +34,7 @@ from ctclip.config import (
 from ctclip.data.cohort import Cohort, Volume, load_cohort
 from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.feature_cache import FeatureCache
-from ctclip.data.loading import micro_batch_size
+from ctclip.data.loading import Batch, micro_batch_size
 from ctclip.data.splits import split_by_patient
 from ctclip.distributed import Ranks
 from ctclip.evaluation.run_folder import newest_run, run_record
@@ -79,11 +79,11 @@ class StopRequest:
             self.before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame) -> None:
+    def _note(self, number: int, frame: object) -> None:
         if self.number == number == signal.SIGINT:
             raise KeyboardInterrupt(RESUME_HINT)
         self.number = number
@@ -175,7 +175,7 @@ class Run:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def record(self, split: str, volumes: list[Volume], batch) -> None:
+    def record(self, split: str, volumes: list[Volume], batch: Batch) -> None:
         """Keeps a batch's decisions on units and its failures; a failure is printed once, by the rank that met it."""
         for name, reason in batch.failures:
             if name not in self.failures:
