@@ -23,6 +23,7 @@ from ctclip.data.volume_file import (
 )
 
 ORIENTATION, POSITION, SERIES, MODALITY, SERIES_NUMBER = "0020|0037", "0020|0032", "0020|000e", "0008|0060", "0020|0011"
+OLDEST_ITK = (2, 5, 4)  # whose GDCM refuses a slice that is cut short
 SERIES_PREFIX = "series_"  # before its number, in the name of a series that shares its folder
 CT_STORAGE = b"1.2.840.10008.5.1.4.1.1.2"  # CT Image Storage, and as a beginning its enhanced kinds
 SLOPE, INTERCEPT, SAMPLES, PHOTOMETRIC = "0028|1053", "0028|1052", "0028|0002", "0028|0004"
@@ -45,11 +46,15 @@ def _beginning(path: Path) -> bytes:
 
 
 def simple_itk(path: Path) -> ModuleType:
-    """SimpleITK, quiet; VolumeError where it is not installed."""
+    """SimpleITK, quiet; VolumeError where it is not installed, or so old that it reads a cut slice as a whole one."""
     try:
         import SimpleITK
     except ImportError:
         raise file_error(path, "DICOM", "the package SimpleITK to read it", "pip install SimpleITK") from None
+    if tuple(map(int, SimpleITK.__version__.split(".")[:3])) < OLDEST_ITK:
+        found = f"DICOM and SimpleITK {SimpleITK.__version__}, which takes a slice that is cut short for a whole one"
+        expected = "SimpleITK " + ".".join(map(str, OLDEST_ITK))
+        raise file_error(path, found, f"{expected} or newer", "pip install --upgrade SimpleITK")
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     return SimpleITK
 

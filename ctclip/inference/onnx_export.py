@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession  # optional
 
 NEEDED = ("onnx", "onnxscript")
+OLDEST_TORCH = (2, 8)  # the first whose exporter takes these models; all else runs with requirements.txt's
 TOLERANCE = 1e-3  # of a logit: a thousandth moves no probability by more than 0.00025
 TIE = 1e-4  # cosines nearer than this may be told apart either way: what float32 in another order amounts to
 ONE_FILE_BYTES = 2_000_000_000  # what one protobuf file can hold; larger weights go beside it, into NAME.onnx.data
@@ -116,9 +117,9 @@ def export_onnx(
         calibration: of the run, for the metadata; the graph's logits are the model's own, not calibrated.
         volumes: batches (B, 1, D, H, W) to compare on; by default a synthetic chest alone, then two at once.
 
-    Raises ExportError: `path` does not end in .onnx, a package is missing, the exporter fails, or the file's logits
-    differ from the model's by more than TOLERANCE while no flip between nearly equal codes explains it. Then no file is
-    left.
+    Raises ExportError: `path` does not end in .onnx, a package is missing or too old, the exporter fails, or the file's
+    logits differ from the model's by more than TOLERANCE while no flip between nearly equal codes explains it. Then no
+    file is left.
     """
     path, started = Path(path), time.perf_counter()
     check_onnx_path(path)
@@ -127,6 +128,9 @@ def export_onnx(
             f"found no {' and no '.join(missing)}, which exporting needs; pip install {' '.join(NEEDED)} onnxruntime "
             "(the last to have the file checked)"
         )
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        newer = ".".join(map(str, OLDEST_TORCH))
+        raise ExportError(f"found torch {torch.__version__}, expected {newer} or newer to export; update torch")
     training = model.training
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:

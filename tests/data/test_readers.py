@@ -349,6 +349,13 @@ def test_dicom_without_simple_itk_names_the_package(tmp_path, monkeypatch):
         preprocess_volume(folder, None, SMALL)
 
 
+def test_simple_itk_that_takes_a_cut_slice_for_a_whole_one_is_refused(tmp_path, monkeypatch):
+    folder = _series(tmp_path / "series")
+    monkeypatch.setattr(pytest.importorskip("SimpleITK"), "__version__", "2.5.3")
+    with pytest.raises(VolumeError, match=r"SimpleITK 2\.5\.3, .* expected SimpleITK 2\.5\.4 or newer"):
+        preprocess_volume(folder, None, SMALL)
+
+
 def test_series_are_named_by_folder_and_number(tmp_path):
     _series(tmp_path / "one")
     _two_series(tmp_path / "two")

@@ -90,7 +90,7 @@ def without_ranking(row):
 def errors_reference(y, p):
     """Brier score, calibration error and mean probability, (18,) each."""
     ece = [sum(abs((p - y)[bin_index(p[:, j]) == k, j].sum()) for k in range(10)) / len(y) for j in range(18)]
-    brier = [sk.brier_score_loss(y[:, j], p[:, j], labels=[0, 1]) for j in range(18)]
+    brier = [sk.brier_score_loss(y[:, j], p[:, j], pos_label=1) for j in range(18)]
     return {"brier": np.array(brier), "ece": np.array(ece), "mean": p.mean(axis=0)}
 
 

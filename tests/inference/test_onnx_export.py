@@ -36,6 +36,7 @@ def drawn_once(monkeypatch):
 def onnx_is_here():
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)
+    pytest.importorskip("torch", minversion=".".join(map(str, onnx_export.OLDEST_TORCH)))
 
 
 def ctclip(head="linear", **arguments):
@@ -206,6 +207,13 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         "found no onnx and no onnxscript, which exporting needs; pip install onnx onnxscript onnxruntime (the last to "
         "have the file checked)"
     )
+
+
+def test_an_older_torch_is_named(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cpu")
+    with pytest.raises(ExportError, match=r"^found torch 2\.7\.1\+cpu, expected 2\.8 or newer to export"):
+        export_onnx(ctclip(), tmp_path / "model.onnx")
 
 
 def test_without_onnxruntime_it_says_that_nothing_was_checked(onnx_is_here, tmp_path, monkeypatch):
