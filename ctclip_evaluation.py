@@ -83,6 +83,7 @@ def check_flags(args: argparse.Namespace) -> None:
         "--data-dir": ("an evaluation of a run or of tables", source in ("run", "tables")),
         "--example": ("an evaluation", source == "example"),
         **dict.fromkeys(evaluation_flags(), ("an evaluation", source != "apply")),
+        "--pictures": ("an evaluation of a run or of tables", source in ("run", "tables")),
     }
     refuse_unused(args.given, uses)
     if source == "apply" and not args.predictions:

@@ -85,7 +85,9 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--seed": ("--volumes or --patients", bool(options.volumes or options.patients)),
         **dict.fromkeys(("--disk-gb", "--cache-dir", "--scratch-dir", "--ctclip-path", "--device"), streaming),
         "--data-dir": ("--data or --doctor", bool(options.data or options.doctor)),
-        "--slim": ("weights to fetch (not --no-weights, --check or --doctor)", not (options.no_weights or look)),
+        "--model": ("weights (not --no-weights or --doctor)", not (options.no_weights or options.doctor)),
+        **dict.fromkeys(("--dev", "--check", "--no-weights"), ("a setup (not --doctor)", not options.doctor)),
+        "--slim": ("weights to fetch", bool(weight_names(options)) and not look),
     })
     if options.volumes is not None and options.patients is not None:
         raise SetupError("found --volumes and --patients, expected one of them; leave one out")
@@ -100,12 +102,17 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def weight_names(options: argparse.Namespace) -> list[str]:
+    """Which weights to fetch: those that are named, else ClassFine's where the flags ask for no other work."""
+    unneeded = options.ctclip_path or (options.data and not options.stream_cache)
+    return [] if options.no_weights else options.model or ([] if unneeded else ["classfine"])
+
+
 def setup(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     check_python()
     options = parse_options(argv)
-    unneeded = options.ctclip_path or (options.data and not options.stream_cache)
-    names = [] if options.no_weights else options.model or ([] if unneeded else ["classfine"])
+    names = weight_names(options)
     steps.configure_hub()
     if options.doctor:
         return doctor(Path(options.data_dir) if options.data_dir else None, options.json)

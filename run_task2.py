@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctclip.cli import refuse_unused, run_cli
+from ctclip.cli import INTERRUPTED, refuse_unused, run_cli
 from ctclip.config import task_flag_uses, task_parser
 from ctclip.errors import UserError
 
@@ -42,13 +42,17 @@ def __getattr__(name: str) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     args = task_parser(__doc__).parse_args(argv)
-    return run_cli(lambda: run(args), "a training run that has begun goes on with --resume")
+    trains = args.task in ("full", "train") and not args.export
+    interrupted = "a training run that has begun goes on with --resume" if trains else INTERRUPTED
+    return run_cli(lambda: run(args), interrupted)
 
 
 def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("found torchrun with run_task2.py, expected ctclip_training.py; evaluate afterwards")
     task = "export" if args.export else args.task
-    refuse_unused(args.given, task_flag_uses(task))
+    refuse_unused(args.given, task_flag_uses(task, args.plan))
     from ctclip.evaluation.command import settings_from_flags  # after the flags: torch takes two seconds
     from ctclip.evaluation.run_folder import newest_run
     from ctclip.inference.commands import export_command, predict_command
@@ -79,8 +83,6 @@ def train_run(args: argparse.Namespace, task: str) -> Path | None:
     from ctclip.training.loop import train
     from ctclip.training.run import run_from_flags
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("found torchrun with run_task2.py, expected ctclip_training.py; evaluate afterwards")
     if task == "full" and hasattr(args, "data_dir"):
         load_cohort(args.data_dir, "valid", limit=1)  # there must be something to evaluate on
     config, folder, machine = run_from_flags(args)

@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 
 from ctclip import __version__
 from ctclip.errors import UserError
+from ctclip.memory import out_of_memory
 
+OUT_OF_MEMORY = "out of memory; end other programs, or use a machine (with --device: a GPU) that has more"
 INTERRUPTED = "the same command starts again; every file is whole, old or new"
 
 
@@ -55,8 +57,9 @@ def run_cli(action: Callable[[], int | None], interrupted: str = INTERRUPTED) ->
     """Runs a command's `action` and returns its exit code; every command ends through here.
 
     0 or what `action` returns; 2 where the user can mend it (an exception with `exit_code`, or of the operating
-    system), after one line on stderr; 128 + the signal's number after Ctrl-C or SIGTERM, with the way to go on. Any
-    other exception is a defect: it passes, with its traceback and Python's exit code 1.
+    system, or a failed allocation), after one line on stderr; 130 after Ctrl-C, with the way to go on (training, which
+    also catches SIGTERM, raises its own code). Any other exception is a defect: it passes, with its traceback and
+    Python's exit code 1.
     """
     rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""  # torchrun's
     try:
@@ -65,8 +68,9 @@ def run_cli(action: Callable[[], int | None], interrupted: str = INTERRUPTED) ->
         print(f"\n{rank}Interrupted: {str(error) or interrupted}", file=sys.stderr)
         return getattr(error, "exit_code", 128 + signal.SIGINT)
     except Exception as error:
-        code = 2 if isinstance(error, OSError) else getattr(error, "exit_code", None)
+        code = 2 if isinstance(error, OSError) or out_of_memory(error) else getattr(error, "exit_code", None)
         if code is None:
             raise
-        print(f"{rank}error: {' '.join(str(error).split())}", file=sys.stderr)
+        line = OUT_OF_MEMORY if out_of_memory(error) else " ".join(str(error).split())
+        print(f"{rank}error: {line}", file=sys.stderr)
         return code

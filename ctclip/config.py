@@ -427,7 +427,7 @@ def task_parser(description: str) -> OneLineParser:
     return parser
 
 
-def task_flag_uses(task: str) -> dict[str, tuple[str, bool]]:
+def task_flag_uses(task: str, plan: bool = False) -> dict[str, tuple[str, bool]]:
     """Of run_task2.py, flag -> (the modes that it goes with, whether `task` is one of them), for `refuse_unused`.
 
     A flag that every mode looks at is not in it.
@@ -446,7 +446,10 @@ def task_flag_uses(task: str) -> dict[str, tuple[str, bool]]:
     for flag in ("--mode", "--device"):
         del modes[flag]
     spelled = {mode: f"--mode {mode}" for mode in MODES} | {"export": "--export onnx"}
-    return {flag: (" or ".join(spelled[mode] for mode in those), task in those) for flag, those in modes.items()}
+    uses = {flag: (" or ".join(spelled[mode] for mode in those), task in those) for flag, those in modes.items()}
+    if plan:  # which stops before there is anything to evaluate
+        uses |= dict.fromkeys(evaluation_flags(), ("an evaluation, not --plan,", False))
+    return uses
 
 
 def hub_parser(description: str) -> OneLineParser:

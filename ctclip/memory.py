@@ -9,6 +9,17 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+ALLOCATION_FAILED = (  # in messages of torch's errors that have no class of their own
+    "DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC",
+)  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU (torch.OutOfMemoryError, by its name) or on the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in ALLOCATION_FAILED)
+
 
 @dataclass(frozen=True)
 class SystemMemory:

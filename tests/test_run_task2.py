@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import run_task2
-from ctclip.config import task_flag_uses, task_parser
+from ctclip.config import SYNTHETIC_NOTE, task_flag_uses, task_parser
 from ctclip.evaluation.calibration import load_calibration
 from ctclip.inference.predictor import load_model
 from ctclip_model import ABNORMALITIES, CheckpointError
@@ -92,7 +92,7 @@ def test_another_cohort_leaves_the_run_s_own_results_alone(job, phantoms, tmp_pa
     flags = ["--checkpoint", "results/run", "--data-dir", str(other)]
     done = call(folder, "run_task2.py", "--mode", "evaluate", *flags)
     assert done.returncode == 0, done.stderr
-    assert "These are phantoms" not in done.stdout
+    assert SYNTHETIC_NOTE not in done.stdout
     assert json.loads((run / "on_elsewhere" / "metrics.json").read_text())["phantom"] is False
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
     shutil.rmtree(run / "on_elsewhere")
@@ -136,6 +136,7 @@ WRONG_USAGE = [
     (["--mode", "evaluate", "--output-dir", "x"], "found --output-dir, which goes with --mode full or"),
     (["--mode", "predict", "--input", "x", "--epochs", "2"], "found --epochs, which goes with --mode full or"),
     (["--mode", "evaluate", "--tensorboard"], "found --tensorboard, which goes with --mode full or --mode train only"),
+    (["--plan", "--objective", "f1"], "found --objective, which goes with an evaluation, not --plan, only"),
     (["--export", "onnx", "--workers=2"], "found --workers, which goes with --mode full or"),
     (["--mode", "train", "--resamples", "1000"], "found --resamples, which goes with --mode full or --mode evaluate"),
     (["--device", "cuda:77", "--mode", "train"], "--device cuda:77: not usable here"),
@@ -148,6 +149,15 @@ def test_every_flag_goes_with_named_modes_or_with_all():
     flags = {option for action in task_parser("")._actions for option in action.option_strings if option[:2] == "--"}
     with_all = {"--help", "--version", "--mode", "--export", "--device"}
     assert flags - with_all == set(task_flag_uses("full")) and with_all < flags
+
+
+def test_torchrun_is_refused_in_every_mode(tmp_path, monkeypatch, capsys):
+    """Every rank would write the same files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for flags in ([], ["--mode", "predict", "--input", "x.nii.gz"], ["--mode", "evaluate"]):
+        assert run_task2.main(flags) == 2
+        assert "found torchrun with run_task2.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flags", "line"), WRONG_USAGE)

@@ -141,8 +141,8 @@ def data_facts(metrics: Mapping) -> list[tuple[str, str]]:
         facts.append(("", f"labels differ within {unit['conflicting_labels']:,} of the rows: a label of any volume "
                       "counts"))
     if metrics["volumes_without_patient"]:
-        facts.append(("", f"{metrics['volumes_without_patient']:,} names are not like train_12_a_1.nii.gz: each counts "
-                      "as a patient of its own"))
+        facts.append(("", f"{metrics['volumes_without_patient']:,} names are not like train_12_a_1.nii.gz: patients "
+                      "may be told apart wrongly, and intervals be too narrow"))
     for source, count in metrics["left_out"].items():
         facts.append(("Skipped", f"{count:,} rows of the {source}, absent from the other tables (--allow-partial)"))
     facts += [

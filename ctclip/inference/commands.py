@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 
@@ -52,10 +53,13 @@ def predict_command(args: argparse.Namespace) -> None:
 
 class PartialTable:
     """The rows that are done, on the disk at once, so that an interruption loses none; removed when the output has been
-    written. In a `with` block: where it ends early, says what is kept."""
+    written. In a `with` block: where it ends early, says what is kept. What an earlier command kept under that name
+    stays: this one's file then has a number."""
 
     def __init__(self, path: Path, labels: Sequence[str]):
-        self.path, self.labels, self.rows = path, labels, 0
+        numbered = (path.with_name(f"{path.stem}{number}{path.suffix}") for number in count(2))
+        self.path = next(name for name in chain([path], numbered) if not name.exists())
+        self.labels, self.rows = labels, 0
 
     def append(self, name: str, row: np.ndarray) -> None:
         first = self.rows == 0

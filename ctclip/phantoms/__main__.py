@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ctclip.cli import run_cli
+from ctclip.cli import refuse_unused, run_cli
 from ctclip.config import SYNTHETIC_NOTE, phantom_parser
 
 
@@ -14,7 +14,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.data_dir is None and args.montage is None:
         parser.error("found neither --data-dir nor --montage; name a folder for the cohort or a PNG file")
-    return run_cli(lambda: write(args), interrupted="the same command continues where this one ended")
+    cohort = "--data-dir", args.data_dir is not None
+    uses = dict.fromkeys(("--train", "--valid", "--seed", "--workers"), cohort)
+
+    def action() -> None:
+        refuse_unused(args.given, uses)
+        write(args)
+
+    return run_cli(action, interrupted="the same command continues where this one ended")
 
 
 def write(args: argparse.Namespace) -> None:

@@ -235,7 +235,7 @@ def _check_manifest(data_dir: Path, wanted: dict) -> bool:
     try:
         found = json.loads(manifest.read_text())
         parameters = {key: found.get(key) for key in wanted}
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise PhantomError(f"found an unreadable {manifest} ({error}), expected JSON; delete the folder") from error
     if parameters != wanted:
         raise PhantomError(

@@ -25,10 +25,10 @@ from ctclip.config import SYNTHETIC_NOTE, Machine, TrainingConfig, TrainingError
 from ctclip.data.feature_cache import FeatureCache, encoding, nearest_existing
 from ctclip.data.loading import VolumeDataset
 from ctclip.formatting import plural, size_text
-from ctclip.memory import process_memory, reset_peak_memory, system_memory
+from ctclip.memory import out_of_memory, process_memory, reset_peak_memory, system_memory
 from ctclip.training.checkpoint import KEEP
 from ctclip.training.optimization import TrainableParameters
-from ctclip.training.run import TrainingJob, out_of_memory, prepare
+from ctclip.training.run import TrainingJob, prepare
 from ctclip.training.steps import CACHED_MICRO_BATCH, MicroBatch, accumulate_gradients
 
 MOST_VOLUMES, READING_SECONDS = 8, 15  # read so many, at least 2, and stop after so long

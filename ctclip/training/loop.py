@@ -17,6 +17,7 @@ from ctclip.config import Machine, TrainingConfig, TrainingError
 from ctclip.data.feature_cache import encoder_digest
 from ctclip.fileio import make_folder
 from ctclip.inference.predictor import chunks
+from ctclip.memory import out_of_memory
 from ctclip.training.checkpoint import (
     BestEpoch,
     Progress,
@@ -39,7 +40,7 @@ from ctclip.training.logging import (
     write_scalars,
 )
 from ctclip.training.optimization import TrainableParameters, swapped_in
-from ctclip.training.run import TrainingJob, out_of_memory, out_of_memory_explained, prepare
+from ctclip.training.run import TrainingJob, out_of_memory_explained, prepare
 from ctclip.training.steps import (
     MicroBatch,
     StepResult,

@@ -40,6 +40,7 @@ from ctclip.distributed import Ranks
 from ctclip.evaluation.run_folder import newest_run, run_record
 from ctclip.inference.predictor import choose_device, choose_precision, choose_workers
 from ctclip.inference.prompts import load_with_prompts
+from ctclip.memory import out_of_memory
 from ctclip.phantoms.cohort import is_phantom_cohort, write_phantom_cohort
 from ctclip_model import (
     CLASSFINE_PATH,
@@ -92,12 +93,6 @@ class StopRequest:
         """Raises Interrupted after a signal; `saved` says what is."""
         if self.number:
             raise Interrupted(self.number, saved)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the GPU or on the CPU (whose allocator raises a plain RuntimeError)."""
-    messages = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in messages)
 
 
 @contextmanager

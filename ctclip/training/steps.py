@@ -15,8 +15,9 @@ from ctclip.config import TrainingConfig, TrainingError
 from ctclip.data.loading import Batch, volume_loader
 from ctclip.evaluation.metrics import auroc_difference, compute_metrics
 from ctclip.inference.predictor import chunks, predict_volumes
+from ctclip.memory import out_of_memory
 from ctclip.training.features import CHUNK, frozen_inputs
-from ctclip.training.run import Split, TrainingJob, out_of_memory
+from ctclip.training.run import Split, TrainingJob
 from ctclip_model import ABNORMALITIES
 
 CACHED_MICRO_BATCH = 32  # times as many volumes: cached features take less than this fraction of an encoder's memory

@@ -22,6 +22,7 @@ from ctclip.data.ct_rate import PREVALENCE
 from ctclip.data.loading import read_ahead
 from ctclip.inference import predictions as predictions_module
 from ctclip.inference import scans as scans_module
+from ctclip.inference.commands import PartialTable
 from ctclip.inference.predictions import predict, predict_scans, write_predictions
 from ctclip.inference.scans import PredictionError, find_scans
 from ctclip_model import ABNORMALITIES
@@ -411,3 +412,16 @@ def test_what_is_done_when_the_process_is_killed_is_kept(tmp_path):
         part.append("three", np.float32([0, 1]))
         assert list(pd.read_csv(path).VolumeName) == ["three"], "of this run, not of the one before"
     assert not path.exists()
+
+
+def test_rows_of_an_interrupted_command_survive_the_next_one(tmp_path):
+    """The second command has a file of its own beside them, and removes that one only."""
+    path, labels = tmp_path / "p.part.csv", ("A", "B")
+    with pytest.raises(KeyboardInterrupt), PartialTable(path, labels) as first:
+        first.append("one", np.array([0.1, 0.2]))
+        raise KeyboardInterrupt
+    kept = path.read_bytes()
+    with PartialTable(path, labels) as second:
+        second.append("two", np.array([0.3, 0.4]))
+        assert second.path.name == "p.part2.csv" and second.path.exists()
+    assert path.read_bytes() == kept and not second.path.exists()
