@@ -431,7 +431,7 @@ def test_a_label_with_one_class_takes_the_global_threshold_and_is_named():
     reported = simulate(30, seed=2, first=100)
     metrics = ev.evaluate(*reported, tuning=(predictions, labels))
     assert metrics["thresholds"]["took_global"] == named
-    assert "so the global cut: Cardiomegaly, Emphysema" in format_report(metrics)
+    assert "so the global threshold: Cardiomegaly, Emphysema" in format_report(metrics)
 
 
 # --------------------------------------------------------------------------------------------- fitted on other patients
