@@ -68,6 +68,12 @@ def layer_edges(graph: dict[str, set[str]]) -> dict[tuple[str, str], int]:
     return edges
 
 
+def description(graph: dict[str, set[str]]) -> str:
+    """What the picture shows, as text; kept in it, so that a test can tell an old picture from a new one."""
+    pairs = ", ".join(f"{source} -> {goal}" for source, goal in sorted(layer_edges(graph)))
+    return f"modules: {', '.join(sorted(graph))}; imports: {pairs}"
+
+
 # ---- the picture: layers as boxes, one above the other. From each box a line of its own colour runs down on the right;
 # where a dot joins it to the line into another box, a module of the one imports a module of the other.
 
@@ -77,7 +83,7 @@ INK, GREY = "#1f2933", "#66727f"
 COLOURS = ("#2a78d6", "#b04a00", "#00796b", "#8e44ad", "#b8860b", "#c2185b", "#4b6043", "#5d4037", "#455a64")
 FILLS = {"scripts": "#dbeafe", "model": "#fdebd0"}
 TITLES = {"scripts": "scripts", "model": "ctclip_model.py", "ground": "ctclip/*.py"}
-PURPOSES = {"scripts": "What a user starts.", "ground": "What every part uses, from the standard library."}
+PURPOSES = {"scripts": "What a user starts.", "ground": "What every part uses; all but distributed without torch."}
 
 
 def purpose_of(layer: str) -> str:
@@ -133,7 +139,7 @@ def draw(graph: dict[str, set[str]], target: Path) -> None:
             color, x = COLOURS[LAYERS.index(layer) - 2], tracks[layer]
             axes.plot([WIDTH, x, x], [upper - PAD, upper - PAD, min(dots)], color=color, linewidth=1.4)
             axes.plot([x] * len(dots), dots, "o", color=color, markersize=5, zorder=3)
-    figure.savefig(target)
+    figure.savefig(target, metadata={"Description": description(graph)})
 
 
 if __name__ == "__main__":

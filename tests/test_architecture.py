@@ -9,7 +9,7 @@ import re
 import subprocess
 
 import pytest
-from draw_architecture import LAYERS, ROOT, find_modules, import_graph, layer_of
+from draw_architecture import LAYERS, ROOT, description, find_modules, import_graph, layer_of
 
 SCRIPTS = {"ctclip_setup", "ctclip_training", "ctclip_evaluation", "run_task2"}
 TOP_LEVEL = {
@@ -84,6 +84,13 @@ def test_no_file_is_too_long():
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in find_modules().items()}
     assert len(lines) > 40
     assert {name: n for name, n in lines.items() if n > MOST_LINES and name != "ctclip_model"} == {}
+
+
+def test_the_picture_is_of_todays_imports(graph):
+    from PIL import Image
+
+    with Image.open(ROOT / "docs" / "images" / "architecture.png") as picture:
+        assert picture.text["Description"] == description(graph), "run python docs/draw_architecture.py"
 
 
 def test_the_page_on_architecture_names_what_is_there():
