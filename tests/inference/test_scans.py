@@ -392,8 +392,6 @@ def test_what_is_done_when_ctrl_c_comes_is_kept(stored, tmp_path, monkeypatch, c
 
 def test_what_is_done_when_the_process_is_killed_is_kept(tmp_path):
     """SIGKILL: no handler runs, so that the rows must have been on the disk already."""
-    from ctclip.inference.commands import PartialTable
-
     script = (
         "import os, signal, sys, numpy as np\n"
         "from pathlib import Path\n"
@@ -410,8 +408,8 @@ def test_what_is_done_when_the_process_is_killed_is_kept(tmp_path):
     assert list(table.index) == ["one", "two, too"] and table.loc["one"].tolist() == [0.25, 0.1]
     with PartialTable(path, ["a", "b"]) as part:
         part.append("three", np.float32([0, 1]))
-        assert list(pd.read_csv(path).VolumeName) == ["three"], "of this run, not of the one before"
-    assert not path.exists()
+        assert list(pd.read_csv(part.path).VolumeName) == ["three"], "of this run, not of the one before"
+    assert not part.path.exists() and list(pd.read_csv(path).VolumeName) == ["one", "two, too"]
 
 
 def test_rows_of_an_interrupted_command_survive_the_next_one(tmp_path):
