@@ -68,9 +68,10 @@ def run_cli(action: Callable[[], int | None], interrupted: str = INTERRUPTED) ->
         print(f"\n{rank}Interrupted: {str(error) or interrupted}", file=sys.stderr)
         return getattr(error, "exit_code", 128 + signal.SIGINT)
     except Exception as error:
-        code = 2 if isinstance(error, OSError) or out_of_memory(error) else getattr(error, "exit_code", None)
+        lacking = out_of_memory(error)
+        code = 2 if lacking or isinstance(error, OSError) else getattr(error, "exit_code", None)
         if code is None:
             raise
-        line = OUT_OF_MEMORY if out_of_memory(error) else " ".join(str(error).split())
+        line = OUT_OF_MEMORY if lacking else " ".join(str(error).split())
         print(f"{rank}error: {line}", file=sys.stderr)
         return code

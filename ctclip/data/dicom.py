@@ -22,7 +22,7 @@ from ctclip.data.volume_file import (
     three_axes,
 )
 
-ORIENTATION, POSITION, SERIES, MODALITY, SERIES_NUMBER = "0020|0037", "0020|0032", "0020|000e", "0008|0060", "0020|0011"
+ORIENTATION, POSITION, MODALITY, SERIES_NUMBER = "0020|0037", "0020|0032", "0008|0060", "0020|0011"
 OLDEST_ITK = (2, 5, 4)  # whose GDCM refuses a slice that is cut short
 SERIES_PREFIX = "series_"  # before its number, in the name of a series that shares its folder
 CT_STORAGE = b"1.2.840.10008.5.1.4.1.1.2"  # CT Image Storage, and as a beginning its enhanced kinds
