@@ -5,7 +5,6 @@ References: listings of the folders before and after, counts of volumes, and han
 
 import math
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from helpers_training import one_line
 from ctclip.data import loading
 from ctclip.data.volume_file import VolumeError
 from ctclip.training import estimate
-from ctclip.training.estimate import HEADROOM, Cost, Reading, Workload, duration, seconds_per_volume
+from ctclip.training.estimate import HEADROOM, Cost, Plan, Reading, duration
 from ctclip.training.loop import TrainingConfig, train
 from ctclip_training import main
 
@@ -178,7 +177,7 @@ def test_micro_batch_is_halved_until_it_fits(run, monkeypatch, available, size, 
     """4 GB per volume on top of 10 GB: 1.1 x (10 + 4 n) are 15.4, 19.8, 28.6 and 46.2 GB for n = 1, 2, 4 and 8."""
     monkeypatch.setattr(estimate, "available_memory", lambda device: available)
     monkeypatch.setattr(estimate, "held_memory", lambda device, peak=False: 10e9)
-    monkeypatch.setattr(estimate, "measure_pass", lambda job, reading, n: Cost(seconds * n, 10e9 + 4e9 * n))
+    monkeypatch.setattr(Plan, "measure_pass", lambda plan, n: Cost(seconds * n, 10e9 + 4e9 * n))
     code, out, _ = run("--batch-size", "8")
     unfrozen = lines_of(out)["Unfrozen"]
     assert code == 0 and f"batch 8, micro-batch {size}, accumulation {8 // size}, " in unfrozen
@@ -190,18 +189,18 @@ def test_micro_batch_is_halved_until_it_fits(run, monkeypatch, available, size, 
 def test_what_cannot_end_the_process_is_tried_rather_than_predicted(run, monkeypatch, device, size):
     """1 GB per volume and 3 GB once on top of 10 GB: measured, 8 volumes need 1.1 x 21 = 23.1 GB; from the first alone,
     with 4 GB for each, 1.1 x 18 = 19.8 GB are predicted for 2 and 28.6 GB for 4."""
-    real = estimate.fitting_micro_batch
+    real = Plan.fit_micro_batch
 
-    def on_device(job, *args):
-        here, job.run.device = job.run.device, torch.device(device)
-        found = real(job, *args)
-        job.run.device = here
+    def on_device(plan, wanted):
+        here, plan.device = plan.device, torch.device(device)
+        found = real(plan, wanted)
+        plan.device = here
         return found
 
-    monkeypatch.setattr(estimate, "fitting_micro_batch", on_device)
+    monkeypatch.setattr(Plan, "fit_micro_batch", on_device)
     monkeypatch.setattr(estimate, "available_memory", lambda device: 24e9)
     monkeypatch.setattr(estimate, "held_memory", lambda device, peak=False: 10e9)
-    monkeypatch.setattr(estimate, "measure_pass", lambda job, reading, n: Cost(0.1 * n, 13e9 + 1e9 * n))
+    monkeypatch.setattr(Plan, "measure_pass", lambda plan, n: Cost(0.1 * n, 13e9 + 1e9 * n))
     _, out, _ = run("--batch-size", "8")
     assert f"micro-batch {size}," in lines_of(out)["Unfrozen"]
 
@@ -261,10 +260,10 @@ def test_seconds_per_volume():
     its share of the CPUs; where reading takes 40 s, 10 s with four processes and 40 s with one."""
 
     def pace(device: str, workers: int, seconds: float) -> float:
-        of_run = dict.fromkeys((field.name for field in fields(Workload)), 0)
-        workload = Workload(**of_run | {"workers": workers, "on_cpu": device == "cpu", "cpus": 4.0})
-        reading = Reading(seconds, 1, 0, "", torch.empty(0), torch.empty(0))
-        return seconds_per_volume(workload, reading, Cost(3.0, 0))
+        plan = Plan.__new__(Plan)
+        plan.workers, plan.device, plan.cpus = workers, torch.device(device), 4.0
+        plan.reading = Reading(seconds, 1, 0, "", torch.empty(0), torch.empty(0))
+        return plan.seconds_per_volume(Cost(3.0, 0))
 
     assert pace("cpu", 0, 2.0) == pace("cuda", 0, 2.0) == 5.0
     assert pace("cuda", 2, 2.0) == 3.0 and pace("cpu", 2, 2.0) == 3.5
