@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -62,11 +61,9 @@ class PartialTable:
         self.labels, self.rows = labels, 0
 
     def append(self, name: str, row: np.ndarray) -> None:
-        first = self.rows == 0
-        if first:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w" if first else "a", newline="", encoding="utf-8") as file:
-            rows_table({name: row}, self.labels).to_csv(file, header=first)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            rows_table({name: row}, self.labels).to_csv(file, header=self.rows == 0)
             file.flush()
             os.fsync(file.fileno())
         self.rows += 1
@@ -74,18 +71,16 @@ class PartialTable:
     def __enter__(self) -> PartialTable:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not self.rows:
+            return
+        kept = f"kept in {self.path}: {self.rows} scans; predict the others by themselves"
         if error is None:
-            if self.rows:
-                self.path.unlink()
-        elif self.rows:
-            kept = f"{self.path}: {self.rows} scans; predict the others by themselves"
-            if isinstance(error, KeyboardInterrupt):
-                error.args = (f"kept in {kept}",)  # what run_cli prints
-            else:
-                print(f"\nKept in {kept}", file=sys.stderr)
+            self.path.unlink()
+        elif isinstance(error, KeyboardInterrupt):
+            error.args = (kept,)  # what run_cli prints
+        else:
+            print(f"\nK{kept[1:]}", file=sys.stderr)
 
 
 def print_summary(predictions: Predictions, output: Path, checkpoint: Path) -> None:

@@ -17,7 +17,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BufferedIOBase
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,24 +61,23 @@ def parse_labels(text: str, model_labels: Sequence[str] = ABNORMALITIES) -> list
     that the model does not have.
     """
     known = {",".join(_parts(label.lower())): label for label in model_labels}
-    parts = _parts(text)
+    parts, labels = _parts(text), []
     if [part.lower() for part in parts] == ["all"]:
         return list(model_labels)
     if not parts:
         raise PredictionError("found no label for --explain, expected one or more, commas between; name them, or all")
-    labels = []
     while parts:
-        counts = range(len(parts), 0, -1)
-        count = next((n for n in counts if ",".join(parts[:n]).lower() in known), None)
-        if count is None:
+        first = (",".join(parts[:n]).lower() for n in range(len(parts), 0, -1))
+        name = next((text for text in first if text in known), None)
+        if name is None:
             close = difflib.get_close_matches(parts[0].lower(), known, n=3, cutoff=0.5)
             expected = f"perhaps {' or '.join(known[name] for name in close)}" if close else ", ".join(model_labels)
             raise PredictionError(
                 f"found '{parts[0]}' among the labels of --explain, expected a label of this model ({expected}); "
                 "correct it, or ask for all"
             )
-        labels.append(known[",".join(parts[:count]).lower()])
-        parts = parts[count:]
+        labels.append(known[name])
+        parts = parts[name.count(",") + 1 :]
     return list(dict.fromkeys(labels))
 
 
@@ -182,14 +181,9 @@ def _smoothed(values: np.ndarray, axis: int) -> np.ndarray:
 
 def _weights(position: np.ndarray, tokens: int) -> np.ndarray:
     """(voxels, tokens): linear interpolation between token centres, held outside the outermost; 0 outside the cube."""
-    place = np.clip(position * tokens - 0.5, 0, tokens - 1)
-    low = np.floor(place).astype(np.intp)
-    high = np.minimum(low + 1, tokens - 1)
-    weights, rows = np.zeros((len(position), tokens), np.float32), np.arange(len(position))
-    np.add.at(weights, (rows, low), 1 - (place - low))
-    np.add.at(weights, (rows, high), place - low)
-    weights[(position < 0) | (position > 1)] = 0
-    return weights
+    place = position * tokens - 0.5
+    weights = np.stack([np.interp(place, np.arange(tokens), row) for row in np.eye(tokens)], axis=1)
+    return weights.astype(np.float32) * ((position >= 0) & (position <= 1))[:, None]
 
 
 def write_heat_map(values: np.ndarray, placement: Placement, path: str | Path, label: str = "") -> None:
@@ -204,28 +198,18 @@ def write_heat_map(values: np.ndarray, placement: Placement, path: str | Path, l
     levels = np.asarray(values, np.float32).transpose(placement.axes) / np.float32(slope)  # file axes, fastest first
     fast, middle, slow = (_weights(p, n) for p, n in zip(placement.position, levels.shape, strict=True))
     header = _nifti_header(placement, slope, highest, label)
+    plane = np.empty((len(middle), len(fast)), np.float32)
+    stored = np.empty(plane.shape, "<i2")
     with (
         replacing(path) as temporary,
         temporary.open("wb") as raw,
         GzipFile("", "wb", 1, raw, mtime=0) as file,  # neither name nor time in the file
     ):
         file.write(header.binaryblock + bytes(4))
-        _write_slices(file, levels, fast, middle, slow)
-
-
-def _write_slices(
-    file: BufferedIOBase, levels: np.ndarray, fast: np.ndarray, middle: np.ndarray, slow: np.ndarray
-) -> None:
-    plane = np.empty((len(middle), len(fast)), np.float32)
-    stored = np.zeros(plane.shape, "<i2")
-    for row in slow:
-        if not row.any():
-            file.write(bytes(stored.nbytes))
-            continue
-        coarse = levels @ row  # tokens of this slice, (fastest axis, middle axis)
-        np.matmul(middle @ coarse.T, fast.T, out=plane)
-        np.copyto(stored, np.rint(plane, out=plane), casting="unsafe")
-        file.write(stored.data)
+        for row in slow:  # levels @ row: tokens of this slice, (fastest axis, middle axis)
+            np.matmul(middle @ (levels @ row).T, fast.T, out=plane)
+            np.copyto(stored, np.rint(plane, out=plane), casting="unsafe")
+            file.write(stored.data)
 
 
 def _nifti_header(placement: Placement, slope: float, highest: float, label: str) -> nib.Nifti1Header:
@@ -252,8 +236,7 @@ def _nifti_header(placement: Placement, slope: float, highest: float, label: str
 
 def strongest_token(values: np.ndarray) -> tuple[int, int, int]:
     """Of (T, h, w), the first of the highest."""
-    row, x, y = (int(i) for i in np.unravel_index(values.argmax(), values.shape))
-    return row, x, y
+    return tuple(int(i) for i in np.unravel_index(values.argmax(), values.shape))  # type: ignore[return-value]
 
 
 def strongest_levels(values: np.ndarray) -> list[int]:
@@ -268,11 +251,15 @@ def strongest_levels(values: np.ndarray) -> list[int]:
     return sorted(chosen, reverse=True)
 
 
+def _position(placement: Placement, cube_axis: int) -> np.ndarray:
+    """Of the scan's voxels along an axis of the cube, as shares of its edge."""
+    return placement.position[placement.axes.index(cube_axis)]
+
+
 def _extent(placement: Placement, cube_axis: int) -> tuple[float, float]:
     """(from, to) of the scan along an axis of the cube, as shares of its edge: to the outer sides of its voxels."""
-    axis = placement.axes.index(cube_axis)
-    position = placement.position[axis]
-    voxel = abs(position[1] - position[0]) if len(position) > 1 else placement.spacing[axis] / FIELD_OF_VIEW_MM
+    position, spacing = _position(placement, cube_axis), placement.spacing[placement.axes.index(cube_axis)]
+    voxel = abs(position[1] - position[0]) if len(position) > 1 else spacing / FIELD_OF_VIEW_MM
     return float(position.min() - voxel / 2), float(position.max() + voxel / 2)
 
 
@@ -286,7 +273,7 @@ def tokens_within(placement: Placement, grid: tuple[int, int, int]) -> np.ndarra
         within = (low <= centres) & (centres <= high)
         within[np.abs(centres - (low + high) / 2).argmin()] = True  # adds one only where there is none
         sides.append(within)
-    return np.logical_and.outer(np.logical_and.outer(sides[0], sides[1]), sides[2])
+    return np.einsum("t,h,w->thw", *sides)
 
 
 def draw_heat_map(
@@ -309,26 +296,30 @@ def draw_heat_map(
     within = np.where(tokens_within(placement, values.shape), values, -np.inf)
     peak, levels, highest = strongest_token(within), strongest_levels(within), float(within.max())
     z, x, y = (_centre(placement, axis, i, n) for axis, (i, n) in enumerate(zip(peak, values.shape, strict=True)))
-    heights = [_centre(placement, 0, row, len(values)) for row in levels]
     (x0, x1), (y0, y1), (z0, z1) = _shown_mm(hu, placement)
     figure, axial, coronal, footer = _panels(len(levels), x1 - x0, y1 - y0, z1 - z0)
-    slices = _Slices(hu, values, outline, window, highest)
-    for number, (ax, row, at) in enumerate(zip(axial, levels, heights, strict=True), 1):
-        slices.draw(ax, 0, at)
-        ax.set(xlim=(x0, x1), ylim=(y1, y0))
-        _headline(ax, f"{number}. Axial, {_below_top(placement, at)}", _file_index(placement, 0, at))
-        if row == peak[0] and highest > 0:
-            _ring(ax, x, y)
-    colours = slices.draw(coronal, 2, y)
-    coronal.set(xlim=(x0, x1), ylim=(z0, z1))
-    _headline(coronal, "Coronal, through the ring" if highest > 0 else "Coronal", _file_index(placement, 2, y))
-    if highest > 0:
-        _ring(coronal, x, z)
-    for number, at in enumerate(heights, 1):
+
+    def draw(ax: Axes, axis: int, at: float, name: str, ringed: bool = True) -> AxesImage:
+        image = _draw_slice(ax, axis, at, hu, values, outline, window, highest)
+        ax.set(xlim=(x0, x1), ylim=(z0, z1) if axis else (y1, y0))
+        position = _position(placement, axis)  # the file's own slice there, as viewers count that start at 0
+        index = f"slice {'ijk'[placement.axes.index(axis)]} = {np.abs(position - at).argmin()}"
+        ax.set_title(f"{name}\n{index} (0 to {len(position) - 1})", fontsize=9, loc="left", color=INK, linespacing=1.4)
+        if ringed and highest > 0:
+            place = x * FIELD_OF_VIEW_MM, (z if axis else y) * FIELD_OF_VIEW_MM
+            for colour, width in (("black", 2.6), ("white", 1.2)):
+                ax.scatter(*place, s=170, facecolors="none", edgecolors=colour, linewidths=width)
+        return image
+
+    colours = draw(coronal, 2, y, "Coronal, through the ring" if highest > 0 else "Coronal")
+    for number, (ax, row) in enumerate(zip(axial, levels, strict=True), 1):
+        at = _centre(placement, 0, row, len(values))
+        below = f"{(_extent(placement, 0)[1] - at) * FIELD_OF_VIEW_MM:.0f} mm below the top of the scan"
+        draw(ax, 0, at, f"{number}. Axial, {below}", row == peak[0])
         _number(coronal, at * FIELD_OF_VIEW_MM, number)
-    figure.suptitle(title, x=LEFT / WIDTH, y=1 - 0.14 / figure.get_figheight(), ha="left", va="top", fontsize=13,
-                    color=INK, weight="bold")
-    figure.text(LEFT / WIDTH, 1 - 0.44 / figure.get_figheight(), caption, fontsize=9, color=GREY, va="top")
+    left, height = LEFT / WIDTH, figure.get_figheight()
+    figure.suptitle(title, x=left, y=1 - 0.14 / height, ha="left", va="top", fontsize=13, color=INK, weight="bold")
+    figure.text(left, 1 - 0.44 / height, caption, fontsize=9, color=GREY, va="top")
     _colour_bar(figure, footer, colours, highest)
     return figure
 
@@ -340,16 +331,9 @@ def _panels(n_axial: int, across: float, deep: float, tall: float) -> tuple[Figu
     body = max(axial_inches + FOOT, coronal_inches + 0.1)
     figure = new_figure(WIDTH, HEAD + body, layout=None)
     grid = figure.add_gridspec(
-        2,
-        SHOWN + 1,
-        left=LEFT / WIDTH,
-        right=1 - LEFT / WIDTH,
-        top=body / (HEAD + body),
-        bottom=0,
-        wspace=GAP / PANEL,
-        hspace=0,
-        height_ratios=(axial_inches, body - axial_inches),
-    )
+        2, SHOWN + 1, left=LEFT / WIDTH, right=1 - LEFT / WIDTH, top=body / (HEAD + body), bottom=0,
+        wspace=GAP / PANEL, hspace=0, height_ratios=(axial_inches, body - axial_inches),
+    )  # fmt: skip
     axial = [figure.add_subplot(grid[0, column]) for column in range(n_axial)]
     coronal = figure.add_subplot(grid[:, max(n_axial, 2)])  # the colour bar takes two columns
     return figure, axial, coronal, figure.add_subplot(grid[1, :2])
@@ -357,7 +341,7 @@ def _panels(n_axial: int, across: float, deep: float, tall: float) -> tuple[Figu
 
 def _centre(placement: Placement, cube_axis: int, token: int, tokens: int) -> float:
     """Centre of a token, as a share of the cube's edge; the nearest voxel's where it lies outside the scan."""
-    position = placement.position[placement.axes.index(cube_axis)]
+    position = _position(placement, cube_axis)
     return float(np.clip((token + 0.5) / tokens, position.min(), position.max()))
 
 
@@ -365,8 +349,7 @@ def _shown_mm(hu: np.ndarray, placement: Placement) -> list[tuple[float, float]]
     """(from, to) in mm of the cube along x, y, z: the body within the scan. All of the scan where there is no body."""
     shown = []
     for axis in (1, 2, 0):
-        low, high = _extent(placement, axis)
-        low, high = max(0.0, low), min(1.0, high)
+        low, high = np.clip(_extent(placement, axis), 0, 1)
         others = tuple(i for i in range(3) if i != axis)
         body = np.flatnonzero((hu > -0.5).mean(others) > 0.005)  # the table and a wire are thinner
         if axis and len(body):
@@ -377,48 +360,34 @@ def _shown_mm(hu: np.ndarray, placement: Placement) -> list[tuple[float, float]]
     return shown
 
 
-@dataclass(frozen=True, eq=False)
-class _Slices:
-    """hu and outline (D, H, W); values (T, h, w), coloured up to `highest`."""
-
-    hu: np.ndarray
-    values: np.ndarray
-    outline: np.ndarray | None
-    window: Window
-    highest: float
-
-    def draw(self, ax: Axes, axis: int, at: float) -> AxesImage:
-        """The slice at that share of the cube, over the whole cube, the first row at 0 mm: axis 0 axial (y down), 2
-        coronal (z down). Returns the coloured image."""
-        k = min(int(at * self.hu.shape[axis]), self.hu.shape[axis] - 1)
-        voxel_weights = [
-            _weights((np.arange(d) + 0.5) / d, n) for d, n in zip(self.hu.shape, self.values.shape, strict=True)
-        ]
-        first, second = (weights for other, weights in enumerate(voxel_weights) if other != axis)
-        colour = first @ np.tensordot(voxel_weights[axis][k], self.values, (0, axis)) @ second.T
-        turned = np.transpose if axis == 0 else np.asarray
-        gray, colour = turned(self.hu.take(k, axis)), turned(colour)
-
-        black, white = self.window.limits(unit=1000)
-        whole_cube: dict[str, Any] = {"extent": (0, FIELD_OF_VIEW_MM, FIELD_OF_VIEW_MM, 0), "interpolation": "bilinear"}
-        ax.imshow(gray, cmap="gray", vmin=black, vmax=white, **whole_cube)
-        scale = max(self.highest, 0.0) or 1.0
-        share = np.clip((colour / scale - FAINT) / (1 - FAINT), 0, 1) if self.highest > 0 else np.zeros(colour.shape)
-        image = ax.imshow(colour, cmap="plasma", vmin=0, vmax=scale, alpha=OPAQUE * share**0.7, **whole_cube)
-        if self.outline is not None:
-            inside = turned(self.outline.take(k, axis))
-            rows, columns = (FIELD_OF_VIEW_MM * (np.arange(n) + 0.5) / n for n in inside.shape)
-            if inside.min() < 0 < inside.max():
-                ax.contour(columns, rows, inside, levels=[0], colors=[OUTLINE], linewidths=1.2)
-        ax.set(xticks=[], yticks=[], facecolor="black", anchor="N")
-        ax.spines[:].set_visible(False)
-        _mark_sides(ax)
-        return image
-
-
-def _mark_sides(ax: Axes) -> None:
+def _draw_slice(
+    ax: Axes, axis: int, at: float, hu: np.ndarray, values: np.ndarray, outline: np.ndarray | None, window: Window,
+    highest: float,
+) -> AxesImage:  # fmt: skip
+    """The slice at that share of the cube, over the whole cube, the first row at 0 mm: axis 0 axial (y down), 2 coronal
+    (z down). hu and outline (D, H, W); values (T, h, w), coloured up to `highest`. Returns the coloured image."""
+    k = min(int(at * hu.shape[axis]), hu.shape[axis] - 1)
+    weights = [_weights((np.arange(d) + 0.5) / d, n) for d, n in zip(hu.shape, values.shape, strict=True)]
+    through = weights.pop(axis)[k]
+    colour = weights[0] @ np.tensordot(through, values, (0, axis)) @ weights[1].T
+    turned = np.transpose if axis == 0 else np.asarray
+    gray, colour = turned(hu.take(k, axis)), turned(colour)
+    black, white = window.limits(unit=1000)
+    whole_cube: dict[str, Any] = {"extent": (0, FIELD_OF_VIEW_MM, FIELD_OF_VIEW_MM, 0), "interpolation": "bilinear"}
+    ax.imshow(gray, cmap="gray", vmin=black, vmax=white, **whole_cube)
+    scale = highest if highest > 0 else 1.0
+    share = np.clip((colour / scale - FAINT) / (1 - FAINT), 0, 1) * (highest > 0)
+    image = ax.imshow(colour, cmap="plasma", vmin=0, vmax=scale, alpha=OPAQUE * share**0.7, **whole_cube)
+    if outline is not None:
+        inside = turned(outline.take(k, axis))
+        rows, columns = (FIELD_OF_VIEW_MM * (np.arange(n) + 0.5) / n for n in inside.shape)
+        if inside.min() < 0 < inside.max():
+            ax.contour(columns, rows, inside, levels=[0], colors=[OUTLINE], linewidths=1.2)
+    ax.set(xticks=[], yticks=[], facecolor="black", anchor="N")
+    ax.spines[:].set_visible(False)
     for x, side, text in ((0.02, "left", "R"), (0.98, "right", "L")):
         ax.text(x, 0.97, text, ha=side, va="top", transform=ax.transAxes, **_on_picture(10))
+    return image
 
 
 def _on_picture(size: float) -> dict:
@@ -434,12 +403,6 @@ def _number(ax: Axes, z: float, number: int) -> None:
     number_mm = NUMBER_POINTS * 1.5 / 72 * (x1 - x0) / PANEL
     side = "bottom" if z + number_mm <= top else "top"
     ax.text(x0 + 0.09 * (x1 - x0), z, str(number), va=side, **_on_picture(NUMBER_POINTS))  # beside the R
-
-
-def _ring(ax: Axes, across: float, down: float) -> None:
-    place = across * FIELD_OF_VIEW_MM, down * FIELD_OF_VIEW_MM
-    for colour, width in (("black", 2.6), ("white", 1.2)):
-        ax.scatter(*place, s=170, facecolors="none", edgecolors=colour, linewidths=width)
 
 
 def _colour_bar(figure: Figure, footer: Axes, image: AxesImage, highest: float) -> None:
@@ -458,21 +421,6 @@ def _colour_bar(figure: Figure, footer: Axes, image: AxesImage, highest: float) 
     bar.outline.set_visible(False)
 
 
-def _headline(ax: Axes, first: str, second: str) -> None:
-    ax.set_title(f"{first}\n{second}", fontsize=9, loc="left", color=INK, linespacing=1.4)
-
-
-def _below_top(placement: Placement, z: float) -> str:
-    return f"{(_extent(placement, 0)[1] - z) * FIELD_OF_VIEW_MM:.0f} mm below the top of the scan"
-
-
-def _file_index(placement: Placement, cube_axis: int, place: float) -> str:
-    """The file's own slice there, as viewers count that start at 0."""
-    axis = placement.axes.index(cube_axis)
-    position = placement.position[axis]
-    return f"slice {'ijk'[axis]} = {int(np.abs(position - place).argmin())} (0 to {len(position) - 1})"
-
-
 # --------------------------------------------------------------------------------------------------------- one scan
 
 
@@ -481,7 +429,7 @@ def write_scan_heat_maps(
     volume: Tensor,
     placement: Placement,
     labels: Sequence[str],
-    folder: str | Path,
+    folder: Path,
     name: str,
     probabilities: np.ndarray,
     note: str | None = None,
@@ -492,24 +440,16 @@ def write_scan_heat_maps(
     of `model.labels`. probabilities: one for each of `model.labels`, as the user is told them. note: on the picture,
     such as SYNTHETIC_NOTE.
     """
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     index = [model.labels.index(label) for label in labels]
-    contributions = token_contributions(model, volume, index)
+    found = token_contributions(model, volume, index)
     written = []
     for i, (label, stem) in enumerate(zip(labels, _file_stems(name, labels), strict=True)):
-        path = folder / stem
-        values = contributions.values[i]
-        heat_map, picture = path.with_name(path.name + VOLUME_SUFFIX), path.with_name(path.name + ".png")
-        write_heat_map(values, placement, heat_map, label)
-        figure = draw_heat_map(
-            volume,
-            values,
-            placement,
-            f"{label}: probability {probabilities[index[i]]:.2f}",
-            display_window(label),
-            f"{name}    {_caption(values, contributions.remainder[i], contributions.logits[i], placement)}",
-        )
+        heat_map, picture = folder / f"{stem}{VOLUME_SUFFIX}", folder / f"{stem}.png"
+        write_heat_map(found.values[i], placement, heat_map, label)
+        title = f"{label}: probability {probabilities[index[i]]:.2f}"
+        caption = f"{name}    {_caption(found.values[i], found.remainder[i], found.logits[i], placement)}"
+        figure = draw_heat_map(volume, found.values[i], placement, title, display_window(label), caption)
         write_figure(figure, picture, note)
         written += [heat_map, picture]
     return written
@@ -520,11 +460,9 @@ def _file_stems(name: str, labels: Sequence[str]) -> list[str]:
     are, case apart, on the disks of Windows and macOS."""
     stems: dict[str, str] = {}
     for label in labels:
-        plain = stem = UNSAFE.sub("_", label).encode()[:LONGEST_NAME].decode(errors="ignore")
-        number = 1
-        while stem.lower() in stems:
-            number += 1
-            stem = f"{plain}_{number}"
+        plain = UNSAFE.sub("_", label).encode()[:LONGEST_NAME].decode(errors="ignore")
+        names = chain([plain], (f"{plain}_{number}" for number in count(2)))
+        stem = next(stem for stem in names if stem.lower() not in stems)
         stems[stem.lower()] = f"{name}_{stem}"
     return list(stems.values())
 

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,12 +29,11 @@ from ctclip.fileio import replacing
 from ctclip.inference.heat_maps import parse_labels, write_scan_heat_maps
 from ctclip.inference.predictor import load_model, predict_volumes
 from ctclip.inference.scans import PredictionError, Scan, find_scans
-from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, Prompts
+from ctclip_model import ABNORMALITIES, Prompts
 
 TRAINED_ON_PHANTOMS = f"Model trained on phantoms. {SYNTHETIC_NOTE}"
 FORMS = ("calibrated", "uncalibrated", "mapped")
 Transform = Callable[[np.ndarray], np.ndarray]  # the model's probabilities (N, labels) -> the answers
-RESULTS_VERSION = {"major": 1, "minor": 0}  # of the challenge's file
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,16 @@ class Predictions:
 
 
 def predict(
+    scans: str | Path | Sequence[str | Path], checkpoint: str | Path | None = None, **options: Any
+) -> pd.DataFrame:
+    """The table of `predict_scans`, whose options it takes: probabilities (scans, labels), indexed by VolumeName.
+
+    A scan that cannot be read has no row; `predict_scans` tells which, and why.
+    """
+    return predict_scans(scans, checkpoint, **options).table
+
+
+def predict_scans(
     scans: str | Path | Sequence[str | Path],
     checkpoint: str | Path | None = None,
     *,
@@ -59,10 +69,8 @@ def predict(
     device: str | None = None,
     workers: int | None = None,
     on_scan: Callable[[str, np.ndarray], None] | None = None,
-) -> pd.DataFrame:
-    """Probabilities of scans, (scans, labels), indexed by VolumeName; one volume in memory while the next is read.
-
-    A scan that cannot be read has no row; `predict_scans` tells which, and why.
+) -> Predictions:
+    """Probabilities of scans; one volume in memory while the next is read.
 
     Args:
         scans: .nii, .nii.gz or .mha files, DICOM series (a folder, or any file of one), or folders of all these. Voxels
@@ -79,32 +87,6 @@ def predict(
     Raises:
         UserError, CheckpointError, PromptError, FileNotFoundError: one line each, before anything is computed.
     """
-    return predict_scans(
-        scans,
-        checkpoint,
-        form=form,
-        prompts=prompts,
-        explain=explain,
-        explain_dir=explain_dir,
-        device=device,
-        workers=workers,
-        on_scan=on_scan,
-    ).table
-
-
-def predict_scans(
-    scans: str | Path | Sequence[str | Path],
-    checkpoint: str | Path | None = None,
-    *,
-    form: str = "calibrated",
-    prompts: Prompts | None = None,
-    explain: str | None = None,
-    explain_dir: str | Path = "results/explain",
-    device: str | None = None,
-    workers: int | None = None,
-    on_scan: Callable[[str, np.ndarray], None] | None = None,
-) -> Predictions:
-    """`predict`, with what belongs to its table."""
     if form not in FORMS:
         raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
     found = find_scans(scans)
@@ -119,21 +101,23 @@ def predict_scans(
     calibration = calibration if model.labels == ABNORMALITIES else None
     transform, description = _transform(form, calibration)
     note = TRAINED_ON_PHANTOMS if checkpoint.is_dir() and run_record(checkpoint).get("phantom") else None
-    heat_maps = None
-    if explain is not None:
-        shown, _ = _transform("calibrated" if form == "mapped" else form, calibration)
-        heat_maps = _HeatMaps(model, parse_labels(explain, model.labels), Path(explain_dir), shown, note)
+    labels = [] if explain is None else parse_labels(explain, model.labels)
+    shown, _ = _transform("calibrated" if form == "mapped" else form, calibration)
     failures: list[tuple[str, str]] = []
     rows: dict[str, np.ndarray] = {}
+    files: list[Path] = []
 
     def on_answer(index: int, voxels: torch.Tensor, logits: torch.Tensor) -> None:
-        probabilities = logits.sigmoid().numpy()[None]
-        if heat_maps is not None:
-            heat_maps.write(found[index], voxels, probabilities)
-        name = found[index].name
-        rows[name] = transform(probabilities)[0]
+        scan, probabilities = found[index], logits.sigmoid().numpy()[None]
+        if labels:
+            placement, target = place_volume(scan.path, model.input_shape), Path(explain_dir, scan.stem)
+            answers = shown(probabilities)[0]
+            files.extend(
+                write_scan_heat_maps(model, voxels, placement, labels, target.parent, target.name, answers, note)
+            )
+        rows[scan.name] = transform(probabilities)[0]
         if on_scan is not None:
-            on_scan(name, rows[name])
+            on_scan(scan.name, rows[scan.name])
 
     no_labels = np.zeros(len(ABNORMALITIES), np.float32)
     predict_volumes(
@@ -144,7 +128,6 @@ def predict_scans(
         on_answer=on_answer,
         resample_on_device=True,
     )
-    files = heat_maps.files if heat_maps else []
     return Predictions(rows_table(rows, model.labels), found, failures, files, description, note)
 
 
@@ -163,28 +146,6 @@ def _transform(form: str, calibration: Calibration | None) -> tuple[Transform, s
         return calibration.rescale_to_half, f"not probabilities: rescaled so that the {thresholds} lie at 0.5"
     description = f"calibrated probabilities ({calibration.method}, {calibration.n_patients} tuning patients)"
     return calibration.apply, description
-
-
-class _HeatMaps:
-    """Writes the heat maps of every scan that is read, and remembers the files."""
-
-    def __init__(
-        self,
-        model: CTCLIPMultiAbnormalityModel,
-        labels: Sequence[str],
-        folder: Path,
-        transform: Transform,
-        note: str | None,
-    ):
-        self.model, self.labels, self.folder, self.transform, self.note = model, labels, folder, transform, note
-        self.files: list[Path] = []
-
-    def write(self, scan: Scan, voxels: torch.Tensor, probabilities: np.ndarray) -> None:
-        """voxels (1, 1, D, H, W); probabilities (1, labels), the model's."""
-        answers = self.transform(probabilities)[0]
-        placement = place_volume(scan.path, self.model.input_shape)
-        folder, name = self.folder / Path(scan.stem).parent, Path(scan.stem).name
-        self.files += write_scan_heat_maps(self.model, voxels, placement, self.labels, folder, name, answers, self.note)
 
 
 # ------------------------------------------------------------------ files
@@ -217,37 +178,31 @@ def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> Non
 def write_predictions(path: str | Path, predictions: Predictions, checkpoint: str | Path) -> None:
     """A CSV of the scans that could be read, or a results.json of all that were found."""
     path = Path(path)
-    if path.suffix == ".json":
-        write_results(path, predictions, prevalence(Path(checkpoint)))
-    else:
-        write_csv(path, predictions.table)
-
-
-def write_csv(path: Path, table: pd.DataFrame) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        table.to_csv(temporary)
+        if path.suffix == ".json":
+            content = _results(predictions, prevalence(Path(checkpoint)))
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        else:
+            predictions.table.to_csv(temporary)
 
 
-def write_results(path: Path, predictions: Predictions, substitute: np.ndarray) -> None:
+def _results(predictions: Predictions, substitute: np.ndarray) -> dict[str, Any]:
     """The challenge's results.json: every scan that was found exactly once, in the order found.
 
     substitute: (18,), the answer for one that could not be read; a scan that is missing makes the evaluation fail.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     table, rows = predictions.table, []
     for scan in predictions.scans:
         values = table.loc[scan.name, list(ABNORMALITIES)] if scan.name in table.index else substitute
         answers = dict(zip(ABNORMALITIES, map(float, values), strict=True))
         rows.append({"input_image_name": scan.stem, "probabilities": answers})
-    content = {
+    return {
         "name": "Generated probabilities",
         "type": "Abnormality Classification",
-        "version": RESULTS_VERSION,
+        "version": {"major": 1, "minor": 0},
         "predictions": rows,
     }
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def prevalence(checkpoint: Path) -> np.ndarray:

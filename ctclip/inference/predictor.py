@@ -86,14 +86,8 @@ def _load_file(path: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityMod
     report = model.load_report
     if report is None or not report.new:
         return model
-    if report.no_prompts_reason:
-        remedy = f"and none can be made from prompts: {report.no_prompts_reason}"
-    else:
-        remedy = (
-            "its answers would all be 0.5. Expected a ClassFine file or a run folder; fine-tune first with python "
-            "ctclip_training.py --ctclip-path"
-        )
-    raise CheckpointError(f"{path} has no classification head: {remedy}")
+    reason = report.no_prompts_reason  # there is one: a file without a head gets the prompt head where it can be made
+    raise CheckpointError(f"{path} has no classification head, and none can be made from prompts: {reason}")
 
 
 def chunks(items: Items, size: int) -> list[Items]:
@@ -107,7 +101,6 @@ def predict_volumes(
     batch_size: int = 4,
     workers: int | None = None,
     on_batch: Callable[[Batch], None] | None = None,
-    title: str = "predict",
     cache: FeatureCache | None = None,
     on_answer: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
     resample_on_device: bool = False,
@@ -124,16 +117,15 @@ def predict_volumes(
     0.5 GB of the GPU's memory.
     """
     device = next(model.parameters()).device
-    entries: list[int | None] = [None] * len(volumes)
-    if cache is not None:
-        entries, _ = cache.intact(cache_keys(volumes))
+    entries = [None] * len(volumes) if cache is None else cache.intact(cache_keys(volumes))[0]
     stored = {i: entry for i, entry in enumerate(entries) if entry is not None}
     held = max(1, min(batch_size, prod(PUBLISHED_SHAPE) // prod(model.input_shape)))  # no more voxels than one of those
-    unread = chunks([i for i, entry in enumerate(entries) if entry is None], held)
+    unread = chunks([i for i in range(len(volumes)) if i not in stored], held)
     there = device if resample_on_device and device.type == "cuda" else None
     loader = read_ahead(volumes, model.input_shape, unread, max(1, choose_workers(workers)), there)
     rows: dict[int, torch.Tensor] = {}
-    with encoding(model, device), tqdm(total=len(volumes), desc=title, unit="vol", delay=2, leave=False) as progress:
+    bar = tqdm(total=len(volumes), desc="predict", unit="vol", delay=2, leave=False)
+    with encoding(model, device), bar as progress:
         for chunk in chunks(list(stored), batch_size):
             assert cache is not None
             logits = model.head(cache.head_inputs(model, [stored[i] for i in chunk], device))
@@ -145,12 +137,12 @@ def predict_volumes(
             progress.update(len(batch.index) + len(batch.failures))
             if not len(batch.index):
                 continue
-            voxels = batch.volumes.to(device)
+            voxels, index = batch.volumes.to(device), batch.index.tolist()
             logits = model(voxels).cpu()
-            rows |= dict(zip(batch.index.tolist(), logits, strict=True))
+            rows |= dict(zip(index, logits, strict=True))
             if on_answer is not None:
-                for place, index in enumerate(batch.index.tolist()):
-                    on_answer(index, voxels[place : place + 1], logits[place])
+                for place, number in enumerate(index):
+                    on_answer(number, voxels[place : place + 1], logits[place])
             del batch, voxels  # before the next one is handed over
     read = sorted(rows)
     return read, torch.stack([rows[i] for i in read]) if read else torch.zeros(0, len(model.labels))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ctclip.config import TrainingConfig
-from ctclip.data.cohort import Volume, load_cohort
+from ctclip.data.cohort import load_cohort
 from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.feature_cache import FeatureCache
 from ctclip.evaluation.results import EvaluationInputs
@@ -17,7 +16,6 @@ from ctclip.evaluation.tables import read_labels, read_predictions, write_table
 from ctclip.fileio import make_folder
 from ctclip.inference.predictor import load_model, predict_volumes, print_failures
 from ctclip.phantoms.cohort import is_phantom_cohort
-from ctclip_model import CTCLIPMultiAbnormalityModel
 
 
 def run_inputs(
@@ -26,7 +24,6 @@ def run_inputs(
     device: str | None = None,
     workers: int | None = None,
     tables: str | Path | None = None,
-    log: Callable[[str], object] = print,
 ) -> EvaluationInputs:
     """The inputs of an evaluation, from a run folder.
 
@@ -39,7 +36,7 @@ def run_inputs(
     tables = run if data_dir is None else Path(tables or results_folder(run, data_dir))
     present = (tables / "predictions.csv").is_file() and (tables / "labels.csv").is_file()
     if data_dir is not None or not present:
-        predict_run(run, data_dir, device, workers, tables, log)
+        predict_run(run, data_dir, device, workers, tables)
     record = run_record(run)
     phantom = bool(record.get("phantom", False)) if data_dir is None else is_phantom_cohort(data_dir)
     cohort = data_dir or record.get("data_dir")
@@ -50,12 +47,7 @@ def run_inputs(
 
 
 def predict_run(
-    run: Path,
-    data_dir: str | Path | None,
-    device: str | None,
-    workers: int | None,
-    tables: Path,
-    log: Callable[[str], object] = print,
+    run: Path, data_dir: str | Path | None, device: str | None, workers: int | None, tables: Path
 ) -> None:
     """Writes predictions.csv and labels.csv of the cohort's validation split into `tables`.
 
@@ -70,37 +62,22 @@ def predict_run(
         )
     cohort = load_cohort(data_dir, "valid")
     model = load_model(run, device)
-    log(f"Predicting the unseen split of {data_dir}\n{cohort.summary()}")
-    cache = open_run_cache(record, model)
-    if not any_readable(cohort.volumes, cache):
-        where = f"{cache_dir_of(record)} (no such folder)" if cache is None else cache.folder
+    print(f"Predicting the unseen split of {data_dir}\n{cohort.summary()}")
+    cache_dir = Path(record.get("config", {}).get("cache_dir", TrainingConfig.cache_dir))
+    cache = FeatureCache(cache_dir, model) if cache_dir.is_dir() else None
+    volumes = cohort.volumes
+    streamed = all(volume.signature is not None for volume in volumes)
+    if streamed and (cache is None or all(row is None for row in cache.rows(volumes))):
+        where = f"{cache_dir} (no such folder)" if cache is None else cache.folder
         raise RunError(
             f"{data_dir}: found none of the {len(cohort)} volumes on disk (they were streamed) and none in {where}, "
             "expected them in the cache of this encoder; evaluate a run that was trained with --freeze-backbone on the "
             f"cache they were streamed into, or fetch the files with {FETCH_COMMAND} valid"
         )
-    read, logits = predict_volumes(model, cohort.volumes, workers=workers, on_batch=print_failures, cache=cache)
+    read, logits = predict_volumes(model, volumes, workers=workers, on_batch=print_failures, cache=cache)
     if not read:
         raise RunError(f"{data_dir}: none of the {len(cohort)} volumes of its valid split could be read")
-    names = [cohort.volumes[i].name for i in read]
+    names = [volumes[i].name for i in read]
     make_folder(tables, "change --output-dir")
-    write_table(tables / "labels.csv", names, np.stack([cohort.volumes[i].labels for i in read]).astype(int))
+    write_table(tables / "labels.csv", names, np.stack([volumes[i].labels for i in read]).astype(int))
     write_table(tables / "predictions.csv", names, logits.sigmoid().numpy())
-
-
-def cache_dir_of(record: Mapping) -> str:
-    """The --cache-dir of a run, as its record has it."""
-    return record.get("config", {}).get("cache_dir", TrainingConfig.cache_dir)
-
-
-def open_run_cache(record: Mapping, model: CTCLIPMultiAbnormalityModel) -> FeatureCache | None:
-    """The cache of the folder that a run's record names, to read from; None where there is no such folder."""
-    folder = Path(cache_dir_of(record))
-    return FeatureCache(folder, model) if folder.is_dir() else None
-
-
-def any_readable(volumes: Sequence[Volume], cache: FeatureCache | None) -> bool:
-    """Whether any of the volumes has a file or, where it was streamed, an entry in the cache."""
-    if any(volume.signature is None for volume in volumes):
-        return True
-    return cache is not None and any(row is not None for row in cache.rows(volumes))
