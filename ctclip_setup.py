@@ -8,7 +8,6 @@
     python ctclip_setup.py --data train --patients 500 --stream-cache
                                               the same as codes of 28 KB each, through a few GB of disk
     python ctclip_setup.py --doctor           what works here, and what to do about the rest
-    python ctclip_setup.py --check            look only: installs and downloads nothing
 
 Standard library only at import, so that it runs and explains itself on a bare interpreter. Versions are typed in
 requirements.txt alone. It never replaces a torch that meets the floor written there (Colab's, a cluster's), never
@@ -29,9 +28,9 @@ from ctclip.cli import OneLineParser, refuse_unused, run_cli
 from ctclip.config import TrainingConfig
 from ctclip.environment import setup as steps
 from ctclip.environment.doctor import doctor
-from ctclip.environment.packages import SetupError, check_python, read_requirements
+from ctclip.environment.packages import SetupError, check_python, packages_step, read_requirements
 from ctclip.formatting import print_row
-from ctclip.hub.client import DISK_GB, TERMS_PAGE, WEIGHTS
+from ctclip.hub.client import DISK_GB, TERMS_PAGE, WEIGHTS, check_endpoint
 from ctclip.paths import SUITE
 
 DATA_DIR = "data/ct_rate"
@@ -46,9 +45,7 @@ def setup_parser() -> OneLineParser:
     )
     add = parser.add_argument
     add("--dev", action="store_true", help="also install pytest, ruff and what else the tests take")
-    add("--check", action="store_true", help="look only; install and fetch nothing, use no network")
     add("--doctor", action="store_true", help="a table of what works here, with a remedy for what does not")
-    add("--json", action="store_true", help="with --doctor: the table for scripts")
     add = parser.add_argument_group("weights").add_argument
     add("--model", nargs="+", choices=list(WEIGHTS), metavar="NAME",
         help="weights to fetch, 1.77 GB each: classfine (default; predicts at once), vocabfine, zeroshot")
@@ -75,19 +72,17 @@ def setup_parser() -> OneLineParser:
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Raises UserError for a flag that nothing would look at, or a value that makes no sense."""
     options = setup_parser().parse_args(argv)
-    volumes, look = options.data in ("train", "valid"), options.check or options.doctor
+    volumes, fetching = options.data in ("train", "valid"), ("fetching (not --doctor)", not options.doctor)
     streaming = ("--stream-cache", options.stream_cache)
     refuse_unused(options.given, {
-        "--json": ("--doctor", options.doctor),
-        "--data": ("fetching (not --check or --doctor)", not look),
+        **dict.fromkeys(("--dev", "--data", "--no-weights"), fetching),
         **dict.fromkeys(("--volumes", "--patients", "--data-version", "--stream-cache"),
                         ("--data train or valid", volumes)),
         "--seed": ("--volumes or --patients", bool(options.volumes or options.patients)),
         **dict.fromkeys(("--disk-gb", "--cache-dir", "--scratch-dir", "--ctclip-path", "--device"), streaming),
         "--data-dir": ("--data or --doctor", bool(options.data or options.doctor)),
         "--model": ("weights (not --no-weights or --doctor)", not (options.no_weights or options.doctor)),
-        **dict.fromkeys(("--dev", "--check", "--no-weights"), ("a setup (not --doctor)", not options.doctor)),
-        "--slim": ("weights to fetch", bool(weight_names(options)) and not look),
+        "--slim": ("weights to fetch", bool(weight_names(options)) and not options.doctor),
     })
     if options.volumes is not None and options.patients is not None:
         raise SetupError("found --volumes and --patients, expected one of them; leave one out")
@@ -113,21 +108,17 @@ def setup(argv: Sequence[str] | None = None) -> int:
     check_python()
     options = parse_options(argv)
     names = weight_names(options)
-    steps.configure_hub()
+    check_endpoint()
     if options.doctor:
-        return doctor(Path(options.data_dir) if options.data_dir else None, options.json)
+        return doctor(Path(options.data_dir) if options.data_dir else None)
     print_row("setup", f"CT-CLIP Task 2 suite in {SUITE}, Python {sys.version.split()[0]}")
-    if options.check:
-        steps.check(names, options.dev)
-        return 0
     steps.folders_step()
-    steps.packages_step(read_requirements(options.dev))
+    packages_step(read_requirements(options.dev))
     failed = steps.weights_step(names, options.slim) if names else {}
     if options.data:
         steps.data_step(options, Path(options.data_dir or DATA_DIR), failed)
     else:
-        device = steps.forward_step()["device"]
-        steps.summary(failed, [name for name in names if name not in failed], device, options.dev)
+        steps.summary(names, failed, steps.forward_step(), options.dev)
     print_row("", f"done in {time.monotonic() - started:.0f} s")
     return 0
 

@@ -27,7 +27,6 @@ class SystemMemory:
 
     available: int
     total: int
-    limited: bool  # by a cgroup
 
 
 def system_memory(root: Path = Path("/")) -> SystemMemory | None:
@@ -37,7 +36,7 @@ def system_memory(root: Path = Path("/")) -> SystemMemory | None:
     if total is None or available is None:
         return None
     limit, left = _cgroup_memory(root) or (total, available)
-    return SystemMemory(max(min(available, left), 0), min(total, limit), limit < total)
+    return SystemMemory(max(min(available, left), 0), min(total, limit))
 
 
 def process_memory(peak: bool = False) -> int | None:

@@ -15,12 +15,11 @@ import torch
 
 import ctclip.hub.streaming  # noqa: F401
 import ctclip_setup
-from ctclip.environment import setup as setup_steps
 
 torch.set_num_threads(1)  # a forked process has no threads of this one's pool
 constants.HF_HUB_OFFLINE, constants.DOWNLOAD_CHUNK_SIZE = False, 1 << 16  # small transfers in blocks, as large ones
 os.environ["HF_ENDPOINT"] = sys.argv[1]
-setup_steps.packages_step = lambda requirements: None
+ctclip_setup.packages_step = lambda requirements: None
 
 for _ in sys.stdin:
     child = os.fork()

@@ -14,9 +14,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence  # noqa: UP035  (3.8 must get as far as check_python)
+from typing import NamedTuple, Sequence  # noqa: UP035  (3.8 must get as far as check_python)
 
 from ctclip.errors import UserError
 from ctclip.formatting import TIED, comma_separated, print_row
@@ -65,8 +64,8 @@ def parse_requirements(text: str) -> tuple[list[Requirement], list[Requirement]]
 
 def release(version: str) -> tuple[int, ...]:
     """"2.6.0+cu124" -> (2, 6). Pre-releases count as their release: vendors ship a working torch as 2.6.0a0."""
-    numbers = re.match(r"v?(?:\d+!)?(\d+(?:\.\d+)*)", version.strip())
-    parts = [int(part) for part in numbers.group(1).split(".")] if numbers else []
+    numbers = re.match(r"(?:\d+!)?(\d+(?:\.\d+)*)", version.strip())
+    parts = [int(part) for part in numbers[1].split(".")] if numbers else []
     while parts and parts[-1] == 0:
         parts.pop()
     return tuple(parts)
@@ -82,13 +81,11 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def survey(
-    requirements: Sequence[Requirement], version_of: Callable[[str], str | None] = installed_version
-) -> tuple[dict[str, str], dict[Requirement, str | None]]:
+def survey(requirements: Sequence[Requirement]) -> tuple[dict[str, str], dict[Requirement, str | None]]:
     """-> (name: version for what meets its floor; requirement: version found, None if absent, for what does not)."""
     ready, wanted = {}, {}
     for requirement in requirements:
-        found = version_of(requirement.name)
+        found = installed_version(requirement.name)
         if found and release(found) >= release(requirement.floor):
             ready[requirement.name] = found
         else:
@@ -96,11 +93,11 @@ def survey(
     return ready, wanted
 
 
-def pins(ready: dict[str, str], version_of: Callable[[str], str | None] = installed_version) -> list[str]:
+def pins(ready: dict[str, str]) -> list[str]:
     """Constraints that keep pip from replacing a torch that is good enough, and the torchvision built against it."""
     if "torch" not in ready:
         return []
-    found = {name: version_of(name) for name in ("torch", "torchvision")}
+    found = {name: installed_version(name) for name in ("torch", "torchvision")}
     return [f"{name}=={version}" for name, version in found.items() if version]
 
 
@@ -129,44 +126,32 @@ def check_pip() -> None:
         )
 
 
-def pip_event(line: str) -> str | None:
-    """What is worth a line of its own in pip's output: wheels that take a while, and the unpacking."""
-    wheel = re.match(r"\s*(Downloading|Using cached) (?:\S*/)?(\w+)-([^-\s]+)-\S+ \(([\d.]+) (MB|GB)\)", line)
-    if wheel and (wheel.group(5) == "GB" or float(wheel.group(4)) >= 100):
-        verb = "downloading" if wheel.group(1) == "Downloading" else "from pip's cache:"
-        return f"{verb} {wheel.group(2).replace('_', '-')} {wheel.group(3)} ({wheel.group(4)} {wheel.group(5)})"
-    if line.startswith("Installing collected packages:"):
-        return f"unpacking {line.count(',') + 1} packages" + (", a minute or two" if " torch," in line else "")
-    return None
-
-
-def run_pip(command: list[str]) -> tuple[int, list[str]]:
-    """Runs pip, printing its few events with the seconds since the start; -> (exit code, its whole output)."""
-    started = time.monotonic()
-    lines: list[str] = []
+def run_pip(arguments: Sequence[str]) -> tuple[int, list[str]]:
+    """Runs pip, printing what takes a while: large downloads, the unpacking; -> (exit code, its lines of output)."""
+    command = [sys.executable, "-m", "pip", *arguments]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    lines: list[str] = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, encoding="utf-8", errors="replace"
     ) as process:
         for line in process.stdout or ():
-            lines.append(line.rstrip())
-            event = pip_event(line)
-            if event:
-                print_row("", f"[{time.monotonic() - started:4.0f} s] {event}")
+            lines.append(line.strip())
+            wheel = re.match(r"Downloading (?:\S*/)?(\w+)-([^-\s]+)-\S+ \((\d{3,}[\d.]* MB|[\d.]+ GB)\)", lines[-1])
+            if wheel:
+                print_row("", f"downloading {wheel[1]} {wheel[2]} ({wheel[3]})")
+            elif lines[-1].startswith("Installing collected packages"):
+                print_row("", f"unpacking {line.count(',') + 1} packages, which may take a minute or two")
     return process.returncode, lines
 
 
 def pip_failure(lines: Sequence[str]) -> str:
     """pip's own last error line and what to do about it, in one line."""
-    errors = [line.strip()[len("ERROR: ") :] for line in lines if line.strip().startswith("ERROR: ")]
-    said = errors[-1] if errors else next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-    text = "\n".join(lines)
-    if "No space left" in text:
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    said = (errors or [line for line in lines if line] or ["no output"])[-1]
+    if "No space left" in said:
         remedy = "free some disk: torch with its CUDA libraries takes about 6 GB"
-    elif re.search(r"NewConnectionError|NameResolutionError|name resolution|ProxyError|timed out|SSLError", text):
-        remedy = "check the network and the proxy (HTTPS_PROXY, PIP_INDEX_URL), then run this again"
     else:
-        remedy = "see all of it with: python -m pip install -r requirements.txt"
+        remedy = "check the network and the proxy (HTTPS_PROXY, PIP_INDEX_URL), then run this again"
     return f"pip could not install the packages: {said}; {remedy}"
 
 
@@ -174,48 +159,34 @@ def install(wanted: Sequence[Requirement], constraints: Sequence[str]) -> None:
     names = [str(requirement) for requirement in wanted]
     if any(requirement.name == "torch" for requirement in wanted):
         names.append("torchvision")  # timm imports it and an older one is tied to the torch being replaced
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         constraint_file = Path(folder, "constraints.txt")
         constraint_file.write_text("\n".join(constraints) + "\n")
-        code, lines = run_pip(
-            [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
-            + ["--progress-bar", "off", "-c", str(constraint_file), *names]
-        )
+        flags = ["--no-input", "--disable-pip-version-check", "--progress-bar", "off", "-c", str(constraint_file)]
+        code, lines = run_pip(["install", *flags, *names])
     if code != 0:
         raise SetupError(pip_failure(lines))
     importlib.invalidate_caches()
     ready, missing = survey(wanted)
     if missing:
         raise SetupError(f"pip reported success but {comma_separated(missing)} cannot be found; run this again")
-    print_row("", f"[{time.monotonic() - started:4.0f} s] installed {installed_text(ready, lines)}")
-
-
-def installed_text(ready: dict[str, str], lines: Sequence[str]) -> str:
-    count = sum(len(line.split()) - 2 for line in lines if line.startswith("Successfully installed "))
-    others = count - len(ready)
-    return versions_text(ready) + (f", and {others} more that they need" if others > 0 else "")
+    print_row("", f"installed {versions_text(ready)}")
 
 
 def read_requirements(with_development: bool) -> list[Requirement]:
-    try:
-        runtime, extras = parse_requirements((SUITE / "requirements.txt").read_text(encoding="utf-8"))
-    except OSError as error:
-        installed = requires_of("ctclip-task2")  # pip keeps the same lines with the package
-        if installed is None:
-            reason = f"cannot read {SUITE / 'requirements.txt'} ({error.strerror})"
-            raise SetupError(f"{reason}; get the whole suite") from error
-        runtime, extras = parse_requirements("\n".join(installed))
-    return runtime + (extras if with_development else [])
-
-
-def requires_of(name: str) -> list[str] | None:
+    """Of requirements.txt, or of the installed package, with which pip keeps the same lines."""
     from importlib import metadata
 
     try:
-        return metadata.requires(name)
-    except metadata.PackageNotFoundError:
-        return None
+        text = (SUITE / "requirements.txt").read_text(encoding="utf-8")
+    except OSError as error:
+        try:
+            text = "\n".join(metadata.requires("ctclip-task2") or [])
+        except metadata.PackageNotFoundError:
+            found = f"cannot read {SUITE / 'requirements.txt'} ({error.strerror})"
+            raise SetupError(f"{found}; get the whole suite") from error
+    runtime, extras = parse_requirements(text)
+    return runtime + (extras if with_development else [])
 
 
 def wanted_text(wanted: dict[Requirement, str | None]) -> str:

@@ -367,7 +367,7 @@ def file_sizes(files: Sequence[str], token: str) -> dict[str, tuple[int, str | N
     return found
 
 
-def check_disk(folder: Path, needed: int) -> None:
+def check_free_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE_BYTES:
         found = f"{size_text(free)} free in {folder}/, {size_text(needed + SPARE_BYTES)} needed"
@@ -449,7 +449,7 @@ def _download_once(remote: RemoteFile, target: Path, token: str) -> None:
     if remote.size is not None and have > remote.size:
         part.unlink()
         have = 0
-    check_disk(target.parent, (remote.size or 0) - have)
+    check_free_space(target.parent, (remote.size or 0) - have)
     own_token = token if is_hub_url(remote.location) else ""  # never sent to another host
     with open(part, "ab") as file:
         http_get(

@@ -5,7 +5,6 @@ Which volumes there are is read from the label table; the repository (over 50,00
 
 from __future__ import annotations
 
-import os
 import shlex
 import threading
 import time
@@ -24,7 +23,7 @@ from ctclip.data.ct_rate import SPLITS, labels_path, metadata_path, no_chest_pat
 from ctclip.formatting import INDENT, print_row, size_text
 from ctclip.hub.client import (
     HubError,
-    check_disk,
+    check_free_space,
     download,
     file_lock,
     file_metadata,
@@ -301,8 +300,9 @@ def _download_selection(selection: Selection, data_dir: Path, token: str) -> Non
     total = sum(transfer.size for transfer in wanted)
     here = f"{len(transfers) - len(wanted)} are here, " if len(wanted) < len(transfers) else ""
     print_row("", f"{here}{len(wanted)} to fetch, {size_text(total)}")
+    begun = sum(part.stat().st_size for transfer in wanted for part in parts_of(transfer.target))
     try:
-        check_disk(data_dir, total - sum(os.path.getsize(part) for item in wanted for part in parts_of(item.target)))
+        check_free_space(data_dir, total - begun)
     except HubError as error:
         few = "take fewer (--volumes, --patients), name a --data-dir on a larger disk, or keep only the codes of each "
         raise HubError(error.reason, few + "volume with --stream-cache", kind="disk") from error

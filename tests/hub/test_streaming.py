@@ -64,8 +64,8 @@ def hub(files, monkeypatch):
 def setup(hub, tmp_path, monkeypatch, capsys, tiny_classfine):
     """ctclip_setup's command line from its packages step on: setup("--data", ...) -> (exit code, output, errors)."""
     monkeypatch.chdir(tmp_path)
-    for step in ("folders_step", "packages_step"):
-        monkeypatch.setattr(setup_steps, step, lambda *arguments: None)
+    monkeypatch.setattr(setup_steps, "folders_step", lambda: None)
+    monkeypatch.setattr(ctclip_setup, "packages_step", lambda requirements: None)
 
     def call(*arguments):
         try:
