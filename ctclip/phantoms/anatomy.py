@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from ctclip.phantoms.patient import (
-    AIR,
-    CAGE_CENTRE,
-    CAGE_DEPTH,
-    CAGE_Z,
-    CORTEX,
-    FAT,
-    HEART_RADII,
-    LIVER,
-    MARROW,
-    MUSCLE,
-    RIB_PITCH,
-    SOFT,
-    SPINE_Y,
-    SPINE_Z,
-    TORSO_CENTRE,
-    TORSO_DEPTH,
-    TORSO_WIDTH,
-    TORSO_Z,
-    LungSites,
-    Patient,
-    Purpose,
-    dome_height,
-    interpolate,
-    lung_depth,
-    random_stream,
-)
-from ctclip.phantoms.scene import Box, Piece, Point, Scene, intersection, perpendiculars, relative, smooth_path
+from ctclip.phantoms import patient
+from ctclip.phantoms.patient import AIR, FAT, LIVER, MUSCLE, RIB_PITCH, SOFT, LungSites, Patient, Purpose, random_stream
+from ctclip.phantoms.scene import Piece, Point, Scene, intersection, perpendiculars, relative, smooth_path
 
 CHAMBERS = (  # place and size in the heart's own frame (unit sphere, long axis first)
     ((0.15, 0.32, -0.12), (0.62, 0.40, 0.42)),
@@ -80,8 +54,9 @@ def paint_torso(s: Scene) -> None:
     """Subcutaneous fat, muscle, chest wall; breasts; the contents of the cage start as fat."""
     x, y, z = s.grid
     fat = s.patient.fat
-    half_width, half_depth = interpolate(z, TORSO_Z, TORSO_WIDTH) + fat, interpolate(z, TORSO_Z, TORSO_DEPTH) + fat
-    level = y - interpolate(z, TORSO_Z, TORSO_CENTRE)
+    half_width, half_depth, centre = patient.torso_outline(z)
+    half_width, half_depth = half_width + fat, half_depth + fat
+    level = y - centre
     level *= level
     level *= half_depth**-2.0
     level += np.abs(x) ** 2.8 * half_width**-2.8
@@ -91,8 +66,8 @@ def paint_torso(s: Scene) -> None:
     s.hu *= FAT - AIR
     s.hu += AIR
     if s.patient.female:
+        front = -float(patient.torso_outline(15)[1]) - fat * 0.6
         for side in (-1, 1):
-            front = -float(np.interp(15, TORSO_Z, TORSO_DEPTH)) - fat * 0.6
             s.paint(s.ellipsoid((side * 84, front + 24, 5), (66, 30 + fat * 0.5, 58)), FAT)
             s.paint(s.ellipsoid((side * 84, front + 6, 2), (32, 9 + fat * 0.3, 30)), -10)
     level -= fat / s.h - 0.5
@@ -112,9 +87,9 @@ def paint_cage_contents(s: Scene, cage: np.ndarray) -> None:
     x, y, z = s.grid
     inside = np.clip(cage * (1 / s.h) + 0.5, 0, 1)
     s.hu += inside * (FAT + 5 - s.hu)
-    dome = dome_height(s.patient, x, y)
+    dome = patient.dome_height(s.patient, x, y)
     top = int(np.searchsorted(s.z, float(dome.max()) + s.dz))  # nothing of this lies above the domes
-    low: Box = (slice(0, max(top, 1)), slice(None), slice(None))
+    low = slice(0, min(max(top, 1), len(s.z))), slice(0, s.shape[1]), slice(0, s.shape[2])
     z, inside = z[low[0]], inside[low]
     below = inside * np.clip((dome - z) * (0.8 / s.h) + 0.5, 0, 1)
     s.paint((low, below), SOFT)
@@ -123,42 +98,35 @@ def paint_cage_contents(s: Scene, cage: np.ndarray) -> None:
     liver = below * np.clip((12 - 0.7 * y - 0.15 * np.abs(z + 150) - x) / s.h + 0.5, 0, 1).astype(np.float32)
     s.paint((low, liver), LIVER + (45 if s.patient.enhanced else 0))
 
-    def under(piece: Piece | None) -> Piece | None:
-        if piece is None or piece[0][0].start >= low[0].stop:
-            return None
-        box, cover = piece
-        box = (slice(box[0].start, min(box[0].stop, low[0].stop)), box[1], box[2])
-        return box, cover[: box[0].stop - box[0].start] * below[box]
+    def under(piece: Piece) -> Piece:
+        box = intersection(piece[0], low)
+        return box, piece[1][relative(box, piece[0])] * below[box]
 
     left = s.patient.dome[1]
     s.paint(under(s.ellipsoid((88, 38, left - 48), (30, 40, 44))), 50 + (60 if s.patient.enhanced else 0))
     s.paint(under(s.ellipsoid((58, -18, left - 42), (42, 40, 36))), SOFT)
-    stomach = under(s.ellipsoid((58, -18, left - 42), (38, 36, 32)))
-    s.paint(stomach, 20)
-    if stomach is not None:  # the patient lies on the back: air in front
-        box, cover = stomach
-        air = np.clip((-30 - 2 * s.patient.wobble[0] - s.coordinates(box)[1]) / s.h + 0.5, 0, 1)
-        s.paint((box, cover * air.astype(np.float32)), AIR)
+    box, cover = under(s.ellipsoid((58, -18, left - 42), (38, 36, 32)))
+    s.paint((box, cover), 20)
+    air = np.clip((-30 - 2 * s.patient.wobble[0] - s.coordinates(box)[1]) / s.h + 0.5, 0, 1)  # in front: lying patient
+    s.paint((box, cover * air.astype(np.float32)), AIR)
 
 
 def paint_skeleton(s: Scene, cage: np.ndarray) -> None:
     """Spine, ribs that slope forward and down, sternum, clavicles, shoulder blades."""
-    marrow = MARROW * s.patient.marrow
-    nodes = np.stack([np.zeros(len(SPINE_Z)), SPINE_Y, SPINE_Z], axis=1)
+    marrow = patient.MARROW * s.patient.marrow
+    nodes = np.stack([np.zeros(len(patient.SPINE_Z)), patient.SPINE_Y, patient.SPINE_Z], axis=1)
     span = (float(s.z[0]) - s.dz, float(s.z[-1]) + s.dz)
     s.paint(s.column(nodes + (0, 29, 0), 24, 14, span), MUSCLE)
     s.paint(s.column(nodes + (0, 27, 0), 15, 15, span), 380)
     s.paint(s.column(nodes + (0, 26, 0), 9, 8, span), 20)
-    body = s.column(nodes, 18, 14.5, span)
-    s.paint(body, CORTEX)
+    box, cover = s.column(nodes, 18, 14.5, span)
+    s.paint((box, cover), patient.CORTEX)
     s.paint(s.column(nodes, 15.8, 12.3, span), marrow)
-    if body is not None:
-        box, cover = body
-        phase = (s.z[box[0]] / RIB_PITCH) % 1.0
-        disc = np.clip((0.12 - np.abs(phase - 0.5)) * RIB_PITCH / s.dz + 0.5, 0, 1).astype(np.float32)
-        s.paint((box, cover * disc[:, None, None]), 85)
+    phase = (s.z[box[0]] / RIB_PITCH) % 1.0
+    disc = np.clip((0.12 - np.abs(phase - 0.5)) * RIB_PITCH / s.dz + 0.5, 0, 1).astype(np.float32)
+    s.paint((box, cover * disc[:, None, None]), 85)
     z = np.arange(-9, 7) * RIB_PITCH  # spinous and transverse processes, one set per vertebra
-    y, zero = np.interp(z, SPINE_Z, SPINE_Y), np.zeros(len(z))
+    y, zero = np.interp(z, patient.SPINE_Z, patient.SPINE_Y), np.zeros(len(z))
     start, stop = [np.stack([zero, y + 36, z], 1)], [np.stack([zero, y + 60, z - 12], 1)]
     for side in (-1, 1):
         start.append(np.stack([zero + side * 14, y + 22, z], 1))
@@ -166,9 +134,8 @@ def paint_skeleton(s: Scene, cage: np.ndarray) -> None:
     s.paint(s.thin_tubes(np.concatenate(start), np.concatenate(stop), 5.0, 4.5), 380)
     paint_ribs(s, cage)
     levels = np.array((-78.0, -40.0, 10.0, 60.0, 92.0))
-    front = np.interp(levels, CAGE_Z, CAGE_CENTRE) - np.interp(levels, CAGE_Z, CAGE_DEPTH) - 6
-    nodes = np.stack([np.zeros(5), front, levels], axis=1)
-    s.paint(s.column(nodes, (8, 16, 17, 21, 25), 6), CORTEX - 150)
+    nodes = np.stack([np.zeros(5), patient.sternum_y(levels), levels], axis=1)
+    s.paint(s.column(nodes, (8, 16, 17, 21, 25), 6), patient.CORTEX - 150)
     s.paint(s.column(nodes, (6, 13.5, 14.5, 18.5, 22), 3.8), marrow - 40)
     for side in (-1, 1):
         clavicle = np.array(
@@ -194,7 +161,7 @@ def paint_ribs(s: Scene, cage: np.ndarray) -> None:
     cover = np.clip(0.5 - (square - 1) * (2.6 / s.h), 0, 1)
     cover *= (number * RIB_PITCH < 124) & (number * RIB_PITCH > np.where(turn > 0.65, -60, -190))
     cover *= (np.abs(x) > 20) | (y < 0)
-    value = np.clip(230 + (CORTEX - 230) * np.clip((square - 0.45) * 3, 0, 1), 0, CORTEX)
+    value = np.clip(230 + (patient.CORTEX - 230) * np.clip((square - 0.45) * 3, 0, 1), 0, patient.CORTEX)
     value = np.where(turn > 0.80, 110, value)
     flat = s.hu.reshape(-1)
     flat[where] += (cover * (value - flat[where])).astype(np.float32)
@@ -234,13 +201,8 @@ class Tree:
     def take(self, keep: np.ndarray) -> Tree:
         return Tree(self.start[keep], self.stop[keep], self.level[keep], self.bow[keep])
 
-    def shifted(self, by: np.ndarray) -> Tree:
-        return replace(self, start=self.start + by, stop=self.stop + by)
-
-    @staticmethod
-    def join(trees: Iterable[Tree]) -> Tree:
-        trees = list(trees)
-        return Tree(*(np.concatenate([getattr(t, name) for t in trees]) for name in ("start", "stop", "level", "bow")))
+    def join(self, other: Tree) -> Tree:
+        return Tree(*(np.concatenate([getattr(tree, each.name) for tree in (self, other)]) for each in fields(Tree)))
 
 
 def artery_radius(level: np.ndarray) -> np.ndarray:
@@ -273,7 +235,7 @@ def make_lungs(s: Scene, cage: np.ndarray, healthy: Patient, seed: int) -> Lungs
 
     cage: `cage_depth` of the grid. healthy: this body without its findings, in whose shape the trees are grown.
     """
-    depth = lung_depth(s.patient, *s.grid, cage=cage)
+    depth = patient.lung_depth(s.patient, *s.grid, cage=cage)
     cover = np.clip(depth * np.float32(1 / s.h) + np.float32(0.5), 0, 1)
     hu = np.empty(s.shape, np.float32)
     hu[:] = s.patient.lung_hu + 0.45 * s.y  # gravity: denser behind
@@ -282,24 +244,24 @@ def make_lungs(s: Scene, cage: np.ndarray, healthy: Patient, seed: int) -> Lungs
     arteries, veins = [], []
     for side in (-1, 1):
         here = (healthy_sites.points[:, 0] * side > 0) & (healthy_sites.depth > 3)
-        arteries.append(Tree.grow(HILUM[side] + (0, -4, 4), healthy_sites.pick(rng, 128, here)[0], rng))
-        veins.append(Tree.grow(np.array((side * 30.0, 2, -14)), healthy_sites.pick(rng, 128, here)[0], rng))
-    artery = Tree.join(arteries)
-    beside = artery_radius(artery.level) + lumen_radius(artery.level) + 0.8
+        arteries.append(Tree.grow(HILUM[side] + (0, -4, 4), healthy_sites.pick(rng, 128, here), rng))
+        veins.append(Tree.grow(np.array((side * 30.0, 2, -14)), healthy_sites.pick(rng, 128, here), rng))
+    artery = arteries[0].join(arteries[1])
+    beside = np.outer(artery_radius(artery.level) + lumen_radius(artery.level) + 0.8, (0.25, 0.85, 0.35))
     return Lungs(
         hu=hu,
         depth=depth,
         cover=cover,
         sites=LungSites.fill(s.patient, random_stream(seed, Purpose.LUNG_SITES)),
         arteries=artery,
-        veins=Tree.join(veins),
-        bronchi=artery.shifted(np.outer(beside, (0.25, 0.85, 0.35))),
+        veins=veins[0].join(veins[1]),
+        bronchi=replace(artery, start=artery.start + beside, stop=artery.stop + beside),
     )
 
 
 def paint_lung_vessels(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None:
     """Vessels and fissures."""
-    both = Tree.join([lungs.arteries, lungs.veins])
+    both = lungs.arteries.join(lungs.veins)
     radius = np.concatenate([artery_radius(lungs.arteries.level), 0.9 * artery_radius(lungs.veins.level)])
     s.paint(s.thin_tubes(both.start, both.stop, radius, radius * 0.82, both.bow), s.patient.blood_hu, lungs.hu)
     if s.h < 2:  # small vessels that a coarser grid would not show
@@ -322,21 +284,18 @@ def paint_bronchi(
     s: Scene, lungs: Lungs, tree: Tree, lumen: np.ndarray, wall: np.ndarray | float, mark: str | None = None
 ) -> None:
     """Wall, then the air in it. lumen, wall: mm, (n,); wall may be one number."""
-    outer = s.thin_tubes(tree.start, tree.stop, lumen + wall, (lumen + wall) * 0.85, tree.bow)
-    inner = s.thin_tubes(tree.start, tree.stop, lumen, lumen * 0.85, tree.bow)
-    if outer is None or inner is None:
+    box, wall_cover = s.thin_tubes(tree.start, tree.stop, lumen + wall, (lumen + wall) * 0.85, tree.bow)
+    inner_box, lumen_cover = s.thin_tubes(tree.start, tree.stop, lumen, lumen * 0.85, tree.bow)
+    if not lumen_cover.size:  # outside the grid
         return
-    box, wall_cover = outer
     air = np.zeros_like(wall_cover)
-    inner_box, lumen_cover = inner
     common = intersection(box, inner_box)
-    if all(part.start < part.stop for part in common):
-        air[relative(common, box)] = lumen_cover[relative(common, inner_box)]
+    air[relative(common, box)] = lumen_cover[relative(common, inner_box)]
     np.minimum(air, wall_cover, out=air)
     target = lungs.hu[box]
     target += wall_cover * (30 - target) + air * (AIR - 30 + 10)  # together: wall where only the outer tube covers
     if mark is not None:
-        s.mark(mark, box, wall_cover > 0.25)
+        s.masks[mark][box] |= wall_cover > 0.25
 
 
 # ---- mediastinum, from the inside out: what is painted later covers what was there
@@ -351,10 +310,10 @@ def paint_mediastinal_fat(s: Scene) -> None:
     s.paint(s.thin_balls(normal, np.full(len(normal), s.patient.node_radius)), SOFT)
 
 
-def heart_layer(s: Scene, mm: float, shift: Point = (0, 0, 0)) -> Piece | None:
+def heart_layer(s: Scene, mm: float, shift: Point = (0, 0, 0)) -> Piece:
     """The heart grown by `mm` on all sides and shifted."""
     centre, matrix = s.patient.heart
-    return s.ellipsoid(centre + shift, matrix=matrix * (1 + mm / HEART_RADII))
+    return s.ellipsoid(centre + shift, matrix=matrix * (1 + mm / patient.HEART_RADII))
 
 
 def paint_epicardial_fat(s: Scene) -> None:
@@ -369,7 +328,7 @@ def paint_pericardium(s: Scene) -> None:
     s.paint(heart_layer(s, 3.8, (-1, -1, 0)), FAT)
 
 
-def paint_heart(s: Scene) -> Piece | None:
+def paint_heart(s: Scene) -> Piece:
     """Muscle and chambers; returns the whole heart."""
     centre, matrix = s.patient.heart
     blood, enhanced = s.patient.blood_hu, s.patient.enhanced
@@ -382,11 +341,20 @@ def paint_heart(s: Scene) -> Piece | None:
 
 
 def paint_coronary_arteries(s: Scene) -> list[np.ndarray]:
-    """`coronary_paths`, which it returns, in the fat on the heart's surface."""
-    paths = coronary_paths(s.patient)
-    for path in paths:
+    """Left anterior descending, circumflex, right coronary artery, in the fat on the heart's surface; their paths."""
+    t = np.linspace(0, 1, 14)
+    centre, matrix = s.patient.heart
+    paths = []
+    for angle, along in (  # around the heart's long axis; position along it, -1 base, 1 apex
+        (-1.25 + 0.35 * t + np.pi, -0.45 + 1.25 * t),
+        (np.pi - 1.25 - 2.2 * t, -0.42 + 0.1 * np.sin(3 * t)),
+        (np.pi - 0.75 + 2.6 * t, -0.38 + 0.1 * np.sin(3 * t)),
+    ):
+        ring = np.sqrt(1 - along**2)
+        path = centre + 1.06 * np.stack([along, ring * np.cos(angle), ring * np.sin(angle)], axis=1) @ matrix.T
         s.paint(s.thin_tubes(path[:-1], path[1:], 5.0, 5.0), FAT)
         s.paint(s.thin_tubes(path[:-1], path[1:], 1.9, 1.6), s.patient.blood_hu)
+        paths.append(path)
     return paths
 
 
@@ -412,22 +380,3 @@ def paint_trachea_and_thyroid(s: Scene) -> None:
             s.paint(s.tube(np.stack([CARINA + (0, 0, 3), HILUM[side] + (0, 2, 2)]), 6.0 + wall), value)
     s.paint(s.ellipsoid((-16, -10, 128), (10, 13, 24)), 95)
     s.paint(s.ellipsoid((15, -10, 128), (10, 13, 24)), 95)
-
-
-def heart_surface(patient: Patient, angles: np.ndarray, along: np.ndarray, lift: float = 1.0) -> np.ndarray:
-    """Points on the heart's surface: angle around its long axis, position along it (-1 base, 1 apex)."""
-    centre, matrix = patient.heart
-    ring = np.sqrt(1 - along**2)
-    unit = np.stack([along, ring * np.cos(angles), ring * np.sin(angles)], axis=1)
-    return centre + (lift * unit) @ matrix.T
-
-
-def coronary_paths(patient: Patient) -> list[np.ndarray]:
-    """Left anterior descending, circumflex, right coronary artery, in the fat on the heart's surface."""
-    t = np.linspace(0, 1, 14)
-    descending = heart_surface(patient, -1.25 + 0.35 * t + np.pi, -0.45 + 1.25 * t, 1.06)
-    circumflex = heart_surface(patient, np.pi - 1.25 - 2.2 * t, -0.42 + 0.1 * np.sin(3 * t), 1.06)
-    right = heart_surface(patient, np.pi - 0.75 + 2.6 * t, -0.38 + 0.1 * np.sin(3 * t), 1.06)
-    return [descending, circumflex, right]
-
-

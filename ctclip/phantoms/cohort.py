@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from nibabel import orientations
 from tqdm import tqdm
 
 from ctclip.config import SYNTHETIC_NOTE
@@ -40,14 +41,14 @@ class PlannedVolume:
 
     name: str
     seed: int
-    scan: int
-    reconstruction: int
-    labels: tuple[int, ...]
-    fixed: bool
-    codes: str  # orientation of the stored axes, version 2
-    intercept: int
-    circle: bool
-    head: bool = False
+    scan: int = 0
+    reconstruction: int = 0
+    labels: tuple[int, ...] = (0,) * len(ABNORMALITIES)
+    fixed: bool = True
+    codes: str = "LPS"  # orientation of the stored axes, version 2
+    intercept: int = -1024
+    circle: bool = False  # outside of which a scanner stores 0
+    head: bool = False  # CT of a head
 
     @property
     def path(self) -> Path:
@@ -90,18 +91,7 @@ def plan_split(split: str, n: int, seed: int) -> list[PlannedVolume]:
                 circle=bool(rng.random() < 0.4),
             )
         )
-    head_ct = PlannedVolume(
-        name=f"{split}_{patients + 1}_a_1.nii.gz",
-        seed=int(seeds[patients + 1]),
-        scan=0,
-        reconstruction=0,
-        labels=(0,) * len(ABNORMALITIES),
-        fixed=True,
-        codes="LPS",
-        intercept=-1024,
-        circle=False,
-        head=True,
-    )
+    head_ct = PlannedVolume(f"{split}_{patients + 1}_a_1.nii.gz", int(seeds[patients + 1]), head=True)
     return [*plans, head_ct]
 
 
@@ -137,46 +127,31 @@ def write_volume(data_dir: Path, plan: PlannedVolume) -> None:
         hu = head_image(shape, plan.seed)
     else:
         hu = make_phantom(plan.seed, plan.labels, spacing, shape, scan=plan.scan, reconstruction=plan.reconstruction).hu
-    if plan.circle:  # outside the reconstruction circle a scanner stores 0
+    if plan.circle:
         across = [(np.arange(n) - (n - 1) / 2) / (n / 2) for n in shape[:2]]
         hu[np.hypot(across[0][:, None], across[1]) > 1] = plan.intercept
-    voxels, header = version_2(hu, plan) if plan.fixed else version_1(hu, plan)
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    if plan.fixed:  # version 2: HU and its geometry, in the orientation `plan.codes`
+        step = np.array((-1, -1, 1)) * spacing  # NIfTI's world axes point right, anterior, superior
+        affine = np.diag([*step, 1.0])
+        affine[:3, 3] = -step * (np.array(shape) - 1) / 2
+        turn = orientations.ornt_transform(orientations.axcodes2ornt("LPS"), orientations.axcodes2ornt(plan.codes))
+        voxels = orientations.apply_orientation(hu, turn)
+        affine = affine @ orientations.inv_ornt_aff(turn, shape)
+        header.set_data_shape(voxels.shape)
+        header.set_zooms(np.sqrt((affine[:3, :3] ** 2).sum(0)))
+        header.set_sform(affine, 1)
+        header.set_qform(affine, 1)
+        header.set_xyzt_units("mm")
+        header["scl_slope"], header["scl_inter"] = 1, 0
+    else:  # version 1: as stored by the scanner, and a header without geometry
+        voxels = hu - np.int16(plan.intercept)
+        header.set_data_shape(voxels.shape)
+        header["pixdim"] = 1
     header["vox_offset"] = 352
     raw = header.binaryblock + bytes(4) + voxels.tobytes(order="F")
-    packed = igzip.compress(raw, 1, mtime=0) if igzip is not None else gzip.compress(raw, 1, mtime=0)
-    write_file(data_dir / plan.path, packed)
-
-
-def version_1(hu: np.ndarray, plan: PlannedVolume) -> tuple[np.ndarray, nibabel.Nifti1Header]:
-    """As stored by the scanner, and a header without geometry."""
-    voxels = hu - np.int16(plan.intercept)
-    header = nibabel.Nifti1Header()
-    header.set_data_shape(voxels.shape)
-    header.set_data_dtype(np.int16)
-    header["pixdim"] = 1
-    return voxels, header
-
-
-def version_2(hu: np.ndarray, plan: PlannedVolume) -> tuple[np.ndarray, nibabel.Nifti1Header]:
-    """HU in the orientation `plan.codes`, and its geometry."""
-    shape, spacing = plan.geometry
-    step = np.array((-1, -1, 1)) * spacing  # NIfTI's world axes point right, anterior, superior
-    affine = np.diag([*step, 1.0])
-    affine[:3, 3] = -step * (np.array(shape) - 1) / 2
-    turn = nibabel.orientations.ornt_transform(
-        nibabel.orientations.axcodes2ornt("LPS"), nibabel.orientations.axcodes2ornt(plan.codes)
-    )
-    voxels = nibabel.orientations.apply_orientation(hu, turn)
-    affine = affine @ nibabel.orientations.inv_ornt_aff(turn, shape)
-    header = nibabel.Nifti1Header()
-    header.set_data_shape(voxels.shape)
-    header.set_data_dtype(np.int16)
-    header.set_zooms(np.sqrt((affine[:3, :3] ** 2).sum(0)))
-    header.set_sform(affine, 1)
-    header.set_qform(affine, 1)
-    header.set_xyzt_units("mm")
-    header["scl_slope"], header["scl_inter"] = 1, 0
-    return voxels, header
+    write_file(data_dir / plan.path, (igzip or gzip).compress(raw, 1, mtime=0))
 
 
 def is_phantom_cohort(data_dir: str | os.PathLike) -> bool:
@@ -192,31 +167,18 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 def _write_tables(data_dir: Path, split: str, plans: list[PlannedVolume]) -> None:
     """Labels, metadata and no-chest list of one split, as the hub has them."""
-    labels = ["VolumeName," + ",".join(ABNORMALITIES)]
     columns = "VolumeName,Manufacturer,SliceThickness,PatientSex,PatientAge,RescaleIntercept,RescaleSlope,"
-    metadata = [columns + "XYSpacing,ZSpacing,NumberofSlices,Rows,Columns"]
-    makers = ("Siemens Healthineers", "Philips", "PNMS")
+    metadata = [columns + "XYSpacing,ZSpacing,NumberofSlices,Rows,Columns\n"]
+    labels = [",".join(["VolumeName", *ABNORMALITIES]) + "\n"]
     for plan in plans:
-        labels.append(",".join([plan.name, *map(str, plan.labels)]))
+        labels.append(",".join([plan.name, *map(str, plan.labels)]) + "\n")
         (nx, ny, nz), (sx, sy, sz) = plan.geometry
         patient = Patient.draw(plan.seed, plan.scan)
-        fields = (
-            plan.name,
-            makers[plan.seed % 3],
-            sz,
-            "F" if patient.female else "M",
-            f"{patient.age:03d}Y",
-            plan.intercept,
-            1,
-            f'"[{sx}, {sy}]"',
-            sz,
-            nz,
-            ny,
-            nx,
-        )
-        metadata.append(",".join(map(str, fields)))
-    write_file(data_dir / labels_path(split), "\n".join(labels) + "\n")
-    write_file(data_dir / metadata_path(split), "\n".join(metadata) + "\n")
+        maker = ("Siemens Healthineers", "Philips", "PNMS")[plan.seed % 3]
+        person = f"{'F' if patient.female else 'M'},{patient.age:03d}Y"
+        metadata.append(f'{plan.name},{maker},{sz},{person},{plan.intercept},1,"[{sx}, {sy}]",{sz},{nz},{ny},{nx}\n')
+    write_file(data_dir / labels_path(split), "".join(labels))
+    write_file(data_dir / metadata_path(split), "".join(metadata))
     write_file(data_dir / no_chest_path(split), "".join(p.name + "\n" for p in plans if p.head))
 
 
@@ -238,15 +200,12 @@ def _check_manifest(data_dir: Path, wanted: dict) -> bool:
     except (ValueError, AttributeError) as error:
         raise PhantomError(f"found an unreadable {manifest} ({error}), expected JSON; delete the folder") from error
     if parameters != wanted:
+        have, want = (", ".join(f"{key} {value}" for key, value in each.items()) for each in (parameters, wanted))
         raise PhantomError(
-            f"found a phantom cohort with {_spell(parameters)} in {data_dir}, expected {_spell(wanted)}; "
+            f"found a phantom cohort with {have} in {data_dir}, expected {want}; "
             "choose another --data-dir, or delete the folder to make it anew"
         )
     return bool(found.get("complete"))
-
-
-def _spell(parameters: dict) -> str:
-    return ", ".join(f"{key} {value}" for key, value in parameters.items())
 
 
 def write_phantom_cohort(

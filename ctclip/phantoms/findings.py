@@ -1,71 +1,30 @@
 """CT-RATE's 18 findings, each painted as what it is: a nodule is a sphere, an effusion fills the dependent space,
 emphysema is holes, a calcified artery carries bright plaques on its wall.
 
-Cardiomegaly is not here: a larger heart is another `Patient`.
+Cardiomegaly has no painter: a larger heart is another `Patient`.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.spatial import cKDTree
 
 from ctclip.phantoms import anatomy
-from ctclip.phantoms.anatomy import (
-    AORTA_PATH,
-    AORTA_PATH_RADIUS,
-    HILUM,
-    NODE_STATIONS,
-    Lungs,
-    heart_layer,
-    lumen_radius,
-)
-from ctclip.phantoms.patient import (
-    AIR,
-    CAGE_CENTRE,
-    CAGE_DEPTH,
-    CAGE_Z,
-    FAT,
-    METAL,
-    SOFT,
-    TORSO_CENTRE,
-    TORSO_DEPTH,
-    TORSO_WIDTH,
-    TORSO_Z,
-    Patient,
-    Purpose,
-    cage_depth,
-    random_stream,
-)
-from ctclip.phantoms.scene import WHOLE, Point, Scene, perpendiculars, smooth_path
+from ctclip.phantoms.anatomy import HILUM, NODE_STATIONS, Lungs, heart_layer, lumen_radius
+from ctclip.phantoms.patient import AIR, FAT, SOFT, Patient, Purpose, cage_depth, muscle_front, random_stream, sternum_y
+from ctclip.phantoms.scene import Point, Scene, perpendiculars, smooth_path
 from ctclip_model import ABNORMALITIES
 
 (
-    MEDICAL,
-    ARTERIAL,
-    CARDIOMEGALY,
-    PERICARDIAL,
-    CORONARY,
-    HERNIA,
-    NODES,
-    EMPHYSEMA,
-    ATELECTASIS,
-    NODULE,
-    OPACITY,
-    FIBROSIS,
-    EFFUSION,
-    MOSAIC,
-    PERIBRONCHIAL,
-    CONSOLIDATION,
-    BRONCHIECTASIS,
-    SEPTAL,
-) = ABNORMALITIES
+    MEDICAL, ARTERIAL, CARDIOMEGALY, PERICARDIAL, CORONARY, HERNIA, NODES, EMPHYSEMA, ATELECTASIS, NODULE, OPACITY,
+    FIBROSIS, EFFUSION, MOSAIC, PERIBRONCHIAL, CONSOLIDATION, BRONCHIECTASIS, SEPTAL,
+) = ABNORMALITIES  # fmt: skip
 IN_LUNG = {EMPHYSEMA, ATELECTASIS, NODULE, OPACITY, FIBROSIS, EFFUSION, MOSAIC, CONSOLIDATION, SEPTAL}
-
-Bronchogram = tuple[np.ndarray, np.ndarray]  # start and stop (n, 3) of its branches
+METAL = 2800  # HU
 
 
 @dataclass(frozen=True)
@@ -76,17 +35,13 @@ class Findings:
     seed: int
     scan: int
 
-    @staticmethod
-    def of(labels: np.ndarray, seed: int, scan: int) -> Findings:
-        """labels: (18,) 0 or 1."""
-        return Findings(frozenset(itertools.compress(ABNORMALITIES, labels)), seed, scan)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.present
-
     def rng(self, name: str) -> np.random.Generator:
         """The finding's own stream, from its beginning."""
         return random_stream(self.seed, Purpose.FINDING + ABNORMALITIES.index(name), self.scan)
+
+    def sides(self, name: str) -> tuple[int, ...]:
+        """Where atelectasis or effusion lies: -1 right, 1 left, or both."""
+        return ((-1,), (1,), (-1, 1))[int(self.rng(name).choice(3, p=[0.4, 0.35, 0.25]))]
 
 
 def draw_labels(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -105,33 +60,27 @@ def draw_labels(rng: np.random.Generator, n: int) -> np.ndarray:
     return rng.standard_normal((n, len(groups))) @ loading.T + own * rng.standard_normal((n, len(ABNORMALITIES)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The findings
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def paint_mosaic_attenuation(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None:
     """Lobules of air trapping beside lobules of normal or raised attenuation, with straight borders."""
-    seeds, _ = lungs.sites.pick(rng, int(rng.integers(170, 300)), np.ones(len(lungs.sites.depth)))
+    sites = lungs.sites
+    seeds = sites.pick(rng, int(rng.integers(170, 300)), np.ones(len(sites.depth)))
     value = np.where(rng.random(len(seeds)) < rng.uniform(0.4, 0.6), rng.uniform(-935, -905), rng.uniform(-775, -730))
     where = np.flatnonzero(lungs.depth > -s.h)
-    points = np.stack(s.coordinates_of(where), axis=1)
-    nearest = cKDTree(seeds).query(points)[1]
+    nearest = cKDTree(seeds).query(np.stack(s.coordinates_of(where), axis=1))[1]
     lungs.hu.reshape(-1)[where] = value[nearest]
-    mark = np.zeros(s.shape, bool)
-    mark.reshape(-1)[where] = value[nearest] < -850
-    s.mark(MOSAIC, WHOLE, mark)
+    s.masks[MOSAIC].reshape(-1)[where] = value[nearest] < -850
 
 
 def paint_emphysema(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None:
     """Holes without walls, most in the upper lobes, and a few bullae under the pleura."""
+    sites = lungs.sites
     n = int(rng.integers(600, 1300))
-    upper = 0.10 + 1 / (1 + np.exp(-(lungs.sites.points[:, 2] - 10) / 18))
-    centres, _ = lungs.sites.pick(rng, n, upper)
+    upper = 0.10 + 1 / (1 + np.exp(-(sites.points[:, 2] - 10) / 18))
+    centres = sites.pick(rng, n, upper)
     centres = centres + rng.normal(0, 3, centres.shape)
     radii = np.clip(rng.lognormal(np.log(5.2), 0.35, len(centres)), 2.5, 12)
     s.paint(s.thin_balls(centres, radii), -978, lungs.hu, EMPHYSEMA)
-    centres, _ = lungs.sites.pick(rng, int(rng.integers(3, 10)), upper**2 * (lungs.sites.depth < 14))
+    centres = sites.pick(rng, int(rng.integers(3, 10)), upper**2 * (sites.depth < 14))
     radii = rng.uniform(8, 18, len(centres))
     for centre, radius in zip(centres, radii, strict=True):
         s.paint(s.ellipsoid(centre, radius + 1.0), -700, lungs.hu)
@@ -140,7 +89,8 @@ def paint_emphysema(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None:
 
 def paint_septal_thickening(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None:
     """Thickened walls of the lobules: a net of polygons near the pleura, most at the bases."""
-    seeds, _ = lungs.sites.pick(rng, 900, lungs.sites.depth < 45)
+    sites = lungs.sites
+    seeds = sites.pick(rng, 900, sites.depth < 45)
     reach = float(rng.uniform(20, 30))
     where = np.flatnonzero((lungs.depth > -s.h) & (lungs.depth < reach))
     points = np.stack(s.coordinates_of(where), axis=1)
@@ -153,25 +103,25 @@ def paint_septal_thickening(s: Scene, lungs: Lungs, rng: np.random.Generator) ->
     cover *= fade
     flat = lungs.hu.reshape(-1)
     flat[where] += cover * (-60 - flat[where]) + fade * 25  # and a little fluid in the lobules
-    mark = np.zeros(s.shape, bool)
-    mark.reshape(-1)[where] = cover > 0.15
-    s.mark(SEPTAL, WHOLE, mark)
+    s.masks[SEPTAL].reshape(-1)[where] = cover > 0.15
 
 
 def paint_ground_glass(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None:
     """Ground glass: hazy patches through which the vessels stay visible."""
-    centres, _ = lungs.sites.pick(rng, int(rng.integers(3, 8)), lungs.sites.depth > 4)
-    for centre in centres:
-        piece = s.lump(centre, rng.uniform(17, 38) * rng.uniform(0.75, 1.25, 3), rng, rough=0.45, edge=13)
-        if piece is not None:
-            s.paint((piece[0], piece[1] * 0.9), float(rng.uniform(-640, -480)), lungs.hu, OPACITY)
+    sites = lungs.sites
+    for centre in sites.pick(rng, int(rng.integers(3, 8)), sites.depth > 4):
+        box, cover = s.lump(centre, rng.uniform(17, 38) * rng.uniform(0.75, 1.25, 3), rng, rough=0.45, edge=13)
+        if cover.size:
+            s.paint((box, cover * 0.9), float(rng.uniform(-640, -480)), lungs.hu, OPACITY)
 
 
-def paint_consolidation(s: Scene, lungs: Lungs, rng: np.random.Generator) -> list[Bronchogram]:
-    """Airless lung of normal volume, up to the pleura; returns the bronchi in it that still hold air."""
+def paint_consolidation(s: Scene, lungs: Lungs, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Airless lung of normal volume, up to the pleura; returns start and stop (n, 3) of the bronchi in it that still
+    hold air."""
+    sites = lungs.sites
     bronchograms = []
     for _ in range(int(rng.choice([1, 2], p=[0.7, 0.3]))):
-        (centre,), _ = lungs.sites.pick(rng, 1, (lungs.sites.depth > 12) & (lungs.sites.points[:, 2] < 60))
+        (centre,) = sites.pick(rng, 1, (sites.depth > 12) & (sites.points[:, 2] < 60))
         radii = rng.uniform(27, 42) * rng.uniform(0.85, 1.2, 3)
         s.paint(s.lump(centre, radii, rng, rough=0.3, edge=3), float(rng.uniform(25, 50)), lungs.hu, CONSOLIDATION)
         hilum = HILUM[int(np.sign(centre[0]))]
@@ -182,27 +132,17 @@ def paint_consolidation(s: Scene, lungs: Lungs, rng: np.random.Generator) -> lis
     return bronchograms
 
 
-def paint_bronchograms(s: Scene, lungs: Lungs, rng: np.random.Generator, bronchograms: list[Bronchogram]) -> None:
-    for start, stop in bronchograms:
-        bow = rng.normal(0, 3, start.shape)
-        s.paint(s.thin_tubes(start, stop, 2.7, 1.7, bow), AIR + 40, lungs.hu)
-
-
-def paint_atelectasis(s: Scene, lungs: Lungs, rng: np.random.Generator, sides: Sequence[int]) -> None:
-    """Collapsed lung behind and below (its diaphragm already stands high), and plates of airless lung.
-
-    sides: -1 right, 1 left.
-    """
+def paint_atelectasis(s: Scene, lungs: Lungs, sides: Sequence[int], rng: np.random.Generator) -> None:
+    """Collapsed lung behind and below (its diaphragm already stands high), and plates of airless lung."""
     for side in sides:
         top = s.patient.dome[0 if side < 0 else 1]
         normal = np.array((-side * rng.uniform(0.25, 0.45), 0.78, -rng.uniform(0.35, 0.55)))
         normal /= np.linalg.norm(normal)
         place = np.array((side * 55, rng.uniform(38, 50), top - 14))
         box = s.box((min(0, side * 140), 0, top - 120), (max(0, side * 140), 100, top + 90))
-        if box is not None:
-            xx, yy, zz = s.coordinates(box)
-            deep = ((xx - place[0]) * normal[0] + (yy - place[1]) * normal[1]) + (zz - place[2]) * normal[2]
-            s.paint((box, np.clip(deep / s.h + 0.5, 0, 1).astype(np.float32)), 48, lungs.hu, ATELECTASIS)
+        xx, yy, zz = s.coordinates(box)
+        deep = ((xx - place[0]) * normal[0] + (yy - place[1]) * normal[1]) + (zz - place[2]) * normal[2]
+        s.paint((box, np.clip(deep / s.h + 0.5, 0, 1).astype(np.float32)), 48, lungs.hu, ATELECTASIS)
         for _ in range(int(rng.integers(1, 4))):
             centre = np.array((side * rng.uniform(55, 95), rng.uniform(-45, 30), top + rng.uniform(6, 34)))
             tilt = np.array((rng.normal(0, 0.3), rng.choice((-1, 1)) * rng.uniform(0.5, 1.1), 1.0))
@@ -215,28 +155,30 @@ def paint_atelectasis(s: Scene, lungs: Lungs, rng: np.random.Generator, sides: S
 
 def paint_nodules(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None:
     """Solid spheres, 10 to 30 mm across."""
+    sites = lungs.sites
     for i in range(int(rng.choice([1, 2, 3, 4], p=[0.4, 0.3, 0.2, 0.1]))):
         radius = float(rng.uniform(7, 15) if i == 0 else rng.uniform(5, 11))
-        radius = min(radius, float(lungs.sites.depth.max()) - 2)
-        (centre,), _ = lungs.sites.pick(rng, 1, lungs.sites.depth >= radius + 2)
+        radius = min(radius, float(sites.depth.max()) - 2)
+        (centre,) = sites.pick(rng, 1, sites.depth >= radius + 2)
         s.paint(s.ellipsoid(centre, radius), float(rng.uniform(25, 60)), lungs.hu, NODULE)
 
 
 def paint_fibrosis(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None:
     """Old scarring: apical caps with strands drawn towards the hilum, or a basal band of reticulation and cysts."""
+    sites = lungs.sites
     apical = rng.random() < 0.65
     sides = [(-1,), (1,), (-1, 1)][int(rng.integers(3))]
     for side in sides:
-        here = lungs.sites.points[:, 0] * side > 0
+        here = sites.points[:, 0] * side > 0
         if apical:
             focus = np.array((side * rng.uniform(38, 50), rng.uniform(0, 24), rng.uniform(92, 112)))
         else:
-            near = here & (lungs.sites.points[:, 2] < -60) & (lungs.sites.points[:, 1] > 20) & (lungs.sites.depth < 12)
-            focus, _ = lungs.sites.pick(rng, 1, near)
+            near = here & (sites.points[:, 2] < -60) & (sites.points[:, 1] > 20) & (sites.depth < 12)
+            focus = sites.pick(rng, 1, near)
             focus = focus[0] if len(focus) else np.array((side * 80.0, 50, -70))
-        away = np.linalg.norm(lungs.sites.points - focus, axis=1)
-        rim, _ = lungs.sites.pick(rng, 40, here & (away < 48) & (lungs.sites.depth < 7))
-        inner, _ = lungs.sites.pick(rng, 40, here & (away < 58) & (lungs.sites.depth > 8))
+        away = np.linalg.norm(sites.points - focus, axis=1)
+        rim = sites.pick(rng, 40, here & (away < 48) & (sites.depth < 7))
+        inner = sites.pick(rng, 40, here & (away < 58) & (sites.depth > 8))
         n = min(len(rim), len(inner))
         if n == 0:
             continue
@@ -245,10 +187,10 @@ def paint_fibrosis(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None:
         rim, inner = rim[:n], inner[:n]
         stop = rim + (inner - rim) * rng.uniform(0.5, 1.0, (n, 1))
         s.paint(s.thin_tubes(rim, stop, 2.3, 0.9, rng.normal(0, 2, (n, 3))), 10, lungs.hu, FIBROSIS)
-        net, _ = lungs.sites.pick(rng, 80, here & (away < 45))
+        net = sites.pick(rng, 80, here & (away < 45))
         m = len(net) // 2
         s.paint(s.thin_tubes(net[:m], net[m : 2 * m], 1.1, 0.9), -60, lungs.hu, FIBROSIS)
-        cysts, _ = lungs.sites.pick(rng, 30, here & (away < 40) & (lungs.sites.depth < 14))
+        cysts = sites.pick(rng, 30, here & (away < 40) & (sites.depth < 14))
         if len(cysts):
             radii = rng.uniform(2.0, 4.5, len(cysts))
             s.paint(s.thin_balls(cysts, radii + 1.3), -150, lungs.hu, FIBROSIS)
@@ -257,13 +199,13 @@ def paint_fibrosis(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None:
         s.paint(s.thin_tubes(long_band[:1], long_band[1:], 3.5, 1.5, rng.normal(0, 5, (1, 3))), 25, lungs.hu, FIBROSIS)
 
 
-def paint_effusion(s: Scene, lungs: Lungs, rng: np.random.Generator, sides: Sequence[int]) -> None:
+def paint_effusion(s: Scene, lungs: Lungs, sides: Sequence[int], rng: np.random.Generator) -> None:
     """Free fluid in the patient on the back: a crescent behind the lung, thickest at the base."""
     for side in sides:
         thick, top = float(rng.uniform(20, 60)), float(rng.uniform(10, 85))
         depth = np.clip((top - s.z) / (top + 90), 0, 1) ** 0.8 * thick
         box = s.box((min(0, side * 145), -60, -220), (max(0, side * 145), 100, top))
-        if box is None:
+        if any(part.stop == part.start for part in box):
             continue
         xx, yy, zz = s.coordinates(box)
         inner = cage_depth(xx, yy, zz, shift=depth[box[0]][:, None, None])
@@ -297,16 +239,11 @@ def paint_bronchiectasis(s: Scene, lungs: Lungs, rng: np.random.Generator) -> No
 def paint_lymph_nodes(s: Scene, rng: np.random.Generator) -> None:
     """Enlarged lymph nodes, 12 to 28 mm, at their stations."""
     n = int(rng.integers(7, 13))
-    stations = NODE_STATIONS[rng.choice(len(NODE_STATIONS), n, replace=False, p=_station_weights())]
-    for station in stations:
+    weight = np.where(np.abs(NODE_STATIONS[:, 0]) > 90, 0.6, 1.4)
+    for station in NODE_STATIONS[rng.choice(len(NODE_STATIONS), n, replace=False, p=weight / weight.sum())]:
         centre = station + rng.normal(0, 2.5, 3)
         radii = rng.uniform(8, 14) * rng.uniform(0.85, 1.2, 3)
         s.paint(s.ellipsoid(centre, radii), float(rng.uniform(35, 55)), mark=NODES)
-
-
-def _station_weights() -> np.ndarray:
-    weight = np.where(np.abs(NODE_STATIONS[:, 0]) > 90, 0.6, 1.4)
-    return weight / weight.sum()
 
 
 def paint_hernia(s: Scene, rng: np.random.Generator) -> None:
@@ -315,13 +252,11 @@ def paint_hernia(s: Scene, rng: np.random.Generator) -> None:
     centre = np.array((rng.uniform(0, 16), rng.uniform(30, 36), -62 + rng.normal(0, 6)))
     s.paint(s.ellipsoid(centre, radii + 3), FAT)
     s.paint(s.ellipsoid(centre, radii), 48, mark=HERNIA)
-    content = s.ellipsoid(centre, radii - 4)
-    s.paint(content, float(rng.uniform(5, 30)))
-    if content is not None:
-        box, cover = content
-        level = centre[1] - radii[1] * rng.uniform(-0.1, 0.35)
-        air = np.clip((level - s.coordinates(box)[1]) / s.h + 0.5, 0, 1).astype(np.float32)
-        s.paint((box, cover * air), AIR + 20)
+    box, cover = s.ellipsoid(centre, radii - 4)
+    s.paint((box, cover), float(rng.uniform(5, 30)))
+    level = centre[1] - radii[1] * rng.uniform(-0.1, 0.35)
+    air = np.clip((level - s.coordinates(box)[1]) / s.h + 0.5, 0, 1).astype(np.float32)
+    s.paint((box, cover * air), AIR + 20)
 
 
 def paint_pericardial_effusion(s: Scene, rng: np.random.Generator) -> None:
@@ -332,9 +267,8 @@ def paint_pericardial_effusion(s: Scene, rng: np.random.Generator) -> None:
     s.paint(heart_layer(s, thick + 5.5, sag), SOFT)
     s.paint(heart_layer(s, thick + 4, sag), float(rng.uniform(5, 20)), mark=PERICARDIAL)
     s.paint(heart_layer(s, 3.5), FAT + 20)
-    heart = heart_layer(s, 0)
-    if heart is not None:
-        s.unmark(PERICARDIAL, heart[0], heart[1] > 0.25)
+    box, heart = heart_layer(s, 0)
+    s.masks[PERICARDIAL][box] &= heart <= 0.25
 
 
 def paint_coronary_calcification(s: Scene, paths: list[np.ndarray], rng: np.random.Generator) -> None:
@@ -352,7 +286,7 @@ def paint_coronary_calcification(s: Scene, paths: list[np.ndarray], rng: np.rand
 
 def paint_arterial_calcification(s: Scene, rng: np.random.Generator) -> None:
     """Plaques on the wall of arch and descending aorta: thin curved plates of 500 to 1200 HU."""
-    line, radius = AORTA_PATH, AORTA_PATH_RADIUS
+    line, radius = anatomy.AORTA_PATH, anatomy.AORTA_PATH_RADIUS
     travelled = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1))])
     points, volumes = [], []
     for _ in range(int(rng.integers(14, 34))):
@@ -371,12 +305,6 @@ def paint_arterial_calcification(s: Scene, rng: np.random.Generator) -> None:
     s.paint(piece, float(rng.uniform(750, 1150)), mark=ARTERIAL)
 
 
-def muscle_front(patient: Patient, x: float, z: float) -> float:
-    """y of the muscle surface on the chest's front."""
-    width, depth = np.interp(z, TORSO_Z, TORSO_WIDTH), np.interp(z, TORSO_Z, TORSO_DEPTH)
-    return float(np.interp(z, TORSO_Z, TORSO_CENTRE) - depth * np.sqrt(max(1 - (abs(x) / width) ** 2.8, 0.05)))
-
-
 def paint_medical_material(s: Scene, rng: np.random.Generator) -> None:
     """Pacemaker with its lead, port with its catheter, or sternal wires with a valve ring."""
 
@@ -388,23 +316,22 @@ def paint_medical_material(s: Scene, rng: np.random.Generator) -> None:
     centre, matrix = s.patient.heart
     if kind == 0:
         x, z = 78.0 * (-1 if rng.random() < 0.15 else 1), float(rng.uniform(55, 72))
-        y = muscle_front(s.patient, x, z) - min(4.0, s.patient.fat * 0.3)
+        y = muscle_front(x, z) - min(4.0, s.patient.fat * 0.3)
         s.paint(s.ellipsoid((x, y, z), (25, 6.0, 22)), METAL, mark=MEDICAL)
         apex = centre + matrix @ (0.55, -0.55, 0.2)
         entry = [(x, y, z + 12), (x * 0.75, y + 14, 104), (x * 0.45, -42, 108), (-8 + 0.1 * x, -30, 90)]
         line([*entry, (-26, -14, 72), (-29, -16, 40), (-29, -16, -5), (-24, -26, -30), apex], 1.7, METAL)
     elif kind == 1:
         x, z = -72.0, float(rng.uniform(48, 70))
-        y = muscle_front(s.patient, x, z) - min(6.0, s.patient.fat * 0.4)
+        y = muscle_front(x, z) - min(6.0, s.patient.fat * 0.4)
         s.paint(s.ellipsoid((x, y, z), (15, 8, 15)), 2100, mark=MEDICAL)
         entry = [(x, y, z + 10), (-62, y + 14, 102), (-44, -38, 110), (-30, -24, 88)]
         line([*entry, (-27, -13, 70), (-29, -16, 30), (-29, -15, 8)], 1.9, 2000)
     else:
         for z in np.linspace(72, -52, int(rng.integers(5, 8))):
-            front = np.interp(z, CAGE_Z, CAGE_CENTRE) - np.interp(z, CAGE_Z, CAGE_DEPTH) - 6
             turn = np.linspace(0, 2 * np.pi, 20)
             width = (15 + 6 * (z > 50)) * np.cos(turn)
-            ring = np.stack([width, front + 8 * np.sin(turn), z + 2 * np.sin(turn * 2)], axis=1)
+            ring = np.stack([width, sternum_y(z) + 8 * np.sin(turn), z + 2 * np.sin(turn * 2)], axis=1)
             s.paint(s.thin_tubes(ring[:-1], ring[1:], 1.4, 1.4), METAL, mark=MEDICAL)
         turn = np.linspace(0, 2 * np.pi, 24)[:, None]
         u, v = perpendiculars(np.array([(-0.4, -0.4, 0.8)]))
@@ -412,93 +339,62 @@ def paint_medical_material(s: Scene, rng: np.random.Generator) -> None:
         s.paint(s.thin_tubes(ring[:-1], ring[1:], 2.0, 2.0), 2400, mark=MEDICAL)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A body with its findings: what is painted later covers what was there
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def with_findings(healthy: Patient, findings: Findings) -> Patient:
     """The body with what findings change of it: a larger heart, a diaphragm that stands high under collapsed lung."""
     patient = healthy
-    if CARDIOMEGALY in findings:
+    if CARDIOMEGALY in findings.present:
         patient = replace(patient, cardiothoracic=float(findings.rng(CARDIOMEGALY).uniform(0.57, 0.67)))
-    if ATELECTASIS in findings:
-        sides = draw_sides(findings.rng(ATELECTASIS))
+    if ATELECTASIS in findings.present:
+        sides = findings.sides(ATELECTASIS)
         lift = float(random_stream(findings.seed, Purpose.DIAPHRAGM, findings.scan).uniform(16, 32))
         right, left = patient.dome
         patient = replace(patient, dome=(right + lift * (-1 in sides), left + lift * (1 in sides)))
     return patient
 
 
-def draw_sides(rng: np.random.Generator) -> tuple[int, ...]:
-    """-1 right, 1 left, or both."""
-    return ((-1,), (1,), (-1, 1))[int(rng.choice(3, p=[0.4, 0.35, 0.25]))]
-
-
 def paint_body(s: Scene, healthy: Patient, findings: Findings) -> np.ndarray:
-    """The whole body with its findings; returns the mask of the lungs (nz, ny, nx)."""
+    """The whole body with its findings, each over what it hides; returns the mask of the lungs (nz, ny, nx)."""
+
+    def add(name: str, painter: Callable, *of: Any) -> Any:
+        return painter(s, *of, findings.rng(name)) if name in findings.present else None
+
     anatomy.paint_torso(s)
     cage = cage_depth(*s.grid)
     anatomy.paint_cage_contents(s, cage)
     lungs = anatomy.make_lungs(s, cage, healthy, findings.seed)
-    paint_lungs(s, lungs, findings)
-    paint_mediastinum(s, findings)
-    if ARTERIAL in findings:
-        paint_arterial_calcification(s, findings.rng(ARTERIAL))
-    anatomy.paint_skeleton(s, cage)
-    if MEDICAL in findings:
-        paint_medical_material(s, findings.rng(MEDICAL))
-    return lungs.mask
-
-
-def paint_lungs(s: Scene, lungs: Lungs, findings: Findings) -> None:
-    """Vessels, airways and findings, each over what it hides; then the lungs are laid into the chest."""
-
-    def paint(*painted: tuple[str, Callable[[Scene, Lungs, np.random.Generator], None]]) -> None:
-        for name, painter in painted:
-            if name in findings:
-                painter(s, lungs, findings.rng(name))
-
-    paint(
-        (MOSAIC, paint_mosaic_attenuation),
-        (EMPHYSEMA, paint_emphysema),
-        (OPACITY, paint_ground_glass),
-        (SEPTAL, paint_septal_thickening),
-    )
+    add(MOSAIC, paint_mosaic_attenuation, lungs)
+    add(EMPHYSEMA, paint_emphysema, lungs)
+    add(OPACITY, paint_ground_glass, lungs)
+    add(SEPTAL, paint_septal_thickening, lungs)
     anatomy.paint_lung_vessels(s, lungs, random_stream(findings.seed, Purpose.SMALL_VESSELS))
-    paint((FIBROSIS, paint_fibrosis))
-    bronchograms = []
-    if CONSOLIDATION in findings:
-        bronchograms = paint_consolidation(s, lungs, findings.rng(CONSOLIDATION))
-    if ATELECTASIS in findings:
-        paint_atelectasis(s, lungs, findings.rng(ATELECTASIS), draw_sides(findings.rng(ATELECTASIS)))
+    add(FIBROSIS, paint_fibrosis, lungs)
+    bronchograms = add(CONSOLIDATION, paint_consolidation, lungs) or []
+    add(ATELECTASIS, paint_atelectasis, lungs, findings.sides(ATELECTASIS))
     normal = lungs.bronchi.take(lungs.bronchi.level <= 4)
     anatomy.paint_bronchi(s, lungs, normal, lumen_radius(normal.level), 0.5 + 0.1 * lumen_radius(normal.level))
-    paint((PERIBRONCHIAL, paint_peribronchial_thickening), (BRONCHIECTASIS, paint_bronchiectasis))
-    paint_bronchograms(s, lungs, findings.rng(CONSOLIDATION), bronchograms)
-    paint((NODULE, paint_nodules))
-    if EFFUSION in findings:
-        paint_effusion(s, lungs, findings.rng(EFFUSION), draw_sides(findings.rng(EFFUSION)))
+    add(PERIBRONCHIAL, paint_peribronchial_thickening, lungs)
+    add(BRONCHIECTASIS, paint_bronchiectasis, lungs)
+    rng = findings.rng(CONSOLIDATION)
+    for start, stop in bronchograms:
+        s.paint(s.thin_tubes(start, stop, 2.7, 1.7, rng.normal(0, 3, start.shape)), AIR + 40, lungs.hu)
+    add(NODULE, paint_nodules, lungs)
+    add(EFFUSION, paint_effusion, lungs, findings.sides(EFFUSION))
     s.hu += lungs.cover * (lungs.hu - s.hu)
 
-
-def paint_mediastinum(s: Scene, findings: Findings) -> None:
-    """Heart, great vessels and airways with their findings, each over what lies around it."""
     anatomy.paint_mediastinal_fat(s)
-    if NODES in findings:
-        paint_lymph_nodes(s, findings.rng(NODES))
+    add(NODES, paint_lymph_nodes)
     anatomy.paint_epicardial_fat(s)
-    if PERICARDIAL in findings:
-        paint_pericardial_effusion(s, findings.rng(PERICARDIAL))
-    else:
+    if PERICARDIAL not in findings.present:
         anatomy.paint_pericardium(s)
-    heart = anatomy.paint_heart(s)
-    if CARDIOMEGALY in findings and heart is not None:
-        s.mark(CARDIOMEGALY, heart[0], heart[1] > 0.5)
-    coronary_arteries = anatomy.paint_coronary_arteries(s)
-    if CORONARY in findings:
-        paint_coronary_calcification(s, coronary_arteries, findings.rng(CORONARY))
-    if HERNIA in findings:
-        paint_hernia(s, findings.rng(HERNIA))
+    add(PERICARDIAL, paint_pericardial_effusion)
+    box, heart = anatomy.paint_heart(s)
+    if CARDIOMEGALY in findings.present:
+        s.masks[CARDIOMEGALY][box] |= heart > 0.5
+    add(CORONARY, paint_coronary_calcification, anatomy.paint_coronary_arteries(s))
+    add(HERNIA, paint_hernia)
     anatomy.paint_great_vessels(s)
     anatomy.paint_trachea_and_thyroid(s)
+    add(ARTERIAL, paint_arterial_calcification)
+    anatomy.paint_skeleton(s, cage)
+    add(MEDICAL, paint_medical_material)
+    return lungs.mask

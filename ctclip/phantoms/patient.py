@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 # Hounsfield units
-AIR, FAT, MUSCLE, SOFT, LIVER, MARROW, CORTEX, METAL = -1000, -100, 50, 40, 58, 190, 650, 2800
+AIR, FAT, MUSCLE, SOFT, LIVER, MARROW, CORTEX = -1000, -100, 50, 40, 58, 190, 650
 
 # Inner surface of the rib cage and outer surface of the muscles: half-width, half-depth and centre y at each z (mm).
 CAGE_Z = (-260, -170, -120, -70, -20, 30, 70, 100, 120, 137)
@@ -107,9 +107,24 @@ class Patient:
         return HEART_CENTRE + shift, plain * scale[:, None]
 
 
-def interpolate(at: np.ndarray, nodes: Sequence[float], values: Sequence[float]) -> np.ndarray:
+def interpolate(at: np.ndarray | float, nodes: Sequence[float], values: Sequence[float]) -> np.ndarray:
     """np.interp in the precision of `at`: a stray float64 doubles the time of everything painted after it."""
-    return np.interp(at, nodes, values).astype(at.dtype)
+    return np.interp(np.asarray(at), nodes, values).astype(getattr(at, "dtype", float))
+
+
+def torso_outline(z: np.ndarray | float) -> tuple[np.ndarray, ...]:
+    """(half-width, half-depth, centre y) of the muscles' outer surface at z."""
+    return tuple(interpolate(z, TORSO_Z, values) for values in (TORSO_WIDTH, TORSO_DEPTH, TORSO_CENTRE))
+
+
+def muscle_front(x: float, z: float) -> float:
+    """y of the muscle surface on the chest's front."""
+    width, depth, centre = torso_outline(z)
+    return float(centre - depth * np.sqrt(np.maximum(1 - (abs(x) / width) ** 2.8, 0.05)))
+
+
+def sternum_y(z: np.ndarray | float) -> np.ndarray:
+    return interpolate(z, CAGE_Z, CAGE_CENTRE) - interpolate(z, CAGE_Z, CAGE_DEPTH) - 6
 
 
 def dome_height(patient: Patient, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -134,25 +149,14 @@ def cage_depth(x: np.ndarray, y: np.ndarray, z: np.ndarray, shift: np.ndarray | 
     return outside
 
 
-def lung_depth(
-    patient: Patient, x: np.ndarray, y: np.ndarray, z: np.ndarray, cage: np.ndarray | None = None
-) -> np.ndarray:
-    """About how many mm a point lies inside a lung: within the cage, above the diaphragm, beside the mediastinum.
-
-    cage: `cage_depth` of the same points, where it is known already.
-    """
-    depth = cage_depth(x, y, z) if cage is None else cage.copy()
-    np.minimum(depth, (z - dome_height(patient, x, y)) * 0.8, out=depth)
+def lung_depth(patient: Patient, x: np.ndarray, y: np.ndarray, z: np.ndarray, cage: np.ndarray) -> np.ndarray:
+    """About how many mm a point lies inside a lung: within the cage (`cage_depth` of the same points), above the
+    diaphragm, beside the mediastinum."""
+    depth = np.minimum(cage, (z - dome_height(patient, x, y)) * 0.8)
     midline = interpolate(y, (-90, -60, -40, -12, 12, 34, 48, 90), (3, 4, 9, 17, 19, 20, 22, 23))
     bulge = interpolate(z, (-60, 20, 60, 95, 120), (0, 3, 5, 8, 7))
     np.minimum(depth, np.abs(x - 2) - midline - bulge, out=depth)
     return depth
-
-
-def _quasi_random(n: int, rng: np.random.Generator) -> np.ndarray:
-    """(n, 3) evenly spread points in the unit cube (additive recurrence with the plastic number's 3-D relative)."""
-    g = 1.2207440846057596
-    return (rng.random(3) + np.outer(np.arange(n), (1 / g, 1 / g**2, 1 / g**3))) % 1.0
 
 
 @dataclass(frozen=True)
@@ -163,20 +167,22 @@ class LungSites:
     depth: np.ndarray
 
     @staticmethod
-    def fill(patient: Patient, rng: np.random.Generator, n: int = 4000) -> LungSites:
-        points = np.array((-132, -92, -195)) + _quasi_random(n, rng) * np.array((264, 184, 332))
-        depth = lung_depth(patient, *points.T)
+    def fill(patient: Patient, rng: np.random.Generator) -> LungSites:
+        g = 1.2207440846057596  # the plastic number's 3-D relative: an additive recurrence spreads points evenly
+        unit = (rng.random(3) + np.outer(np.arange(4000), (1 / g, 1 / g**2, 1 / g**3))) % 1.0
+        points = np.array((-132, -92, -195)) + unit * np.array((264, 184, 332))
+        x, y, z = points.T
+        depth = lung_depth(patient, x, y, z, cage_depth(x, y, z))
         centre, matrix = patient.heart
         heart = np.linalg.norm((points - centre) @ np.linalg.inv(matrix).T, axis=1)
         depth = np.minimum(depth, (heart - 1.12) * 45)
         keep = depth > 0.5
         return LungSites(points[keep], depth[keep])
 
-    def pick(self, rng: np.random.Generator, n: int, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """n different points and their depths (fewer if there are not as many), drawn in proportion to `weight`."""
+    def pick(self, rng: np.random.Generator, n: int, weight: np.ndarray) -> np.ndarray:
+        """n different points (fewer if there are not as many), drawn in proportion to `weight`."""
         weight = np.asarray(weight, float)
         n = min(n, int((weight > 0).sum()))
         if n == 0:
-            return np.zeros((0, 3)), np.zeros(0)
-        chosen = rng.choice(len(weight), size=n, replace=False, p=weight / weight.sum())
-        return self.points[chosen], self.depth[chosen]
+            return np.zeros((0, 3))
+        return self.points[rng.choice(len(weight), size=n, replace=False, p=weight / weight.sum())]

@@ -6,22 +6,23 @@ inside this package and handed out as (x, y, z) views, LPS. Synthetic data: not 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
 from ctclip.data.ct_rate import PREVALENCE
 from ctclip.errors import UserError
 from ctclip.phantoms.findings import IN_LUNG, Findings, draw_labels, paint_body, with_findings
-from ctclip.phantoms.patient import AIR, TORSO_DEPTH, TORSO_Z, Patient, Purpose, random_stream
-from ctclip.phantoms.scene import Mark, Scene
+from ctclip.phantoms.patient import AIR, Patient, Purpose, random_stream, torso_outline
+from ctclip.phantoms.scene import Scene
 from ctclip_model import ABNORMALITIES
 
 PHANTOM_VERSION = 1  # part of the manifest: raise it whenever the same seed would give other voxels
+SLAB = 6  # slices at a time: they stay in the processor's cache
 Geometry = tuple[tuple[int, int, int], tuple[float, float, float]]  # shape and spacing (mm), each x, y, z
 
 
@@ -32,27 +33,19 @@ class PhantomError(UserError):
 def blur(image: np.ndarray, amount: float, axis: int) -> np.ndarray:
     """Three-tap filter (amount, 1 - 2 amount, amount) along an axis; a negative amount sharpens."""
     out = image * np.float32(1 - 2 * amount)
-    ahead = [slice(None)] * 3
-    behind = [slice(None)] * 3
-    ahead[axis], behind[axis] = slice(1, None), slice(None, -1)
     image = image * np.float32(amount)
-    out[tuple(ahead)] += image[tuple(behind)]
-    out[tuple(behind)] += image[tuple(ahead)]
-    edge = [slice(None)] * 3
-    for end in (0, -1):
-        edge[axis] = slice(end, None) if end else slice(0, 1)
-        out[tuple(edge)] += image[tuple(edge)]
+    summed, shifted = np.moveaxis(out, axis, 0), np.moveaxis(image, axis, 0)
+    summed[1:] += shifted[:-1]
+    summed[:-1] += shifted[1:]
+    summed[0] += shifted[0]
+    summed[-1] += shifted[-1]
     return out
-
-
-SLAB = 6  # slices at a time: they stay in the processor's cache
 
 
 def scan_image(s: Scene, rng: np.random.Generator) -> np.ndarray:
     """Painted HU -> int16 as a scanner gives it: table, kernel on image and noise alike, offset, floor at -1024."""
-    table = rng.random() < 0.75
-    if table:
-        y = float(np.interp(0, TORSO_Z, TORSO_DEPTH)) + s.patient.fat + 16
+    if rng.random() < 0.75:  # with the table
+        y = float(torso_outline(0)[1]) + s.patient.fat + 16
         plate = np.clip(1 - np.abs(s.y - y + 0.0006 * s.x**2) / max(s.h, 3), 0, 1) * min(1.0, 3 / s.h)
         plate *= np.abs(s.x) < 200
         rows = np.flatnonzero(plate.any(1))
@@ -83,32 +76,14 @@ def scan_image(s: Scene, rng: np.random.Generator) -> np.ndarray:
 
 @dataclass(eq=False)
 class Phantom:
-    """hu (x, y, z) int16, LPS; spacing (3,) mm; labels (18,) uint8; masks: where each present finding was drawn."""
+    """hu (x, y, z) int16, LPS; spacing (3,) mm; labels (18,) uint8; masks: {each present finding: where it was drawn,
+    bool (x, y, z)}."""
 
     hu: np.ndarray
     spacing: tuple[float, float, float]
     labels: np.ndarray
     patient: Patient = field(repr=False)
-    _marks: dict[str, list[Mark]] = field(repr=False)
-    _unmarked: dict[str, list[Mark]] = field(repr=False)
-    _lung: np.ndarray = field(repr=False)
-
-    @cached_property
-    def masks(self) -> dict[str, np.ndarray]:
-        """label -> bool array (x, y, z) for every label that is present."""
-        masks = {}
-        for name, present in zip(ABNORMALITIES, self.labels, strict=True):
-            if not present:
-                continue
-            whole = np.zeros(self._lung.shape, bool)
-            for box, where in self._marks.get(name, []):
-                whole[box] |= where
-            for box, where in self._unmarked.get(name, []):
-                whole[box] &= ~where
-            if name in IN_LUNG:
-                whole &= self._lung
-            masks[name] = whole.transpose(2, 1, 0)
-        return masks
+    masks: dict[str, np.ndarray] = field(repr=False)
 
 
 def draw_geometry(seed: int, scan: int = 0, reconstruction: int = 0) -> Geometry:
@@ -160,13 +135,15 @@ def make_phantom(
         shape = drawn_shape if spacing is None else np.maximum(np.round(view / np.asarray(spacing)), 8).astype(int)
     if spacing is None:
         spacing = drawn_spacing if tuple(shape) == drawn_shape else tuple(view / np.asarray(shape))
-    findings = Findings.of(truth, seed, scan)
+    findings = Findings(frozenset(itertools.compress(ABNORMALITIES, truth)), seed, scan)
     healthy = Patient.draw(seed, scan)
     patient = with_findings(healthy, findings)
     pose_rng = random_stream(seed, Purpose.POSE, scan)
     pose = np.append(pose_rng.normal(0, (6, 7, 5)), pose_rng.normal(0, 0.05)) + (0, 0, 28 * patient.size[2], 0)
     scene = Scene(patient, shape, spacing, pose)
-    lung_mask = paint_body(scene, healthy, findings)
+    lung = paint_body(scene, healthy, findings)
+    painted = {name: scene.masks[name] for name in ABNORMALITIES if name in findings.present}
+    masks = {name: (mask & lung if name in IN_LUNG else mask).transpose(2, 1, 0) for name, mask in painted.items()}
     image = scan_image(scene, random_stream(seed, Purpose.NOISE, scan, reconstruction))
-    dx, dy, dz = (float(v) for v in spacing)
-    return Phantom(image.transpose(2, 1, 0), (dx, dy, dz), truth, patient, scene.marks, scene.unmarked, lung_mask)
+    dx, dy, dz = map(float, spacing)
+    return Phantom(image.transpose(2, 1, 0), (dx, dy, dz), truth, patient, masks)

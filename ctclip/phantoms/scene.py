@@ -1,11 +1,12 @@
 """Painting: a voxel grid over a patient, and shapes in millimetres that cover parts of it.
 
-Arrays are (z, y, x), so that x runs fastest as in a NIfTI file.
+Arrays are (z, y, x), so that x runs fastest as in a NIfTI file. A shape outside the grid is an empty `Piece`.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,15 +15,14 @@ from ctclip.phantoms.patient import AIR, Patient
 
 Box = tuple[slice, slice, slice]  # z, y, x
 Piece = tuple[Box, np.ndarray]  # and the covered fraction of each voxel in the box, float32
-Mark = tuple[Box, np.ndarray]  # and which voxels in the box, bool
 Point = Sequence[float] | np.ndarray  # x, y, z
 Numbers = float | Sequence[float] | np.ndarray  # one for all, or one each
-WHOLE: Box = (slice(None), slice(None), slice(None))
 
 
 def intersection(a: Box, b: Box) -> Box:
-    """Where two boxes overlap; start > stop along an axis where they do not."""
-    z, y, x = (slice(max(p.start, q.start), min(p.stop, q.stop)) for p, q in zip(a, b, strict=True))
+    """Where two boxes overlap; empty along an axis where they do not."""
+    starts = [max(p.start, q.start) for p, q in zip(a, b, strict=True)]
+    z, y, x = (slice(n, max(n, min(p.stop, q.stop))) for n, p, q in zip(starts, a, b, strict=True))
     return z, y, x
 
 
@@ -51,10 +51,19 @@ def perpendiculars(direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return u.T, v.T
 
 
+def covered(level: np.ndarray, slope: float | np.ndarray) -> np.ndarray:
+    """Fraction of each voxel inside the surface where `level` is 1, which it overwrites; `slope` per voxel there."""
+    level -= 1
+    level *= slope
+    level += 0.5
+    return np.clip(level, 0, 1, out=level)
+
+
 class Scene:
     """A voxel grid laid over the patient; `hu` (nz, ny, nx) float32 is being painted, edges by the covered fraction.
 
-    Shape methods (`ellipsoid`, `tube`, ...) return a `Piece`, which `paint` blends into `hu` or another array.
+    Shape methods (`ellipsoid`, `tube`, ...) return a `Piece`, which `paint` blends into `hu` or another array. `masks`:
+    where each finding was painted, (nz, ny, nx) bool.
     """
 
     def __init__(self, patient: Patient, shape: Sequence[int], spacing: Sequence[float], pose: np.ndarray):
@@ -75,13 +84,8 @@ class Scene:
         self.voxel = self.h**2 * self.dz
         self.shape = (nz, ny, nx)
         self.hu = np.full(self.shape, AIR, np.float32)
-        self.marks: dict[str, list[Mark]] = {}
-        self.unmarked: dict[str, list[Mark]] = {}
-
-    @property
-    def grid(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x, y, z of every voxel in patient mm, to be broadcast."""
-        return self.x, self.y, self.z[:, None, None]
+        self.grid = self.x, self.y, self.z[:, None, None]  # patient mm of every voxel, to be broadcast
+        self.masks: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros(self.shape, bool))
 
     def coordinates(self, box: Box) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`grid` within a box."""
@@ -99,8 +103,8 @@ class Scene:
         k = (points[:, 2] - self.bottom) / self.dz
         return np.stack([k, (v - self.origin[1]) / self.step[1], (u - self.origin[0]) / self.step[0]]).T
 
-    def box(self, low: Point, high: Point) -> Box | None:
-        """Slices (z, y, x) of the voxels that a patient-space box touches, or None outside the grid."""
+    def box(self, low: Point, high: Point) -> Box:
+        """Slices (z, y, x) of the voxels that a patient-space box touches."""
         (x0, y0, z0), (x1, y1, z1) = low, high
         sx, sy, _ = self.scale
         x, y, dx, dy = (x0 + x1) / 2 * sx, (y0 + y1) / 2 * sy, (x1 - x0) / 2 * sx, (y1 - y0) / 2 * sy
@@ -112,37 +116,19 @@ class Scene:
         )
         box: list[slice] = []
         for (middle, reach, step), size in zip(around, self.shape, strict=True):
-            start, stop = max(int((middle - reach) // step), 0), min(int((middle + reach) // step) + 2, size)
-            if stop <= start:
-                return None
-            box.append(slice(start, stop))
+            start = max(int((middle - reach) // step), 0)
+            box.append(slice(start, max(start, min(int((middle + reach) // step) + 2, size))))
         return box[0], box[1], box[2]
 
-    def paint(
-        self, piece: Piece | None, value: float, into: np.ndarray | None = None, mark: str | None = None
-    ) -> None:
+    def paint(self, piece: Piece, value: float, into: np.ndarray | None = None, mark: str | None = None) -> None:
         """Blends `value` by coverage into `hu` or `into`; `mark`: the finding whose mask this belongs to."""
-        if piece is None:
-            return
         box, cover = piece
         target = (self.hu if into is None else into)[box]
         target += cover * (value - target)
         if mark is not None:
-            self.mark(mark, box, cover > 0.25)
+            self.masks[mark][box] |= cover > 0.25
 
-    def mark(self, name: str, box: Box, where: np.ndarray) -> None:
-        """Adds voxels to a finding's mask."""
-        self.marks.setdefault(name, []).append((box, where))
-
-    def unmark(self, name: str, box: Box, where: np.ndarray) -> None:
-        """Takes voxels from a finding's mask, whatever is marked there."""
-        self.unmarked.setdefault(name, []).append((box, where))
-
-    # ---- shapes
-
-    def ellipsoid(
-        self, centre: Point, radii: Numbers = 1.0, matrix: np.ndarray | None = None
-    ) -> Piece | None:
+    def ellipsoid(self, centre: Point, radii: Numbers = 1.0, matrix: np.ndarray | None = None) -> Piece:
         """Axis-parallel with `radii`, or the image of the unit sphere under `matrix`."""
         cx, cy, cz = (float(c) for c in centre)
         if matrix is None:
@@ -152,8 +138,6 @@ class Scene:
             reach = np.sqrt((matrix**2).sum(1)).tolist()
         ex, ey, ez = (r + self.h for r in reach)
         box = self.box((cx - ex, cy - ey, cz - ez), (cx + ex, cy + ey, cz + ez))
-        if box is None:
-            return None
         x, y, z = self.coordinates(box)
         x, y, z = x - cx, y - cy, z - cz
         if matrix is None:
@@ -166,71 +150,53 @@ class Scene:
                 part = (a * x + b * y) + c * z
                 part *= part
                 square = square + part
-        square -= 1
-        square *= -mean / (2 * self.h)
-        square += 0.5
-        return box, np.clip(square, 0, 1, out=square)
+        return box, covered(square, -mean / (2 * self.h))
 
     def lump(
         self, centre: np.ndarray, radii: Numbers, rng: np.random.Generator, rough: float = 0.3, edge: float = 0.0
-    ) -> Piece | None:
+    ) -> Piece:
         """Ellipsoid with an uneven surface; `edge` mm of soft border."""
         radii = np.broadcast_to(radii, 3)
         mean = float(radii.prod() ** (1 / 3))
         waves = (rng.normal(0, 1, (4, 3)) * 2.6 / mean).tolist(), rng.uniform(0, 6.3, 4).tolist()
         reach = radii * (1 + rough) + edge + self.h
         box = self.box(centre - reach, centre + reach)
-        if box is None:
-            return None
         x, y, z = (a - float(c) for a, c in zip(self.coordinates(box), centre, strict=True))
         rx, ry, rz = radii.tolist()
         radius = np.sqrt((x / rx) ** 2 + (y / ry) ** 2 + (z / rz) ** 2)
         for wave, phase in zip(*waves, strict=True):
             ripple = (wave[0] * x + wave[1] * y + phase) + wave[2] * z
             radius += (rough / 2.5) * np.sin(ripple, out=ripple)
-        radius -= 1
-        radius *= -mean / max(self.h, edge)
-        radius += 0.5
-        return box, np.clip(radius, 0, 1, out=radius)
+        return box, covered(radius, -mean / max(self.h, edge))
 
     def column(
         self, nodes: np.ndarray, rx: Numbers, ry: Numbers | None = None, z_range: tuple[float, float] | None = None
-    ) -> Piece | None:
+    ) -> Piece:
         """Upright tube: centre x, y as functions of z through `nodes` (n, 3); rx, ry are numbers or arrays (n,)."""
         order = np.argsort(nodes[:, 2])
         nodes = nodes[order]
-        rx = (np.asarray(rx, float) * np.ones(len(nodes)))[order]
-        ry = rx if ry is None else (np.asarray(ry, float) * np.ones(len(nodes)))[order]
+        rx, ry = (np.broadcast_to(np.asarray(r, float), len(order))[order] for r in (rx, rx if ry is None else ry))
         low, high = z_range or (nodes[0, 2], nodes[-1, 2])
         reach = np.array((rx.max(), ry.max(), 0)) + self.h
         box = self.box(np.append(nodes[:, :2].min(0), low) - reach, np.append(nodes[:, :2].max(0), high) + reach)
-        if box is None:
-            return None
         x, y, z = self.coordinates(box)
         at = [np.interp(z, nodes[:, 2], c).astype(np.float32) for c in (nodes[:, 0], nodes[:, 1], rx, ry)]
         square = ((x - at[0]) / at[2]) ** 2 + ((y - at[1]) / at[3]) ** 2
-        square -= 1
-        square *= np.minimum(at[2], at[3]) * (-0.5 / self.h)
-        square += 0.5
-        cover = np.clip(square, 0, 1, out=square)
+        cover = covered(square, np.minimum(at[2], at[3]) * (-0.5 / self.h))
         return box, cover * np.clip(np.minimum(z - low, high - z) / self.dz + 0.5, 0, 1).astype(np.float32)
 
-    def tube(self, points: np.ndarray, radii: Numbers) -> Piece | None:
+    def tube(self, points: np.ndarray, radii: Numbers) -> Piece:
         """Round tube along a polyline, by distance: for radii of about a voxel and more."""
         radius = np.broadcast_to(np.asarray(radii, float), len(points)).tolist()
         reach = max(radius) + self.h
         box = self.box((points.min(0) - reach).tolist(), (points.max(0) + reach).tolist())
-        if box is None:
-            return None
         path = points.tolist()
         cover = np.zeros([s.stop - s.start for s in box], np.float32)
         for a, b, ra, rb in zip(path[:-1], path[1:], radius[:-1], radius[1:], strict=True):
             margin = max(ra, rb) + self.h
             low = [min(p, q) - margin for p, q in zip(a, b, strict=True)]
-            part = self.box(low, [max(p, q) + margin for p, q in zip(a, b, strict=True)])
-            if part is None:
-                continue
-            part = intersection(part, box)
+            high = [max(p, q) + margin for p, q in zip(a, b, strict=True)]
+            part = intersection(self.box(low, high), box)
             x, y, z = (c - o for c, o in zip(self.coordinates(part), a, strict=True))
             d = [q - p for p, q in zip(a, b, strict=True)]
             length = sum(v * v for v in d) + 1e-9
@@ -248,18 +214,18 @@ class Scene:
             np.maximum(view, square, out=view)
         return box, np.clip(cover, 0, 1, out=cover)
 
-    def splat(self, points: np.ndarray, volumes: Numbers, gain: float = 1.1) -> Piece | None:
+    def splat(self, points: np.ndarray, volumes: Numbers) -> Piece:
         """Coverage by a cloud of points, each standing for `volumes` mm3: for anything thinner than a voxel."""
         index = self.to_index(points).T  # rows of each axis: numpy is slow over a last axis of three
         base = np.floor(index).astype(np.int64)
         inside = ((base >= 0) & (base < np.array(self.shape)[:, None] - 1)).all(0)
         if not inside.any():
-            return None
+            return (slice(0, 0), slice(0, 0), slice(0, 0)), np.zeros((0, 0, 0), np.float32)
         part = (index - base).astype(np.float32)
         weight = np.asarray(volumes, np.float32) * np.ones(len(points), np.float32)
         if not inside.all():
             base, part, weight = base[:, inside], part[:, inside], weight[inside]
-        weight = weight * (gain / self.voxel)
+        weight = weight * (1.1 / self.voxel)
         low = base.min(1)
         dims = base.max(1) + 2 - low
         flat = ((base[0] - low[0]) * dims[1] + base[1] - low[1]) * dims[2] + base[2] - low[2]
@@ -280,7 +246,7 @@ class Scene:
 
     def thin_tubes(
         self, start: np.ndarray, stop: np.ndarray, r0: Numbers, r1: Numbers, bow: np.ndarray | None = None
-    ) -> Piece | None:
+    ) -> Piece:
         """Many tapering tubes at once, (n, 3) start and stop, (n,) radii; `bow` (n, 3) bends them sideways."""
         start, stop = np.atleast_2d(start).astype(float), np.atleast_2d(stop).astype(float)
         r0, r1 = (np.broadcast_to(np.asarray(r, float), len(start)) for r in (r0, r1))
@@ -307,7 +273,7 @@ class Scene:
         volumes = np.pi * radius**2 * (length / count)[tube] / per_disc
         return self.splat(points.T, volumes[disc])
 
-    def thin_balls(self, centres: np.ndarray, radii: np.ndarray) -> Piece | None:
+    def thin_balls(self, centres: np.ndarray, radii: np.ndarray) -> Piece:
         """Many balls at once."""
         volume = 4 / 3 * np.pi * radii**3
         count = np.maximum(np.ceil(volume / self.voxel * 6), 4).astype(int)

@@ -338,7 +338,8 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, capsys):
 
 
 def test_montage_shows_every_finding(tmp_path, monkeypatch):
-    """Every view names a finding; the picture is written (at a coarse grid here) and stays small."""
-    assert set(montage.VIEWS) == set(ABNORMALITIES)
-    montage.draw_montage(tmp_path / "m.png", progress=False, spacing=(5.0, 5.0, 6.0))
+    """Each finding has its patient; the picture is written (at a coarse grid here) and stays small."""
+    assert set(montage.SEEDS) == set(ABNORMALITIES)
+    monkeypatch.setattr(montage, "SPACING", (5.0, 5.0, 6.0))
+    montage.draw_montage(tmp_path / "m.png")
     assert 10_000 < (tmp_path / "m.png").stat().st_size < 900_000
