@@ -19,10 +19,10 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +38,6 @@ from ctclip.formatting import size_text
 from ctclip.inference.predictor import load_model
 from ctclip.phantoms.reference import fixed_phantom
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession  # optional
 
 NEEDED = ("onnx", "onnxscript")
 OLDEST_TORCH = (2, 8)  # the first whose exporter takes these models; all else runs with requirements.txt's
@@ -87,13 +84,13 @@ class _Graph(nn.Module):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        if not self.model.is_ctclip:
+        if self.model.cache_format != "codes":
             return ("logits",)
         return ("logits", "code_ids") if self.model.head_name == "attention" else ("logits", "code_ids", "latents")
 
     def forward(self, volume: Tensor) -> tuple[Tensor, ...]:
         model = self.model
-        if not model.is_ctclip:
+        if model.cache_format != "codes":
             return (model.head(model.features(volume)),)
         tokens, quantizer = model.visual_transformer(volume), model.visual_transformer.vq
         # The quantiser chooses its method by the number of tokens, so by the batch: here, one depth at a time.
@@ -105,17 +102,10 @@ class _Graph(nn.Module):
         return model.head(latents), ids, latents
 
 
-def export_onnx(
-    model: CTCLIPMultiAbnormalityModel,
-    path: str | Path,
-    calibration: Calibration | None = None,
-    volumes: Sequence[Tensor] | None = None,
-) -> Export:
+def export_onnx(model: CTCLIPMultiAbnormalityModel, path: str | Path, calibration: Calibration | None = None) -> Export:
     """Writes `model` to `path`, whole or not at all, and compares the two where onnxruntime is installed.
 
-    Args:
-        calibration: of the run, for the metadata; the graph's logits are the model's own, not calibrated.
-        volumes: batches (B, 1, D, H, W) to compare on; by default a synthetic chest alone, then two at once.
+    `calibration`: of the run, for the metadata; the graph's logits are the model's own, not calibrated.
 
     Raises ExportError: `path` does not end in .onnx, a package is missing or too old, the exporter fails, or the file's
     logits differ from the model's by more than TOLERANCE while no flip between nearly equal codes explains it. Then no
@@ -134,10 +124,10 @@ def export_onnx(
     training = model.training
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
-        made = Path(folder, path.name)
+        made, graph = Path(folder, path.name), _Graph(model.eval())
         try:
-            outputs = _write(model.eval(), made, _metadata(model, calibration))
-            parity = _compare(model, made, volumes or check_volumes(model.input_shape), outputs)
+            _write(graph, made, _metadata(model, calibration))
+            parity = _compare(graph, made)
         finally:
             model.train(training)
         files = sorted(Path(folder).iterdir(), key=lambda file: file == made)  # weights beside it first
@@ -148,7 +138,7 @@ def export_onnx(
         path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of a larger model that had this name
     written = tuple(path.with_name(file.name) for file in files)
     seconds = time.perf_counter() - started
-    return Export(path, written, model.input_shape, outputs, calibration is not None, seconds, parity)
+    return Export(path, written, model.input_shape, graph.outputs, calibration is not None, seconds, parity)
 
 
 def check_onnx_path(path: Path) -> None:
@@ -165,8 +155,7 @@ def export_run(checkpoint: str | Path, output: str | Path, device: str | None = 
     checkpoint = Path(checkpoint)
     check_onnx_path(Path(output))
     model = load_model(checkpoint, device or "cpu")
-    calibration = run_calibration(checkpoint) if checkpoint.is_dir() else None
-    return export_onnx(model, output, calibration)
+    return export_onnx(model, output, run_calibration(checkpoint) if checkpoint.is_dir() else None)
 
 
 def describe(export: Export, checkpoint: str | Path) -> list[str]:
@@ -174,38 +163,34 @@ def describe(export: Export, checkpoint: str | Path) -> list[str]:
     size = size_text(sum(file.stat().st_size for file in export.files))
     beside = f", weights in {export.files[0].name}" if len(export.files) > 1 else ""
     shape = ", ".join(map(str, export.input_shape))
-    metadata = "labels and input contract are in the file's metadata"
-    if export.calibrated:
-        metadata += ", thresholds and calibration too"
+    too = ", thresholds and calibration too" if export.calibrated else ""
     lines = [
         f"Wrote {export.path}: {size}{beside}, {export.seconds:.0f} s; model {checkpoint}",
-        f"  volume (batch, 1, {shape}) float32 -> {', '.join(export.outputs)}; {metadata}",
+        f"  volume (batch, 1, {shape}) float32 -> {', '.join(export.outputs)}; labels and input contract are in the "
+        f"file's metadata{too}",
     ]
     if not export.calibrated:
         lines.append("  no tuning patients: no thresholds in the file; sigmoid of the logits is not calibrated")
-    return [*lines, f"  {_parity_text(export.parity)}"]
-
-
-def _parity_text(parity: Parity | None) -> str:
+    parity = export.parity
     if parity is None:
-        return "not checked against the model: onnxruntime is not installed (pip install onnxruntime)"
+        return [*lines, "  not checked against the model: onnxruntime is not installed (pip install onnxruntime)"]
     codes = "" if parity.same_codes is None else f", {100 * parity.same_codes:.3f} % of the code ids equal"
     flips = f"; {parity.flips} near ties between codes went the other way" if parity.flips else ""
-    return (
-        f"checked with onnxruntime on {parity.volumes} volumes: logits differ by {parity.difference:.1e} at most{codes}"
-        f"{flips}; {parity.onnx_seconds:.2f} s a volume, torch {parity.torch_seconds:.2f} s"
-    )
+    return [
+        *lines,
+        f"  checked with onnxruntime on {parity.volumes} volumes: logits differ by {parity.difference:.1e} at most"
+        f"{codes}{flips}; {parity.onnx_seconds:.2f} s a volume, torch {parity.torch_seconds:.2f} s",
+    ]
 
 
 # ---- the graph
 
 
-def _write(model: CTCLIPMultiAbnormalityModel, path: Path, metadata: dict[str, str]) -> tuple[str, ...]:
-    graph = _Graph(model)
-    device = next(model.parameters()).device
-    example = torch.zeros(2, 1, *model.input_shape, device=device)  # one volume would fix the batch at one
+def _write(graph: _Graph, path: Path, metadata: dict[str, str]) -> None:
+    model = graph.model
+    example = torch.zeros(2, 1, *model.input_shape, device=next(model.parameters()).device)  # 1 would fix the batch
     used = sum(value.nbytes for value in graph.state_dict().values())
-    if model.is_ctclip and model.head_name == "attention":
+    if "latents" not in graph.outputs and "code_ids" in graph.outputs:
         used -= model.to_visual_latent.weight.nbytes
     try:
         with _quiet(), torch.no_grad():
@@ -218,19 +203,14 @@ def _write(model: CTCLIPMultiAbnormalityModel, path: Path, metadata: dict[str, s
             program.model.metadata_props.update(metadata)
             program.model.producer_name = "ctclip.inference.onnx_export"
             program.save(str(path), external_data=used > ONE_FILE_BYTES)
-    except MemoryError as error:
-        raise ExportError("the export needs more memory than there is: close other programs, or use another machine") \
-            from error
-    except OSError as error:
-        raise ExportError(f"{path.name}: could not be written ({error.strerror or error}); choose another folder") \
-            from error
+    except (MemoryError, OSError):
+        raise
     except Exception as error:  # the exporter's own classes differ between versions of torch
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
         raise ExportError(
             f"torch {torch.__version__} could not export this model ({type(error).__name__}: {reason}); the versions "
             "in requirements.txt are those that it was tried with: run python ctclip_setup.py --dev"
         ) from error
-    return graph.outputs
 
 
 def _strip_exporter_notes(graph_model: Any) -> None:
@@ -248,11 +228,10 @@ def _strip_exporter_notes(graph_model: Any) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences the exporter's prints, warnings and log messages."""
-    level = logging.root.manager.disable
+    level, sink = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), \
-                contextlib.redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -276,10 +255,8 @@ def _metadata(model: CTCLIPMultiAbnormalityModel, calibration: Calibration | Non
         "use": "research only; not a medical device, not for diagnosis",
     }
     if calibration is not None:
-        metadata["thresholds"] = json.dumps(dict(zip(ABNORMALITIES, calibration.thresholds.tolist(), strict=True)))
-        metadata["thresholds_calibrated"] = json.dumps(
-            dict(zip(ABNORMALITIES, calibration.calibrated_thresholds.tolist(), strict=True))
-        )
+        for name, values in (("", calibration.thresholds), ("_calibrated", calibration.calibrated_thresholds)):
+            metadata[f"thresholds{name}"] = json.dumps(dict(zip(ABNORMALITIES, values.tolist(), strict=True)))
         metadata["calibration"] = json.dumps(calibration.content())
     return metadata
 
@@ -294,29 +271,30 @@ def check_volumes(shape: tuple[int, int, int]) -> list[Tensor]:
     return [chest, torch.cat([(chest.flip(4) + 0.1 * noise).clamp(-1, 1), noise])]
 
 
-def _compare(
-    model: CTCLIPMultiAbnormalityModel, path: Path, volumes: Sequence[Tensor], outputs: tuple[str, ...]
-) -> Parity | None:
+def _compare(graph: _Graph, path: Path) -> Parity | None:
     """None without onnxruntime. Raises ExportError where the two differ by more than rounding explains."""
     if importlib.util.find_spec("onnxruntime") is None:
         return None
-    session = _session(path)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    model, outputs, volumes = graph.model, list(graph.outputs), check_volumes(graph.model.input_shape)
     largest, flips, codes, torch_seconds, onnx_seconds = 0.0, 0, 0, 0.0, 0.0
     for batch in volumes:
         start = time.perf_counter()
         own = _expected(model, batch)
         middle = time.perf_counter()
-        answer = dict(zip(outputs, map(torch.from_numpy, session.run(list(outputs), {"volume": batch.numpy()})),
-                          strict=True))
+        found = session.run(outputs, {"volume": batch.numpy()})
         torch_seconds, onnx_seconds = torch_seconds + middle - start, onnx_seconds + time.perf_counter() - middle
+        answer = dict(zip(outputs, map(torch.from_numpy, found), strict=True))
         if not bool(torch.isfinite(answer["logits"]).all()):
             raise ExportError("the exported file gives logits that are not finite; no file was kept: report this")
         difference = float((answer["logits"] - own["logits"]).abs().max())
-        largest = max(largest, difference)
-        flipped = 0
-        if model.is_ctclip:
-            flipped = int((answer["code_ids"] != own["code_ids"]).sum())
-            flips, codes = flips + flipped, codes + own["code_ids"].numel()
+        flipped = int((answer["code_ids"] != own["code_ids"]).sum()) if "code_ids" in own else 0
+        codes += own["code_ids"].numel() if "code_ids" in own else 0
+        largest, flips = max(largest, difference), flips + flipped
         if difference > TOLERANCE and not (flipped and _explained(model, own, answer)):
             unexplained = f" ({flipped} code ids differ, which does not explain it)" if flipped else ""
             raise ExportError(
@@ -324,18 +302,9 @@ def _compare(
                 f"{TOLERANCE:g}{unexplained}; no file was kept: export with the torch and onnx versions in "
                 "requirements.txt"
             )
-    count = sum(len(batch) for batch in volumes)
-    same_codes = 1 - flips / codes if model.is_ctclip else None
+    count = sum(map(len, volumes))
+    same_codes = 1 - flips / codes if codes else None
     return Parity(count, largest, same_codes, flips, torch_seconds / count, onnx_seconds / count)
-
-
-def _session(path: Path) -> InferenceSession:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 @torch.inference_mode()
@@ -343,13 +312,12 @@ def _expected(model: CTCLIPMultiAbnormalityModel, batch: Tensor) -> dict[str, Te
     """The model's logits, one volume at a time, as `forward` gives them; for CT-CLIP from the codes, kept as well."""
     rows = []
     for volume in batch.to(next(model.parameters()).device).split(1):
-        row = {}
-        if model.is_ctclip:
-            row["tokens"] = model.visual_transformer(volume)
-            row["code_ids"] = model.visual_transformer.vq.code_ids(row["tokens"])
-            row["logits"] = model.head(model.features_from_cache(row["code_ids"]))
+        if model.cache_format == "codes":
+            tokens = model.visual_transformer(volume)
+            ids = model.visual_transformer.vq.code_ids(tokens)
+            row = {"tokens": tokens, "code_ids": ids, "logits": model.head(model.features_from_cache(ids))}
         else:
-            row["logits"] = model(volume)
+            row = {"logits": model(volume)}
         rows.append({name: value.cpu() for name, value in row.items()})
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
