@@ -1,39 +1,80 @@
-"""DICOM: a series of CT slices in a folder, read by SimpleITK (optional)."""
+"""DICOM: the CT slices among whatever else lies in a folder that a scanner, an archive or a CD left.
+
+What a file is, its SOP class says: slices (one in a file, or many in a multi-frame file) are read, other objects are
+counted and skipped. Headers and plain or run-length coded pixels by pydicom; the other codes by SimpleITK, which is
+the faster and refuses a slice that is cut short. Both are optional packages.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from math import prod
+import warnings
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from ctclip.data.volume_file import (
     LPS_TO_RAS,
     MOST_PLANE,
+    MOST_VOXELS,
     RECOPY,
     Header,
+    VolumeError,
     VolumeFile,
     file_error,
+    parse_number,
     shape_text,
     shortest_decimal,
     three_axes,
 )
+from ctclip.formatting import comma_separated, plural
 
-ORIENTATION, POSITION, MODALITY, SERIES_NUMBER = "0020|0037", "0020|0032", "0008|0060", "0020|0011"
+CT_CLASSES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
+CT_CLASS_IN_BYTES = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.[12])?[^.\d]")  # CT, enhanced, converted
+DEFLATED = b"1.2.840.10008.1.2.1.99"
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")  # what claims to be DICOM by its name
 OLDEST_ITK = (2, 5, 4)  # whose GDCM refuses a slice that is cut short
 SERIES_PREFIX = "series_"  # before its number, in the name of a series that shares its folder
-CT_STORAGE = b"1.2.840.10008.5.1.4.1.1.2"  # CT Image Storage, and as a beginning its enhanced kinds
-SLOPE, INTERCEPT, SAMPLES, PHOTOMETRIC = "0028|1053", "0028|1052", "0028|0002", "0028|0004"
 JITTER = 0.1  # of the slice distance: how far a slice may lie from its place; a missing one is ten times that off
-TILT = 1.0  # degrees between the slices' normal and the way from slice to slice
+STRAIGHT = 1.0  # degrees between the slices' normal and the way from slice to slice, up to which that is the normal
+SCOUTS = 3  # slices of another orientation than the rest of their series, at most, that are taken for localizers
+PADDING_HU = -2000.0
+OTHER_QUANTITIES = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")  # RescaleType of what is no HU; US is unspecified
+SCANNED_HU = (-1000.0, 3071.0)  # 12 bits of HU: what scanners store
+HEADER_TAGS = [
+    "SOPClassUID", "ImageType", "Modality", "SeriesInstanceUID", "SeriesNumber", "SliceThickness",
+    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "NumberOfFrames",
+    "SamplesPerPixel", "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept", "RescaleType",
+    "PixelPaddingValue", "PixelPaddingRangeLimit", "PixelRepresentation",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+]  # fmt: skip
+# Where a multi-frame file keeps what a single slice has at the top of its header.
+FUNCTIONAL_GROUPS = {
+    "ImagePositionPatient": "PlanePositionSequence", "ImageOrientationPatient": "PlaneOrientationSequence",
+    "PixelSpacing": "PixelMeasuresSequence", "SliceThickness": "PixelMeasuresSequence",
+    "RescaleSlope": "PixelValueTransformationSequence", "RescaleIntercept": "PixelValueTransformationSequence",
+    "RescaleType": "PixelValueTransformationSequence", "FrameType": "CTImageFrameTypeSequence",
+}  # fmt: skip
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a regular file begins as DICOM files do (128 bytes of anything, then DICM)."""
-    return path.is_file() and _beginning(path)[128:132] == b"DICM"
+    """Whether a regular file begins as DICOM does (with or without its preamble), or is named like a DICOM file."""
+    return path.is_file() and (path.suffix.lower() in DICOM_SUFFIXES or _begins_as_dicom(_beginning(path)))
+
+
+def _begins_as_dicom(start: bytes) -> bool:
+    """128 bytes of anything and DICM; or, without this preamble, a first element of group 2 or 8, little-endian."""
+    if start[128:132] == b"DICM":
+        return True
+    explicit = start[4:6].isalpha() and start[4:6].isupper()
+    implicit = start[6:8] == b"\0\0"
+    return start[:2] in (b"\x02\0", b"\x08\0") and start[3:4] == b"\0" and (explicit or implicit) and len(start) > 16
 
 
 def _beginning(path: Path) -> bytes:
@@ -45,12 +86,23 @@ def _beginning(path: Path) -> bytes:
         return b""
 
 
-def simple_itk(path: Path) -> ModuleType:
+def import_pydicom(path: Path) -> ModuleType:
+    """pydicom, quiet; VolumeError where it is not installed."""
+    try:
+        import pydicom
+    except ImportError:
+        raise file_error(path, "DICOM", "the package pydicom to read it", "pip install pydicom SimpleITK") from None
+    warnings.filterwarnings("ignore", module="pydicom")  # values out of the standard are judged here
+    return pydicom
+
+
+def import_simple_itk(path: Path) -> ModuleType:
     """SimpleITK, quiet; VolumeError where it is not installed, or so old that it reads a cut slice as a whole one."""
     try:
         import SimpleITK
     except ImportError:
-        raise file_error(path, "DICOM", "the package SimpleITK to read it", "pip install SimpleITK") from None
+        expected = "the package SimpleITK to decode it"
+        raise file_error(path, "compressed pixels", expected, "pip install SimpleITK") from None
     if tuple(map(int, SimpleITK.__version__.split(".")[:3])) < OLDEST_ITK:
         found = f"DICOM and SimpleITK {SimpleITK.__version__}, which takes a slice that is cut short for a whole one"
         expected = "SimpleITK " + ".".join(map(str, OLDEST_ITK))
@@ -59,119 +111,429 @@ def simple_itk(path: Path) -> ModuleType:
     return SimpleITK
 
 
-def series_of(folder: Path) -> dict[str, Path]:
-    """{name: its first file} of the DICOM series whose files lie in this very folder.
+# ------------------------------------------------------------------ headers
 
-    A series that is alone has the folder's name; others have their series number put behind a slash.
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """One slice of a series. Position and directions (along rows, along columns) are LPS, mm; spacing and size along
+    rows, then columns."""
+
+    path: Path
+    frame: int | None  # of a multi-frame file
+    encoding: str  # transfer syntax
+    size: tuple[int, int]
+    spacing: tuple[float, float]
+    position: np.ndarray
+    directions: np.ndarray  # (2, 3)
+    decimals: int  # of the position as it is written
+    slope: float
+    intercept: float
+    thickness: float | None
+    padding: tuple[float, float] | None  # HU that are no part of the picture, lowest and highest
+
+    def like(self, other: Slice) -> bool:
+        spacing = np.allclose(self.spacing, other.spacing, rtol=1e-4)
+        return self.size == other.size and spacing and not self.turned(other)
+
+    def turned(self, other: Slice, most: float = 1e-3) -> bool:
+        return bool(np.abs(self.directions - other.directions).max() > most)
+
+
+@dataclass
+class DicomFolder:
+    """What lies in a folder: CT slices by their series, a fault for each series that has an unusable one ("": one
+    whose series is unknown, so that any may lack it), and how many other DICOM objects there are of each kind."""
+
+    series: dict[str, list[Slice]] = field(default_factory=dict)
+    numbers: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, VolumeError] = field(default_factory=dict)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def note(self) -> str | None:
+        """One line about what was skipped; None where nothing was."""
+        if not self.skipped:
+            return None
+        kinds = comma_separated(f"{count} {kind}" for kind, count in self.skipped.most_common())
+        return f"{plural(self.skipped.total(), 'other DICOM object')} skipped: {kinds}"
+
+
+def read_folder(folder: Path) -> DicomFolder:
+    """The headers of all DICOM files that lie in this very folder. VolumeError where pydicom is missing."""
+    pydicom = import_pydicom(folder)
+    content, names, strangers = DicomFolder(), set(), []
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+        start = _beginning(path)
+        if not _begins_as_dicom(start):
+            strangers.append(path)
+        elif _add_file(content, path, start, pydicom):
+            names.add(_name_form(path))
+    for path in strangers:  # an empty or overwritten slice, at an end of the series, would not be missed by the others
+        if _name_form(path) in names or path.suffix.lower() in DICOM_SUFFIXES:
+            found = "an empty file" if path.stat().st_size == 0 else "a file that is not DICOM"
+            content.faults.setdefault("", file_error(path, found, "a slice like those beside it", RECOPY))
+    return content
+
+
+def _name_form(path: Path) -> str:
+    """What the names of a series have in common: the suffix, or, without one, all but the numbers."""
+    suffix = path.suffix.lower()
+    return suffix if re.search("[a-z]", suffix) else re.sub(r"\d+", "#", path.name.lower())
+
+
+def _add_file(content: DicomFolder, path: Path, start: bytes, pydicom: ModuleType) -> bool:
+    """Sorts one DICOM file in; whether it is a CT slice, usable or not."""
+    try:
+        if DEFLATED in start:  # it would be inflated whole, whatever it holds
+            raise file_error(path, "a deflated DICOM file", "pixels plain or compressed one by one", "convert it first")
+        header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=HEADER_TAGS)
+        sop_class = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+    except VolumeError as fault:
+        content.faults.setdefault("", fault)
+        return True
+    except Exception as fault:  # a parser's own, of any type, for bytes that make no sense
+        header, sop_class = None, None
+        reason = f"{type(fault).__name__}: {fault}"[:80]
+    if sop_class is None and not CT_CLASS_IN_BYTES.search(start):
+        content.skipped["unreadable DICOM file"] += 1
+        return False
+    if header is None or sop_class is None:
+        reason = "no SOP class" if header is not None else reason
+        content.faults.setdefault("", file_error(path, f"an unreadable CT slice ({reason})", "a readable one", RECOPY))
+        return True
+    if sop_class not in CT_CLASSES:
+        name = pydicom.uid.UID(str(sop_class)).name.removesuffix(" Storage")
+        content.skipped[name if re.search("[A-Za-z]", name) else "of an unknown kind"] += 1
+        return False
+    identity = str(header.get("SeriesInstanceUID", ""))
+    try:
+        for one in _slices_of(path, header):
+            content.series.setdefault(identity, []).append(one)
+    except VolumeError as fault:
+        content.faults.setdefault(identity, fault)
+        content.series.setdefault(identity, [])
+    else:
+        if identity not in content.series:
+            content.skipped["localizer"] += 1
+            return False
+    content.numbers.setdefault(identity, str(header.get("SeriesNumber", "") or "").strip())
+    return True
+
+
+def _slices_of(path: Path, header: Any) -> Iterator[Slice]:
+    """The slices of a CT file but its localizers. Raises VolumeError for one that is unusable."""
+    frames = _integer(path, header, "NumberOfFrames", 1)
+    groups = header.get("PerFrameFunctionalGroupsSequence")
+    if groups is None and frames == 1:
+        if not _is_localizer(header.get("ImageType")):
+            yield _read_slice(path, header, [header], None)
+        return
+    if groups is None or len(groups) != frames:
+        found = f"{plural(frames, 'frame')} and the geometry of {len(groups or ())}"
+        raise file_error(path, found, "one for each", RECOPY)
+    shared = header.get("SharedFunctionalGroupsSequence") or [None]
+    for index, group in enumerate(groups):
+        kinds = [found[0].get("FrameType") for place in (group, shared[0]) if place is not None
+                 and (found := place.get(FUNCTIONAL_GROUPS["FrameType"]))]
+        if not _is_localizer(kinds[0] if kinds else None):
+            yield _read_slice(path, header, [group, shared[0]], index)
+
+
+def _is_localizer(kinds: Sequence[str] | str | None) -> bool:
+    return "LOCALIZER" in ([kinds] if isinstance(kinds, str) else [str(kind).upper() for kind in kinds or ()])
+
+
+def _read_slice(path: Path, header: Any, places: Sequence[Any], frame: int | None) -> Slice:
+    """One slice from a file's header and, for a frame, its own and the shared functional groups."""
+    samples, kind = header.get("SamplesPerPixel", 1), header.get("PhotometricInterpretation", "MONOCHROME2")
+    if (samples, kind) != (1, "MONOCHROME2"):
+        found = f"{samples} values of {kind} in each voxel"
+        raise file_error(path, found, "MONOCHROME2", "leave the series out")
+
+    def look_up(keyword: str) -> Any:
+        for place in places:
+            inside = place
+            if frame is not None and place is not None:
+                inside = (place.get(FUNCTIONAL_GROUPS[keyword]) or [None])[0]
+            if inside is not None and keyword in inside:
+                return inside
+        return None
+
+    def numbers(keyword: str, count: int) -> np.ndarray:
+        return _numbers(path, look_up(keyword), keyword, count)
+
+    cosines, position = numbers("ImageOrientationPatient", 6), numbers("ImagePositionPatient", 3)
+    directions = cosines.reshape(2, 3)
+    if abs(np.linalg.norm(directions, axis=1) - 1).max() > 1e-2 or abs(directions[0] @ directions[1]) > 1e-2:
+        raise file_error(path, f"orientation {cosines.tolist()}", "two unit vectors, square", "leave the series out")
+    slope, intercept = numbers("RescaleSlope", 1)[0], numbers("RescaleIntercept", 1)[0]
+    if slope <= 0:
+        raise file_error(path, f"RescaleSlope {slope:g}", "more than 0", "correct it or leave the series out")
+    typed = look_up("RescaleType")
+    unit = "" if typed is None else str(typed.RescaleType or "").strip()
+    if unit in OTHER_QUANTITIES:
+        raise file_error(path, f"values in {unit} (RescaleType)", "HU", "leave the series out")
+    size = _integer(path, header, "Columns"), _integer(path, header, "Rows")
+    if size[0] * size[1] > MOST_PLANE:
+        raise file_error(path, f"{shape_text(size)} voxels", f"at most {MOST_PLANE} in a slice", RECOPY)
+    rows, columns = numbers("PixelSpacing", 2)  # between rows, then between columns
+    thick = look_up("SliceThickness")
+    text = _text(look_up("ImagePositionPatient"), "ImagePositionPatient") or ""
+    return Slice(
+        path,
+        frame,
+        _encoding(header),
+        size,
+        (float(columns), float(rows)),
+        position,
+        directions,
+        max(len(part.strip().partition(".")[2]) for part in text.split("\\")),
+        float(slope),
+        float(intercept),
+        float(_numbers(path, thick, "SliceThickness", 1)[0]) if thick is not None and thick.SliceThickness else None,
+        _padding(header, float(slope), float(intercept)),
+    )
+
+
+def _padding(header: Any, slope: float, intercept: float) -> tuple[float, float] | None:
+    """HU of the values that fill the corners of a picture. Only such as no scanner gives for tissue or air: some files
+    declare a value of their own tissue."""
+    value = header.get("PixelPaddingValue")
+    if not isinstance(value, int):
+        return None
+    limit = header.get("PixelPaddingRangeLimit", value)
+    low, high = sorted(slope * end + intercept for end in (value, limit if isinstance(limit, int) else value))
+    return None if low <= SCANNED_HU[1] and high >= SCANNED_HU[0] else (low - slope / 2, high + slope / 2)
+
+
+def _encoding(header: Any) -> str:
+    """The transfer syntax; of a file without preamble by how its header is written."""
+    named = header.file_meta.get("TransferSyntaxUID")
+    if named is None:
+        implicit, little = header.original_encoding
+        named = "1.2.840.10008.1.2" if implicit else f"1.2.840.10008.1.2.{1 if little else 2}"
+    return str(named)
+
+
+def _text(dataset: Any, keyword: str) -> str | None:
+    """An element as it is written; None where there is none."""
+    element = None if dataset is None else dataset.get_item(keyword)
+    if element is None or element.value is None:
+        return None
+    value = element.value
+    if isinstance(value, bytes):
+        return value.decode("ascii", "replace").strip(" \0")
+    return "\\".join(map(str, value)) if isinstance(value, (list, tuple)) or hasattr(value, "append") else str(value)
+
+
+def _numbers(path: Path, dataset: Any, keyword: str, count: int) -> np.ndarray:
+    text = _text(dataset, keyword)
+    try:
+        values = np.array([parse_number(part) for part in (text or "").split("\\")])
+    except ValueError:
+        values = np.array([])
+    if len(values) != count:
+        found = f"{text[:40]!r} as" if text is not None else "no"
+        raise file_error(path, f"{found} {keyword}", plural(count, "number"), "convert it to NIfTI first")
+    return values
+
+
+def _integer(path: Path, header: Any, keyword: str, default: int | None = None) -> int:
+    try:
+        value = int(header[keyword].value) if keyword in header else default or 0
+    except Exception:  # pydicom converts here, and has errors of its own
+        value = 0
+    if value < 1:
+        raise file_error(path, f"no usable {keyword}", "a whole number from 1 on", RECOPY)
+    return value
+
+
+# ------------------------------------------------------------------ a series
+
+
+def series_of(folder: Path) -> tuple[dict[str, Path], str | None]:
+    """({name: one of its files} of the CT series whose files lie in this very folder, a note on other objects there).
+
+    A series that is alone has the folder's name; others have their series number put behind a slash. A folder whose
+    slices are all unreadable is a series, for which reading gives the reason.
     """
     folder = folder.resolve()  # "." has no name
-    itk = simple_itk(folder)
+    content = read_folder(folder)
     found: dict[str, Path] = {}
-    identities = itk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    for identity in identities:
-        first = Path(itk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identity)[0])
+    for identity, slices in content.series.items():
         name = folder.name
-        if len(identities) > 1:
-            number = read_tags(itk, first)[1].get(SERIES_NUMBER, "").strip() or str(len(found) + 1)
-            name = f"{folder.name}/{SERIES_PREFIX}{number}"
-            alike = (f"{name}_{count}" for count in range(2, len(identities) + 1))
+        if len(content.series) > 1:
+            name = f"{folder.name}/{SERIES_PREFIX}{content.numbers[identity] or len(found) + 1}"
+            alike = (f"{name}_{count}" for count in range(2, len(content.series) + 1))
             name = next(other for other in (name, *alike) if other not in found)
-        found[name] = first
-    return found
-
-
-def read_tags(itk: ModuleType, path: Path) -> tuple[tuple[int, ...], dict[str, str]]:
-    """(size, {tag: text}) of one DICOM file, without its voxels."""
-    reader = itk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1][:120]
-        raise file_error(path, f"an unreadable DICOM file ({reason})", "a slice of a series", RECOPY) from None
-    return tuple(reader.GetSize()), {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
+        found[name] = slices[0].path if slices else folder / content.faults[identity].args[0].partition(": found ")[0]
+    if not found and content.faults:
+        found[folder.name] = folder
+    return found, content.note()
 
 
 class DicomSeries(VolumeFile):
-    """One CT series, a file for each slice; HU by the slices' own rescale values. Needs SimpleITK.
+    """One CT series: a folder that holds no other, or any file of it. HU by the slices' own rescale values.
 
-    The headers are read by GDCM inside of it, which believes the lengths in them: a hostile one can take much memory.
+    The headers are read by pydicom, which believes the lengths in them: a hostile one can take much memory.
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.itk = simple_itk(path)
-        files = self._files()
-        slices = [SliceHeader(file, *read_tags(self.itk, file)) for file in files]
+        super().__init__(path)
+        slices = self._without_scouts(self._own_slices())
         for each in slices:
-            each.check(slices[0])
+            if not each.like(slices[0]):
+                own, others = (
+                    f"{shape_text(s.size)} voxels of {shape_text(s.spacing)} mm" for s in (each, slices[0])
+                )
+                found = f"{own} beside {others}{' (turned)' if each.turned(slices[0]) else ''}"
+                raise file_error(each.path, found, "slices that are alike", "leave the series out (a localizer?)")
         normal = np.cross(*slices[0].directions)
         slices.sort(key=lambda each: float(each.position @ normal))
-        step = self._step(slices, normal)
-        self.files = [each.path for each in slices]
-        columns, rows = slices[0].size[:2]
-        in_plane = slices[0].spacing
+        self.slices = slices
+        self.places = np.array([float(each.position @ normal) for each in slices])
+        self.step, self.targets = self._grid()
+        way = self._way(normal)
+        spacing = (*slices[0].spacing, self.step * float(np.linalg.norm(way)))
         affine = np.eye(4)
-        affine[:3, :3] = np.stack([*slices[0].directions, normal], axis=1) * (*in_plane, step)
+        affine[:3, :3] = np.stack([*slices[0].directions, way], axis=1) * (*slices[0].spacing, self.step)
         affine[:3, 3] = slices[0].position
-        spacing = tuple(map(shortest_decimal, (*in_plane, step)))
-        shape = three_axes((columns, rows, len(slices)), path)
-        self.header = Header(shape, np.dtype("f4"), 1.0, 0.0, spacing, LPS_TO_RAS @ affine)
+        count = len(slices) if self.targets is None else len(self.targets)
+        shape = three_axes((*slices[0].size, count), path)
+        if shape[0] * shape[1] * shape[2] > MOST_VOXELS:
+            raise self.error(f"{shape_text(shape)} voxels", f"at most {MOST_VOXELS}", "resample it first")
+        rounded = tuple(map(shortest_decimal, spacing))
+        self.header = Header(shape, np.dtype("f4"), 1.0, 0.0, rounded, LPS_TO_RAS @ affine)
+        self._stream = self._hu() if self.targets is None else self._interpolated(self.targets)
 
-    def _files(self) -> list[Path]:
-        """The files of the series that the path names: a folder's only one, or the one that a file belongs to."""
-        folder = self.path if self.path.is_dir() else self.path.parent
-        names = self.itk.ImageSeriesReader
-        grouped = {
-            identity: [Path(name) for name in names.GetGDCMSeriesFileNames(str(folder), identity)]
-            for identity in names.GetGDCMSeriesIDs(str(folder))
-        }
-        known = {file.name for files in grouped.values() for file in files}
-        lost = [file for file in sorted(folder.iterdir()) if file.name not in known and is_dicom(file)]
-        lost = [file for file in lost if CT_STORAGE in _beginning(file)]  # not directories, reports, segmentations
-        if lost:  # ITK passes over what it cannot read: a shorter series would be read without a word
-            raise file_error(lost[0], "an unreadable CT slice", f"a slice like the {len(known)} beside it", RECOPY)
-        if not self.path.is_dir():
-            grouped = {key: files for key, files in grouped.items() if self.path.name in {file.name for file in files}}
-        if len(grouped) != 1:
-            where = "in the folder" if self.path.is_dir() else "with this file"
-            remedy = "name a file of the series that is meant"
-            raise self.error(f"{len(grouped)} DICOM series {where}", "one", remedy)
-        return next(iter(grouped.values()))
+    def _own_slices(self) -> list[Slice]:
+        """The slices of the series that the path names: a folder's only one, or the one that a file belongs to."""
+        is_folder = self.path.is_dir()
+        content = read_folder(self.path if is_folder else self.path.parent)
+        if note := content.note():
+            self.notes.append(note)
+        if "" in content.faults:
+            raise content.faults[""]
+        series = content.series
+        if not is_folder:
+            name = self.path.name
+            series = {
+                identity: slices
+                for identity, slices in series.items()
+                if name in {each.path.name for each in slices}
+                or (identity in content.faults and str(content.faults[identity]).startswith(f"{name}: "))
+            }
+        if len(series) != 1:
+            where = "in the folder" if is_folder else "with this file"
+            found = f"{len(series)} DICOM series of CT slices {where}"
+            found += f" ({note})" if note and not series else ""
+            raise self.error(found, "one", "name a file of the series that is meant")
+        identity, slices = next(iter(series.items()))
+        if identity in content.faults:
+            raise content.faults[identity]
+        return slices
 
-    def _step(self, slices: Sequence[SliceHeader], normal: np.ndarray) -> float:
-        """Distance of neighbouring slices (mm), the same everywhere and square to the slices."""
-        if len(slices) < 2:
+    def _without_scouts(self, slices: list[Slice]) -> list[Slice]:
+        """Without a few that lie across the rest: localizers under the series' own identity."""
+        turned = [[each for each in slices if each.turned(slices[index], 0.3)] for index in (0, -1)]
+        scouts = min(turned, key=len)
+        if 0 < len(scouts) <= SCOUTS and len(slices) - len(scouts) > 2 * SCOUTS:
+            self.notes.append(f"{plural(len(scouts), 'slice')} of another orientation skipped (localizer)")
+            return [each for each in slices if not any(each is scout for scout in scouts)]
+        return slices
+
+    def _grid(self) -> tuple[float, np.ndarray | None]:
+        """(distance of neighbouring slices in mm, positions to interpolate at; None where they are equally distant)."""
+        if len(self.slices) < 2:
             raise self.error("a single slice", "a series of slices", "name the folder with the whole series")
-        places = np.array([float(each.position @ normal) for each in slices])
-        step = (places[-1] - places[0]) / (len(places) - 1)
+        places, count = self.places, len(self.places)
         gaps = np.diff(places)
+        step = (places[-1] - places[0]) / (count - 1)
         if step <= 0 or gaps.min() < JITTER * step:
             raise self.error("two slices at one place", "one series of one pass", "sort the files into passes")
-        if abs(gaps - step).max() > JITTER * step:
-            at = int(abs(gaps - np.median(gaps)).argmax())
-            found = f"slices {np.median(gaps):g} mm apart, but {gaps[at]:g} mm after {slices[at].path.name}"
-            raise self.error(found, "equal distances (is one missing?)", "copy the series again")
-        way = slices[-1].position - slices[0].position
-        tilt = np.degrees(np.arccos(np.clip(way @ normal / np.linalg.norm(way), -1, 1)))
-        if tilt > TILT:
-            found = f"slices tilted by {tilt:.1f} degrees (gantry tilt)"
-            raise self.error(found, "slices square to the table", "convert it with a tool that corrects tilt")
-        return _fewest_digits(float(step), 10.0 ** -max(each.decimals for each in slices) / (len(slices) - 1))
+        if abs(gaps - step).max() <= JITTER * step:
+            return _fewest_digits(float(step), 10.0 ** -max(each.decimals for each in self.slices) / (count - 1)), None
+        step, widest = float(np.median(gaps)), int(gaps.argmax())
+        thickness = min(each.thickness or 0.0 for each in self.slices)
+        if gaps[widest] > thickness * (1 + JITTER):
+            found = f"slices {step:g} mm apart, but {gaps[widest]:g} mm after {self.slices[widest].path.name}"
+            expected = f"none farther than their thickness, {thickness:g} mm" if thickness else "equal distances"
+            raise self.error(found, f"{expected} (is one missing?)", "copy the series again")
+        step = _fewest_digits(step, 10.0 ** -max(each.decimals for each in self.slices))
+        self.notes.append(f"slices {gaps.min():g} to {gaps.max():g} mm apart: interpolated every {step:g} mm")
+        return step, places[0] + step * np.arange(int((places[-1] - places[0]) / step + 1e-6) + 1)
+
+    def _way(self, normal: np.ndarray) -> np.ndarray:
+        """What a millimetre along the normal moves from slice to slice: the normal, but for a tilted gantry."""
+        offsets = np.stack([each.position for each in self.slices]) - self.slices[0].position
+        along = offsets @ normal
+        way = offsets[-1] / along[-1]
+        if np.linalg.norm(offsets - along[:, None] * way, axis=1).max() > max(self.slices[0].spacing):
+            raise self.error("slices that do not lie above each other", "one straight series", "leave the series out")
+        return way if np.degrees(np.arctan(np.linalg.norm(way - normal))) > STRAIGHT else normal
+
+    # -------------------------------------------------------------- voxels
 
     def read(self, slices: np.ndarray, first: int) -> None:
-        reader = self.itk.ImageFileReader()
-        reader.SetImageIO("GDCMImageIO")
-        reader.SetOutputPixelType(self.itk.sitkFloat32)  # rescale values may differ, and be fractions, slice by slice
-        for place, file in enumerate(self.files[first : first + len(slices)]):
-            reader.SetFileName(str(file))
+        for plane in slices:
+            plane[...] = next(self._stream)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _interpolated(self, targets: np.ndarray) -> Generator[np.ndarray, None, None]:
+        """Slices at the positions `targets`, between the two that lie around each."""
+        planes = self._hu()
+        below, above, index = next(planes), next(planes), 1
+        for target in targets:
+            while self.places[index] < target and index + 1 < len(self.places):
+                below, above, index = above, next(planes), index + 1
+            weight = np.float32((target - self.places[index - 1]) / (self.places[index] - self.places[index - 1]))
+            yield below + (above - below) * min(weight, np.float32(1))
+
+    def _hu(self) -> Generator[np.ndarray, None, None]:
+        """The slices in order, (rows, columns) float32 HU."""
+        for path, group in groupby(self.slices, key=lambda each: each.path):
+            slices = list(group)
             try:
-                image = reader.Execute()
-            except RuntimeError as error:
+                for each, plane in zip(slices, self._decoded(path, slices), strict=True):
+                    if plane.shape != each.size[::-1]:
+                        raise ValueError(f"{shape_text(plane.shape)} voxels")
+                    if each.padding is not None:
+                        plane = np.array(plane)
+                        plane[(plane >= each.padding[0]) & (plane <= each.padding[1])] = PADDING_HU
+                    yield plane
+            except VolumeError:
+                raise
+            except Exception as error:  # decoders raise what they like
                 reason = re.sub(r"\s+", " ", str(error)).strip()[-120:]
-                raise self.error(f"damaged data in {file.name} ({reason})", "a readable slice", RECOPY) from None
-            slices[place] = self.itk.GetArrayViewFromImage(image)[0]  # a view lives no longer than its image
+                raise self.error(f"damaged data in {path.name} ({reason})", "a readable slice", RECOPY) from None
+
+    def _decoded(self, path: Path, slices: Sequence[Slice]) -> Iterator[np.ndarray]:
+        """The planes of one file, HU."""
+        pydicom = import_pydicom(path)
+        encoding = pydicom.uid.UID(slices[0].encoding)
+        native = not encoding.is_compressed or encoding == pydicom.uid.RLELossless
+        if slices[0].frame is None and not native:
+            yield from self._decoded_by_itk(path)
+            return
+        source: Any = path
+        if _beginning(path)[128:132] != b"DICM":  # then nothing in the file says how it is encoded
+            source = pydicom.dcmread(path, force=True)
+            source.file_meta.TransferSyntaxUID = encoding
+        indices, plugin = [each.frame or 0 for each in slices], "" if native else "gdcm"
+        planes = pydicom.pixels.iter_pixels(source, indices=indices, raw=True, decoding_plugin=plugin)
+        for each, plane in zip(slices, planes, strict=True):
+            yield np.multiply(plane, np.float32(each.slope), dtype=np.float32) + np.float32(each.intercept)
+
+    def _decoded_by_itk(self, path: Path) -> Iterator[np.ndarray]:
+        itk = import_simple_itk(path)
+        reader = itk.ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetOutputPixelType(itk.sitkFloat32)  # rescale values may differ, and be fractions, slice by slice
+        reader.SetFileName(str(path))
+        image = reader.Execute()
+        yield itk.GetArrayViewFromImage(image)[0]  # a view lives no longer than its image
 
 
 def _fewest_digits(value: float, tolerance: float) -> float:
@@ -179,54 +541,3 @@ def _fewest_digits(value: float, tolerance: float) -> float:
     their distances would be 0.70003 in place of the 0.7 that other formats keep."""
     rounded = (round(value, digits) for digits in range(1, 8))
     return next((number for number in rounded if abs(number - value) <= tolerance), value)
-
-
-class SliceHeader:
-    """Header of one DICOM slice. Directions and position are LPS, mm; spacing and size along rows, then columns."""
-
-    def __init__(self, path: Path, size: tuple[int, ...], tags: Mapping[str, str]):
-        self.path, self.size = path, size
-        self.modality = tags.get(MODALITY, "").strip()
-        cosines, self.position = self._vector(tags, ORIENTATION, 6), self._vector(tags, POSITION, 3)
-        self.directions = cosines[:3], cosines[3:]
-        self.decimals = max(len(part.strip().partition(".")[2]) for part in tags[POSITION].split("\\"))
-        self._refuse_other_voxels(tags)
-        rows, columns = self._vector(tags, "0028|0030", 2)  # between rows, then between columns
-        self.spacing = float(columns), float(rows)
-        if abs(np.linalg.norm(np.cross(*self.directions)) - 1) > 1e-2:
-            found = f"orientation {tags[ORIENTATION].strip()}"
-            raise file_error(path, found, "two unit vectors", "leave the series out")
-
-    def _refuse_other_voxels(self, tags: Mapping[str, str]) -> None:
-        """One grey value for each voxel, bright for dense, with usable rescale values: ITK makes up what it lacks."""
-        samples, kind = tags.get(SAMPLES, "1").strip(), tags.get(PHOTOMETRIC, "MONOCHROME2").strip()
-        if (samples, kind) != ("1", "MONOCHROME2"):
-            found = f"{samples} values of {kind} in each voxel"
-            raise file_error(self.path, found, "MONOCHROME2", "leave the series out")
-        slope, _ = self._vector(tags, SLOPE, 1)[0], self._vector(tags, INTERCEPT, 1)
-        if slope <= 0:
-            raise file_error(self.path, f"RescaleSlope {slope:g}", "more than 0", "correct it or leave the series out")
-
-    def _vector(self, tags: Mapping[str, str], tag: str, count: int) -> np.ndarray:
-        try:
-            values = np.array([float(part) for part in tags.get(tag, "").split("\\")])
-        except ValueError:
-            values = np.array([])
-        if len(values) != count or not np.isfinite(values).all():
-            found = f"{tags[tag].strip()[:40]!r} as" if tag in tags else "no"
-            expected = f"{count} numbers (one slice in each file)"
-            raise file_error(self.path, f"{found} ({tag.replace('|', ',')})", expected, "convert it to NIfTI first")
-        return values
-
-    def check(self, other: SliceHeader) -> None:
-        """One modality, one size and one orientation through the whole series."""
-        if self.modality != "CT":
-            raise file_error(self.path, f"modality {self.modality or 'unknown'}", "CT", "leave the series out")
-        if prod(self.size[:2]) > MOST_PLANE:
-            raise file_error(self.path, f"{shape_text(self.size)} voxels", f"at most {MOST_PLANE} in a slice", RECOPY)
-        alike = self.size == other.size and len(self.size) >= 2 and prod(self.size[2:]) == 1
-        turned = bool(np.abs(np.subtract(self.directions, other.directions)).max() > 1e-3)
-        if not alike or turned or not np.allclose(self.spacing, other.spacing, rtol=1e-4):
-            own, others = (f"{shape_text(s.size)} voxels of {shape_text(s.spacing)} mm" for s in (self, other))
-            found = f"{own} beside {others}{' (turned)' if turned else ''}"
-            raise file_error(self.path, found, "slices that are alike", "leave the series out (a localizer?)")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import asin, degrees, isfinite, radians, sin
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ctclip.data.readers import open_volume
 from ctclip.data.volume_file import Header, VolumeError, file_error, shape_text
 
 FIELD_OF_VIEW_MM = 360.0  # edge of the cube that every input covers, whatever its number of voxels
+TILT = 1.0  # degrees off a right angle up to which axes are taken for square
 PUBLISHED_SHAPE = (240, 480, 480)  # (D, H, W) = (z, x, y)
 
 
@@ -76,10 +77,19 @@ def geometry_from_header(header: Header, path: Path) -> FileGeometry:
     if not np.allclose(lengths, header.spacing, rtol=0.01):
         found = f"spacing {shape_text(header.spacing)} mm beside an orientation of {shape_text(lengths.round(4))} mm"
         raise file_error(path, found, "the same twice", "write the header again")
+    _check_square(header.affine[:3, :3] / lengths, path)
     axes, signs = io_orientation(header.affine).T  # RAS axis of each file axis, +1 towards right, front, head
     towards_lps = (-1, -1, 1)
     backwards = tuple(bool(sign != towards_lps[int(axis)]) for axis, sign in zip(axes, signs, strict=True))
     return FileGeometry(header.slope, header.intercept, header.spacing, tuple(int(a) for a in axes), backwards)
+
+
+def _check_square(directions: np.ndarray, path: Path) -> None:
+    """Refuses axes (3, 3; unit columns) that are sheared: slices of a tilted gantry, stacked as they come."""
+    cosine = max(abs(directions[:, one] @ directions[:, other]) for one, other in ((0, 1), (0, 2), (1, 2)))
+    if cosine > sin(radians(TILT)):
+        found = f"axes {degrees(asin(min(cosine, 1.0))):.1f} degrees off a right angle (gantry tilt)"
+        raise file_error(path, found, "axes square to each other", "convert it with a tool that corrects the tilt")
 
 
 def _number(metadata: Mapping[str, Any], column: str, name: str) -> float:

@@ -8,6 +8,7 @@ header claims is believed before the file could hold it. Whatever is wrong with 
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -45,6 +46,17 @@ def file_error(path: Path, found: str, expected: str, remedy: str) -> VolumeErro
 
 def shape_text(shape: Sequence[float]) -> str:
     return " x ".join(str(n) for n in shape)
+
+
+NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+
+
+def parse_number(text: str) -> float:
+    """A finite decimal number as files write them. ValueError for all that Python's float() also takes: 1_0, nan,
+    digits of other scripts."""
+    if not NUMBER.fullmatch(text) or not isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]!r} is no number")
+    return value
 
 
 def shortest_decimal(value: float) -> float:
@@ -77,8 +89,11 @@ class Header:
 class VolumeFile:
     """An open volume, read once from front to back. Every fault raises VolumeError."""
 
-    path: Path
     header: Header
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.notes: list[str] = []  # what a reader of the answers should know about the file, a line each
 
     def __enter__(self) -> VolumeFile:
         return self
@@ -140,7 +155,7 @@ class StreamFile(VolumeFile):
     stream: ByteStream
 
     def __init__(self, path: Path):
-        self.path = path
+        super().__init__(path)
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise self.error("a pipe or device", "a file", "name the file itself")  # opening it might never return
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,17 +37,20 @@ class Scan:
         return self.name[: len(self.name) - len(suffix)]
 
 
-def find_scans(sources: str | Path | Sequence[str | Path]) -> list[Scan]:
+def find_scans(
+    sources: str | Path | Sequence[str | Path], on_note: Callable[[str], object] = lambda note: None
+) -> list[Scan]:
     """The scans that files and folders hold, folders with all below them, in the order of their names.
 
-    .nii, .nii.gz and .mha files, and the DICOM series of each folder; hidden files are left alone. No scan is opened,
-    so that one that cannot be read is found as well. A scan is called as its file or, for DICOM, its folder; where two
-    would be called alike, all are called by their paths below the folder that was given.
+    .nii, .nii.gz and .mha files, and the CT series among a folder's DICOM files; hidden files are left alone. `on_note`
+    gets a line for each folder with other DICOM objects, which are skipped. No scan is opened, so that one that cannot
+    be read is found as well. A scan is called as its file or, for DICOM, its folder; where two would be called alike,
+    all are called by their paths below the folder that was given.
 
     Raises PredictionError where there is none, or two of one name all the same.
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    scans = [scan for source in sources for scan in _scans_of(Path(source))]
+    scans = [scan for source in sources for scan in _scans_of(Path(source), on_note)]
     if not scans:
         where = ", ".join(map(str, sources)) or "an empty list"
         raise PredictionError(f"{where}: found no .nii, .nii.gz or .mha file and no DICOM series, expected a scan or a "
@@ -65,7 +68,7 @@ def find_scans(sources: str | Path | Sequence[str | Path]) -> list[Scan]:
     return scans
 
 
-def _scans_of(source: Path) -> Iterator[Scan]:
+def _scans_of(source: Path, on_note: Callable[[str], object]) -> Iterator[Scan]:
     if not source.exists():
         raise PredictionError(f"{source}: found no such file or folder, expected a scan or a folder of scans; check "
                               "the path")
@@ -93,16 +96,18 @@ def _scans_of(source: Path) -> Iterator[Scan]:
             else:
                 others.append(path)
         if any(is_dicom(path) for path in others):
-            yield from _series_in(Path(folder), source)
+            yield from _series_in(Path(folder), source, on_note)
 
 
-def _series_in(folder: Path, source: Path) -> Iterator[Scan]:
+def _series_in(folder: Path, source: Path, on_note: Callable[[str], object]) -> Iterator[Scan]:
     above = folder.relative_to(source).parent.as_posix()
     try:
-        found = series_of(folder)
-    except VolumeError:  # no SimpleITK, or a damaged header
-        found = {}
-    for name, path in (found or {folder.resolve().name: folder}).items():  # a scan, for which reading gives the reason
+        found, note = series_of(folder)
+    except VolumeError:  # no pydicom: a scan, for which reading gives the reason
+        found, note = {folder.resolve().name: folder}, None
+    if note:
+        on_note(f"{folder}: {note}")
+    for name, path in found.items():
         yield Scan(printable(name if above == "." else f"{above}/{name}"), path)
 
 

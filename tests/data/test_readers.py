@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from helpers_data import SMALL, affine_of, chest, reoriented, write
-from helpers_scans import as_itk, write_dicom, write_mha
+from helpers_scans import as_itk, write_mha
 
-from ctclip.data import dicom, metaimage, volume_file
+from ctclip.data import metaimage, volume_file
 from ctclip.data.geometry import place_volume
 from ctclip.data.preprocessing import preprocess_volume
 from ctclip.data.readers import open_volume
@@ -59,16 +59,6 @@ def test_every_element_type_of_a_meta_image(tmp_path, dtype, big_endian):
     with open_volume(path) as file:
         stored = np.concatenate([slices.copy() for _, slices in file.slabs()])
     np.testing.assert_array_equal(stored, hu.T)
-
-
-@pytest.mark.parametrize("rotation", ["as scanned", "feet first", "prone"])
-def test_dicom_series_gives_the_tensor_of_the_nifti(tmp_path, scan, rotation):
-    """Files in random order, named without order, HU from rescale values."""
-    hu, affine, expected = scan
-    codes = {"as scanned": "LPS", "feet first": "LPI", "prone": "RAS"}[rotation]
-    folder = write_dicom(tmp_path / "series", *reoriented(hu, affine, codes))
-    assert torch.equal(preprocess_volume(folder, None, SMALL), expected)
-    assert torch.equal(preprocess_volume(next(folder.iterdir()), None, SMALL), expected), "any file of the series"
 
 
 def test_float_spacing_through_another_format_does_not_change_a_size(tmp_path):
@@ -206,116 +196,6 @@ def test_bad_meta_image_gives_one_line(tmp_path, case):
     assert "\n" not in message and len(message) < 250
 
 
-# ------------------------------------------------------------------ bad series
-
-
-def _series(folder, **changes):
-    return write_dicom(folder, chest((20, 18, 8)), affine_of(SPACING), **changes)
-
-
-def _one_less(folder):
-    files = sorted(_series(folder).iterdir(), key=lambda file: file.stat().st_mtime_ns)
-    dicom.DicomSeries(folder).files[3].unlink()
-    assert len(files) == 8
-
-
-def _two_series(folder):
-    _series(folder)
-    _series(folder, uid="1.2.3.4.6", prefix="other")
-
-
-def _with_another(folder, hu, spacing=SPACING, codes="LPS"):
-    _series(folder)
-    write_dicom(folder, *reoriented(hu, affine_of(spacing), codes), prefix="other")
-
-
-SLOPE = b"\x28\x00\x53\x10\x02\x00\x00\x00"  # the tag and its length, in front of two characters
-
-
-def _rewritten(folder, old, new, every=1):
-    """What ITK would not write itself."""
-    for file in sorted(_series(folder).iterdir())[::every]:
-        data = file.read_bytes()
-        assert data.count(old) == 1
-        file.write_bytes(data.replace(old, new))
-    return folder
-
-
-def _cut_slice(folder, place):
-    """Cut, as a copy that ended early: the meta header is left, the pixels are not."""
-    if not folder.exists():
-        _series(folder)
-    files = [file for file in sorted(folder.iterdir()) if file.stat().st_size > 700]
-    by_place = sorted(files, key=lambda file: dicom.SliceHeader(file, *information(file)).position[2])
-    by_place[min(place, len(by_place) - 1)].write_bytes(by_place[min(place, len(by_place) - 1)].read_bytes()[:600])
-
-
-def information(file):
-    return dicom.read_tags(dicom.simple_itk(file), file)
-
-
-BAD_SERIES = {
-    "a slice is missing": (_one_less, "is one missing"),
-    "one slice": (lambda f: write_dicom(f, chest((20, 18, 1)), affine_of(SPACING)), "single slice"),
-    "magnetic resonance": (lambda f: _series(f, tags={"0008|0060": "MR"}), "modality MR"),
-    "all at one place": (lambda f: _series(f, tags={"0020|0032": "0\\0\\0"}), "two slices at one place"),
-    "tilted gantry": (lambda f: _series(f, shear=3.0), "tilt"),
-    "two series": (_two_series, "2 DICOM series"),
-    "a localizer of the same series": (lambda f: _with_another(f, chest((30, 18, 1))), "slices that are alike"),
-    "a slice of another spacing": (lambda f: _with_another(f, chest((20, 18, 1)), (9.0, 9.0, 9.0)), "that are alike"),
-    "a turned slice": (lambda f: _with_another(f, chest((20, 18, 1)), codes="PSL"), "slices that are alike"),
-    "dark for dense": (lambda f: _rewritten(f, b"MONOCHROME2", b"MONOCHROME1"), "MONOCHROME1"),
-    "no slope": (lambda f: _rewritten(f, SLOPE + b"1 ", SLOPE + b"0 "), "RescaleSlope 0"),
-    "a slope that is no number": (lambda f: _rewritten(f, SLOPE + b"1 ", SLOPE + b"x "), "(0028,1053)"),
-    "two passes": (lambda f: (_series(f), _series(f, prefix="again")), "two slices at one place"),
-    "a damaged first slice": (lambda f: _cut_slice(f, 0), "an unreadable CT slice"),
-    "a damaged slice within": (lambda f: _cut_slice(f, 4), "an unreadable CT slice"),
-    "nothing but cut files": (lambda f: [_cut_slice(f, 0) for _ in range(8)], "an unreadable CT slice"),
-    "no series": (lambda f: f.mkdir(), "0 DICOM series"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_SERIES)
-def test_bad_series_gives_one_line(tmp_path, case):
-    make, told = BAD_SERIES[case]
-    make(tmp_path / "bad")
-    with pytest.raises(VolumeError) as caught:
-        preprocess_volume(tmp_path / "bad", None, SMALL)
-    message = str(caught.value)
-    assert told in message and "expected" in message and "\n" not in message and len(message) < 300
-
-
-def test_order_comes_from_positions_and_geometry_from_the_series(tmp_path, scan, monkeypatch):
-    """Also where GDCM does not sort: files are handed over in a random order here."""
-    hu, affine, expected = scan
-    folder = write_dicom(tmp_path / "series", hu, affine)
-    original = dicom.DicomSeries._files
-    monkeypatch.setattr(dicom.DicomSeries, "_files", lambda self: sorted(original(self), reverse=True)[::2]
-                        + sorted(original(self), reverse=True)[1::2])
-    assert torch.equal(preprocess_volume(folder, None, SMALL), expected)
-    np.testing.assert_allclose(place_volume(folder).affine, affine, atol=1e-3)
-
-
-def test_rescale_values_are_each_slice_s_own(tmp_path):
-    """Fractions too: in every other file the slope is .5."""
-    folder = _rewritten(tmp_path / "series", SLOPE + b"1 ", SLOPE + b".5", every=2)
-    halved = {file.name for file in sorted(folder.iterdir())[::2]}
-    with open_volume(folder) as series:
-        stored = np.concatenate([slices.copy() for _, slices in series.slabs()])
-        scale = np.array([0.5 if file.name in halved else 1 for file in series.files])
-    expected = (chest((20, 18, 8)).T + 1024.0) * scale[:, None, None] - 1024
-    np.testing.assert_array_equal(stored, expected)
-
-
-@pytest.mark.parametrize(("spacing", "count"), [(1 / 3, 45), (0.7, 60), (0.625, 33)])
-def test_slice_distance_is_the_number_that_other_formats_keep(tmp_path, spacing, count):
-    """Positions are written rounded; their mean distance must not become a voxel more or less."""
-    hu, affine = np.broadcast_to(chest((20, 18, 1)), (20, 18, count)), affine_of((9.0, 9.0, spacing), (11, -7, 3))
-    folder = write_dicom(tmp_path / "series", hu, affine, digits=8)
-    with open_volume(folder) as series, open_volume(write_mha(tmp_path / "a.mha", hu, affine)) as meta:
-        assert series.header.spacing[2] == meta.header.spacing[2]
-
-
 def test_header_before_the_voxels_is_skipped(tmp_path, scan):
     hu, affine, expected = scan
     path = write_mha(tmp_path / "a.mha", hu, affine)
@@ -331,40 +211,6 @@ def test_other_ways_to_write_a_flag_and_blank_lines_are_read(tmp_path, scan):
     data = path.read_bytes().replace(b"= True", b"= T").replace(b"= False", b"= no")
     path.write_bytes(data.replace(b"\n", b"\n\n", 3))
     assert torch.equal(preprocess_volume(path, None, SMALL), expected)
-
-
-def test_cut_slice_of_a_series_is_named(tmp_path):
-    folder = _series(tmp_path / "bad")
-    series = dicom.DicomSeries(folder)
-    victim = series.files[5]
-    victim.write_bytes(victim.read_bytes()[:-300])  # after the headers were read: else it would be a missing slice
-    with pytest.raises(VolumeError, match=victim.name):
-        list(series.slabs())
-
-
-def test_dicom_without_simple_itk_names_the_package(tmp_path, monkeypatch):
-    folder = _series(tmp_path / "series")
-    monkeypatch.setitem(sys.modules, "SimpleITK", None)
-    with pytest.raises(VolumeError, match="pip install SimpleITK"):
-        preprocess_volume(folder, None, SMALL)
-
-
-def test_simple_itk_that_takes_a_cut_slice_for_a_whole_one_is_refused(tmp_path, monkeypatch):
-    folder = _series(tmp_path / "series")
-    monkeypatch.setattr(pytest.importorskip("SimpleITK"), "__version__", "2.5.3")
-    with pytest.raises(VolumeError, match=r"SimpleITK 2\.5\.3, .* expected SimpleITK 2\.5\.4 or newer"):
-        preprocess_volume(folder, None, SMALL)
-
-
-def test_series_are_named_by_folder_and_number(tmp_path):
-    _series(tmp_path / "one")
-    _two_series(tmp_path / "two")
-    assert list(dicom.series_of(tmp_path / "one")) == ["one"]
-    assert len(dicom.series_of(tmp_path / "two")) == 2
-    assert all(name.startswith("two/series_") for name in dicom.series_of(tmp_path / "two"))
-    for number in range(4):  # of one number, and one last part of the identity
-        write_dicom(tmp_path / "many", chest((20, 18, 3)), affine_of(SPACING), f"1.2.{number}.4.7", f"s{number}")
-    assert list(dicom.series_of(tmp_path / "many")) == [f"many/series_7{end}" for end in ("", "_2", "_3", "_4")]
 
 
 # ------------------------------------------------------------------ fuzz: seconds and megabytes, whatever a header says

