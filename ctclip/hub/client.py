@@ -17,18 +17,12 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import (  # noqa: UP035  (ctclip_setup must get as far as its Python check)
-    TYPE_CHECKING,
-    Callable,
-    Iterator,
-    Mapping,
-    NamedTuple,
-    Sequence,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from ctclip.errors import UserError
@@ -99,18 +93,14 @@ def on_colab() -> bool:
 
 
 def token_steps() -> list[str]:
-    steps = [f"1. accept the terms, once: {TERMS_PAGE}"]
+    make = f"2. make a read token ({TOKENS_PAGE})"
+    steps = [f"{make} and set it: export{TIED}HF_TOKEN=hf_..."]
     if on_colab():
-        steps += [
-            f"2. make a read token ({TOKENS_PAGE}), store it as the Colab secret HF_TOKEN, "
-            "and run this cell, because a !python cell does not see Colab's secrets:",
-            "       import os",
-            "       from google.colab import userdata",
-            '       os.environ["HF_TOKEN"] = userdata.get("HF_TOKEN")',
-        ]
-    else:
-        steps += [f"2. make a read token ({TOKENS_PAGE}) and set it: export{TIED}HF_TOKEN=hf_..."]
-    return [*steps, AGAIN]
+        why = "because a !python cell does not see Colab's secrets:"
+        steps = [f"{make}, store it as the Colab secret HF_TOKEN, and run this cell, {why}", "       import os",
+                 "       from google.colab import userdata",
+                 '       os.environ["HF_TOKEN"] = userdata.get("HF_TOKEN")']
+    return [f"1. accept the terms, once: {TERMS_PAGE}", *steps, AGAIN]
 
 
 def endpoint() -> str:
@@ -172,30 +162,31 @@ def to_hub_error(error: BaseException, file: str, token: str, repository: str = 
 
     httpx = importlib.import_module(errors.HTTPError.__module__)  # httpx2 from huggingface_hub 2 on
     error = unwrapped(error)
-    said = str(error)
     if isinstance(error, errors.HfHubHTTPError):
         return _of_response(error, file, repository)
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        found = "HF_HUB_OFFLINE is set, so nothing is fetched"
-        return HubError(found, f"unset HF_HUB_OFFLINE, {AGAIN}", kind="access")
-    if isinstance(error, httpx.ProxyError):
-        found = f"the proxy let nothing through to {hub_host()}"
-        return HubError(found, f"check HTTPS_PROXY and HTTP_PROXY, {AGAIN}", kind="network")
-    if isinstance(error, (httpx.TimeoutException, TimeoutError)):
-        return _no_answer()
-    if "CERTIFICATE_VERIFY_FAILED" in said:  # which has no type of its own
-        found = f"the certificate of {hub_host()} is not trusted here: something in between replaces it"
-        return HubError(found, f"name your network's certificates in SSL_CERT_FILE, {AGAIN}", kind="access")
-    if isinstance(error, (httpx.NetworkError, httpx.RemoteProtocolError, ConnectionError)):
-        remedy = f"check the network, the proxy (HTTPS_PROXY) and HF_ENDPOINT, {AGAIN}"
-        return HubError(f"no connection to {hub_host()}", remedy, kind="network")
-    if "Consistency check failed" in said:  # an OSError of http_get
-        return HubError("the transfer of a file ended before its last byte", "run this again", kind="bytes")
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return HubError("the disk is full", f"free some, {AGAIN}", kind="disk")
-    if isinstance(error, OSError) and error.filename:
-        remedy = f"make it writable, or name another folder, {AGAIN}"
-        return HubError(f"{error.filename}: {error.strerror}", remedy, kind="disk")
+    said, host = str(error), hub_host()
+    place = error.filename if isinstance(error, OSError) else None
+    known = [  # applies, reason, remedy, kind
+        (isinstance(error, errors.OfflineModeIsEnabled),
+         "HF_HUB_OFFLINE is set, so nothing is fetched", "unset HF_HUB_OFFLINE", "access"),
+        (isinstance(error, httpx.ProxyError),
+         f"the proxy let nothing through to {host}", "check HTTPS_PROXY and HTTP_PROXY", "network"),
+        (isinstance(error, (httpx.TimeoutException, TimeoutError, futures.TimeoutError)),
+         f"no answer from {host} within {HUB_SECONDS} s",
+         "check the network and the proxy (HTTPS_PROXY), or wait a few minutes", "network"),
+        ("CERTIFICATE_VERIFY_FAILED" in said,  # which has no type of its own
+         f"the certificate of {host} is not trusted here: something in between replaces it",
+         "name your network's certificates in SSL_CERT_FILE", "access"),
+        (isinstance(error, (httpx.NetworkError, httpx.RemoteProtocolError, ConnectionError)),
+         f"no connection to {host}", "check the network, the proxy (HTTPS_PROXY) and HF_ENDPOINT", "network"),
+        ("Consistency check failed" in said,  # an OSError of http_get
+         "the transfer of a file ended before its last byte", "check the network", "bytes"),
+        (getattr(error, "errno", None) in DISK_FULL, "the disk is full", "free some", "disk"),
+        (place, f"{place}: {getattr(error, 'strerror', '')}", "make it writable, or name another folder", "disk"),
+    ]  # fmt: skip
+    for applies, reason, remedy, kind in known:
+        if applies:
+            return HubError(reason, f"{remedy}, {AGAIN}", kind=kind)
     shown = re.sub(r"//[^/@\s]+@", "//***@", said.replace(token, "***") if token else said)
     first = next((line.strip() for line in shown.splitlines() if line.strip()), "")[:200]
     return HubError(f"huggingface_hub stopped with {type(error).__name__}: {first}", "run this again")
@@ -246,30 +237,19 @@ def asked_wait(headers: Mapping[str, str]) -> float:
     return min(float(found[1]), LONGEST_WAIT) if found else 0
 
 
-def _no_answer() -> HubError:
-    remedy = "check the network and the proxy (HTTPS_PROXY), or wait a few minutes; then run this again"
-    return HubError(f"no answer from {hub_host()} within {HUB_SECONDS} s", remedy, kind="network")
-
-
 def with_timeout(seconds: float, function: Callable[[], Result]) -> Result:
-    """function() or HubError after `seconds`; a thread, because no HTTP time-out covers all addresses of a host."""
-    outcome: list = []
+    """function() or futures.TimeoutError after `seconds`, because no HTTP time-out covers all addresses of a host. Its
+    thread is a daemon, which an executor's is not: nothing waits for it."""
+    outcome: futures.Future[Result] = futures.Future()
 
     def work() -> None:
         try:
-            outcome.append((function(), None))
-        except Exception as error:  # raised in the caller's thread below
-            outcome.append((None, error))
+            outcome.set_result(function())
+        except Exception as error:
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise _no_answer()
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    return value
+    threading.Thread(target=work, daemon=True).start()
+    return outcome.result(seconds)
 
 
 def retry(
@@ -318,17 +298,13 @@ class RemoteFile(NamedTuple):
             return f"{size} bytes where the hub has {self.size}"
         if self.checksum is None:
             return None
-        found = sha256_of(path) if self.checksum == "SHA-256" else git_sha1_of(path)
+        git = hashlib.sha1(f"blob {size}\0".encode())  # git's digest is over "blob", the size and the content
+        found = sha256_of(path) if self.checksum == "SHA-256" else _digest_of(path, git)
         return None if found == self.etag else f"{self.checksum} {found[:12]}... where the hub has {self.etag[:12]}..."
 
 
 def sha256_of(path: Path) -> str:
     return _digest_of(path, hashlib.sha256())
-
-
-def git_sha1_of(path: Path) -> str:
-    """What git calls a file: SHA-1 over "blob", its size and its content."""
-    return _digest_of(path, hashlib.sha1(f"blob {path.stat().st_size}\0".encode()))
 
 
 def _digest_of(path: Path, digest: hashlib._Hash) -> str:
@@ -509,12 +485,9 @@ class WeightsFile:
             return remote.difference(self.path)
         if remote is not None and remote.checksum == "SHA-256" and self.recorded().get("sha256") != remote.etag:
             return f"not made from the file that the hub has now, says {self.record}"
-        return self.differs_from_record(sha256_of(self.path or self.whole)) if self.recorded_sha256 else None
-
-    def differs_from_record(self, sha256: str) -> str | None:
-        """What is wrong with a file of that SHA-256, by the record."""
         known = self.recorded_sha256
-        return None if known in (None, sha256) else f"SHA-256 {sha256[:12]}... where {known[:12]}... was kept"
+        found = sha256_of(self.path or self.whole) if known else None
+        return None if known == found else f"SHA-256 {str(found)[:12]}... where {str(known)[:12]}... was kept"
 
 
 def vocabulary_path(weights: Path) -> Path:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -21,18 +21,8 @@ from tqdm import tqdm
 from ctclip.data.cohort import Volume, listed_volumes
 from ctclip.data.ct_rate import SPLITS, labels_path, metadata_path, no_chest_path, volume_path
 from ctclip.formatting import INDENT, print_row, size_text
-from ctclip.hub.client import (
-    HubError,
-    check_free_space,
-    download,
-    file_lock,
-    file_metadata,
-    file_sizes,
-    find_token,
-    parts_of,
-    retry,
-    to_hub_error,
-)
+from ctclip.hub import client
+from ctclip.hub.client import HubError, file_lock, find_token, parts_of
 from ctclip.paths import script
 from ctclip_model import ABNORMALITIES
 
@@ -49,18 +39,10 @@ def _update_tables(splits: Sequence[str], data_dir: Path, token: str) -> None:
     for split in splits:
         for path in (labels_path(split), metadata_path(split), no_chest_path(split)):
             file, target = path.as_posix(), data_dir / path
-            remote = retry(partial(file_metadata, file, token), file, token, print_note)
+            remote = client.retry(partial(client.file_metadata, file, token), file, token, print_note)
             if not target.exists() or remote.difference(target):
-                make_folder(target.parent)
-                download(file, target, token, print_note, remote)
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        found = f"found {folder}, which cannot be made ({error.strerror}), expected a folder to write to"
-        raise HubError(found, "name another --data-dir", kind="disk") from error
+                target.parent.mkdir(parents=True, exist_ok=True)
+                client.download(file, target, token, print_note, remote)
 
 
 def print_note(text: str) -> None:
@@ -139,14 +121,17 @@ def select_volumes(selection: Selection, data_dir: Path, token: str) -> list[Vol
 
 @dataclass(eq=False)
 class Transfer:
-    """A volume to download: the hub's file, where it goes, its size and, if the hub told it, its SHA-256."""
+    """A volume to download, to its path: the hub's file, its size and, if the hub told it, its SHA-256."""
 
     volume: Volume
     file: str
-    target: Path
     size: int
     sha256: str | None
     error: HubError | None = None
+
+    @property
+    def target(self) -> Path:
+        return self.volume.path
 
     @property
     def is_here(self) -> bool:
@@ -157,11 +142,12 @@ class Transfer:
 def plan_transfers(chosen: Sequence[Volume], fixed: bool, token: str, place: Callable[[str], Path]) -> list[Transfer]:
     """The chosen volumes with their sizes, each to place(its name); those that the hub does not have are named and
     skipped."""
-    files = {volume: volume_path(volume.name, fixed).as_posix() for volume in chosen}
-    sizes = retry(lambda: file_sizes(list(files.values()), token), "the volumes", token, print_note)
-    if absent := [volume.name for volume, file in files.items() if file not in sizes]:
+    files = {volume_path(volume.name, fixed).as_posix(): volume for volume in chosen}
+    sizes = client.retry(lambda: client.file_sizes(list(files), token), "the volumes", token, print_note)
+    if absent := [volume.name for file, volume in files.items() if file not in sizes]:
         print_row("", f"not on the hub: {len(absent)} volumes ({first_names(absent)})")
-    return [Transfer(volume, file, place(volume.name), *sizes[file]) for volume, file in files.items() if file in sizes]
+    return [Transfer(replace(volume, path=place(volume.name)), file, *sizes[file])
+            for file, volume in files.items() if file in sizes]
 
 
 def none_on_hub(chosen: Sequence[Volume]) -> HubError:
@@ -183,7 +169,6 @@ class Downloader:
         self.bytes_held = self.files_held = 0  # here, or on their way, and not released
         self.done: deque[Transfer] = deque()
         self.changed = threading.Condition()
-        self.stopped = False
 
     def __enter__(self) -> Downloader:
         for _ in range(CONNECTIONS):
@@ -192,7 +177,7 @@ class Downloader:
 
     def __exit__(self, *exception: object) -> None:
         with self.changed:
-            self.stopped = True
+            self.waiting.clear()
             self.changed.notify_all()
 
     def __iter__(self) -> Iterator[Transfer]:
@@ -209,30 +194,27 @@ class Downloader:
             self.files_held -= 1
             self.changed.notify_all()
 
-    def _next(self) -> Transfer | None:
-        """The next transfer, its room reserved; None when there are no more."""
-
-        def ready() -> bool:
-            if self.stopped or not self.waiting:
-                return True
-            return self.files_held < AHEAD and self.bytes_held + self.waiting[0].size <= self.room
-
-        with self.changed:
-            self.changed.wait_for(ready)
-            if self.stopped or not self.waiting:
-                return None
-            self.bytes_held += self.waiting[0].size
-            self.files_held += 1
-            return self.waiting.popleft()
+    def _may_start(self) -> bool:
+        """Whether the next transfer has room, or there is none any more."""
+        if not self.waiting:
+            return True
+        return self.files_held < AHEAD and self.bytes_held + self.waiting[0].size <= self.room
 
     def _work(self) -> None:
-        while transfer := self._next():
+        while True:
+            with self.changed:
+                self.changed.wait_for(self._may_start)
+                if not self.waiting:
+                    return
+                transfer = self.waiting.popleft()
+                self.bytes_held += transfer.size
+                self.files_held += 1
             try:
                 if not transfer.is_here:
-                    make_folder(transfer.target.parent)
-                    download(transfer.file, transfer.target, self.token, print_note, size=transfer.size)
+                    transfer.target.parent.mkdir(parents=True, exist_ok=True)
+                    client.download(transfer.file, transfer.target, self.token, print_note, size=transfer.size)
             except Exception as error:
-                transfer.error = to_hub_error(error, transfer.file, self.token)
+                transfer.error = client.to_hub_error(error, transfer.file, self.token)
             with self.changed:
                 self.done.append(transfer)
                 self.changed.notify_all()
@@ -240,31 +222,29 @@ class Downloader:
 
 @dataclass
 class Failures:
-    """Transfers that failed, and how many in a row for the same reason."""
+    """Transfers that failed; the last ones, in a row, for the same kind of reason."""
 
-    transfers: list[Transfer] = field(default_factory=list)
-    reason: str = ""  # of the first
-    kind: str = ""
-    in_a_row: int = 0
+    errors: dict[str, HubError] = field(default_factory=dict)  # by the volume's name
+    in_a_row: list[HubError] = field(default_factory=list)
 
-    def add(self, transfer: Transfer, error: HubError) -> None:
-        """Prints the error; raises it once `IN_A_ROW` transfers, one after the other, have failed for that reason."""
+    def add(self, transfer: Transfer) -> bool:
+        """Whether it succeeded. Else prints its error, and raises it once `IN_A_ROW` transfers, one after the other,
+        have failed for that reason."""
+        if (error := transfer.error) is None:
+            self.in_a_row = []
+            return True
         print_note(f"{transfer.volume.name}: {error.reason}")
-        self.transfers.append(transfer)
-        self.reason = self.reason or error.reason
-        self.in_a_row = self.in_a_row + 1 if error.kind == self.kind else 1
-        self.kind = error.kind
-        if self.in_a_row >= IN_A_ROW and self.kind != "file":
+        self.errors[transfer.volume.name] = error
+        self.in_a_row = [*(earlier for earlier in self.in_a_row if earlier.kind == error.kind), error]
+        if len(self.in_a_row) >= IN_A_ROW and error.kind != "file":
             raise error
-
-    def reset(self) -> None:
-        self.in_a_row, self.kind = 0, ""
+        return False
 
     def raise_if_any(self, kept: str) -> None:
         """At the end of a command that could not do everything."""
-        if self.transfers:
-            names = first_names([transfer.volume.name for transfer in self.transfers])
-            failed = f"{len(self.transfers)} volumes could not be fetched ({names}): {self.reason}"
+        if self.errors:
+            reason = next(iter(self.errors.values())).reason
+            failed = f"{len(self.errors)} volumes could not be fetched ({first_names(list(self.errors))}): {reason}"
             raise HubError(failed, f"run the same command again: {kept}")
 
 
@@ -286,41 +266,34 @@ def download_volumes(selection: Selection, data_dir: Path) -> None:
     """`--data train|valid`: the chosen volumes as files in the hub's layout; those that are here are not fetched."""
     token = find_token()
     with file_lock(data_dir):
-        _download_selection(selection, data_dir, token)
+        chosen = select_volumes(selection, data_dir, token)
+        transfers = plan_transfers(
+            chosen, selection.fixed, token, lambda name: data_dir / volume_path(name, selection.fixed)
+        )
+        if not transfers:
+            raise none_on_hub(chosen)
+        wanted = [transfer for transfer in transfers if not transfer.is_here]
+        total = sum(transfer.size for transfer in wanted)
+        here = f"{len(transfers) - len(wanted)} are here, " if len(wanted) < len(transfers) else ""
+        print_row("", f"{here}{len(wanted)} to fetch, {size_text(total)}")
+        try:
+            begun = sum(part.stat().st_size for transfer in wanted for part in parts_of(transfer.target))
+            client.check_free_space(data_dir, total - begun)
+        except HubError as error:
+            remedy = "take fewer (--volumes, --patients), name a --data-dir on a larger disk, or keep only the codes "
+            raise HubError(error.reason, remedy + "of each volume with --stream-cache", kind="disk") from error
+        failures, start = Failures(), time.monotonic()
+        bar = tqdm(total=total, desc="fetch", unit="B", unit_scale=True, disable=not wanted)
+        with bar, Downloader(wanted, token, inf) as downloader:
+            for transfer in downloader:
+                if failures.add(transfer):
+                    bar.update(transfer.size)
+                downloader.release(transfer)
+        failures.raise_if_any("what has arrived is kept")
+        if wanted:
+            done = f"{len(wanted)} volumes, {size_text(total)} in {time.monotonic() - start:.0f} s"
+            print_row("", f"{done}, each with the hub's checksum")
     print_row("next", next_command(selection.split, data_dir))
-
-
-def _download_selection(selection: Selection, data_dir: Path, token: str) -> None:
-    chosen = select_volumes(selection, data_dir, token)
-    fixed = selection.fixed
-    transfers = plan_transfers(chosen, fixed, token, lambda name: data_dir / volume_path(name, fixed))
-    if not transfers:
-        raise none_on_hub(chosen)
-    wanted = [transfer for transfer in transfers if not transfer.is_here]
-    total = sum(transfer.size for transfer in wanted)
-    here = f"{len(transfers) - len(wanted)} are here, " if len(wanted) < len(transfers) else ""
-    print_row("", f"{here}{len(wanted)} to fetch, {size_text(total)}")
-    begun = sum(part.stat().st_size for transfer in wanted for part in parts_of(transfer.target))
-    try:
-        check_free_space(data_dir, total - begun)
-    except HubError as error:
-        few = "take fewer (--volumes, --patients), name a --data-dir on a larger disk, or keep only the codes of each "
-        raise HubError(error.reason, few + "volume with --stream-cache", kind="disk") from error
-    failures, start = Failures(), time.monotonic()
-    bar = tqdm(total=total, desc="fetch", unit="B", unit_scale=True, disable=not wanted)
-    with bar, Downloader(wanted, token, inf) as downloader:
-        for transfer in downloader:
-            if transfer.error:
-                failures.add(transfer, transfer.error)
-            else:
-                failures.reset()
-                bar.update(transfer.size)
-            downloader.release(transfer)
-    failures.raise_if_any("what has arrived is kept")
-    if wanted:
-        seconds = time.monotonic() - start
-        done = f"{len(wanted)} volumes, {size_text(total)} in {seconds:.0f} s"
-        print_row("", f"{done}, each with the hub's checksum")
 
 
 def next_command(split: str, data_dir: Path, more: str = "") -> str:

@@ -11,6 +11,7 @@ killed, the same command goes on where it was, a download from its last byte.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import queue
@@ -20,9 +21,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import torch
 from tqdm import tqdm
@@ -52,7 +54,6 @@ from ctclip.hub.download import (
     Selection,
     Transfer,
     first_names,
-    make_folder,
     next_command,
     none_on_hub,
     plan_transfers,
@@ -84,77 +85,51 @@ class StreamOptions:
         return (self.scratch_dir or self.data_dir) / ".stream"
 
 
-# ---- the manifest
-
-
-class Manifest:
-    """A split's manifest, for appending (`read_streamed` reads it): a line is on the disk when `add` returns."""
-
-    def __init__(self, path: Path):
-        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # a kill, in the middle of a line
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by close()
-        if torn:
-            self.file.write(b"\n")
-
-    def add(self, name: str, entry: Streamed) -> None:
-        line = {"name": name, "fixed": entry.fixed, "size": entry.size, "tail": entry.tail}
-        line |= {"sha256": entry.sha256, "reason": entry.reason}
-        write_all(self.file, (json.dumps(line) + "\n").encode())
-
-    def close(self) -> None:
-        self.file.close()
+def open_manifest(path: Path) -> io.FileIO:
+    """A split's manifest, for appending (`read_streamed` reads it), without a buffer; a line torn by a kill ends."""
+    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    file = open(path, "ab", buffering=0)  # noqa: SIM115  the caller closes it
+    if torn:
+        file.write(b"\n")
+    return file
 
 
 # ---- what is left to do
 
 
-@dataclass
-class StreamPlan:
-    """The chosen volumes: those with a file, encoded in place; those to download; how many are in the cache or in
-    quarantine."""
-
-    on_disk: list[Volume]
-    transfers: list[Transfer]
-    cached: int
-    quarantined: int
-
-
 def plan_stream(
     chosen: Sequence[Volume], options: StreamOptions, selection: Selection, cache: FeatureCache, token: str
-) -> StreamPlan:
-    """Compares the chosen volumes with disk, manifest and cache, and asks the hub about those without a file here.
+) -> tuple[list[Volume], list[Transfer]]:
+    """-> (chosen volumes with a file here, transfers left to do), after disk, manifest, cache and the hub's answer.
 
     A file that has another size or SHA-256 on the hub than in the manifest was replaced there: it counts as new.
     """
-    paths = {volume.name: options.data_dir / volume_path(volume.name, selection.fixed) for volume in chosen}
-    on_disk = [replace(volume, path=paths[volume.name]) for volume in chosen if paths[volume.name].exists()]
-    others = [volume for volume in chosen if not paths[volume.name].exists()]
-
-    def staged(name: str) -> Path:
-        return staged_path(options.staging, name, selection.fixed)
-
-    transfers = plan_transfers(others, selection.fixed, token, staged)
+    fixed = selection.fixed
+    placed = [replace(volume, path=options.data_dir / volume_path(volume.name, fixed)) for volume in chosen]
+    on_disk = [volume for volume in placed if volume.path.exists()]
+    others = [volume for volume in placed if not volume.path.exists()]
+    transfers = plan_transfers(others, fixed, token, lambda name: staged_path(options.staging, name, fixed))
     if not on_disk and not transfers:
         raise none_on_hub(chosen)
     manifest = read_streamed(options.data_dir, selection.split)
-    current = {
-        transfer: entry
-        for transfer in transfers
-        if (entry := manifest.get((transfer.volume.name, selection.fixed)))
-        and entry.size == transfer.size
-        and (entry.sha256 is None or transfer.sha256 in (None, entry.sha256))
-    }
-    quarantined = [transfer for transfer, entry in current.items() if entry.reason is not None]
-    encoded_once = {
-        transfer: replace(transfer.volume, path=transfer.target, signature=(entry.size, entry.tail))
-        for transfer, entry in current.items()
-        if entry.reason is None
-    }
+    quarantined, encoded_once = set(), {}
+    for transfer in transfers:
+        entry = manifest.get((transfer.volume.name, fixed))
+        if entry is None or entry.size != transfer.size:
+            continue
+        if transfer.sha256 != entry.sha256 and transfer.sha256 and entry.sha256:
+            continue
+        if entry.reason is not None:
+            quarantined.add(transfer)
+        else:
+            encoded_once[transfer] = replace(transfer.volume, signature=(entry.size, entry.tail))
     rows, _ = cache.intact(cache_keys(list(encoded_once.values())))
-    cached = [transfer for transfer, row in zip(encoded_once, rows, strict=True) if row is not None]
-    settled = {*quarantined, *cached}
-    left = [transfer for transfer in transfers if transfer not in settled]
-    return StreamPlan(on_disk, left, len(cached), len(quarantined))
+    cached = {transfer for transfer, row in zip(encoded_once, rows, strict=True) if row is not None}
+    left = [transfer for transfer in transfers if transfer not in quarantined | cached]
+    known = f"{len(cached)} are in the cache, {len(quarantined)} in quarantine, {len(on_disk)} have a file here"
+    total = size_text(sum(transfer.size for transfer in left))
+    print_row("", f"{known}, {len(left)} to fetch, {total}")
+    return on_disk, left
 
 
 def clear_staging(staging: Path, transfers: Sequence[Transfer], room: float) -> None:
@@ -195,14 +170,12 @@ def bytes_in(folder: Path) -> int:
     return total
 
 
-@dataclass
-class DiskBudget:
-    """How the stream uses the disk: `limit` bytes in all, of which `room` for files in transit; `encoded` by now, codes
-    and lines of the manifest at `per_volume` each."""
+class DiskBudget(NamedTuple):
+    """Bytes: `limit` in all, of which `room` for files in transit; `encoded` before; codes and line `per_volume`."""
 
     limit: float
     room: float
-    encoded: float
+    encoded: int
     per_volume: int
 
 
@@ -219,70 +192,53 @@ def plan_disk(options: StreamOptions, cache: FeatureCache, transfers: Sequence[T
         found = f"found --disk-gb {options.disk_gb:g}, expected at least {size_text(least)} for {file} and {codes}"
         raise HubError(found, "raise it, or choose fewer volumes", kind="disk")
     scratch, store = nearest_existing(options.staging), nearest_existing(cache.folder)
-    one_disk = scratch.stat().st_dev == store.stat().st_dev
-    scratch_free, store_free = shutil.disk_usage(scratch).free, shutil.disk_usage(store).free
-    shared = growth if one_disk else 0
-    free = scratch_free + bytes_in(options.staging) - SPARE_BYTES - shared
-    if free < largest.size:
-        what = f"{file} and {codes}" if one_disk else file
-        raise _too_small(scratch, scratch_free, largest.size + shared + SPARE_BYTES, what)
-    if not one_disk and store_free < growth + SPARE_BYTES:
-        raise _too_small(store, store_free, growth + SPARE_BYTES, codes)
-    room = min(limit - encoded - growth, free)
+    here = bytes_in(options.staging)
+    needs = [(scratch, largest.size, here, file), (store, growth, 0, codes)]
+    shared = 0
+    if scratch.stat().st_dev == store.stat().st_dev:
+        needs, shared = [(scratch, largest.size + growth, here, f"{file} and {codes}")], growth
+    for folder, needed, reused, what in needs:
+        free = shutil.disk_usage(folder).free
+        if free + reused < needed + SPARE_BYTES:
+            found = f"{size_text(free)} free in {folder}, {size_text(needed + SPARE_BYTES)} needed for {what}"
+            remedy = "free some, or name a --data-dir, --scratch-dir and --cache-dir on larger disks"
+            raise HubError(f"the disk is too small: {found}", remedy, kind="disk")
+    room = min(limit - encoded - growth, shutil.disk_usage(scratch).free + here - SPARE_BYTES - shared)
     return DiskBudget(encoded + growth + room, room, encoded, per_volume)
-
-
-def _too_small(folder: Path, free: float, needed: float, what: str) -> HubError:
-    found = f"the disk is too small: {size_text(free)} free in {folder}, {size_text(needed)} needed for {what}"
-    remedy = "free some, or name a --data-dir, --scratch-dir and --cache-dir on larger disks"
-    return HubError(found, remedy, kind="disk")
 
 
 # ---- download, read, encode
 
 
-@dataclass
-class DownloadedVolume:
-    """A transfer that ended: as a volume, its key in the cache, and what reading it gave."""
-
-    transfer: Transfer
-    volume: Volume
-    cache_key: str | None = None
-    signature: tuple[int, str] = (0, "")
-    tensor: torch.Tensor | None = None
-    decision: HuDecision | None = None
-    unreadable: str | None = None
+Reading: TypeAlias = "tuple[torch.Tensor, HuDecision] | str | None"
 
 
-def read(transfer: Transfer, shape: tuple[int, int, int]) -> DownloadedVolume:
-    found = DownloadedVolume(transfer, replace(transfer.volume, path=transfer.target))
+def read(transfer: Transfer, shape: tuple[int, int, int]) -> Reading:
+    """Its tensor and how it was read; why the volume cannot be read; None where the transfer failed, or the disk."""
     if transfer.error is not None:
-        return found
-    size, tail = file_signature(transfer.target)
-    found.cache_key, found.signature = cache_key(found.volume), (size, str(tail))
+        return None
     try:
-        found.tensor, found.decision = read_volume(found.volume, shape)
+        return read_volume(transfer.volume, shape)
     except VolumeError as error:
         cause = error.__context__
         if isinstance(cause, OSError) and cause.errno:  # the disk's fault, not the volume's
             reason = f"{transfer.target} could not be read ({cause.strerror})"
             transfer.error = HubError(reason, "check the disk of --scratch-dir, then run this again", kind="disk")
-        else:  # the bytes are the hub's: fetching them again would not help
-            found.unreadable = str(error).removeprefix(f"{transfer.target.name}: ")
-    return found
+            return None
+        return str(error).removeprefix(f"{transfer.target.name}: ")  # the bytes are the hub's: no use in another try
 
 
 def prefetch(
     downloader: Downloader, shape: tuple[int, int, int], tick: Callable[[], None]
-) -> Iterator[DownloadedVolume]:
-    """Volumes as they arrive, read by a thread that prefetches one. `tick` is called every now and then while there is
+) -> Iterator[tuple[Transfer, Reading]]:
+    """Transfers as they end, read by a thread that prefetches one. `tick` is called every now and then while there is
     none."""
     ready: queue.Queue = queue.Queue(maxsize=1)
 
     def work() -> None:
         try:
             for transfer in downloader:
-                ready.put(read(transfer, shape))
+                ready.put((transfer, read(transfer, shape)))
         except BaseException as error:  # raised in the consumer's thread below
             ready.put(error)
 
@@ -308,23 +264,21 @@ def stream(selection: Selection, options: StreamOptions) -> None:
     token = find_token()
     with file_lock(options.data_dir, options.staging):
         chosen = select_volumes(selection, options.data_dir, token)
-        make_folder(options.staging)
+        options.staging.mkdir(parents=True, exist_ok=True)
         device = choose_device(options.device)
         model = CTCLIPMultiAbnormalityModel(str(options.weights), head="linear").to(device).eval()  # only encodes
         print_row("encoder", f"{model.load_report} on {device}")
         cache = FeatureCache(options.cache_dir, model)
-        plan = plan_stream(chosen, options, selection, cache, token)
-        if plan.on_disk:
-            encode_missing(model, cache, plan.on_disk, device, 0, Ranks(), lambda volumes, batch: print_failures(batch))
-        total = size_text(sum(transfer.size for transfer in plan.transfers))
-        known = f"{plan.cached} are in the cache, {plan.quarantined} in quarantine"
-        print_row("", f"{known}, {len(plan.on_disk)} have a file here, {len(plan.transfers)} to fetch, {total}")
-        budget = plan_disk(options, cache, plan.transfers) if plan.transfers else None
-        clear_staging(options.staging, plan.transfers, budget.room if budget else 0)
+        on_disk, transfers = plan_stream(chosen, options, selection, cache, token)
+        if on_disk:
+            encode_missing(model, cache, on_disk, device, 0, Ranks(), lambda volumes, batch: print_failures(batch))
+        budget = plan_disk(options, cache, transfers) if transfers else None
+        clear_staging(options.staging, transfers, budget.room if budget else 0)
         if budget:
             transit = size_text(budget.room)
             print_row("", f"disk: at most {size_text(budget.limit)}, of which {transit} for files in transit")
-            encode_transfers(model, cache, plan.transfers, budget, selection, options, token)
+            with Downloader(transfers, token, budget.room) as downloader:
+                encode_transfers(model, cache, downloader, budget, selection, options)
         for folder in (*options.staging.iterdir(), options.staging):
             with suppress(OSError):  # not empty
                 folder.rmdir()
@@ -333,62 +287,52 @@ def stream(selection: Selection, options: StreamOptions) -> None:
     print_row("next", next_command(selection.split, options.data_dir, more))
 
 
-def is_encoded(cache: FeatureCache, key: str | None) -> bool:
-    """Whether its codes are there, intact: a process may have been killed after them and before their line."""
-    (row,), _ = cache.intact([key])
-    return row is not None
-
-
 def encode_transfers(
     model: CTCLIPMultiAbnormalityModel,
     cache: FeatureCache,
-    transfers: Sequence[Transfer],
+    downloader: Downloader,
     budget: DiskBudget,
     selection: Selection,
     options: StreamOptions,
-    token: str,
 ) -> None:
-    device = next(model.parameters()).device
+    """Each volume that arrives into the cache and the manifest; then its file goes."""
+    device, total = next(model.parameters()).device, downloader.left
     manifest_path = options.data_dir / streamed_path(selection.split)
     failures, done, start = Failures(), 0, time.monotonic()
     quarantined: list[str] = []
-    bar = tqdm(total=len(transfers), desc="stream", bar_format=BAR)
 
     def show(refresh: bool = True) -> None:
         per_minute = 60 * done / (time.monotonic() - start)
-        used = size_text(budget.encoded + bytes_in(options.staging))
+        encoded = budget.encoded + budget.per_volume * (done - len(failures.errors))
+        used = size_text(encoded + bytes_in(options.staging))
         bar.set_postfix_str(f"{per_minute:.1f} vol/min, disk {used} of {size_text(budget.limit)}", refresh)
 
-    with (
-        closing(Manifest(manifest_path)) as manifest,
-        closing(cache),
-        bar,
-        encoding(model, device),
-        Downloader(transfers, token, budget.room) as downloader,
-    ):
-        for found in prefetch(downloader, model.input_shape, show):
-            transfer, name = found.transfer, found.volume.name
-            if transfer.error:
-                failures.add(transfer, transfer.error)
+    bar = tqdm(total=total, desc="stream", bar_format=BAR)
+    with open_manifest(manifest_path) as manifest, closing(cache), bar, encoding(model, device):
+        for transfer, found in prefetch(downloader, model.input_shape, show):
+            volume, unreadable = transfer.volume, found if isinstance(found, str) else None
+            if not failures.add(transfer):
                 for part in parts_of(transfer.target):  # it would take room that others need
                     remove(part)
             else:
-                failures.reset()
-                if found.unreadable:
-                    print_note(f"quarantined: {name}: {found.unreadable}")
-                    quarantined.append(name)
-                elif found.tensor is not None and found.decision and not is_encoded(cache, found.cache_key):
-                    codes = model.encode_for_cache(found.tensor[None].to(device))
-                    cache.append([found.volume], codes, [found.decision], [found.cache_key], len(transfers) - done)
-                manifest.add(name, Streamed(selection.fixed, *found.signature, transfer.sha256, found.unreadable))
-                budget.encoded += budget.per_volume
+                key, (size, tail) = cache_key(volume), file_signature(transfer.target)
+                if unreadable:
+                    print_note(f"quarantined: {volume.name}: {unreadable}")
+                    quarantined.append(volume.name)
+                # Its codes may be there, intact: a process may have been killed after them and before their line.
+                elif isinstance(found, tuple) and cache.intact([key])[0] == [None]:
+                    tensor, decision = found
+                    codes = model.encode_for_cache(tensor[None].to(device))
+                    cache.append([volume], codes, [decision], [key], total - done)
+                entry = Streamed(selection.fixed, size, str(tail), transfer.sha256, unreadable)
+                write_all(manifest, (json.dumps({"name": volume.name, **asdict(entry)}) + "\n").encode())
             remove(transfer.target)
             downloader.release(transfer)
             done += 1
             show(refresh=False)
             bar.update()
     minutes = (time.monotonic() - start) / 60
-    encoded = len(transfers) - len(failures.transfers) - len(quarantined)
+    encoded = total - len(failures.errors) - len(quarantined)
     speed = f"{minutes:.1f} min, {encoded / minutes:.1f} per minute"
     print_row("stream", f"{encoded} volumes encoded in {speed}: {cache.folder}")
     if quarantined:

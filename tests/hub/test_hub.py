@@ -237,7 +237,7 @@ def test_no_answer(hub, monkeypatch):
     started = time.monotonic()
     assert str(error_of(LARGE)) == (
         f"no answer from {hub.url.removeprefix('http://')} within 0.3 s; check the network and the proxy "
-        "(HTTPS_PROXY), or wait a few minutes; then run this again"
+        "(HTTPS_PROXY), or wait a few minutes, then run this again"
     )
     assert time.monotonic() - started < 1.5
 
