@@ -1442,7 +1442,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         self, head_lr: float, backbone_lr: float, layer_decay: float = 1.0, weight_decay: float = 0.01
     ) -> list[dict[str, Any]]:
         """Groups for an optimizer of your own, such as torch.optim.AdamW: the head, then the backbone's layers from the
-        output to the input, all trained from the start.
+        output to the input, all trained from the start. Each has its `layer`: 0 is the head, 1 the backbone's last.
 
         Args:
             backbone_lr: rate of the layer nearest to the output; each layer below has `layer_decay` times the rate of
@@ -1454,10 +1454,11 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         rates = [(head, head_lr)]
         rates += [(names, backbone_lr * layer_decay**below) for below, names in enumerate(reversed(self.layers()))]
         groups = []
-        for names, rate in rates:
+        for layer, (names, rate) in enumerate(rates):
             for decay, is_matrix in ((weight_decay, True), (0.0, False)):
                 chosen = [parameters[name] for name in names if (parameters[name].ndim > 1) == is_matrix]
-                groups += [{"params": chosen, "lr": rate, "weight_decay": decay}] if chosen else []
+                group = {"params": chosen, "lr": rate, "weight_decay": decay, "layer": layer}
+                groups += [group] if chosen else []
         return groups
 
     # -- freezing ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 
 from ctclip.cli import run_cli
-from ctclip.config import training_parser
+from ctclip.config import RESUME_HINT, training_parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     from ctclip.distributed import is_main_process  # after the flags: torch takes two seconds
     from ctclip.training.estimate import print_estimate
     from ctclip.training.loop import train
-    from ctclip.training.run import RESUME_HINT, run_from_flags
+    from ctclip.training.run import run_from_flags
 
     def action() -> None:
         config, folder, machine = run_from_flags(args)

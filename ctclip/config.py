@@ -19,6 +19,9 @@ from ctclip.paths import CLASSFINE_PATH
 # Printed with every result on phantoms, and kept with it: metrics.json, reports, figures, model cards, manifests.
 SYNTHETIC_NOTE = "Synthetic data: not clinical performance."
 
+# Printed where a run was interrupted.
+RESUME_HINT = "what was saved last, if anything, is kept; a run that has begun goes on with --resume"
+
 # Peak rate of each head. A CT-CLIP latent has length 1, so its entries are small and the weights have far to go.
 HEAD_LEARNING_RATE = {"ctclip": 3e-2, "slice backbones": 1e-3}
 

@@ -61,6 +61,10 @@ class Ranks:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
 
+    def all_reduce_sum(self, *values: float) -> list[float]:
+        """Each value's sum over the ranks, in their order."""
+        return [sum(of_ranks) for of_ranks in zip(*self.all_gather(values), strict=True)]
+
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites each tensor with that of rank 0."""
         if self.world > 1:

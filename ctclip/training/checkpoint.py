@@ -26,10 +26,11 @@ from torch import Tensor
 
 from ctclip.card_file import discard_card
 from ctclip.config import TrainingError
+from ctclip.data.feature_cache import encoder_digest
 from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import RESULT_FILES
 from ctclip.evaluation.tables import write_table
-from ctclip.fileio import DISK_FULL, replacing
+from ctclip.fileio import DISK_FULL, make_folder, replacing
 from ctclip.training.optimization import TrainableParameters, rng_state, set_rng_state, swapped_in
 from ctclip.training.run import TrainingJob
 from ctclip_model import ABNORMALITIES
@@ -45,9 +46,7 @@ class StateError(UserError):
     """A state that cannot be written or read. One line: what was found, what was expected, what to do."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# State files
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ state files
 
 
 class _Recorder:
@@ -55,7 +54,7 @@ class _Recorder:
     of what was written."""
 
     def __init__(self, file: IO[bytes]):
-        self.file = file
+        self.file, self.flush = file, file.flush
         self.error: OSError | None = None
         self.crc32 = 0
 
@@ -66,9 +65,6 @@ class _Recorder:
         except OSError as error:
             self.error = error
             raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def _save(content: dict, path: Path) -> None:
@@ -83,10 +79,10 @@ def _save(content: dict, path: Path) -> None:
 
 def size_of(content: Any) -> int:
     """Bytes of all tensors in nested dicts and lists; the rest is small."""
-    if isinstance(content, torch.Tensor):
+    if isinstance(content, Tensor):
         return content.nbytes
     parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
-    return sum(size_of(part) for part in parts if isinstance(part, (torch.Tensor, dict, list)))  # few of 20,000 names
+    return sum(size_of(part) for part in parts if isinstance(part, (Tensor, dict, list)))  # few of 20,000 names
 
 
 @contextmanager
@@ -100,10 +96,10 @@ def full_disk_explained(folder: Path, what: str, size: int) -> Iterator[None]:
             number = int(found[1])
         if number not in DISK_FULL:
             raise
-        free = shutil.disk_usage(folder).free
+        free = f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB free"
+        reason = "a file-size limit is in force" if number == errno.EFBIG else free
         kept = states(folder)
         good = f"the last good state is {kept[-1]}" if kept else "no state has been saved yet"
-        reason = "a file-size limit is in force" if number == errno.EFBIG else f"{free / 1e6:,.0f} MB free"
         raise StateError(
             f"{what} could not be written to {folder} ({reason}), expected room for {math.ceil(size / 1e6):,} MB; "
             f"{good}. Free space there (old runs under {folder.parent}, caches) and go on with --resume {folder}"
@@ -134,8 +130,14 @@ def load_newest(folder: Path, report: Callable[[str], None]) -> dict | None:
     """
     found = states(folder)
     for path in reversed(found):
-        problem = _damage(path)
-        if problem is None:
+        problem, crc32 = "wrong checksum", 0  # the checksums inside do not cover names, offsets and sizes
+        try:
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    crc32 = zlib.crc32(chunk, crc32)
+        except OSError as error:
+            problem = str(error)
+        if crc32 == INTACT:
             return torch.load(path, map_location="cpu", weights_only=True)
         report(f"{path} is damaged ({problem}); using the state before it")
     if found:
@@ -146,21 +148,7 @@ def load_newest(folder: Path, report: Callable[[str], None]) -> dict | None:
     return None
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with a state file, or None. The checksums inside do not cover names, offsets and sizes."""
-    crc32 = 0
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                crc32 = zlib.crc32(chunk, crc32)
-    except OSError as error:
-        return str(error)
-    return None if crc32 == INTACT else "wrong checksum"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The state of a run
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ the state of a run
 
 
 @dataclass
@@ -216,11 +204,10 @@ def save_checkpoint(job: TrainingJob, state: TrainingState) -> None:
     file that the run began with."""
     run, trainable, progress = job.run, state.trainable, state.progress
     progress.seconds = time.perf_counter() - state.epoch_start
-    totals = run.ranks.all_gather((progress.loss_sum, progress.seen))
+    loss_sum, seen = run.ranks.all_reduce_sum(progress.loss_sum, progress.seen)
     rng_states = run.ranks.all_gather(rng_state(run.device))
     run.exchange_records()
     if run.ranks.is_main:
-        loss_sum, seen = (sum(values) for values in zip(*totals, strict=True))
         content = {
             "format": FORMAT,
             "initial_encoder_digest": state.initial_encoder_digest,
@@ -231,7 +218,7 @@ def save_checkpoint(job: TrainingJob, state: TrainingState) -> None:
             "tensors": trainable.tensors(),
             "optimizer": trainable.optimizer.state_dict(),
             "scaler": run.scaler.state_dict(),
-            "ema": {"steps": trainable.ema.steps, "tensors": trainable.ema.tensors()},
+            "ema": {"steps": trainable.ema.steps, "tensors": trainable.ema.averages},
             "rng": rng_states,
             "micro_batch": run.micro_batch,
             "checkpointing": run.checkpointing,
@@ -244,25 +231,37 @@ def save_checkpoint(job: TrainingJob, state: TrainingState) -> None:
     state.last_save = time.perf_counter()
 
 
-def load_checkpoint(job: TrainingJob) -> dict | None:
-    """The content of the newest intact state of the run; None where there is none."""
-    run = job.run
-    content = load_newest(run.folder, run.log)
+def resume_or_start(job: TrainingJob) -> TrainingState:
+    """The newest intact state of the run's folder, restored, or that of a new run."""
+    run, folder = job.run, job.run.folder
+    state = TrainingState(TrainableParameters(run, job.model), encoder_digest(job.model))
+    if run.ranks.is_main:
+        make_folder(folder, "change --output-dir")
+        for left_over in folder.glob("*.tmp"):  # by a process that was killed while saving
+            left_over.unlink()
+    content = load_newest(folder, run.log)
     if content is not None and content.get("format") != FORMAT:
         raise StateError(
-            f"{run.folder}: found states of format {content.get('format', 1)}, expected {FORMAT}; finish this run with "
+            f"{folder}: found states of format {content.get('format', 1)}, expected {FORMAT}; finish this run with "
             "the version that began it, or start a new one"
         )
     found = None if content is None else (content["progress"]["epoch"], content["progress"]["step"])
     if len(set(run.ranks.all_gather(found))) > 1:
-        raise TrainingError(
-            f"{run.folder} holds different states on different machines; put it on a shared file system"
-        )
-    return content
+        raise TrainingError(f"{folder} holds different states on different machines; put it on a shared file system")
+    if content is not None:
+        restore(content, job, state)
+        progress = state.progress
+        going_on = f"going on after epoch {progress.epoch} of {run.config.epochs} and {progress.step} steps"
+        run.log(f"State found: {progress.stopped or going_on}")
+        return state
+    torch.manual_seed(run.config.seed + run.ranks.rank)  # every rank has its own dropout masks
+    if (folder / "run.json").is_file():
+        run.log("No state has been saved yet: starting from the beginning")
+    return state
 
 
 def restore(content: dict, job: TrainingJob, state: TrainingState) -> None:
-    """Puts back what `save_checkpoint` wrote: the split too, whatever the folder has gained or lost by now."""
+    """Puts back what `save_checkpoint` wrote."""
     run, trainable = job.run, state.trainable
     if content["initial_encoder_digest"] != state.initial_encoder_digest:
         raise TrainingError(
@@ -274,28 +273,28 @@ def restore(content: dict, job: TrainingJob, state: TrainingState) -> None:
     _restore_split(content["volumes"], job)
     job.criterion.load_state_dict(content["criterion"])
     trainable.unfreeze(content["unfrozen_for_epoch"])
-    own = job.model.state_dict(keep_vars=True)
+    model_tensors = job.model.state_dict(keep_vars=True)
     with torch.no_grad():
-        for name, value in content["tensors"].items():
-            own[name].copy_(value)
-    trainable.optimizer.load_state_dict(content["optimizer"])
-    trainable.ema.track(trainable.parameters())
+        for own, saved in ((model_tensors, content["tensors"]), (trainable.ema.averages, content["ema"]["tensors"])):
+            for name, value in saved.items():
+                own[name].copy_(value)
     trainable.ema.steps = content["ema"]["steps"]
-    trainable.ema.load(content["ema"]["tensors"])
+    trainable.optimizer.load_state_dict(content["optimizer"])
     if content["scaler"] and run.scaler.is_enabled():  # empty when the run began on a device without loss scaling
         run.scaler.load_state_dict(content["scaler"])
     set_rng_state(run.device, content["rng"][run.ranks.rank % len(content["rng"])])
     if run.machine.micro_batch is None:
         run.micro_batch = content["micro_batch"]
     if run.machine.gradient_checkpointing == "auto" and content["checkpointing"]:
-        run.set_checkpointing(job.model, True)
+        run.enable_checkpointing(job.model)
     run.failures, run.readings = content["failures"], content["readings"]
     if not run.ranks.is_main:  # the sums of the epoch in progress are those of all ranks
         state.progress.loss_sum, state.progress.seen = 0.0, 0
 
 
 def _restore_split(volumes: dict[str, list[str]], job: TrainingJob) -> None:
-    """The split by name: split anew, a cohort with one volume more or less would put most patients elsewhere."""
+    """The split by name, whatever the folder has gained or lost by now: split anew, a cohort with one volume more or
+    less would put most patients elsewhere."""
     here = {volume.name: volume for volume in job.cohort.volumes}
     wanted = [name for names in volumes.values() for name in names]
     gone = [name for name in wanted if name not in here]
@@ -321,8 +320,7 @@ def save_best(job: TrainingJob, best: BestEpoch) -> None:
     discard_card(folder)
     labels = {volume.name: volume.labels for volume in job.validation.volumes}
     table = np.stack([labels[name] for name in best.names]).astype(int)
-    size = sum(value.nbytes for value in model.state_dict().values())
-    with full_disk_explained(folder, "The best weights", size):
+    with full_disk_explained(folder, "The best weights", size_of(model.state_dict())):
         with swapped_in(model, tensors):
             model._save_pretrained(folder)
         write_table(folder / "tuning_labels.csv", best.names, table)

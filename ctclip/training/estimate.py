@@ -136,7 +136,7 @@ class Plan:
         ahead = self.workers * size * 4 * prod(self.model.input_shape) if self.device.type == "cpu" else 0
         return HEADROOM * (peak + ahead)
 
-    # -- measuring -----------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------ measuring
 
     def measure(self) -> None:
         """The disk first: finding it too small needs no measuring."""
@@ -312,14 +312,14 @@ class Plan:
         if unfrozen:
             what = f"one volume at a time with {self.unfrozen} of {self.layers} layers unfrozen"
             remedies = ["unfreeze fewer layers (--unfreeze-layers 1)"] if self.config.unfreeze_layers != 1 else []
-            if not self.run.checkpointing and self.run.set_checkpointing(self.model, True):  # not every model can
+            if not self.run.checkpointing and self.run.enable_checkpointing(self.model):  # not every model can
                 remedies.append("add --gradient-checkpointing on")
             remedies += ["keep the backbone frozen (--freeze-backbone)", "use a larger GPU"]
         found = f"{in_bytes(self.available)} of memory" if isfinite(self.available) else "too little memory"
         expected = in_bytes(need) if isfinite(need) else "more"
         return TrainingError(f"{self.device}: found {found}, expected {expected} for {what}; {', or '.join(remedies)}")
 
-    # -- printing ------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------ printing
 
     def text(self) -> str:
         """Everything that is printed."""
@@ -347,7 +347,7 @@ class Plan:
         total = self.encode_all + self.latents + config.frozen_epochs * self.frozen_epoch
         lines = {
             "Device": f"{f'{self.world} processes, the first on ' if self.world > 1 else ''}{self.device}, {name}, "
-            f"{free}; {str(self.run.dtype).removeprefix('torch.')}{scaling}",
+            f"{free}; {self.run.precision}{scaling}",
             "Volumes": f"{self.train} training, {self.validation} validation, {self.missing} not in the cache yet",
             "Reading": self._reading_text(),
             "Encoding": self._encoding_text(),
@@ -381,9 +381,7 @@ class Plan:
         return f"{each} per volume (float32), once: {whole}, most of it {slower}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Time and memory of an action
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ time and memory of an action
 
 
 def measure(device: torch.device, action: Callable[[], object]) -> Cost:

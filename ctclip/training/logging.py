@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -13,19 +12,18 @@ import timm
 import torch
 
 from ctclip import __version__
+from ctclip.config import SYNTHETIC_NOTE
 from ctclip.evaluation.figures import TRAINING_CURVES, write_training_figure
 from ctclip.fileio import replacing
-from ctclip.formatting import plural
+from ctclip.formatting import decimal, plural
+from ctclip.memory import process_memory
 from ctclip.training.checkpoint import TrainingState, full_disk_explained
 from ctclip.training.run import SPLIT_NAMES, Run, TrainingJob
 from ctclip.training.steps import Validation
 
 SMALL = 10**6  # bytes; more than a run's record, log and curves take
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The run's folder
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ the run's folder
 
 
 def write_history(run: Run, history: list[dict]) -> None:
@@ -37,7 +35,8 @@ def write_history(run: Run, history: list[dict]) -> None:
 def write_curves(job: TrainingJob, history: list[dict]) -> None:
     if job.run.ranks.is_main:
         with full_disk_explained(job.run.folder, "The training curves", SMALL):
-            write_training_figure(history, job.run.folder / TRAINING_CURVES, job.note)
+            note = SYNTHETIC_NOTE if job.phantom else None
+            write_training_figure(history, job.run.folder / TRAINING_CURVES, note)
 
 
 def write_run_file(job: TrainingJob, status: str) -> None:
@@ -45,7 +44,7 @@ def write_run_file(job: TrainingJob, status: str) -> None:
     run, splits = job.run, job.splits
     if not run.ranks.is_main:
         return
-    left_out = [{"name": name, "reason": reason} for name, reason in (*job.cohort.skipped, *run.failures.items())]
+    skipped = [{"name": name, "reason": reason} for name, reason in (*job.cohort.skipped, *run.failures.items())]
     content = {
         "status": status,
         "config": asdict(run.config),
@@ -54,14 +53,14 @@ def write_run_file(job: TrainingJob, status: str) -> None:
         "labels": list(job.model.labels),
         "device": str(run.device),
         "processes": run.ranks.world,
-        "precision": str(run.dtype).removeprefix("torch."),
+        "precision": run.precision,
         "micro_batch": run.micro_batch,
         "gradient_checkpointing": run.checkpointing,
         "volumes": {name: len(split.volumes) for name, split in splits.items()},
         "patients": {name: len(split.patients) for name, split in splits.items()},
         "tuning_patients": job.validation.patients,
         "read_as": dict(Counter(run.readings.values())),
-        "left_out": left_out,
+        "left_out": skipped,
         "versions": {
             "ctclip": __version__,
             "python": platform.python_version(),
@@ -109,24 +108,18 @@ def write_scalars(writer: Any, record: dict) -> None:
         writer.flush()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The screen
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ the screen
 
 
 def print_setup(job: TrainingJob) -> None:
     run, model, config = job.run, job.model, job.run.config
-    backbone = sum(p.numel() for p in model.backbone_parameters())
-    head = sum(p.numel() for p in model.head_parameters())
-    loss = config.loss_type
-    if loss == "focal":
-        loss += f" (alpha {config.alpha:g}, gamma {config.gamma:g})"
+    backbone, head = (sum(p.numel() for p in of()) for of in (model.backbone_parameters, model.head_parameters))
+    focal = f" (alpha {config.alpha:g}, gamma {config.gamma:g})" if config.loss_type == "focal" else ""
     counted = ", ".join(
         f"{len(split.volumes)} {SPLIT_NAMES[name]} volumes of {plural(len(split.patients), 'patient')}"
         for name, split in job.splits.items()
     )
     stages = f"{config.frozen_epochs} frozen, {config.epochs - config.frozen_epochs} unfrozen"
-    precision = str(run.dtype).removeprefix("torch.")
     processes = f"{run.ranks.world} processes, " if run.ranks.world > 1 else ""
     kind = f"{config.model}, head {model.head_name}" if model.is_ctclip else config.model
     run.log(job.cohort.summary())
@@ -134,15 +127,14 @@ def print_setup(job: TrainingJob) -> None:
     run.log(f"Model:    {kind}; backbone {backbone:,} parameters, head {head:,}, input {model.input_shape}")
     if model.load_report:
         run.log(f"Weights:  {model.load_report}")
-    run.log(f"Training: {config.epochs} epochs ({stages}), batch {config.batch_size}, loss {loss}")
-    run.log(f"Device:   {processes}{run.device} ({precision}), {run.workers} reading processes")
+    run.log(f"Training: {config.epochs} epochs ({stages}), batch {config.batch_size}, loss {config.loss_type}{focal}")
+    run.log(f"Device:   {processes}{run.device} ({run.precision}), {run.workers} reading processes")
     run.log(f"Cache:    {config.cache_dir}")
     run.log(f"Run:      {run.folder}")
 
 
 def epoch_line(record: dict, epochs: int) -> str:
-    auroc = "undefined" if record["tuning_auroc_macro"] is None else f"{record['tuning_auroc_macro']:.3f}"
-    loss = "undefined" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
+    auroc, loss = decimal(record["tuning_auroc_macro"], 3), decimal(record["train_loss"])
     stage = "frozen" if record["stage"] == "frozen" else f"unfrozen ({record['open_layers']} layers)"
     return (
         f"epoch {record['epoch']:>2}/{epochs}  backbone {stage}  train loss {loss}  "
@@ -155,25 +147,18 @@ def epoch_line(record: dict, epochs: int) -> str:
 def print_summary(job: TrainingJob, state: TrainingState, seconds: float) -> None:
     """The last lines of a run that this process has trained for `seconds`."""
     run, best, history = job.run, state.best, state.history
-    trained = sum(run.ranks.all_gather(state.trained_volumes))
-    record = next((record for record in history if record["epoch"] == best.epoch), None)
-    if record is not None and record["tuning_auroc_macro"] is not None:
-        run.log(f"Best epoch {best.epoch}: macro AUROC {record['tuning_auroc_macro']:.3f} on the validation patients")
+    (trained,) = run.ranks.all_reduce_sum(state.trained_volumes)
+    auroc = next((record["tuning_auroc_macro"] for record in history if record["epoch"] == best.epoch), None)
+    if auroc is not None:
+        run.log(f"Best epoch {best.epoch}: macro AUROC {auroc:.3f} on the validation patients")
     skipped = sum(record["skipped_steps"] for record in history)
     if skipped:
         run.log(f"Steps skipped because they were not finite: {skipped}")
     if run.failures:
         run.log(f"Volumes that could not be read: {len(run.failures)}, listed in {run.folder / 'run.json'}")
+    peak = process_memory(peak=True)
+    memory = "not known on this system" if peak is None else f"{peak / 1e9:.1f} GB"
+    if run.device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated(run.device) / 1e9:.1f} GB of GPU memory"
     rate = trained / seconds  # every volume counts in every epoch
-    run.log(f"Training took {seconds:.0f} s, {rate:.0f} volumes per second, peak memory {peak_memory(run.device)}")
-
-
-def peak_memory(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of GPU memory"
-    try:
-        import resource
-    except ImportError:  # Windows
-        return "not known on this system"
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+    run.log(f"Training took {seconds:.0f} s, {rate:.0f} volumes per second, peak memory {memory}")

@@ -7,51 +7,18 @@ A frozen backbone gives the same features for a volume in every epoch, so a froz
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from ctclip.config import Machine, TrainingConfig, TrainingError
-from ctclip.data.feature_cache import encoder_digest
-from ctclip.fileio import make_folder
 from ctclip.inference.predictor import chunks
 from ctclip.memory import out_of_memory
-from ctclip.training.checkpoint import (
-    BestEpoch,
-    Progress,
-    TrainingState,
-    load_checkpoint,
-    restore,
-    save_best,
-    save_checkpoint,
-)
-from ctclip.training.features import drop_features, load_features
-from ctclip.training.logging import (
-    epoch_line,
-    epoch_record,
-    open_tensorboard,
-    print_setup,
-    print_summary,
-    write_curves,
-    write_history,
-    write_run_file,
-    write_scalars,
-)
-from ctclip.training.optimization import TrainableParameters, swapped_in
+from ctclip.training import checkpoint, logging, steps
+from ctclip.training.checkpoint import BestEpoch, Progress, TrainingState, save_checkpoint
+from ctclip.training.optimization import swapped_in
 from ctclip.training.run import TrainingJob, out_of_memory_explained, prepare
-from ctclip.training.steps import (
-    MicroBatch,
-    StepResult,
-    Validation,
-    accumulate_gradients,
-    is_significantly_worse,
-    predict_validation,
-    read_micro_batches,
-    shuffled_batches,
-    validation_metrics,
-)
+from ctclip.training.steps import StepResult, Validation
 
 VALIDATION_CHUNK = 128  # volumes that a rank predicts between two moments at which the state can be saved
 BAD_STEPS = 3  # steps in a row that are not finite, after which a run ends
@@ -67,30 +34,39 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
     start = time.perf_counter()
     job = prepare(config, folder, machine or Machine())
     run = job.run
-    print_setup(job)
-    state = resume_or_start(job)
-    writer = open_tensorboard(run, state.progress.epoch)
+    logging.print_setup(job)
+    state = checkpoint.resume_or_start(job)
+    logging.write_run_file(job, "running")
+    if state.history:
+        logging.write_history(run, state.history)  # the last line may be missing, after a kill between state and log
+    writer = logging.open_tensorboard(run, state.progress.epoch)
     with run.stop:
         while state.progress.epoch < config.epochs and not state.progress.stopped:
             state.epoch_start = time.perf_counter() - state.progress.seconds
 
             # 1. Freeze the backbone, whose features are then cached, or unfreeze its next layers.
             state.trainable.unfreeze(state.progress.epoch)
-            if not state.trainable.backbone_frozen:
-                drop_features(job)
+            if not state.trainable.backbone_frozen:  # from now on every volume is read and encoded
+                for split in job.splits.values():
+                    split.rows = split.features = None
             elif job.validation.rows is None:
-                load_features(job)
+                steps.load_features(job)
 
             # 2. One pass over the training volumes, one over the validation volumes.
             train_loss = train_epoch(job, state)
             validation = validate(job, state)
-            record = epoch_record(state, train_loss, validation, time.perf_counter() - state.epoch_start)
-            run.log(epoch_line(record, config.epochs))
-            write_scalars(writer, record)
+            record = logging.epoch_record(state, train_loss, validation, time.perf_counter() - state.epoch_start)
+            run.log(logging.epoch_line(record, config.epochs))
+            logging.write_scalars(writer, record)
             state.history.append(record)
 
             # 3. Keep the best weights; stop early when validation gets worse.
-            update_best(state, validation)
+            if validation.score > state.best.score:
+                evaluated = state.trainable.tensors() | state.trainable.ema.averages
+                tensors = {name: value.cpu().clone() for name, value in evaluated.items()}
+                state.best = BestEpoch(
+                    validation.score, state.progress.epoch + 1, validation.names, validation.logits, tensors
+                )  # fmt: skip
             stopped, bad_epochs = should_stop(job, state, validation)
 
             # 4. Save.
@@ -102,9 +78,9 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
                 stopped=stopped,
             )
             save_epoch(job, state)
-    write_run_file(job, state.progress.stopped or "finished")
-    write_curves(job, state.history)
-    print_summary(job, state, time.perf_counter() - start)
+    logging.write_run_file(job, state.progress.stopped or "finished")
+    logging.write_curves(job, state.history)
+    logging.print_summary(job, state, time.perf_counter() - start)
     if writer is not None:
         writer.close()
     state.trainable.exchange = None
@@ -112,33 +88,13 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
     return run.folder
 
 
-def resume_or_start(job: TrainingJob) -> TrainingState:
-    """The newest state of the run's folder, restored, or that of a new run."""
-    run, folder = job.run, job.run.folder
-    state = TrainingState(TrainableParameters(run, job.model), encoder_digest(job.model))
-    if run.ranks.is_main:
-        make_folder(folder, "change --output-dir")
-        for left_over in folder.glob("*.tmp"):  # by a process that was killed while saving
-            left_over.unlink()
-    content = load_checkpoint(job)
-    if content is not None:
-        restore(content, job, state)
-        progress = state.progress
-        going_on = f"going on after epoch {progress.epoch} of {run.config.epochs} and {progress.step} steps"
-        run.log(f"State found: {progress.stopped or going_on}")
-        write_history(run, state.history)  # the last line may be missing, after a kill between state and log
-    else:
-        torch.manual_seed(run.config.seed + run.ranks.rank)  # every rank has its own dropout masks
-        if (folder / "run.json").is_file():
-            run.log("No state has been saved yet: starting from the beginning")
-    write_run_file(job, "running")
-    return state
-
-
 def train_epoch(job: TrainingJob, state: TrainingState) -> float | None:
-    """One pass over the training volumes, from where an earlier process was interrupted. Returns the mean loss."""
+    """One pass over the training volumes, from where an earlier process was interrupted.
+
+    Returns the mean loss over all ranks; None where every step was skipped.
+    """
     run, trainable, progress = job.run, state.trainable, state.progress
-    batches = shuffled_batches(job.train, run.config, progress.epoch)
+    batches = steps.shuffled_batches(job.train, run.config, progress.epoch)
     micro_batches = None
     job.model.train()
     with tqdm(
@@ -147,14 +103,20 @@ def train_epoch(job: TrainingJob, state: TrainingState) -> float | None:
     ) as bar:  # fmt: skip
         while progress.step < len(batches):
             if micro_batches is None:
-                micro_batches = read_micro_batches(job, batches[progress.step :], progress.epoch)
+                micro_batches = steps.read_micro_batches(job, batches[progress.step :], progress.epoch)
             snapshot = trainable.snapshot()
             trainable.set_learning_rates(progress.epoch + (progress.step + 0.5) / len(batches))
-            result = try_step(job, micro_batches, len(batches[progress.step]))
+            try:
+                result = steps.accumulate_gradients(job, micro_batches, len(batches[progress.step]))
+            except (RuntimeError, MemoryError) as error:
+                result = StepResult(out_of_memory=out_of_memory(error))
+                # The signal that stops this process may have ended a reading process as well.
+                if not result.out_of_memory and not (run.stop.number and "DataLoader worker" in str(error)):
+                    raise
             lacking, bad, save_due, stopping = run.ranks.all_reduce_max(
                 result.out_of_memory, bool(result.not_finite), state.save_is_due(job), run.stop.number
             )
-            if stopping or lacking:  # as if this step had not begun
+            if stopping or lacking:  # on any rank: as if this step had not begun
                 trainable.roll_back(snapshot)
                 micro_batches = None  # closes its reading processes before new ones start
                 if stopping:
@@ -165,7 +127,7 @@ def train_epoch(job: TrainingJob, state: TrainingState) -> float | None:
             if not bad:
                 trainable.average_gradients()
                 finite = trainable.clip_and_step()
-            trainable.zero_grad()
+            trainable.optimizer.zero_grad()
             progress.step += 1
             bar.update()
             count_step(job, state, result, finite)
@@ -173,19 +135,10 @@ def train_epoch(job: TrainingJob, state: TrainingState) -> float | None:
                 save_checkpoint(job, state)
     finish_or_stop(job, state, len(batches))
     run.ranks.broadcast(job.model.buffers())  # running statistics of slice backbones
-    return mean_loss(job, progress)
-
-
-def try_step(job: TrainingJob, micro_batches: Iterator[MicroBatch], batch_size: int) -> StepResult:
-    """This rank's gradients of one step. A failed allocation is part of the result: all ranks then repeat the step."""
-    try:
-        return accumulate_gradients(job, micro_batches, batch_size)
-    except (RuntimeError, MemoryError) as error:
-        lacking = out_of_memory(error)
-        # The signal that stops this process may have ended a reading process as well.
-        if not lacking and not (job.run.stop.number and "DataLoader worker" in str(error)):
-            raise
-        return StepResult(out_of_memory=lacking)
+    loss_sum, seen = run.ranks.all_reduce_sum(progress.loss_sum, progress.seen)
+    if not seen and not progress.skipped:
+        raise TrainingError("none of the training volumes could be read; see the lines above")
+    return loss_sum / seen if seen else None
 
 
 def count_step(job: TrainingJob, state: TrainingState, result: StepResult, finite: bool) -> None:
@@ -212,26 +165,17 @@ def count_step(job: TrainingJob, state: TrainingState, result: StepResult, finit
         )
 
 
-def finish_or_stop(job: TrainingJob, state: TrainingState, steps: int) -> None:
+def finish_or_stop(job: TrainingJob, state: TrainingState, steps_of_epoch: int) -> None:
     """Saves the steps of an unfrozen epoch; after a signal on any rank, saves and raises Interrupted on all."""
     run, progress = job.run, state.progress
     (stopping,) = run.ranks.all_reduce_max(run.stop.number)
     if stopping and state.best.tensors:
-        save_best(job, state.best)
+        checkpoint.save_best(job, state.best)
     if stopping or not state.trainable.backbone_frozen:
         save_checkpoint(job, state)
     if stopping:
         run.stop.number = int(stopping)
-        run.stop.check(f"saved after step {progress.step} of {steps} of epoch {progress.epoch + 1}")
-
-
-def mean_loss(job: TrainingJob, progress: Progress) -> float | None:
-    """Of the epoch, over all ranks; None where every step was skipped."""
-    totals = job.run.ranks.all_gather((progress.loss_sum, progress.seen))
-    loss_sum, seen = (sum(values) for values in zip(*totals, strict=True))
-    if not seen and not progress.skipped:
-        raise TrainingError("none of the training volumes could be read; see the lines above")
-    return loss_sum / seen if seen else None
+        run.stop.check(f"saved after step {progress.step} of {steps_of_epoch} of epoch {progress.epoch + 1}")
 
 
 def validate(job: TrainingJob, state: TrainingState) -> Validation:
@@ -240,38 +184,29 @@ def validate(job: TrainingJob, state: TrainingState) -> Validation:
     left = [i for i in range(len(job.validation.volumes)) if i not in predicted]
     size = len(left) if state.trainable.backbone_frozen else VALIDATION_CHUNK * run.ranks.world
     for chunk in chunks(left, max(1, size)):
-        with swapped_in(job.model, state.trainable.ema.tensors()):
-            predicted |= predict_validation(job, chunk)
+        with swapped_in(job.model, state.trainable.ema.averages):
+            predicted |= steps.predict_validation(job, chunk)
         if run.ranks.all_reduce_max(state.save_is_due(job))[0]:
             save_checkpoint(job, state)
-    validation = validation_metrics(job, predicted)
+    validation = steps.validation_metrics(job, predicted)
     run.exchange_records()
     return validation
 
 
-def update_best(state: TrainingState, validation: Validation) -> None:
-    if validation.score > state.best.score:
-        tensors = {name: value.cpu().clone() for name, value in state.trainable.evaluated_tensors().items()}
-        epoch = state.progress.epoch + 1
-        state.best = BestEpoch(validation.score, epoch, validation.names, validation.logits, tensors)
-
-
 def should_stop(job: TrainingJob, state: TrainingState, validation: Validation) -> tuple[str, int]:
     """Early stopping: (why training ends now, or "", bad epochs in a row). Frozen epochs are never bad ones."""
-    run, best = job.run, state.best
-    is_best = best.epoch == state.progress.epoch + 1
-    if is_best or state.trainable.backbone_frozen:
+    best, bad_epochs = state.best, state.progress.bad_epochs + 1
+    if best.epoch == state.progress.epoch + 1 or state.trainable.backbone_frozen:
         return "", 0
-    if not is_significantly_worse(validation, best.names, best.logits, job.validation):
+    if not steps.is_significantly_worse(validation, best.names, best.logits, job.validation):
         return "", 0
-    bad_epochs = state.progress.bad_epochs + 1
-    if bad_epochs < run.config.patience:
+    if bad_epochs < job.run.config.patience:
         return "", bad_epochs
     reason = (
         f"validation AUROC below the best ({best.score:.3f}) by more than one standard error in {bad_epochs} epochs in "
         f"a row: back to the weights of epoch {best.epoch}, training ends"
     )
-    run.log(reason)
+    job.run.log(reason)
     return reason, bad_epochs
 
 
@@ -280,9 +215,9 @@ def save_epoch(job: TrainingJob, state: TrainingState) -> None:
     config, epochs_done = job.run.config, state.progress.epoch
     milestone = not state.trainable.backbone_frozen or epochs_done in (1, config.frozen_epochs, config.epochs)
     if state.best.tensors and milestone:
-        save_best(job, state.best)
+        checkpoint.save_best(job, state.best)
     state.epoch_start = time.perf_counter()  # of the next epoch
     save_checkpoint(job, state)
-    write_history(job.run, state.history)
+    logging.write_history(job.run, state.history)
     if milestone:
-        write_curves(job, state.history)
+        logging.write_curves(job, state.history)

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ctclip.training.run import Run
 from ctclip_model import CTCLIPMultiAbnormalityModel
@@ -26,38 +26,27 @@ def schedule(progress: float, start: float, end: float, warmup: float) -> float:
 
 
 class EMA:
-    """Exponential moving average of parameters (timm's ModelEmaV3), by name. Off with decay 0."""
+    """Exponential moving average of parameters, by name. Off with decay 0."""
 
     def __init__(self, decay: float):
         self.decay = decay
         self.steps = 0
-        self.average: ModelEmaV3 | None = None
-        self.live = nn.ParameterDict()
+        self.live: dict[str, nn.Parameter] = {}
+        self.averages: dict[str, Tensor] = {}
 
     def track(self, parameters: dict[str, nn.Parameter]) -> None:
         """From now on averages these; an average that exists goes on, a new one starts at the present value."""
-        if not self.decay:
-            return
-        before = self.tensors()
-        self.live = nn.ParameterDict({name.replace(".", "/"): value for name, value in parameters.items()})
-        self.average = ModelEmaV3(self.live, decay=self.decay, use_warmup=True)
-        self.load({name: value for name, value in before.items() if name in parameters})
-
-    def update(self) -> None:
-        if self.average is not None:
-            self.steps += 1
-            self.average.update(self.live, step=self.steps)
-
-    def tensors(self) -> dict[str, Tensor]:
-        if self.average is None:
-            return {}
-        return {name.replace("/", "."): value.detach() for name, value in self.average.module.items()}
+        if self.decay:
+            self.live = dict(parameters)
+            self.averages = {name: value.detach().clone() for name, value in parameters.items()} | self.averages
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        own = self.tensors()
-        for name, value in tensors.items():
-            own[name].copy_(value)
+    def update(self) -> None:
+        """With timm's warm-up of the decay: 0 at first, 1 - n ** (-2 / 3) at the n-th update, at most `decay`."""
+        if self.averages:
+            self.steps += 1
+            average = get_ema_multi_avg_fn(min(self.decay, 1 - self.steps ** (-2 / 3)))
+            average([self.averages[name] for name in self.live], list(self.live.values()), self.steps)
 
 
 @contextmanager
@@ -102,7 +91,7 @@ class GradientExchange(nn.Module):
 
 
 class TrainableParameters:
-    """The parameters that are trained at present: the head's, and those of the layers that are unfrozen."""
+    """The parameters that are trained at present, by name: the head's, and those of the layers that are unfrozen."""
 
     def __init__(self, run: Run, model: CTCLIPMultiAbnormalityModel):
         self.run, self.model, self.config = run, model, run.config
@@ -111,24 +100,18 @@ class TrainableParameters:
         self.epoch = -1  # that `unfreeze` was last called for
         self.ema = EMA(self.config.ema_decay)
         self.exchange: nn.Module | None = None
-        by_name = dict(model.named_parameters())
+        self.every_parameter = dict(model.named_parameters())  # once: a walk through the model costs more than a step
         head = {id(parameter) for parameter in model.head_parameters()}
-        self.names = [name for name, parameter in by_name.items() if id(parameter) in head]
-        self._parameters: dict[str, nn.Parameter] = {}  # those of `names`
-        groups = self._groups("head", self.names, self.config.head_learning_rate, 0)
+        self.parameters = {name: value for name, value in self.every_parameter.items() if id(value) in head}
+        rates = self.config.head_learning_rate, self.config.backbone_learning_rate
+        self.groups = model.parameter_groups(*rates, self.config.layer_decay, self.config.weight_decay)
         # One operation in place of ten per tensor: most of what a step of a small head on the CPU takes.
-        self.optimizer = torch.optim.AdamW(groups, fused=True if run.device.type == "cpu" else None)
+        self.optimizer = torch.optim.AdamW(self._groups_of(0, 0), fused=True if run.device.type == "cpu" else None)
 
-    def _groups(self, title: str, names: Sequence[str], rate: float, start: int) -> list[dict]:
-        """AdamW groups for these parameters; no weight decay on vectors (norms, scales, biases)."""
-        parameters = dict(self.model.named_parameters())
-        groups = []
-        for decayed in (True, False):
-            chosen = [parameters[name] for name in names if (parameters[name].ndim > 1) == decayed]
-            decay = self.config.weight_decay if decayed else 0.0
-            settings = {"title": title, "peak": rate, "start": start, "lr": 0.0, "weight_decay": decay}
-            groups += [{"params": chosen} | settings] if chosen else []
-        return groups
+    def _groups_of(self, layer: int, start: int) -> list[dict]:
+        """AdamW groups of a layer (0: the head), trained from the epoch `start` on."""
+        chosen = [group for group in self.groups if group["layer"] == layer]
+        return [group | {"peak": group["lr"], "start": start, "lr": 0.0} for group in chosen]
 
     @property
     def backbone_frozen(self) -> bool:
@@ -137,43 +120,28 @@ class TrainableParameters:
     def unfreeze(self, epoch: int) -> None:
         """Unfreezes the layers that are to be trained in this epoch, those nearest to the output first."""
         for at in range(self.config.frozen_epochs, epoch + 1):
-            unfrozen = self.config.unfrozen_layers(at, len(self.layers))
-            for depth in range(self.unfrozen, unfrozen):  # layers between this one and the output
-                names = self.layers[-1 - depth]
-                rate = self.config.backbone_learning_rate * self.config.layer_decay**depth
-                for group in self._groups(f"layer {len(self.layers) - depth}", names, rate, at):
+            while self.unfrozen < self.config.unfrozen_layers(at, len(self.layers)):
+                self.unfrozen += 1
+                self.parameters |= {name: self.every_parameter[name] for name in self.layers[-self.unfrozen]}
+                for group in self._groups_of(self.unfrozen, at):
                     self.optimizer.add_param_group(group)
-                self.names = [*self.names, *names]
-                self._parameters = {}
-            self.unfrozen = max(self.unfrozen, unfrozen)
         self.epoch = epoch
         if self.unfrozen:
-            self.model.unfreeze_backbone(None if self.unfrozen == len(self.layers) else self.unfrozen)
+            self.model.unfreeze_backbone(self.unfrozen)
         else:
             self.model.freeze_backbone()
-        parameters = self.parameters()
-        self.ema.track(parameters)
+        self.ema.track(self.parameters)
         if self.run.ranks.world > 1:
             self.exchange = None  # before the next one hooks into the same parameters
-            self.exchange = nn.parallel.DistributedDataParallel(GradientExchange(list(parameters.values())))
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        if not self._parameters:  # gathered once: a walk through the model costs more than a step
-            everything = dict(self.model.named_parameters())
-            self._parameters = {name: everything[name] for name in self.names}
-        return self._parameters
+            self.exchange = nn.parallel.DistributedDataParallel(GradientExchange(list(self.parameters.values())))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that training may have changed: parameters, and BatchNorm statistics of a slice backbone."""
-        found = {name: value.detach() for name, value in self.parameters().items()}
+        found = {name: value.detach() for name, value in self.parameters.items()}
         if self.unfrozen and not self.model.is_ctclip:  # CT-CLIP's buffers (codebook, zeros) are fixed
             found |= dict(self.model.named_buffers())
         saved = self.model.state_dict()
         return {name: value for name, value in found.items() if name in saved}
-
-    def evaluated_tensors(self) -> dict[str, Tensor]:
-        """What is evaluated and saved: averages where there are any."""
-        return self.tensors() | self.ema.tensors()
 
     def set_learning_rates(self, progress: float) -> None:
         """To the schedule's value at `progress` (epochs)."""
@@ -188,7 +156,7 @@ class TrainableParameters:
 
     def roll_back(self, snapshot: dict) -> None:
         """Discards the gradients of a step that the optimizer has not taken, and all else that it has changed."""
-        self.zero_grad()
+        self.optimizer.zero_grad()
         set_rng_state(self.run.device, snapshot["rng"])
         for buffer, value in zip(self.model.buffers(), snapshot["statistics"], strict=False):
             buffer.copy_(value)
@@ -206,21 +174,17 @@ class TrainableParameters:
         An overflow is part of loss scaling, and counts as finite until the scale has nowhere left to go.
         """
         scaler = self.run.scaler
-        parameters = list(self.parameters().values())
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         if not gradients:
             return True  # nothing of this step could be read
         scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm(gradients)
         finite, too_long = torch.stack([norm.isfinite(), norm > self.config.clip_norm]).tolist()
         if finite and too_long:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip_norm, norm)
         if finite or scaler.is_enabled():  # on an overflow the scaler skips the step and lowers its scale
             scaler.step(self.optimizer)
             scaler.update()
         if finite:
             self.ema.update()
         return finite or (scaler.is_enabled() and scaler.get_scale() >= 1)
-
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)

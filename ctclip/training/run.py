@@ -22,6 +22,7 @@ from ctclip.cli import refuse_unused
 from ctclip.config import (
     MOVABLE,
     QUICK_TEST_VOLUMES,
+    RESUME_HINT,
     SYNTHETIC_NOTE,
     Machine,
     TrainingConfig,
@@ -38,6 +39,7 @@ from ctclip.data.loading import Batch, micro_batch_size
 from ctclip.data.splits import split_by_patient
 from ctclip.distributed import Ranks
 from ctclip.evaluation.run_folder import newest_run, run_record
+from ctclip.formatting import plural
 from ctclip.inference.predictor import choose_device, choose_precision, choose_workers
 from ctclip.inference.prompts import load_with_prompts
 from ctclip.memory import out_of_memory
@@ -50,12 +52,9 @@ from ctclip_model import (
     create_loss,
 )
 
-RESUME_HINT = "what was saved last, if anything, is kept; a run that has begun goes on with --resume"
 SPLIT_NAMES = {"train": "training", "tuning": "validation"}  # as in files -> in words
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What ends a run early: signals, lack of memory
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ what ends a run early: signals, lack of memory
 
 
 class Interrupted(KeyboardInterrupt):
@@ -107,9 +106,7 @@ def out_of_memory_explained() -> Iterator[None]:
         raise TrainingError(f"out of memory; {remedy}") from error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A run and what it works on
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ a run and what it works on
 
 
 @dataclass
@@ -132,9 +129,6 @@ class Split:
     def patients(self) -> list[str]:
         return sorted({volume.patient for volume in self.volumes})
 
-    def keep(self, indices: Sequence[int]) -> None:
-        self.volumes = [self.volumes[i] for i in indices]
-
 
 class Run:
     """One run's folder, device and records: how each volume was read, and which could not be."""
@@ -152,6 +146,7 @@ class Run:
         self.ranks = Ranks(self.device)
         self.workers = choose_workers(machine.workers)
         self.dtype = choose_precision(self.device)
+        self.precision = str(self.dtype).removeprefix("torch.")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.scaler.scale(torch.zeros((), device=self.device))  # sets it up; a rank's first step may have no volume
         self.micro_batch = 0  # volumes per forward pass; set by `prepare`
@@ -184,13 +179,13 @@ class Run:
             self.failures |= failures
             self.readings |= readings
 
-    def set_checkpointing(self, model: CTCLIPMultiAbnormalityModel, enabled: bool) -> bool:
-        """Gradient checkpointing on or off; False where the model has none: some slice backbones."""
+    def enable_checkpointing(self, model: CTCLIPMultiAbnormalityModel) -> bool:
+        """Turns gradient checkpointing on; False where the model has none: some slice backbones."""
         try:
-            model.set_gradient_checkpointing(enabled)
+            model.set_gradient_checkpointing(True)
         except ValueError:
             return False
-        self.checkpointing = enabled
+        self.checkpointing = True
         return True
 
     def use_less_memory(self, model: CTCLIPMultiAbnormalityModel) -> None:
@@ -199,8 +194,8 @@ class Run:
             torch.cuda.empty_cache()
         if self.micro_batch > 1:
             self.micro_batch //= 2
-            what = "1 volume at a time" if self.micro_batch == 1 else f"{self.micro_batch} volumes at a time"
-        elif not self.checkpointing and self.set_checkpointing(model, True):
+            what = f"{plural(self.micro_batch, 'volume')} at a time"
+        elif not self.checkpointing and self.enable_checkpointing(model):
             what = "gradient checkpointing"
         else:
             tried = "one volume at a time" + (" and gradient checkpointing" if self.checkpointing else "")
@@ -229,15 +224,8 @@ class TrainingJob:
         """By their names in files."""
         return {"train": self.train, "tuning": self.validation}
 
-    @property
-    def note(self) -> str | None:
-        """The disclaimer shown with the results."""
-        return SYNTHETIC_NOTE if self.phantom else None
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# From the command line to a TrainingJob
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ from the command line to a TrainingJob
 
 
 def run_from_flags(args: argparse.Namespace) -> tuple[TrainingConfig, Path, Machine]:
@@ -246,18 +234,15 @@ def run_from_flags(args: argparse.Namespace) -> tuple[TrainingConfig, Path, Mach
     A resumed run keeps its own configuration; a flag with another value is an error, except for folders, which may have
     moved. So is a flag that has no effect.
     """
-    config, folder = _new_run(args) if args.resume is None else _earlier_run(args)
+    if args.resume is None:
+        config = config_from_flags(args)
+        folder = Path(args.output_dir or f"results/{time.strftime('%Y%m%d-%H%M%S')}_{config.model}")
+        if (folder / "run.json").is_file():
+            raise TrainingError(f"{folder} holds a run already; add --resume {folder}, or choose another --output-dir")
+    else:
+        config, folder = _earlier_run(args)
     refuse_unused(args.given, training_flag_uses(config))
     return config, folder, machine_from_flags(args)
-
-
-def _new_run(args: argparse.Namespace) -> tuple[TrainingConfig, Path]:
-    config = config_from_flags(args)
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}_{config.model}"
-    folder = Path(args.output_dir) if args.output_dir else Path("results") / name
-    if (folder / "run.json").is_file():
-        raise TrainingError(f"{folder} holds a run already; add --resume {folder}, or choose another --output-dir")
-    return config, folder
 
 
 def _earlier_run(args: argparse.Namespace) -> tuple[TrainingConfig, Path]:
@@ -276,7 +261,7 @@ def _earlier_run(args: argparse.Namespace) -> tuple[TrainingConfig, Path]:
     if changed:
         flags = ", ".join(flag_of(name) for name in changed)
         raise TrainingError(f"--resume goes on as {folder} began, found other values for {flags}; leave them out")
-    return replace(stored, **{name: value for name, value in given.items() if name in MOVABLE}), folder
+    return replace(stored, **given), folder
 
 
 def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> TrainingJob:
@@ -286,9 +271,10 @@ def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> TrainingJ
     torch.manual_seed(config.seed)
     run = Run(folder, config, machine)
     run.folder = run.ranks.all_gather(folder)[0]  # its default name is the time, which may differ
-    data_dir = Path(config.data_dir) if config.data_dir else built_in_folder(config)
+    data_dir = Path(config.data_dir or f"data/phantoms_{config.train_volumes}_{config.valid_volumes}")
     if config.data_dir is None and run.ranks.is_main:
-        make_built_in_cohort(run)
+        run.log(f"No --data-dir: using the built-in cohort of phantoms in {data_dir}. {SYNTHETIC_NOTE}")
+        write_phantom_cohort(data_dir, config.train_volumes, config.valid_volumes)
     run.ranks.barrier()
     phantom = is_phantom_cohort(data_dir)
     model = build_model(config, phantom).to(run.device)
@@ -303,26 +289,11 @@ def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> TrainingJ
     run.micro_batch = machine.micro_batch or micro_batch_size(model.input_shape, config.batch_size)
     choice = machine.gradient_checkpointing
     enabled = choice == "on" or (choice == "auto" and run.device.type == "cuda")
-    if enabled and not run.set_checkpointing(model, True):
+    if enabled and not run.enable_checkpointing(model):
         if choice == "on":
             raise TrainingError(f"--gradient-checkpointing on: {config.model} has no such mode; leave it out")
         run.log(f"{config.model} has no gradient checkpointing: going on without")
     return TrainingJob(run, data_dir, phantom, cohort, train, validation, model, criterion)
-
-
-def built_in_folder(config: TrainingConfig) -> Path:
-    return Path("data", f"phantoms_{config.train_volumes}_{config.valid_volumes}")
-
-
-def make_built_in_cohort(run: Run) -> None:
-    """The phantom cohort of this size, made on first use; one line says what it is."""
-    config = run.config
-    folder = built_in_folder(config)
-    run.log(f"No --data-dir: using the built-in cohort of phantoms in {folder}. {SYNTHETIC_NOTE}")
-    try:
-        write_phantom_cohort(folder, config.train_volumes, config.valid_volumes)
-    except ValueError as error:  # a cohort of another version in that folder, or a size that makes none
-        raise TrainingError(str(error)) from error
 
 
 def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormalityModel:

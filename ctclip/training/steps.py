@@ -1,10 +1,11 @@
-"""One optimizer step and one validation: micro-batches in, gradients or logits out."""
+"""One optimizer step and one validation: cached features or volumes in, gradients or logits out."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,15 +13,59 @@ import torch
 from torch import Tensor
 
 from ctclip.config import TrainingConfig, TrainingError
+from ctclip.data.cohort import Volume
+from ctclip.data.feature_cache import FeatureCache, encode_missing
 from ctclip.data.loading import Batch, volume_loader
 from ctclip.evaluation.metrics import auroc_difference, compute_metrics
 from ctclip.inference.predictor import chunks, predict_volumes
 from ctclip.memory import out_of_memory
-from ctclip.training.features import CHUNK, frozen_inputs
-from ctclip.training.run import Split, TrainingJob
-from ctclip_model import ABNORMALITIES
+from ctclip.training.run import SPLIT_NAMES, Run, Split, TrainingJob
+from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 
+CHUNK = 64  # volumes whose cached features are in memory at once
 CACHED_MICRO_BATCH = 32  # times as many volumes: cached features take less than this fraction of an encoder's memory
+
+# ------------------------------------------------------------------ the head's inputs while the backbone is frozen
+
+
+def load_features(job: TrainingJob) -> None:
+    """Points both splits to their features in the cache, encoding what is missing; drops unreadable volumes."""
+    run, model = job.run, job.model
+    model.eval()
+    run.cache = cache = FeatureCache(run.config.cache_dir, model)
+
+    def on_batch(name: str, volumes: list[Volume], batch: Batch) -> None:
+        run.record(name, volumes, batch)
+        run.stop.check("what has been encoded is in the cache")
+
+    for name, split in job.splits.items():
+        if name == "train" and run.config.augment:
+            run.log("--augment changes voxels: no cache for training volumes, every frozen epoch encodes them anew")
+            continue
+        record = partial(on_batch, name)
+        rows = encode_missing(model, cache, split.volumes, run.device, run.workers, run.ranks, record)
+        split.volumes = [volume for volume, row in zip(split.volumes, rows, strict=True) if row is not None]
+        split.rows = [row for row in rows if row is not None]
+        if not split.volumes:
+            which = f"{len(rows)} {SPLIT_NAMES[name]} volumes"
+            raise TrainingError(f"none of the {which} could be read; see the lines above")
+        run.readings |= dict(zip(split.names, cache.readings(split.rows), strict=True))
+        if model.cache_format == "pooled" or (model.is_ctclip and model.head_name != "attention"):
+            inputs = (frozen_inputs(run, model, split, chunk) for chunk in chunks(range(len(split.rows)), CHUNK))
+            split.features = torch.cat([chunk.cpu() for chunk in inputs])
+    run.exchange_records()
+
+
+@torch.no_grad()
+def frozen_inputs(run: Run, model: CTCLIPMultiAbnormalityModel, split: Split, indices: Sequence[int]) -> Tensor:
+    """The head's inputs for these volumes of the split, on the device."""
+    if split.features is not None:
+        return split.features.index_select(0, torch.tensor(indices, dtype=torch.long)).to(run.device)
+    assert run.cache is not None and split.rows is not None
+    return run.cache.head_inputs(model, [split.rows[i] for i in indices], run.device)
+
+
+# ------------------------------------------------------------------ a step
 
 
 class MicroBatch(NamedTuple):
@@ -111,9 +156,7 @@ def accumulate_gradients(job: TrainingJob, micro_batches: Iterator[MicroBatch], 
     raise AssertionError("a step without a last micro-batch")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Validation
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ validation
 
 
 @dataclass
@@ -187,13 +230,11 @@ def is_significantly_worse(validation: Validation, names: Sequence[str], logits:
 
     On the volumes that both evaluations could read.
     """
-    volumes = {volume.name: volume for volume in split.volumes}
-    before = dict(zip(names, logits, strict=True))
-    now = dict(zip(validation.names, validation.logits, strict=True))
-    both = [name for name in now if name in before]
+    now, before = dict(zip(validation.names, validation.logits, strict=True)), dict(zip(names, logits, strict=True))
+    both = [volume for volume in split.volumes if volume.name in now and volume.name in before]
     if not both:
         return False
-    first, second = (torch.stack([rows[name] for name in both]).sigmoid().numpy() for rows in (before, now))
-    labels = np.stack([volumes[name].labels for name in both])
-    change = auroc_difference(labels, first, second, [volumes[name].patient for name in both])
+    first, second = (torch.stack([rows[v.name] for v in both]).sigmoid().numpy() for rows in (before, now))
+    labels = np.stack([volume.labels for volume in both])
+    change = auroc_difference(labels, first, second, [volume.patient for volume in both])
     return change is not None and change[0] > change[1]

@@ -30,8 +30,8 @@ from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.hounsfield import HuDecision
 from ctclip.data.loading import micro_batch_size
 from ctclip.training import loop
-from ctclip.training.features import frozen_inputs
 from ctclip.training.run import Run, Split, TrainingJob
+from ctclip.training.steps import frozen_inputs
 from ctclip_model import N_LABELS, CTCLIPMultiAbnormalityModel, create_loss
 
 GOAL_VOLUMES = 20_000  # that the goals, in seconds, are set for

@@ -22,7 +22,7 @@ from helpers_training import damage, one_line
 from safetensors import SafetensorError
 
 from ctclip.cli import run_cli
-from ctclip.training import checkpoint, features, loop, steps
+from ctclip.training import checkpoint, loop, steps
 from ctclip.training import run as run_module
 from ctclip.training.checkpoint import (
     StateError,
@@ -63,16 +63,15 @@ def undisturbed(fast, config, tmp_path_factory) -> Path:
 
 
 def call_before(monkeypatch, name: str, number: int, action) -> None:
-    """Has `action()` called when the loop's or a step's function is called for the `number`-th time."""
-    module = steps if name == "predict_volumes" else loop
-    original, calls = getattr(module, name), iter(range(1, 10**6))
+    """Has `action()` called when a step's function is called for the `number`-th time."""
+    original, calls = getattr(steps, name), iter(range(1, 10**6))
 
     def counted(*args, **kwargs):
         if next(calls) == number:
             action()
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(module, name, counted)
+    monkeypatch.setattr(steps, name, counted)
 
 
 def interrupt(config, folder: Path, function: str, number: int, *signals: int) -> int:
@@ -142,7 +141,7 @@ def test_a_frozen_evaluation_that_was_complete_is_not_made_again(config, undistu
 
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "validation_metrics", killed)
+        patch.setattr(steps, "validation_metrics", killed)
         assert run_cli(lambda: train(config, folder, Machine(save_minutes=0))) == 130
     assert main(["--resume", str(folder)]) == 0
     assert differences(undisturbed, folder) == []
@@ -170,13 +169,13 @@ def test_interrupted_while_encoding_keeps_what_is_encoded(config, undisturbed, t
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(run_module.Run, "record", interrupted)
-    encode, left = features.encode_missing, []
+    encode, left = steps.encode_missing, []
 
     def count_missing(model, cache, volumes, *rest):
         left.append(cache.rows(volumes).count(None))
         return encode(model, cache, volumes, *rest)
 
-    monkeypatch.setattr(features, "encode_missing", count_missing)
+    monkeypatch.setattr(steps, "encode_missing", count_missing)
     assert run_cli(lambda: train(config, tmp_path / "run")) == 143
     assert "what has been encoded is in the cache" in capsys.readouterr().err
     monkeypatch.undo()

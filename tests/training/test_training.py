@@ -142,20 +142,20 @@ def test_ema_is_that_of_the_formula():
     parameter, other = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([5.0]))
     ema = EMA(0.5)
     ema.track({"a.b": parameter})
-    assert ema.tensors()["a.b"].item() == 1
+    assert ema.averages["a.b"].item() == 1
     expected = 1.0
     for value, decay in ((2.0, 0.0), (4.0, 1 - 2 ** (-2 / 3)), (8.0, 0.5), (0.0, 0.5)):  # 1 - 3 ** (-2/3) = 0.519
         parameter.data.fill_(value)
         ema.update()
         expected = decay * expected + (1 - decay) * value
-        assert ema.tensors()["a.b"].item() == pytest.approx(expected, rel=1e-6)
+        assert ema.averages["a.b"].item() == pytest.approx(expected, rel=1e-6)
     ema.track({"a.b": parameter, "c": other})  # layers were unfrozen
-    assert ema.tensors()["a.b"].item() == pytest.approx(expected, rel=1e-6)
-    assert ema.tensors()["c"].item() == 5 and parameter.item() == 0
+    assert ema.averages["a.b"].item() == pytest.approx(expected, rel=1e-6)
+    assert ema.averages["c"].item() == 5 and parameter.item() == 0
     off = EMA(0.0)
     off.track({"a": parameter})
     off.update()
-    assert off.tensors() == {}
+    assert off.averages == {}
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_cached_features_give_the_run_that_encoding_every_epoch_gives(head, conf
     """Dropout included: both draw the same random numbers."""
     frozen = config(freeze_backbone=True, epochs=2, head=head)
     cached = train(frozen, tmp_path / "cached")
-    monkeypatch.setattr(loop, "load_features", lambda *args: None)
+    monkeypatch.setattr(steps, "load_features", lambda *args: None)
     assert_close(cached, train(frozen, tmp_path / "encoded"), atol=1e-6)
 
 
@@ -312,8 +312,8 @@ def test_layers_have_their_own_rates_and_matrices_their_decay(config, tmp_path):
     changes = {"freeze_epochs": 1, "unfreeze_layers": 1, "layer_decay": 0.5, "backbone_learning_rate": 1e-3}
     folder = train(config(**changes, weight_decay=0.1, learning_rate=0.2, warmup_fraction=0.0), tmp_path / "run")
     groups = torch.load(states(folder)[-1], weights_only=True)["optimizer"]["param_groups"]
-    peaks = {(group["title"], group["start"]): group["peak"] for group in groups}
-    assert peaks == {("head", 0): 0.2, ("layer 6", 1): 1e-3, ("layer 5", 2): 5e-4}
+    peaks = {(group["layer"], group["start"]): group["peak"] for group in groups}  # layers from the output down
+    assert peaks == {(0, 0): 0.2, (1, 1): 1e-3, (2, 2): 5e-4}
     assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
     steps = math.ceil(json.loads((folder / "run.json").read_text())["volumes"]["train"] / 8)
     for group in groups:  # the rate of a step is that of its middle: no step has none
@@ -434,7 +434,7 @@ def test_step_that_is_not_finite_is_skipped_and_counted(config, tmp_path, monkey
 
 def poison(monkeypatch, first: int) -> list[str]:
     """From this step on one volume of each has features that are not numbers. Returns their names, as they come."""
-    original, names, numbers = loop.accumulate_gradients, [], iter(range(1, 10**6))
+    original, names, numbers = steps.accumulate_gradients, [], iter(range(1, 10**6))
 
     def poisoned(job, micro_batches, batch_size):
         def with_nan():
@@ -446,7 +446,7 @@ def poison(monkeypatch, first: int) -> list[str]:
 
         return original(job, with_nan() if next(numbers) >= first else micro_batches, batch_size)
 
-    monkeypatch.setattr(loop, "accumulate_gradients", poisoned)
+    monkeypatch.setattr(steps, "accumulate_gradients", poisoned)
     return names
 
 
@@ -485,7 +485,7 @@ def test_auroc_that_falls_by_more_than_its_noise_ends_the_run_at_its_best(
     assert "back to the weights of epoch 1" in json.loads((folder / "run.json").read_text())["status"]
     content = (folder / "model.safetensors").read_bytes()
 
-    monkeypatch.setattr(loop, "accumulate_gradients", None)  # nothing is trained
+    monkeypatch.setattr(steps, "accumulate_gradients", None)  # nothing is trained
     assert main(["--resume", str(folder)]) == 0
     assert "State found: validation AUROC below the best" in capsys.readouterr().out
     assert (folder / "model.safetensors").read_bytes() == content and history(folder) == lines
@@ -732,7 +732,7 @@ def test_folders_may_have_moved_when_a_run_goes_on(config, tmp_path, monkeypatch
         def stop(*args):
             raise KeyboardInterrupt
 
-        patch.setattr(loop, "write_history", stop)  # after the first epoch's state
+        patch.setattr(logging, "write_history", stop)  # after the first epoch's state
         assert run_cli(lambda: train(config, folder)) == 130
     moved = tmp_path / "moved"
     (tmp_path / "cache").rename(moved)
