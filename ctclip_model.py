@@ -39,6 +39,7 @@ import sys
 import unicodedata
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -90,14 +91,9 @@ _HERE = Path(__file__).resolve().parent
 DEMO_PATH = str(_HERE / ("ctclip/demo" if (_HERE / "ctclip" / "demo").is_dir() else "models") / "ctclip_demo.pt")
 # Names that may be written into a saved model as its origin; any other name or path may be private.
 PUBLISHED_FILES = (
-    "ctclip_demo",
-    "ctclip_classfine",
-    "ctclip_vocabfine",
-    "ctclip_zeroshot",
-    "CT_LiPro_v2",
-    "CT_VocabFine_v2",
-    "CT-CLIP_v2",
-)
+    "ctclip_demo", "ctclip_classfine", "ctclip_vocabfine", "ctclip_zeroshot",
+    "CT_LiPro_v2", "CT_VocabFine_v2", "CT-CLIP_v2",
+)  # fmt: skip
 
 # Prefixes that wrappers left in the keys of published files; removed from the left, in any order and number.
 PREFIXES = ("module.", "trained_model.")
@@ -153,9 +149,11 @@ class PretrainedWeightsError(ModelError, RuntimeError):
     """ImageNet weights of a slice backbone that cannot be had; the message names the way on."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Image tower
-# ----------------------------------------------------------------------------------------------------------------------
+def _first_sentence(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+
+
+# -- Image tower -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -496,24 +494,16 @@ class VisualTransformer(nn.Module):
         slabs = volume.split(self.temporal_patch, dim=2)
         return torch.cat([self.to_patch_emb(slab) for slab in slabs], dim=1)
 
-    def group_matcher(self, coarse: bool = False) -> dict:
+    def group_matcher(self) -> dict:
         """timm's patterns that group parameters into layers, from input to output: stem, spatial, temporal layers."""
-
-        def layers(name: str) -> str | list[tuple[str, tuple[int] | None]]:
-            if coarse:
-                return rf"^{name}"
-            return [(rf"^{name}\.layers\.(\d+)", None), (rf"^{name}\.norm_out", (99999,))]  # joins the last layer
-
-        return {
-            "stem": r"^to_patch_emb|^spatial_rel_pos_bias",
-            "spatial": layers("enc_spatial_transformer"),
-            "temporal": layers("enc_temporal_transformer"),
-        }
+        groups: dict[str, Any] = {"stem": r"^to_patch_emb|^spatial_rel_pos_bias"}
+        for kind in ("spatial", "temporal"):
+            name = f"enc_{kind}_transformer"
+            groups[kind] = [(rf"^{name}\.layers\.(\d+)", None), (rf"^{name}\.norm_out", (99999,))]  # joins the last
+        return groups
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Heads
-# ----------------------------------------------------------------------------------------------------------------------
+# -- Heads -------------------------------------------------------------------------------------------------------------
 
 
 def zero_linear(inputs: int, outputs: int = N_LABELS) -> nn.Linear:
@@ -635,9 +625,7 @@ def create_head(name: str, sizes: TowerSizes, dropout: float, outputs: int = N_L
     return zero_linear(sizes.latent, outputs)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
+# -- Checkpoints -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -662,10 +650,11 @@ class LoadReport:
 def saved_config(folder: Path) -> dict:
     """config.json of a saved model. Raises CheckpointError where it is absent, damaged or another program's."""
     path, remedy = folder / "config.json", "copy it again from where the model was saved"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: found no such file, expected the one that is saved with the weights; {remedy}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        found = f"{path}: found no such file, expected the one that is saved with the weights"
+        raise CheckpointError(f"{found}; {remedy}") from error
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: found no JSON ({error}), expected a saved model's sizes; {remedy}") from error
     if not isinstance(config, dict) or config.get("ctclip_path", "") is not None:
@@ -710,7 +699,14 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     others = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise CheckpointError(f"{path}: {', '.join(others[:5])} are not tensors; expected a plain state dict")
-    return _without_prefixes(path, state)
+    stripped: dict[str, Tensor] = {}
+    for key, value in state.items():
+        while prefix := next((p for p in PREFIXES if key.startswith(p)), None):
+            key = key[len(prefix) :]
+        if key in stripped:
+            raise CheckpointError(f"{path} holds '{key}' twice, under different prefixes; expected each tensor once")
+        stripped[key] = value
+    return stripped
 
 
 def _read_file(path: Path) -> Any:
@@ -725,10 +721,9 @@ def _read_file(path: Path) -> Any:
             "Expected a plain state dict; run python ctclip_setup.py for the published weights"
         ) from error
     except (RuntimeError, EOFError, OSError, SafetensorError, ValueError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{path} is not a readable weights file ({reason}); if a download was cut off, delete it and run "
-            "python ctclip_setup.py again"
+            f"{path} is not a readable weights file ({_first_sentence(error)}); if a download was cut off, "
+            "delete it and run python ctclip_setup.py again"
         ) from error
 
 
@@ -764,18 +759,6 @@ def _in_memory(read: Callable[[], dict[str, Tensor]], like: dict[str, Tensor]) -
     return copies
 
 
-def _without_prefixes(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    stripped: dict[str, Tensor] = {}
-    for key, value in state.items():
-        name = key
-        while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
-            name = name[len(prefix) :]
-        if name in stripped:
-            raise CheckpointError(f"{path} holds '{name}' twice, under different prefixes; expected each tensor once")
-        stripped[name] = value
-    return stripped
-
-
 def unused_reason(key: str) -> str | None:
     """Why an image classifier does not use this key of a file; None where no reason is known."""
     return next((reason for part, reason in UNUSED_KEYS if key.startswith(part) or part in f".{key}"), None)
@@ -788,23 +771,23 @@ def load_tower(model: nn.Module, state: dict[str, Tensor], path: Path, head: Hea
     keeps its start values and is reported. ClassFine's linear head is dropped where the model has another one.
     """
     own = model.state_dict()
-    used: list[str] = []
-    dropped: dict[str, int] = {}
-    unexpected: list[str] = []
-    for key in state:
-        if key in own and key not in head.tensors:
-            used.append(key)
-        elif reason := "ClassFine's linear head" if key in LINEAR_HEAD_KEYS else unused_reason(key):
-            dropped[reason] = dropped.get(reason, 0) + 1
-        else:
-            unexpected.append(key)
+    used = [key for key in state if key in own and key not in head.tensors]
+    reasons = {
+        key: "ClassFine's linear head" if key in LINEAR_HEAD_KEYS else unused_reason(key)
+        for key in state.keys() - set(used)
+    }
     absent = [key for key in own if key not in used and key not in head.tensors]
     new = tuple(key for key in absent if key.startswith("classifier."))
+    half = [f"{key} is missing" for key in LINEAR_HEAD_KEYS if key in new]
     problems = {
         "missing": [key for key in absent if key not in new],
-        "unexpected": unexpected,
-        "wrong shape": _wrong_shapes(own, {key: state[key] for key in used} | head.tensors),
-        "half a head": _half_a_head(new),
+        "unexpected": [key for key in state if key in reasons and reasons[key] is None],
+        "wrong shape": [
+            f"{key} is {tuple(value.shape)}, expected {tuple(own[key].shape)}"
+            for key, value in ({key: state[key] for key in used} | head.tensors).items()
+            if value.shape != own[key].shape
+        ],
+        "half a head": half if len(half) == 1 else [],
     }
     listed = [f"{problem}: {_first_five(keys)}" for problem, keys in problems.items() if keys]
     if listed:
@@ -812,22 +795,15 @@ def load_tower(model: nn.Module, state: dict[str, Tensor], path: Path, head: Hea
     read = partial(read_checkpoint, path) if _can_be_mapped(path) else lambda: state
     copies = _in_memory(read, {key: own[key] for key in used})
     model.load_state_dict({key: own[key] for key in new} | head.tensors | copies, assign=True)
+    dropped = Counter(str(reasons[key]) for key in state if key in reasons)
     if head.tensors and "text tower" in dropped:
         dropped["text tower, once made into the head"] = dropped.pop("text tower")
-    return LoadReport(str(path), len(used), dropped, new, f"{head.name}, {head.origin(new)}", head.no_prompts_reason)
-
-
-def _wrong_shapes(own: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
-    return [
-        f"{key} is {tuple(value.shape)}, expected {tuple(own[key].shape)}"
-        for key, value in found.items()
-        if value.shape != own[key].shape
-    ]
-
-
-def _half_a_head(new: Sequence[str]) -> list[str]:
-    absent = [f"{key} is missing" for key in LINEAR_HEAD_KEYS if key in new]
-    return absent if len(absent) == 1 else []
+    if head.tensors:
+        origin = f"for {len(head.tensors[LINEAR_HEAD_KEYS[0]])} findings, made from the file's text tower"
+    else:
+        linear = head.name == "mlp" and LINEAR_HEAD_KEYS[0] not in new
+        origin = "from the file" if not new else "its linear part from the file" if linear else "new"
+    return LoadReport(str(path), len(used), dropped, new, f"{head.name}, {origin}", head.no_prompts_reason)
 
 
 def _first_five(keys: Sequence[str]) -> str:
@@ -835,8 +811,7 @@ def _first_five(keys: Sequence[str]) -> str:
     return ", ".join(keys[:5]) + more
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Text tower: findings in words -> a linear head
+# -- Text tower: findings in words -> a linear head --------------------------------------------------------------------
 #
 # Legend   n findings, S tokens of the longest prompt, L latent.
 #
@@ -849,7 +824,6 @@ def _first_five(keys: Sequence[str]) -> str:
 #
 # This needs the package transformers (its BertModel, and tokenizers, which comes with it) and the vocabulary of the
 # text tower, one file of a public model repository.
-# ----------------------------------------------------------------------------------------------------------------------
 
 VOCABULARY_REPOSITORY = "microsoft/BiomedVLP-CXR-BERT-specialized"
 VOCABULARY_FILE = "vocab.txt"
@@ -885,12 +859,11 @@ class Prompts:
             raise PromptError(f"found {counts}, expected at least one finding and two texts for each; complete them")
         if not all(normalised(text) for text in self.names + self.present + self.absent):
             raise PromptError("found a finding or a text that is empty, expected words; complete it")
-        seen = [normalised(name) for name in self.names]
-        twice = next((name for name, read in zip(self.names, seen, strict=True) if seen.count(read) > 1), None)
-        if twice is not None:
-            found = f"found '{twice}' twice, expected every finding once"
-            raise PromptError(f"{found} (neither case nor accents are read); remove one")
+        seen = Counter(map(normalised, self.names))
         for name, *texts in zip(self.names, self.present, self.absent, strict=True):
+            if seen[normalised(name)] > 1:
+                found = f"found '{name}' twice, expected every finding once"
+                raise PromptError(f"{found} (neither case nor accents are read); remove one")
             special = next((token for token in RESERVED if any(token in text for text in texts)), None)
             if special is not None:
                 found = f"found {special} in a text of '{name}', expected words"
@@ -936,8 +909,7 @@ class Vocabulary:
             ) from error
         except (OSError, UnicodeDecodeError) as error:
             raise PromptError(f"{path}: found no text ({error}), expected a vocabulary; fetch it again") from error
-        missing = [piece for piece in SPECIAL if piece not in pieces]
-        if missing:
+        if missing := [piece for piece in SPECIAL if piece not in pieces]:
             found = f"{path}: found a vocabulary without {', '.join(missing)}"
             raise PromptError(f"{found}, expected BERT's; fetch {VOCABULARY_REPOSITORY}'s vocab.txt again")
         return cls(path, tuple(pieces), content)
@@ -952,22 +924,18 @@ def tokenise(prompts: Prompts, vocabulary: Vocabulary, positions: int) -> tuple[
     with _transformers_needed():
         from tokenizers import BertWordPieceTokenizer
     table = {piece: row for row, piece in enumerate(vocabulary.pieces)}
-    encoded = BertWordPieceTokenizer(table, lowercase=True).encode_batch(prompts.pairs())
+    tokenizer = BertWordPieceTokenizer(table, lowercase=True)
+    tokenizer.enable_padding(pad_id=table["[PAD]"])
+    encoded = tokenizer.encode_batch(prompts.pairs())
     for row, text in enumerate(encoded):
-        subject = f"a text of '{prompts.names[row // 2]}'"
-        if len(text.ids) > positions:
-            found = f"{subject} has {len(text.ids)} tokens, expected at most {positions}"
+        subject, length = f"a text of '{prompts.names[row // 2]}'", sum(text.attention_mask)
+        if length > positions:
+            found = f"{subject} has {length} tokens, expected at most {positions}"
             raise PromptError(f"{found}, the text tower's limit; shorten it")
         if "[UNK]" in text.tokens:
             found = f"{subject} has words that the text tower's vocabulary cannot spell"
             raise PromptError(f"{found}, expected English; word it otherwise")
-    longest = max(len(text.ids) for text in encoded)
-    ids = torch.full((len(encoded), longest), table["[PAD]"], dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(encoded):
-        ids[row, : len(text.ids)] = torch.tensor(text.ids)
-        mask[row, : len(text.ids)] = 1
-    return ids, mask
+    return torch.tensor([text.ids for text in encoded]), torch.tensor([text.attention_mask for text in encoded])
 
 
 @contextmanager
@@ -978,10 +946,9 @@ def _transformers_needed() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except ImportError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PromptError(
-            f"the package transformers cannot be imported ({reason}), expected it, because it encodes the prompts; "
-            "pip install transformers"
+            f"the package transformers cannot be imported ({_first_sentence(error)}), expected it, because it "
+            "encodes the prompts; pip install transformers"
         ) from error
 
 
@@ -1038,7 +1005,7 @@ def bert_sizes(tensors: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def text_tower(state: dict[str, Tensor]) -> BertModel:
+def _text_tower(state: dict[str, Tensor]) -> BertModel:
     """The checkpoint's BERT in float32 and evaluation mode. It uses the given (perhaps mapped) tensors without a copy.
 
     Raises PromptError for missing, extra or misshapen tensors.
@@ -1057,7 +1024,7 @@ def text_tower(state: dict[str, Tensor]) -> BertModel:
         raise PromptError(f"the text tower has missing, extra or misshapen tensors ({_first_five(wrong)}), expected "
                           "BERT's; fetch the file again")  # fmt: skip
     tower.load_state_dict(tensors, assign=True)
-    return tower.eval().requires_grad_(False)
+    return tower.eval()
 
 
 @torch.no_grad()
@@ -1066,7 +1033,7 @@ def text_latents(state: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
 
     The amount of padding changes nothing. Raises PromptError where `state` has no usable text tower.
     """
-    tower, projection = text_tower(state), state["to_text_latent.weight"].float()
+    tower, projection = _text_tower(state), state["to_text_latent.weight"].float()
     rows = []
     for part, part_mask in zip(ids.split(PROMPTS_AT_ONCE), mask.split(PROMPTS_AT_ONCE), strict=True):
         positions = torch.arange(part.shape[1]).expand_as(part)  # given, because the tower's own stayed on meta
@@ -1075,11 +1042,6 @@ def text_latents(state: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
         ).last_hidden_state  # (n, S, width)
         rows.append(F.normalize(F.linear(hidden[:, 0], projection), dim=-1))
     return torch.cat(rows)
-
-
-def pair_weights(latents: Tensor, temperature: Tensor) -> Tensor:
-    """Text latents (2n, L), present and absent in turn -> weight (n, L) of a linear head on image latents."""
-    return temperature.float().reshape(()).exp() * (latents[0::2] - latents[1::2])
 
 
 def prompt_weights(state: dict[str, Tensor], prompts: Prompts, vocabulary: Vocabulary) -> Tensor:
@@ -1094,17 +1056,11 @@ def prompt_weights(state: dict[str, Tensor], prompts: Prompts, vocabulary: Vocab
             f"row of the file's word embeddings; fetch {VOCABULARY_REPOSITORY}'s vocab.txt again"
         )
     ids, mask = tokenise(prompts, vocabulary, sizes["max_position_embeddings"])
-    return pair_weights(text_latents(state, ids, mask), state["temperature"])
+    latents = text_latents(state, ids, mask)
+    return state["temperature"].float().reshape(()).exp() * (latents[0::2] - latents[1::2])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Slice backbones
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0].split('. ')[0]}" if text else type(error).__name__
+# -- Slice backbones ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -1145,8 +1101,8 @@ def create_backbone(name: str, pretrained: bool) -> nn.Module:
         if not pretrained:
             raise
         raise PretrainedWeightsError(
-            f"ImageNet weights of '{name}' could not be fetched ({_reason(error)}). Connect to the network, or start "
-            "from random weights on purpose with --no-pretrained (pretrained=False)"
+            f"ImageNet weights of '{name}' could not be fetched ({type(error).__name__}: {_first_sentence(error)}). "
+            "Connect to the network, or start from random weights on purpose with --no-pretrained (pretrained=False)"
         ) from error
 
 
@@ -1197,9 +1153,7 @@ def _pool(maps: Tensor) -> Tensor:
     return maps.mean((3, 4)).mean(1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The model
-# ----------------------------------------------------------------------------------------------------------------------
+# -- The model ---------------------------------------------------------------------------------------------------------
 
 
 def _label_names(head: str | None, prompts: Prompts | None, labels: Sequence[str] | None) -> tuple[str, ...]:
@@ -1222,14 +1176,6 @@ class HeadInit:
     name: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
     no_prompts_reason: str | None = None
-
-    def origin(self, new: Sequence[str]) -> str:
-        """Where the head comes from, in words; `new`: the tensors of it that start fresh."""
-        if self.tensors:
-            return f"for {len(self.tensors[LINEAR_HEAD_KEYS[0]])} findings, made from the file's text tower"
-        if not new:
-            return "from the file"
-        return "its linear part from the file" if self.name == "mlp" and LINEAR_HEAD_KEYS[0] not in new else "new"
 
 
 def takes_prompts(head: str | None, state: dict[str, Tensor]) -> bool:
@@ -1538,12 +1484,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         return quantizer(tokens) if tokens.requires_grad else quantizer.code_ids(tokens)
 
     def _slice_features(self, x: Tensor) -> Tensor:
-        if x.ndim == 5:
-            self._check_volume(x)
-            slices = slice_triplets(x, self.n_slices)  # (B, S, 3, H, W)
-        else:
-            self._check_slices(x)
-            slices = x[:, None]
+        slices = slice_triplets(x, self.n_slices) if self._is_volume(x) else x[:, None]  # (B, S, 3, H, W)
         maps = self.backbone(slices.flatten(0, 1)).unflatten(0, slices.shape[:2])  # (B, S, C, h, w)
         return maps if self.cache_format == "maps" else _pool(maps)
 
@@ -1609,10 +1550,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         if self.sizes is None:
             raise TypeError("a slice backbone has no CT-CLIP latents or codes; use features(), or pass ctclip_path")
         depth, height, width = self.sizes.temporal_patch, *self.input_shape[1:]
-        if x.ndim == 4:
-            self._check_slices(x)
+        if not self._is_volume(x):
             return F.interpolate(x[:, None], (depth, height, width), mode="trilinear")
-        self._check_volume(x)
         if x.shape[2] % depth or x.shape[2] == 0 or x.shape[3:] != (height, width):
             raise ValueError(
                 f"volume of shape {tuple(x.shape)}; this checkpoint takes (B, 1, D, {height}, {width}) with D a "
@@ -1621,16 +1560,13 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         return x
 
     @staticmethod
-    def _check_volume(x: Tensor) -> None:
-        if x.ndim != 5 or x.shape[1] != 1:
+    def _is_volume(x: Tensor) -> bool:
+        """True for (B, 1, D, H, W), False for three slices (B, 3, H, W); raises ValueError for any other input."""
+        if (x.ndim, *x.shape[1:2]) not in ((5, 1), (4, 3)):
             raise ValueError(
                 f"input of shape {tuple(x.shape)}; expected a volume (B, 1, D, H, W) or three slices (B, 3, H, W)"
             )
-
-    @staticmethod
-    def _check_slices(x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != 3:
-            raise ValueError(f"slices of shape {tuple(x.shape)}; expected three adjacent axial slices (B, 3, H, W)")
+        return x.ndim == 5
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
@@ -1648,22 +1584,26 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         self,
         save_directory: str | Path,
         *,
-        config: Any = None,  # the mixin's argument, not used: config.json is always the model's own
         repo_id: str | None = None,
         push_to_hub: bool = False,
-        model_card_kwargs: dict[str, Any] | None = None,
-        **push_to_hub_kwargs: Any,
+        **options: Any,  # of the mixin's push_to_hub
     ) -> str | None:
         """The mixin's, without a model card: model.safetensors and config.json in `save_directory`.
 
         Raises ModelError where the folder holds other weights and files that may describe them, such as a run's.
         """
         folder = Path(save_directory)
-        check_folder_is_free(self, folder)
+        weights = folder / "model.safetensors"
+        if weights.is_file() and not has_tensors_of(self, weights):
+            own = {weights.name, "config.json", "README.md"}
+            others = sorted(path.name for path in folder.iterdir() if path.name not in own and path.name[0] != ".")
+            if others:
+                raise ModelError(
+                    f"{folder}: found other weights and files that may describe them ({', '.join(others[:3])}), "
+                    "expected a folder with neither; choose another folder"
+                )
         self._save_pretrained(folder)
-        if push_to_hub:
-            return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
-        return None
+        return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> CTCLIPMultiAbnormalityModel:
@@ -1726,20 +1666,6 @@ def has_tensors_of(model: nn.Module, file: Path) -> bool:
         return False
 
 
-def check_folder_is_free(model: nn.Module, folder: Path) -> None:
-    """Raises ModelError where saving would put the model beside files that describe the weights it replaces."""
-    weights = folder / "model.safetensors"
-    if not weights.is_file() or has_tensors_of(model, weights):
-        return
-    own = {weights.name, "config.json", "README.md"}
-    others = sorted(path.name for path in folder.iterdir() if path.name not in own and path.name[0] != ".")
-    if others:
-        raise ModelError(
-            f"{folder}: found other weights and files that may describe them ({', '.join(others[:3])}), expected a "
-            "folder with neither; choose another folder"
-        )
-
-
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; renamed to `path` when the block ends well, removed when it does not."""
@@ -1753,9 +1679,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Losses
-# ----------------------------------------------------------------------------------------------------------------------
+# -- Losses ------------------------------------------------------------------------------------------------------------
 
 
 class AggressiveFocalLoss(nn.Module):
@@ -1820,16 +1744,9 @@ def create_loss(
         return nn.BCEWithLogitsLoss(weight=label_weights)
     if kind != "asl":
         raise ValueError(f"loss '{kind}' is not known; expected focal, bce or asl")
-    import timm
     from timm.loss import AsymmetricLossMultiLabel
 
-    try:
-        return AsymmetricLossMultiLabel(reduction="mean", weight=label_weights)
-    except TypeError as error:
-        raise ValueError(
-            f"timm {timm.__version__} has no asymmetric loss with a mean; expected the version in requirements.txt: "
-            "run python ctclip_setup.py"
-        ) from error
+    return AsymmetricLossMultiLabel(reduction="mean", weight=label_weights)
 
 
 def balanced_label_weights(labels: Tensor) -> Tensor:
@@ -1845,16 +1762,7 @@ def balanced_label_weights(labels: Tensor) -> Tensor:
     return weights / weights.mean()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Script: "Test the Model"
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def create_ctclip_checkpoint(sizes: TowerSizes, seed: int = 0, classifier: bool = False) -> dict[str, Tensor]:
-    """Random weights in the published layout (CT-CLIP's, or ClassFine's with `classifier`), without the text tower."""
-    torch.manual_seed(seed)
-    model = CTCLIPMultiAbnormalityModel(sizes=asdict(sizes))
-    return published_layout(model, classifier)
+# -- Script: "Test the Model" ------------------------------------------------------------------------------------------
 
 
 def published_layout(model: CTCLIPMultiAbnormalityModel, classifier: bool) -> dict[str, Tensor]:
@@ -1873,22 +1781,18 @@ def published_layout(model: CTCLIPMultiAbnormalityModel, classifier: bool) -> di
 
 def describe(title: str, model: CTCLIPMultiAbnormalityModel, x: Tensor) -> None:
     """Prints the shapes, the loss test and the parameter counts of one variant."""
-    model.eval()
     with torch.inference_mode():
-        logits = model(x)
+        logits = model.eval()(x)
     labels = torch.zeros_like(logits)
     labels[:, ::2] = 1  # nine of eighteen
-    loss = create_balanced_loss()(logits, labels).item()
-    untrained = not logits.any()
-    note = "untrained head on balanced labels" if untrained else "trained head; an untrained one gives 0.6931"
-    backbone = sum(p.numel() for p in model.backbone_parameters())
-    head = sum(p.numel() for p in model.head_parameters())
+    note = "trained head; an untrained one gives 0.6931" if logits.any() else "untrained head on balanced labels"
+    backbone, head = (sum(p.numel() for p in part) for part in (model.backbone_parameters(), model.head_parameters()))
     print(f"\n{title}")
     if model.load_report:
         print(f"  Weights:      {model.load_report}")
     print(f"  Input shape:  {tuple(x.shape)}")
     print(f"  Output shape: {tuple(logits.shape)}")
-    print(f"  Loss test: {loss:.4f}  ({note})")
+    print(f"  Loss test: {create_balanced_loss()(logits, labels).item():.4f}  ({note})")
     print(f"  Parameters:   backbone {backbone:,}, head {head:,}, total {backbone + head:,}")
 
 
@@ -1902,9 +1806,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = _OneLineParser(description=description, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ctclip {__version__}")
     parser.add_argument("--backbone", default="efficientnet_b0", help="timm model of the slice variant")
-    parser.add_argument(
-        "--no-pretrained", "--no_pretrained", action="store_true", help="slice variant from random weights"
-    )
+    no_weights = ("--no-pretrained", "--no_pretrained")
+    parser.add_argument(*no_weights, action="store_true", help="slice variant from random weights")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     print("Testing the models (random input; the numbers say that the code runs, nothing about patients)")

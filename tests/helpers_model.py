@@ -1,6 +1,10 @@
-"""Sizes of towers: unlike those of any checkpoint in tests/fixtures, and those of the published one."""
+"""Sizes of towers: unlike those of any checkpoint in tests/fixtures, and those of the published one; random weights."""
 
-from ctclip_model import TowerSizes
+from dataclasses import asdict
+
+import torch
+
+from ctclip_model import CTCLIPMultiAbnormalityModel, TowerSizes, published_layout
 
 OTHER_SIZES = TowerSizes(
     dim=24,
@@ -31,3 +35,9 @@ PUBLISHED = TowerSizes(
     feedforward=1365,
     bias_dim=512,
 )
+
+
+def create_ctclip_checkpoint(sizes: TowerSizes, seed: int = 0, classifier: bool = False) -> dict[str, torch.Tensor]:
+    """Random weights in the published layout (CT-CLIP's, or ClassFine's with `classifier`), without the text tower."""
+    torch.manual_seed(seed)
+    return published_layout(CTCLIPMultiAbnormalityModel(sizes=asdict(sizes)), classifier)

@@ -358,8 +358,6 @@ def test_ctclip_layers_run_from_the_patches_to_the_latent():
         assert all(any(name.startswith(start) for name in names) for start in allowed)
     assert "to_visual_latent.weight" in layers[-1]
     assert not any("to_visual_latent.weight" in names for names in ctclip("attention").layers())
-    matcher = ctclip("linear").visual_transformer.group_matcher(coarse=True)
-    assert list(matcher) == ["stem", "spatial", "temporal"]
 
 
 @pytest.mark.parametrize(
@@ -552,19 +550,9 @@ def test_label_weights_scale_the_labels_gradient_on_both_sides(kind):
     torch.testing.assert_close(found[2][1][:, others], found[0][1][:, others])
 
 
-def test_unknown_loss_and_a_timm_without_the_mean(monkeypatch):
-    import timm.loss
-
+def test_an_unknown_loss_is_refused():
     with pytest.raises(ValueError, match="loss 'hinge' is not known; expected focal, bce or asl"):
         create_loss("hinge")
-
-    class Old(nn.Module):
-        def __init__(self, gamma_neg=4):
-            super().__init__()
-
-    monkeypatch.setattr(timm.loss, "AsymmetricLossMultiLabel", Old)
-    with pytest.raises(ValueError, match="requirements.txt"):
-        create_loss("asl")
 
 
 def test_balanced_label_weights_by_hand():

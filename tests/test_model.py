@@ -10,7 +10,7 @@ import numpy as np
 import plain_encoder
 import pytest
 import torch
-from helpers_model import OTHER_SIZES
+from helpers_model import OTHER_SIZES, create_ctclip_checkpoint
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,7 +25,6 @@ from ctclip_model import (
     SpatialBias,
     TowerSizes,
     TransformerLayer,
-    create_ctclip_checkpoint,
     main,
     read_checkpoint,
     slice_triplets,

@@ -24,10 +24,10 @@ TEXT_TOWER = 110_000_000  # parameters
 def write_files(folder: Path) -> dict[str, Path]:
     """The same weights as the hub's .pt, as a slim copy, and as a run's folder."""
     import torch
-    from helpers_model import PUBLISHED
+    from helpers_model import PUBLISHED, create_ctclip_checkpoint
     from safetensors.torch import save_file
 
-    from ctclip_model import CTCLIPMultiAbnormalityModel, create_ctclip_checkpoint
+    from ctclip_model import CTCLIPMultiAbnormalityModel
 
     state = create_ctclip_checkpoint(PUBLISHED, classifier=True)
     extra = {"text_transformer.x": torch.rand(TEXT_TOWER), "to_visual_latent_extra.weight":
