@@ -25,10 +25,9 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -54,18 +53,13 @@ class CacheError(UserError):
     """A cache that cannot be read or written. One line: what was found, what was expected, what to do."""
 
 
-# ------------------------------------------------------------------ what an entry is a function of
-
-
 def cache_key(volume: Volume) -> str | None:
-    """Digest of everything about a volume that decides its tensor and its HU decision; None if that is not known, with
-    no file there and no signature of it.
+    """Digest of everything about a volume that decides its tensor and its HU decision; None where there is neither a
+    file nor a signature of it.
 
-    Name, folder (version 2 or not), the geometry and scaling in the metadata row, and which file it is: size and last 8
-    bytes of a .gz, which are the CRC-32 and length of its content, so that it is known without being read and survives
-    a copy; size and time of change of other files. The decision on how to read the voxels follows from just these, by
-    the code that PREPROCESSING_VERSION stands for: another decision is always another entry. Of a streamed volume, size
-    and last bytes are its signature.
+    Name, folder (version 2 or not), the geometry and scaling in the metadata row, and which file it is
+    (`file_signature`). The decision on how to read the voxels follows from just these, by the code that
+    PREPROCESSING_VERSION stands for: another decision is always another entry.
     """
     try:
         size, content = volume.signature or file_signature(volume.path)
@@ -77,7 +71,10 @@ def cache_key(volume: Volume) -> str | None:
 
 
 def file_signature(path: Path) -> tuple[int, str | int]:
-    """(size, last 8 bytes in hex) of a .gz file, (size, time of change in ns) of another. Raises OSError."""
+    """(size, last 8 bytes in hex) of a .gz file, (size, time of change in ns) of another. Raises OSError.
+
+    The last bytes are CRC-32 and length of the content: known without reading it, and the same in a copy.
+    """
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
         if path.suffix != ".gz":
@@ -130,11 +127,7 @@ def encoding(model: CTCLIPMultiAbnormalityModel, device: torch.device) -> Iterat
         model.train(training)
 
 
-# ------------------------------------------------------------------ the folder
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One index line: where the record is, its CRC-32, how the file was read, and what it was made from."""
 
     shard: int
@@ -303,13 +296,13 @@ class FeatureCache:
             write_all(index, "".join(lines).encode())
         except BaseException as error:
             self.close()  # half a record must stay the last of its shard
-            if isinstance(error, OSError):
-                found = error.strerror or str(error)
-                if error.errno in DISK_FULL:
-                    raise CacheError(self.disk_full_message(max(remaining, len(volumes)), found)) from error
-                remedy = "choose another --cache-dir"
-                raise CacheError(f"{self.folder}: found {found}, expected a folder to write to; {remedy}") from error
-            raise
+            if not isinstance(error, OSError):
+                raise
+            found = error.strerror or str(error)
+            message = f"{self.folder}: found {found}, expected a folder to write to; choose another --cache-dir"
+            if error.errno in DISK_FULL:
+                message = self.disk_full_message(max(remaining, len(volumes)), found)
+            raise CacheError(message) from error
         self._read_index(shard)
 
     def _new_shard(self) -> tuple[int, IO[bytes], IO[bytes]]:
@@ -362,9 +355,6 @@ def write_all(file: IO[bytes], data: bytes) -> None:
     os.fsync(file.fileno())
 
 
-# ------------------------------------------------------------------ filling it
-
-
 def encode_missing(
     model: CTCLIPMultiAbnormalityModel,
     cache: FeatureCache,
@@ -382,13 +372,26 @@ def encode_missing(
     one that all ranks see.
     """
     keys = cache_keys(volumes)
-    missing = _missing(model, cache, volumes, keys, ranks)
+    rows, damaged = cache.intact(keys)
+    if damaged and ranks.is_main:
+        tqdm.write(f"{cache.folder}: found {damaged} damaged entries, counting them as missing")
+    missing = [i for i, row in enumerate(rows) if row is None]
+    need, free = cache.disk_space(len(missing))
+    message = cache.missing_message(volumes, rows)
+    if message is None and need > free:
+        message = cache.disk_full_message(len(missing), "too little room")
+    # What the main rank sees counts: another one may have looked when the first new entries were there already.
+    missing, message = ranks.all_gather((missing, message))[0]
+    if message:
+        raise CacheError(message)
+    if missing and encoder_digest(model) != cache.key["encoder_sha256"]:
+        raise CacheError(f"{cache.folder}: found other weights than the cache was opened with; open it with this model")
     mine = ranks.shard(missing)
     chosen = [volumes[i] for i in mine]
     size, pin = micro_batch_size(model.input_shape, 16), device.type == "cuda"
     loader = volume_loader(chosen, model.input_shape, size, num_workers=workers if chosen else 0, pin=pin)
-    done = 0
     progress = tqdm(total=len(chosen), desc="encode", unit="vol", delay=2, disable=not ranks.is_main)
+    done = 0
     with encoding(model, device), progress:
         for batch in loader:
             if on_batch is not None:
@@ -407,35 +410,8 @@ def encode_missing(
     ranks.barrier()
     cache.refresh()
     rows = cache.rows_of(keys)
-    found = [row is not None for row in rows]
-    if any(other != found for other in ranks.all_gather(found)):
-        raise CacheError(
-            f"{cache.folder}: found different entries on different ranks, expected one folder that all of them see; "
-            "choose a --cache-dir on a shared file system"
-        )
+    present = [row is not None for row in rows]
+    if any(other != present for other in ranks.all_gather(present)):
+        found = "found different entries on different ranks, expected one folder that all of them see"
+        raise CacheError(f"{cache.folder}: {found}; choose a --cache-dir on a shared file system")
     return rows
-
-
-def _missing(
-    model: CTCLIPMultiAbnormalityModel,
-    cache: FeatureCache,
-    volumes: Sequence[Volume],
-    keys: Sequence[str | None],
-    ranks: Ranks,
-) -> list[int]:
-    """Which volumes have no intact entry, the same on all ranks. Raises CacheError where they cannot be encoded."""
-    rows, damaged = cache.intact(keys)
-    if damaged and ranks.is_main:
-        tqdm.write(f"{cache.folder}: found {damaged} damaged entries, counting them as missing")
-    missing = [i for i, row in enumerate(rows) if row is None]
-    need, free = cache.disk_space(len(missing))
-    message = cache.missing_message(volumes, rows)
-    if message is None and need > free:
-        message = cache.disk_full_message(len(missing), "too little room")
-    # What the main rank sees counts: another one may have looked when the first new entries were there already.
-    missing, message = ranks.all_gather((missing, message))[0]
-    if message:
-        raise CacheError(message)
-    if missing and encoder_digest(model) != cache.key["encoder_sha256"]:
-        raise CacheError(f"{cache.folder}: found other weights than the cache was opened with; open it with this model")
-    return missing
