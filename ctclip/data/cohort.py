@@ -8,26 +8,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ctclip.data.ct_rate import (
-    GEOMETRY_COLUMNS,
-    OPTIONAL_COLUMNS,
-    SPLITS,
-    SUBGROUP_COLUMNS,
-    VOLUME_SUFFIX,
-    labels_path,
-    metadata_path,
-    no_chest_path,
-    patient_of,
-    scan_of,
-    streamed_path,
-    volume_path,
-)
+from ctclip.data import ct_rate
+from ctclip.data.ct_rate import GEOMETRY_COLUMNS, SUBGROUP_COLUMNS, VOLUME_SUFFIX, no_chest_path, volume_path
 from ctclip.data.geometry import geometry_from_metadata
-from ctclip.data.tables import CohortError, Table, number, read_table
+from ctclip.data.tables import CohortError, CsvTable, number, read_table
 from ctclip.data.volume_file import VolumeError
 from ctclip_model import ABNORMALITIES
 
@@ -50,23 +38,19 @@ class Volume:
 
     @property
     def patient(self) -> str:
-        return patient_of(self.name)
+        return ct_rate.patient_of(self.name)
 
     @property
     def scan(self) -> str:
-        return scan_of(self.name)
+        return ct_rate.scan_of(self.name)
 
 
-@dataclass(frozen=True)
-class Streamed:
-    """What is known of a file that was encoded and deleted; with a `reason`, of one that could not be read.
+class Streamed(NamedTuple):
+    """What is known of a file that was encoded and deleted; with a `reason`, of one that could not be read."""
 
-    fixed: version 2; size in bytes; tail: its last 8 bytes in hex.
-    """
-
-    fixed: bool
-    size: int
-    tail: str
+    fixed: bool  # version 2
+    size: int  # bytes
+    tail: str  # its last 8 bytes in hex
     sha256: str | None
     reason: str | None
 
@@ -103,9 +87,6 @@ class Cohort:
         return "\n".join(lines + self.notes)
 
 
-# ------------------------------------------------------------------ tables and lists
-
-
 def _no_chest(path: Path) -> set[str] | None:
     """Volume names of the list (one per line, bare or as a path); None if there is no list."""
     try:
@@ -130,13 +111,8 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     return {name: dict(zip(table.columns, row, strict=True)) for name, row in table.rows.items()}
 
 
-STREAMED_TYPES: dict[str, type | tuple[type, ...]] = {
-    "fixed": bool,
-    "size": int,
-    "tail": str,
-    "sha256": (str, type(None)),
-    "reason": (str, type(None)),
-}
+TEXT_OR_NONE = (str, type(None))
+STREAMED_TYPES: dict[str, Any] = dict(zip(Streamed._fields, (bool, int, str, TEXT_OR_NONE, TEXT_OR_NONE), strict=True))
 
 
 def read_streamed(data_dir: str | Path, split: str) -> dict[tuple[str, bool], Streamed]:
@@ -145,7 +121,7 @@ def read_streamed(data_dir: str | Path, split: str) -> dict[tuple[str, bool], St
     The last line of a file counts; one that a kill has torn, or that is anything else, is ignored. Raises CohortError
     where the manifest cannot be read.
     """
-    path = Path(data_dir, streamed_path(split))
+    path = Path(data_dir, ct_rate.streamed_path(split))
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
@@ -165,21 +141,18 @@ def read_streamed(data_dir: str | Path, split: str) -> dict[tuple[str, bool], St
     return streamed
 
 
-# ------------------------------------------------------------------ joined
-
-
 class CohortBuilder:
     """Joins label rows, metadata rows, the no-chest list, the disk and the manifest, one volume at a time."""
 
     def __init__(self, data_dir: Path, split: str):
         self.data_dir = data_dir
         self.notes: list[str] = []
-        self.labels = read_table(data_dir / labels_path(split), ABNORMALITIES)
-        metadata_file = data_dir / metadata_path(split)
+        self.labels = read_table(data_dir / ct_rate.labels_path(split), ABNORMALITIES)
+        metadata_file = data_dir / ct_rate.metadata_path(split)
         if metadata_file.exists():
-            self.metadata = read_table(metadata_file, GEOMETRY_COLUMNS, OPTIONAL_COLUMNS, METADATA_COLUMNS)
+            self.metadata = read_table(metadata_file, GEOMETRY_COLUMNS, ct_rate.OPTIONAL_COLUMNS, METADATA_COLUMNS)
         else:
-            self.metadata = Table(metadata_file, GEOMETRY_COLUMNS)
+            self.metadata = CsvTable(metadata_file, GEOMETRY_COLUMNS)
             self.notes.append(f"no {metadata_file.name}: version-1 volumes are skipped")
         no_chest = _no_chest(data_dir / no_chest_path(split))
         if no_chest is None:
@@ -189,11 +162,7 @@ class CohortBuilder:
         for table, what in ((self.labels, "label"), (self.metadata, "metadata")):
             if table.repeated:
                 self.notes.append(f"duplicate {what} rows with the same content, counted once: {len(table.repeated)}")
-
-    @property
-    def labelled(self) -> list[str]:
-        """All names of the label table, the contradictory ones last."""
-        return [*self.labels.rows, *sorted(self.labels.contradictory)]
+        self.labelled = [*self.labels.rows, *sorted(self.labels.contradictory)]
 
     def find(self, name: str) -> tuple[Path, bool, Streamed | None] | None:
         """(path, whether version 2, None) of the file, version 2 first: it is the corrected one. Without a file, where
@@ -210,28 +179,22 @@ class CohortBuilder:
 
     def add(self, cohort: Cohort, name: str, path: Path, fixed: bool, streamed: Streamed | None) -> None:
         """Adds the volume, or its name and the reason for skipping it."""
-        result = self._join(name, path, fixed, streamed)
-        if isinstance(result, Volume):
-            cohort.volumes.append(result)
+        labels = np.array([number(cell) for cell in self.labels.rows.get(name, ())], np.float32)
+        row, missing = self._metadata_row(name)
+        reasons = (  # the first that holds
+            (streamed is not None and streamed.reason is not None, f"quarantined: {streamed and streamed.reason}"),
+            (name in self.no_chest, "not a chest (no-chest list)"),
+            (name in self.labels.contradictory, "contradictory label rows"),
+            (name not in self.labels.rows, "no label row"),
+            (not np.isin(labels, (0, 1)).all(), "labels other than 0 and 1"),
+            (missing and not fixed, f"{missing} (needed by a version-1 file)"),
+        )
+        reason = next((reason for holds, reason in reasons if holds), None)
+        if reason is not None:
+            cohort.skipped.append((name, reason))
         else:
-            cohort.skipped.append((name, result))
-
-    def _join(self, name: str, path: Path, fixed: bool, streamed: Streamed | None) -> Volume | str:
-        if streamed is not None and streamed.reason is not None:
-            return f"quarantined: {streamed.reason}"
-        if name in self.no_chest:
-            return "not a chest (no-chest list)"
-        if name in self.labels.contradictory:
-            return "contradictory label rows"
-        if name not in self.labels.rows:
-            return "no label row"
-        labels = np.array([number(cell) for cell in self.labels.rows[name]], np.float32)
-        if not np.isin(labels, (0, 1)).all():
-            return "labels other than 0 and 1"
-        row, reason = self._metadata_row(name)
-        if reason and not fixed:
-            return f"{reason} (needed by a version-1 file)"
-        return Volume(name, path, labels, row, (streamed.size, streamed.tail) if streamed else None)
+            signature = (streamed.size, streamed.tail) if streamed else None
+            cohort.volumes.append(Volume(name, path, labels, row, signature))
 
     def _metadata_row(self, name: str) -> tuple[dict[str, Any] | None, str | None]:
         """(usable metadata row, None) or (None, what is wrong with it)."""
@@ -259,8 +222,8 @@ def load_cohort(data_dir: str | Path, split: str, limit: int | None = None) -> C
     table or a column is missing or nothing usable is left.
     """
     data_dir = Path(data_dir)
-    if split not in SPLITS:
-        raise CohortError(f"found split {split!r}, expected one of {', '.join(SPLITS)}; choose one")
+    if split not in ct_rate.SPLITS:
+        raise CohortError(f"found split {split!r}, expected one of {', '.join(ct_rate.SPLITS)}; choose one")
     if not data_dir.is_dir():
         raise CohortError(f"found no folder {data_dir}, expected the cohort's; check --data-dir")
     builder = CohortBuilder(data_dir, split)

@@ -30,9 +30,6 @@ def check_shape(shape: Sequence[int]) -> None:
         raise ValueError(f"found shape {tuple(shape)}, expected three positive numbers (D, H, W)")
 
 
-# ------------------------------------------------------------------ a file
-
-
 @dataclass(frozen=True)
 class FileGeometry:
     """How a file's voxels are taken: HU = slope * stored + intercept; and for each file axis, fastest first, the
@@ -53,7 +50,13 @@ class FileGeometry:
 def geometry_from_metadata(metadata: Mapping[str, Any], name: str) -> FileGeometry:
     """Version 1: everything from the metadata row, voxels in stored order, header ignored. Raises VolumeError."""
     slope, intercept = _number(metadata, "RescaleSlope", name), _number(metadata, "RescaleIntercept", name)
-    spacing = (*_pair(metadata, name), _number(metadata, "ZSpacing", name))
+    in_plane: Any = metadata.get("XYSpacing")  # text such as "[0.34, 0.34]" or a sequence
+    try:
+        x, y = map(float, re.findall(r"[^\s,\[\]()]+", in_plane) if isinstance(in_plane, str) else in_plane)
+    except (TypeError, ValueError):
+        found = f"{name}: found {in_plane!r} as XYSpacing, expected two numbers such as [0.7, 0.7]"
+        raise VolumeError(f"{found}; correct the metadata table") from None
+    spacing = x, y, _number(metadata, "ZSpacing", name)
     if slope <= 0:
         raise VolumeError(f"{name}: found RescaleSlope {slope:g}, expected more than 0; correct the metadata table")
     _check_spacing(spacing, name, "the metadata row")
@@ -103,26 +106,10 @@ def _number(metadata: Mapping[str, Any], column: str, name: str) -> float:
     return value
 
 
-def _pair(metadata: Mapping[str, Any], name: str) -> tuple[float, float]:
-    """XYSpacing: text such as "[0.34, 0.34]" or a sequence."""
-    value = metadata.get("XYSpacing")
-    parts = re.findall(r"[^\s,\[\]()]+", value) if isinstance(value, str) else () if value is None else value
-    try:
-        x, y = (float(part) for part in parts)
-    except (TypeError, ValueError):
-        expected = "two numbers such as [0.7, 0.7]"
-        message = f"{name}: found {value!r} as XYSpacing, expected {expected}; correct the metadata table"
-        raise VolumeError(message) from None
-    return x, y
-
-
 def _check_spacing(spacing: Sequence[float], name: str, where: str) -> None:
     if not all(isfinite(s) and s > 0 for s in spacing):
         found = f"found spacing {shape_text(spacing)} mm in {where}"
         raise VolumeError(f"{name}: {found}, expected three positive numbers; correct it or leave the volume out")
-
-
-# ------------------------------------------------------------------ the cube
 
 
 @dataclass(frozen=True)

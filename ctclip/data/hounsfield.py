@@ -8,10 +8,9 @@ they contradict. Both rest on the same shares of tissue and the same limits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from math import ceil, isfinite, prod, sqrt
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +23,27 @@ MOST_DENSE, MOST_DENSE_BESIDE_AIR = 0.03, 0.08  # of what is not padding
 SAMPLED_VOXELS = 1_000_000
 
 Scale = tuple[float, float]  # slope, intercept
+
+
+class TissueShares:
+    """Where voxels lie if a reading is right: `padding` is a share of all, the others of what is not padding."""
+
+    def __init__(self, hu: np.ndarray):
+        seen = hu[hu >= PADDING]
+        ranges = (AIR, SOFT, (DENSE, np.inf))
+        shares = [np.count_nonzero((seen >= low) & (seen <= high)) / max(seen.size, 1) for low, high in ranges]
+        self.padding, (self.air, self.soft, self.dense) = 1 - seen.size / max(hu.size, 1), shares
+        self.air_visible = self.air >= AIR_VISIBLE
+        # More above DENSE than bone, metal and contrast medium give. Where air is seen, they may give more.
+        self.too_dense = self.dense > (MOST_DENSE_BESIDE_AIR if self.air_visible else MOST_DENSE)
+        # Soft tissue where it belongs and next to nothing above bone. Raw values with offset 1024 read as HU put lung
+        # and air into the soft window, so that share alone misleads; but then all soft tissue is DENSE, and nothing is
+        # left where air should be.
+        self.plausible = self.padding <= 0.98 and self.soft >= 0.05 and not self.too_dense
+
+    def __str__(self) -> str:
+        tissue = f"air {self.air:.0%}, soft tissue {self.soft:.0%}, above {DENSE} HU {self.dense:.1%}"
+        return f"{tissue}, padding {self.padding:.0%}"
 
 
 class VoxelStatistics:
@@ -43,8 +63,11 @@ class VoxelStatistics:
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         self._sample.append(stored[:: self.step, :: self.step].astype(np.float32).ravel())
 
-    def sample(self) -> np.ndarray:
-        return np.concatenate(self._sample)
+    def shares(self, header_scale: Scale, metadata_scale: Scale | None) -> dict[str, TissueShares]:
+        """Where the voxels lie by each reading."""
+        scales = {"hu": header_scale} | ({} if metadata_scale is None else {"stored": metadata_scale})
+        values = np.concatenate(self._sample)
+        return {reading: TissueShares(values * slope + intercept) for reading, (slope, intercept) in scales.items()}
 
     def check_varied(self) -> None:
         """After the last slice: raises VolumeError where all voxels are equal."""
@@ -52,52 +75,11 @@ class VoxelStatistics:
             raise file_error(self.path, f"every voxel equal to {self.minimum:g}", "a picture", "leave the volume out")
 
 
-@dataclass(frozen=True)
-class TissueShares:
-    """Where voxels lie if a reading is right: `padding` is a share of all, the others of what is not padding."""
-
-    padding: float
-    air: float
-    soft: float
-    dense: float
-
-    @classmethod
-    def of(cls, hu: np.ndarray) -> TissueShares:
-        seen = hu[hu >= PADDING]
-        ranges = (AIR, SOFT, (DENSE, np.inf))
-        shares = (np.count_nonzero((seen >= low) & (seen <= high)) / max(seen.size, 1) for low, high in ranges)
-        return cls(1 - seen.size / max(hu.size, 1), *map(float, shares))
-
-    @property
-    def air_visible(self) -> bool:
-        return self.air >= AIR_VISIBLE
-
-    @property
-    def too_dense(self) -> bool:
-        """More above DENSE than bone, metal and contrast medium give. Where air is seen, they may give more."""
-        return self.dense > (MOST_DENSE_BESIDE_AIR if self.air_visible else MOST_DENSE)
-
-    @property
-    def plausible(self) -> bool:
-        """Soft tissue where it belongs and next to nothing above bone.
-
-        Raw values with offset 1024 read as HU put lung and air into the soft window, so that share alone misleads; but
-        then all soft tissue is DENSE, and nothing is left where air should be.
-        """
-        return self.padding <= 0.98 and self.soft >= 0.05 and not self.too_dense
-
-    def __str__(self) -> str:
-        tissue = f"air {self.air:.0%}, soft tissue {self.soft:.0%}, above {DENSE} HU {self.dense:.1%}"
-        return f"{tissue}, padding {self.padding:.0%}"
-
-
-@dataclass(frozen=True)
-class HuDecision:
-    """How a file's voxels are read ("hu": by the header, "stored": by the metadata row), why, and the figures."""
+class HuDecision(NamedTuple):
+    """How a file's voxels are read ("hu": by the header, "stored": by the metadata row), and folder and reason."""
 
     reading: str
     evidence: str
-    numbers: dict[str, float] = field(default_factory=dict)
 
 
 def decide_hu(
@@ -109,11 +91,11 @@ def decide_hu(
 ) -> HuDecision:
     """Whether stored values are HU by the header's scale or by the metadata row's.
 
-    The voxels decide; the folder (`version_2`; None: unknown) and the header are recorded, and a contradiction is
-    said. Raises VolumeError where the readings differ and neither or both look like a CT, or where there is no metadata
-    row and the header's reading does not look like one.
+    The voxels decide; the folder (`version_2`; None: unknown) is recorded, and a contradiction is said. Raises
+    VolumeError where the readings differ and neither or both look like a CT, or where there is no metadata row and the
+    header's reading does not look like one.
     """
-    shares = _shares(statistics, header_scale, metadata_scale)
+    shares = statistics.shares(header_scale, metadata_scale)
     plausible = [reading for reading, share in shares.items() if share.plausible]
     if metadata_scale is not None and tuple(metadata_scale) == tuple(header_scale):
         by_row = version_2 is False or (version_2 is None and blank_header)
@@ -129,11 +111,7 @@ def decide_hu(
     folder = {None: "folder unknown", True: "version-2 folder", False: "version-1 folder"}[version_2]
     if version_2 is not None and version_2 != (reading == "hu"):
         folder += " (contradicted by the voxels)"
-    minimum = float(statistics.sample().min())
-    facts = [folder, "blank header" if blank_header else "header with geometry", f"minimum {minimum:g}"]
-    facts += [f"as {r}: {share}" for r, share in shares.items()] + [f"read as {reading}: {why}"]
-    numbers = {f"{r}_{name}": value for r, share in shares.items() for name, value in vars(share).items()}
-    return HuDecision(reading, "; ".join(facts), {"minimum": minimum, **numbers})
+    return HuDecision(reading, f"{folder}; read as {reading}: {why}")
 
 
 def check_reading(statistics: VoxelStatistics, header: Header, metadata_scale: Scale | None) -> None:
@@ -145,7 +123,7 @@ def check_reading(statistics: VoxelStatistics, header: Header, metadata_scale: S
     header_scale = header.slope, header.intercept
     if metadata_scale == header_scale:
         return
-    shares = _shares(statistics, header_scale, metadata_scale)
+    shares = statistics.shares(header_scale, metadata_scale)
     as_hu = shares["hu"]
     if metadata_scale is None:
         if as_hu.too_dense and not as_hu.air_visible:
@@ -155,11 +133,3 @@ def check_reading(statistics: VoxelStatistics, header: Header, metadata_scale: S
     elif as_hu.plausible and as_hu.air_visible and not shares["stored"].plausible:
         found = f"voxels that are HU already ({as_hu})"
         raise file_error(statistics.path, found, "raw stored values for this metadata", "pass metadata=None")
-
-
-def _shares(
-    statistics: VoxelStatistics, header_scale: Scale, metadata_scale: Scale | None
-) -> Mapping[str, TissueShares]:
-    scales = {"hu": header_scale} | ({} if metadata_scale is None else {"stored": metadata_scale})
-    values = statistics.sample()
-    return {reading: TissueShares.of(values * slope + intercept) for reading, (slope, intercept) in scales.items()}

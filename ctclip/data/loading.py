@@ -56,8 +56,7 @@ class VolumeDataset(Dataset):
         device: torch.device | None = None,
     ):
         check_shape(shape)
-        self.volumes, self.shape, self.augment_seed = list(volumes), tuple(shape), augment_seed
-        self.device = device
+        self.volumes, self.shape, self.augment_seed, self.device = list(volumes), tuple(shape), augment_seed, device
 
     def __len__(self) -> int:
         return len(self.volumes)
@@ -110,39 +109,28 @@ def volume_loader(
     volumes: Sequence[Volume],
     shape: Sequence[int] = PUBLISHED_SHAPE,
     batch_size: int = 1,
-    shuffle: bool = False,
     num_workers: int = 0,
-    generator: torch.Generator | None = None,
     augment_seed: int | None = None,
     micro_batches: Sequence[Sequence[int]] | None = None,
     pin: bool = False,
 ) -> DataLoader:
-    """DataLoader of Batch.
+    """DataLoader of Batch, in order; `augment_seed` is VolumeDataset's.
 
-    Args:
-        generator: makes a shuffle repeatable.
-        augment_seed: VolumeDataset's.
-        micro_batches: the indices of every batch, in order, empty ones too, in place of `batch_size` and `shuffle`.
-        pin: leave batches in page-locked memory, for a GPU.
-
-    Each worker prepares one batch ahead in shared memory: 221 MB per volume at the published shape. Where shared memory
-    is small (containers give 64 or 128 MB) use num_workers=0.
+    micro_batches: the indices of every batch, empty ones too, in place of `batch_size`. pin: leave batches in
+    page-locked memory, for a GPU. Each worker prepares one batch ahead in shared memory: 221 MB per volume at the
+    published shape. Where shared memory is small (containers give 64 or 128 MB) use num_workers=0.
     """
     dataset = VolumeDataset(volumes, shape, augment_seed)
-    if not shuffle:  # DataLoader draws a seed for its workers: reading must not disturb the random numbers of training
-        generator = torch.Generator()
-    ahead: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 1} if num_workers else {}
-    regular: dict[str, Any] = {"batch_size": batch_size, "shuffle": shuffle}
-    batches = regular if micro_batches is None else {"batch_sampler": micro_batches}
+    options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 1} if num_workers else {}
+    options |= {"batch_size": batch_size} if micro_batches is None else {"batch_sampler": micro_batches}
     return DataLoader(
         dataset,
-        **batches,
         num_workers=num_workers,
-        generator=generator,
+        generator=torch.Generator(),  # of the workers' seeds: reading must not disturb the random numbers of training
         collate_fn=dataset.collate,
         worker_init_fn=_ignore_interrupts,
         pin_memory=pin,
-        **ahead,
+        **options,
     )
 
 
@@ -175,11 +163,8 @@ def read_ahead(
 
 def _ignore_interrupts(worker: int) -> None:
     """Ctrl-C, `timeout` and the shell's `kill %1` signal every process of a group. The main one decides when to stop,
-    and a step in flight still needs its batch: workers ignore Ctrl-C and leave the group.
-
-    SIGTERM stays as torch has set it in a worker, in place of any handler of the main process: ended by that process it
-    exits with 0. With the default action instead, torch would report a killed worker whenever a run ends early.
-    """
+    and a step in flight still needs its batch: workers ignore Ctrl-C and leave the group. SIGTERM stays as torch has
+    set it in a worker: with the default action, torch would report a killed worker whenever a run ends early."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()

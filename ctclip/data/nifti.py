@@ -9,15 +9,7 @@ import nibabel as nib
 import numpy as np
 
 from ctclip.data.inflate import GzipFile
-from ctclip.data.volume_file import (
-    CONVERT,
-    RECOPY,
-    Header,
-    StreamFile,
-    file_error,
-    shortest_decimal,
-    three_axes,
-)
+from ctclip.data.volume_file import CONVERT, RECOPY, Header, StreamFile, file_error, shortest_decimal, three_axes
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 # NIfTI code -> stored type

@@ -18,7 +18,7 @@ class CohortError(UserError):
 
 
 @dataclass
-class Table:
+class CsvTable:
     """The cells of `columns` as stripped text, by volume, each volume once, in the order of the file.
 
     Identical repetitions count once (`repeated` says where); a volume with two different rows is contradictory and has
@@ -41,7 +41,7 @@ def read_table(
     optional: Sequence[str] = (),
     expected: str = "VolumeName and the 18 abnormalities",
     error: type[UserError] = CohortError,
-) -> Table:
+) -> CsvTable:
     """VolumeName, the required columns and those of the optional ones that there are, found by name.
 
     A table that trains must also evaluate: both read it here. Cells beyond the header's are dropped: a comma at the end
@@ -58,7 +58,7 @@ def read_table(
     if twice:
         raise error(f"{path}: found column {some(twice)} twice, expected it once; remove one of the two")
     places = [header.index(column) for column in wanted]
-    table = Table(Path(path), wanted[1:])
+    table = CsvTable(Path(path), wanted[1:])
     for line, record in records:
         where = f"{path}, line {line}: found"
         if len(record) < len(header):

@@ -7,6 +7,7 @@ header claims is believed before the file could hold it. Whatever is wrong with 
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import zlib
@@ -18,8 +19,6 @@ from functools import partial
 from itertools import chain, islice
 from math import isfinite, prod
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol
 
 import numpy as np
 
@@ -34,6 +33,7 @@ SLABS_AHEAD = 3  # with a single one, reading and work on it wait for each other
 MOST_PLANE = 4096 * 4096  # voxels of a slice: 16 times those of a fine CT
 MOST_VOXELS = 1 << 33  # five times those of CT-RATE's largest volume
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+DAMAGED = (OSError, zlib.error, InflateError)
 
 
 class VolumeError(UserError):
@@ -98,7 +98,7 @@ class VolumeFile:
     def __enter__(self) -> VolumeFile:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -138,21 +138,10 @@ class VolumeFile:
             reader.shutdown(cancel_futures=True)
 
 
-# ------------------------------------------------------------------ files that are one stream of bytes
-
-
-class ByteStream(Protocol):
-    """What is asked of a file, plain or inflated."""
-
-    def read(self, size: int, /) -> bytes: ...
-
-    def readinto(self, buffer: memoryview, /) -> int | None: ...
-
-
 class StreamFile(VolumeFile):
     """A header, then the voxels, in one file. Subclasses set `stream`, where the voxels come from, and the header."""
 
-    stream: ByteStream
+    stream: io.RawIOBase | io.BufferedIOBase
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -193,7 +182,7 @@ class StreamFile(VolumeFile):
                 done += count
         except EOFError:
             raise self.error("a truncated file", "as many voxels as its header declares", RECOPY) from None
-        except (OSError, zlib.error, InflateError) as error:
+        except DAMAGED as error:
             raise self.error(f"damaged data ({error})", "a readable file", RECOPY) from None
 
     def skip(self, count: int) -> None:
@@ -206,10 +195,9 @@ class StreamFile(VolumeFile):
         """Reading past the last voxel makes gzip compare its checksum; bytes after the voxels are tolerated."""
         try:
             self.stream.read(1)
-        except EOFError:
-            raise self.error("damaged data (the stream ends early)", "a readable file", RECOPY) from None
-        except (OSError, zlib.error, InflateError) as error:
-            raise self.error(f"damaged data ({error})", "a readable file", RECOPY) from None
+        except (EOFError, *DAMAGED) as error:
+            reason = "the stream ends early" if isinstance(error, EOFError) else error
+            raise self.error(f"damaged data ({reason})", "a readable file", RECOPY) from None
 
     def check_size(self, header: Header, offset: int) -> None:
         """Refuse a size that the file cannot hold, before allocating anything of that size."""

@@ -11,7 +11,7 @@ import pandas as pd
 
 from ctclip.config import UNITS
 from ctclip.data.ct_rate import names_patient, patient_of, scan_of
-from ctclip.data.tables import Table, number, read_table, some
+from ctclip.data.tables import CsvTable, number, read_table, some
 from ctclip.evaluation.metrics import EvaluationError, checked
 from ctclip.fileio import replacing
 from ctclip_model import ABNORMALITIES
@@ -59,7 +59,7 @@ def read_labels(path: str | Path) -> VolumeTable:
     return VolumeTable(_frame(list(table.rows), values.astype(np.int8)), str(path), table.lines)
 
 
-def _read_whole_rows(path: str | Path) -> Table:
+def _read_whole_rows(path: str | Path) -> CsvTable:
     """A table in which every row is whole. Training skips the others; here they would change what is measured."""
     table = read_table(path, ABNORMALITIES, error=EvaluationError)
     if table.faults:
@@ -69,12 +69,12 @@ def _read_whole_rows(path: str | Path) -> Table:
     return table
 
 
-def _numbers(table: Table) -> np.ndarray:
+def _numbers(table: CsvTable) -> np.ndarray:
     """The 18 columns as floats; text that is no number becomes NaN."""
     return np.array([[number(cell) for cell in cells] for cells in table.rows.values()])
 
 
-def _check_values(table: Table, values: np.ndarray, bad: np.ndarray, expected: str, remedy: str) -> None:
+def _check_values(table: CsvTable, values: np.ndarray, bad: np.ndarray, expected: str, remedy: str) -> None:
     if not bad.any():
         return
     row, column = np.argwhere(bad)[0]

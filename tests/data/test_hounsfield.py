@@ -39,9 +39,8 @@ def test_voxels_decide_whatever_the_folder(tmp_path, content, intercept, fixed_f
     else:
         write(path, hu - np.int16(intercept), (1.0, 1.0, 1.0), np.eye(4))
     volume, decision = read_volume(volume_of(path, row(intercept=intercept)), SMALL)
-    assert decision.reading == content and decision.numbers[f"{content}_soft"] > 0.1
+    assert decision.reading == content
     assert ("contradicted" in decision.evidence) == (fixed_folder != (content == "hu"))
-    assert ("blank header" in decision.evidence) == (content == "stored")
     assert np.abs(volume.numpy() - published(hu, (8.0, 8.0, 12.0), SMALL)).max() < 3e-7
 
 

@@ -52,16 +52,6 @@ def test_a_batch_of_failures_only_is_empty(mixed):
     assert len(batch.failures) == 2 and batch.decisions == []
 
 
-def test_shuffle_follows_the_generator(mixed):
-    good = [mixed[0], mixed[2], mixed[5]] * 4
-
-    def order(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return [int(b.index[0]) for b in volume_loader(good, SMALL, shuffle=True, generator=generator)]
-
-    assert order(0) == order(0) != order(1) and sorted(order(0)) == list(range(12))
-
-
 def test_dataset_checks_its_shape():
     with pytest.raises(ValueError, match="three positive numbers"):
         VolumeDataset([], (480, 480))
