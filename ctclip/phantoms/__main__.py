@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from ctclip.cli import refuse_unused, run_cli
@@ -17,26 +16,21 @@ def main(argv: list[str] | None = None) -> int:
     cohort = "--data-dir", args.data_dir is not None
     uses = dict.fromkeys(("--train", "--valid", "--seed", "--workers"), cohort)
 
-    def action() -> None:
+    def write() -> None:
         refuse_unused(args.given, uses)
-        write(args)
+        if args.data_dir is not None:
+            from ctclip.phantoms.cohort import write_phantom_cohort  # numpy and pandas: not for --help and wrong flags
 
-    return run_cli(action, interrupted="the same command continues where this one ended")
+            write_phantom_cohort(args.data_dir, args.train, args.valid, args.seed, args.workers)
+            print(f"{args.data_dir}: {args.train} training and {args.valid} validation phantoms")
+        if args.montage is not None:
+            from ctclip.phantoms.montage import draw_montage  # matplotlib
 
+            draw_montage(args.montage)
+            print(f"{args.montage}: the 18 findings")
+        print(SYNTHETIC_NOTE)
 
-def write(args: argparse.Namespace) -> None:
-    """A cohort, a montage or both."""
-    if args.data_dir is not None:
-        from ctclip.phantoms.cohort import write_phantom_cohort  # numpy and pandas: not for --help and wrong flags
-
-        write_phantom_cohort(args.data_dir, args.train, args.valid, args.seed, args.workers)
-        print(f"{args.data_dir}: {args.train} training and {args.valid} validation phantoms")
-    if args.montage is not None:
-        from ctclip.phantoms.montage import draw_montage  # matplotlib
-
-        draw_montage(args.montage)
-        print(f"{args.montage}: the 18 findings")
-    print(SYNTHETIC_NOTE)
+    return run_cli(write, interrupted="the same command continues where this one ended")
 
 
 if __name__ == "__main__":

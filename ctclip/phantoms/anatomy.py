@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,7 @@ AORTA_RADIUS = np.array((16, 17, 16.5, 15.5, 14.5, 14, 13.5, 13, 12.5, 12, 11.5,
 _smooth_aorta = smooth_path(np.column_stack([AORTA, AORTA_RADIUS]), 1)
 AORTA_PATH, AORTA_PATH_RADIUS = _smooth_aorta[:, :3], _smooth_aorta[:, 3]
 GREAT_VESSELS = (  # points, radii
+    ([(20, -52, -14), (20, -42, 6), (18, -26, 18)], (13, 13, 13)),  # pulmonary trunk
     ([(18, -28, 18), (-4, -10, 16), (-26, 2, 12), (-40, 8, 10)], (11, 9.5, 9, 7.5)),  # right pulmonary artery
     ([(18, -28, 20), (30, -8, 26), (42, 10, 20)], (12, 10, 8)),  # left
     ([(-38, 2, -14), (0, 8, -14), (36, 4, -12)], (7, 10, 7)),  # pulmonary veins into the left atrium
@@ -167,8 +168,7 @@ def paint_ribs(s: Scene, cage: np.ndarray) -> None:
     flat[where] += (cover * (value - flat[where])).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(NamedTuple):
     """Branches as arrays: start and stop (n, 3), level (n,), bow (n, 3)."""
 
     start: np.ndarray
@@ -199,10 +199,10 @@ class Tree:
         return Tree(start, stop, levels, (a * u + b * v) * length)
 
     def take(self, keep: np.ndarray) -> Tree:
-        return Tree(self.start[keep], self.stop[keep], self.level[keep], self.bow[keep])
+        return Tree(*(array[keep] for array in self))
 
     def join(self, other: Tree) -> Tree:
-        return Tree(*(np.concatenate([getattr(tree, each.name) for tree in (self, other)]) for each in fields(Tree)))
+        return Tree(*map(np.concatenate, zip(self, other, strict=True)))
 
 
 def artery_radius(level: np.ndarray) -> np.ndarray:
@@ -213,8 +213,7 @@ def lumen_radius(level: np.ndarray) -> np.ndarray:
     return 4.6 * 0.79**level
 
 
-@dataclass(frozen=True)
-class Lungs:
+class Lungs(NamedTuple):
     """Both lungs on a scene's grid. Their contents are painted apart, and laid into the chest when they are done."""
 
     hu: np.ndarray  # (nz, ny, nx) float32: the contents, on the whole grid
@@ -224,10 +223,6 @@ class Lungs:
     arteries: Tree
     veins: Tree
     bronchi: Tree
-
-    @property
-    def mask(self) -> np.ndarray:
-        return self.cover > 0.4
 
 
 def make_lungs(s: Scene, cage: np.ndarray, healthy: Patient, seed: int) -> Lungs:
@@ -255,7 +250,7 @@ def make_lungs(s: Scene, cage: np.ndarray, healthy: Patient, seed: int) -> Lungs
         sites=LungSites.fill(s.patient, random_stream(seed, Purpose.LUNG_SITES)),
         arteries=artery,
         veins=veins[0].join(veins[1]),
-        bronchi=replace(artery, start=artery.start + beside, stop=artery.stop + beside),
+        bronchi=artery._replace(start=artery.start + beside, stop=artery.stop + beside),
     )
 
 
@@ -298,9 +293,6 @@ def paint_bronchi(
         s.masks[mark][box] |= wall_cover > 0.25
 
 
-# ---- mediastinum, from the inside out: what is painted later covers what was there
-
-
 def paint_mediastinal_fat(s: Scene) -> None:
     """Fat at the hila and around the great vessels, with lymph nodes of normal size."""
     for side in (-1, 1):
@@ -316,16 +308,14 @@ def heart_layer(s: Scene, mm: float, shift: Point = (0, 0, 0)) -> Piece:
     return s.ellipsoid(centre + shift, matrix=matrix * (1 + mm / patient.HEART_RADII))
 
 
-def paint_epicardial_fat(s: Scene) -> None:
+def paint_epicardial_fat(s: Scene, pericardium: bool) -> None:
+    """Fat around the heart, and the pericardium, which is thinner than a voxel, unless fluid will lift it off."""
     centre, matrix = s.patient.heart
     s.paint(heart_layer(s, 8, (-1, -2, 0)), FAT)
     s.paint(s.ellipsoid(centre + matrix @ (0.75, 0, 0) + (4, -6, -2), (26, 20, 18)), FAT)  # fat pad at the apex
-
-
-def paint_pericardium(s: Scene) -> None:
-    """Normal: thinner than a voxel, with fat beneath it."""
-    s.paint(heart_layer(s, 5.0, (-1, -1, 0)), -20)
-    s.paint(heart_layer(s, 3.8, (-1, -1, 0)), FAT)
+    if pericardium:
+        s.paint(heart_layer(s, 5.0, (-1, -1, 0)), -20)
+        s.paint(heart_layer(s, 3.8, (-1, -1, 0)), FAT)
 
 
 def paint_heart(s: Scene) -> Piece:
@@ -358,22 +348,17 @@ def paint_coronary_arteries(s: Scene) -> list[np.ndarray]:
     return paths
 
 
-def paint_great_vessels(s: Scene) -> None:
-    """Oesophagus, veins, pulmonary and supra-aortic arteries, aorta."""
+def paint_vessels_and_airways(s: Scene) -> None:
+    """Oesophagus, great vessels, trachea and main bronchi, thyroid."""
     blood = s.patient.blood_hu
     s.paint(s.tube(OESOPHAGUS, 6.5), SOFT)
     s.paint(s.tube(OESOPHAGUS[:3], 2.0), -300)
     s.paint(s.column(VENA_CAVA, 8.5), blood)
-    trunk = smooth_path(np.array([(20, -52, -14), (20, -42, 6), (18, -26, 18)], float), 1)
-    s.paint(s.tube(trunk, 13), blood)
     for points, radius in GREAT_VESSELS:
         path = smooth_path(np.array(points, float), 1)
         width = np.interp(np.linspace(0, 1, len(path)), np.linspace(0, 1, len(radius)), radius)
         s.paint(s.tube(path, width), blood)
     s.paint(s.tube(AORTA_PATH, AORTA_PATH_RADIUS), blood)
-
-
-def paint_trachea_and_thyroid(s: Scene) -> None:
     for wall, value in ((1.8, 20), (0.0, AIR + 5)):
         s.paint(s.column(TRACHEA, 8.2 + wall, 8.8 + wall), value)
         for side in (-1, 1):

@@ -77,20 +77,11 @@ def plan_split(split: str, n: int, seed: int) -> list[PlannedVolume]:
     version_1 = rng.permutation(n) < max(n // 5, n > 1)
     plans = []
     for (patient, scan, reconstruction), raw in zip(reconstructions, version_1, strict=True):
+        name = f"{split}_{patient}_{'ab'[scan]}_{reconstruction + 1}.nii.gz"
         intercept = int(rng.choice((-1024, -8192), p=(0.5, 0.5)))
-        plans.append(
-            PlannedVolume(
-                name=f"{split}_{patient}_{'ab'[scan]}_{reconstruction + 1}.nii.gz",
-                seed=int(seeds[patient]),
-                scan=scan,
-                reconstruction=reconstruction,
-                labels=labels[patient, scan],
-                fixed=not raw,
-                codes=str(rng.choice(("LPS", "RAS", "LAS", "LPI", "RPS"), p=(0.6, 0.12, 0.1, 0.1, 0.08))),
-                intercept=intercept,
-                circle=bool(rng.random() < 0.4),
-            )
-        )
+        codes = str(rng.choice(("LPS", "RAS", "LAS", "LPI", "RPS"), p=(0.6, 0.12, 0.1, 0.1, 0.08)))
+        stored = not raw, codes, intercept, bool(rng.random() < 0.4)
+        plans.append(PlannedVolume(name, int(seeds[patient]), scan, reconstruction, labels[patient, scan], *stored))
     head_ct = PlannedVolume(f"{split}_{patients + 1}_a_1.nii.gz", int(seeds[patients + 1]), head=True)
     return [*plans, head_ct]
 
@@ -233,24 +224,19 @@ def write_phantom_cohort(
     for split, of_split in plans.items():
         _write_tables(data_dir, split, of_split)
     missing = [plan for of_split in plans.values() for plan in of_split if not (data_dir / plan.path).exists()]
-    _write_all(data_dir, missing, workers or os.cpu_count() or 1, progress)
-    write_file(data_dir / MANIFEST, json.dumps({**manifest, "complete": True}, indent=1) + "\n")
-    return data_dir
-
-
-def _write_all(data_dir: Path, plans: list[PlannedVolume], workers: int, progress: bool) -> None:
-    workers = max(1, min(workers, len(plans)))
-    done: Iterator[None]
+    workers = min(workers or os.cpu_count() or 1, len(missing))
     with contextlib.ExitStack() as stack:
-        if workers == 1:
-            done = map(write_volume, [data_dir] * len(plans), plans)
+        if workers <= 1:
+            done: Iterator[None] = map(write_volume, [data_dir] * len(missing), missing)
         else:
             # A forked worker starts at once and never touches torch; elsewhere each imports this file afresh.
             method = "fork" if sys.platform == "linux" else "spawn"
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-            sites = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method))
-            stack.callback(sites.shutdown, wait=True, cancel_futures=True)
-            done = sites.map(write_volume, [data_dir] * len(plans), plans)
-        for _ in tqdm(done, total=len(plans), desc="phantoms", unit="volume", disable=not progress, mininterval=0.5):
+            pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method))
+            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+            done = pool.map(write_volume, [data_dir] * len(missing), missing)
+        for _ in tqdm(done, "phantoms", len(missing), unit="volume", disable=not progress, mininterval=0.5):
             pass
+    write_file(data_dir / MANIFEST, json.dumps({**manifest, "complete": True}, indent=1) + "\n")
+    return data_dir

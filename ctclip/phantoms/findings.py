@@ -383,18 +383,15 @@ def paint_body(s: Scene, healthy: Patient, findings: Findings) -> np.ndarray:
 
     anatomy.paint_mediastinal_fat(s)
     add(NODES, paint_lymph_nodes)
-    anatomy.paint_epicardial_fat(s)
-    if PERICARDIAL not in findings.present:
-        anatomy.paint_pericardium(s)
+    anatomy.paint_epicardial_fat(s, pericardium=PERICARDIAL not in findings.present)
     add(PERICARDIAL, paint_pericardial_effusion)
     box, heart = anatomy.paint_heart(s)
     if CARDIOMEGALY in findings.present:
         s.masks[CARDIOMEGALY][box] |= heart > 0.5
     add(CORONARY, paint_coronary_calcification, anatomy.paint_coronary_arteries(s))
     add(HERNIA, paint_hernia)
-    anatomy.paint_great_vessels(s)
-    anatomy.paint_trachea_and_thyroid(s)
+    anatomy.paint_vessels_and_airways(s)
     add(ARTERIAL, paint_arterial_calcification)
     anatomy.paint_skeleton(s, cage)
     add(MEDICAL, paint_medical_material)
-    return lungs.mask
+    return lungs.cover > 0.4

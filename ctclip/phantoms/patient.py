@@ -35,16 +35,7 @@ HEART_CENTRE = np.array((17.0, -22.0, -46.0))
 class Purpose(IntEnum):
     """What a stream of random numbers is for. The numbers are part of PHANTOM_VERSION."""
 
-    BODY = 0
-    CONTRAST = 1
-    GEOMETRY = 2
-    DIAPHRAGM = 3
-    LABELS = 4
-    POSE = 5
-    NOISE = 6
-    LUNG_SITES = 7
-    TREES = 8
-    SMALL_VESSELS = 9
+    BODY, CONTRAST, GEOMETRY, DIAPHRAGM, LABELS, POSE, NOISE, LUNG_SITES, TREES, SMALL_VESSELS = range(10)
     SPLIT = 20
     FINDING = 100  # and the finding's index
 
