@@ -19,7 +19,6 @@ import argparse
 import math
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from ctclip.cli import OneLineParser, run_cli
 from ctclip.config import SYNTHETIC_NOTE
@@ -50,19 +49,9 @@ from ctclip_model import (
 )
 
 SIZES = TowerSizes(
-    dim=48,
-    heads=2,
-    dim_head=24,
-    patch=6,
-    temporal_patch=4,
-    grid=16,
-    spatial_depth=1,
-    temporal_depth=1,
-    codes=2048,
-    latent=48,
-    feedforward=192,
-    bias_dim=48,
-)
+    dim=48, heads=2, dim_head=24, patch=6, temporal_patch=4, grid=16, spatial_depth=1, temporal_depth=1, codes=2048,
+    latent=48, feedforward=192, bias_dim=48,
+)  # fmt: skip
 FIRST_SEED = 10_000_000  # training phantoms count up from here, validation phantoms from twice this
 BATCH = 4
 LATENT_GAIN = 8.0  # sqrt(latent): a unit latent times this has entries of order 1, good for the temporary head
@@ -72,17 +61,6 @@ class Samples(NamedTuple):
     volumes: Tensor  # (N, 1, D, H, W) float16
     labels: Tensor  # (N, 18)
     token_labels: Tensor  # (N, 18, T, h, w) bool: the findings drawn in each token's patch
-
-
-def label_tokens(mask: np.ndarray, spacing: tuple[float, float, float], grid: int) -> np.ndarray:
-    """Finding mask (x, y, z) in LPS -> (T, h, w) bool: the tokens whose patch of the 360 mm cube it touches."""
-    touched = np.zeros((grid, grid, grid), bool)
-    index = np.argwhere(mask)
-    position = (index - (np.array(mask.shape) - 1) / 2) * spacing  # mm from the centre, where the crop is centred too
-    token = np.floor((position / FIELD_OF_VIEW_MM + 0.5) * grid).astype(int)
-    x, y, z = token[((token >= 0) & (token < grid)).all(1)].T
-    touched[z, x, y] = True
-    return touched
 
 
 def make_sample(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -95,8 +73,11 @@ def make_sample(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         nib.save(nib.Nifti1Image(phantom.hu, np.diag([*step, 1.0])), path)
         volume = preprocess_volume(path, shape=SIZES.input_shape)
     token_labels = np.zeros((N_LABELS, *[SIZES.grid] * 3), bool)
-    for name, mask in phantom.masks.items():
-        token_labels[ABNORMALITIES.index(name)] = label_tokens(mask, phantom.spacing, SIZES.grid)
+    for name, mask in phantom.masks.items():  # (x, y, z) in LPS
+        position = (np.argwhere(mask) - (np.array(mask.shape) - 1) / 2) * phantom.spacing  # mm from the crop's centre
+        token = np.floor((position / FIELD_OF_VIEW_MM + 0.5) * SIZES.grid).astype(int)
+        x, y, z = token[((token >= 0) & (token < SIZES.grid)).all(1)].T
+        token_labels[ABNORMALITIES.index(name), z, x, y] = True
     return volume.half().numpy(), phantom.labels, token_labels
 
 
@@ -110,20 +91,16 @@ def make_samples(first_seed: int, count: int) -> Samples:
 class PretrainingModel(nn.Module):
     """The model with a second, temporary head on its tokens."""
 
-    token_rate: Tensor
-
     def __init__(self) -> None:
         super().__init__()
         self.model = CTCLIPMultiAbnormalityModel(sizes=asdict(SIZES), dropout=0.1)
+        self.tower: Any = self.model.visual_transformer  # what a ModuleList holds has no type
         self.projection = nn.Linear(SIZES.dim, SIZES.latent, bias=False)  # to_visual_latent, the same at every place
         self.token_head = nn.Linear(SIZES.dim, N_LABELS)
-        self.register_buffer("token_rate", torch.full((N_LABELS, 1, 1, 1), 0.5))
 
-    def forward(self, volume: Tensor) -> tuple[Tensor, Tensor]:
-        """-> logits (B, 18), token logits (B, 18, T, h, w); without the quantiser"""
-        tokens = self.model.visual_transformer(volume)
-        latents = F.normalize(self.projection(tokens.mean((1, 2, 3))), dim=-1)
-        return self.model.head(latents * LATENT_GAIN), self.token_head(tokens).movedim(-1, 1)
+    def logits(self, mean_token: Tensor) -> Tensor:
+        """Mean tokens (B, dim) -> (B, 18)."""
+        return self.model.head(F.normalize(self.projection(mean_token), dim=-1) * LATENT_GAIN)
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
@@ -132,11 +109,6 @@ class PretrainingModel(nn.Module):
         self.model.to_visual_latent.weight.copy_(self.projection.weight.repeat(1, places) / places)
         return {key: value.contiguous() for key, value in published_layout(self.model, classifier=False).items()}
 
-    def loss(self, volume: Tensor, labels: Tensor, token_labels: Tensor) -> Tensor:
-        logits, token_logits = self(volume)
-        per_volume = F.binary_cross_entropy_with_logits(logits, labels)
-        return per_volume + balanced_loss(token_logits, token_labels, self.token_rate)
-
 
 def balanced_loss(logits: Tensor, labels: Tensor, rate: Tensor) -> Tensor:
     """Cross-entropy in which positives and negatives of each finding weigh the same; rate: its share of positives."""
@@ -144,32 +116,32 @@ def balanced_loss(logits: Tensor, labels: Tensor, rate: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels, weight=weight)
 
 
+def optimize(optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float = math.inf) -> float:
+    """One step; the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    if clip_norm < math.inf:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip_norm)
+    optimizer.step()
+    return loss.item()
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, warmup: int, total: int) -> None:
     """Linear warm-up, cosine decay to 0."""
-    for group in optimizer.param_groups:
-        group["lr"] = peak * min(1, step / warmup) * 0.5 * (1 + math.cos(math.pi * step / total))
+    optimizer.param_groups[0]["lr"] = peak * min(1, step / warmup) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
-def balanced_rows(findings: Tensor, healthy: Tensor) -> Tensor:
+def token_findings(data: Samples, rows: Tensor) -> Tensor:
+    """(tokens of these volumes, 18) bool."""
+    return data.token_labels[rows].movedim(1, -1).flatten(0, 3)
+
+
+def balanced_rows(findings: Tensor, healthy: Tensor | bool = True) -> Tensor:
     """Indices of all rows with a finding (n, 18), and of as many drawn from the `healthy` ones (n,)."""
     ill = findings.any(1)
     others = torch.nonzero(healthy & ~ill)[:, 0]
     others = others[torch.randperm(len(others))[: int(ill.sum())]]
     return torch.cat([torch.nonzero(ill)[:, 0], others])
-
-
-@torch.no_grad()
-def patches_and_findings(trainee: PretrainingModel, data: Samples) -> tuple[Tensor, Tensor]:
-    """Patches (n, voxels) float16 with a finding, as many healthy ones of the body, and their findings (n, 18)."""
-    patchify = trainee.model.visual_transformer.to_patch_emb[0]
-    kept, findings = [], []
-    for rows in torch.arange(len(data.volumes)).split(16):
-        patches = patchify(data.volumes[rows].float()).flatten(0, 3)
-        found = data.token_labels[rows].movedim(1, -1).flatten(0, 3)
-        chosen = balanced_rows(found, healthy=patches.mean(1) > -0.95)
-        kept.append(patches[chosen].half())
-        findings.append(found[chosen])
-    return torch.cat(kept), torch.cat(findings)
 
 
 def fit_patches(trainee: PretrainingModel, data: Samples, steps: int, size: int = 2048, peak: float = 3e-3) -> None:
@@ -178,98 +150,68 @@ def fit_patches(trainee: PretrainingModel, data: Samples, steps: int, size: int 
     A thousand times cheaper per patch than the whole tower, of which most is air and healthy tissue. PEG and attention
     are set to add nothing, and start learning from there in stage 2.
     """
-    tower: Any = trainee.model.visual_transformer  # what a ModuleList holds has no type
-    transformers = tower.enc_spatial_transformer, tower.enc_temporal_transformer
+    transformers = trainee.tower.enc_spatial_transformer, trainee.tower.enc_temporal_transformer
     layers, norms = [t.layers[0] for t in transformers], [t.norm_out for t in transformers]
     for peg, attention, _, _ in layers:
         for tensor in (peg.dsconv.weight, peg.dsconv.bias, attention.to_out.weight):
             nn.init.zeros_(tensor)
-    patches, findings = patches_and_findings(trainee, data)
+    kept = []  # patches (n, voxels) with a finding, as many healthy ones of the body, and their findings (n, 18)
+    for rows in torch.arange(len(data.volumes)).split(16):
+        patches = trainee.tower.to_patch_emb[0](data.volumes[rows].float()).flatten(0, 3)
+        found = token_findings(data, rows)
+        chosen = balanced_rows(found, healthy=patches.mean(1) > -0.95)
+        kept.append((patches[chosen].half(), found[chosen]))
+    patches, findings = (torch.cat(parts) for parts in zip(*kept, strict=True))
     rate = findings.float().mean(0).clamp(min=1e-4)
-    print(f"{len(patches)} patches, {', '.join(f'{r:.3f}' for r in rate.tolist())} of them with each finding")
-    embed = tower.to_patch_emb[1:]
+    embed = trainee.tower.to_patch_emb[1:]
     modules = nn.ModuleList([embed, trainee.token_head, *norms, *(layer[3] for layer in layers)])
     optimizer = torch.optim.AdamW(modules.parameters(), lr=peak, weight_decay=0.02)
-    losses = []
-    for step in tqdm(range(steps), desc="patches"):
+    for step in (bar := trange(steps, desc=f"{len(patches)} patches")):
         set_learning_rate(optimizer, peak, step, 200, steps)
         rows = torch.randint(len(patches), (size,))
         x = embed(patches[rows].float())
         for layer, norm in zip(layers, norms, strict=True):
             x = norm(layer[3](x) + x)
-        loss = balanced_loss(trainee.token_head(x), findings[rows].float(), rate)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if step % 1000 == 999:
-            tqdm.write(f"patches {step + 1}/{steps}: loss {np.mean(losses[-1000:]):.4f} (undecided: 0.6931)")
+        loss = optimize(optimizer, balanced_loss(trainee.token_head(x), findings[rows].float(), rate))
+        bar.set_postfix(loss=f"{loss:.4f}, undecided 0.6931", refresh=False)
 
 
-def auroc_per_label(labels: Tensor, scores: Tensor) -> list[float]:
-    return [roc_auc_score(labels[:, i], scores[:, i]) for i in range(N_LABELS)]
-
-
-def described(auroc: list[float]) -> str:
-    lowest = int(np.argmin(auroc))
-    return f"macro AUROC {np.mean(auroc):.3f} on unseen phantoms, lowest {ABNORMALITIES[lowest]} {auroc[lowest]:.2f}"
-
-
-def fit_tower(
-    trainee: PretrainingModel, data: Samples, validation: Samples, epochs: int, peak: float = 2e-3
-) -> None:
+def fit_tower(trainee: PretrainingModel, data: Samples, epochs: int, peak: float = 2e-3) -> None:
     """Stage 2: all layers, on tokens and volumes."""
-    volumes, labels, token_labels = data
     # A nodule touches 6 of 1728 tokens, septal thickening 350: every finding counts the same, and so do its two sides.
-    rate = torch.stack([rows.float().mean((0, 2, 3, 4)) for rows in token_labels.split(100)]).mean(0)
-    trainee.token_rate.copy_(rate.clamp(min=1e-4).view(-1, 1, 1, 1))
+    rate = torch.stack([rows.float().mean((0, 2, 3, 4)) for rows in data.token_labels.split(100)]).mean(0)
+    rate = rate.clamp(min=1e-4).view(-1, 1, 1, 1)
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=peak, weight_decay=0.05)
-    total, step = epochs * (len(labels) // BATCH), 0
+    trainee.train()
+    steps, step = len(data.labels) // BATCH, 0
     for epoch in range(epochs):
-        trainee.train()
-        start, losses = time.perf_counter(), []
-        for rows in torch.randperm(len(labels)).split(BATCH)[: len(labels) // BATCH]:
+        losses = []
+        for rows in torch.randperm(len(data.labels)).split(BATCH)[:steps]:
             step += 1
-            set_learning_rate(optimizer, peak, step, 300, total)
-            loss = trainee.loss(volumes[rows].float(), labels[rows].float(), token_labels[rows].float())
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.item())
-        scores = validation_scores(trainee, validation)
-        print(f"tower {epoch + 1}/{epochs}: loss {np.mean(losses):.4f}, {scores}; {time.perf_counter() - start:.0f} s",
-              flush=True)
-
-
-@torch.no_grad()
-def validation_scores(trainee: PretrainingModel, validation: Samples) -> str:
-    """AUROC on unseen phantoms by the volume's logits, and by the highest logit of its tokens."""
-    trainee.eval()
-    outputs = [trainee(rows.float()) for rows in validation.volumes.split(16)]
-    highest = torch.cat([tokens.flatten(2).amax(2) for _, tokens in outputs])
-    auroc = auroc_per_label(validation.labels, torch.cat([logits for logits, _ in outputs]))
-    by_token = np.mean(auroc_per_label(validation.labels, highest))
-    return f"{described(auroc)}; by the highest token {by_token:.3f}"
+            set_learning_rate(optimizer, peak, step, 300, epochs * steps)
+            volumes, labels, token_labels = (values[rows].float() for values in data)
+            tokens = trainee.tower(volumes)
+            loss = F.binary_cross_entropy_with_logits(trainee.logits(tokens.mean((1, 2, 3))), labels)
+            loss = loss + balanced_loss(trainee.token_head(tokens).movedim(-1, 1), token_labels, rate)
+            losses.append(optimize(optimizer, loss, clip_norm=1.0))
+        print(f"tower {epoch + 1}/{epochs}: loss {np.mean(losses):.4f}", flush=True)
 
 
 @torch.no_grad()
 def sample_tokens(trainee: PretrainingModel, data: Samples, most: int) -> tuple[Tensor, Tensor]:
     """Unit tokens (n, dim) of stage 2 and their findings (n, 18): half healthy ones, and of the others as many of each
     finding, or septal thickening would own most of the codes and nodules none."""
-    trainee.eval()
-    tokens, findings = [], []
+    kept = []
     for rows in torch.randperm(len(data.volumes)).split(16):
-        found = data.token_labels[rows].movedim(1, -1).flatten(0, 3)  # (tokens, 18)
-        chosen = balanced_rows(found, healthy=torch.ones(len(found), dtype=torch.bool))
-        tokens.append(trainee.model.visual_transformer(data.volumes[rows].float()).flatten(0, 3)[chosen])
-        findings.append(found[chosen])
-    all_tokens, all_findings = torch.cat(tokens), torch.cat(findings)
-    rarity = (all_findings / all_findings.float().mean(0)).sum(1)
+        found = token_findings(data, rows)
+        chosen = balanced_rows(found)
+        kept.append((trainee.tower(data.volumes[rows].float()).flatten(0, 3)[chosen], found[chosen]))
+    tokens, findings = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    rarity = (findings / findings.float().mean(0)).sum(1)
     ill, healthy = torch.nonzero(rarity > 0)[:, 0], torch.nonzero(rarity == 0)[:, 0]
     drawn = np.random.default_rng(0).choice(len(ill), most // 2, p=(rarity[ill] / rarity[ill].sum()).numpy())
     keep = torch.cat([ill[drawn], healthy[torch.randperm(len(healthy))[: most // 2]]])
-    return F.normalize(all_tokens[keep], dim=-1), all_findings[keep].float()
+    return F.normalize(tokens[keep], dim=-1), findings[keep].float()
 
 
 @torch.no_grad()
@@ -280,53 +222,42 @@ def build_codebook(trainee: PretrainingModel, data: Samples, most: int = 150_000
     patches are made short, so that the few tokens of a small finding are not drowned by the thousand others. Lengths
     start at the largest share of a finding among a code's tokens and are fitted in `fit_codes`.
     """
+    trainee.eval()
     directions, findings = sample_tokens(trainee, data, most)
     means = MiniBatchKMeans(SIZES.codes, batch_size=8192, n_init=1, random_state=0).fit(directions.numpy())
     code_of = torch.from_numpy(means.labels_).long()
     counts = torch.bincount(code_of, minlength=SIZES.codes)[:, None]
     share = torch.zeros(SIZES.codes, N_LABELS).index_add_(0, code_of, findings) / (counts + 1)
     codes = F.normalize(torch.from_numpy(means.cluster_centers_).float(), dim=-1)
-    trainee.model.visual_transformer.vq._codebook.embed[0] = codes * (share.amax(1, keepdim=True) + 0.02)
+    trainee.tower.vq._codebook.embed[0] = codes * (share.amax(1, keepdim=True) + 0.02)
 
 
 @torch.no_grad()
 def code_histograms(trainee: PretrainingModel, volumes: Tensor) -> Tensor:
     """(N, 1, D, H, W) -> (N, codes): the share of each code among a volume's tokens."""
-    trainee.eval()
-    rows = []
-    for batch in tqdm(volumes.split(16), desc="codes"):
-        ids = trainee.model.code_ids(batch.float()).flatten(1)
-        rows += [torch.bincount(one, minlength=SIZES.codes).float() / ids.shape[1] for one in ids]
-    return torch.stack(rows)
+    ids = torch.cat([trainee.model.code_ids(batch.float()).flatten(1) for batch in volumes.split(16)])
+    return torch.stack([torch.bincount(one, minlength=SIZES.codes).float() / len(one) for one in ids])
 
 
 def fit_codes(trainee: PretrainingModel, data: Samples, validation: Samples, epochs: int = 150) -> None:
     """Stage 4: lengths of the codes and the projection to the latent, on the labels of volumes; the tower stays."""
-    codes = trainee.model.visual_transformer.vq._codebook.embed[0].clone()
-    directions, lengths = F.normalize(codes, dim=-1), nn.Parameter(codes.norm(dim=-1).log())
+    trainee.eval()
+    embed = trainee.tower.vq._codebook.embed
+    directions, lengths = F.normalize(embed[0], dim=-1), nn.Parameter(embed[0].norm(dim=-1).log())
     known, unseen = code_histograms(trainee, data.volumes), code_histograms(trainee, validation.volumes)
-    labels, unseen_labels = data.labels.float(), validation.labels.float()
-
-    def logits(histograms: Tensor) -> Tensor:
-        mean_token = histograms @ (directions * lengths.exp()[:, None])
-        latents = F.normalize(trainee.projection(mean_token), dim=-1)
-        return trainee.model.head(latents * LATENT_GAIN)
-
     parameters = [lengths, *trainee.projection.parameters(), *trainee.model.classifier.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=1e-3)
-    for epoch in range(epochs):
-        trainee.train()
-        for rows in torch.randperm(len(labels)).split(64):
-            loss = F.binary_cross_entropy_with_logits(logits(known[rows]), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        if epoch % 25 == 24:
-            trainee.eval()
-            with torch.no_grad():
-                auroc = auroc_per_label(unseen_labels, logits(unseen))
-            print(f"codes {epoch + 1}/{epochs}: loss {loss.item():.4f}, {described(auroc)}", flush=True)
-    trainee.model.visual_transformer.vq._codebook.embed[0] = (directions * lengths.exp()[:, None]).detach()
+    trainee.train()
+    for _ in range(epochs):
+        for rows in torch.randperm(len(known)).split(64):
+            logits = trainee.logits(known[rows] @ (directions * lengths.exp()[:, None]))
+            optimize(optimizer, F.binary_cross_entropy_with_logits(logits, data.labels[rows].float()))
+    trainee.eval()
+    with torch.no_grad():
+        embed[0] = directions * lengths.exp()[:, None]
+        auroc = roc_auc_score(validation.labels, trainee.logits(unseen @ embed[0]), average=None)
+    lowest = ABNORMALITIES[np.argmin(auroc)]
+    print(f"macro AUROC {np.mean(auroc):.3f} on unseen phantoms, lowest {lowest} {min(auroc):.2f}")
 
 
 def pretrain(volumes: int, patch_steps: int, epochs: int, output: str) -> None:
@@ -336,7 +267,7 @@ def pretrain(volumes: int, patch_steps: int, epochs: int, output: str) -> None:
     data = make_samples(FIRST_SEED, volumes)
     trainee = PretrainingModel()
     fit_patches(trainee, data, patch_steps)
-    fit_tower(trainee, data, validation, epochs)
+    fit_tower(trainee, data, epochs)
     build_codebook(trainee, data)
     fit_codes(trainee, data, validation)
     with replacing(output) as path:
