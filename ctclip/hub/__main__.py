@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ctclip.cli import refuse_unused, run_cli
 from ctclip.config import hub_parser
+from ctclip.errors import UserError
 
 
 def weights_command(args: argparse.Namespace) -> None:
@@ -31,15 +32,13 @@ def card_command(args: argparse.Namespace) -> None:
     check_endpoint()  # before huggingface_hub is imported
     from ctclip.formatting import size_text
     from ctclip.hub.model_card import model_card
-    from ctclip.hub.published import CardError
     from ctclip.hub.push import push_run, write_card
     from ctclip.inference.predictor import load_model
 
     run = Path(args.run)
-    if run.is_file():
-        raise CardError(f"{run}: found a file, expected a run folder, whose record the card needs; name that")
     if not run.is_dir():
-        raise CardError(f"{run}: found no such folder, expected a run; list results/ for its name")
+        found = "a file, expected a run folder" if run.is_file() else "no such folder, expected a run"
+        raise UserError(f"{run}: found {found}; list results/ for its name")
     if args.push:
         print(f"Uploading {run} to {args.push} ({'public' if args.public else 'private, if it is new'})")
         print(f"Done: {push_run(run, args.push, not args.public, args.cohort)}")
@@ -50,14 +49,13 @@ def card_command(args: argparse.Namespace) -> None:
     elif write_card(run, card):
         print(f"Wrote {run / 'README.md'}: {size_text(len(card.encode()))}")
     else:
-        raise CardError(f"{run / 'README.md'}: found a card that a person wrote, expected none or a generated one; "
+        raise UserError(f"{run / 'README.md'}: found a card that a person wrote, expected none or a generated one; "
                         "--print shows the new one")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = hub_parser(__doc__).parse_args(argv)
-    command = {"weights": weights_command, "card": card_command}[args.command]
-    return run_cli(lambda: command(args))
+    return run_cli(lambda: (weights_command if args.command == "weights" else card_command)(args))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ be not measured.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import timm
@@ -28,6 +27,7 @@ from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, published_n
 
 CT_CLIP_LICENCE = "cc-by-nc-sa-4.0"
 HUB_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", CT_CLIP_LICENCE)  # its names for them
+BINDING = "CC-BY-NC-SA-4.0: not for commercial use, to be shared under the same terms, with attribution."
 DEMO = "ctclip_demo"
 UNSAID = "not recorded"
 NOT_MEASURED = "Not measured"
@@ -46,8 +46,7 @@ _TEMPLATES.filters["thousands"] = "{:,}".format
 # ---- licence and origin
 
 
-@dataclass(frozen=True)
-class Licence:
+class Licence(NamedTuple):
     """`name`: the hub's, "unknown" where nothing is known; `says`: sentences."""
 
     name: str
@@ -57,52 +56,55 @@ class Licence:
 def origin(model: CTCLIPMultiAbnormalityModel, record: Mapping | None = None) -> str | None:
     """Name of the CT-CLIP file that training started from, without its ending, or "other"; of a slice backbone
     "imagenet"; None where it is unknown. Where record, config.json and file differ, the more restrictive one wins."""
+    record = record or {}
+    config = record.get("config") or {}
     said = [model.derived_from] if isinstance(model.derived_from, str) else []
     if not model.is_ctclip:
-        return "imagenet" if said or ((record or {}).get("config") or {}).get("pretrained") else None
-    config = (record or {}).get("config") or {}
+        return "imagenet" if said or config.get("pretrained") else None
     if config.get("model") == "ctclip":
-        said.append(config.get("ctclip_path") or (DEMO if (record or {}).get("phantom") else "ctclip_classfine"))
+        said.append(config.get("ctclip_path") or (DEMO if record.get("phantom") else "ctclip_classfine"))
     names = [published_name(path) for path in said]
     return next((name for name in names if name != DEMO), DEMO if names else None)
 
 
 def licence_of(model: CTCLIPMultiAbnormalityModel, facts: Facts, cohort: str | None = None) -> Licence:
     """Of the weights: what they derive from, and the data that moved them."""
-    base, says = _base_licence(model, facts)
-    if base == CT_CLIP_LICENCE or base == "unknown":
-        return Licence(base, says)
+    name, says = _base_licence(model, facts)
+    if name in (CT_CLIP_LICENCE, "unknown"):
+        return Licence(name, says)
     if facts.phantom:
-        return Licence(base, f"{says} They were trained on this project's phantoms alone, which are free of terms.")
-    if cohort and "ct-rate" in cohort.lower():
-        return Licence(CT_CLIP_LICENCE, f"{says} They were trained on CT-RATE, which is CC-BY-NC-SA-4.0: not for "
-                                        "commercial use, to be shared under the same terms, with attribution.")
+        return Licence(name, f"{says} They were trained on this project's phantoms alone, which are free of terms.")
+    if _is_ct_rate(cohort):
+        return Licence(CT_CLIP_LICENCE, f"{says} They were trained on CT-RATE, which is {BINDING}")
     return Licence("unknown", f"{says} They were then trained on data whose terms are {UNSAID} here and may bind you; "
                               "CT-RATE's are CC-BY-NC-SA-4.0.")
 
 
+def _is_ct_rate(cohort: str | None) -> bool:
+    return "ct-rate" in (cohort or "").lower()
+
+
 def _base_licence(model: CTCLIPMultiAbnormalityModel, facts: Facts) -> tuple[str, str]:
+    started = origin(model, facts.record)
     if model.is_ctclip:
-        started = origin(model, facts.record)
         if started is None:
-            return "unknown", (f"Where these weights started from is {UNSAID}. If they derive from CT-CLIP, they are "
-                               "CC-BY-NC-SA-4.0.")
+            whence = f"Where these weights started from is {UNSAID}."
+            return "unknown", f"{whence} If they derive from CT-CLIP, they are CC-BY-NC-SA-4.0."
         if started == DEMO:
             return "apache-2.0", "The weights derive from this project's own small demo model, Apache-2.0."
         which = f"`{started}`" if started != "other" else "a file in CT-CLIP's layout, taken to be derived from them"
-        return CT_CLIP_LICENCE, (f"The weights derive from CT-CLIP's ({which}), CC-BY-NC-SA-4.0: not for commercial "
-                                 "use, to be shared under the same terms, with attribution.")
-    name, config = model._hub_mixin_config["backbone"], facts.record.get("config") or {}
-    pretrained = origin(model, facts.record) is not None or config.get("pretrained")
+        return CT_CLIP_LICENCE, f"The weights derive from CT-CLIP's ({which}), {BINDING}"
+    name = model._hub_mixin_config["backbone"]
+    pretrained = started is not None or (facts.record.get("config") or {}).get("pretrained")
     if pretrained is None:
         return "unknown", f"Whether the backbone `{name}` started from ImageNet weights is {UNSAID}."
     if not pretrained:
         return "apache-2.0", f"The backbone `{name}` (timm) started from random weights; the code is Apache-2.0."
     tag = backbone_weights(name)
-    stated = tag.license if tag is not None else None
+    stated, where = (tag.license, tag.hf_hub_id) if tag else (None, None)
     known = f"which timm states to be {stated}" if stated else "whose licence timm does not state: unknown"
-    return stated or "unknown", (f"The backbone is timm's `{name}` with ImageNet weights"
-                                 f"{f' (`{tag.hf_hub_id}`)' if tag is not None and tag.hf_hub_id else ''}, {known}.")
+    which = f" (`{where}`)" if where else ""
+    return stated or "unknown", f"The backbone is timm's `{name}` with ImageNet weights{which}, {known}."
 
 
 def backbone_weights(name: str) -> timm.models.PretrainedCfg | None:
@@ -183,7 +185,7 @@ def _front_matter(
         tag = backbone_weights(model._hub_mixin_config["backbone"])
         if tag is not None and tag.hf_hub_id:
             fields["base_model"] = tag.hf_hub_id
-    if cohort and "ct-rate" in cohort.lower():
+    if _is_ct_rate(cohort):
         fields["datasets"] = [REPOSITORY]
     metrics = facts.metrics
     if metrics and not metrics["phantom"] and not metrics["note"]:  # of patients

@@ -38,9 +38,8 @@ def published_record(record: Mapping, history: list[dict] | None = None) -> dict
     config = dict(record.get("config") or {})
     kept["config"] = {key: value for key, value in config.items()
                       if value is None or isinstance(value, (bool, int, float)) or key in PUBLIC_WORDS}
-    if "ctclip_path" in config:
-        path = config["ctclip_path"]
-        kept["config"]["ctclip_path"] = None if path is None else _published_file(path)
+    if path := config.get("ctclip_path"):  # takes both kinds of separator
+        kept["config"]["ctclip_path"] = "other" if published_name(path) == "other" else PureWindowsPath(str(path)).name
     left_out = record.get("left_out", 0)
     kept["left_out"] = left_out if isinstance(left_out, int) else len(left_out)
     if history:
@@ -50,12 +49,6 @@ def published_record(record: Mapping, history: list[dict] | None = None) -> dict
                            "seconds": sum(line.get("seconds", 0) for line in history)}
     kept["published"] = True
     return {key: kept[key] for key in (*PUBLIC, "config", "left_out", "published") if key in kept}
-
-
-def _published_file(path: str) -> str:
-    """Name of a weights file, if it is one of the published ones; else "other"."""
-    name = PureWindowsPath(str(path)).name  # takes both kinds of separator
-    return "other" if published_name(path) == "other" else name
 
 
 def published_metrics(metrics: Mapping) -> dict:
@@ -87,13 +80,13 @@ class Facts:
         record = published_record(record, read_history(folder / "log.jsonl")) if record else {}
         if not unchanged(model, folder):
             return cls(record, changed=True)
-        metrics = folder / "metrics.json"
-        calibration = folder / CALIBRATION_FILE
-        return cls(
-            record,
-            published_metrics(_json(metrics)) if metrics.is_file() else None,
-            load_calibration(calibration) if calibration.is_file() else None,
-        )
+        path, metrics, calibration = folder / "metrics.json", None, folder / CALIBRATION_FILE
+        try:
+            metrics = published_metrics(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        except (ValueError, TypeError, AttributeError) as error:
+            found = f"{path}: found no JSON object ({error}), expected an evaluation's metrics"
+            raise CardError(f"{found}; evaluate again") from error
+        return cls(record, metrics, load_calibration(calibration) if calibration.is_file() else None)
 
     def files(self) -> dict[str, str]:
         """Name -> content of what goes with the weights."""
@@ -107,14 +100,6 @@ class Facts:
     def phantom(self) -> bool | None:
         """Whether the training cohort is known to be phantoms; None where that is unknown."""
         return None if self.changed or "phantom" not in self.record else bool(self.record["phantom"])
-
-
-def _json(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CardError(f"{path}: found no JSON object ({error}), expected an evaluation's metrics; evaluate again") \
-            from error
 
 
 def unchanged(model: CTCLIPMultiAbnormalityModel, folder: Path) -> bool:

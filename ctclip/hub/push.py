@@ -5,39 +5,22 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import logging, validate_repo_id
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import logging
 
 from ctclip.card_file import CARD, discard_card, hand_written_card, read_card
 from ctclip.config import CALIBRATION_FILE
 from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import run_record
 from ctclip.fileio import replacing
-from ctclip.hub.client import (
-    AGAIN,
-    TOKENS_PAGE,
-    HubError,
-    find_token,
-    hub_host,
-    is_hub_url,
-    to_hub_error,
-    unwrapped,
-)
+from ctclip.hub.client import AGAIN, REPOSITORY, TOKENS_PAGE, HubError, find_token, is_hub_url, to_hub_error, unwrapped
 from ctclip.hub.model_card import card_text, origin
 from ctclip.hub.published import CardError, Facts, unchanged
 from ctclip.inference.predictor import load_model
 from ctclip_model import CTCLIPMultiAbnormalityModel
 
 SIDECARS = ("run.json", "metrics.json", CALIBRATION_FILE)  # beside the weights, for whoever downloads them
-ON_THE_HUB = ("model.safetensors", "config.json", CARD, *SIDECARS)
 
 
 # ---- to a folder
@@ -90,74 +73,45 @@ def write_card(folder: Path, card: str) -> bool:
 
 
 def push_run(run: str | Path, repo_id: str, private: bool = True, cohort: str | None = None) -> str:
-    """Uploads ON_THE_HUB's files of a run in one commit; -> the commit's address.
+    """`save_with_card` of a run, to the hub in one commit; -> the commit's address.
 
-    Raises HubError (one line, the token in none) for whatever the hub or the way to it does not do. A public
-    repository is not written to with `private`.
+    Files there that belong to other weights are deleted. A card that a person wrote there is replaced by one that a
+    person wrote in the run's folder, never by a generated one. Raises HubError (one line, the token in none) for
+    whatever the hub or the way to it does not do. A public repository is not written to with `private`.
     """
-    try:
-        validate_repo_id(repo_id)
-        if repo_id.count("/") != 1:
-            raise HFValidationError("no user")
-    except HFValidationError:
+    if repo_id.count("/") != 1:
         found = f"found {repo_id!r}, expected USER/NAME as the hub has it, such as jane/ct-findings"
-        raise HubError(found, "correct it", kind="access") from None
+        raise HubError(found, "correct it", kind="access")
     token = find_token(f"make one with write access ({TOKENS_PAGE}), set HF_TOKEN to it, {AGAIN}")
     model = load_model(run, "cpu")
     logging.set_verbosity_error()
+    api = HfApi(token=token)
+    own = model.folder
+    generated = own is None or hand_written_card(own) is None or not unchanged(model, own)
     try:
-        if private and is_public(repo_id, token):
+        if private and _is_public(api, repo_id):
             found = f"{repo_id} is there already, and public"
             raise HubError(found, "push to another name, or say --public", kind="access")
-        return push_with_card(model, repo_id, token, private, cohort)
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as theirs:
+            if generated and api.file_exists(repo_id, CARD):
+                api.hf_hub_download(repo_id, CARD, local_dir=theirs)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            save_with_card(model, folder, repo_id, cohort)
+            return str(api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message="Model, card and thresholds",
+                ignore_patterns=[CARD] if hand_written_card(Path(theirs)) else None, delete_patterns=list(SIDECARS),
+            ))
     except UserError:
         raise
     except Exception as error:
         raise to_push_error(error, repo_id, token) from error
 
 
-def push_with_card(
-    model: CTCLIPMultiAbnormalityModel, repo_id: str, token: str, private: bool, cohort: str | None = None
-) -> str:
-    """`save_with_card`, to the hub in one commit; -> its address.
-
-    Files there that belong to other weights are deleted. A card that a person wrote there is replaced by one that a
-    person wrote in the run's folder, never by a generated one.
-    """
-    own = model.folder
-    generated = own is None or hand_written_card(own) is None or not unchanged(model, own)
-    keep_theirs = generated and card_on_the_hub(repo_id, token)
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        save_with_card(model, folder, repo_id, cohort)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message="Model, card and thresholds",
-            ignore_patterns=[CARD] if keep_theirs else None, delete_patterns=list(SIDECARS),
-        )
-    return str(commit)
-
-
-def card_on_the_hub(repo_id: str, token: str) -> str | None:
-    """The repository's README.md where a person wrote it, not a program; None also where there is none to see."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            hf_hub_download(repo_id, CARD, token=token, local_dir=folder)
-        except LocalEntryNotFoundError:  # no connection: not known
-            raise
-        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-            return None
-        return hand_written_card(Path(folder))
-
-
-def is_public(repo_id: str, token: str) -> bool:
-    """Whether the repository exists and everybody can see it."""
+def _is_public(api: HfApi, repo_id: str) -> bool:
     try:
-        return not HfApi(token=token).model_info(repo_id).private
-    except RepositoryNotFoundError as error:
-        if error.response.status_code == 404:
-            return False
-        raise
+        return not api.model_info(repo_id).private
+    except RepositoryNotFoundError:  # or the token is refused, which creating it will tell
+        return False
 
 
 def to_push_error(error: Exception, repo_id: str, token: str) -> HubError:
@@ -169,12 +123,8 @@ def to_push_error(error: Exception, repo_id: str, token: str) -> HubError:
     if status in (400, 409, 412, 422):
         said = (refused.server_message or "no reason given").replace(token, "***").splitlines()[0]
         return HubError(f"the hub did not take the files ({status}): {said[:200]}", "run this again", kind="hub")
-    known = {
-        401: ("the hub refused the token (401): mistyped, expired or revoked",
-              f"make a new one with write access ({TOKENS_PAGE}), set HF_TOKEN to it, {AGAIN}"),
-        403: (f"the hub lets this token write nothing to {repo_id} (403): it is somebody else's, or the token may only "
-              "read", f"name a repository of your own, or take a token with write access ({TOKENS_PAGE}), {AGAIN}"),
-        404: (f"{hub_host()} has no {repo_id} that this token may see (404)",
-              f"check its name and HF_ENDPOINT, {AGAIN}"),
-    }
-    return HubError(*known[status], kind="access") if status in known else to_hub_error(error, repo_id, token)
+    if status == 403:
+        found = f"the hub lets this token write nothing to {repo_id} (403): it is somebody's, or the token only reads"
+        remedy = f"name a repository of your own, or take a token with write access ({TOKENS_PAGE}), {AGAIN}"
+        return HubError(found, remedy, kind="access")
+    return to_hub_error(error, "such model", token, repo_id if status == 404 else REPOSITORY)

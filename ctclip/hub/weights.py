@@ -70,11 +70,6 @@ def load(path: Path) -> CTCLIPMultiAbnormalityModel:
     return CTCLIPMultiAbnormalityModel(str(path), head="linear")
 
 
-def tensors_digest(model: CTCLIPMultiAbnormalityModel) -> str:
-    """SHA-256 over names, types, shapes and bytes of the model's tensors, in the order of their names."""
-    return tensors_sha256(model.state_dict())
-
-
 def fingerprint(model: CTCLIPMultiAbnormalityModel) -> Fingerprint:
     """Of a CT-CLIP model on the CPU, in float32. About ten seconds at the published size."""
     volume = fixed_phantom(model.input_shape)
@@ -82,23 +77,11 @@ def fingerprint(model: CTCLIPMultiAbnormalityModel) -> Fingerprint:
     with encoding(model, torch.device("cpu")):
         values = model.encode(volume) if headless else model(volume)
     return Fingerprint(
-        tensors_digest(model),
+        tensors_sha256(model.state_dict()),  # names, types, shapes and bytes, in the order of their names
         "latent" if headless else "logits",
         tuple(values[0, :VALUES].tolist()),
         f"{platform.machine()}, torch {torch.__version__}",
     )
-
-
-# ---- the record beside the file
-
-
-def recorded_fingerprint(weights: Path) -> Fingerprint | None:
-    """That of the record; None where there is none, or something else in its place."""
-    try:
-        kept = read_record(weights)["fingerprint"]
-        return Fingerprint(**kept | {"values": tuple(map(float, kept["values"]))})
-    except (TypeError, KeyError, ValueError):
-        return None
 
 
 # ---- slim
@@ -167,7 +150,11 @@ def check_weights(path: Path, slim: bool = False) -> Iterator[str]:
         yield f"slim: {path}, {size_text(path.stat().st_size)} in place of {size_text(size)}: the same to the bit"
     else:
         found = fingerprint(load(path))
-    recorded = recorded_fingerprint(path)
+    try:
+        kept = read_record(path)["fingerprint"]
+        recorded = Fingerprint(**kept | {"values": tuple(map(float, kept["values"]))})
+    except (TypeError, KeyError, ValueError):  # none, or something else in its place
+        recorded = None
     if recorded and (difference := found.difference(recorded)):
         yield str(found)
         raise CheckpointError(

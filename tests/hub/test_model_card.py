@@ -28,10 +28,11 @@ from ctclip.hub.__main__ import main
 from ctclip.hub.client import HubError
 from ctclip.hub.model_card import licence_of, model_card
 from ctclip.hub.published import PUBLIC_METRICS, CardError, Facts, published_metrics, published_record
-from ctclip.hub.push import ON_THE_HUB, push_run, save_with_card, write_card
+from ctclip.hub.push import push_run, save_with_card, write_card
 from ctclip.training.checkpoint import save_best
 from ctclip_model import ABNORMALITIES, CheckpointError, CTCLIPMultiAbnormalityModel, asdict
 
+ON_THE_HUB = ("model.safetensors", "config.json", "README.md", "run.json", "metrics.json", "calibration.json")
 SECRETS = ("/home/jane", "jane_doe", "St_Elsewhere", "mercy_hospital", "Doe_John", "C:\\")
 CONFIG = {
     "mode": "full_train", "data_dir": "/home/jane/St_Elsewhere", "cache_dir": "C:\\Users\\jane_doe\\cache",
@@ -504,7 +505,7 @@ def test_a_card_of_ones_own_is_pushed_and_one_on_the_hub_is_kept(make_run, hub):
 REFUSALS = {
     "wrong token": ("hf_wrong", "jane/ct", "the hub refused the token (401): mistyped, expired or revoked; make a"),
     "reading token": (READER, "jane/ct", "the hub lets this token write nothing to jane/ct (403)"),
-    "somebody else's": (WRITER, "meta/ct", "the hub lets this token write nothing to meta/ct (403): it is somebody"),
+    "somebody else's": (WRITER, "meta/ct", "the hub lets this token write nothing to meta/ct (403): it is somebody's,"),
     "no user": (WRITER, "ct", "found 'ct', expected USER/NAME"),
     "no name": (WRITER, "jane/../x", "found 'jane/../x', expected USER/NAME"),
     "no token": (None, "jane/ct", "no Hugging Face token found; make one with write access"),
