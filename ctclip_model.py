@@ -42,7 +42,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path, PureWindowsPath
@@ -764,19 +764,23 @@ def unused_reason(key: str) -> str | None:
     return next((reason for part, reason in UNUSED_KEYS if key.startswith(part) or part in f".{key}"), None)
 
 
-def load_tower(model: nn.Module, state: dict[str, Tensor], path: Path, head: HeadInit) -> LoadReport:
+def load_tower(
+    model: CTCLIPMultiAbnormalityModel, state: dict[str, Tensor], path: Path, made: dict[str, Tensor],
+    no_prompts_reason: str | None,
+) -> LoadReport:  # fmt: skip
     """Gives `model` the tensors of the file at `path`; every key of either is loaded, dropped by name, or an error.
 
-    `state`: what `read_checkpoint(path)` gave. The head (`classifier.*`) is the one part that a file may lack: it then
-    keeps its start values and is reported. ClassFine's linear head is dropped where the model has another one.
+    `state`: what `read_checkpoint(path)` gave; `made`: the head that the text tower made, if it did. The head
+    (`classifier.*`) is the one part that a file may lack: it then keeps its start values and is reported. ClassFine's
+    linear head is dropped where the model has another one.
     """
     own = model.state_dict()
-    used = [key for key in state if key in own and key not in head.tensors]
+    used = [key for key in state if key in own and key not in made]
     reasons = {
         key: "ClassFine's linear head" if key in LINEAR_HEAD_KEYS else unused_reason(key)
         for key in state.keys() - set(used)
     }
-    absent = [key for key in own if key not in used and key not in head.tensors]
+    absent = [key for key in own if key not in used and key not in made]
     new = tuple(key for key in absent if key.startswith("classifier."))
     half = [f"{key} is missing" for key in LINEAR_HEAD_KEYS if key in new]
     problems = {
@@ -784,7 +788,7 @@ def load_tower(model: nn.Module, state: dict[str, Tensor], path: Path, head: Hea
         "unexpected": [key for key in state if key in reasons and reasons[key] is None],
         "wrong shape": [
             f"{key} is {tuple(value.shape)}, expected {tuple(own[key].shape)}"
-            for key, value in ({key: state[key] for key in used} | head.tensors).items()
+            for key, value in ({key: state[key] for key in used} | made).items()
             if value.shape != own[key].shape
         ],
         "half a head": half if len(half) == 1 else [],
@@ -794,16 +798,16 @@ def load_tower(model: nn.Module, state: dict[str, Tensor], path: Path, head: Hea
         raise CheckpointError(f"{path} does not fit a CT-CLIP image tower ({'; '.join(listed)}). Nothing was loaded")
     read = partial(read_checkpoint, path) if _can_be_mapped(path) else lambda: state
     copies = _in_memory(read, {key: own[key] for key in used})
-    model.load_state_dict({key: own[key] for key in new} | head.tensors | copies, assign=True)
+    model.load_state_dict({key: own[key] for key in new} | made | copies, assign=True)
     dropped = Counter(str(reasons[key]) for key in state if key in reasons)
-    if head.tensors and "text tower" in dropped:
+    if made and "text tower" in dropped:
         dropped["text tower, once made into the head"] = dropped.pop("text tower")
-    if head.tensors:
-        origin = f"for {len(head.tensors[LINEAR_HEAD_KEYS[0]])} findings, made from the file's text tower"
+    if made:
+        origin = f"for {len(made[LINEAR_HEAD_KEYS[0]])} findings, made from the file's text tower"
     else:
-        linear = head.name == "mlp" and LINEAR_HEAD_KEYS[0] not in new
+        linear = model.head_name == "mlp" and LINEAR_HEAD_KEYS[0] not in new
         origin = "from the file" if not new else "its linear part from the file" if linear else "new"
-    return LoadReport(str(path), len(used), dropped, new, f"{head.name}, {origin}", head.no_prompts_reason)
+    return LoadReport(str(path), len(used), dropped, new, f"{model.head_name}, {origin}", no_prompts_reason)
 
 
 def _first_five(keys: Sequence[str]) -> str:
@@ -1169,40 +1173,6 @@ def _label_names(head: str | None, prompts: Prompts | None, labels: Sequence[str
     return names
 
 
-@dataclass(frozen=True)
-class HeadInit:
-    """The head of a CT-CLIP model, and the tensors that the file's text tower made for it (none: other heads)."""
-
-    name: str
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    no_prompts_reason: str | None = None
-
-
-def takes_prompts(head: str | None, state: dict[str, Tensor]) -> bool:
-    """Whether a model of this file and this argument `head` gets the prompt head."""
-    return head == "prompts" or (head is None and not any(key in state for key in LINEAR_HEAD_KEYS))
-
-
-def choose_head(
-    head: str | None, path: Path, state: dict[str, Tensor], prompts: Prompts, weight: Tensor | None
-) -> HeadInit:
-    """`head`: None for the file's own. `weight`: of the prompt head, where it was computed before.
-
-    Raises CheckpointError where "prompts" is asked for and cannot be made.
-    """
-    if not takes_prompts(head, state):
-        return HeadInit(head or "linear")
-    try:
-        if weight is None:
-            text_tower_tensors(state)  # first: without it nothing else matters
-            weight = prompt_weights(state, prompts, Vocabulary.read(vocabulary_path(path)))
-    except PromptError as error:
-        if head is None:
-            return HeadInit("linear", no_prompts_reason=str(error))
-        raise CheckpointError(f"{path}: {error}") from error
-    return HeadInit("prompts", dict(zip(LINEAR_HEAD_KEYS, (weight, torch.zeros(len(weight))), strict=True)))
-
-
 HEAD_PREFIXES = ("attention.", "classifier.")  # of all parameters outside the backbone
 LATENTS_AT_ONCE = 64  # computed from codes: 75 MB of intermediate values at the published size
 
@@ -1235,7 +1205,6 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             needs the package transformers and the text tower's vocabulary; a saved model needs neither.
         labels: names of the logits, in order; default: the prompts' names, or ABNORMALITIES. Other names than these 18
             need head="prompts".
-        prompt_weight: (n, L) that `prompt_weights` computed before; the text tower is then not run.
 
     Raises:
         FileNotFoundError: `ctclip_path` does not exist. It is never replaced by random weights.
@@ -1257,7 +1226,6 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         head: str | None = None,
         prompts: Prompts | None = None,
         labels: Sequence[str] | None = None,
-        prompt_weight: Tensor | None = None,
     ):
         super().__init__()
         is_ctclip = ctclip_path is not None or sizes is not None
@@ -1277,7 +1245,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         if sizes is not None:
             self._build_tower(TowerSizes(**sizes), self.head_name)
         elif ctclip_path is not None:
-            self._load_ctclip(existing_weights(ctclip_path), head, prompts, prompt_weight)
+            self._load_ctclip(existing_weights(ctclip_path), head, prompts or Prompts.from_names(self.labels))
         else:
             self._build_slice_variant(backbone, attention, pretrained, n_slices)
         # What `from_pretrained` needs to rebuild the model without the files it came from.
@@ -1293,14 +1261,24 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             "labels": list(self.labels),
         }
 
-    def _load_ctclip(self, path: Path, head: str | None, prompts: Prompts | None, weight: Tensor | None) -> None:
+    def _load_ctclip(self, path: Path, head: str | None, prompts: Prompts) -> None:
+        """Raises CheckpointError where head "prompts" is asked for and cannot be made."""
         state = read_checkpoint(path)
         sizes = TowerSizes.from_state_dict(state)
-        init = choose_head(head, path, state, prompts or Prompts.from_names(self.labels), weight)
-        if init.tensors:
-            state = read_checkpoint(path)  # mapped anew: the text tower's 0.4 GB leave memory
-        self._build_tower(sizes, init.name, torch.device("meta"))  # nothing is drawn for what the file replaces
-        self.load_report = load_tower(self, state, path, init)
+        made: dict[str, Tensor] = {}
+        reason = None
+        if head == "prompts" or (head is None and not any(key in state for key in LINEAR_HEAD_KEYS)):
+            try:
+                text_tower_tensors(state)  # first: without it nothing else matters
+                weight = prompt_weights(state, prompts, Vocabulary.read(vocabulary_path(path)))
+                head, made = "prompts", dict(zip(LINEAR_HEAD_KEYS, (weight, torch.zeros(len(weight))), strict=True))
+                state = read_checkpoint(path)  # mapped anew: the text tower's 0.4 GB leave memory
+            except PromptError as error:
+                if head is not None:
+                    raise CheckpointError(f"{path}: {error}") from error
+                reason = str(error)
+        self._build_tower(sizes, head or "linear", torch.device("meta"))  # nothing is drawn for what the file replaces
+        self.load_report = load_tower(self, state, path, made, reason)
         self.derived_from = published_name(path)
 
     def _build_tower(self, sizes: TowerSizes, head: str, device: torch.device | None = None) -> None:

@@ -19,7 +19,6 @@ from ctclip.data.geometry import PUBLISHED_SHAPE
 from ctclip.data.loading import Batch, read_ahead
 from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import RunError
-from ctclip.inference.prompts import load_with_prompts
 from ctclip_model import CheckpointError, CTCLIPMultiAbnormalityModel, PromptError, Prompts
 
 Items = TypeVar("Items", bound=Sequence)
@@ -82,7 +81,7 @@ def _load_run(folder: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityMo
 
 
 def _load_file(path: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityModel:
-    model = load_with_prompts(path, prompts)
+    model = CTCLIPMultiAbnormalityModel(path, head=None if prompts is None else "prompts", prompts=prompts)
     report = model.load_report
     if report is None or not report.new:
         return model

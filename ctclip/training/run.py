@@ -41,7 +41,6 @@ from ctclip.distributed import Ranks
 from ctclip.evaluation.run_folder import newest_run, run_record
 from ctclip.formatting import plural
 from ctclip.inference.predictor import choose_device, choose_precision, choose_workers
-from ctclip.inference.prompts import load_with_prompts
 from ctclip.memory import out_of_memory
 from ctclip.phantoms.cohort import is_phantom_cohort, write_phantom_cohort
 from ctclip_model import (
@@ -304,7 +303,7 @@ def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormality
     if config.model == "ctclip":
         path = config.ctclip_path or (DEMO_PATH if phantom else CLASSFINE_PATH)
         head = "prompts" if config.init_head == "prompts" else config.head
-        return load_with_prompts(path, head=head, dropout=config.dropout)
+        return CTCLIPMultiAbnormalityModel(path, head=head, dropout=config.dropout)
     attention = None if config.use_attention == "none" else config.use_attention
     try:
         return CTCLIPMultiAbnormalityModel(

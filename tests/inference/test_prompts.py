@@ -1,25 +1,20 @@
 """Prompts against the golden text latents and probabilities (made by the published implementation), the definition of
 p(present) as a softmax over a pair, token ids written out by hand, and a model rebuilt where none of it can be had."""
 
-import errno
 import json
-import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import ctclip_model
 from ctclip.errors import UserError
 from ctclip.hub.weights import make_slim
-from ctclip.inference import prompts as prompts_module
-from ctclip.inference.prompts import load_with_prompts, read_prompts
+from ctclip.inference.prompts import read_prompts
 from ctclip.training.run import TrainingConfig, build_model
 from ctclip_model import (
     ABNORMALITIES,
@@ -65,10 +60,6 @@ def write_vocabulary(path: Path, pieces: list[str]) -> None:
 
 def vocabulary(path: Path) -> Vocabulary:
     return Vocabulary.read(vocabulary_path(path))
-
-
-def kept(weights: Path) -> list[Path]:
-    return sorted(weights.parent.glob("*.prompts_*"))
 
 
 def without_transformers(monkeypatch) -> None:
@@ -297,7 +288,6 @@ def test_without_what_prompts_need_the_default_head_is_new_and_says_why(lacking,
     assert model.load_report.new == ("classifier.weight", "classifier.bias")
     assert said in model.load_report.no_prompts_reason and model.load_report.no_prompts_reason in str(model.load_report)
     assert said in refusal(CTCLIPMultiAbnormalityModel, str(weights), head="prompts", kind=CheckpointError)
-    assert kept(weights) == []
 
 
 def test_classfine_keeps_its_head_unless_prompts_are_asked_for(tmp_path, expected):
@@ -316,8 +306,6 @@ def test_classfine_keeps_its_head_unless_prompts_are_asked_for(tmp_path, expecte
 def test_a_slim_copy_answers_the_same(weights, expected):
     logits = CTCLIPMultiAbnormalityModel(str(weights)).eval()(expected["volume"])
     make_slim(weights)
-    for path in kept(weights):
-        path.unlink()
     assert torch.equal(CTCLIPMultiAbnormalityModel(str(weights)).eval()(expected["volume"]), logits) and logits.any()
 
 
@@ -352,57 +340,6 @@ def test_damaged_text_towers_are_one_line(weights, expected):
     words = "text_transformer.embeddings.word_embeddings.weight"
     assert f"no matrix {words} found" in refusal(text_latents, {k: STATE[k] for k in STATE if k != words}, ids, mask)
     assert "width 25, expected 768 or 24" in refusal(text_latents, STATE | {words: torch.ones(40, 25)}, ids, mask)
-
-
-# -- kept beside the weights -------------------------------------------------------------------------------------------
-
-
-def test_the_head_is_made_once_for_a_file_and_its_prompts(weights, monkeypatch):
-    first = load_with_prompts(str(weights)).classifier.weight
-    (file,) = kept(weights)
-    assert file.name.startswith("ctclip_zeroshot.prompts_") and len(file.stem.rpartition("_")[2]) == 12
-    without_transformers(monkeypatch)
-    assert torch.equal(load_with_prompts(str(weights)).classifier.weight, first)
-    own = {"prompts": Prompts.from_names(["Hernia"])}
-    assert "transformers" in refusal(load_with_prompts, str(weights), kind=CheckpointError, **own)
-
-
-@pytest.mark.parametrize("change", ["text_transformer.encoder.layer.0.output.dense.bias", "temperature", "vocabulary"])
-def test_the_kept_head_is_not_that_of_other_weights_or_words(weights, change):
-    first = load_with_prompts(str(weights)).classifier.weight
-    if change == "vocabulary":
-        write_vocabulary(weights, [*PIECES[:8], *reversed(PIECES[8:])])
-    else:
-        torch.save(STATE | {change: STATE[change] + 0.5}, weights)
-    assert not torch.allclose(load_with_prompts(str(weights)).classifier.weight, first)
-    assert len(kept(weights)) == 2
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_kept_head_is_made_anew(weights, damage):
-    first = load_with_prompts(str(weights)).classifier.weight
-    (file,) = kept(weights)
-    content = file.read_bytes()
-    file.write_bytes(content[:-9] if damage == "cut" else content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
-    assert torch.equal(load_with_prompts(str(weights)).classifier.weight, first)
-    assert torch.equal(load_file(file)["weight"], first) and len(file.read_bytes()) == len(content)
-
-
-def test_a_folder_that_cannot_be_written_to_is_no_obstacle_but_a_full_disk_is(weights, monkeypatch):
-    def refuse_with(code):
-        @contextmanager
-        def refuse(path):
-            raise OSError(code, os.strerror(code), str(path))
-            yield
-
-        monkeypatch.setattr(prompts_module, "replacing", refuse)
-
-    for code in (errno.EROFS, errno.EACCES):
-        refuse_with(code)
-        assert load_with_prompts(str(weights)).head_name == "prompts" and kept(weights) == []
-    refuse_with(errno.ENOSPC)
-    with pytest.raises(OSError, match="No space left"):
-        load_with_prompts(str(weights))
 
 
 def test_transformers_says_nothing(weights):
@@ -483,9 +420,7 @@ def test_a_prompt_file_predicts_the_18_findings_and_ones_own(weights, tmp_path, 
     with torch.no_grad():
         answers = model(preprocess_volume(scan, shape=model.input_shape)[None]).sigmoid()
     np.testing.assert_allclose(table.to_numpy(), answers.numpy(), atol=1e-6)
-    without_transformers(monkeypatch)  # the head is kept by now
     assert run_task2.main([*flags, "--output", str(tmp_path / "all.json")]) == 0
-    monkeypatch.undo()
     own = [*flags, "--prompts", str(tmp_path / "my.txt")]
     assert run_task2.main([*own, "--output", str(tmp_path / "own.csv"), "--explain", "hernia"]) == 0
     assert list(pd.read_csv(tmp_path / "own.csv", index_col=0).columns) == ["Hernia", "Lung nodules"]
