@@ -205,28 +205,32 @@ def _of_response(error: HfHubHTTPError, file: str, repository: str) -> HubError:
     """What an HfHubHTTPError means to the person whose token was sent (to CT-RATE; other repositories get none)."""
     from huggingface_hub.errors import GatedRepoError
 
-    status, host, wait = error.response.status_code, hub_host(), asked_wait(error.response.headers)
+    status, host = error.response.status_code, hub_host()
+    case: int | str = status
     if status in (401, 403, 404, 410) and not is_hub_url(str(error.response.url)):
-        return HubError(f"the address of a file's bytes has expired ({status})", "run this again", kind="hub")
-    if status in (401, 403, 404) and repository != REPOSITORY:
-        remedy = f"unset HF_ENDPOINT if it names a mirror; otherwise see {HUB}/{repository}"
-        return HubError(f"{host} gives no {file} of {repository} ({status})", remedy, kind="file")
-    if status == 403 and isinstance(error, GatedRepoError):
-        found = "the token is valid, but its account has not accepted CT-RATE's terms (403)"
-        return HubError(found, f"accept them with that account: {TERMS_PAGE}; {AGAIN}", kind="access")
+        case = "expired"
+    elif status in (401, 403, 404) and repository != REPOSITORY:
+        case = "other repository"
+    elif status == 403 and isinstance(error, GatedRepoError):
+        case = "terms"
+    mirror = "unset HF_ENDPOINT if it names a mirror; otherwise"
     scope = '"Read access to contents of all public gated repos you can access"'
     reason, remedy, kind = {
+        "expired": (f"the address of a file's bytes has expired ({status})", "run this again", "hub"),
+        "other repository": (f"{host} gives no {file} of {repository} ({status})", f"{mirror} see {HUB}/{repository}",
+                             "file"),
+        "terms": ("the token is valid, but its account has not accepted CT-RATE's terms (403)",
+                  f"accept them with that account: {TERMS_PAGE}; {AGAIN}", "access"),
         401: ("the hub refused the token (401): mistyped, expired or revoked",
               f"make a new read token ({TOKENS_PAGE}), set HF_TOKEN to it, {AGAIN}", "access"),
         403: ("the token may not read gated repositories (403)", f"give it {scope} ({TOKENS_PAGE}), {AGAIN}", "access"),
-        404: (f"{host} has no {file} in {REPOSITORY} (404)",
-              "unset HF_ENDPOINT if it names a mirror; otherwise the file was moved: see the dataset's page", "file"),
-        407: ("the proxy asks for a name and a password (407)", f"put them into HTTPS_PROXY, {AGAIN}", "network"),
+        404: (f"{host} has no {file} in {REPOSITORY} (404)", f"{mirror} the file was moved: see the dataset's page",
+              "file"),
         416: ("what is here of a file is more than the hub has of it (416)", "run this again", "bytes"),
         429: ("the hub asks to slow down (429)", "wait a few minutes, then run this again", "hub"),
-    }.get(status, (f"{host} answered with an error of its own ({status})",
-                   "nothing is wrong here: run this again later (https://status.huggingface.co)", "hub"))
-    return HubError(reason, remedy, kind=kind, wait=wait)
+    }.get(case, (f"{host} answered with an error of its own ({status})",
+                 "nothing is wrong here: run this again later (https://status.huggingface.co)", "hub"))
+    return HubError(reason, remedy, kind=kind, wait=asked_wait(error.response.headers))
 
 
 def asked_wait(headers: Mapping[str, str]) -> float:

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -29,37 +29,18 @@ from typing import NamedTuple, TypeAlias
 import torch
 from tqdm import tqdm
 
+from ctclip.data import feature_cache
 from ctclip.data.cohort import Streamed, Volume, read_streamed
 from ctclip.data.ct_rate import VOLUME_SUFFIX, scan_of, streamed_path, volume_path
-from ctclip.data.feature_cache import (
-    LINE_BYTES,
-    FeatureCache,
-    cache_key,
-    cache_keys,
-    encode_missing,
-    encoding,
-    file_signature,
-    nearest_existing,
-    write_all,
-)
+from ctclip.data.feature_cache import FeatureCache, encode_missing
 from ctclip.data.hounsfield import HuDecision
 from ctclip.data.preprocessing import read_volume
 from ctclip.data.volume_file import VolumeError
 from ctclip.distributed import Ranks
 from ctclip.formatting import print_row, size_text
+from ctclip.hub import download
 from ctclip.hub.client import DISK_GB, SPARE_BYTES, HubError, file_lock, find_token, parts_of
-from ctclip.hub.download import (
-    Downloader,
-    Failures,
-    Selection,
-    Transfer,
-    first_names,
-    next_command,
-    none_on_hub,
-    plan_transfers,
-    print_note,
-    select_volumes,
-)
+from ctclip.hub.download import Downloader, Failures, Selection, Transfer
 from ctclip.inference.predictor import choose_device, print_failures
 from ctclip_model import CLASSFINE_PATH, CTCLIPMultiAbnormalityModel
 
@@ -108,9 +89,9 @@ def plan_stream(
     placed = [replace(volume, path=options.data_dir / volume_path(volume.name, fixed)) for volume in chosen]
     on_disk = [volume for volume in placed if volume.path.exists()]
     others = [volume for volume in placed if not volume.path.exists()]
-    transfers = plan_transfers(others, fixed, token, lambda name: staged_path(options.staging, name, fixed))
+    transfers = download.plan_transfers(others, fixed, token, lambda name: staged_path(options.staging, name, fixed))
     if not on_disk and not transfers:
-        raise none_on_hub(chosen)
+        raise download.none_on_hub(chosen)
     manifest = read_streamed(options.data_dir, selection.split)
     quarantined, encoded_once = set(), {}
     for transfer in transfers:
@@ -123,7 +104,7 @@ def plan_stream(
             quarantined.add(transfer)
         else:
             encoded_once[transfer] = replace(transfer.volume, signature=(entry.size, entry.tail))
-    rows, _ = cache.intact(cache_keys(list(encoded_once.values())))
+    rows, _ = cache.intact(feature_cache.cache_keys(list(encoded_once.values())))
     cached = {transfer for transfer, row in zip(encoded_once, rows, strict=True) if row is not None}
     left = [transfer for transfer in transfers if transfer not in quarantined | cached]
     known = f"{len(cached)} are in the cache, {len(quarantined)} in quarantine, {len(on_disk)} have a file here"
@@ -182,7 +163,7 @@ class DiskBudget(NamedTuple):
 def plan_disk(options: StreamOptions, cache: FeatureCache, transfers: Sequence[Transfer]) -> DiskBudget:
     """All the codes, and the rest for files. Raises HubError where the largest file and the codes do not fit, in
     --disk-gb or on the disks as they are."""
-    per_volume = cache.record_bytes + LINE_BYTES + MANIFEST_BYTES
+    per_volume = cache.record_bytes + feature_cache.LINE_BYTES + MANIFEST_BYTES
     encoded, growth = bytes_in(cache.folder), len(transfers) * per_volume
     largest = max(transfers, key=lambda transfer: transfer.size)
     codes = f"the codes of {len(transfers)} volumes"
@@ -191,7 +172,7 @@ def plan_disk(options: StreamOptions, cache: FeatureCache, transfers: Sequence[T
     if limit < (least := encoded + growth + largest.size):
         found = f"found --disk-gb {options.disk_gb:g}, expected at least {size_text(least)} for {file} and {codes}"
         raise HubError(found, "raise it, or choose fewer volumes", kind="disk")
-    scratch, store = nearest_existing(options.staging), nearest_existing(cache.folder)
+    scratch, store = feature_cache.nearest_existing(options.staging), feature_cache.nearest_existing(cache.folder)
     here = bytes_in(options.staging)
     needs = [(scratch, largest.size, here, file), (store, growth, 0, codes)]
     shared = 0
@@ -263,7 +244,7 @@ def stream(selection: Selection, options: StreamOptions) -> None:
     """
     token = find_token()
     with file_lock(options.data_dir, options.staging):
-        chosen = select_volumes(selection, options.data_dir, token)
+        chosen = download.select_volumes(selection, options.data_dir, token)
         options.staging.mkdir(parents=True, exist_ok=True)
         device = choose_device(options.device)
         model = CTCLIPMultiAbnormalityModel(str(options.weights), head="linear").to(device).eval()  # only encodes
@@ -284,7 +265,7 @@ def stream(selection: Selection, options: StreamOptions) -> None:
                 folder.rmdir()
     encoder = "" if str(options.weights) == CLASSFINE_PATH else f" --ctclip-path {shlex.quote(str(options.weights))}"
     more = f" --cache-dir {shlex.quote(str(options.cache_dir))}{encoder} --freeze-backbone"
-    print_row("next", next_command(selection.split, options.data_dir, more))
+    print_row("next", download.next_command(selection.split, options.data_dir, more))
 
 
 def encode_transfers(
@@ -308,16 +289,16 @@ def encode_transfers(
         bar.set_postfix_str(f"{per_minute:.1f} vol/min, disk {used} of {size_text(budget.limit)}", refresh)
 
     bar = tqdm(total=total, desc="stream", bar_format=BAR)
-    with open_manifest(manifest_path) as manifest, closing(cache), bar, encoding(model, device):
+    with open_manifest(manifest_path) as manifest, closing(cache), bar, feature_cache.encoding(model, device):
         for transfer, found in prefetch(downloader, model.input_shape, show):
             volume, unreadable = transfer.volume, found if isinstance(found, str) else None
             if not failures.add(transfer):
                 for part in parts_of(transfer.target):  # it would take room that others need
                     remove(part)
             else:
-                key, (size, tail) = cache_key(volume), file_signature(transfer.target)
+                key, (size, tail) = feature_cache.cache_key(volume), feature_cache.file_signature(transfer.target)
                 if unreadable:
-                    print_note(f"quarantined: {volume.name}: {unreadable}")
+                    download.print_note(f"quarantined: {volume.name}: {unreadable}")
                     quarantined.append(volume.name)
                 # Its codes may be there, intact: a process may have been killed after them and before their line.
                 elif isinstance(found, tuple) and cache.intact([key])[0] == [None]:
@@ -325,7 +306,8 @@ def encode_transfers(
                     codes = model.encode_for_cache(tensor[None].to(device))
                     cache.append([volume], codes, [decision], [key], total - done)
                 entry = Streamed(selection.fixed, size, str(tail), transfer.sha256, unreadable)
-                write_all(manifest, (json.dumps({"name": volume.name, **asdict(entry)}) + "\n").encode())
+                line = json.dumps({"name": volume.name, **entry._asdict()})
+                feature_cache.write_all(manifest, f"{line}\n".encode())
             remove(transfer.target)
             downloader.release(transfer)
             done += 1
@@ -336,6 +318,6 @@ def encode_transfers(
     speed = f"{minutes:.1f} min, {encoded / minutes:.1f} per minute"
     print_row("stream", f"{encoded} volumes encoded in {speed}: {cache.folder}")
     if quarantined:
-        names = first_names(quarantined)
+        names = download.first_names(quarantined)
         print_row("", f"in quarantine, with the reason in {manifest_path}: {len(quarantined)} ({names})")
     failures.raise_if_any("what has been encoded is kept")

@@ -1,8 +1,5 @@
 """Weights files: their fingerprint, the record kept beside them, and a slim copy with only the tensors in use.
 
-    python -m ctclip.hub weights models/ctclip_classfine.pt              the fingerprint, and whether it is as recorded
-    python -m ctclip.hub weights models/ctclip_classfine.pt --slim       0.7 GB as safetensors in place of 1.77 GB
-
 Two people have the same model where the digests of their tensors are equal, and it computes the same where the numbers
 beside it are: what the model makes of one fixed synthetic volume. models/ctclip_<name>.json keeps both.
 """
@@ -24,7 +21,7 @@ from ctclip.data.digest import tensors_sha256
 from ctclip.data.feature_cache import encoding
 from ctclip.fileio import replacing
 from ctclip.formatting import size_text
-from ctclip.hub.client import SPARE_BYTES, read_record, record_path, sha256_of, write_record
+from ctclip.hub.client import read_record, record_path, sha256_of, write_record
 from ctclip.paths import slim_path
 from ctclip.phantoms.reference import fixed_phantom
 from ctclip_model import (
@@ -90,20 +87,17 @@ def fingerprint(model: CTCLIPMultiAbnormalityModel) -> Fingerprint:
 def tensors_in_use(path: Path, model: CTCLIPMultiAbnormalityModel) -> dict[str, Tensor]:
     """Of the file at `path`: what `model`, loaded from it, computes with, what its sizes are read from, and, where it
     has no head, the text tower, which is what such a file classifies with."""
-    state, own = read_checkpoint(path), model.state_dict()
-    by_prompts = LINEAR_HEAD_KEYS[0] not in state
-    size_key = "visual_transformer.to_patch_emb_first_frame.1.weight"  # the only one that tells the in-plane patch
-    return {
-        key: value.contiguous()
-        for key, value in state.items()
-        if key in own or key == size_key or (by_prompts and unused_reason(key) == "text tower")
-    }
+    state, size_key = read_checkpoint(path), "visual_transformer.to_patch_emb_first_frame.1.weight"
+    used = {*model.state_dict(), size_key}  # the only one that tells the in-plane patch
+    if LINEAR_HEAD_KEYS[0] not in state:
+        used |= {key for key in state if unused_reason(key) == "text tower"}
+    return {key: value.contiguous() for key, value in state.items() if key in used}
 
 
 def make_slim(path: Path) -> tuple[Path, Fingerprint]:
     """Puts a slim copy in the place of `path` once it is proven to compute the same, to the bit; -> (it, fingerprint).
 
-    Raises CheckpointError where `path` is no .pt file, there is no room for both, another file is in the copy's place,
+    Raises CheckpointError where `path` is no .pt file, another file is in the copy's place, there is no room for both,
     or the proof fails; `path` is then as it was.
     """
     target = slim_path(path)
@@ -117,12 +111,6 @@ def make_slim(path: Path) -> tuple[Path, Fingerprint]:
     model = load(path)
     before = fingerprint(model)
     kept = tensors_in_use(path, model)
-    size, free = sum(value.nbytes for value in kept.values()), shutil.disk_usage(path.parent).free
-    if free < size + SPARE_BYTES:
-        raise CheckpointError(
-            f"{path.parent}/: found {size_text(free)} free, expected {size_text(size + SPARE_BYTES)} for the slim copy "
-            "beside the file it is made from; free some, or leave --slim out"
-        )
     copy = path.with_name(f".{path.stem}.slim.safetensors")  # always this name: one left by a kill is overwritten
     try:
         with replacing(target, copy):
@@ -133,7 +121,7 @@ def make_slim(path: Path) -> tuple[Path, Fingerprint]:
                 raise CheckpointError(f"{path}: the slim copy gives {after}, expected {before}; it was not kept")
             shutil.copymode(path, copy)
     except SafetensorError as error:  # as a disk without room
-        raise CheckpointError(f"{copy}: found {error}, expected a disk to write to; leave --slim out") from error
+        raise CheckpointError(f"{copy}: found {error}, expected room for a copy; leave --slim out") from error
     path.unlink()
     return target, after
 

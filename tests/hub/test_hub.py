@@ -207,7 +207,6 @@ def test_refused_tokens(hub, case):
 STATUSES = {
     "404 EntryNotFound": "{host} has no dataset/valid_fixed/a.nii.gz in ibrahimhamamci/CT-RATE (404); unset "
     "HF_ENDPOINT if it names a mirror; otherwise the file was moved: see the dataset's page",
-    "407": "the proxy asks for a name and a password (407); put them into HTTPS_PROXY, then run this again",
     "429": "the hub asks to slow down (429); wait a few minutes, then run this again",
     "500": "{host} answered with an error of its own (500); nothing is wrong here: run this again later "
     "(https://status.huggingface.co)",

@@ -25,7 +25,7 @@ import torch
 from helpers_hub import NEWCOMER, TOKEN, Hub
 
 import ctclip_setup
-from ctclip.data import volume_file
+from ctclip.data import feature_cache, volume_file
 from ctclip.data.cohort import Volume, listed_volumes, load_cohort, read_streamed
 from ctclip.data.ct_rate import volume_path
 from ctclip.data.feature_cache import FeatureCache, encode_missing
@@ -481,7 +481,7 @@ def test_both_versions_of_a_volume_are_known_by_the_manifest(stream, hub, files,
 
 def test_a_full_disk_loses_no_line_of_the_manifest(stream, tiny_classfine, monkeypatch):
     """The file takes a part of the first line, then nothing: what is here stays, and the next stream goes on."""
-    write, full = streaming.write_all, [True]
+    write, full = feature_cache.write_all, [True]
 
     def half(file, data):
         if full[0] and file.name.endswith("streamed_train.jsonl"):
@@ -490,7 +490,7 @@ def test_a_full_disk_loses_no_line_of_the_manifest(stream, tiny_classfine, monke
             raise OSError(28, "No space left on device", file.name)
         write(file, data)
 
-    monkeypatch.setattr(streaming, "write_all", half)
+    monkeypatch.setattr(feature_cache, "write_all", half)
     code, _, error = stream("--volumes", 4)
     assert code == 2 and error.splitlines()[-1].startswith("error: ") and "No space left on device" in error
     code, out, error = stream("--volumes", 4)
