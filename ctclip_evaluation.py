@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from ctclip.evaluation.evaluate import evaluate
     from ctclip.evaluation.metrics import EvaluationError, compute_metrics, per_label_metrics
     from ctclip.evaluation.render import format_report
-    from ctclip.evaluation.results import EvaluationInputs
-    from ctclip.evaluation.tables import load_labels, load_predictions
+    from ctclip.evaluation.tables import EvaluationInputs, load_labels, load_predictions
     from ctclip.evaluation.thresholds import rescale_to_half
 
 __all__ = [
@@ -98,10 +97,9 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
     """(inputs, output folder) of the source that the flags name: the example, tables, or a run."""
-    from ctclip.evaluation.example import EXAMPLE_NOTE, write_example
-    from ctclip.evaluation.results import EvaluationInputs
+    from ctclip.evaluation.command import example_inputs
     from ctclip.evaluation.run_folder import check_output_folder, newest_run, results_folder, run_record
-    from ctclip.evaluation.tables import read_labels, read_predictions
+    from ctclip.evaluation.tables import EvaluationInputs, read_labels, read_predictions
     from ctclip.fileio import make_folder
     from ctclip.inference.run_predictions import run_inputs
     from ctclip.phantoms.cohort import is_phantom_cohort
@@ -109,8 +107,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
     if args.example:
         folder = make_folder(args.output_dir or Path("results", "example"), "change --output-dir")
         check_output_folder(folder)
-        reported, fitted_on = write_example(folder)
-        return EvaluationInputs(*reported, tuning=fitted_on, note=EXAMPLE_NOTE), folder
+        return example_inputs(folder), folder
     if args.predictions:
         tuning = None
         if args.tuning_predictions:

@@ -15,14 +15,17 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logit
 
-from ctclip.config import CALIBRATION_FILE, METHODS
+from ctclip.config import CALIBRATION_FILE, METHODS, Settings
 from ctclip.data.ct_rate import PREVALENCE
-from ctclip.evaluation.metrics import EvaluationError, checked
+from ctclip.evaluation.metrics import EvaluationError, checked, undefined_labels
+from ctclip.evaluation.tables import Rows, VolumeTable, check_no_overlap, tuning_rows
 from ctclip.evaluation.thresholds import rescale_to_half, target_rates, tune_global_threshold, tune_label_thresholds
 from ctclip.fileio import replacing
 from ctclip_model import ABNORMALITIES
 
 FOLDS = 5
+TUNING, CROSS_FITTED = "tuning patients", "cross-fitted by patient"  # FittedThresholds.fitted_on
+MAPS = ("slope", "intercept", "shift")
 SLOPE_PRIOR_SD = 0.6  # how far the labels' slopes lie apart, standard deviation of the logarithm (LOG.md)
 COMMON_SLOPE_PRIOR_SD = 2.0  # the same for the slope all labels share: next to no opinion
 LOGIT_LIMIT = 12.0  # calibrated logits are compressed beyond: float64 rounds to 1 from 37 on, and ranks would be lost
@@ -88,13 +91,18 @@ class Calibration:
         """(N, L) probabilities -> values that a threshold of 0.5 divides as `thresholds` do."""
         return rescale_to_half(probabilities, self.thresholds)
 
+    def by_label(self) -> dict[str, dict[str, float]]:
+        """{label: {slope, intercept, shift}}."""
+        return {name: {key: float(getattr(self, key)[j]) for key in MAPS} for j, name in enumerate(ABNORMALITIES)}
+
     def content(self) -> dict:
         """What calibration.json holds."""
-        columns = {"slope": self.slope, "intercept": self.intercept, "shift": self.shift, "threshold": self.thresholds}
+        thresholds = self.thresholds.tolist()
         return {
             "method": self.method,
             "per_label": {
-                name: {key: float(column[j]) for key, column in columns.items()} for j, name in enumerate(ABNORMALITIES)
+                name: row | {"threshold": threshold}
+                for (name, row), threshold in zip(self.by_label().items(), thresholds, strict=True)
             },
             "global_threshold": self.global_threshold,
             "objective": self.objective,
@@ -111,40 +119,33 @@ class Calibration:
 
 def load_calibration(path: str | Path) -> Calibration:
     """A calibration.json; EvaluationError where it is not one."""
-    remedy = "evaluate again to have it written"
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         rows = content["per_label"]
         if list(rows) != list(ABNORMALITIES):
             raise ValueError("its labels are not the 18 abnormalities in their order")
-        columns = {key: np.array([float(row[key]) for row in rows.values()])
-                   for key in ("slope", "intercept", "shift", "threshold")}
-        thresholds = np.append(columns["threshold"], float(content["global_threshold"]))
-        if not all(np.isfinite(column).all() for column in columns.values()) or (columns["slope"] <= 0).any():
+        slope, intercept, shift, thresholds = columns = np.array([
+            [float(row[key]) for row in rows.values()] for key in (*MAPS, "threshold")
+        ])
+        common = float(content["global_threshold"])
+        if not np.isfinite(columns).all() or (slope <= 0).any():
             raise ValueError("a number in it is not finite, or a slope not above 0")
-        if not ((thresholds >= 0) & (thresholds <= np.nextafter(1, 2))).all():
+        if not all(0 <= threshold <= np.nextafter(1, 2) for threshold in (*thresholds, common)):
             raise ValueError("a threshold in it is not in [0, 1]")
         return Calibration(
-            str(content["method"]), columns["slope"], columns["intercept"], columns["shift"], columns["threshold"],
-            float(content["global_threshold"]), str(content["objective"]), dict(content["cross_validated_log_loss"]),
-            int(content["n_rows"]), int(content["n_patients"]), str(content["unit"]),
+            str(content["method"]), slope, intercept, shift, thresholds, common, str(content["objective"]),
+            dict(content["cross_validated_log_loss"]), int(content["n_rows"]), int(content["n_patients"]),
+            str(content["unit"]),
         )
-    except OSError as error:
-        raise EvaluationError(f"{path}: found no readable file ({error.strerror}), expected {CALIBRATION_FILE}; "
-                              f"{remedy}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise EvaluationError(f"{path}: found no calibration ({error}), expected {CALIBRATION_FILE} as an evaluation "
-                              f"writes it; {remedy}") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        found = f"readable file ({error.strerror})" if isinstance(error, OSError) else f"calibration ({error})"
+        raise EvaluationError(f"{path}: found no {found}, expected {CALIBRATION_FILE} as an evaluation writes it; "
+                              "evaluate again to have it written") from error
 
 
 def fit_calibration(
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    patients: Sequence[str] | np.ndarray,
-    method: str = "auto",
-    objective: str = "prevalence",
-    prevalence: Mapping[str, float] | None = None,
-    unit: str = "volume",
+    labels: np.ndarray, probabilities: np.ndarray, patients: Sequence[str] | np.ndarray, method: str = "auto",
+    objective: str = "prevalence", prevalence: Mapping[str, float] | None = None, unit: str = "volume",
 ) -> Calibration:
     """Calibration and thresholds from (N, L) labels and probabilities of tuning patients.
 
@@ -263,6 +264,54 @@ def cross_folds(
         yield fold != k, fold == k
 
 
+@dataclass(frozen=True)
+class FittedThresholds:
+    """Calibration and thresholds of the reported rows, fitted on other patients.
+
+    `calibration` is for new patients. The reported rows have `calibrated` (N, L) probabilities; positive means
+    probability >= `thresholds` or, with one for all labels, `global_thresholds`; both broadcast to (N, L).
+    `calibrated_thresholds` are `thresholds` on the calibrated scale. `fitted_on` is TUNING or CROSS_FITTED, `n_volumes`
+    the number of volumes fitted on. `used_global_threshold` names the labels with one class there; `skipped` counts
+    the volumes of the tuning tables that one of them lacks.
+    """
+
+    calibration: Calibration
+    fitted_on: str
+    n_volumes: int
+    used_global_threshold: list[str]
+    skipped: dict[str, int]
+    calibrated: np.ndarray
+    thresholds: np.ndarray
+    calibrated_thresholds: np.ndarray
+    global_thresholds: np.ndarray
+
+
+def fit_thresholds(
+    rows: Rows, tuning: tuple[VolumeTable, VolumeTable] | None, settings: Settings
+) -> FittedThresholds:
+    """Calibration and thresholds from tuning patients, or cross-fitted by patient where there are none."""
+    source, fitted_on, folds = rows, CROSS_FITTED, cross_folds(rows.patients)
+    if tuning is not None:
+        source, fitted_on = tuning_rows(tuning, settings.unit, settings.allow_partial), TUNING
+        check_no_overlap(rows.patients, source.patients, tuning[0].source)
+        folds = iter([(np.ones(len(source), bool), np.ones(len(rows), bool))])  # one, of everybody
+
+    def fit(chosen: np.ndarray | slice) -> Calibration:
+        return fit_calibration(source.labels[chosen], source.probabilities[chosen], source.patients[chosen],
+                               settings.calibration, settings.objective, settings.prevalence, settings.unit)
+
+    calibration, without_own = fit(slice(None)), set(undefined_labels(source.labels))
+    applied = np.empty((4, *rows.labels.shape))
+    for others, own in folds:
+        fitted = calibration if tuning is not None else fit(others)
+        without_own |= set(undefined_labels(source.labels[others]))
+        applied[0, own] = fitted.apply(rows.probabilities[own])
+        applied[1, own], applied[2, own] = fitted.thresholds, fitted.calibrated_thresholds
+        applied[3, own] = fitted.global_threshold
+    used_global = [name for name in ABNORMALITIES if name in without_own]
+    return FittedThresholds(calibration, fitted_on, source.n_volumes, used_global, source.skipped, *applied)
+
+
 def read_prevalence(source: str) -> dict[str, float]:
     """{label: rate} from "ct-rate" (its training split, as published) or a JSON file naming labels and rates."""
     if source == "ct-rate":
@@ -272,16 +321,12 @@ def read_prevalence(source: str) -> dict[str, float]:
         if not isinstance(rates, dict) or not rates:
             raise ValueError("it names no label")
         unknown = [name for name in rates if name not in ABNORMALITIES]
-        if unknown:
-            raise ValueError(f"it names {unknown[0]!r}, which is none of the 18 abnormalities")
         wrong = [f"{name}: {rate!r}" for name, rate in rates.items()
                  if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1]
-        if wrong:
-            raise ValueError(wrong[0])
-    except OSError as error:
-        raise EvaluationError(f"--prevalence {source}: found no readable file ({error.strerror}), expected ct-rate or "
-                              "a JSON file of label and rate; check the path") from error
-    except ValueError as error:
-        raise EvaluationError(f"--prevalence {source}: found no rates ({error}), expected a JSON object of label and "
-                              'rate between 0 and 1, such as {"Lung nodule": 0.45}; correct it') from error
+        if unknown or wrong:
+            raise ValueError(wrong[0] if wrong else f"it names {unknown[0]!r}, which is none of the 18 abnormalities")
+    except (OSError, ValueError) as error:
+        found = f"readable file ({error.strerror})" if isinstance(error, OSError) else f"rates ({error})"
+        raise EvaluationError(f"--prevalence {source}: found no {found}, expected ct-rate or a JSON object of label "
+                              'and rate between 0 and 1, such as {"Lung nodule": 0.45}; correct it') from error
     return {name: float(rate) for name, rate in rates.items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,12 +13,12 @@ import torch
 from scipy.ndimage import minimum_filter
 from tqdm import tqdm
 
-from ctclip.data.cohort import Volume, load_cohort
+from ctclip.data.cohort import load_cohort
 from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.preprocessing import read_volume
 from ctclip.data.volume_file import VolumeError
 from ctclip.data.windows import Window, display_window
-from ctclip.evaluation.results import FittedThresholds
+from ctclip.evaluation.calibration import FittedThresholds
 from ctclip.evaluation.tables import Rows, row_keys
 from ctclip_model import ABNORMALITIES
 
@@ -63,46 +64,31 @@ def with_pictures(
     A row of merged volumes shows the first of them. Each volume is read once; those that were streamed and have no file
     are counted under one reason. Raises CohortError where `data_dir` has no usable cohort.
     """
-    volumes = _volumes_by_row(load_cohort(data_dir, "valid").volumes, unit)
+    cohort = load_cohort(data_dir, "valid").volumes[::-1]  # so that the first volume of a row stays
+    volumes = dict(zip(row_keys([volume.name for volume in cohort], unit).tolist(), cohort, strict=True))
     wanted: dict[str, list[int]] = {}
-    for places in _places(cases).values():
-        for place in places[:most]:
-            wanted.setdefault(cases[place].name, []).append(place)
+    seen: Counter[tuple[str, str]] = Counter()
+    for place, case in enumerate(cases):
+        seen[case.label, case.kind] += 1
+        if seen[case.label, case.kind] <= most:
+            wanted.setdefault(case.name, []).append(place)
     done, failures = list(cases), []
     streamed = {name for name in wanted if name in volumes and volumes[name].signature is not None}
     if streamed:
         reason = f"streamed, and their files not kept; {FETCH_COMMAND} valid fetches them"
         failures.append((f"{len(streamed)} volumes", reason))
     for name, places in tqdm(wanted.items(), desc="pictures", unit="vol", delay=2, leave=False):
-        if name in streamed:
-            continue
-        if name not in volumes:
-            failures.append((name, f"not in {data_dir}"))
-            continue
         try:
-            tensor, _ = read_volume(volumes[name], PICTURE_SHAPE)
+            if name not in volumes:
+                failures.append((name, f"not in {data_dir}"))
+            elif name not in streamed:
+                tensor, _ = read_volume(volumes[name], PICTURE_SHAPE)
+                for place in places:
+                    jpeg = picture(tensor, display_window(cases[place].label))
+                    done[place] = replace(cases[place], picture=jpeg)
         except VolumeError as error:
             failures.append((name, str(error)))
-            continue
-        for place in places:
-            jpeg = picture(tensor, display_window(cases[place].label))
-            done[place] = replace(cases[place], picture=jpeg)
     return done, failures
-
-
-def _places(cases: Sequence[Case]) -> dict[tuple[str, str], list[int]]:
-    places: dict[tuple[str, str], list[int]] = {}
-    for place, case in enumerate(cases):
-        places.setdefault((case.label, case.kind), []).append(place)
-    return places
-
-
-def _volumes_by_row(volumes: Sequence[Volume], unit: str) -> Mapping[str, Volume]:
-    """{name of a row of that unit: its first volume}."""
-    first: dict[str, Volume] = {}
-    for key, volume in zip(row_keys([volume.name for volume in volumes], unit), volumes, strict=True):
-        first.setdefault(key, volume)
-    return first
 
 
 def picture(volume: torch.Tensor, window: Window) -> bytes:

@@ -1,27 +1,33 @@
-"""What the commands that evaluate share: settings from flags; an evaluation printed and written; `--apply`."""
+"""What the commands that evaluate share: settings from flags; an evaluation printed and written; `--apply`; and
+`--example`, a simulated classifier that says "positive" 97 % of the time, to show what calibration and thresholds do.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 from ctclip.config import CALIBRATION_FILE, Settings
 from ctclip.data.cohort import read_metadata
+from ctclip.data.ct_rate import PREVALENCE
 from ctclip.data.tables import CohortError
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import load_calibration, read_prevalence
 from ctclip.evaluation.cases import with_pictures, worst_cases
-from ctclip.evaluation.evaluate import evaluate_tables
-from ctclip.evaluation.output import write_calibrated, write_results
+from ctclip.evaluation.evaluate import evaluate_tables, write_calibrated, write_evaluation
 from ctclip.evaluation.render import format_report
-from ctclip.evaluation.results import EvaluationInputs
 from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE, check_output_folder, run_metadata
-from ctclip.evaluation.tables import read_predictions, rows_of
+from ctclip.evaluation.tables import EvaluationInputs, read_labels, read_predictions, rows_of, write_table
 from ctclip.evaluation.thresholds import objective_score
 from ctclip.fileio import make_folder
 from ctclip.formatting import percent
 
 RESAMPLES_BETWEEN = 100, 10_000  # fewer say nothing, more need more memory than they are worth
+EXAMPLE_NOTE = "Simulated predictions, neither patients nor a model: AUROC 0.75, and 97 % of all decisions positive."
+DISTANCE = 0.954  # of two unit normals whose AUROC is 0.75: sqrt(2) * 0.6745
+OVERCONFIDENCE = 1.79  # added to the scores, as logits: 97 % of them lie above 0
 
 
 def settings_from_flags(args: argparse.Namespace) -> Settings:
@@ -43,12 +49,8 @@ def settings_from_flags(args: argparse.Namespace) -> Settings:
 
 
 def evaluate_and_write(
-    inputs: EvaluationInputs,
-    output_dir: Path,
-    settings: Settings | None = None,
-    baseline: str | None = None,
-    metadata: str | None = None,
-    pictures: int = 1,
+    inputs: EvaluationInputs, output_dir: Path, settings: Settings, baseline: str | None, metadata: str | None,
+    pictures: int,
 ) -> None:
     """Evaluates, prints the report, writes the files.
 
@@ -61,7 +63,7 @@ def evaluate_and_write(
     if metadata and not set(groups or ()) & set(volumes):
         raise UserError(f"{metadata}: found no row for any of the {len(volumes)} volumes, expected rows named as they "
                         "are; check VolumeName")
-    evaluation = evaluate_tables(inputs, settings or Settings(), other, groups)
+    evaluation = evaluate_tables(inputs, settings, other, groups)
     print(format_report(evaluation.metrics))
     cases = worst_cases(evaluation.rows, evaluation.fitted)
     unread: list[tuple[str, str]] = []
@@ -70,7 +72,7 @@ def evaluate_and_write(
             cases, unread = with_pictures(cases, evaluation.rows.unit, inputs.data_dir, pictures)
         except CohortError as error:  # the volumes may be elsewhere; the metrics need none of them
             unread = [("any volume", str(error))]
-    write_results(output_dir, evaluation, cases)
+    write_evaluation(output_dir, evaluation, cases)
     print(f"\nWrote {output_dir}: {PAGE}, metrics.json, tables (*.csv), {CALIBRATION_FILE}, figures (*.png)")
     for name, reason in unread:
         print(f"No picture of {name}: {reason}")
@@ -89,3 +91,24 @@ def apply_calibration(source: str, predictions: str, output_dir: Path) -> None:
           f"positive rate {percent((rows.probabilities >= 0.5).mean())} at 0.5 uncalibrated, {percent(positive)} tuned")
     print(f"Wrote {output_dir}: {APPLIED_FILES[0]} (calibrated probabilities), {APPLIED_FILES[1]} (tuned thresholds "
           "rescaled to 0.5)")
+
+
+def example_inputs(folder: Path) -> EvaluationInputs:
+    """An over-predictor's tables on 1000 reported and 300 tuning patients, written under a run's names.
+
+    No CT and no model: 18 findings at CT-RATE's rates, a score that ranks each with an AUROC of 0.75, and probabilities
+    that are all far too high. A patient's two volumes have one label and nearly one score.
+    """
+    tables = []
+    for prefix, patients, seed in (("", 1000, 0), ("tuning_", 300, 1)):
+        rng, shape = np.random.default_rng(seed), (patients, len(PREVALENCE))
+        labels = np.repeat(rng.random(shape) < list(PREVALENCE.values()), 2, axis=0).astype(np.int8)
+        score = DISTANCE * labels + np.repeat(rng.normal(size=shape), 2, axis=0)
+        score = score + 0.05 * rng.normal(size=labels.shape)
+        names = [f"simulated{prefix.rstrip('_')}_{patient}_a_{k}.nii.gz" for patient in range(1, 1 + patients)
+                 for k in (1, 2)]
+        paths = folder / f"{prefix}predictions.csv", folder / f"{prefix}labels.csv"
+        write_table(paths[0], names, 1 / (1 + np.exp(-(score + OVERCONFIDENCE))))
+        write_table(paths[1], names, labels)
+        tables.append((read_predictions(paths[0]), read_labels(paths[1])))
+    return EvaluationInputs(*tables[0], tuning=tables[1], note=EXAMPLE_NOTE)

@@ -1,4 +1,4 @@
-"""Predictions and labels -> metrics, calibration, thresholds, intervals.
+"""Predictions and labels -> metrics, calibration, thresholds, intervals, and their files.
 
 What is promised, for every number this project prints:
 - Thresholds and calibration never see the patients they are reported on: they come from tuning patients, or, without
@@ -9,73 +9,59 @@ What is promised, for every number this project prints:
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from ctclip import __version__
-from ctclip.config import SYNTHETIC_NOTE, UNITS, Settings
-from ctclip.evaluation.bootstrap import (
-    Resamples,
-    compare,
-    compare_labels,
-    draw,
-    ece_if_calibrated,
-    enough_cases,
-    resampled_brier,
-    resampled_decisions,
-    resampled_ranking,
-)
-from ctclip.evaluation.calibration import Calibration, cross_folds, fit_calibration
-from ctclip.evaluation.cases import worst_cases
-from ctclip.evaluation.metrics import (
-    calibration_columns,
-    decision_columns,
-    decision_metrics,
-    none_if_nan,
-    per_label_metrics,
-    pooled_auroc,
-    ranking_columns,
-    ranking_metrics,
-    threshold_table,
-    undefined_labels,
-)
-from ctclip.evaluation.output import write_results
-from ctclip.evaluation.results import (
-    CROSS_FITTED,
-    TUNING,
-    CalibrationScores,
-    Evaluation,
-    EvaluationInputs,
-    FittedThresholds,
-    Scores,
-)
-from ctclip.evaluation.subgroups import groups_of, subgroup_metrics
-from ctclip.evaluation.tables import (
-    Rows,
-    VolumeTable,
-    check_no_overlap,
-    common_volumes,
-    count_unnamed,
-    row_keys,
-    rows_of,
-    tuning_rows,
-)
-from ctclip.evaluation.thresholds import tune_global_threshold, tune_label_thresholds
+from ctclip.config import CALIBRATION_FILE, SYNTHETIC_NOTE, UNITS, Settings
+from ctclip.data.ct_rate import names_patient
+from ctclip.evaluation import bootstrap, figures, render, report, subgroups, tables, thresholds
+from ctclip.evaluation import metrics as measure
+from ctclip.evaluation.calibration import CROSS_FITTED, TUNING, Calibration, FittedThresholds, fit_thresholds
+from ctclip.evaluation.cases import Case, worst_cases
+from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE
+from ctclip.evaluation.tables import EvaluationInputs, Rows, VolumeTable
+from ctclip.fileio import make_folder, replacing
 from ctclip.formatting import decimal, percent
 from ctclip_model import ABNORMALITIES
 
 NEED_CASES = ("auroc", "average_precision", "precision", "recall", "f1")  # no interval without enough cases
+TABLE_THRESHOLDS = np.arange(1, 20) / 20  # 0.05 to 0.95
+TABLE_METRICS = ("hamming_accuracy", "f1_macro", "precision_macro", "recall_macro", "positive_rate")
 RATE_TOLERANCE = 0.05  # positive rate against label rate, in fractions of all decisions
 PHANTOM_AUROC = 0.85  # what the built-in cohort must reach
 PUBLISHED_AUROC = {"CT-CLIP zero-shot": 0.731, "CT-CLIP ClassFine": 0.756}  # macro, CT-RATE valid, as published
 COMPARED = ("at_0.5", "calibrated", "tuned")  # ways to decide that are compared with a baseline's
 OPTIMISM_METRICS = ("positive_rate", "hamming_accuracy", "f1_macro", "recall_macro", "crg")
+
+
+class Scores(NamedTuple):
+    """One way to decide: {metric: (1 + B,)} of all labels and {metric: (1 + B, L)} of each, of the table itself and of
+    B resamples. The keys are those of metrics.json. Resamples of labels with too few cases are NaN."""
+
+    values: dict[str, np.ndarray]
+    columns: dict[str, np.ndarray]
+
+    @property
+    def summary(self) -> dict[str, float | None]:
+        return measure.plain(self.values)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation: `metrics` as stored in metrics.json, and the arrays that files, figures and the page draw from."""
+
+    metrics: dict
+    rows: Rows
+    fitted: FittedThresholds
+    inputs: EvaluationInputs
 
 
 def evaluate(
@@ -101,7 +87,7 @@ def evaluate(
     other = None if baseline is None else _as_table(baseline)
     evaluation = evaluate_tables(inputs, Settings(**settings), other, metadata)
     if output_dir is not None:
-        write_results(output_dir, evaluation, worst_cases(evaluation.rows, evaluation.fitted))
+        write_evaluation(output_dir, evaluation, worst_cases(evaluation.rows, evaluation.fitted))
     return evaluation.metrics
 
 
@@ -116,30 +102,54 @@ def evaluate_tables(
     metadata: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Evaluation:
     """`evaluate` without files: nothing is written."""
-    tables = {"predictions": inputs.predictions, "labels": inputs.labels}
-    tables |= {} if baseline is None else {"baseline": baseline}
-    volumes, skipped = common_volumes(tables, settings.allow_partial)
-    rows = rows_of(inputs.predictions.frame, inputs.labels.frame, volumes, settings.unit, skipped)
+    of = {"predictions": inputs.predictions, "labels": inputs.labels}
+    of |= {} if baseline is None else {"baseline": baseline}
+    volumes, skipped = tables.common_volumes(of, settings.allow_partial)
+    rows = tables.rows_of(inputs.predictions.frame, inputs.labels.frame, volumes, settings.unit, skipped)
+    y, p = rows.labels, rows.probabilities
     fitted = fit_thresholds(rows, inputs.tuning, settings)
-    resamples = draw(rows.patients, settings.resamples, settings.seed)
+    stored = fitted.calibration
+    resamples = bootstrap.draw(rows.patients, settings.resamples, settings.seed)
     scores = score_decisions(rows, fitted, resamples)
-    errors = score_calibration(rows, fitted, resamples)
+    sweep = measure.threshold_sweep(y, p, TABLE_THRESHOLDS)
+    calibration, calibration_intervals, brier_intervals = _calibration(rows, fitted, resamples)
+    per_label = measure.per_label_metrics(y, p, fitted.thresholds)
+    label_intervals, half = bootstrap.label_intervals(scores["tuned"].columns), scores["at_0.5"].columns
+    half_intervals = bootstrap.label_intervals(half)
+    for j, name in enumerate(ABNORMALITIES):  # what depends on thresholds is repeated at 0.5
+        per_label[name]["at_0.5"] = measure.plain({key: column[:, j] for key, column in half.items()})
+        label_intervals[name] |= {**brier_intervals[name], "at_0.5": half_intervals[name]}
     metrics = {
         **{name: score.summary for name, score in scores.items()},
-        "calibration": _calibration_content(errors, fitted.calibration),
-        "per_label": _per_label_content(rows, fitted, scores["at_0.5"]),
-        "thresholds": _thresholds_content(fitted),
+        "calibration": calibration,
+        "per_label": per_label,
+        "thresholds": {  # for new patients, on the uncalibrated and on the calibrated scale
+            "global": stored.global_threshold,
+            "per_label": dict(zip(ABNORMALITIES, stored.thresholds.tolist(), strict=True)),
+            "per_label_calibrated": dict(zip(ABNORMALITIES, stored.calibrated_thresholds.tolist(), strict=True)),
+            "objective": stored.objective,
+            "fitted_on": fitted.fitted_on,
+            "n_rows": stored.n_rows,
+            "n_volumes": fitted.n_volumes,
+            "n_patients": stored.n_patients,
+            "took_global": fitted.used_global_threshold,
+        },
         "optimism": _optimism(rows, scores, settings),
-        "undefined_auroc": undefined_labels(rows.labels),
+        "undefined_auroc": measure.undefined_labels(y),
         "unit": {"name": rows.unit, "how": UNITS[rows.unit], "conflicting_labels": rows.conflicts},
         "n_rows": len(rows),
         "n_volumes": rows.n_volumes,
         "n_patients": rows.n_patients,
-        "volumes_without_patient": count_unnamed(volumes),
+        "volumes_without_patient": sum(not names_patient(name) for name in volumes),
         "left_out": rows.skipped | fitted.skipped,
-        "probabilities": {name: float(getattr(rows.probabilities, name)()) for name in ("min", "max", "mean")},
-        "threshold_table": threshold_table(rows.labels, rows.probabilities),
-        "intervals": _intervals_content(scores, errors),
+        "probabilities": {name: float(getattr(p, name)()) for name in ("min", "max", "mean")},
+        "threshold_table": [{"threshold": float(threshold)} | {key: float(sweep[key][i, 0]) for key in TABLE_METRICS}
+                            for i, threshold in enumerate(TABLE_THRESHOLDS)],
+        "intervals": {
+            **{name: bootstrap.intervals(score.values) for name, score in scores.items()},
+            "calibration": calibration_intervals,
+            "per_label": label_intervals,
+        },
         "subgroups": None,
         "baseline": None,
         "phantom": inputs.phantom,
@@ -148,10 +158,10 @@ def evaluate_tables(
         "versions": {"ctclip": __version__, "python": platform.python_version(), "numpy": np.__version__},
     }
     if metadata is not None:
-        positive = rows.probabilities >= fitted.thresholds
-        metrics["subgroups"] = subgroup_metrics(rows, positive, _row_groups(rows, volumes, metadata), resamples)
+        groups = subgroups.row_attributes(rows, volumes, metadata)
+        metrics["subgroups"] = subgroups.subgroup_metrics(rows, p >= fitted.thresholds, groups, resamples)
     if baseline is not None:
-        others = rows_of(baseline.frame, inputs.labels.frame, volumes, settings.unit)
+        others = tables.rows_of(baseline.frame, inputs.labels.frame, volumes, settings.unit)
         if inputs.tuning is not None:  # the baseline has none, so both are cross-fitted
             scores = score_decisions(rows, fit_thresholds(rows, None, settings), resamples)
         theirs = score_decisions(others, fit_thresholds(others, None, settings), resamples)
@@ -160,217 +170,145 @@ def evaluate_tables(
     return Evaluation(metrics, rows, fitted, inputs)
 
 
-def fit_thresholds(
-    rows: Rows, tuning: tuple[VolumeTable, VolumeTable] | None, settings: Settings
-) -> FittedThresholds:
-    """Calibration and thresholds from tuning patients, or cross-fitted by patient where there are none."""
-    source, fitted_on = rows, CROSS_FITTED
-    if tuning is not None:
-        source, fitted_on = tuning_rows(tuning, settings.unit, settings.allow_partial), TUNING
-        check_no_overlap(rows.patients, source.patients, tuning[0].source)
-
-    def fit(chosen: np.ndarray | slice) -> Calibration:
-        return fit_calibration(source.labels[chosen], source.probabilities[chosen], source.patients[chosen],
-                               settings.calibration, settings.objective, settings.prevalence, settings.unit)
-
-    def apply(calibration: Calibration, own: np.ndarray | slice) -> tuple[np.ndarray, ...]:
-        return (calibration.apply(rows.probabilities[own]), calibration.thresholds, calibration.calibrated_thresholds,
-                np.array(calibration.global_threshold))
-
-    calibration, without_own = fit(slice(None)), set(undefined_labels(source.labels))
-    if tuning is not None:
-        applied = apply(calibration, slice(None))
-    else:
-        applied = tuple(np.empty(rows.labels.shape) for _ in range(4))
-        for others, own in cross_folds(rows.patients):
-            without_own |= set(undefined_labels(rows.labels[others]))
-            for values, of_fold in zip(applied, apply(fit(others), own), strict=True):
-                values[own] = of_fold
-    used_global = [name for name in ABNORMALITIES if name in without_own]
-    return FittedThresholds(calibration, fitted_on, source.n_volumes, used_global, source.skipped, *applied)
-
-
-# ------------------------------------------------------------------------------------------------- scores, resampled
-
-
-def score_decisions(rows: Rows, fitted: FittedThresholds, resamples: Resamples) -> dict[str, Scores]:
+def score_decisions(rows: Rows, fitted: FittedThresholds, resamples: measure.Resamples) -> dict[str, Scores]:
     """Scores of four ways to decide: at 0.5, calibrated at 0.5, tuned per label, tuned globally."""
     y, p, calibrated = rows.labels, rows.probabilities, fitted.calibrated
-    columns = dict(zip(("auroc", "average_precision"), ranking_columns(y, p), strict=True))
-    ranking = Scores(ranking_metrics(y, p), columns, *resampled_ranking(y, p, resamples))
-    summaries = replace(ranking, per_label={}, per_label_resampled={})  # per label they are reported once, with "tuned"
+    ranking, ranked = measure.resampled_ranking(y, p, resamples)
     # A monotone map leaves each label's AUROC alone; only the pooled one changes. (Cross-fitted columns are made of
     # five maps, so their own AUROC would differ a little, and would be of no map that anyone applies.)
-    pooled = {"auroc_micro": none_if_nan(pooled_auroc(y, calibrated)[0])}
-    pooled_resampled = {"auroc_micro": pooled_auroc(y, calibrated, resamples.group, resamples.counts)}
-    recalibrated = replace(
-        summaries, summary=summaries.summary | pooled, resampled=summaries.resampled | pooled_resampled
-    )
+    recalibrated = ranking | {"auroc_micro": measure.pooled_auroc(y, calibrated, resamples)}
+    few = ~bootstrap.enough_cases(y, rows.patients)
+
+    def scores(ranking: Mapping, decisions: np.ndarray, ranked: Mapping | None = None) -> Scores:
+        values, columns = measure.resampled_decisions(y, decisions, resamples)
+        columns |= ranked or {}
+        for key in columns.keys() & NEED_CASES:
+            columns[key][1:, few] = np.nan
+        return Scores({**ranking, **values}, columns)
+
     return {
-        "at_0.5": _with_decisions(summaries, rows, p >= 0.5, resamples),
-        "calibrated": _with_decisions(recalibrated, rows, calibrated >= 0.5, resamples),
-        "tuned": _with_decisions(ranking, rows, p >= fitted.thresholds, resamples),
-        "tuned_global": _with_decisions(summaries, rows, p >= fitted.global_thresholds, resamples),
+        "at_0.5": scores(ranking, p >= 0.5),
+        "calibrated": scores(recalibrated, calibrated >= 0.5),
+        "tuned": scores(ranking, p >= fitted.thresholds, ranked),  # AUROC per label is reported once, here
+        "tuned_global": scores(ranking, p >= fitted.global_thresholds),
     }
 
 
-def _with_decisions(ranking: Scores, rows: Rows, decisions: np.ndarray, resamples: Resamples) -> Scores:
-    """The scores that need no threshold, and those of the decisions; NaN in resamples of labels with too few cases."""
-    resampled, columns = resampled_decisions(rows.labels, decisions, resamples)
-    columns |= ranking.per_label_resampled
-    enough = enough_cases(rows.labels, rows.patients)
-    return Scores(
-        ranking.summary | decision_metrics(rows.labels, decisions),
-        decision_columns(rows.labels, decisions) | ranking.per_label,
-        ranking.resampled | resampled,
-        {key: np.where(enough, column, np.nan) if key in NEED_CASES else column for key, column in columns.items()},
-    )
-
-
-def score_calibration(rows: Rows, fitted: FittedThresholds, resamples: Resamples) -> dict[str, CalibrationScores]:
-    """Calibration errors "before" (uncalibrated) and "after"."""
-    return {
-        when: CalibrationScores(
-            calibration_columns(rows.labels, values),
-            ece_if_calibrated(values, resamples.group),
-            resampled_brier(rows.labels, values, resamples),
-        )
-        for when, values in (("before", rows.probabilities), ("after", fitted.calibrated))
-    }
+def _calibration(rows: Rows, fitted: FittedThresholds, resamples: measure.Resamples) -> tuple[dict, dict, dict]:
+    """(metrics.json's "calibration": errors "before" (uncalibrated) and "after"; their intervals; those per label)."""
+    calibration = fitted.calibration
+    per_label, intervals, columns = calibration.by_label(), {}, {}
+    content: dict[str, Any] = {}
+    for when, values in (("before", rows.probabilities), ("after", fitted.calibrated)):
+        errors = measure.calibration_columns(rows.labels, values)
+        content[when] = {key: float(column.mean()) for key, column in errors.items()}
+        content[when]["ece_if_calibrated"] = bootstrap.ece_if_calibrated(values, resamples.group)
+        for j, row in enumerate(per_label.values()):
+            row |= {f"{key}_{when}": float(column[j]) for key, column in errors.items()}
+        columns[f"brier_{when}"] = brier = bootstrap.resampled_brier(rows.labels, values, resamples)
+        intervals[when] = {"brier": bootstrap.interval(brier.mean(axis=1))}
+    content |= {"method": calibration.method, "cross_validated_log_loss": dict(calibration.losses),
+                "per_label": per_label}
+    return content, intervals, bootstrap.label_intervals(columns)
 
 
 def _optimism(rows: Rows, scores: Mapping[str, Scores], settings: Settings) -> dict:
     """Held-out metrics ("honest") beside apparent ones ("claimed"): thresholds searched on the reported patients."""
-    y, p = rows.labels, rows.probabilities
-    result = {}
-    for name, tune in (("tuned", tune_label_thresholds), ("tuned_global", tune_global_threshold)):
-        apparent = decision_metrics(y, p >= tune(y, p, settings.objective, settings.prevalence))
+    y, p, result = rows.labels, rows.probabilities, {}
+    for name, tune in (("tuned", thresholds.tune_label_thresholds), ("tuned_global", thresholds.tune_global_threshold)):
+        apparent = measure.decision_metrics(y, p >= tune(y, p, settings.objective, settings.prevalence))
         held_out = scores[name].summary
-        result[name] = {
-            "claimed": {key: apparent[key] for key in OPTIMISM_METRICS},
-            "honest": {key: held_out[key] for key in OPTIMISM_METRICS},
-        }
+        result[name] = {"claimed": {key: apparent[key] for key in OPTIMISM_METRICS},
+                        "honest": {key: held_out[key] for key in OPTIMISM_METRICS}}
     return result
 
 
 def _comparison(this: Mapping[str, Scores], other: Mapping[str, Scores]) -> dict:
     """Every difference (this - baseline) on the same draws of patients."""
-    first, second = this["tuned"], other["tuned"]
+    theirs = other["tuned"].columns
     differences = {
-        name: compare(this[name].summary, other[name].summary, this[name].resampled, other[name].resampled)
+        name: {key: bootstrap.difference(values - other[name].values[key]) for key, values in this[name].values.items()}
         for name in COMPARED
     }
-    differences["per_label"] = {
-        key: compare_labels(
-            column, second.per_label[key], first.per_label_resampled[key] - second.per_label_resampled[key]
-        )
-        for key, column in first.per_label.items()
-        if key != "label_rate"
-    }
+    differences["per_label"] = {key: bootstrap.label_differences(column - theirs[key])
+                                for key, column in this["tuned"].columns.items() if key != "label_rate"}
+    auroc = {name: theirs["auroc"][:, j] for j, name in enumerate(ABNORMALITIES)}
     return {
         "fitted_on": CROSS_FITTED,
         **{name: other[name].summary for name in COMPARED},
         "this": {name: this[name].summary for name in COMPARED},
-        "auroc_per_label": dict(zip(ABNORMALITIES, map(none_if_nan, second.per_label["auroc"]), strict=True)),
+        "auroc_per_label": measure.plain(auroc),
         "differences": differences,
-    }
-
-
-def _row_groups(
-    rows: Rows, volumes: Sequence[str], metadata: Mapping[str, Mapping[str, str]]
-) -> list[dict[str, str]]:
-    """Attributes of each row; of merged volumes that differ, "several"."""
-    merged: dict[str, dict[str, str]] = {}
-    for key, groups in zip(row_keys(volumes, rows.unit), groups_of(volumes, metadata), strict=True):
-        known = merged.setdefault(key, dict(groups))
-        for attribute, group in groups.items():
-            if known[attribute] != group:
-                known[attribute] = "several"
-    return [merged[str(name)] for name in rows.names]
-
-
-# ------------------------------------------------------------------------------------------ content of metrics.json
-
-
-def _calibration_content(errors: Mapping[str, CalibrationScores], calibration: Calibration) -> dict:
-    columns = {"slope": calibration.slope, "intercept": calibration.intercept, "shift": calibration.shift}
-    for when, score in errors.items():
-        columns |= {f"{key}_{when}": column for key, column in score.per_label.items()}
-    return {
-        **{when: score.summary for when, score in errors.items()},
-        "method": calibration.method,
-        "cross_validated_log_loss": dict(calibration.losses),
-        "per_label": {
-            name: {key: float(column[j]) for key, column in columns.items()} for j, name in enumerate(ABNORMALITIES)
-        },
-    }
-
-
-def _per_label_content(rows: Rows, fitted: FittedThresholds, half: Scores) -> dict:
-    """Per-label metrics at the tuned thresholds, with those that depend on them repeated at 0.5 under "at_0.5"."""
-    table = per_label_metrics(rows.labels, rows.probabilities, fitted.thresholds)
-    for j, row in enumerate(table.values()):
-        row["at_0.5"] = {key: float(column[j]) for key, column in half.per_label.items()}
-    return table
-
-
-def _thresholds_content(fitted: FittedThresholds) -> dict:
-    """Thresholds for new patients, on the uncalibrated and on the calibrated scale."""
-    calibration = fitted.calibration
-    return {
-        "global": calibration.global_threshold,
-        "per_label": dict(zip(ABNORMALITIES, calibration.thresholds.tolist(), strict=True)),
-        "per_label_calibrated": dict(zip(ABNORMALITIES, calibration.calibrated_thresholds.tolist(), strict=True)),
-        "objective": calibration.objective,
-        "fitted_on": fitted.fitted_on,
-        "n_rows": calibration.n_rows,
-        "n_volumes": fitted.n_volumes,
-        "n_patients": calibration.n_patients,
-        "took_global": fitted.used_global_threshold,
-    }
-
-
-def _intervals_content(scores: Mapping[str, Scores], errors: Mapping[str, CalibrationScores]) -> dict:
-    """Intervals of every summary, and {label: {metric: interval, "at_0.5": {metric: interval}}} under "per_label"."""
-    tuned, half = scores["tuned"].label_intervals(), scores["at_0.5"].label_intervals()
-    brier = {when: score.label_intervals() for when, score in errors.items()}
-    return {
-        **{name: score.intervals() for name, score in scores.items()},
-        "calibration": {when: score.intervals() for when, score in errors.items()},
-        "per_label": {
-            name: {
-                **tuned[name],
-                **{f"brier_{when}": intervals[name] for when, intervals in brier.items()},
-                "at_0.5": half[name],
-            }
-            for name in ABNORMALITIES
-        },
     }
 
 
 def success_criteria(metrics: dict) -> list[dict]:
     """[{criterion, figure, passed}] from an evaluation's metrics."""
     half, tuned = metrics["at_0.5"], metrics["tuned"]
-    all_negative = 1 - half["label_rate"]
-    rows = []
-
-    def add(criterion: str, figure: str, passed: bool) -> None:
-        rows.append({"criterion": criterion, "figure": figure, "passed": bool(passed)})
-
-    for name, m in (("tuned", tuned), ("at 0.5", half)):
-        gap = m["positive_rate"] - m["label_rate"]
-        figure = f"{percent(m['positive_rate'])} against {percent(m['label_rate'])}"
-        within = abs(gap) <= RATE_TOLERANCE + 1e-12
-        add(f"Positive rate within {100 * RATE_TOLERANCE:.0f} points of the label rate, {name}", figure, within)
+    both = (("tuned", tuned), ("at 0.5", half))
     published = {f" ({name} on CT-RATE, as published)": goal for name, goal in PUBLISHED_AUROC.items()}
     goals = {"": PHANTOM_AUROC} if metrics["phantom"] else {} if metrics["note"] else published
-    auroc = half["auroc_macro"]
-    for whose, goal in goals.items():
-        add(f"Macro AUROC >= {goal:g}{whose}", decimal(auroc), auroc is not None and auroc >= goal)
-    hamming = tuned["hamming_accuracy"]
-    figure = f"{hamming:.4f} against {all_negative:.4f}"
-    add("Hamming accuracy above the all-negative predictor's, tuned", figure, hamming > all_negative)
-    for name, m in (("tuned", tuned), ("at 0.5", half)):
-        rate = m["positive_rate"]
-        add(f"Not degenerate (positive rate 1 % to 90 %), {name}", percent(rate), 0.01 <= rate <= 0.9)
-    return rows
+    auroc, hamming, all_negative = half["auroc_macro"], tuned["hamming_accuracy"], 1 - half["label_rate"]
+    rows = [
+        *((f"Positive rate within {100 * RATE_TOLERANCE:.0f} points of the label rate, {name}",
+           f"{percent(m['positive_rate'])} against {percent(m['label_rate'])}",
+           abs(m["positive_rate"] - m["label_rate"]) <= RATE_TOLERANCE + 1e-12) for name, m in both),
+        *((f"Macro AUROC >= {goal:g}{whose}", decimal(auroc), auroc is not None and auroc >= goal)
+          for whose, goal in goals.items()),
+        ("Hamming accuracy above the all-negative predictor's, tuned", f"{hamming:.4f} against {all_negative:.4f}",
+         hamming > all_negative),
+        *((f"Not degenerate (positive rate 1 % to 90 %), {name}", percent(m["positive_rate"]),
+           0.01 <= m["positive_rate"] <= 0.9) for name, m in both),
+    ]
+    return [{"criterion": criterion, "figure": figure, "passed": bool(passed)} for criterion, figure, passed in rows]
+
+
+def write_evaluation(output_dir: str | Path, evaluation: Evaluation, cases: Sequence[Case]) -> None:
+    """RESULT_FILES, predictions.csv and the figures; each file is replaced whole or not at all."""
+    folder = make_folder(output_dir, "change --output-dir")
+    metrics, rows, fitted, inputs = evaluation.metrics, evaluation.rows, evaluation.fitted, evaluation.inputs
+    with replacing(folder / "metrics.json") as path:
+        path.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    own, given = folder / "predictions.csv", inputs.predictions.frame[list(ABNORMALITIES)]
+    if not _holds(own, given):  # a run's own file stays as it was written, with its other columns
+        with replacing(own) as path:
+            given.to_csv(path)
+    with replacing(folder / "per_label.csv") as path:
+        _per_label_frame(metrics).to_csv(path, index_label="label")
+    fitted.calibration.save(folder / CALIBRATION_FILE)
+    for name in APPLIED_FILES:
+        (folder / name).unlink(missing_ok=True)
+    if fitted.fitted_on == TUNING:  # cross-fitted columns are made of five maps: no file that anyone could compare
+        write_calibrated(folder, fitted.calibration, rows.names, rows.probabilities)
+    arrays = rows.labels, rows.probabilities, fitted.calibrated
+    figures.write_figures(folder, metrics, *arrays, report.figure_captions(metrics), inputs.history)
+    render.write_page(folder / PAGE, metrics, *arrays, inputs.history, inputs.record, cases)
+
+
+def write_calibrated(
+    folder: Path, calibration: Calibration, names: Sequence[str] | np.ndarray, probabilities: np.ndarray
+) -> None:
+    """APPLIED_FILES: the probabilities calibrated, and rescaled so that 0.5 decides as the tuned thresholds do."""
+    calibrated, rescaled = APPLIED_FILES
+    tables.write_table(folder / calibrated, names, calibration.apply(probabilities))
+    tables.write_table(folder / rescaled, names, calibration.rescale_to_half(probabilities))
+
+
+def _holds(path: Path, predictions: pd.DataFrame) -> bool:
+    try:
+        return path.is_file() and tables.load_predictions(path).equals(predictions)
+    except measure.EvaluationError:
+        return False
+
+
+def _per_label_frame(metrics: dict) -> pd.DataFrame:
+    rows = {}
+    for name, row in metrics["per_label"].items():
+        bounds = metrics["intervals"]["per_label"][name]["auroc"] or (None, None)
+        rows[name] = {
+            **{key: value for key, value in row.items() if key != "at_0.5"},
+            "auroc_low": bounds[0], "auroc_high": bounds[1],
+            **{f"{key}_at_0.5": value for key, value in row["at_0.5"].items()},
+            **metrics["calibration"]["per_label"][name],
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")

@@ -44,19 +44,19 @@ TRAINING_PANELS = (  # title; curves: key of log.jsonl, name, colour
 )
 
 
-# ------------------------------------------------------------------------------------------------- one plot per label
-
-
 @dataclass(frozen=True)
 class LabelPlot:
     """A kind of plot on unit axes that every label has. `draw` takes the axes and one label's arrays, (N,) each:
-    labels, probabilities, calibrated probabilities. `metric` names the value above it. `one_class`: it is also drawn
-    of labels with one class only."""
+    labels, probabilities, calibrated probabilities. `metric` names the value above it. `title`, `lead` and `legend`
+    (style of the mark, meaning) are the page's. `one_class`: it is also drawn of labels with one class only."""
 
     draw: Callable[[Axes, np.ndarray, np.ndarray, np.ndarray], None]
     xlabel: str
     ylabel: str
     metric: str
+    title: str
+    lead: str
+    legend: tuple[tuple[str, str], ...]
     one_class: bool = False
 
 
@@ -71,25 +71,44 @@ def draw_roc(ax: Axes, labels: np.ndarray, probabilities: np.ndarray, _: np.ndar
 
 
 def draw_precision_recall(ax: Axes, labels: np.ndarray, probabilities: np.ndarray, _: np.ndarray) -> None:
-    """The dashed line is the label rate, which a random ranking gives."""
+    """From recall 1 down to 0, each precision held down to the next recall: the area below is average precision.
+    (scikit-learn ends with a point at precision 1 that nobody has reached.) Dashed: the label rate."""
+    from sklearn.metrics import precision_recall_curve
+
     ax.plot([0, 1], [labels.mean()] * 2, color=GREY, linewidth=1, linestyle="--")
-    x, y = thinned(*precision_recall_stairs(labels, probabilities), 75)  # two points each
+    precision, recall, _ = precision_recall_curve(labels, probabilities)
+    precision, recall = precision[recall > 0], recall[recall > 0]
+    x, y = thinned(np.append(recall, 0), np.append(precision, precision[-1]), 75)  # two points each
     ax.step(x, y, where="post", color=BLUE, linewidth=1.4)
 
 
 def draw_reliability(ax: Axes, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray) -> None:
     ax.plot([0, 1], [0, 1], color=LIGHT, linewidth=1)
     for values, colour in ((probabilities, ORANGE), (calibrated, BLUE)):
-        x, y = reliability_points(labels, values)
+        place = bin_index(values)  # the bins of the calibration error
+        x, y = (np.array([of[place == k].mean() for k in np.unique(place)]) for of in (values, labels))
         ax.plot(x, y, color=colour, linewidth=1)
         dots = np.column_stack([x, x + 1e-4, np.full(len(x), np.nan)])  # strokes with round ends: markers are long SVG
         ax.plot(dots.ravel(), np.repeat(y, 3), color=colour, linewidth=4, solid_capstyle="round")
 
 
 LABEL_PLOTS = {
-    "roc": LabelPlot(draw_roc, "False positive rate", "True positive rate", "AUROC"),
-    "precision_recall": LabelPlot(draw_precision_recall, "Recall", "Precision", "AP"),
-    "reliability": LabelPlot(draw_reliability, "Mean probability in the bin", "Label rate in the bin", "ECE", True),
+    "roc": LabelPlot(
+        draw_roc, "False positive rate", "True positive rate", "AUROC", "ROC curves",
+        "True positive rate (up) against false positive rate (across), for every threshold. The value is the area "
+        "below, AUROC, with its 95 % interval.",
+        (("line blue", "ROC curve"), ("line strong", "random ranking"))),
+    "precision_recall": LabelPlot(
+        draw_precision_recall, "Recall", "Precision", "AP", "Precision and recall",
+        "Precision (up) against recall (across), for every threshold. The value is the area below, average precision, "
+        "with its 95 % interval.",
+        (("line blue", "precision at that recall"), ("line dashed muted", "label rate, as a random ranking gives"))),
+    "reliability": LabelPlot(
+        draw_reliability, "Mean probability in the bin", "Label rate in the bin", "ECE", "Reliability",
+        "Label rate (up) among volumes of about the same probability (across): on the diagonal, probabilities are "
+        "calibrated. The value is the mean distance from it, expected calibration error (ECE), before and after "
+        "calibration.",
+        (("dot orange", "uncalibrated"), ("dot blue", "calibrated"), ("line strong", "perfectly calibrated")), True),
 }
 
 
@@ -126,25 +145,6 @@ def has_curve(plot: LabelPlot, labels: np.ndarray) -> bool:
     return plot.one_class or 0 < labels.sum() < len(labels)
 
 
-def precision_recall_stairs(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(recall, precision) of one label from recall 1 down to 0, each precision held down to the next recall: the area
-    below is average precision. (scikit-learn ends with a point at precision 1 that nobody has reached.)"""
-    from sklearn.metrics import precision_recall_curve
-
-    precision, recall, _ = precision_recall_curve(labels, probabilities)
-    precision, recall = precision[recall > 0], recall[recall > 0]
-    return np.append(recall, 0), np.append(precision, precision[-1])
-
-
-def reliability_points(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mean probability, label rate) of each bin of one label, (bins,); the bins of the calibration error."""
-    place = bin_index(probabilities)
-    used = np.unique(place)
-    means = [(probabilities[place == k].mean(), labels[place == k].mean()) for k in used]
-    x, y = zip(*means, strict=True)
-    return np.array(x), np.array(y)
-
-
 def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
     """At most `most` of a curve's points, evenly along it, both ends among them; none is moved."""
     if len(x) <= most:
@@ -153,9 +153,6 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.n
     keep = np.unique(np.searchsorted(along, np.linspace(0, along[-1], most)).clip(max=len(x) - 1))
     keep[-1] = len(x) - 1
     return x[keep], y[keep]
-
-
-# ------------------------------------------------------------------------------------------------ plots of the whole
 
 
 def sweep_figure(
@@ -191,11 +188,10 @@ def rate_figure(metrics: Mapping, size: tuple[float, float] = (9, 6)) -> Figure:
     """Per label: how often it is present, and how often it is predicted at 0.5 and with tuned thresholds. On a narrow
     figure names stand above their row."""
     narrow = size[0] < 6
-    rows = list(metrics["per_label"].items())[::-1]
+    names, rows = list(metrics["per_label"])[::-1], list(metrics["per_label"].values())[::-1]
     places = np.arange(len(rows))
-    truth = 100 * np.array([row["label_rate"] for _, row in rows])
-    half = 100 * np.array([row["at_0.5"]["positive_rate"] for _, row in rows])
-    tuned = 100 * np.array([row["positive_rate"] for _, row in rows])
+    truth, half, tuned = 100 * np.array([
+        (row["label_rate"], row["at_0.5"]["positive_rate"], row["positive_rate"]) for row in rows]).T
     figure = new_figure(*size)
     ax = figure.subplots()
     ax.hlines(places, truth, half, color=LIGHT, linewidth=2, zorder=1)
@@ -208,10 +204,10 @@ def rate_figure(metrics: Mapping, size: tuple[float, float] = (9, 6)) -> Figure:
     if narrow:
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
-        for place, (name, _) in zip(places, rows, strict=True):
+        for place, name in zip(places, names, strict=True):
             ax.text(-2, place + 0.32, name, fontsize=9, color=INK)
     else:
-        ax.set_yticks(places, [name for name, _ in rows], fontsize=9)
+        ax.set_yticks(places, names, fontsize=9)
     figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9, handletextpad=0.2, columnspacing=1,
                   labelcolor=INK)
     return figure
@@ -262,22 +258,17 @@ def draw_training(ax: Axes, history: list[dict], curves: Sequence[tuple[str, str
     ax.legend(frameon=False, fontsize=9, labelcolor=INK)
 
 
-# --------------------------------------------------------------------------------------------------- figures and files
-
-
 def write_figures(
     folder: Path, metrics: Mapping, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray,
     captions: Mapping[str, Mapping[str, str]], history: list[dict] | None,
 ) -> None:
     """All of an evaluation as PNG. `captions`: of LABEL_PLOTS, for each label."""
     thresholds = np.arange(1, 100) / 100
-    figures = {
-        f"{key}.png": label_figure(plot, labels, probabilities, calibrated, captions[key])
-        for key, plot in LABEL_PLOTS.items()
-    }
-    figures["threshold_sweep.png"] = sweep_figure(
-        thresholds, threshold_sweep(labels, probabilities, thresholds), metrics)
-    figures["positive_rate.png"] = rate_figure(metrics)
+    sweep = threshold_sweep(labels, probabilities, thresholds)
+    figures = {f"{key}.png": label_figure(plot, labels, probabilities, calibrated, captions[key])
+               for key, plot in LABEL_PLOTS.items()}
+    figures |= {"threshold_sweep.png": sweep_figure(thresholds, sweep, metrics),
+                "positive_rate.png": rate_figure(metrics)}
     if history:
         figures[TRAINING_CURVES] = training_figure(history)
     for name, figure in figures.items():

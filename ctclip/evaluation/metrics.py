@@ -1,7 +1,6 @@
 """Labels and probabilities -> numbers, each defined here once: for a single table and for a thousand resamples of it.
 
-Legend: N rows (volumes, scans or patients), L labels, P patients, B resamples, `counts` (B, P) how often a patient is
-drawn; a plain evaluation is the one resample in which every patient is drawn once.
+Legend: N rows (volumes, scans or patients), L labels, P patients, B resamples.
 
 - A decision is positive where `probability >= threshold`. The challenge's threshold is 0.5.
 - Precision, recall and F1 are computed per label with 0/0 = 0 and averaged over the labels, as the challenge does.
@@ -10,20 +9,39 @@ drawn; a plain evaluation is the one resample in which every patient is drawn on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ctclip.errors import UserError
 from ctclip_model import ABNORMALITIES, N_LABELS
 
-TABLE_THRESHOLDS = np.arange(1, 20) / 20  # 0.05 to 0.95
 ECE_BINS = 10
 CHUNK = 2**18  # numbers of a (B, rows) array that are worked on at a time: 2 MB, which stay in the processor's cache
 
 
 class EvaluationError(UserError):
     """Bad input; the message is one line: what was found, what was expected, what to do."""
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """`counts` (B, P) float: how often each patient is drawn. `group` (N,): the patient of each row."""
+
+    group: np.ndarray
+    counts: np.ndarray
+
+    def sums(self, summands: np.ndarray) -> np.ndarray:
+        """(N, K) -> (B, K): sums over the rows drawn."""
+        by_patient = np.zeros((self.counts.shape[1], summands.shape[1]))
+        np.add.at(by_patient, self.group, summands)
+        return self.counts @ by_patient
+
+
+def drawn_once(labels: np.ndarray) -> Resamples:
+    """The one resample that is the table itself."""
+    return Resamples(np.zeros(len(labels), np.int64), np.ones((1, 1)))
 
 
 # ------------------------------------------------------------------------------------------------- for one table
@@ -42,7 +60,13 @@ def compute_metrics(labels: np.ndarray, probabilities: np.ndarray, thresholds: f
     Every value is a plain float, or None where it is undefined. AUROC does not depend on `thresholds`.
     """
     labels, probabilities = checked(labels, probabilities)
-    return ranking_metrics(labels, probabilities) | decision_metrics(labels, probabilities >= thresholds)
+    ranking, _ = resampled_ranking(labels, probabilities, drawn_once(labels))
+    return plain(ranking) | decision_metrics(labels, probabilities >= thresholds)
+
+
+def decision_metrics(labels: np.ndarray, decisions: np.ndarray) -> dict:
+    """The part of M that depends on (N, L) decisions."""
+    return plain(resampled_decisions(labels, decisions, drawn_once(labels))[0])
 
 
 def per_label_metrics(labels: np.ndarray, probabilities: np.ndarray, thresholds: float | np.ndarray = 0.5) -> dict:
@@ -50,28 +74,15 @@ def per_label_metrics(labels: np.ndarray, probabilities: np.ndarray, thresholds:
     label_rate, threshold, positives}; `thresholds` as in compute_metrics, and with (N, L) of them `threshold` is the
     column's median."""
     labels, probabilities = checked(labels, probabilities)
-    auroc, average_precision = ranking_columns(labels, probabilities)
-    columns = {
-        "auroc": auroc,
-        "average_precision": average_precision,
-        **decision_columns(labels, probabilities >= thresholds),
-        "threshold": np.median(np.broadcast_to(thresholds, labels.shape), axis=0),
-    }
+    once = drawn_once(labels)
+    columns = ranking_columns(labels, probabilities, once)
+    columns |= resampled_decisions(labels, probabilities >= thresholds, once)[1]
+    columns["threshold"] = np.median(np.broadcast_to(thresholds, labels.shape), axis=0, keepdims=True)
     positives = labels.sum(axis=0, dtype=np.int64)
     return {
-        name: {key: none_if_nan(column[j]) for key, column in columns.items()} | {"positives": int(positives[j])}
+        name: plain({key: column[:, j] for key, column in columns.items()}) | {"positives": int(positives[j])}
         for j, name in enumerate(ABNORMALITIES)
     }
-
-
-def threshold_table(
-    labels: np.ndarray, probabilities: np.ndarray, thresholds: Sequence[float] | np.ndarray = TABLE_THRESHOLDS
-) -> list[dict]:
-    """One row per threshold: threshold, hamming_accuracy, f1_macro, precision_macro, recall_macro, positive_rate."""
-    sweep = threshold_sweep(labels, probabilities, np.asarray(thresholds))
-    keys = ("hamming_accuracy", "f1_macro", "precision_macro", "recall_macro", "positive_rate")
-    return [{"threshold": float(threshold)} | {key: float(sweep[key][i, 0]) for key in keys}
-            for i, threshold in enumerate(thresholds)]
 
 
 def threshold_sweep(labels: np.ndarray, probabilities: np.ndarray, thresholds: np.ndarray) -> dict[str, np.ndarray]:
@@ -87,36 +98,8 @@ def threshold_sweep(labels: np.ndarray, probabilities: np.ndarray, thresholds: n
     ends = np.broadcast_to((np.nan, n), (len(thresholds), 2))
     sums = np.concatenate([tp, fp, np.broadcast_to(positives, tp.shape), ends], axis=1)
     together, columns = summary_from_counts(sums), per_label_from_counts(sums)
-    alone = {
-        "f1_macro": columns["f1"], "precision_macro": columns["precision"], "recall_macro": columns["recall"],
-        "hamming_accuracy": columns["accuracy"], "positive_rate": columns["positive_rate"],
-        "label_rate": columns["label_rate"], "crg": _crg(tp, fp, positives, np.float64(n)),
-    }
+    alone = {key: columns[own] for key, own in MEAN_OF.items()} | {"crg": _crg(tp, fp, positives, np.float64(n))}
     return {key: np.column_stack([together[key], column]) for key, column in alone.items()}
-
-
-def decision_columns(labels: np.ndarray, decisions: np.ndarray) -> dict[str, np.ndarray]:
-    """Every per-label metric of (N, L) decisions, (L,) each."""
-    return per_label_from_counts(confusion_counts(labels, decisions).sum(axis=0))
-
-
-def decision_metrics(labels: np.ndarray, decisions: np.ndarray) -> dict:
-    """The part of M that depends on the decisions."""
-    counts = confusion_counts(labels, decisions).sum(axis=0)
-    return {key: none_if_nan(value) for key, value in summary_from_counts(counts).items()}
-
-
-def ranking_metrics(labels: np.ndarray, probabilities: np.ndarray) -> dict:
-    """The part of M that no threshold can change."""
-    auroc, _ = ranking_columns(labels, probabilities)
-    micro = pooled_auroc(labels, probabilities)[0]
-    return {"auroc_macro": none_if_nan(nanmean(auroc)), "auroc_micro": none_if_nan(micro)}
-
-
-def ranking_columns(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC and average precision of each label, (L,), NaN where one class is absent."""
-    auroc, average_precision = resampled_auroc_and_ap(labels, probabilities, *no_resampling(labels))
-    return auroc[0], average_precision[0]
 
 
 def calibration_columns(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, np.ndarray]:
@@ -141,8 +124,7 @@ def calibration_errors(labels: np.ndarray, probabilities: np.ndarray, bins: np.n
 
 def bin_indices(probabilities: np.ndarray) -> np.ndarray:
     """(N, L) -> the bin of each, numbered through all labels."""
-    bins = np.stack([bin_index(column) for column in probabilities.T], axis=1)
-    return bins + ECE_BINS * np.arange(probabilities.shape[1])
+    return np.apply_along_axis(bin_index, 0, probabilities) + ECE_BINS * np.arange(probabilities.shape[1])
 
 
 def bin_index(probabilities: np.ndarray) -> np.ndarray:
@@ -167,9 +149,9 @@ def checked(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, 
     return labels.astype(np.int8), probabilities
 
 
-def none_if_nan(value: float | np.ndarray) -> float | None:
-    """A float for JSON, None for NaN."""
-    return None if np.isnan(value) else float(value)
+def plain(values: Mapping[str, np.ndarray]) -> dict[str, float | None]:
+    """The first of each (B,) as a float for JSON, None for NaN."""
+    return {key: None if np.isnan(value[0]) else float(value[0]) for key, value in values.items()}
 
 
 def nanmean(values: np.ndarray) -> np.ndarray:
@@ -184,10 +166,24 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray, empty: float = 0.0) -
     return np.divide(numerator, denominator, out=np.full(numerator.shape, empty), where=denominator != 0)
 
 
-# --------------------------------------------------------------------------------- sums over rows, and what they give
+# ------------------------------------------------------------------------------------------------ in every resample
 
-# Everything that depends on decisions is a function of sums over rows. confusion_counts gives what each row adds;
-# weighted sums of it, one per resample, are a matrix product; `*_of` turns sums with any leading axes into metrics.
+# Summaries are {metric: (B,)}, per-label columns {metric: (B, L)}, with the keys of metrics.json. What depends on
+# decisions is a function of sums over rows: confusion_counts gives what each row adds, a matrix product the weighted
+# sums, one per resample, and `*_from_counts` turn sums with any leading axes into metrics.
+
+
+def resampled_decisions(labels: np.ndarray, decisions: np.ndarray, resamples: Resamples) -> tuple[dict, dict]:
+    """(the part of M that depends on decisions, per-label columns) in every resample."""
+    sums = resamples.sums(confusion_counts(labels, decisions))
+    return summary_from_counts(sums), per_label_from_counts(sums)
+
+
+def resampled_ranking(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> tuple[dict, dict]:
+    """(the part of M that no threshold can change, per-label columns) in every resample."""
+    columns = ranking_columns(labels, probabilities, resamples)
+    micro = pooled_auroc(labels, probabilities, resamples)
+    return {"auroc_macro": nanmean(columns["auroc"]), "auroc_micro": micro}, columns
 
 
 def confusion_counts(labels: np.ndarray, decisions: np.ndarray) -> np.ndarray:
@@ -198,10 +194,9 @@ def confusion_counts(labels: np.ndarray, decisions: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float64)
 
 
-def _unpacked(sums: np.ndarray) -> tuple[np.ndarray, ...]:
+def _unpacked(sums: np.ndarray) -> list[np.ndarray]:
     labels = (sums.shape[-1] - 2) // 3
-    tp, fp, positives, right, n = np.split(sums, [labels, 2 * labels, 3 * labels, 3 * labels + 1], axis=-1)
-    return tp, fp, positives, right[..., 0], n
+    return np.split(sums, [labels, 2 * labels, 3 * labels, 3 * labels + 1], axis=-1)
 
 
 def per_label_from_counts(sums: np.ndarray) -> dict[str, np.ndarray]:
@@ -217,20 +212,20 @@ def per_label_from_counts(sums: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+MEAN_OF = {  # metric of M: the per-label metric of which it is the mean
+    "f1_macro": "f1", "precision_macro": "precision", "recall_macro": "recall", "hamming_accuracy": "accuracy",
+    "positive_rate": "positive_rate", "label_rate": "label_rate",
+}
+
+
 def summary_from_counts(sums: np.ndarray) -> dict[str, np.ndarray]:
     """Sums (..., 3 L + 2) of confusion_counts -> the part of M that depends on decisions (...); NaN: undefined."""
     tp, fp, positives, right, n = _unpacked(sums)
-    columns = per_label_from_counts(sums)
-    return {
-        "f1_macro": columns["f1"].mean(axis=-1),
-        "precision_macro": columns["precision"].mean(axis=-1),
-        "recall_macro": columns["recall"].mean(axis=-1),
-        "hamming_accuracy": columns["accuracy"].mean(axis=-1),
-        "exact_match": right / n[..., 0],
-        "positive_rate": columns["positive_rate"].mean(axis=-1),
-        "label_rate": columns["label_rate"].mean(axis=-1),
-        "crg": _crg(tp.sum(axis=-1), fp.sum(axis=-1), positives.sum(axis=-1), tp.shape[-1] * n[..., 0]),
-    }
+    columns, n = per_label_from_counts(sums), n[..., 0]
+    summary = {key: columns[own].mean(axis=-1) for key, own in MEAN_OF.items()}
+    rates = {key: summary.pop(key) for key in ("positive_rate", "label_rate")}
+    crg = _crg(tp.sum(axis=-1), fp.sum(axis=-1), positives.sum(axis=-1), tp.shape[-1] * n)
+    return summary | {"exact_match": right[..., 0] / n} | rates | {"crg": crg}
 
 
 def crg_exchange(positives: float | np.ndarray, decisions: float | np.ndarray) -> float | np.ndarray:
@@ -250,30 +245,21 @@ def _crg(tp: np.ndarray, fp: np.ndarray, a: np.ndarray, x: np.ndarray) -> np.nda
     return np.where(two, _ratio(u, 2 * u - score, np.nan), np.nan)
 
 
-# ---------------------------------------------------------------------------------------------- areas under curves
-
-
-def no_resampling(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(group, counts) of the resample in which every row is drawn once."""
-    return np.zeros(len(labels), np.int64), np.ones((1, 1))
-
-
-def auroc_and_ap(
-    labels: np.ndarray, scores: np.ndarray, group: np.ndarray, counts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def auroc_and_ap(labels: np.ndarray, scores: np.ndarray, resamples: Resamples) -> tuple[np.ndarray, np.ndarray]:
     """(AUROC (B,), average precision (B,)) of one ranking in B resamples; NaN where one class is absent.
 
-    labels, scores and group (rows,): group[i] is the column of `counts` (B, P) that says how often row i is drawn.
-    Ties count half in the AUROC and are one step of average precision, as in scikit-learn. The AUROC's sums are of
-    integers and halves below 2**53: exact. The order is found once for all resamples.
+    labels, scores: (N,). Ties count half in the AUROC and are one step of average precision, as in scikit-learn. The
+    AUROC's sums are of integers and halves below 2**53: exact. The order is found once for all resamples.
     """
     order = np.argsort(-scores, kind="stable")
-    scores, positive, group = scores[order], labels[order] == 1, group[order]
+    scores, positive, group = scores[order], labels[order] == 1, resamples.group[order]
     ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # last row of each run of ties
     tied = len(ends) < len(scores)
-    auroc, average_precision = np.full(len(counts), np.nan), np.full(len(counts), np.nan)
-    for rows in _chunks(len(counts), len(scores)):
-        drawn = counts[rows][:, group]
+    auroc, average_precision = np.full((2, len(resamples.counts)), np.nan)
+    step = max(1, CHUNK // len(scores))
+    # the first alone: a table's own average precision is then summed in one order, resampled or not
+    for rows in (slice(1), *(slice(start, start + step) for start in range(1, len(auroc), step))):
+        drawn = resamples.counts[rows][:, group]
         tp = np.cumsum(drawn * positive, axis=1)
         called = np.cumsum(drawn, axis=1)
         if tied:
@@ -289,28 +275,17 @@ def auroc_and_ap(
     return auroc, average_precision
 
 
-def resampled_auroc_and_ap(
-    labels: np.ndarray, probabilities: np.ndarray, group: np.ndarray, counts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC and average precision of each label in B resamples, (B, L) each; see auroc_and_ap."""
-    columns = [auroc_and_ap(labels[:, j], probabilities[:, j], group, counts) for j in range(labels.shape[1])]
-    auroc, average_precision = zip(*columns, strict=True)
-    return np.stack(auroc, axis=1), np.stack(average_precision, axis=1)
+def ranking_columns(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> dict[str, np.ndarray]:
+    """"auroc" and "average_precision" of each label in B resamples, (B, L) each; see auroc_and_ap."""
+    areas = [auroc_and_ap(labels[:, j], probabilities[:, j], resamples) for j in range(labels.shape[1])]
+    return {key: np.stack(columns, axis=1)
+            for key, columns in zip(("auroc", "average_precision"), zip(*areas, strict=True), strict=True)}
 
 
-def pooled_auroc(
-    labels: np.ndarray, probabilities: np.ndarray, group: np.ndarray | None = None, counts: np.ndarray | None = None
-) -> np.ndarray:
-    """AUROC of all N x L decisions as one ranking ("micro"), in B resamples (B,); by default (1,), not resampled."""
-    if group is None or counts is None:
-        group, counts = no_resampling(labels)
-    return auroc_and_ap(labels.ravel(), probabilities.ravel(), np.repeat(group, labels.shape[1]), counts)[0]
-
-
-def _chunks(resamples: int, rows: int) -> Iterator[slice]:
-    step = max(1, CHUNK // rows)
-    for start in range(0, resamples, step):
-        yield slice(start, start + step)
+def pooled_auroc(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> np.ndarray:
+    """AUROC of all N x L decisions as one ranking ("micro"), in B resamples (B,)."""
+    every = Resamples(np.repeat(resamples.group, labels.shape[1]), resamples.counts)
+    return auroc_and_ap(labels.ravel(), probabilities.ravel(), every)[0]
 
 
 # --------------------------------------------------------------------------- two predictions, without resampling
@@ -348,17 +323,10 @@ def auroc_difference(
 
 def _auroc_influence(labels: np.ndarray, scores: np.ndarray) -> tuple[float, np.ndarray]:
     """(AUROC of one label, how much each volume raises it (N,)); the latter sums to 0 within either class."""
-    positive = labels == 1
-    ahead_of = _share_below(scores[~positive], scores[positive])  # DeLong's placement values, ties count half
-    behind = 1 - _share_below(scores[positive], scores[~positive])
-    auroc = ahead_of.mean()
-    influence = np.empty(len(labels))
-    influence[positive] = (ahead_of - auroc) / len(ahead_of)
-    influence[~positive] = (behind - auroc) / len(behind)
-    return auroc, influence
+    from scipy.stats import rankdata  # takes a second to import
 
-
-def _share_below(others: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Share of `others` below each value, equal ones counted half."""
-    others = np.sort(others)
-    return (np.searchsorted(others, values, "left") + np.searchsorted(others, values, "right")) / (2 * len(others))
+    positive, ranks, below = labels == 1, rankdata(scores), np.empty(len(labels))
+    for own in (positive, ~positive):  # DeLong's placement values: the share of the other class below, ties half
+        below[own] = (ranks[own] - rankdata(scores[own])) / (~own).sum()
+    auroc = below[positive].mean()
+    return auroc, np.where(positive, (below - auroc) / positive.sum(), (1 - below - auroc) / (~positive).sum())

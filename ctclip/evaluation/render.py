@@ -11,30 +11,17 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from ctclip.evaluation import report
 from ctclip.evaluation.cases import Case
 from ctclip.evaluation.figures import SWEEP_CURVES
-from ctclip.evaluation.report import (
-    Block,
-    Cell,
-    Figure,
-    Paragraph,
-    Section,
-    Table,
-    data_facts,
-    data_name,
-    figure_sections,
-    flat,
-    report_sections,
-    settings_section,
-    slider_data,
-    sweep_section,
-)
+from ctclip.evaluation.report import Block, Cell, Paragraph, Section, Table, flat
 from ctclip.fileio import replacing
 from ctclip.formatting import WIDTH, metric_text
 
@@ -44,25 +31,20 @@ PAGE_SECTIONS = ("headline", "criteria", "comparison", "sweep", "thresholds", "p
                  "reliability", "rates", "training", "calibration", "subgroups", "baseline", "cases", "settings")
 
 
-# ------------------------------------------------------------------------------------------------------------- text
-
-
 def format_report(metrics: Mapping) -> str:
     """What is printed of an evaluation's metrics (or of a metrics.json read back): at most WIDTH columns."""
-    sections = report_sections(metrics)
-    return "\n\n".join(_section_text(sections[key]) for key in TEXT_SECTIONS if key in sections)
-
-
-def _section_text(section: Section) -> str:
-    lines, after_table = [section.title.upper()], False
-    for block in section.blocks:
-        if isinstance(block, Figure):
-            continue
-        if after_table:
-            lines.append("")
-        after_table = isinstance(block, Table)
-        lines += _table_text(block) if isinstance(block, Table) else textwrap.wrap(block.text, WIDTH)
-    return "\n".join(lines)
+    sections, parts = report.report_sections(metrics), []
+    for section in (sections[key] for key in TEXT_SECTIONS if key in sections):
+        lines, after_table = [section.title.upper()], False
+        for block in section.blocks:
+            lines += [""] if after_table else []
+            after_table = isinstance(block, Table)
+            if isinstance(block, Table):
+                lines += _table_text(block)
+            elif isinstance(block, Paragraph):
+                lines += textwrap.wrap(block.text, WIDTH)
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def _table_text(table: Table) -> list[str]:
@@ -80,11 +62,9 @@ def _table_text(table: Table) -> list[str]:
         widths = [max(map(len, [*title.split(), *cells])) for title, *cells in columns]
     lines: list[str] = []
     for chosen in _fitting(widths):
-        if lines:
-            lines.append("")
-        titles = [textwrap.wrap(table.columns[i], widths[i]) for i in chosen]
-        height = max(map(len, titles))
-        header = zip(*([*[""] * (height - len(title)), *title] for title in titles), strict=True)
+        titles = [textwrap.wrap(table.columns[i], widths[i])[::-1] for i in chosen]
+        header = list(zip_longest(*titles, fillvalue=""))[::-1]
+        lines += [""] if lines else []
         for line in (*header, ["-" * widths[i] for i in chosen], *([row[i] for i in chosen] for row in rows)):
             aligned = (cell.rjust(widths[i]) for i, cell in zip(chosen[1:], line[1:], strict=True))
             lines.append("  ".join([line[0].ljust(widths[0]), *aligned]).rstrip())
@@ -101,31 +81,25 @@ def _fitting(widths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-# --------------------------------------------------------------------------------------------------------- Markdown
-
-
 def markdown(blocks: Iterable[Block]) -> str:
     """Paragraphs and tables; figures have no place in a model card."""
-    return "\n\n".join(_block_markdown(block) for block in blocks if not isinstance(block, Figure))
-
-
-def _block_markdown(block: Paragraph | Table) -> str:
-    if isinstance(block, Paragraph):
-        return f"**{_escaped(block.text)}**" if block.warning else _escaped(block.text)
-    if not block.columns:
-        return "\n".join(f"- {_escaped(name)}: {_escaped(value)}" for name, value in block.rows)
-    others = len(block.columns) - 1
-    lines = [[*map(_escaped, block.columns)], ["---", *["--:"] * others]]
-    lines += [[f"**{_escaped(row[0])}**", *[""] * others] if len(row) == 1 else [*map(_escaped, row)]
-              for row in block.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    parts = []
+    for block in blocks:
+        if isinstance(block, Paragraph):
+            parts.append(f"**{_escaped(block.text)}**" if block.warning else _escaped(block.text))
+        elif isinstance(block, Table) and not block.columns:
+            parts.append("\n".join(f"- {_escaped(name)}: {_escaped(value)}" for name, value in block.rows))
+        elif isinstance(block, Table):
+            others = len(block.columns) - 1
+            lines = [[*map(_escaped, block.columns)], ["---", *["--:"] * others]]
+            lines += [[f"**{_escaped(row[0])}**", *[""] * others] if len(row) == 1 else [*map(_escaped, row)]
+                      for row in block.rows]
+            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts)
 
 
 def _escaped(cell: Cell) -> str:
     return re.sub(r"\s+", " ", flat(cell).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|"))
-
-
-# ------------------------------------------------------------------------------------------------------------- HTML
 
 
 def write_page(
@@ -134,15 +108,15 @@ def write_page(
 ) -> None:
     """Writes report.html, whole or not at all. Arrays (N, 18) as evaluated. `history` is log.jsonl's list of epochs,
     `record` the content of a run's run.json, {} without a run."""
-    data = data_name(record)
-    sections = report_sections(metrics) | figure_sections(metrics, labels, probabilities, calibrated, history)
-    sections["sweep"] = sweep_section(metrics, labels, probabilities)
-    sections["settings"] = settings_section(metrics, record)
+    data = report.data_name(record)
+    sections = report.report_sections(metrics)
+    sections |= report.figure_sections(metrics, labels, probabilities, calibrated, history)
+    sections["settings"] = report.settings_section(metrics, record)
     if cases:
         lead = ("Per label, the volumes whose calibrated probability lies farthest on the wrong side of the threshold, "
                 "some with an axial and a coronal slice: to tell a wrong label from a wrong model.")
         sections["cases"] = Section("cases", "Worst errors", [Paragraph(lead)])
-    facts = [*data_facts(metrics), ("Written", f"{datetime.now():%Y-%m-%d %H:%M}")]
+    facts = [*report.data_facts(metrics), ("Written", f"{datetime.now():%Y-%m-%d %H:%M}")]
     if data:
         facts.insert(0, ("Data", data))
     by_label: dict[str, list[Case]] = {}
@@ -152,7 +126,7 @@ def write_page(
         title=f"CT-CLIP evaluation{f', {data}' if data else ''}", facts=Table("Data", (), facts), note=metrics["note"],
         sections=[sections[key] for key in PAGE_SECTIONS if key in sections], cases=by_label,
         curves=[(key, name, metric_text(metrics["at_0.5"][key], key)) for key, name, _ in SWEEP_CURVES],
-        slider=slider_data(metrics, labels, probabilities, calibrated),
+        slider=report.slider_data(metrics, labels, probabilities, calibrated),
     )
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")

@@ -6,31 +6,22 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ctclip.evaluation import figures
 from ctclip.evaluation.bootstrap import MIN_CASES
-from ctclip.evaluation.figures import (
-    LABEL_PLOTS,
-    SWEEP_CURVES,
-    has_curve,
-    label_svg,
-    rate_figure,
-    svg,
-    sweep_figure,
-    training_svgs,
-)
+from ctclip.evaluation.calibration import CROSS_FITTED, TUNING
 from ctclip.evaluation.metrics import threshold_sweep
-from ctclip.evaluation.results import CROSS_FITTED, TUNING
 from ctclip.evaluation.subgroups import MIN_PATIENTS
 from ctclip.formatting import change_text, decimal, interval_text, metric_text, percent
 from ctclip_model import ABNORMALITIES, N_LABELS
 
 AUROCS = (("AUROC macro", "auroc_macro"), ("AUROC micro", "auroc_micro"))
-MEASURES = (  # of the dictionary M, in the order they are shown
+METRIC_ROWS = (  # of the dictionary M, in the order they are shown
     ("Positive rate", "positive_rate"),
     ("Label rate", "label_rate"),
     ("Hamming accuracy", "hamming_accuracy"),
@@ -44,9 +35,6 @@ WHEN = ("before", "after")  # calibration
 STOPS, UNDEFINED = np.arange(201) / 200, 65535  # of the page's slider
 
 
-# ----------------------------------------------------------------------------------------------------------- blocks
-
-
 @dataclass(frozen=True)
 class Value:
     """A cell with its 95 % interval, "" where there is none."""
@@ -56,7 +44,7 @@ class Value:
 
 
 Cell = str | Value
-Row = Sequence[Cell]
+TableRow = Sequence[Cell]
 
 
 @dataclass(frozen=True)
@@ -72,7 +60,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
     sortable: bool = False
 
 
@@ -105,15 +93,18 @@ class Section:
     blocks: Sequence[Block]
 
 
+def _section(key: str, title: str, *blocks: str | Block) -> Section:
+    """A string is a paragraph."""
+    return Section(key, title, [Paragraph(block) if isinstance(block, str) else block for block in blocks])
+
+
 def report_sections(metrics: Mapping) -> dict[str, Section]:
     """The sections of text and tables by key, from the content of metrics.json."""
-    made = [_data(metrics), _headline(metrics), _criteria(metrics), _comparison(metrics), _thresholds(metrics),
-            _threshold_table(metrics), _per_label(metrics), _calibration(metrics)]
-    if metrics["subgroups"]:
-        made.append(_subgroups(metrics["subgroups"]))
-    if metrics["baseline"]:
-        made.append(_baseline(metrics["baseline"]))
-    return {section.key: section for section in made}
+    parts: list[Callable[[Mapping], Section]] = [
+        _data, _headline, _criteria, _comparison, _thresholds, _threshold_table, _per_label, _calibration,
+        *([_subgroups] if metrics["subgroups"] else []), *([_baseline] if metrics["baseline"] else []),
+    ]
+    return {section.key: section for section in (part(metrics) for part in parts)}
 
 
 def fitted_on(thresholds: Mapping) -> str:
@@ -124,84 +115,8 @@ def fitted_on(thresholds: Mapping) -> str:
     return f"cross-fitted: each fifth of the {patients:,} patients is evaluated with what was fitted on the others"
 
 
-# --------------------------------------------------------------------------------------------------------- sections
-
-
-def _data(metrics: Mapping) -> Section:
-    return Section("data", "Prediction analysis", [Table("Data", (), data_facts(metrics)), *_note(metrics)])
-
-
-def data_facts(metrics: Mapping) -> list[tuple[str, str]]:
-    half, p, unit = metrics["at_0.5"], metrics["probabilities"], metrics["unit"]
-    facts = [
-        ("Samples", f"{metrics['n_volumes']:,} volumes of {metrics['n_patients']:,} patients"),
-        ("Unit", f"{unit['name']}: {unit['how']} ({metrics['n_rows']:,} rows)"),
-    ]
-    if unit["conflicting_labels"]:
-        facts.append(("", f"labels differ within {unit['conflicting_labels']:,} of the rows: a label of any volume "
-                      "counts"))
-    if metrics["volumes_without_patient"]:
-        facts.append(("", f"{metrics['volumes_without_patient']:,} names are not like train_12_a_1.nii.gz: patients "
-                      "may be told apart wrongly, and intervals be too narrow"))
-    for source, count in metrics["left_out"].items():
-        facts.append(("Skipped", f"{count:,} rows of the {source}, absent from the other tables (--allow-partial)"))
-    facts += [
-        ("Probabilities", f"{p['min']:.4f} to {p['max']:.4f}, mean {p['mean']:.4f}"),
-        ("At or above 0.5", f"{percent(half['positive_rate'])} of {metrics['n_rows'] * N_LABELS:,} decisions "
-                            f"(truly positive: {percent(half['label_rate'])})"),
-    ]
-    return facts
-
-
-def _note(metrics: Mapping) -> list[Paragraph]:
-    return [Paragraph(metrics["note"], warning=True)] if metrics["note"] else []
-
-
-def _headline(metrics: Mapping) -> Section:
-    half, tuned, intervals = metrics["at_0.5"], metrics["tuned"], metrics["intervals"]
-    before, after = (metrics["calibration"][when]["brier"] for when in WHEN)
-    beside = {
-        "positive_rate": f"label rate {percent(half['label_rate'])}; {percent(half['positive_rate'])} at 0.5",
-        "f1_macro": f"{half['f1_macro']:.3f} at 0.5",
-        "hamming_accuracy": f"{1 - half['label_rate']:.3f} if every decision is negative",
-        "crg": "0.333 for all, none or random; 1 is perfect",
-    }
-    rows: list[Row] = [("Macro AUROC", _value(half, intervals["at_0.5"], "auroc_macro", 3),
-             f"mean of {N_LABELS - len(metrics['undefined_auroc'])} labels; needs no threshold")]
-    rows += [(f"{title}, tuned", _value(tuned, intervals["tuned"], key, 3), beside[key])
-             for title, key in MEASURES if key in beside]
-    rows.append(("Brier score", Value(f"{before:.3f} -> {after:.3f}",
-                                      interval_text(intervals["calibration"]["after"]["brier"], "", 3)),
-                 "before and after calibration; lower is better"))
-    lead = (f"Each value with its 95 % interval from {metrics['settings']['resamples']:,} bootstrap resamples of the "
-            f"patients. Tuned: one threshold per label, {fitted_on(metrics['thresholds'])}.")
-    return Section("headline", "Headline results", [Paragraph(lead), Table("Headline results", ("", "", ""), rows)])
-
-
 def _value(values: Mapping, intervals: Mapping, key: str, digits: int = 4) -> Value:
     return Value(metric_text(values[key], key, digits), interval_text(intervals[key], key, digits))
-
-
-def _criteria(metrics: Mapping) -> Section:
-    rows = [(row["criterion"], row["figure"], "pass" if row["passed"] else "FAIL")
-            for row in metrics["success_criteria"]]
-    return Section("criteria", "Success criteria",
-                   [Table("Success criteria", ("Criterion", "Found", "Result"), rows), *_note(metrics)])
-
-
-def _comparison(metrics: Mapping) -> Section:
-    half, tuned, intervals = metrics["at_0.5"], metrics["tuned"], metrics["intervals"]["tuned"]
-    rows: list[Row] = [
-        (title, *(metric_text(metrics[name][key], key) for name in ("at_0.5", "calibrated", "tuned_global")),
-         _value(tuned, intervals, key), _difference(tuned, half, key))
-        for title, key in (*MEASURES, *AUROCS)
-    ]
-    columns = ("Metric", "At 0.5", "Calibrated, at 0.5", "Global threshold", "Tuned (95 % CI)", "Tuned - at 0.5")
-    lead = (f"Thresholds and calibration: {fitted_on(metrics['thresholds'])}. Tuned: one threshold per label. 95 % CI: "
-            f"{metrics['settings']['resamples']:,} bootstrap resamples of the {metrics['n_patients']:,} patients. "
-            "AUROC needs no threshold.")
-    return Section("comparison", "Performance comparison",
-                   [Paragraph(lead), Table("Performance comparison", columns, rows)])
 
 
 def _difference(first: Mapping, second: Mapping, key: str) -> str:
@@ -209,40 +124,118 @@ def _difference(first: Mapping, second: Mapping, key: str) -> str:
     return change_text(first[key] - second[key] if known else None, key)
 
 
+def _note(metrics: Mapping) -> list[Paragraph]:
+    return [Paragraph(metrics["note"], warning=True)] if metrics["note"] else []
+
+
+def _data(metrics: Mapping) -> Section:
+    return _section("data", "Prediction analysis", Table("Data", (), data_facts(metrics)), *_note(metrics))
+
+
+def data_facts(metrics: Mapping) -> list[tuple[str, str]]:
+    half, p, unit, rows = metrics["at_0.5"], metrics["probabilities"], metrics["unit"], metrics["n_rows"]
+    facts = [
+        ("Samples", f"{metrics['n_volumes']:,} volumes of {metrics['n_patients']:,} patients"),
+        ("Unit", f"{unit['name']}: {unit['how']} ({rows:,} rows)"),
+    ]
+    if differ := unit["conflicting_labels"]:
+        facts.append(("", f"labels differ within {differ:,} of the rows: a label of any volume counts"))
+    if unnamed := metrics["volumes_without_patient"]:
+        facts.append(("", f"{unnamed:,} names are not like train_12_a_1.nii.gz: patients may be told apart wrongly, "
+                      "and intervals be too narrow"))
+    for source, count in metrics["left_out"].items():
+        facts.append(("Skipped", f"{count:,} rows of the {source}, absent from the other tables (--allow-partial)"))
+    return facts + [
+        ("Probabilities", f"{p['min']:.4f} to {p['max']:.4f}, mean {p['mean']:.4f}"),
+        ("At or above 0.5", f"{percent(half['positive_rate'])} of {rows * N_LABELS:,} decisions "
+                            f"(truly positive: {percent(half['label_rate'])})"),
+    ]
+
+
+def _headline(metrics: Mapping) -> Section:
+    half, tuned, intervals = metrics["at_0.5"], metrics["tuned"], metrics["intervals"]
+    before, after = (metrics["calibration"][when]["brier"] for when in WHEN)
+    brier = Value(f"{before:.3f} -> {after:.3f}", interval_text(intervals["calibration"]["after"]["brier"], "", 3))
+    beside = {
+        "positive_rate": f"label rate {percent(half['label_rate'])}; {percent(half['positive_rate'])} at 0.5",
+        "f1_macro": f"{half['f1_macro']:.3f} at 0.5",
+        "hamming_accuracy": f"{1 - half['label_rate']:.3f} if every decision is negative",
+        "crg": "0.333 for all, none or random; 1 is perfect",
+    }
+    rows: list[TableRow] = [
+        ("Macro AUROC", _value(half, intervals["at_0.5"], "auroc_macro", 3),
+         f"mean of {N_LABELS - len(metrics['undefined_auroc'])} labels; needs no threshold"),
+        *((f"{title}, tuned", _value(tuned, intervals["tuned"], key, 3), beside[key])
+          for title, key in METRIC_ROWS if key in beside),
+        ("Brier score", brier, "before and after calibration; lower is better"),
+    ]
+    return _section(
+        "headline", "Headline results",
+        f"Each value with its 95 % interval from {metrics['settings']['resamples']:,} bootstrap resamples of the "
+        f"patients. Tuned: one threshold per label, {fitted_on(metrics['thresholds'])}.",
+        Table("Headline results", ("", "", ""), rows),
+    )
+
+
+def _criteria(metrics: Mapping) -> Section:
+    rows = [(row["criterion"], row["figure"], "pass" if row["passed"] else "FAIL")
+            for row in metrics["success_criteria"]]
+    table = Table("Success criteria", ("Criterion", "Found", "Result"), rows)
+    return _section("criteria", "Success criteria", table, *_note(metrics))
+
+
+def _comparison(metrics: Mapping) -> Section:
+    half, tuned, intervals = metrics["at_0.5"], metrics["tuned"], metrics["intervals"]["tuned"]
+    rows: list[TableRow] = [
+        (title, *(metric_text(metrics[name][key], key) for name in ("at_0.5", "calibrated", "tuned_global")),
+         _value(tuned, intervals, key), _difference(tuned, half, key))
+        for title, key in (*METRIC_ROWS, *AUROCS)
+    ]
+    columns = ("Metric", "At 0.5", "Calibrated, at 0.5", "Global threshold", "Tuned (95 % CI)", "Tuned - at 0.5")
+    return _section(
+        "comparison", "Performance comparison",
+        f"Thresholds and calibration: {fitted_on(metrics['thresholds'])}. Tuned: one threshold per label. 95 % CI: "
+        f"{metrics['settings']['resamples']:,} bootstrap resamples of the {metrics['n_patients']:,} patients. "
+        "AUROC needs no threshold.",
+        Table("Performance comparison", columns, rows),
+    )
+
+
 def _thresholds(metrics: Mapping) -> Section:
     thresholds, one = metrics["thresholds"], metrics["tuned_global"]
-    blocks: list[Block] = [
-        Paragraph(f"Objective {thresholds['objective']}; {fitted_on(thresholds)}."),
-        Paragraph(f"Global threshold {thresholds['global']:.4f}: positive rate {percent(one['positive_rate'])} (label "
-                  f"rate {percent(one['label_rate'])}), F1 {one['f1_macro']:.4f}, Hamming accuracy "
-                  f"{one['hamming_accuracy']:.4f}."),
+    lead = [
+        f"Objective {thresholds['objective']}; {fitted_on(thresholds)}.",
+        f"Global threshold {thresholds['global']:.4f}: positive rate {percent(one['positive_rate'])} (label rate "
+        f"{percent(one['label_rate'])}), F1 {one['f1_macro']:.4f}, Hamming accuracy {one['hamming_accuracy']:.4f}.",
     ]
     if thresholds["fitted_on"] == CROSS_FITTED:
-        blocks.append(Paragraph("The thresholds shown are for new patients; the results beside them are those of the "
-                                "cross-fitted thresholds."))
+        lead.append("The thresholds shown are for new patients; the results beside them are those of the cross-fitted "
+                    "thresholds.")
     if thresholds["took_global"]:
-        blocks.append(Paragraph("Only one class where thresholds are fitted, so the global threshold: "
-                                f"{', '.join(thresholds['took_global'])}."))
-    blocks.append(Paragraph("Optimism: what the same search would have claimed on the reported patients themselves "
-                            "(apparent), beside what the thresholds from other patients gave (held out)."))
-    rows: list[Row] = []
+        lead.append("Only one class where thresholds are fitted, so the global threshold: "
+                    f"{', '.join(thresholds['took_global'])}.")
+    lead.append("Optimism: what the same search would have claimed on the reported patients themselves (apparent), "
+                "beside what the thresholds from other patients gave (held out).")
+    rows: list[TableRow] = []
     for title, name in (("One threshold per label", "tuned"), ("One global threshold", "tuned_global")):
         apparent, held_out = metrics["optimism"][name]["claimed"], metrics["optimism"][name]["honest"]
-        rows.append((title,))
-        rows += [(measure, metric_text(held_out[key], key), metric_text(apparent[key], key),
-                  _difference(apparent, held_out, key)) for measure, key in MEASURES if key in held_out]
-    blocks.append(Table("Optimism", ("Metric", "Held out", "Apparent", "Optimism"), rows))
-    return Section("thresholds", "Optimal threshold", blocks)
+        rows += [(title,), *((measure, metric_text(held_out[key], key), metric_text(apparent[key], key),
+                              _difference(apparent, held_out, key)) for measure, key in METRIC_ROWS if key in held_out)]
+    table = Table("Optimism", ("Metric", "Held out", "Apparent", "Optimism"), rows)
+    return _section("thresholds", "Optimal threshold", *lead, table)
 
 
 def _threshold_table(metrics: Mapping) -> Section:
     keys = ("hamming_accuracy", "f1_macro", "precision_macro", "recall_macro", "positive_rate")
     rows = [(f"{row['threshold']:.2f}", *(metric_text(row[key], key) for key in keys))
             for row in metrics["threshold_table"]]
-    lead = (f"One threshold for all labels; label rate {percent(metrics['at_0.5']['label_rate'])}. AUROC does "
-            "not depend on a threshold.")
     columns = ("Threshold", "Hamming", "F1", "Precision", "Recall", "Positive rate")
-    return Section("threshold_table", "Threshold table", [Paragraph(lead), Table("Threshold table", columns, rows)])
+    return _section(
+        "threshold_table", "Threshold table",
+        f"One threshold for all labels; label rate {percent(metrics['at_0.5']['label_rate'])}. AUROC does not depend "
+        "on a threshold.",
+        Table("Threshold table", columns, rows),
+    )
 
 
 def _per_label(metrics: Mapping) -> Section:
@@ -252,22 +245,23 @@ def _per_label(metrics: Mapping) -> Section:
         rows.append((
             name, f"{row['positives']:,}", percent(row["label_rate"]), percent(row["at_0.5"]["positive_rate"]),
             percent(row["positive_rate"]), f"{threshold:.4f}" if threshold <= 1 else "above 1",
-            _value(row, intervals, "auroc", 3), *(decimal(row[key], 3) for key in
-                                                  ("average_precision", "precision", "recall")),
+            _value(row, intervals, "auroc", 3),
+            *(decimal(row[key], 3) for key in ("average_precision", "precision", "recall")),
             _value(row, intervals, "f1", 3),
         ))
-    half = metrics["at_0.5"]
-    lead = [f"All labels: {sum(row['positives'] for row in metrics['per_label'].values()):,} positive, label rate "
-            f"{percent(half['label_rate'])}, predicted rate {percent(half['positive_rate'])} at 0.5. AUROC and average "
-            "precision (AP) need no threshold; tuned rate, precision, recall and F1 are at the label's threshold. "
-            f"AUROC and F1 with 95 % intervals, where {MIN_CASES} patients have the label and as many lack it."]
-    if metrics["undefined_auroc"]:
-        lead.append(f"No AUROC, only one class here: {', '.join(metrics['undefined_auroc'])}. A label without "
-                    "positives counts 0 in F1, precision and recall, as in the challenge.")
+    half, undefined = metrics["at_0.5"], metrics["undefined_auroc"]
     columns = ("Label", "Positive", "Label rate", "Rate at 0.5", "Tuned rate", "Threshold", "AUROC", "AP", "Precision",
                "Recall", "F1")
-    return Section("per_label", "Per label",
-                   [*map(Paragraph, lead), Table("Per label", columns, rows, sortable=True)])
+    return _section(
+        "per_label", "Per label",
+        f"All labels: {sum(row['positives'] for row in metrics['per_label'].values()):,} positive, label rate "
+        f"{percent(half['label_rate'])}, predicted rate {percent(half['positive_rate'])} at 0.5. AUROC and average "
+        "precision (AP) need no threshold; tuned rate, precision, recall and F1 are at the label's threshold. "
+        f"AUROC and F1 with 95 % intervals, where {MIN_CASES} patients have the label and as many lack it.",
+        *([f"No AUROC, only one class here: {', '.join(undefined)}. A label without positives counts 0 in F1, "
+           "precision and recall, as in the challenge."] if undefined else []),
+        Table("Per label", columns, rows, sortable=True),
+    )
 
 
 def _calibration(metrics: Mapping) -> Section:
@@ -278,13 +272,13 @@ def _calibration(metrics: Mapping) -> Section:
         lead += f" Chosen for the lowest log loss on patients it was not fitted on: {losses}."
     if metrics["settings"]["prevalence"]:
         lead += " Moved to the prevalence asked for, which is not that of the patients it was fitted on."
-    overall: list[Row] = [
+    overall: list[TableRow] = [
         ("Brier score", *(_value(calibration[when], intervals[when], "brier") for when in WHEN)),
-        ("Expected calibration error (ECE)", *(decimal(calibration[when]["ece"]) for when in WHEN)),
-        ("ECE if perfectly calibrated", *(decimal(calibration[when]["ece_if_calibrated"]) for when in WHEN)),
+        *((title, *(decimal(calibration[when][key]) for when in WHEN)) for title, key in (
+            ("Expected calibration error (ECE)", "ece"), ("ECE if perfectly calibrated", "ece_if_calibrated"))),
+        *((title, *(percent(metrics[name][key]) for name in ("at_0.5", "calibrated"))) for title, key in (
+            ("Positive rate at 0.5", "positive_rate"), ("Label rate", "label_rate"))),
     ]
-    overall += [(title, *(percent(metrics[name][key]) for name in ("at_0.5", "calibrated")))
-                for title, key in (("Positive rate at 0.5", "positive_rate"), ("Label rate", "label_rate"))]
     rows = [
         (name, f"{row['slope']:.2f}", *(percent(row[f"mean_{when}"]) for when in WHEN),
          percent(metrics["per_label"][name]["label_rate"]),
@@ -293,36 +287,39 @@ def _calibration(metrics: Mapping) -> Section:
     ]
     columns = ("Label", "Slope", "Mean p before", "Mean p after", "Label rate", "Brier before", "Brier after",
                "ECE before", "ECE after")
-    return Section("calibration", "Calibration", [
-        Paragraph(lead), Table("Calibration", ("Mean of the 18 labels", "Uncalibrated", "Calibrated"), overall),
+    return _section(
+        "calibration", "Calibration", lead,
+        Table("Calibration", ("Mean of the 18 labels", "Uncalibrated", "Calibrated"), overall),
         Table("Calibration per label", columns, rows, sortable=True),
-    ])
+    )
 
 
-def _subgroups(subgroups: Mapping[str, Sequence[Mapping]]) -> Section:
-    rows: list[Row] = []
-    for attribute, groups in subgroups.items():
+def _subgroups(metrics: Mapping) -> Section:
+    rows: list[TableRow] = []
+    for attribute, groups in metrics["subgroups"].items():
         rows.append((attribute,))
         for group in groups:
-            start = (group["group"][:24], f"{group['n_patients']:,}")
-            if group["too_small"]:
-                rows.append((*start, "too few patients", *[""] * 5))
-                continue
-            rows.append((*start, _value(group, group["intervals"], "auroc_macro", 3), str(group["auroc_labels"]),
-                         decimal(group["auroc_everyone"], 3), percent(group["positive_rate"]),
-                         percent(group["label_rate"]), decimal(group["f1_macro"], 3)))
-    lead = (f"AUROC: macro over the labels that at least {MIN_CASES} patients of the group have and as many lack "
-            "(their number beside it), and that of all patients over the same labels. Rates and F1: tuned thresholds. "
-            f"Groups of fewer than {MIN_PATIENTS} patients are too small to evaluate.")
+            cells: TableRow = ("too few patients", *[""] * 5) if group["too_small"] else (
+                _value(group, group["intervals"], "auroc_macro", 3), str(group["auroc_labels"]),
+                decimal(group["auroc_everyone"], 3), percent(group["positive_rate"]), percent(group["label_rate"]),
+                decimal(group["f1_macro"], 3))
+            rows.append((group["group"][:24], f"{group['n_patients']:,}", *cells))
     columns = ("Group", "Patients", "AUROC (95 % CI)", "Labels", "AUROC, all", "Positive rate", "Label rate", "F1")
-    return Section("subgroups", "Subgroups", [Paragraph(lead), Table("Subgroups", columns, rows)])
+    return _section(
+        "subgroups", "Subgroups",
+        f"AUROC: macro over the labels that at least {MIN_CASES} patients of the group have and as many lack (their "
+        "number beside it), and that of all patients over the same labels. Rates and F1: tuned thresholds. Groups of "
+        f"fewer than {MIN_PATIENTS} patients are too small to evaluate.",
+        Table("Subgroups", columns, rows),
+    )
 
 
-def _baseline(base: Mapping) -> Section:
+def _baseline(metrics: Mapping) -> Section:
+    base = metrics["baseline"]
     this, differences = base["this"], base["differences"]
-    rows: list[Row] = []
-    for heading, name, measures in (("Without a threshold", "at_0.5", AUROCS), ("At 0.5", "at_0.5", MEASURES),
-                                    ("Tuned", "tuned", MEASURES)):
+    rows: list[TableRow] = []
+    for heading, name, measures in (("Without a threshold", "at_0.5", AUROCS), ("At 0.5", "at_0.5", METRIC_ROWS),
+                                    ("Tuned", "tuned", METRIC_ROWS)):
         rows.append((heading,))
         for title, key in measures:
             if key != "label_rate":
@@ -330,23 +327,24 @@ def _baseline(base: Mapping) -> Section:
                 change = Value(_difference(this[name], base[name], key), interval_text(row["interval"], key))
                 rows.append((title, metric_text(base[name][key], key), metric_text(this[name][key], key), change,
                              "" if row["p"] is None else decimal(row["p"], 3)))
-    per_label = [(name, *_label_difference(row), *_label_difference(differences["per_label"]["f1"][name]))
+
+    def of_label(row: Mapping) -> TableRow:
+        if row["difference"] is None:
+            return "undefined", "", ""
+        change = Value(change_text(row["difference"], "", 3), interval_text(row["interval"], "", 3))
+        return change, decimal(row["p"], 3), decimal(row["p_corrected"], 3)
+
+    per_label = [(name, *of_label(row), *of_label(differences["per_label"]["f1"][name]))
                  for name, row in differences["per_label"]["auroc"].items()]
-    lead = (f"Baseline: {base['source']}. Thresholds of both are {base['fitted_on']}. Differences are this - baseline "
-            "on the same bootstrap resamples: 95 % interval, two-sided p; per label also corrected for 18 labels "
-            "(Holm). F1 at the tuned thresholds. Undefined: only one class, here or in too many resamples.")
     columns = ("Label", "AUROC", "p", "Corrected p", "F1, tuned", "p", "Corrected p")
-    return Section("baseline", "Comparison with the baseline", [
-        Paragraph(lead), Table("Differences", ("Metric", "Baseline", "This", "Difference (95 % CI)", "p"), rows),
+    return _section(
+        "baseline", "Comparison with the baseline",
+        f"Baseline: {base['source']}. Thresholds of both are {base['fitted_on']}. Differences are this - baseline on "
+        "the same bootstrap resamples: 95 % interval, two-sided p; per label also corrected for 18 labels (Holm). F1 "
+        "at the tuned thresholds. Undefined: only one class, here or in too many resamples.",
+        Table("Differences", ("Metric", "Baseline", "This", "Difference (95 % CI)", "p"), rows),
         Table("Differences per label", columns, per_label, sortable=True),
-    ])
-
-
-def _label_difference(row: Mapping) -> tuple[Cell, ...]:
-    if row["difference"] is None:
-        return "undefined", "", ""
-    return (Value(change_text(row["difference"], "", 3), interval_text(row["interval"], "", 3)), decimal(row["p"], 3),
-            decimal(row["p_corrected"], 3))
+    )
 
 
 def decision_table(labels: Sequence[str], thresholds: Iterable[float], calibrated: Iterable[float]) -> Table:
@@ -366,10 +364,10 @@ def settings_section(metrics: Mapping, record: Mapping) -> Section:
         "Run": ({"data": data} if data else {}) | run, "Configuration of the run": config,
         "Trained with": record.get("versions", {}),
     }
-    return Section("settings", "Settings and versions", [
+    return _section("settings", "Settings and versions", *(
         Table(title, (), [(key.replace("_", " "), _plain(value)) for key, value in values.items()])
         for title, values in parts.items() if values
-    ])
+    ))
 
 
 def data_name(record: Mapping) -> str:
@@ -383,22 +381,16 @@ def _plain(value: object) -> str:
     return {True: "yes", False: "no", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
-# ---------------------------------------------------------------------------------------------------------- figures
-
-
 def figure_captions(metrics: Mapping) -> dict[str, dict[str, str]]:
     """The value above each panel of LABEL_PLOTS, for each label."""
     intervals, errors = metrics["intervals"]["per_label"], metrics["calibration"]["per_label"]
-
-    def area(name: str, key: str) -> str:
-        row = metrics["per_label"][name]
-        return "undefined: only one class" if row[key] is None else flat(_value(row, intervals[name], key, 3))
-
-    return {
-        "roc": {name: area(name, "auroc") for name in ABNORMALITIES},
-        "precision_recall": {name: area(name, "average_precision") for name in ABNORMALITIES},
-        "reliability": {name: f"{row['ece_before']:.3f} -> {row['ece_after']:.3f}" for name, row in errors.items()},
+    areas = {
+        plot: {name: "undefined: only one class" if row[key] is None else flat(_value(row, intervals[name], key, 3))
+               for name, row in metrics["per_label"].items()}
+        for plot, key in (("roc", "auroc"), ("precision_recall", "average_precision"))
     }
+    ece = {name: f"{row['ece_before']:.3f} -> {row['ece_after']:.3f}" for name, row in errors.items()}
+    return areas | {"reliability": ece}
 
 
 def flat(cell: Cell) -> str:
@@ -411,74 +403,48 @@ def figure_sections(
     metrics: Mapping, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray,
     history: list[dict] | None,
 ) -> dict[str, Section]:
-    """The sections of plots by key; arrays (N, 18)."""
-    captions = figure_captions(metrics)
-    made = []
-    for key, (title, lead, legend) in LABEL_SECTIONS.items():
-        plot = LABEL_PLOTS[key]
+    """The sections of plots by key; arrays (N, 18). "sweep" is as it stands at 0.5: the page's script moves it."""
+    made, captions, sweep = [], figure_captions(metrics), threshold_sweep(labels, probabilities, STOPS)
+    for key, plot in figures.LABEL_PLOTS.items():
         panels = [
             Panel(name, captions[key][name],
-                  (label_svg(plot, f"{key} {name}", *arrays),) if has_curve(plot, arrays[0]) else ())
+                  (figures.label_svg(plot, f"{key} {name}", *arrays),) if figures.has_curve(plot, arrays[0]) else ())
             for name, *arrays in zip(ABNORMALITIES, labels.T, probabilities.T, calibrated.T, strict=True)
         ]
-        made.append(Section(key, title, [Paragraph(lead), Figure(panels, legend)]))
-    rates = [svg(rate_figure(metrics, size), f"rates {size}") for size in ((9, 6), (4.2, 8.8))]
-    made.append(Section("rates", "Positive rate against label rate", [
-        Paragraph("How often each label is predicted, beside how often it is present; the nearer to the mark, the "
-                  "better."),
+        made.append(_section(key, plot.title, plot.lead, Figure(panels, plot.legend)))
+    rates = [figures.svg(figures.rate_figure(metrics, size), f"rates {size}") for size in ((9, 6), (4.2, 8.8))]
+    made.append(_section(
+        "rates", "Positive rate against label rate",
+        "How often each label is predicted, beside how often it is present; the nearer to the mark, the better.",
         Figure([Panel("Positive rate against label rate", "", rates)], shape="whole"),
-    ]))
-    if panels := [Panel(title, "", (drawing,)) for title, drawing in training_svgs(history or [])]:
+    ))
+    sweeps = [figures.svg(figures.sweep_figure(STOPS, sweep, metrics, size, page=True), f"sweep {size}")
+              for size in ((11, 3.4), (4.2, 3.2))]
+    made.append(_section(
+        "sweep", "One threshold for all labels",
+        "A label is positive where its probability is at or above the threshold. AUROC is not shown, as it does not "
+        "depend on one. Not for choosing a threshold: one chosen on the reported patients is too optimistic.",
+        Figure([Panel("Each metric against the threshold", "", sweeps)], shape="whole"),
+    ))
+    if panels := [Panel(title, "", (drawing,)) for title, drawing in figures.training_svgs(history or [])]:
         lead = ("By epoch, on the training patients and on the tuning patients kept apart from them. The weights of "
                 "the epoch with the best AUROC on the tuning patients are kept.")
-        made.append(Section("training", "Training", [Paragraph(lead), Figure(panels, shape="charts")]))
+        made.append(_section("training", "Training", lead, Figure(panels, shape="charts")))
     return {section.key: section for section in made}
-
-
-LABEL_SECTIONS = {  # of LABEL_PLOTS: title, lead, legend
-    "roc": (
-        "ROC curves",
-        "True positive rate (up) against false positive rate (across), for every threshold. The value is the area "
-        "below, AUROC, with its 95 % interval.",
-        (("line blue", "ROC curve"), ("line strong", "random ranking"))),
-    "precision_recall": (
-        "Precision and recall",
-        "Precision (up) against recall (across), for every threshold. The value is the area below, average precision, "
-        "with its 95 % interval.",
-        (("line blue", "precision at that recall"), ("line dashed muted", "label rate, as a random ranking gives"))),
-    "reliability": (
-        "Reliability",
-        "Label rate (up) among volumes of about the same probability (across): on the diagonal, probabilities are "
-        "calibrated. The value is the mean distance from it, expected calibration error (ECE), before and after "
-        "calibration.",
-        (("dot orange", "uncalibrated"), ("dot blue", "calibrated"), ("line strong", "perfectly calibrated"))),
-}
-
-
-def sweep_section(metrics: Mapping, labels: np.ndarray, probabilities: np.ndarray) -> Section:
-    """What one threshold for all labels does to each metric, as it stands at 0.5: the page's script moves it."""
-    sweep = threshold_sweep(labels, probabilities, STOPS)
-    drawings = [svg(sweep_figure(STOPS, sweep, metrics, size, page=True), f"sweep {size}")
-                for size in ((11, 3.4), (4.2, 3.2))]
-    lead = ("A label is positive where its probability is at or above the threshold. AUROC is not shown, as it does "
-            "not depend on one. Not for choosing a threshold: one chosen on the reported patients is too optimistic.")
-    return Section("sweep", "One threshold for all labels", [
-        Paragraph(lead), Figure([Panel("Each metric against the threshold", "", drawings)], shape="whole")])
 
 
 def slider_data(metrics: Mapping, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray) -> dict:
     """What the slider shows: of each kind of probabilities the metrics of SWEEP_CURVES at each of STOPS, for all labels
     together and for each alone, as base64 of deflated uint16 (metrics, 19, stops): ten-thousandths, UNDEFINED where
     there is no value. Tuned thresholds in the same order of labels."""
-    thresholds = metrics["thresholds"]
+    thresholds, keys, values = metrics["thresholds"], [key for key, _, _ in figures.SWEEP_CURVES], {}
     tuned = {"uncalibrated": [thresholds["global"], *thresholds["per_label"].values()],
              "calibrated": [None, *thresholds["per_label_calibrated"].values()]}
-    values = {}
     for name, array in (("uncalibrated", probabilities), ("calibrated", calibrated)):
         sweep = threshold_sweep(labels, array, STOPS)
-        stacked = np.stack([sweep[key].T for key, _, _ in SWEEP_CURVES])
+        stacked = np.stack([sweep[key].T for key in keys])
         coded = np.where(np.isnan(stacked), UNDEFINED, np.round(10_000 * np.nan_to_num(stacked))).astype("<u2")
         values[name] = base64.b64encode(zlib.compress(coded.tobytes(), 9)).decode()
     rates = [metrics["at_0.5"]["label_rate"], *(row["label_rate"] for row in metrics["per_label"].values())]
-    return {"labels": list(ABNORMALITIES), "metrics": [key for key, _, _ in SWEEP_CURVES], "stops": len(STOPS),
-            "undefined": UNDEFINED, "values": values, "tuned": tuned, "label_rates": rates}
+    return {"labels": list(ABNORMALITIES), "metrics": keys, "stops": len(STOPS), "undefined": UNDEFINED,
+            "values": values, "tuned": tuned, "label_rates": rates}

@@ -22,23 +22,20 @@ class RunError(UserError):
     """A run's folder that is missing, damaged, or not to be written to."""
 
 
-def newest_run(results: str | Path = "results") -> Path:
-    """The run folder under `results` that was written to last, by the times of its log.jsonl and run.json."""
-    written = [path for name in ("run.json", "log.jsonl") for path in Path(results).glob(f"*/{name}")]
+def newest_run() -> Path:
+    """The run folder under results/ that was written to last, by the times of its log.jsonl and run.json."""
+    written = [path for name in ("run.json", "log.jsonl") for path in Path("results").glob(f"*/{name}")]
     if not written:
-        raise RunError(
-            f"{results}: found no run, expected a folder with run.json; train one with "
-            "'python ctclip_training.py --mode quick_test' or give --predictions and --labels"
-        )
+        raise RunError("results: found no run, expected a folder with run.json; train one with "
+                       "'python ctclip_training.py --mode quick_test' or give --predictions and --labels")
     return max(written, key=lambda path: path.stat().st_mtime).parent
 
 
 def check_output_folder(folder: Path, own: Path | None = None) -> None:
     """Raises RunError for a run's folder other than `own`: its tables must not be replaced by others."""
     if (folder / "run.json").is_file() and (own is None or own.resolve() != folder.resolve()):
-        raise RunError(
-            f"{folder}: found a run, whose tables others would replace, expected another folder; change --output-dir"
-        )
+        raise RunError(f"{folder}: found a run, whose tables others would replace, expected another folder; change "
+                       "--output-dir")
 
 
 def results_folder(run: Path, data_dir: str | Path | None) -> Path:
@@ -69,9 +66,8 @@ def read_history(path: str | Path) -> list[dict] | None:
             epochs.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise RunError(
-                    f"{path}, line {number}: found no JSON ({error}), expected one epoch; remove that line"
-                ) from error
+                raise RunError(f"{path}, line {number}: found no JSON ({error}), expected one epoch; remove that "
+                               "line") from error
     return epochs
 
 
@@ -79,16 +75,12 @@ def run_calibration(run: Path) -> Calibration | None:
     """The calibration stored with a run; fitted now on its tuning patients where there is none yet; None where it has
     no tuning patients. One that was fitted on merged scans or patients (`--unit`) is not for single volumes: it is
     fitted anew, with the same objective."""
-    objective = DEFAULT_OBJECTIVE
-    if (run / CALIBRATION_FILE).is_file():
-        stored = load_calibration(run / CALIBRATION_FILE)
-        if stored.unit == "volume":
-            return stored
-        objective = stored.objective
-    tuning = run_tuning(run)
-    if tuning is None:
+    stored = load_calibration(run / CALIBRATION_FILE) if (run / CALIBRATION_FILE).is_file() else None
+    if stored and stored.unit == "volume":
+        return stored
+    if (tuning := run_tuning(run)) is None:
         return None
-    rows = tuning_rows(tuning)
+    rows, objective = tuning_rows(tuning), stored.objective if stored else DEFAULT_OBJECTIVE
     return fit_calibration(rows.labels, rows.probabilities, rows.patients, objective=objective)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ctclip.evaluation.bootstrap import Resamples, enough_cases, interval, resampled_decisions
-from ctclip.evaluation.metrics import decision_metrics, nanmean, none_if_nan, ranking_columns, resampled_auroc_and_ap
-from ctclip.evaluation.tables import Rows
+from ctclip.evaluation.bootstrap import enough_cases, intervals
+from ctclip.evaluation.metrics import Resamples, drawn_once, nanmean, plain, ranking_columns, resampled_decisions
+from ctclip.evaluation.tables import Rows, row_keys
 
 MIN_PATIENTS = 20  # too few for a metric below
 UNKNOWN = "not stated"
@@ -19,40 +19,37 @@ BANDS = [name for _, name in (*AGE_BANDS, *THICKNESS_BANDS)]
 SEXES = {"F": "female", "M": "male"}
 AGE = re.compile(r"(\d+)([YMWD]?)")  # DICOM's age string, or years
 PER_YEAR = {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}
-MEASURES = ("positive_rate", "label_rate", "hamming_accuracy", "f1_macro")  # of M, beside the AUROC
+GROUP_METRICS = ("positive_rate", "label_rate", "hamming_accuracy", "f1_macro")  # of M, beside the AUROC
 
 
 def attributes(row: Mapping[str, str]) -> dict[str, str]:
     """{attribute: group} of one volume's metadata row (text cells); UNKNOWN where a cell is empty or unreadable."""
+    age, thickness = AGE.fullmatch(row.get("PatientAge", "").strip().upper()), UNKNOWN
+    years = int(age[1]) / PER_YEAR[age[2]] if age else None
+    try:
+        millimetres = float(row.get("SliceThickness") or row.get("ZSpacing", ""))
+        if 0 < millimetres < np.inf:
+            thickness = next(name for limit, name in THICKNESS_BANDS if millimetres <= limit)
+    except ValueError:
+        pass  # no number: not stated
     return {
         "Sex": SEXES.get(row.get("PatientSex", "").upper(), UNKNOWN),
-        "Age": _age_band(row.get("PatientAge", "")),
+        "Age": UNKNOWN if years is None else next(name for limit, name in AGE_BANDS if years < limit),
         "Manufacturer": row.get("Manufacturer", "") or UNKNOWN,
-        "Slice thickness": _thickness_band(row.get("SliceThickness") or row.get("ZSpacing", "")),
+        "Slice thickness": thickness,
     }
 
 
-def _age_band(text: str) -> str:
-    match = AGE.fullmatch(text.strip().upper())
-    if not match:
-        return UNKNOWN
-    years = int(match[1]) / PER_YEAR[match[2]]
-    return next(name for limit, name in AGE_BANDS if years < limit)
-
-
-def _thickness_band(text: str) -> str:
-    try:
-        millimetres = float(text)
-    except ValueError:
-        return UNKNOWN
-    if not 0 < millimetres < np.inf:
-        return UNKNOWN
-    return next(name for limit, name in THICKNESS_BANDS if millimetres <= limit)
-
-
-def groups_of(names: Sequence[str], metadata: Mapping[str, Mapping[str, str]]) -> list[dict[str, str]]:
-    """Attributes of each volume; those without a metadata row are UNKNOWN throughout."""
-    return [attributes(metadata.get(name, {})) for name in names]
+def row_attributes(
+    rows: Rows, volumes: Sequence[str], metadata: Mapping[str, Mapping[str, str]]
+) -> list[dict[str, str]]:
+    """Attributes of each row, UNKNOWN for volumes without metadata; of merged volumes that differ, "several"."""
+    merged: dict[str, dict[str, str]] = {}
+    for key, volume in zip(row_keys(volumes, rows.unit), volumes, strict=True):
+        groups = attributes(metadata.get(volume, {}))
+        known = merged.setdefault(key, groups)
+        known |= {attribute: "several" for attribute, group in groups.items() if known[attribute] != group}
+    return [merged[str(name)] for name in rows.names]
 
 
 def subgroup_metrics(
@@ -64,7 +61,7 @@ def subgroup_metrics(
     `auroc_labels` of them; groups differ in which, so `auroc_everyone` is the whole cohort's over the same findings.
     Below MIN_PATIENTS patients nothing is computed. Attributes that no row states are skipped.
     """
-    overall, _ = ranking_columns(rows.labels, rows.probabilities)
+    overall = ranking_columns(rows.labels, rows.probabilities, drawn_once(rows.labels))["auroc"]
     result: dict[str, list[dict]] = {}
     for attribute in groups[0]:
         member = np.array([row[attribute] for row in groups])
@@ -82,23 +79,14 @@ def subgroup_metrics(
 def _one_group(
     rows: Rows, decisions: np.ndarray, chosen: np.ndarray, resamples: Resamples, overall: np.ndarray
 ) -> dict:
-    labels, probabilities = rows.labels[chosen], rows.probabilities[chosen]
-    patients = rows.patients[chosen]
+    labels, patients = rows.labels[chosen], rows.patients[chosen]
     count = {"n_rows": len(labels), "n_patients": len(np.unique(patients)), "n_positives": int(labels.sum())}
     if count["n_patients"] < MIN_PATIENTS:
         return count | {"too_small": True}
-    own = resamples.only(chosen)
-    counted = enough_cases(labels, patients)
-    auroc, _ = ranking_columns(labels, probabilities)
-    resampled, _ = resampled_auroc_and_ap(labels, probabilities, own.group, own.counts)
-    summary, _ = resampled_decisions(labels, decisions[chosen], own)
-    point = decision_metrics(labels, decisions[chosen])
-    return count | {
-        "too_small": False,
-        "auroc_labels": int(counted.sum()),
-        "auroc_macro": none_if_nan(nanmean(auroc[counted])),
-        "auroc_everyone": none_if_nan(nanmean(overall[counted])),
-        **{key: point[key] for key in MEASURES},
-        "intervals": {"auroc_macro": interval(nanmean(resampled[:, counted]))}
-        | {key: interval(summary[key]) for key in MEASURES},
-    }
+    own, counted = Resamples(resamples.group[chosen], resamples.counts), enough_cases(labels, patients)
+    auroc = ranking_columns(labels, rows.probabilities[chosen], own)["auroc"]
+    values, _ = resampled_decisions(labels, decisions[chosen], own)
+    values = {key: values[key] for key in GROUP_METRICS}
+    point = {"auroc_macro": nanmean(auroc[:1, counted]), "auroc_everyone": nanmean(overall[:, counted])} | values
+    return count | {"too_small": False, "auroc_labels": int(counted.sum()), **plain(point),
+                    "intervals": intervals({"auroc_macro": nanmean(auroc[:, counted])} | values)}

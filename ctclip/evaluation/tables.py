@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from ctclip.config import UNITS
-from ctclip.data.ct_rate import names_patient, patient_of, scan_of
-from ctclip.data.tables import CsvTable, number, read_table, some
+from ctclip.data.ct_rate import patient_of, scan_of
+from ctclip.data.tables import number, read_table, some
 from ctclip.evaluation.metrics import EvaluationError, checked
 from ctclip.fileio import replacing
 from ctclip_model import ABNORMALITIES
@@ -24,6 +24,25 @@ class VolumeTable:
     frame: pd.DataFrame
     source: str = "a table given in memory"
     lines: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """Tables as read_predictions and read_labels give them, and what is known about their origin.
+
+    `tuning` is (predictions, labels) of patients who do not occur in `predictions`. `history` is log.jsonl's list of
+    epochs. `data_dir` is the cohort's folder, where volumes and metadata are looked up; `record` is a run's run.json.
+    `note` is a disclaimer shown with the results, where they are not of phantoms.
+    """
+
+    predictions: VolumeTable
+    labels: VolumeTable
+    tuning: tuple[VolumeTable, VolumeTable] | None = None
+    history: list[dict] | None = None
+    phantom: bool = False
+    data_dir: Path | None = None
+    record: Mapping = field(default_factory=dict)
+    note: str | None = None
 
 
 def load_predictions(path: str | Path) -> pd.DataFrame:
@@ -42,49 +61,34 @@ def load_labels(path: str | Path) -> pd.DataFrame:
 
 def read_predictions(path: str | Path) -> VolumeTable:
     """`load_predictions` with the table's origin, for messages."""
-    table = _read_whole_rows(path)
-    if table.repeated:
-        raise EvaluationError(table.repeated[0])
-    values = _numbers(table)
-    bad = ~((values >= 0) & (values <= 1))  # NaN fails both comparisons
-    _check_values(table, values, bad, "a probability in [0, 1]", "write sigmoid outputs, not logits")
-    return VolumeTable(_frame(list(table.rows), values), str(path), table.lines)
+    return _read(path, lambda values: (values >= 0) & (values <= 1), "a probability in [0, 1]",
+                 "write sigmoid outputs, not logits")
 
 
 def read_labels(path: str | Path) -> VolumeTable:
     """`load_labels` with the table's origin, for messages."""
-    table = _read_whole_rows(path)
-    values = _numbers(table)
-    _check_values(table, values, ~np.isin(values, (0, 1)), "0 or 1", "correct the label or remove the row")
-    return VolumeTable(_frame(list(table.rows), values.astype(np.int8)), str(path), table.lines)
+    table = _read(path, lambda values: np.isin(values, (0, 1)), "0 or 1", "correct the label or remove the row", True)
+    return replace(table, frame=table.frame.astype(np.int8))
 
 
-def _read_whole_rows(path: str | Path) -> CsvTable:
+def _read(
+    path: str | Path, valid: Callable[[np.ndarray], np.ndarray], expected: str, remedy: str, repeats: bool = False
+) -> VolumeTable:
     """A table in which every row is whole. Training skips the others; here they would change what is measured."""
     table = read_table(path, ABNORMALITIES, error=EvaluationError)
-    if table.faults:
-        raise EvaluationError(table.faults[0])
+    if faults := table.faults or (not repeats and table.repeated):
+        raise EvaluationError(faults[0])
     if not table.rows:
         raise EvaluationError(f"{path}: found no rows below the header, expected at least one volume; add them")
-    return table
-
-
-def _numbers(table: CsvTable) -> np.ndarray:
-    """The 18 columns as floats; text that is no number becomes NaN."""
-    return np.array([[number(cell) for cell in cells] for cells in table.rows.values()])
-
-
-def _check_values(table: CsvTable, values: np.ndarray, bad: np.ndarray, expected: str, remedy: str) -> None:
-    if not bad.any():
-        return
-    row, column = np.argwhere(bad)[0]
-    value, name = values[row, column], list(table.rows)[row]
-    found = "no number" if np.isnan(value) else f"{value:g}"
-    more = f" ({bad.sum()} such values)" if bad.sum() > 1 else ""
-    raise EvaluationError(
-        f"{table.path}, line {table.lines[name]}: found {found} for {ABNORMALITIES[column]} of {name}{more}, "
-        f"expected {expected}; {remedy}"
-    )
+    values = np.array([[number(cell) for cell in cells] for cells in table.rows.values()])  # NaN for other text
+    bad, names = ~valid(values), list(table.rows)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        found = "no number" if np.isnan(values[row, column]) else f"{values[row, column]:g}"
+        more = f" ({bad.sum()} such values)" if bad.sum() > 1 else ""
+        raise EvaluationError(f"{path}, line {table.lines[names[row]]}: found {found} for {ABNORMALITIES[column]} of "
+                              f"{names[row]}{more}, expected {expected}; {remedy}")
+    return VolumeTable(_frame(names, values), str(path), table.lines)
 
 
 def _frame(names: Sequence[str] | np.ndarray, values: np.ndarray) -> pd.DataFrame:
@@ -96,8 +100,6 @@ def write_table(path: str | Path, names: Sequence[str] | np.ndarray, values: np.
     with replacing(path) as temporary:
         _frame(names, values).to_csv(temporary)
 
-
-# ------------------------------------------------------------------------------------------------ from tables to rows
 
 @dataclass(frozen=True)
 class Rows:
@@ -125,9 +127,7 @@ class Rows:
         return len(np.unique(self.patients))
 
 
-def common_volumes(
-    tables: Mapping[str, VolumeTable], allow_partial: bool = False
-) -> tuple[list[str], dict[str, int]]:
+def common_volumes(tables: Mapping[str, VolumeTable], allow_partial: bool = False) -> tuple[list[str], dict[str, int]]:
     """(volume names that all tables hold, in the first one's order; {table: how many of its volumes are skipped}).
 
     Unless `allow_partial`, the tables must hold the same volumes: EvaluationError names the first that does not.
@@ -163,52 +163,43 @@ def _check_holds_all(table: VolumeTable, other: VolumeTable) -> None:
 
 
 def rows_of(
-    predictions: pd.DataFrame,
-    labels: pd.DataFrame | None,
-    names: Sequence[str],
-    unit: str = "volume",
+    predictions: pd.DataFrame, labels: pd.DataFrame | None, names: Sequence[str], unit: str = "volume",
     skipped: dict[str, int] | None = None,
 ) -> Rows:
     """The named volumes of both tables, merged to `unit`; without `labels`, all of them are 0."""
     columns = list(ABNORMALITIES)
     p = predictions.loc[names, columns].to_numpy()
     y, p = checked(np.zeros(p.shape) if labels is None else labels.loc[names, columns].to_numpy(), p)
-    rows = Rows(np.array(names), patients_of(names), y, p, len(names), skipped=skipped or {})
+    rows = Rows(np.array(names), row_keys(names, "patient"), y, p, len(names), skipped=skipped or {})
     if unit not in UNITS:
         raise EvaluationError(f"found unit {unit!r}, expected one of {', '.join(UNITS)}")
     if unit != "volume":
-        rows = _merged(rows, "scan", scans_of(rows.names), "mean")
-    return _merged(rows, "patient", rows.patients, "max") if unit == "patient" else rows
+        rows = _merged(rows, "scan")
+    return _merged(rows, "patient") if unit == "patient" else rows
 
 
-def tuning_rows(
-    tuning: tuple[VolumeTable, VolumeTable], unit: str = "volume", allow_partial: bool = False
-) -> Rows:
+def tuning_rows(tuning: tuple[VolumeTable, VolumeTable], unit: str = "volume", allow_partial: bool = False) -> Rows:
     """Rows of (predictions, labels) of tuning patients."""
     predictions, labels = tuning
     volumes, skipped = common_volumes({"tuning predictions": predictions, "tuning labels": labels}, allow_partial)
     return rows_of(predictions.frame, labels.frame, volumes, unit, skipped)
 
 
-def _merged(rows: Rows, unit: str, keys: np.ndarray, how: str) -> Rows:
-    """One row per key, in order of first appearance; probabilities by their mean or maximum, labels by any."""
-    _, first, inverse, sizes = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
-    order = np.argsort(first)
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    where, n = place[inverse], len(order)
-    probabilities = np.zeros((n, rows.labels.shape[1]))
-    any_label, all_labels = np.zeros_like(probabilities, np.int8), np.ones_like(probabilities, np.int8)
-    np.maximum.at(any_label, where, rows.labels)
-    np.minimum.at(all_labels, where, rows.labels)
-    if how == "mean":
-        np.add.at(probabilities, where, rows.probabilities)
-        probabilities /= sizes[order][:, None]
-    else:
-        np.maximum.at(probabilities, where, rows.probabilities)
-    conflicts = rows.conflicts + int((any_label != all_labels).any(axis=1).sum())
-    return replace(rows, names=np.asarray(keys)[first[order]], patients=rows.patients[first[order]], labels=any_label,
-                   probabilities=probabilities, unit=unit, conflicts=conflicts)
+def _merged(rows: Rows, unit: str) -> Rows:
+    """One row per scan or patient, in order of first appearance; probabilities by their mean over a scan's volumes,
+    the maximum over a patient's scans, labels by any."""
+    keys = row_keys(rows.names, unit)
+    where = pd.factorize(keys)[0]
+    _, first, sizes = np.unique(where, return_index=True, return_counts=True)
+    probabilities = np.zeros((len(first), rows.labels.shape[1]))
+    positives = np.zeros_like(probabilities)
+    np.add.at(positives, where, rows.labels)
+    (np.add if unit == "scan" else np.maximum).at(probabilities, where, rows.probabilities)
+    if unit == "scan":
+        probabilities /= sizes[:, None]
+    differ = ((positives > 0) & (positives < sizes[:, None])).any(axis=1)
+    return replace(rows, names=keys[first], patients=rows.patients[first], labels=(positives > 0).astype(np.int8),
+                   probabilities=probabilities, unit=unit, conflicts=rows.conflicts + int(differ.sum()))
 
 
 def check_no_overlap(reported: np.ndarray, tuning: np.ndarray, source: str) -> None:
@@ -221,22 +212,8 @@ def check_no_overlap(reported: np.ndarray, tuning: np.ndarray, source: str) -> N
         )
 
 
-def patients_of(names: Sequence[str] | np.ndarray) -> np.ndarray:
-    """Patient of each volume, read from its name: train_12_a_1.nii.gz and train_12_b_2.nii.gz are both train_12."""
-    return np.array([patient_of(name) for name in names])
-
-
-def count_unnamed(names: Sequence[str] | np.ndarray) -> int:
-    """Volumes whose name is not of CT-RATE's form, so that patients_of may be wrong."""
-    return sum(not names_patient(name) for name in names)
-
-
-def scans_of(names: Sequence[str] | np.ndarray) -> np.ndarray:
-    """Scan of each volume, read from its name: train_12_a_1.nii.gz and train_12_a_2.nii.gz are both train_12_a."""
-    return np.array([scan_of(name) for name in names])
-
-
-def row_keys(names: Sequence[str] | np.ndarray, unit: str) -> list[str]:
-    """The row of that unit to which each volume belongs."""
-    key_of: dict[str, Callable[..., np.ndarray]] = {"volume": np.array, "scan": scans_of, "patient": patients_of}
-    return key_of[unit](names).tolist()
+def row_keys(names: Iterable[str], unit: str) -> np.ndarray:
+    """The row of that unit to which each volume belongs, read from its name: train_12_a_1.nii.gz and
+    train_12_a_2.nii.gz are both of the scan train_12_a and of the patient train_12."""
+    key_of: dict[str, Callable[[str], str]] = {"volume": str, "scan": scan_of, "patient": patient_of}
+    return np.array([key_of[unit](name) for name in names])

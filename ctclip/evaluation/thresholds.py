@@ -22,6 +22,7 @@ from ctclip_model import ABNORMALITIES
 
 
 def _score_prevalence(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
+    """The predicted rate is the label rate."""
     return -np.abs((tp + fp - positives).sum(axis=0)) / (n * len(tp))
 
 
@@ -34,40 +35,28 @@ def _score_hamming(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int
     return 1 - (positives - tp + fp).mean(axis=0) / n
 
 
-def _sensitivity_and_specificity(
-    tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(T,) each: means over the labels with both classes."""
-    both = (positives > 0) & (positives < n)
-    share = both / max(both.sum(), 1)
-    sensitivity = (share * tp / np.where(both, positives, 1)).sum(axis=0)
-    return sensitivity, (share * (1 - fp / np.where(both, n - positives, 1))).sum(axis=0)
-
-
-def _score_youden(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
-    sensitivity, specificity = _sensitivity_and_specificity(tp, fp, positives, n)
-    return sensitivity + specificity - 1
-
-
 def _score_crg(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
     """CRG grows with this sum over the labels, so its best thresholds are found label by label, at the pooled rate."""
     r = crg_exchange(rate, 1)
     return (r * tp - r * (positives - tp) - fp).sum(axis=0) / n
 
 
-def _score_sensitivity(
-    tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float, floor: float
+def _score_youden(
+    tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float, floor: float | None = None
 ) -> np.ndarray:
-    """The most specific threshold that finds at least `floor` of the positives."""
-    sensitivity, specificity = _sensitivity_and_specificity(tp, fp, positives, n)
+    """Sensitivity + specificity - 1, means over the labels with both classes; with `floor`, the most specific threshold
+    that finds at least that share of the positives."""
+    both = (positives > 0) & (positives < n)
+    share = both / max(both.sum(), 1)
+    sensitivity = (share * tp / np.where(both, positives, 1)).sum(axis=0)
+    specificity = (share * (1 - fp / np.where(both, n - positives, 1))).sum(axis=0)
+    if floor is None:
+        return sensitivity + specificity - 1
     return np.where(sensitivity >= floor - 1e-12, 1 + specificity, sensitivity)
 
 
 OBJECTIVE_SCORES: dict[str, Callable[..., np.ndarray]] = {  # in OBJECTIVES' order
-    "prevalence": _score_prevalence,  # predicted rate = label rate
-    "f1": _score_f1,
-    "hamming": _score_hamming,
-    "youden": _score_youden,
+    "prevalence": _score_prevalence, "f1": _score_f1, "hamming": _score_hamming, "youden": _score_youden,
     "crg": _score_crg,
 }
 SENSITIVITY = re.compile(r"sensitivity\s*(?:>=|:|=)\s*(0?\.\d+|1|1\.0*)")
@@ -77,7 +66,7 @@ def objective_score(objective: str) -> Callable[..., np.ndarray]:
     """The function behind a name: one of OBJECTIVES, or "sensitivity:X" with X in (0, 1] (also "sensitivity>=X")."""
     match = SENSITIVITY.fullmatch(objective)
     if match and float(match[1]) > 0:
-        return partial(_score_sensitivity, floor=float(match[1]))
+        return partial(_score_youden, floor=float(match[1]))
     if objective not in OBJECTIVES:
         raise EvaluationError(
             f"found objective {objective!r}, expected one of {', '.join(OBJECTIVES)} or sensitivity:X with X above 0 "
@@ -87,9 +76,7 @@ def objective_score(objective: str) -> Callable[..., np.ndarray]:
 
 
 def tune_global_threshold(
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    objective: str = DEFAULT_OBJECTIVE,
+    labels: np.ndarray, probabilities: np.ndarray, objective: str = DEFAULT_OBJECTIVE,
     prevalence: Mapping[str, float] | None = None,
 ) -> float:
     """The one threshold for all labels that maximises `objective` (macro F1, pooled rate, pooled accuracy, mean Youden,
@@ -99,9 +86,7 @@ def tune_global_threshold(
 
 
 def tune_label_thresholds(
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    objective: str = DEFAULT_OBJECTIVE,
+    labels: np.ndarray, probabilities: np.ndarray, objective: str = DEFAULT_OBJECTIVE,
     prevalence: Mapping[str, float] | None = None,
 ) -> np.ndarray:
     """(L,) thresholds, each maximising `objective` on its own label. `prevalence` as in fit_calibration.
@@ -109,11 +94,10 @@ def tune_label_thresholds(
     A label without both classes here (named by undefined_labels) has nothing to tune on and takes the global threshold.
     """
     labels, probabilities = checked(labels, probabilities)
-    weights = _class_weights(labels, prevalence)
-    undefined = undefined_labels(labels)
-    fallback = _best_threshold(labels, probabilities, objective, weights, slice(None)) if undefined else None
+    weights, undefined = _class_weights(labels, prevalence), undefined_labels(labels)
     return np.array([
-        fallback if name in undefined else _best_threshold(labels, probabilities, objective, weights, slice(j, j + 1))
+        _best_threshold(labels, probabilities, objective, weights,
+                        slice(None) if name in undefined else slice(j, j + 1))
         for j, name in enumerate(ABNORMALITIES)
     ])
 
@@ -136,13 +120,12 @@ def _best_threshold(
     all_positives = of_positive * labels.sum(axis=0, dtype=np.int64)[:, None]
     rate = np.clip(all_positives.sum() / labels.size, 1e-12, 1)
     columns = list(zip(labels.T[which], probabilities.T[which], strict=True))
-    sorted_positive = [np.sort(p[y == 1]) for y, p in columns]
-    sorted_negative = [np.sort(p[y == 0]) for y, p in columns]
+    sorted_of = [[np.sort(p[y == truth]) for y, p in columns] for truth in (1, 0)]
     positives, candidates = all_positives[which], candidate_thresholds(probabilities[:, which])
     scores, gaps = [], []
     for part in np.array_split(candidates, len(candidates) // 2**15 + 1):  # bounds the memory on a large cohort
-        tp = of_positive[which] * np.stack([len(p) - np.searchsorted(p, part) for p in sorted_positive])
-        fp = of_negative[which] * np.stack([len(p) - np.searchsorted(p, part) for p in sorted_negative])
+        tp, fp = (weight[which] * np.stack([len(p) - np.searchsorted(p, part) for p in of_class])
+                  for weight, of_class in zip((of_positive, of_negative), sorted_of, strict=True))
         scores.append(score_of(tp, fp, positives, len(labels), rate))
         gaps.append(np.abs((tp + fp - positives).sum(axis=0)))
     score, gap = np.concatenate(scores), np.concatenate(gaps)
@@ -175,13 +158,8 @@ def rescale_to_half(probabilities: np.ndarray, thresholds: np.ndarray) -> np.nda
     return np.where(above, high, low)
 
 
-def _smoothed_rates(labels: np.ndarray) -> np.ndarray:
-    """Label rates, with those of one-class labels moved half a row away from 0 and 1."""
-    return np.clip(labels.mean(axis=0), 0.5 / len(labels), 1 - 0.5 / len(labels))
-
-
 def target_rates(labels: np.ndarray, prevalence: Mapping[str, float] | None) -> np.ndarray:
-    """(L,) rates to calibrate for: `prevalence` where it names the label, else those of `labels`."""
-    return np.array([
-        (prevalence or {}).get(name, rate) for name, rate in zip(ABNORMALITIES, _smoothed_rates(labels), strict=True)
-    ])
+    """(L,) rates to calibrate for: `prevalence` where it names the label, else those of `labels`, with those of
+    one-class labels moved half a row away from 0 and 1."""
+    rates = np.clip(labels.mean(axis=0), 0.5 / len(labels), 1 - 0.5 / len(labels))
+    return np.array([(prevalence or {}).get(name, rate) for name, rate in zip(ABNORMALITIES, rates, strict=True)])

@@ -10,9 +10,8 @@ from ctclip.config import TrainingConfig
 from ctclip.data.cohort import load_cohort
 from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.feature_cache import FeatureCache
-from ctclip.evaluation.results import EvaluationInputs
 from ctclip.evaluation.run_folder import RunError, read_history, results_folder, run_record, run_tuning
-from ctclip.evaluation.tables import read_labels, read_predictions, write_table
+from ctclip.evaluation.tables import EvaluationInputs, read_labels, read_predictions, write_table
 from ctclip.fileio import make_folder
 from ctclip.inference.predictor import load_model, predict_volumes, print_failures
 from ctclip.phantoms.cohort import is_phantom_cohort

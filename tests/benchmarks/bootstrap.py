@@ -19,7 +19,8 @@ from sklearn.metrics import roc_auc_score
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ctclip.data.ct_rate import PREVALENCE  # noqa: E402
-from ctclip.evaluation.bootstrap import draw, resampled_decisions, resampled_ranking  # noqa: E402
+from ctclip.evaluation.bootstrap import draw  # noqa: E402
+from ctclip.evaluation.metrics import resampled_decisions, resampled_ranking  # noqa: E402
 
 PATIENTS, VOLUMES = 1304, 3039
 

@@ -23,7 +23,7 @@ from ctclip.evaluation.metrics import (
     undefined_labels,
 )
 from ctclip.evaluation.render import format_report
-from ctclip.evaluation.tables import Rows, patients_of
+from ctclip.evaluation.tables import Rows, row_keys
 
 NAMES = list(ABNORMALITIES)
 
@@ -439,7 +439,7 @@ def test_a_label_with_one_class_takes_the_global_threshold_and_is_named():
 
 def test_folds_cover_every_row_once_and_keep_patients_apart():
     predictions, _ = simulate(23, seed=0)
-    patients = patients_of(predictions.index)
+    patients = row_keys(predictions.index, "patient")
     folds = list(cal.cross_folds(patients))
     assert len(folds) == 5 and (sum(own.astype(int) for _, own in folds) == 1).all()
     for others, own in folds:
@@ -449,11 +449,11 @@ def test_folds_cover_every_row_once_and_keep_patients_apart():
 
 def test_what_a_patient_is_judged_by_does_not_depend_on_the_own_labels():
     r = rows(*simulate(20, seed=0))
-    before = ev.fit_thresholds(r, None, Settings())
+    before = cal.fit_thresholds(r, None, Settings())
     for patient in np.unique(r.patients)[:4]:
         own = r.patients == patient
         labels = np.where(own[:, None], 1 - r.labels, r.labels)
-        flipped = ev.fit_thresholds(Rows(r.names, r.patients, labels, r.probabilities, r.n_volumes), None,
+        flipped = cal.fit_thresholds(Rows(r.names, r.patients, labels, r.probabilities, r.n_volumes), None,
                                     Settings())
         for name in ("calibrated", "thresholds", "global_thresholds"):
             assert np.array_equal(getattr(before, name)[own], getattr(flipped, name)[own]), name
@@ -463,8 +463,8 @@ def test_what_a_patient_is_judged_by_does_not_depend_on_the_own_labels():
 def test_cross_fitting_does_not_depend_on_the_order_of_rows():
     predictions, labels = simulate(20, seed=0)
     order = np.random.default_rng(1).permutation(len(predictions))
-    before = ev.fit_thresholds(rows(predictions, labels), None, Settings())
-    after = ev.fit_thresholds(rows(predictions.iloc[order], labels), None, Settings())
+    before = cal.fit_thresholds(rows(predictions, labels), None, Settings())
+    after = cal.fit_thresholds(rows(predictions.iloc[order], labels), None, Settings())
     for name in ("thresholds", "global_thresholds"):
         assert np.array_equal(getattr(after, name), getattr(before, name)[order])
     np.testing.assert_allclose(after.calibrated, before.calibrated[order], atol=1e-6)

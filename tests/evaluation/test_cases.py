@@ -12,8 +12,8 @@ from ctclip.data.cohort import load_cohort
 from ctclip.data.tables import CohortError
 from ctclip.data.windows import SOFT_TISSUE_LABELS, Window
 from ctclip.evaluation import cases
+from ctclip.evaluation.calibration import TUNING, FittedThresholds
 from ctclip.evaluation.metrics import ABNORMALITIES
-from ctclip.evaluation.results import TUNING, FittedThresholds
 from ctclip.evaluation.tables import Rows
 
 

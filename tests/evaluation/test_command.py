@@ -16,11 +16,11 @@ from sklearn import metrics as sk
 import ctclip_evaluation
 from ctclip.config import SYNTHETIC_NOTE
 from ctclip.evaluation import calibration as cal
-from ctclip.evaluation import command, figures, output
+from ctclip.evaluation import command, figures
 from ctclip.evaluation import run_folder as folders
 from ctclip.evaluation import tables as tables_module
 from ctclip.evaluation.run_folder import RunError
-from ctclip.evaluation.tables import patients_of
+from ctclip.evaluation.tables import row_keys
 from ctclip.inference.run_predictions import run_inputs
 
 SCRIPT = Path(__file__).resolve().parents[2] / "ctclip_evaluation.py"
@@ -30,7 +30,7 @@ def test_the_example_goes_from_97_percent_to_honest(tmp_path, monkeypatch, capsy
     """The guide's worked example: the tuned rate within two points of the label rate on unseen patients; calibrated and
     mapped tables rank as the given one does, and the mapped one decides at 0.5 as tuned."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(output, "write_figures", lambda *args: None)
+    monkeypatch.setattr(figures, "write_figures", lambda *args: None)
     assert ctclip_evaluation.main(["--example", "--resamples", "100"]) == 0
     printed, folder = capsys.readouterr().out, Path("results/example")
     assert printed.count("Simulated predictions, neither patients nor a model") == 2
@@ -49,8 +49,8 @@ def test_the_example_goes_from_97_percent_to_honest(tmp_path, monkeypatch, capsy
         assert sk.roc_auc_score(y[:, j], calibrated[:, j]) == sk.roc_auc_score(y[:, j], mapped[:, j]) == auroc
     assert (mapped >= 0.5).mean() == pytest.approx(tuned["positive_rate"], abs=1e-12)
     assert abs(calibrated.mean() - y.mean()) < 0.01
-    fitted = set(patients_of(tables_module.load_predictions(folder / "tuning_predictions.csv").index))
-    assert not fitted & set(patients_of(tables_module.load_predictions(folder / "predictions.csv").index))
+    fitted = set(row_keys(tables_module.load_predictions(folder / "tuning_predictions.csv").index, "patient"))
+    assert not fitted & set(row_keys(tables_module.load_predictions(folder / "predictions.csv").index, "patient"))
 
 
 
@@ -274,7 +274,7 @@ def test_a_run_s_calibration_is_stored_used_and_made_anew_where_it_does_not_fit(
 
 
 def test_a_run_is_evaluated_into_its_own_folder_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "write_results", lambda *args: None)
+    monkeypatch.setattr(command, "write_evaluation", lambda *args: None)
     make_run(tmp_path / "run")
     run = str(tmp_path / "run")
     tables = ["--predictions", f"{run}/predictions.csv", "--labels", f"{run}/labels.csv"]
@@ -288,7 +288,7 @@ def test_a_run_is_evaluated_into_its_own_folder_only(tmp_path, monkeypatch):
 
 def test_tables_of_a_phantom_run_stay_phantoms(tmp_path, monkeypatch, capsys):
     make_run(tmp_path / "run")
-    monkeypatch.setattr(command, "write_results", lambda *args: None)
+    monkeypatch.setattr(command, "write_evaluation", lambda *args: None)
     folder = str(tmp_path / "run")
     argv = ["--predictions", f"{folder}/predictions.csv", "--labels", f"{folder}/labels.csv"]
     assert ctclip_evaluation.main([*argv, "--output-dir", str(tmp_path / "out")]) == 0

@@ -18,7 +18,7 @@ from ctclip.evaluation import tables as tables_module
 from ctclip.evaluation import thresholds as th
 from ctclip.evaluation.metrics import ABNORMALITIES, EvaluationError, bin_index
 from ctclip.evaluation.render import format_report
-from ctclip.evaluation.tables import Rows, patients_of
+from ctclip.evaluation.tables import Rows, row_keys
 from ctclip.fileio import replacing
 
 NAMES = list(ABNORMALITIES)
@@ -115,9 +115,9 @@ def test_every_number_of_metrics_json():
                           metadata=metadata, resamples=5, allow_partial=True, objective="f1")
     stored = json.loads(json.dumps(metrics, allow_nan=False))  # the file's text, as a test below makes sure
     y, p, q = labels.to_numpy(), predictions.to_numpy(), other.to_numpy()
-    patients = patients_of(predictions.index)
+    patients = row_keys(predictions.index, "patient")
     fit_y, fit_p = tuning[1].to_numpy(), tuning[0].to_numpy()
-    calibration = cal.fit_calibration(fit_y, fit_p, patients_of(tuning[0].index), objective="f1")
+    calibration = cal.fit_calibration(fit_y, fit_p, row_keys(tuning[0].index, "patient"), objective="f1")
     cuts, one = th.tune_label_thresholds(fit_y, fit_p, "f1"), th.tune_global_threshold(fit_y, fit_p, "f1")
     calibrated = calibration.apply(p)
     draws = drawn_rows(patients, 5)
@@ -197,7 +197,7 @@ def check_comparison(found, y, p, q, patients, draws):
     names = np.array([f"{patient}_a_{k % 2}" for k, patient in enumerate(patients)])
     sides = {}
     for side, values in (("this", p), ("base", q)):
-        judged = ev.fit_thresholds(Rows(names, patients, y, values, len(y)), None, settings(objective="f1"))
+        judged = cal.fit_thresholds(Rows(names, patients, y, values, len(y)), None, settings(objective="f1"))
         sides[side] = values, judged.calibrated, judged.thresholds
     rows = {side: [sets_reference(y[i], values[i], after[i], cuts[i], 0.5) for i in (slice(None), *draws)]
             for side, (values, after, cuts) in sides.items()}
