@@ -30,7 +30,7 @@ class TrainingError(UserError):
     """A run that cannot start or go on. One line: what was found, what was expected, what to do."""
 
 
-def _setting(default: Any, group: str, help: str, **options: Any) -> Any:
+def _flag(default: Any, group: str, help: str, **options: Any) -> Any:
     """A field with a flag of its own: `group` and `help` as --help shows them, `options` of argparse."""
     return field(default=default, metadata={"group": group, "help": help, **options})
 
@@ -42,81 +42,63 @@ class TrainingConfig:
     mode: str = "full_train"
 
     # fmt: off
-    data_dir: str | None = _setting(
-        None, "data", "cohort in the layout of CT-RATE's repository (default: built-in synthetic chests)", metavar="D")
-    train_volumes: int = _setting(600, "data", "built-in cohort: number of training volumes", metavar="N")
-    valid_volumes: int = _setting(250, "data", "built-in cohort: number of test volumes (other patients)", metavar="N")
-    limit: int | None = _setting(None, "data", "use only the first N volumes of the training split", metavar="N")
-    tuning_fraction: float = _setting(
-        0.2, "data", "fraction of the training patients held out for validation: best epoch, calibration, thresholds",
-        metavar="F")
-    cache_dir: str = _setting(
+    data_dir: str | None = _flag(None, "data", "cohort in CT-RATE's layout (default: synthetic chests)", metavar="D")
+    train_volumes: int = _flag(600, "data", "built-in cohort: number of training volumes")
+    valid_volumes: int = _flag(250, "data", "built-in cohort: number of test volumes (other patients)")
+    limit: int | None = _flag(None, "data", "use only the first N volumes of the training split")
+    tuning_fraction: float = _flag(
+        0.2, "data", "fraction of the training patients held out for validation: best epoch, calibration, thresholds")
+    cache_dir: str = _flag(
         "cache", "data", "folder for the frozen backbone's features, shared by all runs: cached epochs take seconds",
         metavar="C")
-    augment: bool = _setting(
+    augment: bool = _flag(
         False, "data",
         "shift and rescale the voxels of training volumes, add noise; no cache: every frozen epoch encodes them again")
 
-    model: str = _setting("ctclip", "model", "'ctclip', or a timm slice backbone: efficientnet_b0, ...", metavar="NAME")
-    ctclip_path: str | None = _setting(
+    model: str = _flag("ctclip", "model", "'ctclip', or a timm slice backbone: efficientnet_b0, ...", metavar="NAME")
+    ctclip_path: str | None = _flag(
         None, "model", f"CT-CLIP checkpoint (default {CLASSFINE_PATH}; on the built-in cohort the demo's)",
         metavar="FILE")
-    head: str = _setting(
+    head: str = _flag(
         "linear", "model",
         "linear: ClassFine's; mlp: with a hidden layer; attention: pools the token grid per label, for small findings",
         choices=("linear", "mlp", "attention"))
-    init_head: str = _setting(
+    init_head: str = _flag(
         "file", "model",
         "start of the linear head; file: the checkpoint's, or zeros; prompts: zero-shot weights from its text tower",
         choices=("file", "prompts"))
-    dropout: float = _setting(0.3, "model", "dropout rate in the head", metavar="F")
-    use_attention: str = _setting(
-        "none", "model", "attention block on a slice backbone's feature map", choices=("none", "cbam"))
-    pretrained: bool = _setting(
-        True, "model", "random initial weights for a slice backbone instead of ImageNet's: much lower AUROC")
+    dropout: float = _flag(0.3, "model", "dropout rate in the head")
+    use_attention: str = _flag("none", "model", "attention on a slice backbone's feature map", choices=("none", "cbam"))
+    pretrained: bool = _flag(True, "model", "random weights for a slice backbone, not ImageNet's: much lower AUROC")
 
-    epochs: int = _setting(22, "optimization", "passes over the training volumes, frozen and unfrozen", metavar="N")
-    freeze_epochs: int = _setting(
-        20, "optimization", "first epochs, with a frozen backbone (fast: features come from the cache)", metavar="N")
-    freeze_backbone: bool = _setting(False, "optimization", "keep the backbone frozen in every epoch")
-    unfreeze_layers: int = _setting(
-        2, "optimization",
-        "layers unfrozen with each epoch after the frozen ones, from the output down; more take more memory and time; "
-        "0: all at once", metavar="N")
-    patience: int = _setting(
+    epochs: int = _flag(22, "optimization", "passes over the training volumes, frozen and unfrozen")
+    freeze_epochs: int = _flag(20, "optimization", "first epochs, with a frozen backbone (fast: features are cached)")
+    freeze_backbone: bool = _flag(False, "optimization", "keep the backbone frozen in every epoch")
+    unfreeze_layers: int = _flag(
+        2, "optimization", "layers unfrozen with each epoch after the frozen ones, from the output down; more take "
+        "more memory and time; 0: all at once")
+    patience: int = _flag(
         3, "optimization",
-        "early stopping: unfrozen epochs in a row worse than the best AUROC by more than one standard error",
-        metavar="N")
-    batch_size: int = _setting(
-        16, "optimization", "volumes per optimizer step; gradients are accumulated, so memory does not limit it",
-        metavar="N")
-    learning_rate: float | None = _setting(  # None: HEAD_LEARNING_RATE
+        "early stopping: unfrozen epochs in a row worse than the best AUROC by more than one standard error")
+    batch_size: int = _flag(16, "optimization", "volumes per optimizer step, accumulated: memory does not limit it")
+    learning_rate: float | None = _flag(  # None: HEAD_LEARNING_RATE
         None, "optimization", "peak learning rate of the head (default "
-        f"{', '.join(f'{rate:g} for {kind}' for kind, rate in HEAD_LEARNING_RATE.items())})", metavar="R")
-    backbone_learning_rate: float = _setting(
-        3e-5, "optimization", "peak learning rate of the unfrozen layer nearest to the output", metavar="R")
-    layer_decay: float = _setting(
-        0.8, "optimization", "factor on the learning rate for each layer further from the output", metavar="F")
-    weight_decay: float = _setting(
-        0.01, "optimization", "AdamW's weight decay, on matrices only (not on norms and biases)", metavar="R")
-    warmup_fraction: float = _setting(
-        0.05, "optimization", "share of its epochs in which a learning rate rises to its peak, before a cosine to 0",
-        metavar="F")
-    clip_norm: float = _setting(1.0, "optimization", "gradients are scaled down to at most this norm", metavar="R")
-    ema_decay: float = _setting(
-        0.0, "optimization", "evaluate and save an exponential moving average of the weights; 0: off, typical: 0.999",
-        metavar="F")
-    loss_type: str = _setting(
+        f"{', '.join(f'{rate:g} for {kind}' for kind, rate in HEAD_LEARNING_RATE.items())})")
+    backbone_learning_rate: float = _flag(3e-5, "optimization", "peak learning rate of the layer nearest to the output")
+    layer_decay: float = _flag(0.8, "optimization", "factor on the learning rate per layer further from the output")
+    weight_decay: float = _flag(0.01, "optimization", "AdamW's weight decay, on matrices only (not norms and biases)")
+    warmup_fraction: float = _flag(0.05, "optimization", "share of the epochs with rising rates, before a cosine to 0")
+    clip_norm: float = _flag(1.0, "optimization", "gradients are scaled down to at most this norm")
+    ema_decay: float = _flag(0.0, "optimization", "evaluate and save averaged weights (EMA); 0: off, typical: 0.999")
+    loss_type: str = _flag(
         "focal", "loss",
         "focal: see --alpha and --gamma; bce: binary cross-entropy, probabilities fit the label rate; asl: timm's "
         "asymmetric loss, ranks well, probabilities are too high", choices=("focal", "bce", "asl"))
-    alpha: float = _setting(
-        0.35, "loss", "focal loss: weight of the negatives; higher gives fewer positive predictions", metavar="A")
-    gamma: float = _setting(
-        2.0, "loss", "focal loss: higher gives easy cases less weight and flattens the probabilities", metavar="G")
-    class_weights: bool = _setting(
+    alpha: float = _flag(0.35, "loss", "focal loss: weight of the negatives; higher gives fewer positive predictions")
+    gamma: float = _flag(2.0, "loss", "focal loss: higher gives easy cases less weight and flattens the probabilities")
+    class_weights: bool = _flag(
         False, "loss", "weight labels by inverse frequency (positives and negatives alike: positive rates stay)")
-    seed: int = _setting(0, "optimization", "seed of split, shuffling, dropout and new weights", metavar="N")
+    seed: int = _flag(0, "optimization", "seed of split, shuffling, dropout and new weights")
     # fmt: on
 
     @property
@@ -169,19 +151,14 @@ class Machine:
     """How a run is carried out. May differ between a run and its continuation, and changes weights by rounding only."""
 
     # fmt: off
-    device: str | None = _setting(None, "machine", "cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    workers: int | None = _setting(
-        None, "machine", "processes that read volumes (default: up to 8; on two cores 0: the main process reads)",
-        metavar="N")
-    micro_batch: int | None = _setting(
-        None, "machine", "volumes per forward pass (default: by their size); halved when memory runs out", metavar="N")
-    gradient_checkpointing: str = _setting(
-        "auto", "machine",
-        "recompute the activations of unfrozen layers: less than half the memory, slower; auto: on CUDA",
-        choices=("auto", "on", "off"))
-    save_minutes: float = _setting(
-        10.0, "run", "minutes between saved states, besides one at every epoch's end; 0: after every step", metavar="M")
-    tensorboard: bool = _setting(False, "run", "write TensorBoard events into the run's folder")
+    device: str | None = _flag(None, "machine", "cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    workers: int | None = _flag(None, "machine", "reading processes (default: up to 8; none on two cores)")
+    micro_batch: int | None = _flag(None, "machine", "volumes per pass (default: by size); halved if memory runs out")
+    gradient_checkpointing: str = _flag(
+        "auto", "machine", "recompute the activations of unfrozen layers: less than half the memory, slower; auto: on "
+        "CUDA", choices=("auto", "on", "off"))
+    save_minutes: float = _flag(10.0, "run", "minutes between saved states, besides every epoch's end; 0: every step")
+    tensorboard: bool = _flag(False, "run", "write TensorBoard events into the run's folder")
     # fmt: on
 
     def check(self) -> None:
@@ -250,6 +227,7 @@ UNITS = {
     "patient": "mean of a scan's reconstructions, then the highest of a patient's scans",
 }
 RESAMPLES = 1000
+FITTED, COUNTED = "calibration and thresholds, fitted on tuning patients", "what is counted, and compared"
 CALIBRATION_FILE = "calibration.json"
 
 
@@ -260,17 +238,26 @@ class Settings:
     `prevalence` is {label: rate} of the cohort that calibration and thresholds are meant for, where it is known.
     """
 
-    objective: str = DEFAULT_OBJECTIVE
-    calibration: str = "auto"
-    unit: str = "volume"
-    prevalence: Mapping[str, float] | None = None
-    resamples: int = RESAMPLES
+    # fmt: off
+    objective: str = _flag(
+        DEFAULT_OBJECTIVE, FITTED, f"what thresholds aim at: {', '.join(OBJECTIVES)} or sensitivity:X; prevalence "
+        "keeps the positive rate at the label rate, f1, youden and sensitivity over-predict with a weak model, hamming "
+        "under-predicts", metavar="NAME")
+    calibration: str = _flag(
+        "auto", FITTED, "platt moves and stretches each label's logits, temperature only stretches them, auto takes "
+        "the one with the lowest cross-validated log loss", choices=("auto", *METHODS))
+    unit: str = _flag("volume", COUNTED, "; ".join(f"{unit}: {how}" for unit, how in UNITS.items()), choices=UNITS)
+    prevalence: Mapping[str, float] | None = _flag(
+        None, FITTED, "rates of the cohort that this is meant for, where they differ from the tuning patients'",
+        metavar="ct-rate|JSON")
+    resamples: int = _flag(RESAMPLES, COUNTED, "bootstrap resamples of the patients, for intervals and p-values")
     seed: int = 0
-    allow_partial: bool = False
+    allow_partial: bool = _flag(False, COUNTED, "go on with the volumes that all tables hold; skipped ones are counted")
+    # fmt: on
 
 
 def _add_settings(parser: argparse.ArgumentParser, settings: type, suppress: bool) -> None:
-    """A flag for each field, by its metadata; with `suppress`, one that is left out is absent from the namespace."""
+    """A flag for each field, by its metadata; with `suppress`, one that is not given is absent from the namespace."""
     groups = {group.title: group for group in parser._action_groups}
     for item in fields(settings):
         if not item.metadata:
@@ -279,31 +266,30 @@ def _add_settings(parser: argparse.ArgumentParser, settings: type, suppress: boo
         title = options.pop("group")
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        if item.default is True or item.default is False:
+        if isinstance(item.default, bool):
             options["action"] = "store_false" if item.default else "store_true"
         else:
-            options["type"] = {"int": int, "float": float, "str": str}[item.type.removesuffix(" | None")]
+            options["type"] = {"int": int, "float": float}.get(item.type.removesuffix(" | None"), str)
             options["help"] += "" if item.default is None else f" (default {item.default})"
+            if options["type"] is not str:
+                options["metavar"] = "N" if options["type"] is int else "X"
         default = argparse.SUPPRESS if suppress else item.default
         groups[title].add_argument(flag_of(item.name), dest=item.name, default=default, **options)
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of TrainingConfig. One left out is absent from the namespace: a continued run keeps what it had."""
-    _add_settings(parser, TrainingConfig, suppress=True)
+    """Where the run is, whether it goes on or is only estimated, and the flags of Machine and TrainingConfig.
 
-
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Where the run is, whether it goes on or is only estimated, and the flags of Machine."""
+    One of TrainingConfig that is not given is absent from the namespace: a continued run keeps what it had.
+    """
     group = parser.add_argument_group("run")
     group.add_argument("--output-dir", metavar="DIR", help="folder of the run (default results/<time>_<model>)")
-    group.add_argument(
-        "--resume", nargs="?", const="", metavar="DIR", help="continue an earlier run (default: the newest)"
-    )
-    group.add_argument(
-        "--plan", action="store_true", help="measure for a minute, print the time, memory and disk needed, and stop"
-    )
+    group.add_argument("--resume", nargs="?", const="", metavar="DIR",
+                       help="continue an earlier run (default: the newest)")
+    group.add_argument("--plan", action="store_true",
+                       help="measure for a minute, print the time, memory and disk needed, and stop")
     _add_settings(parser, Machine, suppress=False)
+    _add_settings(parser, TrainingConfig, suppress=True)
 
 
 def machine_from_flags(args: argparse.Namespace) -> Machine:
@@ -319,31 +305,16 @@ def config_from_flags(args: argparse.Namespace) -> TrainingConfig:
 
 
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that settings_from_flags reads, and --baseline, --metadata and --pictures."""
-    fitted = parser.add_argument_group("calibration and thresholds, fitted on tuning patients")
-    fitted.add_argument("--objective", metavar="NAME", default=Settings.objective,
-                        help=f"what thresholds aim at: {', '.join(OBJECTIVES)} or sensitivity:X; prevalence keeps the "
-                             "positive rate at the label rate, f1, youden and sensitivity over-predict with a weak "
-                             "model, hamming under-predicts (default: %(default)s)")
-    fitted.add_argument("--calibration", choices=("auto", *METHODS), default=Settings.calibration,
-                        help="platt moves and stretches each label's logits, temperature only stretches them, auto "
-                             "takes what has the lowest cross-validated log loss (default: %(default)s)")
-    fitted.add_argument("--prevalence", metavar="ct-rate|JSON",
-                        help="rates of the cohort that this is meant for, where they differ from the tuning patients'")
-    counted = parser.add_argument_group("what is counted, and compared")
-    counted.add_argument("--unit", choices=UNITS, default=Settings.unit,
-                         help="; ".join(f"{unit}: {how}" for unit, how in UNITS.items()) + " (default: %(default)s)")
-    counted.add_argument("--resamples", type=int, metavar="N", default=Settings.resamples,
-                         help="bootstrap resamples of the patients, for intervals and p-values (default: %(default)s)")
-    counted.add_argument("--allow-partial", action="store_true",
-                         help="go on with the volumes that all tables hold; how many were left out is printed")
+    """The flags of Settings, and --baseline, --metadata and --pictures."""
+    _add_settings(parser, Settings, suppress=False)
+    counted = next(group for group in parser._action_groups if group.title == COUNTED)
     counted.add_argument("--baseline", metavar="CSV", help="other predictions for the same volumes, compared here")
     counted.add_argument("--metadata", metavar="CSV",
                          help="table with PatientSex, PatientAge, Manufacturer or SliceThickness, for subgroups "
                               "(default: the cohort's own, where there is one)")
     counted.add_argument("--pictures", type=int, metavar="N", default=1,
                          help="slices shown per label (false negatives and false positives); each volume is "
-                              "read once more; 0: none (default: %(default)s)")
+                              "read once more; 0: none (default %(default)s)")
 
 
 def evaluation_flags() -> list[str]:
@@ -356,13 +327,9 @@ def evaluation_flags() -> list[str]:
 def training_parser(description: str) -> OneLineParser:
     """Of ctclip_training.py."""
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--mode",
-        choices=("quick_test", "full_train"),
-        default=argparse.SUPPRESS,
-        help="quick_test: 3 epochs on 200 training and 50 validation phantoms; full_train (default): as set below",
-    )
-    add_run_flags(parser)
+    parser.add_argument("--mode", choices=("quick_test", "full_train"), default=argparse.SUPPRESS,
+                        help="quick_test: 3 epochs on 200 training and 50 validation phantoms; full_train (default): "
+                        "as set below")
     add_training_flags(parser)
     return parser
 
@@ -425,7 +392,6 @@ def task_parser(description: str) -> OneLineParser:
                       help="values that cut at 0.5 as the tuned thresholds do, as the challenge needs them")
     form.add_argument("--uncalibrated", action="store_true", help="the model's own probabilities")
     add_evaluation_flags(parser)
-    add_run_flags(parser)
     add_training_flags(parser)
     return parser
 

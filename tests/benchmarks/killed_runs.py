@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "ctclip_training.py"
 SAVE_MINUTES = "0.005"  # often within an epoch, but not at every step: some steps have to be done again
+KILL_WINDOW = 0.2  # of an undisturbed run: on a busy machine a process gets as far in it as on an idle one
 # Half of it unfrozen; everything that draws random numbers, and everything that has a state of its own.
 SETTINGS = ["--epochs=12", "--freeze-epochs=6", "--batch-size=8", "--augment", "--ema-decay=0.9", "--patience=100"]
 
@@ -86,11 +87,12 @@ def main(argv: list[str] | None = None) -> int:
         flags = ["--data-dir", str(cohort), "--ctclip-path", str(tiny), *SETTINGS]
         began = time.perf_counter()
         run_with_kills(undisturbed := Path(work, "undisturbed"), flags, 0, args.seed, 0)
-        print(f"undisturbed: {time.perf_counter() - began:.0f} s", flush=True)
+        longest = KILL_WINDOW * (time.perf_counter() - began)
+        print(f"undisturbed: {longest / KILL_WINDOW:.0f} s; kills up to {longest:.1f} s after a start", flush=True)
         left, runs = args.kills, 0
         while left > 0:
             folder = Path(work, f"killed_{runs}")
-            hit = run_with_kills(folder, flags, left, args.seed + runs, longest=2.0)
+            hit = run_with_kills(folder, flags, left, args.seed + runs, longest)
             different = differences(undisturbed, folder)
             print(f"run {runs + 1}: killed {hit} times, {'equal' if not different else f'DIFFERENT: {different}'}")
             if different:

@@ -588,8 +588,7 @@ def test_tensorboard_without_the_package_is_one_line_and_exit_code_2(flags, tmp_
 def actions() -> dict[str, object]:
     """Flag -> argparse action."""
     parser = OneLineParser()
-    for add in (config_module.add_run_flags, config_module.add_training_flags):
-        add(parser)
+    config_module.add_training_flags(parser)
     return {flag: action for action in parser._actions for flag in action.option_strings}
 
 
@@ -648,7 +647,6 @@ def test_a_flag_without_effect_is_refused_also_with_its_default(flags, line, tmp
 def test_flags_become_settings(flags):
     """Underscores as well; what is left out keeps its default."""
     parser = OneLineParser()
-    config_module.add_run_flags(parser)
     config_module.add_training_flags(parser)
     args = parser.parse_args(
         ["--ema_decay=0.99", "--unfreeze_layers", "0", "--no-pretrained", "--micro_batch", "3", "--cache_dir", "a_b"]
