@@ -443,11 +443,9 @@ def phantom_parser() -> OneLineParser:
     """Of `python -m ctclip.phantoms`."""
     parser = OneLineParser(description="Write a cohort of synthetic chest CTs. " + SYNTHETIC_NOTE)
     cohort = parser.add_argument_group("cohort")
-    cohort.add_argument("--data-dir", type=Path, help="folder for the cohort; reused if it holds the same one")
+    cohort.add_argument("--data-dir", type=Path, required=True, help="folder for it; reused if it holds the same one")
     cohort.add_argument("--train", type=int, default=200, help="training volumes, about 1 MB each (default 200)")
     cohort.add_argument("--valid", type=int, default=50, help="validation volumes, other patients (default 50)")
     cohort.add_argument("--seed", type=int, default=0, help="another seed gives other patients (default 0)")
     cohort.add_argument("--workers", type=int, help="processes; changes the speed, not the files (default: all cores)")
-    look = parser.add_argument_group("look")
-    look.add_argument("--montage", type=Path, help="draw the 18 findings to this PNG instead of writing a cohort")
     return parser

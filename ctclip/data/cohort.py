@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from ctclip.data.ct_rate import GEOMETRY_COLUMNS, SUBGROUP_COLUMNS, VOLUME_SUFFI
 from ctclip.data.geometry import geometry_from_metadata
 from ctclip.data.tables import CohortError, CsvTable, number, read_table
 from ctclip.data.volume_file import VolumeError
+from ctclip.formatting import plural
 from ctclip_model import ABNORMALITIES
 
 METADATA_COLUMNS = f"VolumeName, {', '.join(GEOMETRY_COLUMNS)}"
@@ -111,8 +112,8 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
     return {name: dict(zip(table.columns, row, strict=True)) for name, row in table.rows.items()}
 
 
-TEXT_OR_NONE = (str, type(None))
-STREAMED_TYPES: dict[str, Any] = dict(zip(Streamed._fields, (bool, int, str, TEXT_OR_NONE, TEXT_OR_NONE), strict=True))
+_TEXT = (str, type(None))
+STREAMED_TYPES: dict[str, Any] = {"fixed": bool, "size": int, "tail": str, "sha256": _TEXT, "reason": _TEXT}
 
 
 def read_streamed(data_dir: str | Path, split: str) -> dict[tuple[str, bool], Streamed]:
@@ -255,3 +256,34 @@ def listed_volumes(data_dir: str | Path, split: str, fixed: bool) -> Cohort:
     for name in builder.labelled:
         builder.add(cohort, name, data_dir / volume_path(name, fixed), fixed, None)
     return cohort
+
+
+def split_by_patient(volumes: Sequence[Volume], fraction: float, seed: int) -> tuple[list[Volume], list[Volume]]:
+    """(rest, held out): about `fraction` of the patients held out, label rates kept alike on both sides.
+
+    Same volumes and seed, same split. Raises CohortError with fewer than two patients.
+    """
+    groups: dict[str, list[Volume]] = {}
+    for volume in volumes:
+        groups.setdefault(volume.patient, []).append(volume)
+    if len(groups) < 2 or not 0 < fraction < 1:
+        found = f"{plural(len(groups), 'patient')} and fraction {fraction}"
+        raise CohortError(f"found {found}, expected at least 2 patients and a fraction in (0, 1); change either")
+    patients = sorted(groups)
+    # Per patient: positives per label, volumes, and 1, each scaled so that all of them weigh alike.
+    rows = np.array([[*np.sum([v.labels for v in groups[p]], axis=0), len(groups[p]), 1] for p in patients])
+    rows = rows / np.sqrt(np.maximum((rows**2).sum(axis=0), 1))
+    count = min(max(round(fraction * len(patients)), 1), len(patients) - 1)
+    share, generator, best, held_out = count / len(rows), np.random.default_rng(seed), np.inf, set[str]()
+    for _ in range(max(1, 2000 // len(patients))):
+        balance, held = np.zeros(rows.shape[1]), list[str]()
+        # In a drawn order each patient goes to the side that keeps every column closest to its share.
+        for remaining, i in zip(range(len(rows), 0, -1), generator.permutation(len(rows)), strict=True):
+            if_held, if_not = balance + (1 - share) * rows[i], balance - share * rows[i]
+            missing = count - len(held)
+            hold = missing == remaining or (missing > 0 and if_held @ if_held < if_not @ if_not)
+            balance = if_held if hold else if_not
+            held += [patients[i]] if hold else []
+        if balance @ balance < best:
+            best, held_out = float(balance @ balance), set(held)
+    return [v for v in volumes if v.patient not in held_out], [v for v in volumes if v.patient in held_out]

@@ -31,9 +31,6 @@ PREVALENCE = dict(
 )
 
 
-# ------------------------------------------------------------------ what a name says
-
-
 def split_of(name: str) -> str:
     """train_12_a_1.nii.gz -> train."""
     return name.split("_")[0]
@@ -62,9 +59,6 @@ def volume_name(text: str) -> str:
     """The name in a table's cell: CT-RATE's without folders; any other as it is, since folders may tell scans apart."""
     text = text.strip()
     return PurePosixPath(text).name if names_patient(text) else text
-
-
-# ------------------------------------------------------------------ the hub's layout
 
 
 def volume_path(name: str, fixed: bool) -> Path:

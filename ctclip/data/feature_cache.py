@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
@@ -37,7 +37,6 @@ from tqdm import tqdm
 
 from ctclip.data.cohort import Volume
 from ctclip.data.ct_rate import FETCH_COMMAND, GEOMETRY_COLUMNS, is_version_2, split_of
-from ctclip.data.digest import tensors_sha256
 from ctclip.data.hounsfield import HuDecision
 from ctclip.data.loading import Batch, micro_batch_size, volume_loader
 from ctclip.data.preprocessing import PREPROCESSING_VERSION
@@ -87,6 +86,18 @@ def cache_keys(volumes: Sequence[Volume]) -> list[str | None]:
     """`cache_key` each; several at a time, because on a network file system each one waits for an answer."""
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(cache_key, volumes))
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hex digest over names, types, shapes and bytes in the order of the names.
+
+    Digests lie on disk: another order or another text makes every cache and every record one of something else.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def encoder_digest(model: CTCLIPMultiAbnormalityModel) -> str:

@@ -6,9 +6,9 @@ resamplers take the slices in file order by `add`, and end with `finish`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ from ctclip.data.volume_file import Header, file_error, shape_text
 CACHE_LINE = 16  # float32 values
 
 
-@dataclass(frozen=True)
-class InterpolationWeights:
+class InterpolationWeights(NamedTuple):
     """One axis of the output box that survives the crop: value = (1 - weight) * [low] + weight * [high]."""
 
     box: slice  # where the values go in the output
@@ -76,9 +75,6 @@ class ResamplingPlan:
         self.slope, self.intercept = geometry.slope, geometry.intercept
         # float32 holds these sums exactly; anything else is scaled in float64, one slice at a time.
         self.exact = header.dtype.kind in "iu" and self.slope == 1 and self.intercept.is_integer()
-
-
-# ------------------------------------------------------------------ numpy
 
 
 class NumpyResampler:
@@ -148,9 +144,6 @@ def lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray | np.float32, out
     return np.add(low, out, out=out)
 
 
-# ------------------------------------------------------------------ torch, on a device
-
-
 class DeviceResampler:
     """The same on `out`'s device, straight from the stored integers: 2 bytes of a voxel travel, not 4 of the result.
 
@@ -193,8 +186,10 @@ class DeviceResampler:
             low, high = ([row[int(of[position])] for position in positions] for of in (slow.low, slow.high))
             here = InterpolationWeights(slow.box, np.array(low), np.array(high), slow.weight[positions])
             values = planes
-            for axis, weights in enumerate((self._upload(here), *self.in_plane)):
-                values = self._interpolate(values, axis, *weights)
+            for axis, (below, above, weight) in enumerate((self._upload(here), *self.in_plane)):  # `lerp` along each
+                base = values.index_select(axis, below)
+                along = weight.view([-1 if i == axis else 1 for i in range(3)])
+                values = base + along * (values.index_select(axis, above) - base)
             output = (values / HU_MAX).clamp_(-1, 1).transpose(1, 2)
             self.plan.target[torch.tensor(positions, device=self.device)] = output
         self.last = indices[-1], planes[-1:].clone()
@@ -208,11 +203,3 @@ class DeviceResampler:
         if self.plan.exact:
             return (stored.float() + self.plan.intercept).clamp_(HU_MIN, HU_MAX)
         return (stored.double() * self.plan.slope + self.plan.intercept).clamp_(HU_MIN, HU_MAX).float()
-
-    @staticmethod
-    def _interpolate(
-        planes: torch.Tensor, axis: int, low: torch.Tensor, high: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
-        """`lerp` along an axis of (slices, middle, fast)."""
-        below, above = planes.index_select(axis, low), planes.index_select(axis, high)
-        return below + weight.view([-1 if i == axis else 1 for i in range(3)]) * (above - below)

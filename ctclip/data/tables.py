@@ -48,7 +48,19 @@ def read_table(
     of every row must not shift the columns. Raises `error`, with what was `expected`, where the file cannot be read as
     CSV or a column is missing or there twice.
     """
-    header, records = _read_records(path, expected, error)
+    remedy = f"give one with {expected}, separated by commas"
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as handle:  # -sig: spreadsheets put a byte order mark first
+            reader = csv.reader(handle, strict=True, skipinitialspace=True)
+            records = [(reader.line_num, record) for record in reader if any(cell.strip() for cell in record)]
+    except OSError as fault:
+        raise error(f"{path}: found no readable file ({fault.strerror}), expected a CSV; {remedy}") from fault
+    except (UnicodeDecodeError, csv.Error) as fault:
+        found = f"something that is not text in columns ({fault})"
+        raise error(f"{path}: found {found}, expected a CSV; {remedy}") from fault
+    if not records:
+        raise error(f"{path}: found an empty file, expected a header and a row per volume; {remedy}")
+    header = [cell.strip() for cell in records[0][1]]
     wanted = (NAME_COLUMN, *required, *(column for column in optional if column in header))
     missing = [column for column in wanted if column not in header]
     if missing:
@@ -59,7 +71,7 @@ def read_table(
         raise error(f"{path}: found column {some(twice)} twice, expected it once; remove one of the two")
     places = [header.index(column) for column in wanted]
     table = CsvTable(Path(path), wanted[1:])
-    for line, record in records:
+    for line, record in records[1:]:
         where = f"{path}, line {line}: found"
         if len(record) < len(header):
             table.faults.append(f"{where} {len(record)} values, expected {len(header)} as in the header; repair it")
@@ -79,25 +91,6 @@ def read_table(
                 table.contradictory.add(name)
                 table.faults.append(f"{where} {name} with other values, expected {first}; remove the wrong one")
     return table
-
-
-def _read_records(
-    path: str | Path, expected: str, error: type[UserError]
-) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and (line number, fields) of every row that is not blank."""
-    remedy = f"give one with {expected}, separated by commas"
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as handle:  # -sig: spreadsheets put a byte order mark first
-            reader = csv.reader(handle, strict=True, skipinitialspace=True)
-            records = [(reader.line_num, record) for record in reader if any(cell.strip() for cell in record)]
-    except OSError as fault:
-        raise error(f"{path}: found no readable file ({fault.strerror}), expected a CSV; {remedy}") from fault
-    except (UnicodeDecodeError, csv.Error) as fault:
-        found = f"something that is not text in columns ({fault})"
-        raise error(f"{path}: found {found}, expected a CSV; {remedy}") from fault
-    if not records:
-        raise error(f"{path}: found an empty file, expected a header and a row per volume; {remedy}")
-    return [cell.strip() for cell in records[0][1]], records[1:]
 
 
 def number(cell: str) -> float:

@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ctclip.data.digest import tensors_sha256
-from ctclip.data.feature_cache import encoding
+from ctclip.data.feature_cache import encoding, tensors_sha256
 from ctclip.fileio import replacing
 from ctclip.formatting import size_text
 from ctclip.hub.client import read_record, record_path, sha256_of, write_record

@@ -32,11 +32,10 @@ from ctclip.config import (
     machine_from_flags,
     training_flag_uses,
 )
-from ctclip.data.cohort import Cohort, Volume, load_cohort
+from ctclip.data.cohort import Cohort, Volume, load_cohort, split_by_patient
 from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.loading import Batch, micro_batch_size
-from ctclip.data.splits import split_by_patient
 from ctclip.distributed import Ranks
 from ctclip.evaluation.run_folder import newest_run, run_record
 from ctclip.formatting import plural

@@ -21,7 +21,7 @@ FLAGS = {  # one of each of a script's groups, the last one too
     "ctclip_training": ("--mode", "--resume", "--data-dir", "--head", "--epochs", "--gamma", "--device", "--workers"),
     "ctclip_evaluation": ("--checkpoint", "--objective", "--resamples", "--pictures", "--output-dir"),
     "ctclip.hub": ("weights", "card"),
-    "ctclip.phantoms": ("--data-dir", "--train", "--workers", "--montage"),
+    "ctclip.phantoms": ("--data-dir", "--train", "--workers"),
     "ctclip_setup": ("--dev", "--model", "--data"),
 }  # fmt: skip
 

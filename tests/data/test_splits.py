@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from ctclip.data.cohort import Volume
+from ctclip.data.cohort import Volume, split_by_patient
 from ctclip.data.ct_rate import PREVALENCE, volume_path
-from ctclip.data.splits import split_by_patient
 from ctclip.data.tables import CohortError
 
 

@@ -10,13 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import draw_phantoms
 import nibabel
 import numpy as np
 import pytest
 
 from ctclip.data.ct_rate import PREVALENCE, labels_path, metadata_path, no_chest_path, patient_of, volume_path
 from ctclip.phantoms import cohort as cohort_module
-from ctclip.phantoms import findings, montage, patient, phantom
+from ctclip.phantoms import findings, patient, phantom
 from ctclip.phantoms.__main__ import main
 from ctclip.phantoms.cohort import MANIFEST, plan_split, write_phantom_cohort, write_volume
 from ctclip.phantoms.phantom import make_phantom
@@ -339,7 +340,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, capsys):
 
 def test_montage_shows_every_finding(tmp_path, monkeypatch):
     """Each finding has its patient; the picture is written (at a coarse grid here) and stays small."""
-    assert set(montage.SEEDS) == set(ABNORMALITIES)
-    monkeypatch.setattr(montage, "SPACING", (5.0, 5.0, 6.0))
-    montage.draw_montage(tmp_path / "m.png")
+    assert set(draw_phantoms.SEEDS) == set(ABNORMALITIES)
+    monkeypatch.setattr(draw_phantoms, "SPACING", (5.0, 5.0, 6.0))
+    draw_phantoms.draw_montage(tmp_path / "m.png")
     assert 10_000 < (tmp_path / "m.png").stat().st_size < 900_000

@@ -27,9 +27,8 @@ from ctclip import __version__
 from ctclip import config as config_module
 from ctclip.cli import OneLineParser, run_cli
 from ctclip.config import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig
-from ctclip.data.cohort import Volume, load_cohort
+from ctclip.data.cohort import Volume, load_cohort, split_by_patient
 from ctclip.data.loading import micro_batch_size
-from ctclip.data.splits import split_by_patient
 from ctclip.evaluation import figures
 from ctclip.inference import predictor
 from ctclip.phantoms.cohort import plan_split

@@ -1,4 +1,7 @@
-"""A figure of the 18 findings, each beside the same slice of the same patient without it."""
+"""Draws docs/images/phantom_findings.png: the 18 findings, each beside the same slice of the same patient without it.
+
+    python -m docs.draw_phantoms
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ WINDOWS = {findings.MEDICAL: windows.BONE_WINDOW, findings.EMPHYSEMA: windows.NA
 PROJECTED_MM = {findings.MEDICAL: 120, findings.ARTERIAL: 15, findings.CORONARY: 20}  # as a maximum projection
 SHOWN_CORONAL = {findings.MEDICAL}
 SHOWN_AT_THE_MIDDLE = {findings.PERICARDIAL, findings.ATELECTASIS, findings.SEPTAL}  # not where it is largest
+TARGET = Path(__file__).with_name("images") / "phantom_findings.png"
 NO_FINDINGS = (0,) * len(ABNORMALITIES)
 LEGEND = """Synthetic phantoms.
 Each pair: the same patient
@@ -84,3 +88,7 @@ def show_slice(panel: Axes, image: np.ndarray, window: Window, title: str, aspec
     low, high = window.limits()
     panel.imshow(image.T, cmap="gray", vmin=low, vmax=high, aspect=aspect)
     panel.set_title(title, color="white", fontsize=9, pad=3)
+
+
+if __name__ == "__main__":
+    draw_montage(TARGET)
