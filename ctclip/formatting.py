@@ -9,14 +9,14 @@ from typing import Iterable, Sequence  # noqa: UP035  (ctclip_setup must get as 
 WIDTH, INDENT, TIED = 100, 12, "\u00a0"  # TIED: a space at which no line is broken
 
 
-def print_row(label: str, text: str) -> None:
-    """One aligned entry of at most 100 columns; its further lines keep its own indentation, number or [seconds]."""
-    hanging = " " * len(re.sub(r"^( *(?:\d\. |\[[ \d]+ s\] )?).*", r"\1", text, flags=re.DOTALL))
+def print_row(label: str, text: str, indent: int = INDENT) -> None:
+    """One aligned entry of at most 100 columns; its further lines keep its own indentation, arrow or number."""
+    hanging = " " * len(re.sub(r"^( *(?:-> )?(?:\d\. )?).*", r"\1", text, flags=re.DOTALL))
     body = textwrap.wrap(
-        text, WIDTH - INDENT, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
+        text, WIDTH - indent, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
     )
     for number, line in enumerate(body):
-        print(f"{label if number == 0 else '':<{INDENT}}{line}".replace(TIED, " "), flush=True)
+        print(f"{label if number == 0 else '':<{indent}}{line}".replace(TIED, " "), flush=True)
 
 
 def plural(count: int, noun: str) -> str:

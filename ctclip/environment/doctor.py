@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Any, Callable, Iterable, Iterator  # noqa: UP035  (ctclip_set
 from ctclip.config import TrainingConfig
 from ctclip.environment.packages import installed_version, read_requirements, survey, versions_text, wanted_text
 from ctclip.errors import UserError
-from ctclip.formatting import TIED, WIDTH, comma_separated, plural, size_text
+from ctclip.formatting import comma_separated, plural, print_row, size_text
 from ctclip.hub import client
 from ctclip.hub.client import WeightsFile
 from ctclip.memory import system_memory
@@ -40,7 +39,7 @@ BROKEN = f"run this again; if it stays, report this line; if the packages are at
 CUDA_BUILDS = "https://pytorch.org/get-started/locally"
 
 MARKS = {"ok": "ok", "warning": "warn", "failed": "FAIL", "skipped": "skip"}
-MARK_WIDTH, NAME_WIDTH = 6, 15
+MARK_WIDTH, LEAD_WIDTH = 6, 21
 
 
 @dataclass
@@ -52,20 +51,11 @@ class Row:
     found: str
     remedy: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        """Lines of at most 100 columns, a path that is longer excepted: mark, name, finding; the remedy beneath."""
-        lead, margin = f"{MARKS[self.state]:<{MARK_WIDTH}}{self.name:<{NAME_WIDTH}}", " " * MARK_WIDTH
-        lines = wrapped(lead + self.found, "", " " * len(lead))
+    def print(self) -> None:
+        """Mark, name, finding; the remedy beneath."""
+        print_row(f"{MARKS[self.state]:<{MARK_WIDTH}}{self.name}", self.found, LEAD_WIDTH)
         for number, step in enumerate(self.remedy):
-            numbered = "   " if re.match(r"\d\. ", step) else ""
-            lines += wrapped(step, margin + ("   " if number else "-> "), margin + "   " + numbered)
-        return "\n".join(lines).replace(TIED, " ")
-
-
-def wrapped(text: str, first: str, further: str) -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=first, subsequent_indent=further, break_long_words=False, break_on_hyphens=False
-    )
+            print_row("", ("   " if number else "-> ") + step, MARK_WIDTH)
 
 
 def warning_if(little: bool, name: str, found: str, remedy: str) -> Row:
@@ -77,7 +67,7 @@ def doctor(data_dir: Path | None) -> int:
     count: Counter[str] = Counter()
     for row in examine(data_dir):
         count[row.state] += 1
-        print(row, flush=True)
+        row.print()
     skipped = f", {count['skipped']} skipped" if count["skipped"] else ""
     print(f"\n{count['ok']} ok, {plural(count['warning'], 'warning')}, {count['failed']} failed{skipped}")
     return 2 if count["failed"] else 0

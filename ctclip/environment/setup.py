@@ -119,7 +119,7 @@ def checked_text(remote: client.RemoteFile) -> str:
 
 def record_origin(weights: WeightsFile, sha256: str) -> None:
     """Records which file of the hub it is, unless that is known; a record of other bytes is dropped."""
-    if weights.recorded().get("sha256") != sha256:
+    if client.read_record(weights.whole).get("sha256") != sha256:
         weights.record.unlink(missing_ok=True)
         size = weights.whole.stat().st_size
         client.write_record(
@@ -133,7 +133,7 @@ def fingerprint_step(weights: WeightsFile, slim: bool) -> None:
     In a process of its own, which needs 2.3 GB of memory, unless it is recorded already. Raises HubError where the file
     is no model, or another one than was recorded.
     """
-    recorded = weights.recorded().get("fingerprint")
+    recorded = client.read_record(weights.whole).get("fingerprint")
     digest = recorded.get("digest") if isinstance(recorded, dict) else None
     if digest and weights.recorded_sha256 and not slim:  # the file has just been compared with it, or with the hub's
         print_row("", f"{weights.name}: fingerprint {str(digest)[:12]}, kept in {weights.record}")

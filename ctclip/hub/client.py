@@ -472,13 +472,10 @@ class WeightsFile:
     def size(self) -> str:
         return size_text((self.path or self.whole).stat().st_size)
 
-    def recorded(self) -> dict:
-        return read_record(self.whole)
-
     @property
     def recorded_sha256(self) -> str | None:
         """Of the file as it was fetched or made."""
-        return self.recorded().get("slim_sha256" if self.path == self.slim else "sha256")
+        return read_record(self.whole).get("slim_sha256" if self.path == self.slim else "sha256")
 
     def damage(self, remote: RemoteFile | None = None) -> str | None:
         """What is wrong with the file; None where it is intact or nothing is known.
@@ -487,7 +484,7 @@ class WeightsFile:
         """
         if remote is not None and self.path == self.whole:
             return remote.difference(self.path)
-        if remote is not None and remote.checksum == "SHA-256" and self.recorded().get("sha256") != remote.etag:
+        if remote is not None and remote.checksum == "SHA-256" and read_record(self.whole).get("sha256") != remote.etag:
             return f"not made from the file that the hub has now, says {self.record}"
         known = self.recorded_sha256
         found = sha256_of(self.path or self.whole) if known else None

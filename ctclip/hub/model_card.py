@@ -30,7 +30,6 @@ HUB_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0"
 BINDING = "CC-BY-NC-SA-4.0: not for commercial use, to be shared under the same terms, with attribution."
 DEMO = "ctclip_demo"
 UNSAID = "not recorded"
-NOT_MEASURED = "Not measured"
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -136,7 +135,7 @@ def model_card(
 def card_text(model: CTCLIPMultiAbnormalityModel, facts: Facts, repo_id: str | None, cohort: str | None) -> str:
     """`model_card` of facts that have been read."""
     licence = licence_of(model, facts, cohort)
-    history = facts.record.get("history")
+    history, c = facts.record.get("history"), facts.calibration
     try:
         return _TEMPLATES.get_template("model_card.md").render(
             model=model,
@@ -145,10 +144,9 @@ def card_text(model: CTCLIPMultiAbnormalityModel, facts: Facts, repo_id: str | N
             repo_id=repo_id,
             cohort=cohort,
             front_matter=_front_matter(model, facts, licence, repo_id, cohort),
-            results=_results(facts),
-            decisions=_decisions(model, facts),
+            results=_results(facts.metrics) if facts.metrics else None,
+            decisions=markdown([decision_table(ABNORMALITIES, c.thresholds, c.calibrated_thresholds)]) if c else None,
             best_auroc=decimal(history["tuning_auroc_macro"], 3) if history else None,
-            name=_model_name(model),
             backbone_parameters=sum(p.numel() for p in model.backbone_parameters()),
             head_parameters=sum(p.numel() for p in model.head_parameters()),
             field_of_view=f"{FIELD_OF_VIEW_MM:g}",
@@ -161,14 +159,6 @@ def card_text(model: CTCLIPMultiAbnormalityModel, facts: Facts, repo_id: str | N
     except (KeyError, TypeError, jinja2.UndefinedError) as error:
         raise CardError(f"metrics.json or run.json: found no {error}, expected what this version writes; evaluate "
                         "again") from error
-
-
-def _model_name(model: CTCLIPMultiAbnormalityModel) -> str:
-    if model.is_ctclip:
-        return f"CT-CLIP with a {model.head_name} head"
-    config = model._hub_mixin_config
-    attention = f" with {config['attention']}" if config["attention"] else ""
-    return f"Slice triplets through {config['backbone']}{attention}"
 
 
 def _front_matter(
@@ -203,28 +193,9 @@ def _front_matter(
     return ModelCardData(**fields).to_yaml().strip()
 
 
-def _results(facts: Facts) -> str:
-    m = facts.metrics
-    if m is None:
-        return f"{NOT_MEASURED}: there is no evaluation of these weights on unseen patients."
-    sections = report_sections(m)
-    whose = f"{m['n_patients']:,} unseen {'phantoms' if m['phantom'] else 'patients'}"
-    blocks = [Paragraph(f"On {m['n_volumes']:,} volumes of {whose} (one row per {m['unit']['name']})."),
-              *([Paragraph(m["note"], warning=True)] if m["note"] else [])]
+def _results(metrics: Mapping) -> str:
+    """The note, and the report's sections that a card takes."""
+    sections = report_sections(metrics)
     chosen = [sections[key] for key in ("comparison", "per_label", "calibration")]
-    return "\n\n".join([markdown(blocks), *(f"### {part.title}\n\n{markdown(part.blocks)}" for part in chosen)])
-
-
-def _decisions(model: CTCLIPMultiAbnormalityModel, facts: Facts) -> str:
-    calibration = facts.calibration
-    if calibration is None:
-        order = ", ".join(f"{number} {name}" for number, name in enumerate(model.labels))
-        return (f"{NOT_MEASURED}: no calibration and no thresholds belong to these weights; 0.5 was not tuned.\n\n"
-                f"Order of the labels: {order}.")
-    unit = "" if calibration.unit == "volume" else f", fitted per {calibration.unit}"
-    lead = (f"Calibration: {calibration.method}; thresholds for {calibration.objective}, one per label, and one for "
-            f"all: {calibration.global_threshold:.4f}. Fitted on {calibration.n_rows:,} rows of "
-            f"{calibration.n_patients:,} patients{unit}. A label is positive at or above its threshold: of the "
-            "uncalibrated probability, or equally of the calibrated one. Labels in the order of the logits:")
-    table = decision_table(ABNORMALITIES, calibration.thresholds, calibration.calibrated_thresholds)
-    return markdown([Paragraph(lead), table])
+    note = [markdown([Paragraph(metrics["note"], warning=True)])] if metrics["note"] else []
+    return "\n\n".join([*note, *(f"### {part.title}\n\n{markdown(part.blocks)}" for part in chosen)])

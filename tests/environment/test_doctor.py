@@ -351,7 +351,7 @@ def test_a_disk_that_cannot_be_written_to(tmp_path, monkeypatch):
 
 # ---- the hub
 
-ASK = "from ctclip.environment.doctor import *; print(*hub_rows())"
+ASK = "from ctclip.environment.doctor import *; [row.print() for row in hub_rows()]"
 
 
 def ask_hub(folder, **variables):
