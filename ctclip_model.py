@@ -30,6 +30,7 @@ from a Multimodal Dataset for 3D Computed Tomography" (CT-CLIP); the code is our
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -120,8 +121,7 @@ SLIM_OF = "slim_of"  # in the header of a slim copy: the name of the file it was
 
 LINEAR_HEAD_KEYS = ("classifier.weight", "classifier.bias")  # ClassFine's
 
-# Arguments of the hub mixin that mean nothing for a local folder; its version 0.25 has two more than later ones.
-HUB_ONLY = ("revision", "cache_dir", "force_download", "proxies", "resume_download", "local_files_only", "token")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")  # of snapshot_download
 
 # Volumes for slice backbones: 360 mm cubed at 3 x 1.6 x 1.6 mm, so that a slice has 224 x 224 pixels.
 SLICE_INPUT_SHAPE = (120, 224, 224)
@@ -202,13 +202,19 @@ class TowerSizes:
         dim = shape(tower + "enc_spatial_transformer.norm_out.gamma")[0]
         patch = math.isqrt(shape(tower + "to_patch_emb_first_frame.1.weight")[0])
         latent, flat = shape("to_visual_latent.weight")
-        sizes = cls(
+        grid = math.isqrt(flat // dim)
+        if grid**2 * dim != flat:
+            raise CheckpointError(
+                f"to_visual_latent has {flat} inputs, which is not a square token grid times width {dim}: "
+                "the file is damaged or not a CT-CLIP checkpoint"
+            )
+        return cls(
             dim=dim,
             heads=shape(tower + "spatial_rel_pos_bias.net.2.weight")[0],
             dim_head=shape(layer + "1.q_scale")[0],
             patch=patch,
             temporal_patch=shape(tower + "to_patch_emb.1.weight")[0] // patch**2,
-            grid=math.isqrt(flat // dim),
+            grid=grid,
             spatial_depth=depth("enc_spatial_transformer"),
             temporal_depth=depth("enc_temporal_transformer"),
             codes=shape(tower + "vq._codebook.embed")[1],
@@ -216,12 +222,6 @@ class TowerSizes:
             feedforward=shape(layer + "3.4.weight")[1],
             bias_dim=shape(tower + "spatial_rel_pos_bias.net.0.0.weight")[0],
         )
-        if sizes.grid**2 * dim != flat:
-            raise CheckpointError(
-                f"to_visual_latent has {flat} inputs, which is not a square token grid times width {dim}: "
-                "the file is damaged or not a CT-CLIP checkpoint"
-            )
-        return sizes
 
 
 def is_plain_cpu_inference(x: Tensor) -> bool:
@@ -337,13 +337,8 @@ class TransformerLayer(nn.ModuleList):
 
     def __init__(self, sizes: TowerSizes):
         dim, inner = sizes.dim, sizes.feedforward
-        feedforward = nn.Sequential(
-            nn.LayerNorm(dim),
-            Linear(dim, 2 * inner, bias=False),
-            GEGLU(),
-            nn.Identity(),
-            Linear(inner, dim, bias=False),
-        )
+        widen, narrow = Linear(dim, 2 * inner, bias=False), Linear(inner, dim, bias=False)
+        feedforward = nn.Sequential(nn.LayerNorm(dim), widen, GEGLU(), nn.Identity(), narrow)
         super().__init__([PEG(dim), Attention(dim, sizes.heads, sizes.dim_head), nn.Identity(), feedforward])
 
     def forward(self, x: Tensor, grid_shape: tuple[int, int, int, int], bias: Tensor | None) -> Tensor:
@@ -386,10 +381,8 @@ class SpatialBias(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.net = nn.ModuleList(
-            [nn.Sequential(nn.Linear(2, dim), nn.LeakyReLU(0.1)), nn.Sequential(nn.Linear(dim, dim), nn.LeakyReLU(0.1))]
-        )
-        self.net.append(nn.Linear(dim, heads))
+        hidden = [nn.Sequential(nn.Linear(inputs, dim), nn.LeakyReLU(0.1)) for inputs in (2, dim)]
+        self.net = nn.ModuleList([*hidden, nn.Linear(dim, heads)])
 
     def forward(self, h: int, w: int) -> Tensor:
         like = next(self.parameters())
@@ -527,7 +520,7 @@ class MLPHead(nn.Linear):
 
     The branch starts at 0, so that training starts from the linear head's logits where the file has that head. For
     findings that show in combinations of the latent's features, with enough volumes to learn these (600 phantoms gained
-    nothing). Like the linear head it sees only the mean over depth. Its cost is negligible beside the latent's.
+    nothing).
     """
 
     def __init__(self, inputs: int, hidden: int = 256, dropout: float = 0.3):
@@ -555,9 +548,9 @@ class AttentionHead(nn.Module):
     Tokens are rows of the codebook, so score and evidence are computed once per batch for the whole codebook, as a
     (codes, 2 * 18) table from which the volumes gather.
 
-    For small findings, which the latent's mean over depth averages away. It needs 28 KB of codes per volume, and a
-    training step takes some milliseconds per volume on CPU. It starts untrained, also where the file has ClassFine's
-    head, and learns where to look from labels of whole volumes: with a few hundred of them, compare it with "linear".
+    For small findings, which the latent's mean over depth averages away. It starts untrained, also where the file has
+    ClassFine's head, and learns where to look from labels of whole volumes: with a few hundred of them, compare it with
+    "linear".
     """
 
     def __init__(self, dim: int, grid: tuple[int, int, int], hidden: int = 128, dropout: float = 0.3):
@@ -1584,51 +1577,43 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> CTCLIPMultiAbnormalityModel:
-        """The mixin's. Raises CheckpointError where a folder's config.json is absent, damaged or fits no weights."""
-        folder = Path(pretrained_model_name_or_path)
-        if (folder / "model.safetensors").is_file():
-            saved_config(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    def _from_pretrained(
-        cls, *, model_id: str, map_location: str = "cpu", strict: bool = True, **kwargs: Any
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, map_location: str = "cpu", **options: Any
     ) -> CTCLIPMultiAbnormalityModel:
-        """From a folder, or from the hub with the small files beside the weights."""
-        hub = {name: kwargs.pop(name) for name in HUB_ONLY if name in kwargs}
-        folder = Path(model_id)
+        """A saved model in evaluation mode, from a folder, or from the hub with the small files beside the weights.
+
+        `options`: HUB_OPTIONS, which a folder does not need; others are the constructor's, in place of config.json's.
+        Raises CheckpointError where the folder's files are absent, damaged or do not fit each other.
+        """
+        name, folder = str(pretrained_model_name_or_path), Path(pretrained_model_name_or_path)
+        hub = {option: options.pop(option) for option in HUB_OPTIONS if option in options}
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
-            folder = Path(snapshot_download(model_id, allow_patterns=["model.safetensors", "*.json", "*.md"], **hub))
+            folder = Path(snapshot_download(name, allow_patterns=["model.safetensors", "*.json", "*.md"], **hub))
         weights = folder / "model.safetensors"
         if not weights.is_file():
-            raise CheckpointError(f"{model_id}: found no model.safetensors, expected a saved model, not a pickle")
+            raise CheckpointError(f"{name}: found no model.safetensors, expected a saved model, not a pickle")
         config = saved_config(folder)
+        arguments = {key: config[key] for key in inspect.signature(cls.__init__).parameters if key in config} | options
         try:
-            with torch.device("meta") if kwargs.get("sizes") else nullcontext():
-                model = cls(**kwargs)
-            model = cls._load_as_safetensor(model, str(weights), map_location, strict)
+            with torch.device("meta") if arguments.get("sizes") else nullcontext():
+                model = cls(**arguments)
+            state = _mapped(weights)
+            if model.is_ctclip:
+                model.load_state_dict({key: value.to("meta") for key, value in state.items()})  # refuses what is no fit
+                state = _in_memory(partial(_mapped, weights), model.state_dict())
+            model.load_state_dict(state, assign=model.is_ctclip)
         except (PretrainedWeightsError, CheckpointError):
             raise
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:200] or type(error).__name__
             raise MisfitError(
-                f"{model_id}/config.json: found what does not fit model.safetensors ({reason}), expected the two files "
-                "of one saved model; copy both again"
+                f"{name}/config.json: found what does not fit model.safetensors ({reason}), expected the two files of "
+                "one saved model; copy both again"
             ) from error
         model.folder, origin = folder, config.get("derived_from")
         model.derived_from = origin if origin in (None, "imagenet") else published_name(str(origin))
-        return model
-
-    @classmethod
-    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        if not model.is_ctclip:
-            return super()._load_as_safetensor(model, model_file, map_location, True)  # the mixin's default is False
-        state = _mapped(model_file)
-        model.load_state_dict({key: value.to("meta") for key, value in state.items()})  # refuses what does not fit
-        model.load_state_dict(_in_memory(partial(_mapped, model_file), model.state_dict()), assign=True)
         return model.to(map_location).eval()
 
 
@@ -1697,9 +1682,6 @@ class AggressiveFocalLoss(nn.Module):
             loss = positive + negative if self.weight is None else (positive + negative) * self.weight
             return 2 ** (self.gamma + 1) * loss.mean()
 
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, gamma={self.gamma}"
-
 
 def create_balanced_loss(alpha: float = 0.85, gamma: float = 4.0) -> AggressiveFocalLoss:
     """The loss against over-prediction; see AggressiveFocalLoss for which way each number pushes."""
@@ -1751,10 +1733,10 @@ def published_layout(model: CTCLIPMultiAbnormalityModel, classifier: bool) -> di
     assert model.sizes is not None
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("classifier.")}
     state["visual_transformer.to_patch_emb_first_frame.1.weight"] = torch.zeros(model.sizes.patch**2)
-    if classifier:
-        state = {f"trained_model.{key}": value for key, value in state.items()}
-        state |= {f"classifier.{key}": value for key, value in model.classifier.state_dict().items()}
-    return state
+    if not classifier:
+        return state
+    head = {f"classifier.{key}": value for key, value in model.classifier.state_dict().items()}
+    return {f"trained_model.{key}": value for key, value in state.items()} | head
 
 
 def describe(title: str, model: CTCLIPMultiAbnormalityModel, x: Tensor) -> None:

@@ -50,39 +50,30 @@ NUMBER_POINTS = 8.0
 OUTLINE = "#4dd2ff"
 UNSAFE = re.compile(r"[^\w.-]+")  # in a file's name
 LONGEST_NAME = 80  # bytes of a label in a file's name, which ends at 255 on most disks
-NIFTI_1_SIZE = 2**15 - 1  # voxels along an axis that its header can say
 OUTSIDE_SHARE = 0.03  # share of the contributions outside the scan above which the caption gives it
 
 
 def parse_labels(text: str, model_labels: Sequence[str] = ABNORMALITIES) -> list[str]:
     """Labels of the model, spelled as there and in the order asked for, from "emphysema, Lung nodule" or "all".
 
-    A label may have commas of its own: the most parts that make one are taken as one. Raises PredictionError for a name
-    that the model does not have.
+    A label with a comma of its own can only be had with "all". Raises PredictionError for a name that the model does
+    not have.
     """
-    known = {",".join(_parts(label.lower())): label for label in model_labels}
-    parts, labels = _parts(text), []
+    known = {label.lower(): label for label in model_labels}
+    parts = [part.strip() for part in text.split(",") if part.strip()]
     if [part.lower() for part in parts] == ["all"]:
         return list(model_labels)
     if not parts:
         raise PredictionError("found no label for --explain, expected one or more, commas between; name them, or all")
-    while parts:
-        first = (",".join(parts[:n]).lower() for n in range(len(parts), 0, -1))
-        name = next((text for text in first if text in known), None)
-        if name is None:
-            close = difflib.get_close_matches(parts[0].lower(), known, n=3, cutoff=0.5)
+    for part in parts:
+        if part.lower() not in known:
+            close = difflib.get_close_matches(part.lower(), known, n=3, cutoff=0.5)
             expected = f"perhaps {' or '.join(known[name] for name in close)}" if close else ", ".join(model_labels)
             raise PredictionError(
-                f"found '{parts[0]}' among the labels of --explain, expected a label of this model ({expected}); "
+                f"found '{part}' among the labels of --explain, expected a label of this model ({expected}); "
                 "correct it, or ask for all"
             )
-        labels.append(known[name])
-        parts = parts[name.count(",") + 1 :]
-    return list(dict.fromkeys(labels))
-
-
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return list(dict.fromkeys(known[part.lower()] for part in parts))
 
 
 # ----------------------------------------------------------------------------------------------------- the logit, split
@@ -213,9 +204,7 @@ def write_heat_map(values: np.ndarray, placement: Placement, path: str | Path, l
 
 
 def _nifti_header(placement: Placement, slope: float, highest: float, label: str) -> nib.Nifti1Header:
-    """NIfTI-1, which every viewer reads; NIfTI-2 for a grid that only that can say."""
-    kind = nib.Nifti1Header if max(placement.shape) <= NIFTI_1_SIZE else nib.Nifti2Header
-    header = kind(endianness="<")
+    header = nib.Nifti1Header(endianness="<")
     header.set_data_dtype("<i2")
     header.set_data_shape(placement.shape)
     header.set_zooms(placement.spacing)

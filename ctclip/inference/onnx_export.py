@@ -16,7 +16,6 @@ import importlib.util
 import io
 import json
 import logging
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -43,7 +42,6 @@ NEEDED = ("onnx", "onnxscript")
 OLDEST_TORCH = (2, 8)  # the first whose exporter takes these models; all else runs with requirements.txt's
 TOLERANCE = 1e-3  # of a logit: a thousandth moves no probability by more than 0.00025
 TIE = 1e-4  # cosines nearer than this may be told apart either way: what float32 in another order amounts to
-ONE_FILE_BYTES = 2_000_000_000  # what one protobuf file can hold; larger weights go beside it, into NAME.onnx.data
 OPSET = 18
 
 
@@ -67,7 +65,6 @@ class Parity:
 @dataclass(frozen=True)
 class Export:
     path: Path
-    files: tuple[Path, ...]  # the graph, and before it its weights where they are a file of their own
     input_shape: tuple[int, int, int]
     outputs: tuple[str, ...]
     calibrated: bool  # thresholds and calibration are in the file's metadata
@@ -121,24 +118,16 @@ def export_onnx(model: CTCLIPMultiAbnormalityModel, path: str | Path, calibratio
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         newer = ".".join(map(str, OLDEST_TORCH))
         raise ExportError(f"found torch {torch.__version__}, expected {newer} or newer to export; update torch")
-    training = model.training
+    training, graph = model.training, _Graph(model.eval())
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
-        made, graph = Path(folder, path.name), _Graph(model.eval())
-        try:
-            _write(graph, made, _metadata(model, calibration))
-            parity = _compare(graph, made)
-        finally:
-            model.train(training)
-        files = sorted(Path(folder).iterdir(), key=lambda file: file == made)  # weights beside it first
-        for file in files:
-            with replacing(path.with_name(file.name), temporary=file):
-                pass
-    if len(files) == 1:
-        path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of a larger model that had this name
-    written = tuple(path.with_name(file.name) for file in files)
+    try:
+        with replacing(path) as temporary:
+            _write(graph, temporary, _metadata(model, calibration))
+            parity = _compare(graph, temporary)
+    finally:
+        model.train(training)
     seconds = time.perf_counter() - started
-    return Export(path, written, model.input_shape, graph.outputs, calibration is not None, seconds, parity)
+    return Export(path, model.input_shape, graph.outputs, calibration is not None, seconds, parity)
 
 
 def check_onnx_path(path: Path) -> None:
@@ -160,12 +149,10 @@ def export_run(checkpoint: str | Path, output: str | Path, device: str | None = 
 
 def describe(export: Export, checkpoint: str | Path) -> list[str]:
     """Lines to print."""
-    size = size_text(sum(file.stat().st_size for file in export.files))
-    beside = f", weights in {export.files[0].name}" if len(export.files) > 1 else ""
-    shape = ", ".join(map(str, export.input_shape))
+    size, shape = size_text(export.path.stat().st_size), ", ".join(map(str, export.input_shape))
     too = ", thresholds and calibration too" if export.calibrated else ""
     lines = [
-        f"Wrote {export.path}: {size}{beside}, {export.seconds:.0f} s; model {checkpoint}",
+        f"Wrote {export.path}: {size}, {export.seconds:.0f} s; model {checkpoint}",
         f"  volume (batch, 1, {shape}) float32 -> {', '.join(export.outputs)}; labels and input contract are in the "
         f"file's metadata{too}",
     ]
@@ -189,9 +176,6 @@ def describe(export: Export, checkpoint: str | Path) -> list[str]:
 def _write(graph: _Graph, path: Path, metadata: dict[str, str]) -> None:
     model = graph.model
     example = torch.zeros(2, 1, *model.input_shape, device=next(model.parameters()).device)  # 1 would fix the batch
-    used = sum(value.nbytes for value in graph.state_dict().values())
-    if "latents" not in graph.outputs and "code_ids" in graph.outputs:
-        used -= model.to_visual_latent.weight.nbytes
     try:
         with _quiet(), torch.no_grad():
             program: Any = torch.onnx.export(
@@ -202,7 +186,7 @@ def _write(graph: _Graph, path: Path, metadata: dict[str, str]) -> None:
             _strip_exporter_notes(program.model)
             program.model.metadata_props.update(metadata)
             program.model.producer_name = "ctclip.inference.onnx_export"
-            program.save(str(path), external_data=used > ONE_FILE_BYTES)
+            program.save(str(path), external_data=False)
     except (MemoryError, OSError):
         raise
     except Exception as error:  # the exporter's own classes differ between versions of torch

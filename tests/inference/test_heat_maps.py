@@ -161,14 +161,11 @@ def test_labels_are_read_as_people_write_them():
     assert heat_maps.parse_labels("b", ("A", "B")) == ["B"]
 
 
-def test_labels_may_have_commas():
-    own = ("Nodule, solid", "Nodule", "Cyst, large, thin", "Cyst")
-    assert heat_maps.parse_labels("nodule,SOLID", own) == ["Nodule, solid"]
-    assert heat_maps.parse_labels("Cyst, Nodule, solid, Nodule", own) == ["Cyst", "Nodule, solid", "Nodule"]
-    assert heat_maps.parse_labels("Nodule, cyst,large ,thin", own) == ["Nodule", "Cyst, large, thin"]
+def test_a_label_with_a_comma_is_one_of_all():
+    own = ("Nodule, solid", "Nodule")
     assert heat_maps.parse_labels("all", own) == list(own)
-    with pytest.raises(PredictionError, match="found 'large'"):
-        heat_maps.parse_labels("Cyst, large", own)
+    with pytest.raises(PredictionError, match="found 'solid'"):
+        heat_maps.parse_labels("Nodule, solid", own)
 
 
 @pytest.mark.parametrize(
@@ -270,15 +267,6 @@ def test_a_sheared_grid_keeps_its_affine(tmp_path):
     image = nib.load(tmp_path / "m.nii.gz")
     np.testing.assert_allclose(image.affine, sheared, atol=1e-5)
     assert image.header["qform_code"] == 0 and image.header["sform_code"] == 1
-
-
-def test_a_grid_too_large_for_nifti_1_is_nifti_2(tmp_path):
-    for longest, kind in ((32767, nib.Nifti1Image), (32768, nib.Nifti2Image)):
-        heat_maps.write_heat_map(np.ones((2, 2, 2)), cube((3, 2, longest)), tmp_path / "m.nii.gz", "Hernia")
-        image = nib.load(tmp_path / "m.nii.gz")
-        assert type(image) is kind and image.shape == (3, 2, longest)
-        np.testing.assert_allclose(image.affine, cube((3, 2, longest)).affine, atol=1e-5)
-        assert np.ptp(image.get_fdata() - 1) < 1e-6 and b"Hernia" in image.header["descrip"].item()
 
 
 def test_memory_is_a_few_slices(tmp_path):

@@ -66,9 +66,8 @@ def calibration():
 def test_every_head_answers_alike_for_any_batch(onnx_is_here, tmp_path, head):
     """And no folder of this machine is in the file."""
     model = ctclip(head)
-    (tmp_path / "model.onnx.data").write_bytes(b"of a larger model that had this name")
     export = export_onnx(model, tmp_path / "model.onnx")
-    assert list(tmp_path.iterdir()) == [tmp_path / "model.onnx"] == list(export.files)
+    assert list(tmp_path.iterdir()) == [tmp_path / "model.onnx"] == [export.path]
     assert export.parity.difference < 1e-4 and export.parity.same_codes == 1 and export.parity.volumes == 3
     content = export.path.read_bytes()
     private = (str(SUITE), str(Path(torch.__file__).resolve().parents[1]), str(Path.home()) + "/", "stack_trace")
@@ -164,16 +163,6 @@ def test_only_near_ties_explain_codes_that_differ(near):
     assert onnx_export._explained(model, own, answer) is near
     wrong = answer | {"logits": answer["logits"] + 0.01}
     assert not onnx_export._explained(model, own, wrong)
-
-
-def test_weights_too_large_for_one_file_lie_beside_it(onnx_is_here, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_export, "ONE_FILE_BYTES", 1000)
-    model = ctclip()
-    export = export_onnx(model, tmp_path / "model.onnx")
-    assert [file.name for file in export.files] == ["model.onnx.data", "model.onnx"]
-    volume = check_volumes(model.input_shape)[0]
-    with torch.inference_mode():
-        assert np.abs(run(export.path, volume)[0]["logits"] - model(volume).numpy()).max() < 1e-4
 
 
 def test_a_run_is_exported_with_its_thresholds_and_without_noise(onnx_is_here, tmp_path):
