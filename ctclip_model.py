@@ -1205,6 +1205,11 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         PretrainedWeightsError: ImageNet weights cannot be fetched.
     """
 
+    # What tells kinds of backbones apart, set where one is built.
+    input_shape: tuple[int, int, int]  # (D, H, W) of the volumes that preprocessing should produce for this model
+    cache_format: str  # what `encode_for_cache` gives: "codes", "pooled" or "maps"
+    backbone_modules: tuple[str, ...]  # what unfreezing trains: the encoder, and what follows it
+    layered_module: str  # whose parameters timm groups into layers
     _hub_mixin_config: dict[str, Any]
 
     def __init__(
@@ -1281,8 +1286,11 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             self.to_visual_latent = nn.Linear(sizes.grid**2 * sizes.dim, sizes.latent, bias=False)
         self.classifier = create_head(head, sizes, self.dropout.p, len(self.labels))
         self.sizes, self.head_name = sizes, head
+        self.input_shape, self.cache_format, self.layered_module = sizes.input_shape, "codes", "visual_transformer"
+        self.backbone_modules = ("visual_transformer", "to_visual_latent")
         if head == "attention":
             self.to_visual_latent.requires_grad_(False)  # not used for the logits; kept for `encode`
+            self.backbone_modules = ("visual_transformer",)
 
     def _build_slice_variant(self, backbone: str, attention: str | None, pretrained: bool, n_slices: int) -> None:
         if attention not in (None, "cbam"):
@@ -1294,6 +1302,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         self.attention = nn.Identity() if attention is None else create_attn(attention, self.backbone.dim)
         self.classifier = zero_linear(self.backbone.dim)
         self.derived_from = "imagenet" if pretrained else None
+        self.input_shape, self.cache_format = SLICE_INPUT_SHAPE, "pooled" if attention is None else "maps"
+        self.backbone_modules, self.layered_module = ("backbone",), "backbone.net"
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
@@ -1301,28 +1311,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
     def is_ctclip(self) -> bool:
         return self.sizes is not None
 
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(D, H, W) of the volumes that preprocessing should produce for this model."""
-        return SLICE_INPUT_SHAPE if self.sizes is None else self.sizes.input_shape
-
-    @property
-    def cache_format(self) -> str:
-        """What `encode_for_cache` gives: "codes", "pooled" or "maps"."""
-        if self.is_ctclip:
-            return "codes"
-        return "pooled" if isinstance(self.attention, nn.Identity) else "maps"
-
-    def _backbone_modules(self) -> list[nn.Module]:
-        """What unfreezing trains; without the latents' projection where the head does not use latents."""
-        if not self.is_ctclip:
-            return [self.backbone]
-        if self.head_name == "attention":
-            return [self.visual_transformer]
-        return [self.visual_transformer, self.to_visual_latent]
-
     def backbone_parameters(self) -> list[nn.Parameter]:
-        return [parameter for module in self._backbone_modules() for parameter in module.parameters()]
+        return [parameter for name in self.backbone_modules for parameter in self.get_submodule(name).parameters()]
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Everything that is trained while the backbone is frozen (for the slice variant, the attention too)."""
@@ -1330,10 +1320,10 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     def encoder_state(self) -> dict[str, Tensor]:
         """Every tensor that `encode_for_cache` depends on, by name; a cache of its output is keyed by these."""
-        state = self.state_dict()
+        encoder = f"{self.backbone_modules[0]}."
+        state = {key: value for key, value in self.state_dict().items() if key.startswith(encoder)}
         if self.is_ctclip:
-            return {key: value for key, value in state.items() if key.startswith("visual_transformer.")}
-        state = {key: value for key, value in state.items() if key.startswith("backbone.")}
+            return state
         fixed = {"mean": self.backbone.mean, "std": self.backbone.std, "n_slices": torch.tensor(self.n_slices)}
         return state | {f"backbone.{key}": value for key, value in fixed.items()}
 
@@ -1344,14 +1334,14 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         """
         from timm.models import group_parameters
 
-        prefix = "visual_transformer." if self.is_ctclip else "backbone.net."
-        body: Any = self.get_submodule(prefix[:-1])
+        body: Any = self.get_submodule(self.layered_module)
         matcher = body.group_matcher() if hasattr(body, "group_matcher") else {}
         if isinstance(matcher, dict):
             # What no pattern matches (a last norm; parts of timm's own classifier, unused here) joins the last layer.
             matcher = matcher | {"rest": [(".", (99999,))]}
-        layers = [[prefix + name for name in names] for names in group_parameters(body, matcher).values()]
-        if self.is_ctclip and self.head_name != "attention":
+        groups = group_parameters(body, matcher).values()
+        layers = [[f"{self.layered_module}.{name}" for name in names] for names in groups]
+        if "to_visual_latent" in self.backbone_modules:
             layers[-1].append("to_visual_latent.weight")
         return layers
 
@@ -1408,7 +1398,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         path change them."""
         super().train(mode)
         if mode:
-            for module in (part for backbone in self._backbone_modules() for part in backbone.modules()):
+            for module in (part for name in self.backbone_modules for part in self.get_submodule(name).modules()):
                 parameters = list(module.parameters())
                 if parameters and not any(parameter.requires_grad for parameter in parameters):
                     module.eval()
