@@ -47,7 +47,7 @@ def weights_step(names: Sequence[str], slim: bool) -> dict[str, HubError]:
             fingerprint_step(weights, slim and weights.path == weights.whole)
         except HubError as caught:
             error = failed[name] = caught
-        hub_error = error if error and not error.concerns_one_file else None
+        hub_error = error if error and error.kind not in ("file", "bytes", "disk") else None  # these concern one file
     if any(name in client.PROMPTED and name not in failed for name in names):
         vocabulary_step(hub_error)
     return failed
@@ -58,59 +58,56 @@ def update_or_keep(weights: WeightsFile, slim: bool, hub_error: HubError | None)
 
     `hub_error`: known before. Raises HubError where the file is neither here nor to be had.
     """
+    token = ""
     try:
         if hub_error:
             raise hub_error
         with client.file_lock(weights.whole):
-            update_weights(weights, slim)
+            token = client.find_token()
+            update_weights(weights, slim, token)
         return None
-    except HubError as error:
+    except Exception as caught:
+        error = client.to_hub_error(caught, weights.file, token)
         damage = weights.damage() if weights.path else None
         if weights.path is None or damage:
             here = f"{weights.path} is damaged: {damage}" if damage else "not here"
             print_row("", f"{weights.name}: {here}: {error.reason}")
-            raise
+            raise error from caught
         known = "as it was when it was fetched" if weights.recorded_sha256 else "not verified"
         print_row("", f"{weights.name}: already here, {weights.size}, {known}: {error.reason}")
         return error
 
 
-def update_weights(weights: WeightsFile, slim: bool) -> None:
+def update_weights(weights: WeightsFile, slim: bool, token: str) -> None:
     """Makes the file the hub's and prints what was done. `slim`: a copy beside it has to fit on the disk too."""
 
     def say(text: str) -> None:
         print_row("", f"{weights.name}: {text}")
 
-    token = ""
-    try:
-        token = client.find_token()
-        remote = client.file_metadata(weights.file, token)
-        damage = weights.damage(remote) if weights.path else None
-        if weights.path and damage is None:
-            checked = checked_text(remote)
-            if weights.path == weights.slim:
-                checked = "a slim copy of the hub's file, as it was made"
-            elif remote.checksum == "SHA-256":
-                record_origin(weights, remote.etag)
-            say(f"already here, {weights.path}, {weights.size}, {checked}")
-            return
-        if damage:
-            say(f"{weights.path} is damaged: {damage}; fetching it again")
-        begun = sum(part.stat().st_size for part in client.parts_of(weights.whole))
-        needed = (remote.size or WEIGHTS_BYTES) - begun + (SLIM_BYTES if slim else 0)
-        client.check_free_space(weights.whole.parent, needed)
-        size = size_text(remote.size) if remote.size else "a file of unknown size"
-        going_on = f", of which {size_text(begun)} are here" if begun else ""
-        say(f"fetching {size}{going_on} to {weights.whole}")
-        started = time.monotonic()
-        client.download(weights.file, weights.whole, token, say, remote)
-        weights.slim.unlink(missing_ok=True)
-        weights.record.unlink(missing_ok=True)
-        record_origin(weights, remote.etag if remote.checksum == "SHA-256" else client.sha256_of(weights.whole))
-        seconds = time.monotonic() - started
-        say(f"{weights.whole}, {weights.size} in {seconds:.0f} s, {checked_text(remote)}")
-    except Exception as error:
-        raise client.to_hub_error(error, weights.file, token) from error
+    remote = client.file_metadata(weights.file, token)
+    damage = weights.damage(remote) if weights.path else None
+    if weights.path and damage is None:
+        checked = checked_text(remote)
+        if weights.path == weights.slim:
+            checked = "a slim copy of the hub's file, as it was made"
+        elif remote.checksum == "SHA-256":
+            record_origin(weights, remote.etag)
+        say(f"already here, {weights.path}, {weights.size}, {checked}")
+        return
+    if damage:
+        say(f"{weights.path} is damaged: {damage}; fetching it again")
+    begun = sum(part.stat().st_size for part in client.parts_of(weights.whole))
+    needed = (remote.size or WEIGHTS_BYTES) - begun + (SLIM_BYTES if slim else 0)
+    client.check_free_space(weights.whole.parent, needed)
+    size = size_text(remote.size) if remote.size else "a file of unknown size"
+    going_on = f", of which {size_text(begun)} are here" if begun else ""
+    say(f"fetching {size}{going_on} to {weights.whole}")
+    started = time.monotonic()
+    client.download(weights.file, weights.whole, token, say, remote)
+    weights.slim.unlink(missing_ok=True)
+    weights.record.unlink(missing_ok=True)
+    record_origin(weights, remote.etag if remote.checksum == "SHA-256" else client.sha256_of(weights.whole))
+    say(f"{weights.whole}, {weights.size} in {time.monotonic() - started:.0f} s, {checked_text(remote)}")
 
 
 def checked_text(remote: client.RemoteFile) -> str:

@@ -72,11 +72,6 @@ class HubError(UserError):
         self.reason, self.steps, self.kind, self.wait = reason, steps, kind, wait
 
     @property
-    def concerns_one_file(self) -> bool:
-        """Whether other files may still be had."""
-        return self.kind in ("file", "bytes", "disk")
-
-    @property
     def is_transient(self) -> bool:
         """Whether waiting may help."""
         return self.kind in ("network", "hub", "bytes")

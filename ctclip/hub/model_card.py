@@ -31,14 +31,10 @@ BINDING = "CC-BY-NC-SA-4.0: not for commercial use, to be shared under the same 
 DEMO = "ctclip_demo"
 UNSAID = "not recorded"
 
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-    autoescape=False,  # Markdown
-)
+_TEMPLATES = jinja2.Environment(  # of Markdown: nothing is escaped
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
 _TEMPLATES.filters["thousands"] = "{:,}".format
 
 

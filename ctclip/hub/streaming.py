@@ -24,7 +24,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from tqdm import tqdm
@@ -151,20 +151,11 @@ def bytes_in(folder: Path) -> int:
     return total
 
 
-class DiskBudget(NamedTuple):
-    """Bytes: `limit` in all, of which `room` for files in transit; `encoded` before; codes and line `per_volume`."""
-
-    limit: float
-    room: float
-    encoded: int
-    per_volume: int
-
-
-def plan_disk(options: StreamOptions, cache: FeatureCache, transfers: Sequence[Transfer]) -> DiskBudget:
-    """All the codes, and the rest for files. Raises HubError where the largest file and the codes do not fit, in
-    --disk-gb or on the disks as they are."""
-    per_volume = cache.record_bytes + feature_cache.LINE_BYTES + MANIFEST_BYTES
-    encoded, growth = bytes_in(cache.folder), len(transfers) * per_volume
+def plan_disk(options: StreamOptions, cache: FeatureCache, transfers: Sequence[Transfer]) -> tuple[float, float]:
+    """-> (bytes in all, of which for files in transit): all the codes, and the rest for files. Raises HubError where
+    the largest file and the codes do not fit, in --disk-gb or on the disks as they are."""
+    growth = len(transfers) * (cache.record_bytes + feature_cache.LINE_BYTES + MANIFEST_BYTES)
+    encoded = bytes_in(cache.folder)
     largest = max(transfers, key=lambda transfer: transfer.size)
     codes = f"the codes of {len(transfers)} volumes"
     file = f"{largest.volume.name} ({size_text(largest.size)})"
@@ -185,7 +176,7 @@ def plan_disk(options: StreamOptions, cache: FeatureCache, transfers: Sequence[T
             remedy = "free some, or name a --data-dir, --scratch-dir and --cache-dir on larger disks"
             raise HubError(f"the disk is too small: {found}", remedy, kind="disk")
     room = min(limit - encoded - growth, shutil.disk_usage(scratch).free + here - SPARE_BYTES - shared)
-    return DiskBudget(encoded + growth + room, room, encoded, per_volume)
+    return encoded + growth + room, room
 
 
 # ---- download, read, encode
@@ -253,13 +244,12 @@ def stream(selection: Selection, options: StreamOptions) -> None:
         on_disk, transfers = plan_stream(chosen, options, selection, cache, token)
         if on_disk:
             encode_missing(model, cache, on_disk, device, 0, Ranks(), lambda volumes, batch: print_failures(batch))
-        budget = plan_disk(options, cache, transfers) if transfers else None
-        clear_staging(options.staging, transfers, budget.room if budget else 0)
-        if budget:
-            transit = size_text(budget.room)
-            print_row("", f"disk: at most {size_text(budget.limit)}, of which {transit} for files in transit")
-            with Downloader(transfers, token, budget.room) as downloader:
-                encode_transfers(model, cache, downloader, budget, selection, options)
+        limit, room = plan_disk(options, cache, transfers) if transfers else (0, 0)
+        clear_staging(options.staging, transfers, room)
+        if transfers:
+            print_row("", f"disk: at most {size_text(limit)}, of which {size_text(room)} for files in transit")
+            with Downloader(transfers, token, room) as downloader:
+                encode_transfers(model, cache, downloader, limit, selection, options)
         for folder in (*options.staging.iterdir(), options.staging):
             with suppress(OSError):  # not empty
                 folder.rmdir()
@@ -272,7 +262,7 @@ def encode_transfers(
     model: CTCLIPMultiAbnormalityModel,
     cache: FeatureCache,
     downloader: Downloader,
-    budget: DiskBudget,
+    limit: float,
     selection: Selection,
     options: StreamOptions,
 ) -> None:
@@ -284,9 +274,8 @@ def encode_transfers(
 
     def show(refresh: bool = True) -> None:
         per_minute = 60 * done / (time.monotonic() - start)
-        encoded = budget.encoded + budget.per_volume * (done - len(failures.errors))
-        used = size_text(encoded + bytes_in(options.staging))
-        bar.set_postfix_str(f"{per_minute:.1f} vol/min, disk {used} of {size_text(budget.limit)}", refresh)
+        used = size_text(bytes_in(cache.folder) + bytes_in(options.staging))
+        bar.set_postfix_str(f"{per_minute:.1f} vol/min, disk {used} of {size_text(limit)}", refresh)
 
     bar = tqdm(total=total, desc="stream", bar_format=BAR)
     with open_manifest(manifest_path) as manifest, closing(cache), bar, feature_cache.encoding(model, device):

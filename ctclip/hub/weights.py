@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ctclip.data.feature_cache import encoding, tensors_sha256
 from ctclip.fileio import replacing
@@ -83,16 +82,6 @@ def fingerprint(model: CTCLIPMultiAbnormalityModel) -> Fingerprint:
 # ---- slim
 
 
-def tensors_in_use(path: Path, model: CTCLIPMultiAbnormalityModel) -> dict[str, Tensor]:
-    """Of the file at `path`: what `model`, loaded from it, computes with, what its sizes are read from, and, where it
-    has no head, the text tower, which is what such a file classifies with."""
-    state, size_key = read_checkpoint(path), "visual_transformer.to_patch_emb_first_frame.1.weight"
-    used = {*model.state_dict(), size_key}  # the only one that tells the in-plane patch
-    if LINEAR_HEAD_KEYS[0] not in state:
-        used |= {key for key in state if unused_reason(key) == "text tower"}
-    return {key: value.contiguous() for key, value in state.items() if key in used}
-
-
 def make_slim(path: Path) -> tuple[Path, Fingerprint]:
     """Puts a slim copy in the place of `path` once it is proven to compute the same, to the bit; -> (it, fingerprint).
 
@@ -108,13 +97,16 @@ def make_slim(path: Path) -> tuple[Path, Fingerprint]:
             f"{target}: found a file that was not made from {path.name}, expected none; move it, or leave --slim out"
         )
     model = load(path)
-    before = fingerprint(model)
-    kept = tensors_in_use(path, model)
+    before, state = fingerprint(model), read_checkpoint(path)
+    used = {*model.state_dict(), "visual_transformer.to_patch_emb_first_frame.1.weight"}  # which tells the patch size
+    if LINEAR_HEAD_KEYS[0] not in state:  # such a file classifies with its text tower
+        used |= {key for key in state if unused_reason(key) == "text tower"}
+    kept = {key: value.contiguous() for key, value in state.items() if key in used}
     copy = path.with_name(f".{path.stem}.slim.safetensors")  # always this name: one left by a kill is overwritten
     try:
         with replacing(target, copy):
             save_file(kept, copy, metadata={SLIM_OF: path.name})
-            del kept, model
+            del kept, model, state
             after = fingerprint(load(copy))
             if (after.digest, after.values) != (before.digest, before.values):
                 raise CheckpointError(f"{path}: the slim copy gives {after}, expected {before}; it was not kept")
