@@ -40,6 +40,7 @@ CT_CLASS_IN_BYTES = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.[12])?[^.
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")  # what claims to be DICOM by its name
 OLDEST_ITK = (2, 5, 4)  # whose GDCM refuses a slice that is cut short
+LAST_TAGS = (0x7FE00010, 0xFFFAFFFA, 0xFFFCFFFC)  # pixels; behind them only signatures and padding
 SERIES_PREFIX = "series_"  # before its number, in the name of a series that shares its folder
 JITTER = 0.1  # of the slice distance: how far a slice may lie from its place; a missing one is ten times that off
 STRAIGHT = 1.0  # degrees between the slices' normal and the way from slice to slice, up to which that is the normal
@@ -183,40 +184,36 @@ def _name_form(path: Path) -> str:
 
 def _add_file(content: DicomFolder, path: Path, start: bytes, pydicom: ModuleType) -> bool:
     """Sorts one DICOM file in; whether it is a CT slice, usable or not."""
+    identity, sop_class = "", None
     try:
         if DEFLATED in start:  # it would be inflated whole, whatever it holds
             raise file_error(path, "a deflated DICOM file", "pixels plain or compressed one by one", "convert it first")
         header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=HEADER_TAGS)
         sop_class = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
-    except VolumeError as fault:
-        content.faults.setdefault("", fault)
-        return True
-    except Exception as fault:  # a parser's own, of any type, for bytes that make no sense
-        header, sop_class = None, None
-        reason = f"{type(fault).__name__}: {fault}"[:80]
-    if sop_class is None and not CT_CLASS_IN_BYTES.search(start):
-        content.skipped["unreadable DICOM file"] += 1
-        return False
-    if header is None or sop_class is None:
-        reason = "no SOP class" if header is not None else reason
-        content.faults.setdefault("", file_error(path, f"an unreadable CT slice ({reason})", "a readable one", RECOPY))
-        return True
-    if sop_class not in CT_CLASSES:
-        name = pydicom.uid.UID(str(sop_class)).name.removesuffix(" Storage")
-        content.skipped[name if re.search("[A-Za-z]", name) else "of an unknown kind"] += 1
-        return False
-    identity = str(header.get("SeriesInstanceUID", ""))
-    try:
-        for one in _slices_of(path, header):
-            content.series.setdefault(identity, []).append(one)
-    except VolumeError as fault:
-        content.faults.setdefault(identity, fault)
-        content.series.setdefault(identity, [])
-    else:
-        if identity not in content.series:
-            content.skipped["localizer"] += 1
+        if sop_class is None:
+            raise ValueError("no SOP class")
+        if sop_class not in CT_CLASSES:
+            name = pydicom.uid.UID(str(sop_class)).name.removesuffix(" Storage")
+            content.skipped[name if re.search("[A-Za-z]", name) else "of an unknown kind"] += 1
             return False
-    content.numbers.setdefault(identity, str(header.get("SeriesNumber", "") or "").strip())
+        identity = str(header.get("SeriesInstanceUID", ""))
+        content.numbers.setdefault(identity, str(header.get("SeriesNumber") or "").strip())
+        slices = list(_slices_of(path, header))
+    except Exception as error:  # pydicom's own are of any type, for bytes that make no sense
+        if sop_class is None and not CT_CLASS_IN_BYTES.search(start):
+            content.skipped["unreadable DICOM file"] += 1
+            return False
+        if not isinstance(error, VolumeError):
+            found = f"an unreadable CT slice ({type(error).__name__}: {error})"[:160]
+            error = file_error(path, re.sub(r"\s+", " ", found), "a readable one", RECOPY)
+        content.faults.setdefault(identity, error)
+        if identity:
+            content.series.setdefault(identity, [])
+        return True
+    if not slices:
+        content.skipped["localizer"] += 1
+        return False
+    content.series.setdefault(identity, []).extend(slices)
     return True
 
 
@@ -363,7 +360,7 @@ def series_of(folder: Path) -> tuple[dict[str, Path], str | None]:
     for identity, slices in content.series.items():
         name = folder.name
         if len(content.series) > 1:
-            name = f"{folder.name}/{SERIES_PREFIX}{content.numbers[identity] or len(found) + 1}"
+            name = f"{folder.name}/{SERIES_PREFIX}{content.numbers.get(identity) or len(found) + 1}"
             alike = (f"{name}_{count}" for count in range(2, len(content.series) + 1))
             name = next(other for other in (name, *alike) if other not in found)
         found[name] = slices[0].path if slices else folder / content.faults[identity].args[0].partition(": found ")[0]
@@ -517,10 +514,12 @@ class DicomSeries(VolumeFile):
         if slices[0].frame is None and not native:
             yield from self._decoded_by_itk(path)
             return
-        source: Any = path
-        if _beginning(path)[128:132] != b"DICM":  # then nothing in the file says how it is encoded
-            source = pydicom.dcmread(path, force=True)
-            source.file_meta.TransferSyntaxUID = encoding
+        source = pydicom.dcmread(path, force=True, defer_size=None if slices[0].frame is None else 1 << 16)
+        tags = list(source.keys())
+        if tags != sorted(tags) or tags[-1] not in LAST_TAGS:
+            raise ValueError("bytes behind the pixels that are no DICOM elements")  # so the pixels may be shifted
+        source.file_meta.TransferSyntaxUID = encoding  # which a file without preamble does not name
+        source = path if slices[0].frame is not None and _beginning(path)[128:132] == b"DICM" else source
         indices, plugin = [each.frame or 0 for each in slices], "" if native else "gdcm"
         planes = pydicom.pixels.iter_pixels(source, indices=indices, raw=True, decoding_plugin=plugin)
         for each, plane in zip(slices, planes, strict=True):

@@ -6,10 +6,7 @@ from __future__ import annotations
 import gzip
 import os
 import struct
-import subprocess
-import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,63 +208,6 @@ def test_other_ways_to_write_a_flag_and_blank_lines_are_read(tmp_path, scan):
     data = path.read_bytes().replace(b"= True", b"= T").replace(b"= False", b"= no")
     path.write_bytes(data.replace(b"\n", b"\n\n", 3))
     assert torch.equal(preprocess_volume(path, None, SMALL), expected)
-
-
-# ------------------------------------------------------------------ fuzz: seconds and megabytes, whatever a header says
-
-
-def test_hundred_mutated_headers_of_each_kind_are_a_tensor_or_one_line(tmp_path):
-    """In a process with 3 GB of address space beyond what importing takes: nothing crashes, hangs or grows."""
-    if sys.platform != "linux":
-        pytest.skip("limits of address space are Linux's")
-    for number in range(100):
-        mutate(tmp_path / f"{number:03d}.nii", number)
-        mutate(tmp_path / f"{number:03d}.nii.gz", number)
-        mutate(tmp_path / f"{number:03d}.mha", number)
-    script = (
-        "import resource, sys, time, pathlib, torch\n"
-        "from ctclip.data import preprocess_volume\n"
-        "from ctclip.data.volume_file import VolumeError\n"
-        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 30), -1))\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "read = refused = 0\n"
-        "for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):\n"
-        "    start = time.monotonic()\n"
-        "    try:\n"
-        "        preprocess_volume(path, None, (24, 48, 48)); read += 1\n"
-        "    except VolumeError as error:\n"
-        "        assert '\\n' not in str(error) and len(str(error)) < 300, error\n"
-        "        refused += 1\n"
-        "    assert time.monotonic() - start < 5, path\n"
-        "print(read, refused, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)\n"
-    )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    read, refused, megabytes = map(int, done.stdout.split())
-    assert read + refused == 300 and read > 20 and refused > 60, "mutations that do harm, and some that do not"
-    assert megabytes < 300
-
-
-def mutate(path: Path, number: int) -> None:
-    """A chest with three bytes of its header replaced, digits by digits half of the time; every fifth file also cut."""
-    rng = np.random.default_rng([number, len(path.name)])
-    hu = chest((20, 18, 8))
-    if path.suffix == ".mha":
-        write_mha(path, hu, affine_of(SPACING), compressed=bool(number % 2))
-        data, size = bytearray(path.read_bytes()), path.read_bytes().index(b"LOCAL\n")
-    else:
-        data = bytearray(write(path.with_suffix(".tmp.nii"), hu, SPACING).read_bytes())
-        path.with_suffix(".tmp.nii").unlink()
-        size = 348
-    for _ in range(3):
-        at = int(rng.integers(size))
-        digit = chr(data[at]).isdigit() and rng.random() < 0.7
-        data[at] = ord(rng.choice(list("0123456789-e."))) if digit else int(rng.integers(256))
-    if number % 5 == 0:
-        data = data[: int(rng.integers(len(data)))]
-    path.write_bytes(gzip.compress(bytes(data)) if path.suffix == ".gz" else bytes(data))
 
 
 def test_a_few_bytes_that_inflate_to_a_huge_slice_are_refused_unread(tmp_path):

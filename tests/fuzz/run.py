@@ -1,0 +1,139 @@
+"""Any number of mutated inputs, by hand:
+
+    python tests/fuzz/run.py --seed 7 --seconds 600 --only dicom
+
+Every input gives the right answer or one line. A scan that is read must be what nibabel or SimpleITK make of the file,
+where they read it. Prints a line for each input that does not, with the seed and number that make it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import resource
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+
+import nibabel as nib
+import SimpleITK
+from helpers_data import SMALL, write
+from mutations import GENERATORS
+
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+
+from ctclip.data.preprocessing import preprocess_volume
+from ctclip.data.volume_file import VolumeError
+
+SLOWEST = 10.0  # seconds
+LONGEST = 400  # characters of a message
+MEMORY = 3 << 30  # address space beyond what importing takes
+TOLERANCE = 2e-3  # of what is read, against another reader: 2 HU
+
+
+def check(kind: str, seed: int, number: int) -> tuple[str, str]:
+    """(outcome, what was changed): "read", "refused", or what is wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, how = GENERATORS[kind](Path(folder), np.random.default_rng([seed, number, len(kind)]))
+        start = time.monotonic()
+        try:
+            found = preprocess_volume(path, None, SMALL)
+            outcome = _judge(found, _read_elsewhere(kind, path, Path(folder)))
+        except VolumeError as error:
+            message = str(error)
+            usable = "\n" not in message and "expected" in message and len(message) < LONGEST
+            outcome = "refused" if usable else f"message: {message!r}"
+        except Exception:
+            outcome = traceback.format_exc(limit=-4).replace("\n", " | ")
+        if time.monotonic() - start > SLOWEST:
+            outcome = f"{time.monotonic() - start:.0f} s"
+        return outcome, how
+
+
+def _judge(found: torch.Tensor, expected: torch.Tensor | None) -> str:
+    if not bool(torch.isfinite(found).all()) or float(found.abs().max()) > 1:
+        return "values out of [-1, 1]"
+    if expected is not None and float((found - expected).abs().max()) > TOLERANCE:
+        return f"another scan than the reference reads: {float((found - expected).abs().max()):.3f}"
+    return "read"
+
+
+def _read_elsewhere(kind: str, path: Path, folder: Path) -> torch.Tensor | None:
+    """The tensor of what nibabel or SimpleITK read, written again as a plain NIfTI; None where they do not read it."""
+    try:
+        if kind == "nifti":
+            image = nib.load(path)
+            hu, affine = np.asarray(image.get_fdata(dtype=np.float32)), image.affine
+            if image.header["sform_code"] == 0 and image.header["qform_code"] == 0:
+                return None  # no orientation: nibabel makes one up
+        elif kind == "metaimage":
+            itk = SimpleITK.ReadImage(str(path), SimpleITK.sitkFloat32)
+            hu = SimpleITK.GetArrayFromImage(itk).T
+        else:
+            itk = _itk_series(path)
+            hu = SimpleITK.GetArrayFromImage(itk).T
+        if kind != "nifti":
+            affine = np.eye(4)
+            affine[:3, :3] = np.reshape(itk.GetDirection(), (3, 3)) * itk.GetSpacing()
+            affine[:3, 3] = itk.GetOrigin()
+            affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+        hu = np.nan_to_num(hu, nan=0.0)
+        spacing = nib.affines.voxel_sizes(affine)
+        return preprocess_volume(write(folder / "reference.nii", hu, tuple(spacing), affine), None, SMALL)
+    except Exception:  # whatever the reference has against the file, or we against what it made of it
+        return None
+
+
+def _itk_series(folder: Path) -> SimpleITK.Image:
+    """The only series of a folder, as ITK reads it."""
+    (identity,) = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    reader = SimpleITK.ImageSeriesReader()
+    reader.SetFileNames(SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identity))
+    reader.SetOutputPixelType(SimpleITK.sitkFloat32)
+    return reader.Execute()
+
+
+def limit_memory() -> None:
+    """On Linux, MEMORY beyond what is in use: a file that asks for more ends in an error here."""
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--count", type=int, help="inputs of each kind, whatever time they take")
+    parser.add_argument("--only", choices=list(GENERATORS), nargs="+", default=list(GENERATORS))
+    parser.add_argument("--first", type=int, default=0, help="number to begin with")
+    args = parser.parse_args()
+    limit_memory()
+    start, number, bad = time.monotonic(), args.first, 0
+    counts = {kind: {"read": 0, "refused": 0} for kind in args.only}
+    while number - args.first < args.count if args.count else time.monotonic() - start < args.seconds:
+        for kind in args.only:
+            outcome, how = check(kind, args.seed, number)
+            if outcome in counts[kind]:
+                counts[kind][outcome] += 1
+            else:
+                bad += 1
+                print(f"{kind} --seed {args.seed} --first {number} ({how}): {outcome}", flush=True)
+        number += 1
+    for kind, count in counts.items():
+        print(f"{kind}: {count['read']} read, {count['refused']} refused")
+    print(f"{bad} wrong, {time.monotonic() - start:.0f} s")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
