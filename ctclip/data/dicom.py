@@ -150,6 +150,7 @@ class DicomFolder:
     numbers: dict[str, str] = field(default_factory=dict)
     faults: dict[str, VolumeError] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
+    unknown: dict[str, Path] = field(default_factory=dict)  # by series, an object whose kind is unknown
 
     def note(self) -> str | None:
         """One line about what was skipped; None where nothing was."""
@@ -173,6 +174,10 @@ def read_folder(folder: Path) -> DicomFolder:
         if _name_form(path) in names or path.suffix.lower() in DICOM_SUFFIXES:
             found = "an empty file" if path.stat().st_size == 0 else "a file that is not DICOM"
             content.faults.setdefault("", file_error(path, found, "a slice like those beside it", RECOPY))
+    for identity, path in content.unknown.items():
+        if identity in content.series:
+            found = "an object of an unknown kind in a series of CT slices"
+            content.faults.setdefault(identity, file_error(path, found, "slices only", "copy it again or move it away"))
     return content
 
 
@@ -189,18 +194,21 @@ def _add_file(content: DicomFolder, path: Path, start: bytes, pydicom: ModuleTyp
         if DEFLATED in start:  # it would be inflated whole, whatever it holds
             raise file_error(path, "a deflated DICOM file", "pixels plain or compressed one by one", "convert it first")
         header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=HEADER_TAGS)
-        sop_class = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
-        if sop_class is None:
+        named = header.get("SOPClassUID"), header.file_meta.get("MediaStorageSOPClassUID")
+        sop_class = next((each for each in named if each in CT_CLASSES), named[0] or named[1])
+        if not sop_class:
             raise ValueError("no SOP class")
         if sop_class not in CT_CLASSES:
-            name = pydicom.uid.UID(str(sop_class)).name.removesuffix(" Storage")
-            content.skipped[name if re.search("[A-Za-z]", name) else "of an unknown kind"] += 1
+            uid = pydicom.uid.UID(str(sop_class))
+            if uid == uid.name:  # private, or damaged
+                content.unknown.setdefault(str(header.get("SeriesInstanceUID", "")), path)
+            content.skipped["of an unknown kind" if uid == uid.name else uid.name.removesuffix(" Storage")] += 1
             return False
         identity = str(header.get("SeriesInstanceUID", ""))
         content.numbers.setdefault(identity, str(header.get("SeriesNumber") or "").strip())
         slices = list(_slices_of(path, header))
     except Exception as error:  # pydicom's own are of any type, for bytes that make no sense
-        if sop_class is None and not CT_CLASS_IN_BYTES.search(start):
+        if not sop_class and not CT_CLASS_IN_BYTES.search(start):
             content.skipped["unreadable DICOM file"] += 1
             return False
         if not isinstance(error, VolumeError):

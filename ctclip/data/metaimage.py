@@ -11,7 +11,16 @@ from typing import IO, Any
 import numpy as np
 
 from ctclip.data.inflate import decompressobj
-from ctclip.data.volume_file import CONVERT, LPS_TO_RAS, RECOPY, Header, StreamFile, shortest_decimal, three_axes
+from ctclip.data.volume_file import (
+    CONVERT,
+    LPS_TO_RAS,
+    RECOPY,
+    Header,
+    StreamFile,
+    parse_number,
+    shortest_decimal,
+    three_axes,
+)
 from ctclip.formatting import plural
 
 META_SUFFIX = ".mha"
@@ -58,6 +67,8 @@ class MetaFile(StreamFile):
         self.skip(int(skip))
         if self._flag("CompressedData"):
             self.stream = _ZlibStream(self.raw)
+        elif (rest := size - self.raw.tell() - prod(self.header.shape) * self.header.dtype.itemsize) > 0:
+            raise self.error(f"{rest} bytes more than its voxels", "none: the voxels may be shifted", RECOPY)
         self.check_size(self.header, self.raw.tell())
 
     def _read_fields(self) -> dict[str, str]:
@@ -118,7 +129,7 @@ class MetaFile(StreamFile):
     def _numbers(self, name: str, count: int, default: str | None = None, whole: bool = False) -> list[float]:
         text = self.fields.get(name, default)
         try:
-            numbers = [float(part) for part in (text or "").split()]
+            numbers = [parse_number(part) for part in (text or "").split()]
         except ValueError:
             numbers = []
         if len(numbers) != count or (whole and not all(abs(n) < 1e10 and n == int(n) for n in numbers)):
@@ -128,6 +139,6 @@ class MetaFile(StreamFile):
 
     def _flag(self, name: str, default: str = "False") -> bool:
         value = self.fields.get(name, default).lower()
-        if value[:1] not in ("t", "y", "1", "f", "n", "0"):  # ITK, too, looks at the first letter only
+        if value not in ("true", "t", "yes", "y", "1", "false", "f", "no", "n", "0"):
             raise self.error(f"{value[:20]!r} as {name}", "True or False", RECOPY)
-        return value[:1] in ("t", "y", "1")
+        return value in ("true", "t", "yes", "y", "1")

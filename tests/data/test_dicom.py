@@ -290,6 +290,7 @@ def _cut_compressed(folder):
 BAD = {
     "a slice is missing": (lambda f: by_place(_series(f))[3].unlink(), "is one missing"),
     "one slice": (lambda f: write_series(f, chest((20, 18, 1)), AFFINE), "single slice"),
+    "an object of an unknown kind": (lambda f: (_series(f), write_other(f / "X.dcm", "1.2.3", "1.2.3.4.5")), "unknown"),
     "magnetic resonance": (lambda f: _series(f, SOPClassUID="1.2.840.10008.5.1.4.1.1.4"), "0 DICOM series of CT"),
     "all at one place": (lambda f: _series(f, ImagePositionPatient=["0", "0", "0"]), "two slices at one place"),
     "tilted gantry": (lambda f: _series(f, shear=3.0), "gantry tilt"),

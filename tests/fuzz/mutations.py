@@ -1,5 +1,5 @@
-"""Damaged, odd and hostile input files, each made from a right one by a numbered mutation: the same number gives the same
-file. A generator writes one file (for DICOM a folder, for a run its folder) and says what was changed."""
+"""Damaged, odd and hostile input files, each made from a right one by a numbered mutation: the same number gives the
+same file. A generator writes one file (for DICOM a folder, for a run its folder) and says what was changed."""
 
 from __future__ import annotations
 
@@ -149,7 +149,8 @@ def dicom(folder: Path, rng: np.random.Generator) -> tuple[Path, str]:
                  "PhotometricInterpretation", "SeriesInstanceUID", "SOPClassUID", "ImageType", "SliceThickness",
                  "PixelPaddingValue", "NumberOfFrames", "Modality", "PixelData"]  # fmt: skip
         name = str(rng.choice(names))
-        number, text = float(rng.choice(ABSURD_NUMBERS)), str(rng.choice(ABSURD_TEXTS))[:60].encode("latin-1", "replace").decode("latin-1")
+        number = float(rng.choice(ABSURD_NUMBERS))
+        text = str(rng.choice(ABSURD_TEXTS))[:60].encode("latin-1", "replace").decode("latin-1")
         how += f": {name}"
         for victim in victims:
             file = dcmread(victim)

@@ -28,15 +28,15 @@ import SimpleITK
 from helpers_data import SMALL, write
 from mutations import GENERATORS
 
-logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
-SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-
 from ctclip.data.preprocessing import preprocess_volume
 from ctclip.data.volume_file import VolumeError
 
 SLOWEST = 10.0  # seconds
 LONGEST = 400  # characters of a message
 MEMORY = 3 << 30  # address space beyond what importing takes
+# What the references take otherwise than the formats have it: nibabel takes the header for voxels where vox_offset is
+# too small, ITK stops at a wrong CompressedDataSize and gives objects of an unknown kind no geometry.
+MISREAD = ("vox_offset", "CompressedDataSize", "SOPClassUID")
 TOLERANCE = 2e-3  # of what is read, against another reader: 2 HU
 
 
@@ -47,7 +47,8 @@ def check(kind: str, seed: int, number: int) -> tuple[str, str]:
         start = time.monotonic()
         try:
             found = preprocess_volume(path, None, SMALL)
-            outcome = _judge(found, _read_elsewhere(kind, path, Path(folder)))
+            misread = any(word in how for word in MISREAD)
+            outcome = _judge(found, None if misread else _read_elsewhere(kind, path, Path(folder)))
         except VolumeError as error:
             message = str(error)
             usable = "\n" not in message and "expected" in message and len(message) < LONGEST
@@ -97,7 +98,10 @@ def _itk_series(folder: Path) -> SimpleITK.Image:
     """The only series of a folder, as ITK reads it."""
     (identity,) = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     reader = SimpleITK.ImageSeriesReader()
-    reader.SetFileNames(SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identity))
+    files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identity)
+    if len(files) != len(list(folder.iterdir())):
+        raise ValueError("ITK passes over files that it cannot read")
+    reader.SetFileNames(files)
     reader.SetOutputPixelType(SimpleITK.sitkFloat32)
     return reader.Execute()
 
@@ -117,6 +121,8 @@ def main() -> int:
     parser.add_argument("--only", choices=list(GENERATORS), nargs="+", default=list(GENERATORS))
     parser.add_argument("--first", type=int, default=0, help="number to begin with")
     args = parser.parse_args()
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     limit_memory()
     start, number, bad = time.monotonic(), args.first, 0
     counts = {kind: {"read": 0, "refused": 0} for kind in args.only}

@@ -1,5 +1,5 @@
-"""Mutated inputs of a fixed seed: each gives the right answer or one line, in bounded time and memory. `run.py` takes any
-seed and time."""
+"""Mutated inputs of a fixed seed: each gives the right answer or one line, in bounded time and memory.
+`run.py` takes any seed and time."""
 
 from __future__ import annotations
 
