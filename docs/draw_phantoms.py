@@ -16,7 +16,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from ctclip.config import SYNTHETIC_NOTE
-from ctclip.data import windows
 from ctclip.data.windows import LUNG_WINDOW, SOFT_TISSUE_WINDOW, Window, display_window
 from ctclip.fileio import replacing
 from ctclip.phantoms import findings
@@ -27,7 +26,7 @@ SPACING = (1.5, 1.5, 2.0)  # mm along x, y, z
 SEEDS = dict(  # of the patient shown with each finding
     zip(ABNORMALITIES, (24, 19, 13, 14, 31, 16, 17, 25, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28), strict=True)
 )
-WINDOWS = {findings.MEDICAL: windows.BONE_WINDOW, findings.EMPHYSEMA: windows.NARROW_LUNG_WINDOW}
+WINDOWS = {findings.MEDICAL: Window(500, 2400), findings.EMPHYSEMA: Window(-750, 700)}
 PROJECTED_MM = {findings.MEDICAL: 120, findings.ARTERIAL: 15, findings.CORONARY: 20}  # as a maximum projection
 SHOWN_CORONAL = {findings.MEDICAL}
 SHOWN_AT_THE_MIDDLE = {findings.PERICARDIAL, findings.ATELECTASIS, findings.SEPTAL}  # not where it is largest

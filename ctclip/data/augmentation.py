@@ -16,26 +16,21 @@ def augment(volume: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     noise of a deviation drawn from [0, NOISE], clipped to [-1, 1]. Never mirrored: left and right are findings (situs,
     aortic arch, liver). Works slice by slice, so it needs the memory of two slices.
     """
-    shifts = [_draw(round(SHIFT * size), generator) for size in volume.shape[1:]]
+    most = [round(SHIFT * size) for size in volume.shape[1:]]
+    shifts = [int(torch.randint(-n, n + 1, (), generator=generator)) for n in most]
     gain = 1 + GAIN * (2 * torch.rand((), generator=generator).item() - 1)
     offset = OFFSET * (2 * torch.rand((), generator=generator).item() - 1)
     sigma = NOISE * torch.rand((), generator=generator).item()
     depth, rows, columns = volume.shape[1:]
     (to_row, from_row), (to_column, from_column) = _moved(rows, shifts[1]), _moved(columns, shifts[2])
     moved, noise = torch.empty(rows, columns), torch.empty(rows, columns)
-    order = range(depth) if shifts[0] < 0 else reversed(range(depth))  # a slice is read before it is overwritten
-    for k in order:
+    for k in range(depth) if shifts[0] < 0 else reversed(range(depth)):  # a slice is read before it is overwritten
         moved.fill_(-1)
         if 0 <= k - shifts[0] < depth:
             moved[to_row, to_column] = volume[0, k - shifts[0], from_row, from_column]
         moved.mul_(gain).add_(offset).add_(noise.normal_(generator=generator), alpha=sigma)
         torch.clamp(moved, -1, 1, out=volume[0, k])
     return volume
-
-
-def _draw(most: int, generator: torch.Generator) -> int:
-    """A whole number from -most to most."""
-    return int(torch.randint(-most, most + 1, (), generator=generator))
 
 
 def _moved(size: int, by: int) -> tuple[slice, slice]:

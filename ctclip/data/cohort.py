@@ -88,12 +88,12 @@ class Cohort:
         return "\n".join(lines + self.notes)
 
 
-def _no_chest(path: Path) -> set[str] | None:
-    """Volume names of the list (one per line, bare or as a path); None if there is no list."""
+def _read_no_chest(path: Path) -> set[str]:
+    """Volume names of the list (one per line, bare or as a path), if there is one."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
-        return None
+        return set()
     except (OSError, UnicodeDecodeError) as error:
         raise CohortError(f"{path.name}: found an unreadable list ({error}), expected text; replace it") from None
     names = {PurePosixPath(line.strip().replace("\\", "/")).name for line in lines if line.strip()}
@@ -101,10 +101,8 @@ def _no_chest(path: Path) -> set[str] | None:
 
 
 def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
-    """{volume: its row as text}, of those SUBGROUP_COLUMNS that there are.
-
-    Raises CohortError where the table cannot be read or has none of them. Contradictory rows are skipped.
-    """
+    """{volume: its row as text}, of those SUBGROUP_COLUMNS that there are; contradictory rows are skipped. Raises
+    CohortError where the table cannot be read or has none of them."""
     table = read_table(path, (), SUBGROUP_COLUMNS, expected="VolumeName")
     if not table.columns:
         wanted = ", ".join(SUBGROUP_COLUMNS)
@@ -128,8 +126,8 @@ def read_streamed(data_dir: str | Path, split: str) -> dict[tuple[str, bool], St
     except FileNotFoundError:
         return {}
     except OSError as error:
-        found = f"an unreadable manifest ({error.strerror})"
-        raise CohortError(f"{path.name}: found {found}, expected a file; check its permissions") from None
+        found = f"{path.name}: found an unreadable manifest ({error.strerror})"
+        raise CohortError(f"{found}, expected a file; check its permissions") from None
     streamed = {}
     for line in lines:
         try:
@@ -146,23 +144,23 @@ class CohortBuilder:
     """Joins label rows, metadata rows, the no-chest list, the disk and the manifest, one volume at a time."""
 
     def __init__(self, data_dir: Path, split: str):
-        self.data_dir = data_dir
-        self.notes: list[str] = []
+        self.data_dir, self.cohort = data_dir, Cohort([])
+        notes = self.cohort.notes
         self.labels = read_table(data_dir / ct_rate.labels_path(split), ABNORMALITIES)
         metadata_file = data_dir / ct_rate.metadata_path(split)
         if metadata_file.exists():
             self.metadata = read_table(metadata_file, GEOMETRY_COLUMNS, ct_rate.OPTIONAL_COLUMNS, METADATA_COLUMNS)
         else:
             self.metadata = CsvTable(metadata_file, GEOMETRY_COLUMNS)
-            self.notes.append(f"no {metadata_file.name}: version-1 volumes are skipped")
-        no_chest = _no_chest(data_dir / no_chest_path(split))
-        if no_chest is None:
-            self.notes.append(f"no {no_chest_path(split).name}: scans of other body parts are not skipped")
-        self.no_chest = no_chest or set()
+            notes.append(f"no {metadata_file.name}: version-1 volumes are skipped")
+        no_chest = data_dir / no_chest_path(split)
+        self.no_chest = _read_no_chest(no_chest)
+        if not no_chest.exists():
+            notes.append(f"no {no_chest.name}: scans of other body parts are not skipped")
         self.streamed = read_streamed(data_dir, split)
         for table, what in ((self.labels, "label"), (self.metadata, "metadata")):
             if table.repeated:
-                self.notes.append(f"duplicate {what} rows with the same content, counted once: {len(table.repeated)}")
+                notes.append(f"duplicate {what} rows with the same content, counted once: {len(table.repeated)}")
         self.labelled = [*self.labels.rows, *sorted(self.labels.contradictory)]
 
     def find(self, name: str) -> tuple[Path, bool, Streamed | None] | None:
@@ -178,7 +176,7 @@ class CohortBuilder:
             return None
         return self.data_dir / volume_path(name, streamed.fixed), streamed.fixed, streamed
 
-    def add(self, cohort: Cohort, name: str, path: Path, fixed: bool, streamed: Streamed | None) -> None:
+    def add(self, name: str, path: Path, fixed: bool, streamed: Streamed | None) -> None:
         """Adds the volume, or its name and the reason for skipping it."""
         labels = np.array([number(cell) for cell in self.labels.rows.get(name, ())], np.float32)
         row, missing = self._metadata_row(name)
@@ -192,10 +190,10 @@ class CohortBuilder:
         )
         reason = next((reason for holds, reason in reasons if holds), None)
         if reason is not None:
-            cohort.skipped.append((name, reason))
+            self.cohort.skipped.append((name, reason))
         else:
             signature = (streamed.size, streamed.tail) if streamed else None
-            cohort.volumes.append(Volume(name, path, labels, row, signature))
+            self.cohort.volumes.append(Volume(name, path, labels, row, signature))
 
     def _metadata_row(self, name: str) -> tuple[dict[str, Any] | None, str | None]:
         """(usable metadata row, None) or (None, what is wrong with it)."""
@@ -228,7 +226,7 @@ def load_cohort(data_dir: str | Path, split: str, limit: int | None = None) -> C
     if not data_dir.is_dir():
         raise CohortError(f"found no folder {data_dir}, expected the cohort's; check --data-dir")
     builder = CohortBuilder(data_dir, split)
-    cohort = Cohort([], notes=builder.notes)
+    cohort = builder.cohort
     labelled = dict.fromkeys(builder.labelled)
     unlabelled = [name for name in builder.metadata.rows if name not in labelled]
     for name in [*labelled, *unlabelled]:
@@ -238,7 +236,7 @@ def load_cohort(data_dir: str | Path, split: str, limit: int | None = None) -> C
         if found is None:
             cohort.not_on_disk += name in labelled
         else:
-            builder.add(cohort, name, *found)
+            builder.add(name, *found)
     if not cohort.volumes:
         reasons = "; ".join(cohort.summary().splitlines()[1:]) or "an empty label table"
         raise CohortError(f"{data_dir}: found no usable {split} volume ({reasons}), expected at least one; add volumes")
@@ -252,10 +250,9 @@ def listed_volumes(data_dir: str | Path, split: str, fixed: bool) -> Cohort:
     """
     data_dir = Path(data_dir)
     builder = CohortBuilder(data_dir, split)
-    cohort = Cohort([], notes=builder.notes)
     for name in builder.labelled:
-        builder.add(cohort, name, data_dir / volume_path(name, fixed), fixed, None)
-    return cohort
+        builder.add(name, data_dir / volume_path(name, fixed), fixed, None)
+    return builder.cohort
 
 
 def split_by_patient(volumes: Sequence[Volume], fraction: float, seed: int) -> tuple[list[Volume], list[Volume]]:

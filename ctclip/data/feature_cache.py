@@ -378,9 +378,8 @@ def encode_missing(
     """Encodes, on all ranks together, what `cache` does not have; returns the row of each volume, None if unreadable.
 
     `model` is on `device` and is the one that the cache was opened with. `on_batch` gets the list that a batch's
-    `index` points into, and the batch with its failures and decisions. Raises CacheError when a streamed volume is not
-    in the cache or the disk has too little room (before anything is encoded), when the disk fills up, or when it is not
-    one that all ranks see.
+    `index` points into, and the batch. Raises CacheError when a streamed volume is not in the cache or the disk has too
+    little room (before anything is encoded), when the disk fills up, or when it is not one that all ranks see.
     """
     keys = cache_keys(volumes)
     rows, damaged = cache.intact(keys)

@@ -130,19 +130,13 @@ class CropPad:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a file's voxels lie in the cube that a model sees.
-
-    shape: voxels along the file's axes, fastest first; spacing: in mm; affine (4, 4): file index -> RAS mm, None where
-    the file states no orientation (then it is read as LPS); axes: for each file axis, which axis of (D, H, W) it runs
-    along; position: for each file axis, each voxel's place along that axis of the cube, in (0, 1) inside, outside below
-    0 or above 1.
-    """
+    """Where a file's voxels lie in the cube that a model sees. Everything by file axis, fastest first."""
 
     shape: tuple[int, int, int]
-    spacing: tuple[float, ...]
-    affine: np.ndarray | None
-    axes: tuple[int, ...]
-    position: tuple[np.ndarray, ...]
+    spacing: tuple[float, ...]  # mm
+    affine: np.ndarray | None  # (4, 4) file index -> RAS mm; None where the file states no orientation: read as LPS
+    axes: tuple[int, ...]  # which axis of (D, H, W) it runs along
+    position: tuple[np.ndarray, ...]  # each voxel's place along that axis of the cube: 0 to 1 inside, else outside
 
 
 def place_volume(path: str | Path, shape: Sequence[int] = PUBLISHED_SHAPE) -> Placement:
@@ -154,14 +148,10 @@ def place_volume(path: str | Path, shape: Sequence[int] = PUBLISHED_SHAPE) -> Pl
         header = file.header
     geometry = geometry_from_header(header, path)
     axes = geometry.cube_axes
-    each = zip(header.shape, geometry.spacing, axes, geometry.backwards, strict=True)
-    position = tuple(_positions(size, spacing, shape[axis], backwards) for size, spacing, axis, backwards in each)
-    return Placement(header.shape, header.spacing, header.affine, axes, position)
-
-
-def _positions(size: int, spacing: float, target_size: int, backwards: bool) -> np.ndarray:
-    """Centres of the voxels of a file axis, as a share of the cube's edge: InterpolationWeights the other way round."""
-    fit = CropPad.of(size, spacing, target_size)
-    resampled = (np.arange(size) + 0.5) * (fit.resampled / size)
-    position = (resampled - fit.crop + fit.pad) / target_size
-    return position[::-1].copy() if backwards else position
+    positions = []
+    for size, spacing, axis, backwards in zip(header.shape, geometry.spacing, axes, geometry.backwards, strict=True):
+        fit = CropPad.of(size, spacing, shape[axis])  # InterpolationWeights the other way round
+        resampled = (np.arange(size) + 0.5) * (fit.resampled / size)
+        position = (resampled - fit.crop + fit.pad) / shape[axis]
+        positions.append(position[::-1].copy() if backwards else position)
+    return Placement(header.shape, header.spacing, header.affine, axes, tuple(positions))

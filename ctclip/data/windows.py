@@ -18,8 +18,7 @@ class Window(NamedTuple):
         return (self.level - self.width / 2) / unit, (self.level + self.width / 2) / unit
 
 
-LUNG_WINDOW, NARROW_LUNG_WINDOW = Window(-600, 1500), Window(-750, 700)  # narrow: emphysema
-SOFT_TISSUE_WINDOW, BONE_WINDOW = Window(40, 400), Window(500, 2400)
+LUNG_WINDOW, SOFT_TISSUE_WINDOW = Window(-600, 1500), Window(40, 400)
 SOFT_TISSUE_LABELS = frozenset((*ABNORMALITIES[:7], "Pleural effusion"))  # devices, vessels, heart, hernia, lymph nodes
 
 

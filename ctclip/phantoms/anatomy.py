@@ -23,8 +23,7 @@ AORTA = np.array(
     dtype=float,
 )
 AORTA_RADIUS = np.array((16, 17, 16.5, 15.5, 14.5, 14, 13.5, 13, 12.5, 12, 11.5, 11, 10.5))
-_smooth_aorta = smooth_path(np.column_stack([AORTA, AORTA_RADIUS]), 1)
-AORTA_PATH, AORTA_PATH_RADIUS = _smooth_aorta[:, :3], _smooth_aorta[:, 3]
+AORTA_PATH, AORTA_PATH_RADIUS = smooth_path(AORTA, 1), smooth_path(AORTA_RADIUS[:, None], 1)[:, 0]
 GREAT_VESSELS = (  # points, radii
     ([(20, -52, -14), (20, -42, 6), (18, -26, 18)], (13, 13, 13)),  # pulmonary trunk
     ([(18, -28, 18), (-4, -10, 16), (-26, 2, 12), (-40, 8, 10)], (11, 9.5, 9, 7.5)),  # right pulmonary artery
@@ -40,10 +39,7 @@ TRACHEA = np.array([(1, -6, 150), (0, 0, 110), (-1, 8, 70), (-1, 14, 38)], dtype
 CARINA = np.array((-1.0, 14.0, 36.0))
 HILUM = {-1: np.array((-38.0, 12.0, 10.0)), 1: np.array((40.0, 14.0, 14.0))}  # side: -1 right, +1 left
 VENA_CAVA = np.array([(-26, -12, 75), (-29, -16, 40), (-30, -14, 0), (-28, -14, -30)], dtype=float)
-OESOPHAGUS = np.array(
-    [(3, 18, 150), (5, 26, 80), (4, 30, 30), (6, 30, -40), (12, 26, -85), (24, 10, -112)], dtype=float
-)
-
+OESOPHAGUS = np.array([(3, 18, 150), (5, 26, 80), (4, 30, 30), (6, 30, -40), (12, 26, -85), (24, 10, -112)], float)
 NODE_STATIONS = np.array(
     [(-16, -2, 58), (-18, 2, 44), (23, -2, 42), (2, -38, 56), (3, 22, 16), (-2, 24, 2), (-42, 16, 4), (46, 14, 4)]
     + [(-118, -38, 88), (118, -38, 88), (-108, -24, 78), (108, -24, 78), (10, -44, 42), (-20, -24, 74)],
@@ -139,10 +135,8 @@ def paint_skeleton(s: Scene, cage: np.ndarray) -> None:
     s.paint(s.column(nodes, (8, 16, 17, 21, 25), 6), patient.CORTEX - 150)
     s.paint(s.column(nodes, (6, 13.5, 14.5, 18.5, 22), 3.8), marrow - 40)
     for side in (-1, 1):
-        clavicle = np.array(
-            [(side * 26, -52, 98), (side * 60, -56, 118), (side * 105, -30, 142), (side * 140, -5, 150)]
-        )
-        s.paint(s.tube(smooth_path(clavicle, 1), 6.5), 450)
+        clavicle = [(side * 26, -52, 98), (side * 60, -56, 118), (side * 105, -30, 142), (side * 140, -5, 150)]
+        s.paint(s.tube(smooth_path(np.array(clavicle), 1), 6.5), 450)
         a = np.array((side * 0.82, -0.57, 0.0))
         plate = np.stack([a * 34, np.cross(a, (0, 0, 1.0)) * 3.6, np.array((0, 0, 58.0))], axis=1)
         s.paint(s.ellipsoid((side * 104, 66, 62), matrix=plate), 480)
@@ -268,10 +262,8 @@ def paint_lung_vessels(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None
     n = int(230 / s.h)
     a, b = np.meshgrid((np.arange(n) + 0.5) / n, (np.arange(n) + 0.5) / n)
     for side in (-1, 1):  # oblique fissures
-        x = side * (12 + 120 * a.ravel())
-        y = 80 - 160 * b.ravel()
         z = 62 + 4 * s.patient.wobble[1 + side] - 150 * b.ravel() + 10 * np.sin(a.ravel() * 3)
-        points = np.stack([x, y, z], axis=1)
+        points = np.stack([side * (12 + 120 * a.ravel()), 80 - 160 * b.ravel(), z], axis=1)
         s.paint(s.splat(points, 0.7 * (120 / n) * np.hypot(160, 150) / n), -250, lungs.hu)
 
 
@@ -325,8 +317,7 @@ def paint_heart(s: Scene) -> Piece:
     heart = heart_layer(s, 0)
     s.paint(heart, 105 if enhanced else 42)
     for place, size in CHAMBERS:
-        chamber = s.ellipsoid(centre + matrix @ np.array(place), matrix=matrix * np.array(size))
-        s.paint(chamber, blood if enhanced else 36)
+        s.paint(s.ellipsoid(centre + matrix @ place, matrix=matrix * size), blood if enhanced else 36)
     return heart
 
 

@@ -74,9 +74,8 @@ def paint_mosaic_attenuation(s: Scene, lungs: Lungs, rng: np.random.Generator) -
 def paint_emphysema(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None:
     """Holes without walls, most in the upper lobes, and a few bullae under the pleura."""
     sites = lungs.sites
-    n = int(rng.integers(600, 1300))
     upper = 0.10 + 1 / (1 + np.exp(-(sites.points[:, 2] - 10) / 18))
-    centres = sites.pick(rng, n, upper)
+    centres = sites.pick(rng, int(rng.integers(600, 1300)), upper)
     centres = centres + rng.normal(0, 3, centres.shape)
     radii = np.clip(rng.lognormal(np.log(5.2), 0.35, len(centres)), 2.5, 12)
     s.paint(s.thin_balls(centres, radii), -978, lungs.hu, EMPHYSEMA)
@@ -124,8 +123,7 @@ def paint_consolidation(s: Scene, lungs: Lungs, rng: np.random.Generator) -> lis
         (centre,) = sites.pick(rng, 1, (sites.depth > 12) & (sites.points[:, 2] < 60))
         radii = rng.uniform(27, 42) * rng.uniform(0.85, 1.2, 3)
         s.paint(s.lump(centre, radii, rng, rough=0.3, edge=3), float(rng.uniform(25, 50)), lungs.hu, CONSOLIDATION)
-        hilum = HILUM[int(np.sign(centre[0]))]
-        away = centre - hilum
+        away = centre - HILUM[int(np.sign(centre[0]))]
         entry = centre - away / np.linalg.norm(away) * radii.min() * 0.9
         ends = centre + rng.normal(0, 0.5, (8, 3)) * radii
         bronchograms.append((np.repeat(entry[None], 8, 0), ends))
@@ -157,8 +155,7 @@ def paint_nodules(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None:
     """Solid spheres, 10 to 30 mm across."""
     sites = lungs.sites
     for i in range(int(rng.choice([1, 2, 3, 4], p=[0.4, 0.3, 0.2, 0.1]))):
-        radius = float(rng.uniform(7, 15) if i == 0 else rng.uniform(5, 11))
-        radius = min(radius, float(sites.depth.max()) - 2)
+        radius = min(rng.uniform(7, 15) if i == 0 else rng.uniform(5, 11), float(sites.depth.max()) - 2)
         (centre,) = sites.pick(rng, 1, sites.depth >= radius + 2)
         s.paint(s.ellipsoid(centre, radius), float(rng.uniform(25, 60)), lungs.hu, NODULE)
 
@@ -167,8 +164,7 @@ def paint_fibrosis(s: Scene, lungs: Lungs, rng: np.random.Generator) -> None:
     """Old scarring: apical caps with strands drawn towards the hilum, or a basal band of reticulation and cysts."""
     sites = lungs.sites
     apical = rng.random() < 0.65
-    sides = [(-1,), (1,), (-1, 1)][int(rng.integers(3))]
-    for side in sides:
+    for side in [(-1,), (1,), (-1, 1)][int(rng.integers(3))]:
         here = sites.points[:, 0] * side > 0
         if apical:
             focus = np.array((side * rng.uniform(38, 50), rng.uniform(0, 24), rng.uniform(92, 112)))
@@ -238,9 +234,8 @@ def paint_bronchiectasis(s: Scene, lungs: Lungs, rng: np.random.Generator) -> No
 
 def paint_lymph_nodes(s: Scene, rng: np.random.Generator) -> None:
     """Enlarged lymph nodes, 12 to 28 mm, at their stations."""
-    n = int(rng.integers(7, 13))
     weight = np.where(np.abs(NODE_STATIONS[:, 0]) > 90, 0.6, 1.4)
-    for station in NODE_STATIONS[rng.choice(len(NODE_STATIONS), n, replace=False, p=weight / weight.sum())]:
+    for station in rng.choice(NODE_STATIONS, int(rng.integers(7, 13)), replace=False, p=weight / weight.sum()):
         centre = station + rng.normal(0, 2.5, 3)
         radii = rng.uniform(8, 14) * rng.uniform(0.85, 1.2, 3)
         s.paint(s.ellipsoid(centre, radii), float(rng.uniform(35, 55)), mark=NODES)
@@ -288,11 +283,10 @@ def paint_arterial_calcification(s: Scene, rng: np.random.Generator) -> None:
     """Plaques on the wall of arch and descending aorta: thin curved plates of 500 to 1200 HU."""
     line, radius = anatomy.AORTA_PATH, anatomy.AORTA_PATH_RADIUS
     travelled = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1))])
-    points, volumes = [], []
+    points, volumes, n = [], [], 500
     for _ in range(int(rng.integers(14, 34))):
         middle = rng.uniform(55, travelled[-1] - 40)
         length, arc, thick = rng.uniform(5, 22), rng.uniform(0.4, 1.7), rng.uniform(1.8, 3.2)
-        n = 500
         along = middle + length * (rng.random(n) - 0.5)
         angle = rng.uniform(0, 6.3) + arc * (rng.random(n) - 0.5)
         at = np.stack([np.interp(along, travelled, line[:, k]) for k in range(3)], axis=1)
@@ -301,8 +295,7 @@ def paint_arterial_calcification(s: Scene, rng: np.random.Generator) -> None:
         r = (np.interp(along, travelled, radius) + thick * (rng.random(n) - 0.7))[:, None]
         points.append(at + r * (np.cos(angle)[:, None] * u + np.sin(angle)[:, None] * v))
         volumes.append(np.full(n, length * arc * 13 * thick / n))
-    piece = s.splat(np.concatenate(points), np.concatenate(volumes))
-    s.paint(piece, float(rng.uniform(750, 1150)), mark=ARTERIAL)
+    s.paint(s.splat(np.concatenate(points), np.concatenate(volumes)), float(rng.uniform(750, 1150)), mark=ARTERIAL)
 
 
 def paint_medical_material(s: Scene, rng: np.random.Generator) -> None:

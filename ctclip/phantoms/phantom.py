@@ -104,10 +104,8 @@ def resolve_labels(labels: Sequence[int] | np.ndarray | None, seed: int, scan: i
         return (draw_labels(random_stream(seed, Purpose.LABELS, scan), 1)[0] < bar).astype(np.uint8)
     values = np.asarray(labels)
     if values.shape != (len(ABNORMALITIES),) or not np.isin(values, (0, 1)).all():
-        raise PhantomError(
-            f"found labels of shape {values.shape}, expected {len(ABNORMALITIES)} numbers 0 or 1 in the order of "
-            "ABNORMALITIES; pass None to have them drawn"
-        )
+        expected = f"{len(ABNORMALITIES)} numbers 0 or 1 in the order of ABNORMALITIES"
+        raise PhantomError(f"found labels of shape {values.shape}, expected {expected}; pass None to have them drawn")
     return values.astype(np.uint8)
 
 
