@@ -37,7 +37,6 @@ import os
 import pickle
 import ssl
 import sys
-import unicodedata
 import warnings
 import zipfile
 from collections import Counter
@@ -828,8 +827,6 @@ TEXT_TOWER = "text_transformer."
 TEXT_TOWER_UNUSED = ("embeddings.position_ids", "pooler.")  # 0, 1, 2, ...; not called by the published code
 ATTENTION_HEADS = {768: 12, 24: 2}  # by width, because no shape tells: BERT's base size, and the tests'
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-RESERVED = (*SPECIAL, "[MASK]")  # tokenised as special tokens where a text has them
-UNREAD_CATEGORIES = ("Mn", "Cc", "Cf", "Cn", "Co", "Cs")  # what BERT's tokeniser drops: accents, control characters
 PROMPTS_AT_ONCE = 12  # 36 of them take a second, and their activations next to no memory
 
 
@@ -842,8 +839,7 @@ def vocabulary_path(weights: Path) -> Path:
 class Prompts:
     """n findings and, for each, a text that says that it is present and one that says that it is absent.
 
-    Raises PromptError where there is no finding, where a name or text is empty or a finding occurs twice (both after
-    `normalised`), and for a text with one of BERT's special tokens.
+    Raises PromptError where there is no finding, where a name or text is empty or a finding occurs twice, case apart.
     """
 
     names: tuple[str, ...]
@@ -854,17 +850,11 @@ class Prompts:
         if not self.names or not len(self.names) == len(self.present) == len(self.absent):
             counts = f"{len(self.names)} findings, {len(self.present)} texts for and {len(self.absent)} against"
             raise PromptError(f"found {counts}, expected at least one finding and two texts for each; complete them")
-        if not all(normalised(text) for text in self.names + self.present + self.absent):
+        if not all(text.strip() for text in self.names + self.present + self.absent):
             raise PromptError("found a finding or a text that is empty, expected words; complete it")
-        seen = Counter(map(normalised, self.names))
-        for name, *texts in zip(self.names, self.present, self.absent, strict=True):
-            if seen[normalised(name)] > 1:
-                found = f"found '{name}' twice, expected every finding once"
-                raise PromptError(f"{found} (neither case nor accents are read); remove one")
-            special = next((token for token in RESERVED if any(token in text for text in texts)), None)
-            if special is not None:
-                found = f"found {special} in a text of '{name}', expected words"
-                raise PromptError(f"{found}, because that is a special token of the text tower; word it otherwise")
+        name, times = Counter(" ".join(name.lower().split()) for name in self.names).most_common(1)[0]
+        if times > 1:
+            raise PromptError(f"found '{name}' twice, expected every finding once (case is not read); remove one")
 
     @classmethod
     def from_names(cls, names: Sequence[str]) -> Prompts:
@@ -875,13 +865,6 @@ class Prompts:
     def pairs(self) -> list[str]:
         """(2n) texts, present and absent in turn."""
         return [text for pair in zip(self.present, self.absent, strict=True) for text in pair]
-
-
-def normalised(text: str) -> str:
-    """A text as BERT's tokeniser sees it: no case, accents, control or invisible characters, single spaces."""
-    spaced = " ".join(unicodedata.normalize("NFD", text).split())
-    kept = (c for c in spaced if unicodedata.category(c) not in UNREAD_CATEGORIES and c != "\ufffd")
-    return "".join(kept).strip().lower()
 
 
 @dataclass(frozen=True)
@@ -916,7 +899,7 @@ def tokenise(prompts: Prompts, vocabulary: Vocabulary, positions: int) -> tuple[
     """-> ids and mask (2n, S) int64, rows present and absent in turn: BERT's [CLS], lower-cased word pieces, [SEP].
 
     No word is cut off or skipped: raises PromptError for a text of more than `positions` tokens, and for one with
-    words that the vocabulary does not cover. Case, accents and control characters are ignored: see `normalised`.
+    words that the vocabulary does not cover. Case, accents and control characters are ignored.
     """
     with _transformers_needed():
         from tokenizers import BertWordPieceTokenizer

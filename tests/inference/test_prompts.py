@@ -186,13 +186,10 @@ def test_prompts_file_takes_findings_with_and_without_wording(tmp_path):
 FAULTS = {
     "empty": (b"", "found no finding, expected one per line"),
     "remarks only": (b"# Hernia\n\n", "found no finding"),
-    "twice": (b"Hernia\nhernia\n", "found 'Hernia' twice, expected every finding once"),
+    "twice": (b"Hernia\nhernia\n", "found 'hernia' twice, expected every finding once"),
     "two parts": (b"Goitre\nHernia\thernia\n", "line 2: found 2 parts between tabs, expected"),
     "an empty part": (b"Hernia\t\tno hernia\n", "line 1: found 3 parts between tabs, one empty, expected"),
-    "twice but for accents": ("Hernie o\u00f9\nHERNIE  ou\n".encode(), "found 'Hernie où' twice, expected"),
-    "invisible": ("Goitre\n\u200b\n".encode(), "line 2: found a finding or a text that is empty"),
-    "an invisible text": ("Goitre\tgoitre\t\u200b\ufeff\n".encode(), "line 1: found a finding or a text that is empty"),
-    "a sign of BERT's": (b"Goitre\n[SEP] hernia\n", "line 2: found [SEP] in a text of '[SEP] hernia', expected words"),
+    "twice but for case and spaces": (b"Hernie ou\nHERNIE  ou\n", "found 'hernie ou' twice, expected"),
     "latin-1": ("Hernie où\n".encode("latin-1"), "found bytes that are not UTF-8 (at 8)"),
 }
 
@@ -209,25 +206,6 @@ def test_a_faulty_prompts_file_is_one_line(tmp_path, case):
 def test_a_prompts_file_that_is_not_there_or_a_folder(tmp_path):
     assert "found no such file" in refusal(read_prompts, tmp_path / "none.txt")
     assert "found it unreadable" in refusal(read_prompts, tmp_path)
-
-
-UNREAD = ("\u200b", "\u00ad\u2060", "\u0301", "\x07", "\ufffd", " \u200b\t")
-
-
-@pytest.mark.parametrize("text", UNREAD)
-def test_a_text_of_which_nothing_is_read_is_refused(weights, text):
-    """What is refused is what the tokeniser makes nothing of: the sentence around it gives what it would give alone."""
-    assert "a text that is empty" in refusal(Prompts.from_names, [text])
-    assert "a text that is empty" in refusal(Prompts, ("a",), (text,), ("b",))
-    ids, _ = tokenise(Prompts(("a",), (f"hernia{text}.",), ("hernia.",)), vocabulary(weights), 64)
-    assert ids[0].tolist() == ids[1].tolist()
-
-
-@pytest.mark.parametrize("sign", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
-def test_signs_of_the_tower_are_refused_in_every_text(sign):
-    assert f"found {sign} in a text of 'a', expected words" in refusal(Prompts, ("a",), (f"x{sign}",), ("b",))
-    assert f"found {sign} in a text of 'a', expected words" in refusal(Prompts, ("a",), ("b",), (f"{sign} x",))
-    assert Prompts((sign,), ("a",), ("b",)).names == (sign,)  # a name with a wording of its own is not read
 
 
 def test_prompts_of_unequal_numbers_are_refused():
