@@ -867,35 +867,27 @@ class Prompts:
         return [text for pair in zip(self.present, self.absent, strict=True) for text in pair]
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The word pieces of a text tower, in the order of its embedding's rows, and the file they are from."""
+def read_vocabulary(path: Path) -> list[str]:
+    """The word pieces of a text tower, in the order of its embedding's rows, from vocab.txt: one per line.
 
-    path: Path
-    pieces: tuple[str, ...]
-    content: bytes
-
-    @classmethod
-    def read(cls, path: str | os.PathLike) -> Vocabulary:
-        """vocab.txt: one piece per line. Raises PromptError where it is absent, no text or not BERT's."""
-        path = Path(path)
-        try:
-            content = path.read_bytes()
-            pieces = content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
-        except FileNotFoundError as error:
-            raise PromptError(
-                f"no vocabulary found at {path}, expected vocab.txt of {VOCABULARY_REPOSITORY}; to fetch it into "
-                "models/: python ctclip_setup.py --model zeroshot (or vocabfine)"
-            ) from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise PromptError(f"{path}: found no text ({error}), expected a vocabulary; fetch it again") from error
-        if missing := [piece for piece in SPECIAL if piece not in pieces]:
-            found = f"{path}: found a vocabulary without {', '.join(missing)}"
-            raise PromptError(f"{found}, expected BERT's; fetch {VOCABULARY_REPOSITORY}'s vocab.txt again")
-        return cls(path, tuple(pieces), content)
+    Raises PromptError where it is absent, no text or not BERT's.
+    """
+    try:
+        pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except FileNotFoundError as error:
+        raise PromptError(
+            f"no vocabulary found at {path}, expected vocab.txt of {VOCABULARY_REPOSITORY}; to fetch it into "
+            "models/: python ctclip_setup.py --model zeroshot (or vocabfine)"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path}: found no text ({error}), expected a vocabulary; fetch it again") from error
+    if missing := [piece for piece in SPECIAL if piece not in pieces]:
+        found = f"{path}: found a vocabulary without {', '.join(missing)}"
+        raise PromptError(f"{found}, expected BERT's; fetch {VOCABULARY_REPOSITORY}'s vocab.txt again")
+    return pieces
 
 
-def tokenise(prompts: Prompts, vocabulary: Vocabulary, positions: int) -> tuple[Tensor, Tensor]:
+def tokenise(prompts: Prompts, pieces: Sequence[str], positions: int) -> tuple[Tensor, Tensor]:
     """-> ids and mask (2n, S) int64, rows present and absent in turn: BERT's [CLS], lower-cased word pieces, [SEP].
 
     No word is cut off or skipped: raises PromptError for a text of more than `positions` tokens, and for one with
@@ -903,7 +895,7 @@ def tokenise(prompts: Prompts, vocabulary: Vocabulary, positions: int) -> tuple[
     """
     with _transformers_needed():
         from tokenizers import BertWordPieceTokenizer
-    table = {piece: row for row, piece in enumerate(vocabulary.pieces)}
+    table = {piece: row for row, piece in enumerate(pieces)}
     tokenizer = BertWordPieceTokenizer(table, lowercase=True)
     tokenizer.enable_padding(pad_id=table["[PAD]"])
     encoded = tokenizer.encode_batch(prompts.pairs())
@@ -1024,18 +1016,18 @@ def text_latents(state: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def prompt_weights(state: dict[str, Tensor], prompts: Prompts, vocabulary: Vocabulary) -> Tensor:
+def prompt_weights(state: dict[str, Tensor], prompts: Prompts, vocabulary: Path) -> Tensor:
     """-> weight (n, L) float32 of a linear head without bias on L2-normalised image latents; its sigmoid is p(present).
 
-    `state`: of a CT-CLIP file, prefixes removed. Raises PromptError.
+    `state`: of a CT-CLIP file, prefixes removed; `vocabulary`: the tower's vocab.txt. Raises PromptError.
     """
-    sizes = bert_sizes(text_tower_tensors(state))
-    if len(vocabulary.pieces) != sizes["vocab_size"]:
+    sizes, pieces = bert_sizes(text_tower_tensors(state)), read_vocabulary(vocabulary)
+    if len(pieces) != sizes["vocab_size"]:
         raise PromptError(
-            f"{vocabulary.path}: found {len(vocabulary.pieces)} lines, expected {sizes['vocab_size']}, one for each "
-            f"row of the file's word embeddings; fetch {VOCABULARY_REPOSITORY}'s vocab.txt again"
+            f"{vocabulary}: found {len(pieces)} lines, expected {sizes['vocab_size']}, one for each row of the file's "
+            f"word embeddings; fetch {VOCABULARY_REPOSITORY}'s vocab.txt again"
         )
-    ids, mask = tokenise(prompts, vocabulary, sizes["max_position_embeddings"])
+    ids, mask = tokenise(prompts, pieces, sizes["max_position_embeddings"])
     latents = text_latents(state, ids, mask)
     return state["temperature"].float().reshape(()).exp() * (latents[0::2] - latents[1::2])
 
@@ -1250,8 +1242,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         reason = None
         if head == "prompts" or (head is None and not any(key in state for key in LINEAR_HEAD_KEYS)):
             try:
-                text_tower_tensors(state)  # first: without it nothing else matters
-                weight = prompt_weights(state, prompts, Vocabulary.read(vocabulary_path(path)))
+                weight = prompt_weights(state, prompts, vocabulary_path(path))
                 head, made = "prompts", dict(zip(LINEAR_HEAD_KEYS, (weight, torch.zeros(len(weight))), strict=True))
                 state = read_checkpoint(path)  # mapped anew: the text tower's 0.4 GB leave memory
             except PromptError as error:

@@ -22,9 +22,9 @@ from ctclip_model import (
     CTCLIPMultiAbnormalityModel,
     PromptError,
     Prompts,
-    Vocabulary,
     prompt_weights,
     read_checkpoint,
+    read_vocabulary,
     text_latents,
     tokenise,
     vocabulary_path,
@@ -58,8 +58,8 @@ def write_vocabulary(path: Path, pieces: list[str]) -> None:
     vocabulary_path(path).write_text("\n".join(pieces) + "\n", encoding="utf-8")
 
 
-def vocabulary(path: Path) -> Vocabulary:
-    return Vocabulary.read(vocabulary_path(path))
+def vocabulary(path: Path) -> list[str]:
+    return read_vocabulary(vocabulary_path(path))
 
 
 def without_transformers(monkeypatch) -> None:
@@ -149,12 +149,12 @@ def test_tokens_are_what_bert_makes_of_a_text(weights):
 def test_a_text_that_is_too_long_or_cannot_be_spelled_is_named(weights):
     long = Prompts(("Hernia", "Long"), ("hernia", "lung " * 63), ("not hernia", "not long"))
     assert "a text of 'Long' has 65 tokens, expected at most 64" in refusal(
-        prompt_weights, STATE, long, vocabulary(weights)
+        prompt_weights, STATE, long, vocabulary_path(weights)
     )
     fits = replace(long, present=("hernia", "lung " * 62), absent=("not hernia", "not lung"))
-    assert prompt_weights(STATE, fits, vocabulary(weights)).shape == (2, 16)
+    assert prompt_weights(STATE, fits, vocabulary_path(weights)).shape == (2, 16)
     assert "a text of 'Herniá 肺' has words" in refusal(
-        prompt_weights, STATE, Prompts.from_names(["Hernia", "Herniá 肺"]), vocabulary(weights)
+        prompt_weights, STATE, Prompts.from_names(["Hernia", "Herniá 肺"]), vocabulary_path(weights)
     )
 
 
@@ -276,7 +276,7 @@ def test_classfine_keeps_its_head_unless_prompts_are_asked_for(tmp_path, expecte
     torch.testing.assert_close(model(expected["volume"]), expected["classfine_logits"], rtol=0, atol=1e-5)
     prompted = CTCLIPMultiAbnormalityModel(str(path), head="prompts")
     assert prompted.load_report.dropped["ClassFine's linear head"] == 2 and prompted.classifier.bias.abs().max() == 0
-    weight = prompt_weights(read_checkpoint(path), Prompts.from_names(ABNORMALITIES), vocabulary(path))
+    weight = prompt_weights(read_checkpoint(path), Prompts.from_names(ABNORMALITIES), vocabulary_path(path))
     assert torch.equal(prompted.classifier.weight, weight)
 
 
