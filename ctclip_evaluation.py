@@ -73,12 +73,8 @@ def check_flags(args: argparse.Namespace) -> None:
     source = ("apply" if args.apply else "example" if args.example else "tables" if any(tables.values()) else "run")
     uses = {
         "--predictions": ("an evaluation of tables, or --apply,", source in ("tables", "apply")),
-        "--labels": ("an evaluation of tables", source == "tables"),
-        "--tuning-predictions": ("an evaluation of tables", source == "tables"),
-        "--tuning-labels": ("an evaluation of tables", source == "tables"),
-        "--checkpoint": ("an evaluation of a run", source == "run"),
-        "--device": ("an evaluation of a run", source == "run"),
-        "--workers": ("an evaluation of a run", source == "run"),
+        **dict.fromkeys(list(tables)[1:], ("an evaluation of tables", source == "tables")),
+        **dict.fromkeys(("--checkpoint", "--device", "--workers"), ("an evaluation of a run", source == "run")),
         "--data-dir": ("an evaluation of a run or of tables", source in ("run", "tables")),
         "--example": ("an evaluation", source == "example"),
         **dict.fromkeys(evaluation_flags(), ("an evaluation", source != "apply")),
@@ -109,11 +105,9 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
         check_output_folder(folder)
         return example_inputs(folder), folder
     if args.predictions:
-        tuning = None
+        data_dir, given, tuning = Path(args.data_dir) if args.data_dir else None, Path(args.predictions), None
         if args.tuning_predictions:
             tuning = read_predictions(args.tuning_predictions), read_labels(args.tuning_labels)
-        data_dir = Path(args.data_dir) if args.data_dir else None
-        given = Path(args.predictions)
         phantom = bool(run_record(given.parent).get("phantom"))  # a phantom run's tables are about phantoms anywhere
         phantom = phantom or (data_dir is not None and is_phantom_cohort(data_dir))
         predictions, labels = read_predictions(given), read_labels(args.labels)

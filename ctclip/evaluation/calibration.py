@@ -25,7 +25,6 @@ from ctclip_model import ABNORMALITIES
 
 FOLDS = 5
 TUNING, CROSS_FITTED = "tuning patients", "cross-fitted by patient"  # FittedThresholds.fitted_on
-MAPS = ("slope", "intercept", "shift")
 SLOPE_PRIOR_SD = 0.6  # how far the labels' slopes lie apart, standard deviation of the logarithm (LOG.md)
 COMMON_SLOPE_PRIOR_SD = 2.0  # the same for the slope all labels share: next to no opinion
 LOGIT_LIMIT = 12.0  # calibrated logits are compressed beyond: float64 rounds to 1 from 37 on, and ranks would be lost
@@ -91,18 +90,13 @@ class Calibration:
         """(N, L) probabilities -> values that a threshold of 0.5 divides as `thresholds` do."""
         return rescale_to_half(probabilities, self.thresholds)
 
-    def by_label(self) -> dict[str, dict[str, float]]:
-        """{label: {slope, intercept, shift}}."""
-        return {name: {key: float(getattr(self, key)[j]) for key in MAPS} for j, name in enumerate(ABNORMALITIES)}
-
     def content(self) -> dict:
         """What calibration.json holds."""
-        thresholds = self.thresholds.tolist()
+        columns = {"slope": self.slope, "intercept": self.intercept, "shift": self.shift, "threshold": self.thresholds}
         return {
             "method": self.method,
             "per_label": {
-                name: row | {"threshold": threshold}
-                for (name, row), threshold in zip(self.by_label().items(), thresholds, strict=True)
+                name: {key: float(column[j]) for key, column in columns.items()} for j, name in enumerate(ABNORMALITIES)
             },
             "global_threshold": self.global_threshold,
             "objective": self.objective,
@@ -125,7 +119,7 @@ def load_calibration(path: str | Path) -> Calibration:
         if list(rows) != list(ABNORMALITIES):
             raise ValueError("its labels are not the 18 abnormalities in their order")
         slope, intercept, shift, thresholds = columns = np.array([
-            [float(row[key]) for row in rows.values()] for key in (*MAPS, "threshold")
+            [float(row[key]) for row in rows.values()] for key in ("slope", "intercept", "shift", "threshold")
         ])
         common = float(content["global_threshold"])
         if not np.isfinite(columns).all() or (slope <= 0).any():
@@ -155,12 +149,13 @@ def fit_calibration(
     calibration and thresholds are then those for that cohort.
     """
     labels, probabilities = checked(labels, probabilities)
-    patient_of_row = np.asarray(patients)
+    n_patients = len(np.unique(np.asarray(patients)))
     if method not in ("auto", *METHODS):
         raise EvaluationError(f"found calibration {method!r}, expected auto, {', '.join(METHODS)}")
-    losses = _cross_validated_losses(labels, probabilities, patient_of_row) if method == "auto" else {}
-    method = min(losses, key=losses.__getitem__) if losses else "none" if method == "auto" else method
-    n_patients = len(np.unique(patient_of_row))
+    losses = {}
+    if method == "auto":  # a single patient leaves nothing to choose by
+        losses = _cross_validated_losses(labels, probabilities, np.asarray(patients)) if n_patients > 1 else {}
+        method = min(losses, key=losses.__getitem__, default="none")
     slope, intercept = _fit_slopes(labels, probabilities, n_patients, method)
     rates = target_rates(labels, prevalence)
     # Elkan, IJCAI 2001; Saerens, Latinne & Decaestecker, Neural Computation 2002
@@ -175,15 +170,13 @@ def fit_calibration(
 
 
 def _cross_validated_losses(labels: np.ndarray, probabilities: np.ndarray, patients: np.ndarray) -> dict[str, float]:
-    """Log loss of each method on patients it was not fitted on; {} with a single patient."""
-    if len(np.unique(patients)) < 2:
-        return {}
+    """Log loss of each method on patients it was not fitted on."""
     calibrated = {method: np.empty(labels.shape) for method in METHODS}
     for others, own in cross_folds(patients):
         n_patients = len(np.unique(patients[others]))
         for method, values in calibrated.items():
-            slope, intercept = _fit_slopes(labels[others], probabilities[others], n_patients, method)
-            values[own] = expit(_logits(probabilities[own], method, slope, intercept))
+            fit = _fit_slopes(labels[others], probabilities[others], n_patients, method)
+            values[own] = expit(_logits(probabilities[own], method, *fit))
     return {method: log_loss(labels, values) for method, values in calibrated.items()}
 
 
@@ -215,8 +208,8 @@ def _fit_slopes(
     weight, targets, x = n_patients / len(labels), _targets(labels, n_patients), compressed_logit(probabilities)
     free = method == "platt"
     mean = x.mean(axis=0) if free else np.zeros(n_labels)  # centred, slope and intercept hardly depend on each other
-    x, zeros = x - mean, np.zeros(n_labels)
-    common, intercept = _minimise_log_loss(x, targets, weight, free, 0.0, zeros, COMMON_SLOPE_PRIOR_SD)
+    x = x - mean
+    common, intercept = _minimise_log_loss(x, targets, weight, free, 0.0, np.zeros(n_labels), COMMON_SLOPE_PRIOR_SD)
     fits = [
         _minimise_log_loss(x[:, [j]], targets[:, [j]], weight, free, common, intercept[[j]], SLOPE_PRIOR_SD)
         for j in range(n_labels)
@@ -245,9 +238,7 @@ def _minimise_log_loss(
     return unknowns[0], unknowns[1:] if free else start
 
 
-def cross_folds(
-    patients: Sequence[str] | np.ndarray, folds: int = FOLDS, seed: int = 0
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def cross_folds(patients: Sequence[str] | np.ndarray, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(rows of the others, rows of this fold), masks (N,): every row is in one fold, with all of its patient's rows.
 
     Folds are drawn from the sorted patients, so they depend on `seed` and on who is there, not on the order of rows.
@@ -258,9 +249,8 @@ def cross_folds(
             f"found volumes of 1 patient only ({unique[0]}), expected at least 2 to cross-fit thresholds; give tuning "
             "tables of other patients, or name volumes as CT-RATE does (train_12_a_1.nii.gz is patient train_12)"
         )
-    folds = min(folds, len(unique))
-    fold = (np.random.default_rng(seed).permutation(len(unique)) % folds)[index]
-    for k in range(folds):
+    fold = (np.random.default_rng(seed).permutation(len(unique)) % FOLDS)[index]
+    for k in np.unique(fold):
         yield fold != k, fold == k
 
 
@@ -286,9 +276,7 @@ class FittedThresholds:
     global_thresholds: np.ndarray
 
 
-def fit_thresholds(
-    rows: Rows, tuning: tuple[VolumeTable, VolumeTable] | None, settings: Settings
-) -> FittedThresholds:
+def fit_thresholds(rows: Rows, tuning: tuple[VolumeTable, VolumeTable] | None, settings: Settings) -> FittedThresholds:
     """Calibration and thresholds from tuning patients, or cross-fitted by patient where there are none."""
     source, fitted_on, folds = rows, CROSS_FITTED, cross_folds(rows.patients)
     if tuning is not None:

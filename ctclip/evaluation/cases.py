@@ -73,10 +73,9 @@ def with_pictures(
         if seen[case.label, case.kind] <= most:
             wanted.setdefault(case.name, []).append(place)
     done, failures = list(cases), []
-    streamed = {name for name in wanted if name in volumes and volumes[name].signature is not None}
-    if streamed:
-        reason = f"streamed, and their files not kept; {FETCH_COMMAND} valid fetches them"
-        failures.append((f"{len(streamed)} volumes", reason))
+    if streamed := {name for name in wanted if name in volumes and volumes[name].signature is not None}:
+        failures.append((f"{len(streamed)} volumes",
+                         f"streamed, and their files not kept; {FETCH_COMMAND} valid fetches them"))
     for name, places in tqdm(wanted.items(), desc="pictures", unit="vol", delay=2, leave=False):
         try:
             if name not in volumes:
@@ -84,8 +83,7 @@ def with_pictures(
             elif name not in streamed:
                 tensor, _ = read_volume(volumes[name], PICTURE_SHAPE)
                 for place in places:
-                    jpeg = picture(tensor, display_window(cases[place].label))
-                    done[place] = replace(cases[place], picture=jpeg)
+                    done[place] = replace(cases[place], picture=picture(tensor, display_window(cases[place].label)))
         except VolumeError as error:
             failures.append((name, str(error)))
     return done, failures

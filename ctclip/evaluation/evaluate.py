@@ -14,7 +14,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -42,6 +42,9 @@ COMPARED = ("at_0.5", "calibrated", "tuned")  # ways to decide that are compared
 OPTIMISM_METRICS = ("positive_rate", "hamming_accuracy", "f1_macro", "recall_macro", "crg")
 
 
+AnyTable: TypeAlias = "pd.DataFrame | VolumeTable"
+
+
 class Scores(NamedTuple):
     """One way to decide: {metric: (1 + B,)} of all labels and {metric: (1 + B, L)} of each, of the table itself and of
     B resamples. The keys are those of metrics.json. Resamples of labels with too few cases are NaN."""
@@ -65,15 +68,9 @@ class Evaluation:
 
 
 def evaluate(
-    predictions: pd.DataFrame | VolumeTable,
-    labels: pd.DataFrame | VolumeTable,
-    tuning: tuple[pd.DataFrame | VolumeTable, pd.DataFrame | VolumeTable] | None = None,
-    baseline: pd.DataFrame | VolumeTable | None = None,
-    output_dir: str | Path | None = None,
-    history: list[dict] | None = None,
-    phantom: bool = False,
-    metadata: Mapping[str, Mapping[str, str]] | None = None,
-    **settings: Any,
+    predictions: AnyTable, labels: AnyTable, tuning: tuple[AnyTable, AnyTable] | None = None,
+    baseline: AnyTable | None = None, output_dir: str | Path | None = None, history: list[dict] | None = None,
+    phantom: bool = False, metadata: Mapping[str, Mapping[str, str]] | None = None, **settings: Any,
 ) -> dict:
     """Everything format_report prints and metrics.json holds; with `output_dir` also writes the files and figures.
 
@@ -91,14 +88,12 @@ def evaluate(
     return evaluation.metrics
 
 
-def _as_table(table: pd.DataFrame | VolumeTable) -> VolumeTable:
+def _as_table(table: AnyTable) -> VolumeTable:
     return table if isinstance(table, VolumeTable) else VolumeTable(table)
 
 
 def evaluate_tables(
-    inputs: EvaluationInputs,
-    settings: Settings,
-    baseline: VolumeTable | None = None,
+    inputs: EvaluationInputs, settings: Settings, baseline: VolumeTable | None = None,
     metadata: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Evaluation:
     """`evaluate` without files: nothing is written."""
@@ -197,7 +192,9 @@ def score_decisions(rows: Rows, fitted: FittedThresholds, resamples: measure.Res
 def _calibration(rows: Rows, fitted: FittedThresholds, resamples: measure.Resamples) -> tuple[dict, dict, dict]:
     """(metrics.json's "calibration": errors "before" (uncalibrated) and "after"; their intervals; those per label)."""
     calibration = fitted.calibration
-    per_label, intervals, columns = calibration.by_label(), {}, {}
+    intervals, columns = {}, {}
+    per_label = {name: {key: row[key] for key in ("slope", "intercept", "shift")}
+                 for name, row in calibration.content()["per_label"].items()}
     content: dict[str, Any] = {}
     for when, values in (("before", rows.probabilities), ("after", fitted.calibrated)):
         errors = measure.calibration_columns(rows.labels, values)

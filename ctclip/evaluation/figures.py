@@ -30,12 +30,9 @@ PAGE_COLOURS = {  # the page's variables, which differ in light and dark
 }
 MOST_POINTS = 150  # of a curve
 SWEEP_CURVES = (  # key of M; name; colour
-    ("positive_rate", "Positive rate", ORANGE),
-    ("hamming_accuracy", "Hamming accuracy", GREEN),
-    ("f1_macro", "F1 macro", BLUE),
-    ("precision_macro", "Precision macro", OLIVE),
-    ("recall_macro", "Recall macro", PURPLE),
-    ("crg", "CRG", INK),
+    ("positive_rate", "Positive rate", ORANGE), ("hamming_accuracy", "Hamming accuracy", GREEN),
+    ("f1_macro", "F1 macro", BLUE), ("precision_macro", "Precision macro", OLIVE),
+    ("recall_macro", "Recall macro", PURPLE), ("crg", "CRG", INK),
 )
 TRAINING_PANELS = (  # title; curves: key of log.jsonl, name, colour
     ("Loss", (("train_loss", "training", BLUE), ("tuning_loss", "tuning patients", ORANGE))),
@@ -149,7 +146,7 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.n
     """At most `most` of a curve's points, evenly along it, both ends among them; none is moved."""
     if len(x) <= most:
         return x, y
-    along = np.concatenate([[0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])
+    along = np.append(0, np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y))))
     keep = np.unique(np.searchsorted(along, np.linspace(0, along[-1], most)).clip(max=len(x) - 1))
     keep[-1] = len(x) - 1
     return x[keep], y[keep]
@@ -265,14 +262,13 @@ def write_figures(
     """All of an evaluation as PNG. `captions`: of LABEL_PLOTS, for each label."""
     thresholds = np.arange(1, 100) / 100
     sweep = threshold_sweep(labels, probabilities, thresholds)
-    figures = {f"{key}.png": label_figure(plot, labels, probabilities, calibrated, captions[key])
-               for key, plot in LABEL_PLOTS.items()}
-    figures |= {"threshold_sweep.png": sweep_figure(thresholds, sweep, metrics),
-                "positive_rate.png": rate_figure(metrics)}
+    for key, plot in LABEL_PLOTS.items():
+        figure = label_figure(plot, labels, probabilities, calibrated, captions[key])
+        write_figure(figure, folder / f"{key}.png", metrics["note"])
+    write_figure(sweep_figure(thresholds, sweep, metrics), folder / "threshold_sweep.png", metrics["note"])
+    write_figure(rate_figure(metrics), folder / "positive_rate.png", metrics["note"])
     if history:
-        figures[TRAINING_CURVES] = training_figure(history)
-    for name, figure in figures.items():
-        write_figure(figure, folder / name, metrics["note"])
+        write_training_figure(history, folder / TRAINING_CURVES, metrics["note"])
 
 
 def write_training_figure(history: list[dict], path: str | Path, note: str | None) -> None:
@@ -299,8 +295,7 @@ def svg(figure: Figure, salt: str) -> str:
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         figure.savefig(file, format="svg", transparent=True, dpi=72,
                        metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    width, height = 72 * figure.get_size_inches()
-    box = figure.axes[0].get_position()
+    (width, height), box = 72 * figure.get_size_inches(), figure.axes[0].get_position()
     axes = (box.x0 * width, (1 - box.y1) * height, box.x1 * width, (1 - box.y0) * height)
     text = file.getvalue()
     text = text[text.index(">", text.index("<svg ")) + 1 :]

@@ -44,9 +44,6 @@ def drawn_once(labels: np.ndarray) -> Resamples:
     return Resamples(np.zeros(len(labels), np.int64), np.ones((1, 1)))
 
 
-# ------------------------------------------------------------------------------------------------- for one table
-
-
 def undefined_labels(labels: np.ndarray) -> list[str]:
     """Names of the labels of (N, L) that hold one class only: no AUROC, and no threshold of their own."""
     positives = np.asarray(labels).sum(axis=0)
@@ -89,17 +86,22 @@ def threshold_sweep(labels: np.ndarray, probabilities: np.ndarray, thresholds: n
     """Each metric of decision_metrics but exact_match at each of T thresholds, (T, 19): of all labels together, then of
     each label alone. NaN where undefined."""
     labels, probabilities = checked(labels, probabilities)
-
-    def called(truth: int) -> np.ndarray:
-        columns = [np.sort(probabilities[labels[:, j] == truth, j]) for j in range(labels.shape[1])]
-        return np.stack([len(column) - np.searchsorted(column, thresholds) for column in columns], axis=1)
-
-    tp, fp, positives, n = called(1), called(0), labels.sum(axis=0, dtype=np.int64), len(labels)
+    fp, tp = np.ascontiguousarray(positives_at(labels, probabilities, thresholds).swapaxes(1, 2))
+    positives, n = labels.sum(axis=0, dtype=np.int64), len(labels)
     ends = np.broadcast_to((np.nan, n), (len(thresholds), 2))
     sums = np.concatenate([tp, fp, np.broadcast_to(positives, tp.shape), ends], axis=1)
-    together, columns = summary_from_counts(sums), per_label_from_counts(sums)
+    together, columns = metrics_from_counts(sums)
     alone = {key: columns[own] for key, own in MEAN_OF.items()} | {"crg": _crg(tp, fp, positives, np.float64(n))}
     return {key: np.column_stack([together[key], column]) for key, column in alone.items()}
+
+
+def positives_at(labels: np.ndarray, probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """(2, L, T): false and true positives of each label at each of T thresholds."""
+    columns = list(zip(labels.T, probabilities.T, strict=True))
+    return np.array([
+        [np.sum(y == truth) - np.searchsorted(np.sort(p[y == truth]), thresholds) for y, p in columns]
+        for truth in (0, 1)
+    ])
 
 
 def calibration_columns(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, np.ndarray]:
@@ -166,17 +168,14 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray, empty: float = 0.0) -
     return np.divide(numerator, denominator, out=np.full(numerator.shape, empty), where=denominator != 0)
 
 
-# ------------------------------------------------------------------------------------------------ in every resample
-
-# Summaries are {metric: (B,)}, per-label columns {metric: (B, L)}, with the keys of metrics.json. What depends on
-# decisions is a function of sums over rows: confusion_counts gives what each row adds, a matrix product the weighted
-# sums, one per resample, and `*_from_counts` turn sums with any leading axes into metrics.
+# In every resample: summaries {metric: (B,)} and per-label columns {metric: (B, L)}, with the keys of metrics.json.
+# What depends on decisions is a function of sums over rows: confusion_counts gives what each row adds, a matrix product
+# the weighted sums, one per resample, and metrics_from_counts turns sums with any leading axes into metrics.
 
 
 def resampled_decisions(labels: np.ndarray, decisions: np.ndarray, resamples: Resamples) -> tuple[dict, dict]:
     """(the part of M that depends on decisions, per-label columns) in every resample."""
-    sums = resamples.sums(confusion_counts(labels, decisions))
-    return summary_from_counts(sums), per_label_from_counts(sums)
+    return metrics_from_counts(resamples.sums(confusion_counts(labels, decisions)))
 
 
 def resampled_ranking(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> tuple[dict, dict]:
@@ -194,15 +193,18 @@ def confusion_counts(labels: np.ndarray, decisions: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float64)
 
 
-def _unpacked(sums: np.ndarray) -> list[np.ndarray]:
+MEAN_OF = {  # metric of M: the per-label metric of which it is the mean
+    "f1_macro": "f1", "precision_macro": "precision", "recall_macro": "recall", "hamming_accuracy": "accuracy",
+    "positive_rate": "positive_rate", "label_rate": "label_rate",
+}
+
+
+def metrics_from_counts(sums: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Sums (..., 3 L + 2) of confusion_counts -> (the part of M that depends on decisions (...), per-label metrics
+    (..., L)); NaN: undefined."""
     labels = (sums.shape[-1] - 2) // 3
-    return np.split(sums, [labels, 2 * labels, 3 * labels, 3 * labels + 1], axis=-1)
-
-
-def per_label_from_counts(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """Sums (..., 3 L + 2) of confusion_counts -> per-label metrics (..., L)."""
-    tp, fp, positives, _, n = _unpacked(sums)
-    return {
+    tp, fp, positives, right, n = np.split(sums, [labels, 2 * labels, 3 * labels, 3 * labels + 1], axis=-1)
+    columns = {
         "precision": _ratio(tp, tp + fp),
         "recall": _ratio(tp, positives),
         "f1": _ratio(2 * tp, tp + fp + positives),
@@ -210,22 +212,10 @@ def per_label_from_counts(sums: np.ndarray) -> dict[str, np.ndarray]:
         "positive_rate": (tp + fp) / n,
         "label_rate": positives / n,
     }
-
-
-MEAN_OF = {  # metric of M: the per-label metric of which it is the mean
-    "f1_macro": "f1", "precision_macro": "precision", "recall_macro": "recall", "hamming_accuracy": "accuracy",
-    "positive_rate": "positive_rate", "label_rate": "label_rate",
-}
-
-
-def summary_from_counts(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """Sums (..., 3 L + 2) of confusion_counts -> the part of M that depends on decisions (...); NaN: undefined."""
-    tp, fp, positives, right, n = _unpacked(sums)
-    columns, n = per_label_from_counts(sums), n[..., 0]
     summary = {key: columns[own].mean(axis=-1) for key, own in MEAN_OF.items()}
-    rates = {key: summary.pop(key) for key in ("positive_rate", "label_rate")}
-    crg = _crg(tp.sum(axis=-1), fp.sum(axis=-1), positives.sum(axis=-1), tp.shape[-1] * n)
-    return summary | {"exact_match": right[..., 0] / n} | rates | {"crg": crg}
+    rates = {key: summary.pop(key) for key in ("positive_rate", "label_rate")}  # shown after exact_match
+    crg = _crg(tp.sum(axis=-1), fp.sum(axis=-1), positives.sum(axis=-1), labels * n[..., 0])
+    return summary | {"exact_match": (right / n)[..., 0]} | rates | {"crg": crg}, columns
 
 
 def crg_exchange(positives: float | np.ndarray, decisions: float | np.ndarray) -> float | np.ndarray:
@@ -286,9 +276,6 @@ def pooled_auroc(labels: np.ndarray, probabilities: np.ndarray, resamples: Resam
     """AUROC of all N x L decisions as one ranking ("micro"), in B resamples (B,)."""
     every = Resamples(np.repeat(resamples.group, labels.shape[1]), resamples.counts)
     return auroc_and_ap(labels.ravel(), probabilities.ravel(), every)[0]
-
-
-# --------------------------------------------------------------------------- two predictions, without resampling
 
 
 def auroc_difference(

@@ -11,7 +11,8 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from itertools import zip_longest
+from itertools import groupby, zip_longest
+from operator import attrgetter
 from pathlib import Path
 
 import jinja2
@@ -119,9 +120,7 @@ def write_page(
     facts = [*report.data_facts(metrics), ("Written", f"{datetime.now():%Y-%m-%d %H:%M}")]
     if data:
         facts.insert(0, ("Data", data))
-    by_label: dict[str, list[Case]] = {}
-    for case in cases:
-        by_label.setdefault(case.label, []).append(case)
+    by_label = {label: list(own) for label, own in groupby(cases, attrgetter("label"))}  # they are in that order
     text = _template().render(
         title=f"CT-CLIP evaluation{f', {data}' if data else ''}", facts=Table("Data", (), facts), note=metrics["note"],
         sections=[sections[key] for key in PAGE_SECTIONS if key in sections], cases=by_label,

@@ -7,8 +7,8 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,21 +22,15 @@ from ctclip_model import ABNORMALITIES, N_LABELS
 
 AUROCS = (("AUROC macro", "auroc_macro"), ("AUROC micro", "auroc_micro"))
 METRIC_ROWS = (  # of the dictionary M, in the order they are shown
-    ("Positive rate", "positive_rate"),
-    ("Label rate", "label_rate"),
-    ("Hamming accuracy", "hamming_accuracy"),
-    ("Exact match", "exact_match"),
-    ("F1 macro", "f1_macro"),
-    ("Precision macro", "precision_macro"),
-    ("Recall macro", "recall_macro"),
-    ("CRG", "crg"),
+    ("Positive rate", "positive_rate"), ("Label rate", "label_rate"), ("Hamming accuracy", "hamming_accuracy"),
+    ("Exact match", "exact_match"), ("F1 macro", "f1_macro"), ("Precision macro", "precision_macro"),
+    ("Recall macro", "recall_macro"), ("CRG", "crg"),
 )
 WHEN = ("before", "after")  # calibration
 STOPS, UNDEFINED = np.arange(201) / 200, 65535  # of the page's slider
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(NamedTuple):
     """A cell with its 95 % interval, "" where there is none."""
 
     text: str
@@ -47,14 +41,12 @@ Cell = str | Value
 TableRow = Sequence[Cell]
 
 
-@dataclass(frozen=True)
-class Paragraph:
+class Paragraph(NamedTuple):
     text: str
     warning: bool = False
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Rows of cells, the first of each its name. Without columns: facts, a name and a value each. A row of one cell is
     the heading of those that follow. Every row of a sortable table is about one label."""
 
@@ -64,8 +56,7 @@ class Table:
     sortable: bool = False
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One plot. `svgs`: the same drawing for a wide and, where it needs another shape there, for a narrow page; none
     where there is nothing to draw, which `caption` explains."""
 
@@ -74,8 +65,7 @@ class Panel:
     svgs: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """Plots that are read together. `legend`: (style of the mark, meaning); `shape` of their arrangement."""
 
     panels: Sequence[Panel]
@@ -86,8 +76,7 @@ class Figure:
 Block = Paragraph | Table | Figure
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     key: str
     title: str
     blocks: Sequence[Block]
@@ -120,8 +109,7 @@ def _value(values: Mapping, intervals: Mapping, key: str, digits: int = 4) -> Va
 
 
 def _difference(first: Mapping, second: Mapping, key: str) -> str:
-    known = first[key] is not None and second[key] is not None
-    return change_text(first[key] - second[key] if known else None, key)
+    return change_text(None if None in (first[key], second[key]) else first[key] - second[key], key)
 
 
 def _note(metrics: Mapping) -> list[Paragraph]:
@@ -226,8 +214,7 @@ def _thresholds(metrics: Mapping) -> Section:
 
 
 def _threshold_table(metrics: Mapping) -> Section:
-    keys = ("hamming_accuracy", "f1_macro", "precision_macro", "recall_macro", "positive_rate")
-    rows = [(f"{row['threshold']:.2f}", *(metric_text(row[key], key) for key in keys))
+    rows = [(f"{row['threshold']:.2f}", *(metric_text(row[key], key) for key in row if key != "threshold"))
             for row in metrics["threshold_table"]]
     columns = ("Threshold", "Hamming", "F1", "Precision", "Recall", "Positive rate")
     return _section(
@@ -295,15 +282,15 @@ def _calibration(metrics: Mapping) -> Section:
 
 
 def _subgroups(metrics: Mapping) -> Section:
-    rows: list[TableRow] = []
-    for attribute, groups in metrics["subgroups"].items():
-        rows.append((attribute,))
-        for group in groups:
-            cells: TableRow = ("too few patients", *[""] * 5) if group["too_small"] else (
-                _value(group, group["intervals"], "auroc_macro", 3), str(group["auroc_labels"]),
+    def of_group(group: Mapping) -> TableRow:
+        start = (group["group"][:24], f"{group['n_patients']:,}")
+        if group["too_small"]:
+            return *start, "too few patients", *[""] * 5
+        return (*start, _value(group, group["intervals"], "auroc_macro", 3), str(group["auroc_labels"]),
                 decimal(group["auroc_everyone"], 3), percent(group["positive_rate"]), percent(group["label_rate"]),
                 decimal(group["f1_macro"], 3))
-            rows.append((group["group"][:24], f"{group['n_patients']:,}", *cells))
+
+    rows = [row for attribute, groups in metrics["subgroups"].items() for row in ((attribute,), *map(of_group, groups))]
     columns = ("Group", "Patients", "AUROC (95 % CI)", "Labels", "AUROC, all", "Positive rate", "Label rate", "F1")
     return _section(
         "subgroups", "Subgroups",

@@ -46,10 +46,8 @@ def results_folder(run: Path, data_dir: str | Path | None) -> Path:
 def run_record(run: Path) -> dict:
     """Content of a run's run.json, or {} where there is none."""
     path = run / "run.json"
-    if not path.is_file():
-        return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except (ValueError, TypeError) as error:
         raise RunError(f"{path}: found no JSON object ({error}), expected a run's record; restore it") from error
 

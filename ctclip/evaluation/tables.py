@@ -133,33 +133,27 @@ def common_volumes(tables: Mapping[str, VolumeTable], allow_partial: bool = Fals
     Unless `allow_partial`, the tables must hold the same volumes: EvaluationError names the first that does not.
     """
     for table in tables.values():
-        index = table.frame.index
-        if not index.is_unique:
-            twice = index[index.duplicated()][0]
-            raise EvaluationError(f"{table.source}: found {twice} again, expected one row per volume; remove one")
+        twice = table.frame.index[table.frame.index.duplicated()]
+        if len(twice):
+            raise EvaluationError(f"{table.source}: found {twice[0]} again, expected one row per volume; remove one")
     first, *others = tables.values()
     names = set(first.frame.index)
     for other in others:
-        if not allow_partial:
-            _check_holds_all(other, first)
-            _check_holds_all(first, other)
+        for table, whole in ((other, first), (first, other)) if not allow_partial else ():
+            missing = whole.frame.index.difference(table.frame.index, sort=False)
+            if len(missing):
+                line = f" (line {whole.lines[missing[0]]})" if missing[0] in whole.lines else ""
+                raise EvaluationError(
+                    f"{table.source}: found no row for {len(missing)} of the {len(whole.frame)} volumes in "
+                    f"{whole.source}, first {missing[0]}{line}, expected the same volumes; add them, remove them "
+                    "there, or go on with those in both: --allow-partial"
+                )
         names &= set(other.frame.index)
     if not names:
         found = " and ".join(table.source for table in tables.values())
         raise EvaluationError(f"{found}: found no volume in common, expected the same volumes; check VolumeName")
     skipped = {what: len(table.frame) - len(names) for what, table in tables.items() if len(table.frame) > len(names)}
     return [name for name in first.frame.index if name in names], skipped
-
-
-def _check_holds_all(table: VolumeTable, other: VolumeTable) -> None:
-    missing = other.frame.index.difference(table.frame.index, sort=False)
-    if len(missing):
-        line = other.lines.get(missing[0])
-        raise EvaluationError(
-            f"{table.source}: found no row for {len(missing)} of the {len(other.frame)} volumes in {other.source}, "
-            f"first {missing[0]}{f' (line {line})' if line else ''}, expected the same volumes; add them, remove them "
-            "there, or go on with those in both: --allow-partial"
-        )
 
 
 def rows_of(

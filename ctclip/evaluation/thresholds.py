@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from ctclip.config import DEFAULT_OBJECTIVE, OBJECTIVES
-from ctclip.evaluation.metrics import EvaluationError, checked, crg_exchange, undefined_labels
+from ctclip.evaluation.metrics import EvaluationError, checked, crg_exchange, positives_at, undefined_labels
 from ctclip_model import ABNORMALITIES
 
 # Each objective scores all candidates at once: tp and fp are (L, T) for L labels and T thresholds, positives is (L, 1),
@@ -21,18 +21,9 @@ from ctclip_model import ABNORMALITIES
 # maximise, so that one label (L = 1) and one global threshold for all labels are the same search.
 
 
-def _score_prevalence(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
-    """The predicted rate is the label rate."""
-    return -np.abs((tp + fp - positives).sum(axis=0)) / (n * len(tp))
-
-
 def _score_f1(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
     predicted_and_true = tp + fp + positives
     return (2 * tp / np.where(predicted_and_true > 0, predicted_and_true, 1)).mean(axis=0)
-
-
-def _score_hamming(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
-    return 1 - (positives - tp + fp).mean(axis=0) / n
 
 
 def _score_crg(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
@@ -56,7 +47,10 @@ def _score_youden(
 
 
 OBJECTIVE_SCORES: dict[str, Callable[..., np.ndarray]] = {  # in OBJECTIVES' order
-    "prevalence": _score_prevalence, "f1": _score_f1, "hamming": _score_hamming, "youden": _score_youden,
+    "prevalence": lambda tp, fp, positives, n, rate: -np.abs((tp + fp - positives).sum(axis=0)) / (n * len(tp)),
+    "f1": _score_f1,
+    "hamming": lambda tp, fp, positives, n, rate: 1 - (positives - tp + fp).mean(axis=0) / n,
+    "youden": _score_youden,
     "crg": _score_crg,
 }
 SENSITIVITY = re.compile(r"sensitivity\s*(?:>=|:|=)\s*(0?\.\d+|1|1\.0*)")
@@ -119,13 +113,11 @@ def _best_threshold(
     of_positive, of_negative = (column[:, None] for column in weights)
     all_positives = of_positive * labels.sum(axis=0, dtype=np.int64)[:, None]
     rate = np.clip(all_positives.sum() / labels.size, 1e-12, 1)
-    columns = list(zip(labels.T[which], probabilities.T[which], strict=True))
-    sorted_of = [[np.sort(p[y == truth]) for y, p in columns] for truth in (1, 0)]
     positives, candidates = all_positives[which], candidate_thresholds(probabilities[:, which])
     scores, gaps = [], []
     for part in np.array_split(candidates, len(candidates) // 2**15 + 1):  # bounds the memory on a large cohort
-        tp, fp = (weight[which] * np.stack([len(p) - np.searchsorted(p, part) for p in of_class])
-                  for weight, of_class in zip((of_positive, of_negative), sorted_of, strict=True))
+        fp, tp = positives_at(labels[:, which], probabilities[:, which], part)
+        tp, fp = of_positive[which] * tp, of_negative[which] * fp
         scores.append(score_of(tp, fp, positives, len(labels), rate))
         gaps.append(np.abs((tp + fp - positives).sum(axis=0)))
     score, gap = np.concatenate(scores), np.concatenate(gaps)

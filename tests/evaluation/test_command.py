@@ -232,7 +232,7 @@ def test_a_run_is_read_as_training_left_it(tmp_path):
     make_run(tmp_path / "run", phantom=False)
     run = run_inputs(tmp_path / "run")
     assert [len(table.frame) for table in (run.predictions, run.labels, *run.tuning)] == [24] * 4
-    assert [row["epoch"] for row in run.history] == [1, 2]  # the line cut off by an interruption is left out
+    assert [row["epoch"] for row in run.history] == [1, 2]  # the line cut off by an interruption is skipped
     assert run.phantom is False
     (tmp_path / "run" / "log.jsonl").write_text('{"epoch": \n{"epoch": 2}\n')
     with pytest.raises(RunError, match="log.jsonl, line 1: found no JSON"):

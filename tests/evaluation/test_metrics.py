@@ -130,7 +130,7 @@ def two_predictions(n_patients=150, seed=0):
 
 def test_auroc_difference_equals_scikit_learn():
     y, first, second, patients = two_predictions()
-    y[:, 4], y[:, 9] = 0, 1  # no AUROC: left out
+    y[:, 4], y[:, 9] = 0, 1  # no AUROC: skipped
     two = [j for j in range(18) if j not in (4, 9)]
     expected = np.mean([sk.roc_auc_score(y[:, j], first[:, j]) - sk.roc_auc_score(y[:, j], second[:, j]) for j in two])
     difference, error = cm.auroc_difference(y, first, second, patients)
