@@ -153,14 +153,18 @@ def to_hub_error(error: BaseException, file: str, token: str, repository: str = 
     """
     if isinstance(error, HubError):
         return error
+    import ssl
+
     from huggingface_hub import errors
 
     httpx = importlib.import_module(errors.HTTPError.__module__)  # httpx2 from huggingface_hub 2 on
     error = unwrapped(error)
     if isinstance(error, errors.HfHubHTTPError):
         return _of_response(error, file, repository)
-    said, host = str(error), hub_host()
-    place = error.filename if isinstance(error, OSError) else None
+    host, place = hub_host(), error.filename if isinstance(error, OSError) else None
+    causes = [error]
+    while behind := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(behind)
     known = [  # applies, reason, remedy, kind
         (isinstance(error, errors.OfflineModeIsEnabled),
          "HF_HUB_OFFLINE is set, so nothing is fetched", "unset HF_HUB_OFFLINE", "access"),
@@ -169,12 +173,12 @@ def to_hub_error(error: BaseException, file: str, token: str, repository: str = 
         (isinstance(error, (httpx.TimeoutException, TimeoutError, futures.TimeoutError)),
          f"no answer from {host} within {HUB_SECONDS} s",
          "check the network and the proxy (HTTPS_PROXY), or wait a few minutes", "network"),
-        ("CERTIFICATE_VERIFY_FAILED" in said,  # which has no type of its own
+        (any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes),
          f"the certificate of {host} is not trusted here: something in between replaces it",
          "name your network's certificates in SSL_CERT_FILE", "access"),
         (isinstance(error, (httpx.NetworkError, httpx.RemoteProtocolError, ConnectionError)),
          f"no connection to {host}", "check the network, the proxy (HTTPS_PROXY) and HF_ENDPOINT", "network"),
-        ("Consistency check failed" in said,  # an OSError of http_get
+        (type(error) is OSError and error.errno is None,  # http_get's, the only one of no file and no system call
          "the transfer of a file ended before its last byte", "check the network", "bytes"),
         (getattr(error, "errno", None) in DISK_FULL, "the disk is full", "free some", "disk"),
         (place, f"{place}: {getattr(error, 'strerror', '')}", "make it writable, or name another folder", "disk"),
@@ -182,7 +186,8 @@ def to_hub_error(error: BaseException, file: str, token: str, repository: str = 
     for applies, reason, remedy, kind in known:
         if applies:
             return HubError(reason, f"{remedy}, {AGAIN}", kind=kind)
-    shown = re.sub(r"//[^/@\s]+@", "//***@", said.replace(token, "***") if token else said)
+    said = str(error).replace(token, "***") if token else str(error)
+    shown = re.sub(r"//[^/@\s]+@", "//***@", said)
     first = next((line.strip() for line in shown.splitlines() if line.strip()), "")[:200]
     return HubError(f"huggingface_hub stopped with {type(error).__name__}: {first}", "run this again")
 

@@ -6,8 +6,10 @@ Reference: the bytes and checksums that hub holds, what it saw of tokens and ran
 import hashlib
 import importlib
 import socket
+import ssl
 import threading
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -242,11 +244,29 @@ def test_no_answer(hub, monkeypatch):
 
 
 def test_a_certificate_that_is_not_trusted(hub):
-    error = ConnectionError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate")
+    error = httpx.ConnectError("as httpx has it")
+    error.__cause__ = ssl.SSLCertVerificationError("self-signed certificate")
     assert str(to_hub_error(error, LARGE, TOKEN)) == (
         f"the certificate of {hub.url.removeprefix('http://')} is not trusted here: something in between replaces it; "
         "name your network's certificates in SSL_CERT_FILE, then run this again"
     )
+
+
+def test_a_transfer_that_is_shorter_than_announced(hub, tmp_path, monkeypatch):
+    """As the client tells it, which compares with the length of the answer."""
+    monkeypatch.setattr("huggingface_hub.file_download.http_stream_backoff", half_of(CONTENT[LARGE]))
+    with pytest.raises(HubError, match="the transfer of a file ended before its last byte") as caught:
+        download(LARGE, tmp_path / "file", TOKEN)
+    assert caught.value.kind == "bytes" and list(tmp_path.iterdir()) == []
+
+
+def half_of(content):
+    @contextmanager
+    def stream(url, method="GET", **options):
+        announced, request = {"Content-Length": str(len(content))}, httpx.Request(method, url)
+        yield httpx.Response(200, headers=announced, content=content[:1000], request=request)
+
+    return stream
 
 
 def test_offline_switch(hub, monkeypatch):
