@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from ctclip.cli import run_cli
@@ -17,8 +18,7 @@ from ctclip.config import RESUME_HINT, training_parser
 
 def main(argv: list[str] | None = None) -> int:
     args = training_parser(__doc__).parse_args(argv)
-    from ctclip.distributed import is_main_process  # after the flags: torch takes two seconds
-    from ctclip.training.estimate import print_estimate
+    from ctclip.training.estimate import print_estimate  # after the flags: torch takes two seconds
     from ctclip.training.loop import train
     from ctclip.training.run import run_from_flags
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
             print_estimate(config, folder, machine)
             return
         folder = train(config, folder, machine)
-        if is_main_process():
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the main one
             print(f"Next: python ctclip_evaluation.py --checkpoint {folder}")
 
     return run_cli(action, RESUME_HINT)

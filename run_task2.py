@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctclip.cli import INTERRUPTED, refuse_unused, run_cli
-from ctclip.config import task_flag_uses, task_parser
+from ctclip.config import RESUME_HINT, task_flag_uses, task_parser
 from ctclip.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def __getattr__(name: str) -> Any:
 def main(argv: list[str] | None = None) -> int:
     args = task_parser(__doc__).parse_args(argv)
     trains = args.task in ("full", "train") and not args.export
-    interrupted = "a training run that has begun goes on with --resume" if trains else INTERRUPTED
-    return run_cli(lambda: run(args), interrupted)
+    return run_cli(lambda: run(args), RESUME_HINT if trains else INTERRUPTED)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,54 +52,44 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("found torchrun with run_task2.py, expected ctclip_training.py; evaluate afterwards")
     task = "export" if args.export else args.task
     refuse_unused(args.given, task_flag_uses(task, args.plan))
-    from ctclip.evaluation.command import settings_from_flags  # after the flags: torch takes two seconds
-    from ctclip.evaluation.run_folder import newest_run
+    from ctclip.evaluation.command import evaluate_and_write, settings_from_flags  # torch takes two seconds
+    from ctclip.evaluation.run_folder import newest_run, results_folder
     from ctclip.inference.commands import export_command, predict_command
+    from ctclip.inference.run_predictions import run_inputs
 
     settings = settings_from_flags(args)  # what is wrong with them is said before any work
-    if task == "predict":
-        predict_command(args)
+    if task in ("predict", "export"):
+        (predict_command if task == "predict" else export_command)(args)
         return
-    if task == "export":
-        export_command(args)
-        return
+    data_dir = None
     if task == "evaluate":
-        folder = Path(args.checkpoint) if args.checkpoint else newest_run()
+        folder, data_dir = Path(args.checkpoint or newest_run()), getattr(args, "data_dir", None)
     else:
-        trained = train_run(args, task)
+        trained = train_run(args)
         if trained is None:  # --plan
             return
         folder = trained
-    if task != "train":
-        evaluate_run(args, folder, settings, getattr(args, "data_dir", None) if task == "evaluate" else None)
+    if task != "train":  # predicts the unseen split, or that of another cohort, where that was not done yet
+        results = results_folder(folder, data_dir)
+        inputs = run_inputs(folder, data_dir, args.device, args.workers, results)
+        evaluate_and_write(inputs, results, settings, args.baseline, args.metadata, args.pictures)
     print(f"\nDone in {time.perf_counter() - started:.0f} s: {folder}")
 
 
-def train_run(args: argparse.Namespace, task: str) -> Path | None:
+def train_run(args: argparse.Namespace) -> Path | None:
     """The folder of the run that is now trained; None with --plan, which only says what it would take."""
     from ctclip.data.cohort import load_cohort
     from ctclip.training.estimate import print_estimate
     from ctclip.training.loop import train
     from ctclip.training.run import run_from_flags
 
-    if task == "full" and hasattr(args, "data_dir"):
+    if args.task == "full" and hasattr(args, "data_dir"):
         load_cohort(args.data_dir, "valid", limit=1)  # there must be something to evaluate on
-    config, folder, machine = run_from_flags(args)
+    run = run_from_flags(args)
     if args.plan:
-        print_estimate(config, folder, machine)
+        print_estimate(*run)
         return None
-    return train(config, folder, machine)
-
-
-def evaluate_run(args: argparse.Namespace, run: Path, settings: Any, data_dir: str | None) -> None:
-    """Predicts the unseen split (with `data_dir`, another cohort's) where that was not done yet, and reports."""
-    from ctclip.evaluation.command import evaluate_and_write
-    from ctclip.evaluation.run_folder import results_folder
-    from ctclip.inference.run_predictions import run_inputs
-
-    folder = results_folder(run, data_dir)
-    inputs = run_inputs(run, data_dir, args.device, args.workers, folder)
-    evaluate_and_write(inputs, folder, settings, args.baseline, args.metadata, args.pictures)
+    return train(*run)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,6 @@ import torch.distributed.nn.functional  # noqa: F401
 from torch import Tensor
 
 
-def is_main_process() -> bool:
-    """Whether this process is the one that prints and writes; also where no group has been joined."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 class Ranks:
     """Rank, world size and collective operations of the process group. Call each on all ranks or on none."""
 

@@ -90,12 +90,10 @@ class Plan:
         self.rank_batch = ceil(config.batch_size / self.world)  # volumes of a step, for each rank
         self.train, self.validation = len(job.train.volumes), len(job.validation.volumes)
         self.unfrozen_epochs = config.epochs - config.frozen_epochs
-        layers = model.layers()
-        self.layers, self.unfrozen = len(layers), config.unfrozen_layers(config.epochs - 1, len(layers))
-        names = {name for layer in layers[self.layers - self.unfrozen :] for name in layer}
-        head = {id(parameter) for parameter in model.head_parameters()}
-        trainable = [p for name, p in model.named_parameters() if name in names or id(p) in head]
-        self.trainable_bytes = sum(p.nbytes for p in trainable)
+        self.layers = len(model.layers())
+        self.unfrozen = config.unfrozen_layers(config.epochs - 1, self.layers)  # in the last epoch
+        groups = [group for group in model.parameter_groups(1.0, 1.0) if group["layer"] <= self.unfrozen]
+        self.trainable_bytes = sum(parameter.nbytes for group in groups for parameter in group["params"])
         self.copies = 3 if config.ema_decay else 2  # of the trainable parameters: AdamW's moments, the moving average
         self.workers = run.workers
         self.cpus = (os.cpu_count() or 1) / local_world()  # for each rank, and so is the memory
@@ -103,9 +101,8 @@ class Plan:
         self.memory: list[float] = []  # bytes that each measured part needs, with headroom
         # Without frozen epochs there is no cache; augmented training volumes have none.
         self.cache = FeatureCache(config.cache_dir, model)
-        cached = [] if not config.frozen_epochs else list(job.validation.volumes)
-        if config.frozen_epochs and not config.augment:
-            cached = [*job.train.volumes, *cached]
+        splits = [job.validation] if config.augment else [job.train, job.validation]
+        cached = [volume for split in splits for volume in split.volumes if config.frozen_epochs]
         rows = self.cache.rows(cached)
         if problem := self.cache.missing_message(cached, rows):
             raise TrainingError(problem)

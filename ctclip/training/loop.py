@@ -17,14 +17,13 @@ from ctclip.memory import out_of_memory
 from ctclip.training import checkpoint, logging, steps
 from ctclip.training.checkpoint import BestEpoch, Progress, TrainingState, save_checkpoint
 from ctclip.training.optimization import swapped_in
-from ctclip.training.run import TrainingJob, out_of_memory_explained, prepare
+from ctclip.training.run import TrainingJob, prepare
 from ctclip.training.steps import StepResult, Validation
 
 VALIDATION_CHUNK = 128  # volumes that a rank predicts between two moments at which the state can be saved
 BAD_STEPS = 3  # steps in a row that are not finite, after which a run ends
 
 
-@out_of_memory_explained()
 def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) -> Path:
     """Starts or resumes the training run of `folder`. Returns the folder.
 
@@ -77,7 +76,16 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
                 bad_epochs=bad_epochs,
                 stopped=stopped,
             )
-            save_epoch(job, state)
+            epochs_done, frozen = state.progress.epoch, state.trainable.backbone_frozen
+            # While the backbone is frozen the best weights wait in the state, where they are small.
+            milestone = not frozen or epochs_done in (1, config.frozen_epochs, config.epochs)
+            if state.best.tensors and milestone:
+                checkpoint.save_best(job, state.best)
+            state.epoch_start = time.perf_counter()  # of the next epoch
+            save_checkpoint(job, state)
+            logging.write_history(run, state.history)
+            if milestone:
+                logging.write_curves(job, state.history)
     logging.write_run_file(job, state.progress.stopped or "finished")
     logging.write_curves(job, state.history)
     logging.print_summary(job, state, time.perf_counter() - start)
@@ -91,7 +99,8 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
 def train_epoch(job: TrainingJob, state: TrainingState) -> float | None:
     """One pass over the training volumes, from where an earlier process was interrupted.
 
-    Returns the mean loss over all ranks; None where every step was skipped.
+    Returns the mean loss over all ranks; None where every step was skipped. Saves the steps of an unfrozen epoch; after
+    a signal, saves and raises Interrupted.
     """
     run, trainable, progress = job.run, state.trainable, state.progress
     batches = steps.shuffled_batches(job.train, run.config, progress.epoch)
@@ -133,7 +142,14 @@ def train_epoch(job: TrainingJob, state: TrainingState) -> float | None:
             count_step(job, state, result, finite)
             if save_due:
                 save_checkpoint(job, state)
-    finish_or_stop(job, state, len(batches))
+    (stopping,) = run.ranks.all_reduce_max(run.stop.number)  # a signal on any rank stops all
+    if stopping and state.best.tensors:
+        checkpoint.save_best(job, state.best)
+    if stopping or not trainable.backbone_frozen:
+        save_checkpoint(job, state)
+    if stopping:
+        run.stop.number = int(stopping)
+        run.stop.check(f"saved after step {progress.step} of {len(batches)} of epoch {progress.epoch + 1}")
     run.ranks.broadcast(job.model.buffers())  # running statistics of slice backbones
     loss_sum, seen = run.ranks.all_reduce_sum(progress.loss_sum, progress.seen)
     if not seen and not progress.skipped:
@@ -163,19 +179,6 @@ def count_step(job: TrainingJob, state: TrainingState, result: StepResult, finit
             f"{BAD_STEPS} steps in a row were not finite, expected numbers (volumes: {listed}); look at these volumes, "
             f"or lower --learning-rate (now {run.config.head_learning_rate:g}). The last good state is in {run.folder}"
         )
-
-
-def finish_or_stop(job: TrainingJob, state: TrainingState, steps_of_epoch: int) -> None:
-    """Saves the steps of an unfrozen epoch; after a signal on any rank, saves and raises Interrupted on all."""
-    run, progress = job.run, state.progress
-    (stopping,) = run.ranks.all_reduce_max(run.stop.number)
-    if stopping and state.best.tensors:
-        checkpoint.save_best(job, state.best)
-    if stopping or not state.trainable.backbone_frozen:
-        save_checkpoint(job, state)
-    if stopping:
-        run.stop.number = int(stopping)
-        run.stop.check(f"saved after step {progress.step} of {steps_of_epoch} of epoch {progress.epoch + 1}")
 
 
 def validate(job: TrainingJob, state: TrainingState) -> Validation:
@@ -208,16 +211,3 @@ def should_stop(job: TrainingJob, state: TrainingState, validation: Validation) 
     )
     job.run.log(reason)
     return reason, bad_epochs
-
-
-def save_epoch(job: TrainingJob, state: TrainingState) -> None:
-    """While the backbone is frozen the best weights wait in the state, where they are small."""
-    config, epochs_done = job.run.config, state.progress.epoch
-    milestone = not state.trainable.backbone_frozen or epochs_done in (1, config.frozen_epochs, config.epochs)
-    if state.best.tensors and milestone:
-        checkpoint.save_best(job, state.best)
-    state.epoch_start = time.perf_counter()  # of the next epoch
-    save_checkpoint(job, state)
-    logging.write_history(job.run, state.history)
-    if milestone:
-        logging.write_curves(job, state.history)

@@ -8,8 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -40,7 +39,6 @@ from ctclip.distributed import Ranks
 from ctclip.evaluation.run_folder import newest_run, run_record
 from ctclip.formatting import plural
 from ctclip.inference.predictor import choose_device, choose_precision, choose_workers
-from ctclip.memory import out_of_memory
 from ctclip.phantoms.cohort import is_phantom_cohort, write_phantom_cohort
 from ctclip_model import (
     CLASSFINE_PATH,
@@ -52,7 +50,7 @@ from ctclip_model import (
 
 SPLIT_NAMES = {"train": "training", "tuning": "validation"}  # as in files -> in words
 
-# ------------------------------------------------------------------ what ends a run early: signals, lack of memory
+# ------------------------------------------------------------------ signals, which end a run early
 
 
 class Interrupted(KeyboardInterrupt):
@@ -90,18 +88,6 @@ class StopRequest:
         """Raises Interrupted after a signal; `saved` says what is."""
         if self.number:
             raise Interrupted(self.number, saved)
-
-
-@contextmanager
-def out_of_memory_explained() -> Iterator[None]:
-    """Turns a failed allocation into a TrainingError with the remedy."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        remedy = "--resume on a larger device, or start a run that unfreezes fewer layers (--unfreeze-layers 1)"
-        raise TrainingError(f"out of memory; {remedy}") from error
 
 
 # ------------------------------------------------------------------ a run and what it works on

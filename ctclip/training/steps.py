@@ -183,34 +183,29 @@ def predict_validation(job: TrainingJob, indices: list[int]) -> dict[int, Tensor
     run, model, split = job.run, job.model, job.validation
     model.eval()
     mine = run.ranks.shard(indices)
-    read, logits = mine, torch.zeros(0, len(ABNORMALITIES))
-    if mine and split.rows is not None:
-        inputs = (frozen_inputs(run, model, split, chunk) for chunk in chunks(mine, CHUNK))
-        logits = torch.cat([model.head(chunk).float().cpu() for chunk in inputs])
-    elif mine:
-        read, logits = _encode_and_predict(job, mine)
-    found: dict[int, Tensor | None] = dict.fromkeys(indices)
-    for of_rank, rows in run.ranks.all_gather((read, logits)):
-        found |= {i: row.clone() for i, row in zip(of_rank, rows, strict=True)}
-    return found
-
-
-def _encode_and_predict(job: TrainingJob, indices: list[int]) -> tuple[list[int], Tensor]:
-    """Indices, of those given, of the validation volumes that could be read, and their logits."""
-    run, volumes = job.run, [job.validation.volumes[i] for i in indices]
+    volumes = [split.volumes[i] for i in mine]
 
     def on_batch(batch: Batch) -> None:
         run.record("tuning", volumes, batch)
         run.stop.check("the epoch's steps are saved")
 
-    while True:
+    read, logits = mine, torch.zeros(0, len(ABNORMALITIES))
+    if mine and split.rows is not None:
+        inputs = (frozen_inputs(run, model, split, chunk) for chunk in chunks(mine, CHUNK))
+        logits = torch.cat([model.head(chunk).float().cpu() for chunk in inputs])
+    while mine and split.rows is None:
         try:
-            read, logits = predict_volumes(job.model, volumes, run.micro_batch, run.workers, on_batch)
-            return [indices[i] for i in read], logits
+            places, logits = predict_volumes(model, volumes, run.micro_batch, run.workers, on_batch)
+            read = [mine[place] for place in places]
+            break
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error) or run.micro_batch == 1:
                 raise
-        run.use_less_memory(job.model)
+        run.use_less_memory(model)
+    found: dict[int, Tensor | None] = dict.fromkeys(indices)
+    for of_rank, rows in run.ranks.all_gather((read, logits)):
+        found |= {i: row.clone() for i, row in zip(of_rank, rows, strict=True)}
+    return found
 
 
 def validation_metrics(job: TrainingJob, predicted: dict[int, Tensor | None]) -> Validation:
