@@ -190,31 +190,20 @@ def flag_of(name: str) -> str:
 
 def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
     """Flag -> (what it goes with, whether `config` has that), for `refuse_unused`. All other flags always count."""
-    built_in = "the built-in cohort (no --data-dir)", config.data_dir is None
-    ctclip = "--model ctclip", config.model == "ctclip"
-    slices = "a slice backbone (--model efficientnet_b0, ...)", config.model != "ctclip"
-    linear = "--model ctclip and --head linear", (config.model, config.head) == ("ctclip", "linear")
-    frozen = "frozen epochs (--freeze-epochs above 0)", config.frozen_epochs > 0
-    unfrozen = "unfrozen epochs (--epochs above --freeze-epochs)", config.frozen_epochs < config.epochs
-    focal = "--loss-type focal", config.loss_type == "focal"
-    return {
-        "--train-volumes": built_in,
-        "--valid-volumes": built_in,
-        "--cache-dir": frozen,
-        "--ctclip-path": ctclip,
-        "--head": ctclip,
-        "--init-head": linear,
-        "--use-attention": slices,
-        "--no-pretrained": slices,
-        "--freeze-epochs": ("a backbone that is unfrozen later (no --freeze-backbone)", not config.freeze_backbone),
-        "--unfreeze-layers": unfrozen,
-        "--patience": unfrozen,
-        "--backbone-learning-rate": unfrozen,
-        "--layer-decay": unfrozen,
-        "--gradient-checkpointing": unfrozen,
-        "--alpha": focal,
-        "--gamma": focal,
-    }
+    is_ctclip, is_linear = config.model == "ctclip", config.head == "linear"
+    flags = {
+        ("the built-in cohort (no --data-dir)", config.data_dir is None): ("--train-volumes", "--valid-volumes"),
+        ("--model ctclip", is_ctclip): ("--ctclip-path", "--head"),
+        ("--model ctclip and --head linear", is_ctclip and is_linear): ("--init-head",),
+        ("a slice backbone (--model efficientnet_b0, ...)", not is_ctclip): ("--use-attention", "--no-pretrained"),
+        ("frozen epochs (--freeze-epochs above 0)", config.frozen_epochs > 0): ("--cache-dir",),
+        ("a backbone that is unfrozen later (no --freeze-backbone)", not config.freeze_backbone): ("--freeze-epochs",),
+        ("unfrozen epochs (--epochs above --freeze-epochs)", config.frozen_epochs < config.epochs): (
+            "--unfreeze-layers", "--patience", "--backbone-learning-rate", "--layer-decay", "--gradient-checkpointing",
+        ),
+        ("--loss-type focal", config.loss_type == "focal"): ("--alpha", "--gamma"),
+    }  # fmt: skip
+    return {flag: goes_with for goes_with, of_these in flags.items() for flag in of_these}
 
 
 # What an evaluation can be asked for; the functions behind the names are in evaluation/calibration.py and tables.py.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Its functions take the group there is on import as the default of an argument. Imported later, by DDP or an optimiser,
+# Its functions take the group there is on import as the default of an argument. Imported later, by an optimiser,
 # it keeps the group alive after its end, whose threads may then abort the interpreter.
 import torch.distributed.nn.functional  # noqa: F401
 from torch import Tensor
@@ -59,6 +59,12 @@ class Ranks:
     def all_reduce_sum(self, *values: float) -> list[float]:
         """Each value's sum over the ranks, in their order."""
         return [sum(of_ranks) for of_ranks in zip(*self.all_gather(values), strict=True)]
+
+    def average(self, tensor: Tensor) -> None:
+        """Overwrites it with its mean over the ranks."""
+        total = tensor.contiguous()
+        dist.all_reduce(total)
+        tensor.copy_(total / self.world)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites each tensor with that of rank 0."""

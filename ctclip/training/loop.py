@@ -91,7 +91,6 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
     logging.print_summary(job, state, time.perf_counter() - start)
     if writer is not None:
         writer.close()
-    state.trainable.exchange = None
     run.ranks.destroy()
     return run.folder
 

@@ -1,11 +1,9 @@
-"""What is optimised: the trainable parameters with optimizer, learning rates, moving average, and the exchange of
-gradients between ranks."""
+"""What is optimised: the trainable parameters with optimizer, learning rates and moving average."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -75,21 +73,6 @@ def set_rng_state(device: torch.device, state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-class GradientExchange(nn.Module):
-    """Averages accumulated gradients over ranks with DistributedDataParallel, in one pass without data.
-
-    Volumes go through the model itself, so that a rank may need more passes than another, run out of memory, or have
-    nothing readable in a step, without leaving the others waiting inside a backward pass.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]):
-        super().__init__()
-        self.trainable = nn.ParameterList(parameters)
-
-    def forward(self) -> Tensor:
-        return sum(parameter.sum() for parameter in self.trainable) * 0.0
-
-
 class TrainableParameters:
     """The parameters that are trained at present, by name: the head's, and those of the layers that are unfrozen."""
 
@@ -99,7 +82,6 @@ class TrainableParameters:
         self.unfrozen = 0  # layers, counted from the output
         self.epoch = -1  # that `unfreeze` was last called for
         self.ema = EMA(self.config.ema_decay)
-        self.exchange: nn.Module | None = None
         self.every_parameter = dict(model.named_parameters())  # once: a walk through the model costs more than a step
         head = {id(parameter) for parameter in model.head_parameters()}
         self.parameters = {name: value for name, value in self.every_parameter.items() if id(value) in head}
@@ -131,9 +113,6 @@ class TrainableParameters:
         else:
             self.model.freeze_backbone()
         self.ema.track(self.parameters)
-        if self.run.ranks.world > 1:
-            self.exchange = None  # before the next one hooks into the same parameters
-            self.exchange = nn.parallel.DistributedDataParallel(GradientExchange(list(self.parameters.values())))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that training may have changed: parameters, and BatchNorm statistics of a slice backbone."""
@@ -162,11 +141,13 @@ class TrainableParameters:
             buffer.copy_(value)
 
     def average_gradients(self) -> None:
-        """Over the ranks."""
-        if self.exchange is not None:
-            with warnings.catch_warnings():  # on the strides of an axis of length 1
-                warnings.filterwarnings("ignore", message="Grad strides do not match")
-                self.exchange().backward()
+        """Over the ranks, once a step: before it, one may need more passes than another, run out of memory, or have
+        nothing readable, without leaving the others waiting inside a backward pass."""
+        if self.run.ranks.world > 1:
+            for parameter in self.parameters.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                self.run.ranks.average(parameter.grad)
 
     def clip_and_step(self) -> bool:
         """Clips the gradients and takes one optimizer step; False, and no step, if they are not finite.

@@ -40,13 +40,7 @@ from ctclip.evaluation.run_folder import newest_run, run_record
 from ctclip.formatting import plural
 from ctclip.inference.predictor import choose_device, choose_precision, choose_workers
 from ctclip.phantoms.cohort import is_phantom_cohort, write_phantom_cohort
-from ctclip_model import (
-    CLASSFINE_PATH,
-    DEMO_PATH,
-    CTCLIPMultiAbnormalityModel,
-    balanced_label_weights,
-    create_loss,
-)
+from ctclip_model import CLASSFINE_PATH, DEMO_PATH, CTCLIPMultiAbnormalityModel, balanced_label_weights, create_loss
 
 SPLIT_NAMES = {"train": "training", "tuning": "validation"}  # as in files -> in words
 
