@@ -29,7 +29,7 @@ from ctclip.fileio import replacing
 from ctclip.inference.heat_maps import parse_labels, write_scan_heat_maps
 from ctclip.inference.predictor import load_model, predict_volumes
 from ctclip.inference.scans import PredictionError, Scan, find_scans
-from ctclip_model import ABNORMALITIES, Prompts
+from ctclip_model import ABNORMALITIES, Prompts, saved_config
 
 TRAINED_ON_PHANTOMS = f"Model trained on phantoms. {SYNTHETIC_NOTE}"
 FORMS = ("calibrated", "uncalibrated", "mapped")
@@ -153,11 +153,9 @@ def _transform(form: str, calibration: Calibration | None) -> tuple[Transform, s
 
 def labels_of(checkpoint: Path) -> tuple[str, ...]:
     """What a run, or a model saved with prompts of its own, answers; the 18 findings where its folder does not say."""
-    path = checkpoint / "config.json"
-    try:
-        return tuple(json.loads(path.read_text(encoding="utf-8"))["labels"]) if path.is_file() else ABNORMALITIES
-    except (ValueError, KeyError, TypeError) as error:
-        raise PredictionError(f"{path}: found no labels ({error}), expected a saved model's; save it again") from error
+    if not (checkpoint / "config.json").is_file():
+        return ABNORMALITIES
+    return tuple(saved_config(checkpoint).get("labels") or ABNORMALITIES)
 
 
 def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> None:
