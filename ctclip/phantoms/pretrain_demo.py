@@ -38,15 +38,7 @@ from ctclip.data.geometry import FIELD_OF_VIEW_MM
 from ctclip.data.preprocessing import preprocess_volume
 from ctclip.fileio import replacing
 from ctclip.phantoms.phantom import make_phantom
-from ctclip_model import (
-    ABNORMALITIES,
-    DEMO_PATH,
-    N_LABELS,
-    CTCLIPMultiAbnormalityModel,
-    TowerSizes,
-    asdict,
-    published_layout,
-)
+from ctclip_model import ABNORMALITIES, DEMO_PATH, N_LABELS, CTCLIPMultiAbnormalityModel, TowerSizes, published_layout
 
 SIZES = TowerSizes(
     dim=48, heads=2, dim_head=24, patch=6, temporal_patch=4, grid=16, spatial_depth=1, temporal_depth=1, codes=2048,
@@ -93,7 +85,7 @@ class PretrainingModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = CTCLIPMultiAbnormalityModel(sizes=asdict(SIZES), dropout=0.1)
+        self.model = CTCLIPMultiAbnormalityModel(sizes=vars(SIZES), dropout=0.1)
         self.tower: Any = self.model.visual_transformer  # what a ModuleList holds has no type
         self.projection = nn.Linear(SIZES.dim, SIZES.latent, bias=False)  # to_visual_latent, the same at every place
         self.token_head = nn.Linear(SIZES.dim, N_LABELS)
@@ -198,9 +190,15 @@ def fit_tower(trainee: PretrainingModel, data: Samples, epochs: int, peak: float
 
 
 @torch.no_grad()
-def sample_tokens(trainee: PretrainingModel, data: Samples, most: int) -> tuple[Tensor, Tensor]:
-    """Unit tokens (n, dim) of stage 2 and their findings (n, 18): half healthy ones, and of the others as many of each
-    finding, or septal thickening would own most of the codes and nodules none."""
+def build_codebook(trainee: PretrainingModel, data: Samples, most: int = 150_000) -> None:
+    """Stage 3: k-means on the directions of `most` tokens, since the quantiser compares cosines. Half are healthy ones,
+    of the others as many of each finding, or septal thickening would own most of the codes and nodules none.
+
+    The length of a code is free for the same reason, and carries what a mean over the grid needs: codes of healthy
+    patches are made short, so that the few tokens of a small finding are not drowned by the thousand others. Lengths
+    start at the largest share of a finding among a code's tokens and are fitted in `fit_codes`.
+    """
+    trainee.eval()
     kept = []
     for rows in torch.randperm(len(data.volumes)).split(16):
         found = token_findings(data, rows)
@@ -211,19 +209,7 @@ def sample_tokens(trainee: PretrainingModel, data: Samples, most: int) -> tuple[
     ill, healthy = torch.nonzero(rarity > 0)[:, 0], torch.nonzero(rarity == 0)[:, 0]
     drawn = np.random.default_rng(0).choice(len(ill), most // 2, p=(rarity[ill] / rarity[ill].sum()).numpy())
     keep = torch.cat([ill[drawn], healthy[torch.randperm(len(healthy))[: most // 2]]])
-    return F.normalize(tokens[keep], dim=-1), findings[keep].float()
-
-
-@torch.no_grad()
-def build_codebook(trainee: PretrainingModel, data: Samples, most: int = 150_000) -> None:
-    """Stage 3: k-means on directions, since the quantiser compares cosines.
-
-    The length of a code is free for the same reason, and carries what a mean over the grid needs: codes of healthy
-    patches are made short, so that the few tokens of a small finding are not drowned by the thousand others. Lengths
-    start at the largest share of a finding among a code's tokens and are fitted in `fit_codes`.
-    """
-    trainee.eval()
-    directions, findings = sample_tokens(trainee, data, most)
+    directions, findings = F.normalize(tokens[keep], dim=-1), findings[keep].float()
     means = MiniBatchKMeans(SIZES.codes, batch_size=8192, n_init=1, random_state=0).fit(directions.numpy())
     code_of = torch.from_numpy(means.labels_).long()
     counts = torch.bincount(code_of, minlength=SIZES.codes)[:, None]

@@ -141,7 +141,11 @@ class Plan:
         self.reading = self.measure_reading()
         unfrozen = False
         try:
-            self.measure_encoding()
+            if self.reading is not None:  # one volume, encoded as the cache and validation do
+                volume = self.reading.volume[None].to(self.device)
+                with encoding(self.model, self.device):
+                    self.encoder = measure_warm(self.device, lambda: self.model.encode_for_cache(volume))
+                self.memory.append(self.with_headroom(self.encoder.peak, self.run.micro_batch))
             self.measure_frozen_stage()
             unfrozen = True
             self.measure_unfrozen_stage()
@@ -203,15 +207,6 @@ class Plan:
                 f"({reasons[0]}), expected CT volumes; copy or download them again"
             )
         return Reading(sum(times) / len(times), len(times), len(reasons), *example)
-
-    def measure_encoding(self) -> None:
-        """Encodes one volume as the cache and validation do."""
-        if self.reading is None:
-            return
-        volume = self.reading.volume[None].to(self.device)
-        with encoding(self.model, self.device):
-            self.encoder = measure_warm(self.device, lambda: self.model.encode_for_cache(volume))
-        self.memory.append(self.with_headroom(self.encoder.peak, self.run.micro_batch))
 
     def measure_frozen_stage(self) -> None:
         """Steps of the head on random features, for training volumes and, as an upper bound, for validation volumes."""
