@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from math import isfinite
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
 from ctclip.data.inflate import GzipFile
-from ctclip.data.volume_file import CONVERT, RECOPY, Header, StreamFile, file_error, shortest_decimal, three_axes
+from ctclip.data.volume_file import CONVERT, RECOPY, Header, StreamFile, shortest_decimal, three_axes
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 # NIfTI code -> stored type
@@ -30,39 +29,34 @@ class NiftiFile(StreamFile):
             raise self.error(found, "gzip data (b'\\x1f\\x8b')", RECOPY)
         block = np.zeros(540, np.uint8)
         self.fill(block[:348])
-        size = block[:4].tobytes()
+        sizes = {int.from_bytes(block[:4].tobytes(), order) for order in ("little", "big")}
         kind = nib.Nifti1Header
-        if int.from_bytes(size, "little") == 540 or int.from_bytes(size, "big") == 540:
+        if 540 in sizes:
             kind = nib.Nifti2Header
             self.fill(block[348:])
-        elif 348 not in (int.from_bytes(size, "little"), int.from_bytes(size, "big")):
-            raise self.error(f"first bytes {size!r}", "a NIfTI header", CONVERT)
+        elif 348 not in sizes:
+            raise self.error(f"first bytes {block[:4].tobytes()!r}", "a NIfTI header", CONVERT)
         header = kind(block[: kind.sizeof_hdr].tobytes(), check=False)
-        self.header, offset = _parse_nifti(header, self.path)
-        self.check_size(self.header, offset)
-        self.skip(offset - kind.sizeof_hdr)  # extensions, at least four bytes
-
-
-def _parse_nifti(header: nib.Nifti1Header, path: Path) -> tuple[Header, int]:
-    """(what it says, byte at which the voxels begin)"""
-    if header["magic"].item().rstrip(b"\0") not in (b"n+1", b"n+2", b"n+2\0\r\n\x1a\n"):
         magic = header["magic"].item()
-        raise file_error(path, f"magic {magic!r}", "b'n+1' (header and voxels in one file)", CONVERT)
-    dims = [int(n) for n in header["dim"]]
-    shape = three_axes(dims[1 : 1 + dims[0]] if 0 < dims[0] <= 7 else dims, path)
-    code = int(header["datatype"])
-    if code not in NIFTI_TYPES:
-        raise file_error(path, f"voxels of NIfTI type {code}", "integers or floats", CONVERT)
-    dtype = np.dtype(header.endianness + NIFTI_TYPES[code])
-    offset = float(header["vox_offset"]) or float(header.single_vox_offset)  # some writers leave it 0
-    if not header.sizeof_hdr <= offset < 1e9:  # False for NaN too
-        raise file_error(path, f"voxels at byte {offset}", f"at least {header.sizeof_hdr}", CONVERT)
-    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if not isfinite(slope) or slope == 0:  # the standard's way of saying "not scaled"
-        slope, intercept = 1.0, 0.0
-    spacing = tuple(shortest_decimal(p) for p in header["pixdim"][1:4])
-    intercept = intercept if isfinite(intercept) else 0.0
-    return Header(shape, dtype, slope, intercept, spacing, _nifti_affine(header)), int(offset)
+        if magic.rstrip(b"\0") not in (b"n+1", b"n+2", b"n+2\0\r\n\x1a\n"):
+            raise self.error(f"magic {magic!r}", "b'n+1' (header and voxels in one file)", CONVERT)
+        dims = [int(n) for n in header["dim"]]
+        shape = three_axes(dims[1 : 1 + dims[0]] if 0 < dims[0] <= 7 else dims, self.path)
+        code = int(header["datatype"])
+        if code not in NIFTI_TYPES:
+            raise self.error(f"voxels of NIfTI type {code}", "integers or floats", CONVERT)
+        dtype = np.dtype(header.endianness + NIFTI_TYPES[code])
+        offset = float(header["vox_offset"]) or float(header.single_vox_offset)  # some writers leave it 0
+        if not header.sizeof_hdr <= offset < 1e9:  # False for NaN too
+            raise self.error(f"voxels at byte {offset}", f"at least {header.sizeof_hdr}", CONVERT)
+        slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+        if not isfinite(slope) or slope == 0:  # the standard's way of saying "not scaled"
+            slope, intercept = 1.0, 0.0
+        intercept = intercept if isfinite(intercept) else 0.0
+        spacing = tuple(shortest_decimal(p) for p in header["pixdim"][1:4])
+        self.header = Header(shape, dtype, slope, intercept, spacing, _nifti_affine(header))
+        self.check_size(self.header, int(offset))
+        self.skip(int(offset) - kind.sizeof_hdr)  # extensions, at least four bytes
 
 
 def _nifti_affine(header: nib.Nifti1Header) -> np.ndarray | None:

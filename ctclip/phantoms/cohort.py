@@ -180,23 +180,20 @@ def _check_manifest(data_dir: Path, wanted: dict) -> bool:
         raise PhantomError(f"found a file at {data_dir}, expected a folder or nothing; choose another --data-dir")
     if not manifest.exists():
         if (data_dir / "dataset").exists():
-            raise PhantomError(
-                f"found a dataset folder without {MANIFEST} in {data_dir}, expected an empty folder or a phantom "
-                "cohort; phantoms would overwrite its tables: choose another --data-dir"
-            )
+            found = f"a dataset folder without {MANIFEST} in {data_dir}"
+            remedy = "phantoms would overwrite its tables: choose another --data-dir"
+            raise PhantomError(f"found {found}, expected an empty folder or a phantom cohort; {remedy}")
         return False
     try:
-        found = json.loads(manifest.read_text())
-        parameters = {key: found.get(key) for key in wanted}
+        content = json.loads(manifest.read_text())
+        parameters = {key: content.get(key) for key in wanted}
     except (ValueError, AttributeError) as error:
         raise PhantomError(f"found an unreadable {manifest} ({error}), expected JSON; delete the folder") from error
     if parameters != wanted:
         have, want = (", ".join(f"{key} {value}" for key, value in each.items()) for each in (parameters, wanted))
-        raise PhantomError(
-            f"found a phantom cohort with {have} in {data_dir}, expected {want}; "
-            "choose another --data-dir, or delete the folder to make it anew"
-        )
-    return bool(found.get("complete"))
+        remedy = "choose another --data-dir, or delete the folder to make it anew"
+        raise PhantomError(f"found a phantom cohort with {have} in {data_dir}, expected {want}; {remedy}")
+    return bool(content.get("complete"))
 
 
 def write_phantom_cohort(
