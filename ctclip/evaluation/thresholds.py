@@ -75,8 +75,7 @@ def tune_global_threshold(
 ) -> float:
     """The one threshold for all labels that maximises `objective` (macro F1, pooled rate, pooled accuracy, mean Youden,
     CRG, or mean specificity at a mean sensitivity). `prevalence` as in fit_calibration."""
-    labels, probabilities = checked(labels, probabilities)
-    return _best_threshold(labels, probabilities, objective, _class_weights(labels, prevalence), slice(None))
+    return _best_threshold(labels, probabilities, objective, prevalence, slice(None))
 
 
 def tune_label_thresholds(
@@ -87,13 +86,9 @@ def tune_label_thresholds(
 
     A label without both classes here (named by undefined_labels) has nothing to tune on and takes the global threshold.
     """
-    labels, probabilities = checked(labels, probabilities)
-    weights, undefined = _class_weights(labels, prevalence), undefined_labels(labels)
-    return np.array([
-        _best_threshold(labels, probabilities, objective, weights,
-                        slice(None) if name in undefined else slice(j, j + 1))
-        for j, name in enumerate(ABNORMALITIES)
-    ])
+    undefined = undefined_labels(labels)
+    own = [slice(None) if name in undefined else slice(j, j + 1) for j, name in enumerate(ABNORMALITIES)]
+    return np.array([_best_threshold(labels, probabilities, objective, prevalence, which) for which in own])
 
 
 def _class_weights(labels: np.ndarray, prevalence: Mapping[str, float] | None) -> tuple[np.ndarray, np.ndarray]:
@@ -105,12 +100,13 @@ def _class_weights(labels: np.ndarray, prevalence: Mapping[str, float] | None) -
 
 
 def _best_threshold(
-    labels: np.ndarray, probabilities: np.ndarray, objective: str, weights: tuple[np.ndarray, np.ndarray], which: slice
+    labels: np.ndarray, probabilities: np.ndarray, objective: str, prevalence: Mapping[str, float] | None, which: slice
 ) -> float:
     """Exhaustive search over candidate_thresholds for the labels in `which`. Of equally good ones, the one whose
     positive rate is nearest to the label rate, then the highest."""
+    labels, probabilities = checked(labels, probabilities)
     score_of = objective_score(objective)
-    of_positive, of_negative = (column[:, None] for column in weights)
+    of_positive, of_negative = (column[:, None] for column in _class_weights(labels, prevalence))
     all_positives = of_positive * labels.sum(axis=0, dtype=np.int64)[:, None]
     rate = np.clip(all_positives.sum() / labels.size, 1e-12, 1)
     positives, candidates = all_positives[which], candidate_thresholds(probabilities[:, which])
