@@ -29,6 +29,7 @@ class Volume:
 
     `signature` is set where the file was streamed and is not on the disk any more: its size and its last 8 bytes in
     hex, by which `feature_cache.cache_key` finds what was encoded of it. `path` is then where the file would be.
+    `assume_hu`: voxels are HU by the header, whatever they look like.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Volume:
     labels: np.ndarray
     metadata: Mapping[str, Any] | None = None
     signature: tuple[int, str] | None = None
+    assume_hu: bool = False
 
     @property
     def patient(self) -> str:

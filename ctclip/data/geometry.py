@@ -21,6 +21,8 @@ from ctclip.data.readers import open_volume
 from ctclip.data.volume_file import Header, VolumeError, file_error, shape_text
 
 FIELD_OF_VIEW_MM = 360.0  # edge of the cube that every input covers, whatever its number of voxels
+SPACING_MM = 0.05, 20.0  # of neighbouring voxels
+SMALLEST_MM, FEWEST_VOXELS = 30.0, 8  # along every axis; of each but the one with fewest
 TILT = 1.0  # degrees off a right angle up to which axes are taken for square
 PUBLISHED_SHAPE = (240, 480, 480)  # (D, H, W) = (z, x, y)
 
@@ -107,9 +109,18 @@ def _number(metadata: Mapping[str, Any], column: str, name: str) -> float:
 
 
 def _check_spacing(spacing: Sequence[float], name: str, where: str) -> None:
-    if not all(isfinite(s) and s > 0 for s in spacing):
+    least, most = SPACING_MM
+    if not all(least <= s <= most for s in spacing):  # False for NaN too
         found = f"found spacing {shape_text(spacing)} mm in {where}"
-        raise VolumeError(f"{name}: {found}, expected three positive numbers; correct it or leave the volume out")
+        raise VolumeError(f"{name}: {found}, expected {least} to {most} each; correct it or leave the volume out")
+
+
+def check_extent(shape: Sequence[int], spacing: Sequence[float], path: Path) -> None:
+    """Refuses what is too small to be a chest. Raises VolumeError."""
+    extents = [n * s for n, s in zip(shape, spacing, strict=True)]
+    if min(extents) < SMALLEST_MM or sorted(shape)[1] < FEWEST_VOXELS:
+        found = f"{shape_text(shape)} voxels, {' x '.join(f'{e:.0f}' for e in extents)} mm"
+        raise file_error(path, found, f"at least {SMALLEST_MM:g} mm each way", "name the whole scan")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from ctclip.data.inflate import GzipFile
 from ctclip.data.volume_file import CONVERT, RECOPY, Header, StreamFile, shortest_decimal, three_axes
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
+UNITS = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI code (0: not stated) -> mm
 # NIfTI code -> stored type
 NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8"}
 
@@ -24,18 +25,16 @@ class NiftiFile(StreamFile):
         self.stream = self.raw
         if magic == b"\x1f\x8b":
             self.stream = GzipFile(fileobj=self.raw, mode="rb")
-        elif self.path.suffix == ".gz":
-            found = f"first bytes {magic!r}" if magic else "an empty file"
-            raise self.error(found, "gzip data (b'\\x1f\\x8b')", RECOPY)
+        elif not magic:
+            raise self.error("an empty file", "a NIfTI file", RECOPY)
         block = np.zeros(540, np.uint8)
-        self.fill(block[:348])
-        sizes = {int.from_bytes(block[:4].tobytes(), order) for order in ("little", "big")}
-        kind = nib.Nifti1Header
-        if 540 in sizes:
-            kind = nib.Nifti2Header
-            self.fill(block[348:])
-        elif 348 not in sizes:
-            raise self.error(f"first bytes {block[:4].tobytes()!r}", "a NIfTI header", CONVERT)
+        self.fill(block[:4])
+        size = block[:4].tobytes()
+        sizes = int.from_bytes(size, "little"), int.from_bytes(size, "big")
+        if 348 not in sizes and 540 not in sizes:
+            raise self.error(f"first bytes {size!r}", "a NIfTI header", CONVERT)
+        kind = nib.Nifti2Header if 540 in sizes else nib.Nifti1Header
+        self.fill(block[4 : kind.sizeof_hdr])
         header = kind(block[: kind.sizeof_hdr].tobytes(), check=False)
         magic = header["magic"].item()
         if magic.rstrip(b"\0") not in (b"n+1", b"n+2", b"n+2\0\r\n\x1a\n"):
@@ -52,9 +51,18 @@ class NiftiFile(StreamFile):
         slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
         if not isfinite(slope) or slope == 0:  # the standard's way of saying "not scaled"
             slope, intercept = 1.0, 0.0
-        intercept = intercept if isfinite(intercept) else 0.0
-        spacing = tuple(shortest_decimal(p) for p in header["pixdim"][1:4])
-        self.header = Header(shape, dtype, slope, intercept, spacing, _nifti_affine(header))
+        elif not isfinite(intercept):
+            raise self.error(f"slope {slope:g} beside intercept {intercept:g}", "two numbers", "correct the header")
+        unit = int(header["xyzt_units"]) & 7
+        if unit not in UNITS:
+            raise self.error(f"spacing in unit {unit}", "metres, millimetres or micrometres", "correct the header")
+        affine = _nifti_affine(header)
+        if affine is not None:
+            affine[:3] *= UNITS[unit]
+        # Where the sform gives the axes, the sign of a spacing says nothing.
+        signs = 1 if header["sform_code"] == 0 else np.sign(header["pixdim"][1:4])
+        spacing = tuple(shortest_decimal(p * UNITS[unit]) for p in header["pixdim"][1:4] * signs)
+        self.header = Header(shape, dtype, slope, intercept, spacing, affine)
         self.check_size(self.header, int(offset))
         self.skip(int(offset) - kind.sizeof_hdr)  # extensions, at least four bytes
 
@@ -65,14 +73,17 @@ def _nifti_affine(header: nib.Nifti1Header) -> np.ndarray | None:
     NaN is no fault as long as the metadata row gives the geometry.
     """
     stated = False
+    if header["pixdim"][0] == 0:  # where qform's handedness stands; 0 is taken for 1 by the standard
+        header["pixdim"][0] = 1
     for code, get in (("sform_code", header.get_sform), ("qform_code", header.get_qform)):
         if header[code] == 0:
             continue
         stated = True
         try:
-            affine = np.asarray(get(), float)
+            affine = np.array(get(), float)
         except (ValueError, nib.spatialimages.HeaderDataError):  # an impossible quaternion
             continue
+        affine[:3, 3] = np.nan_to_num(affine[:3, 3], nan=0.0, posinf=0.0, neginf=0.0)  # the place is of no account
         if np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-9:
             return None if np.array_equal(affine, np.eye(4)) else affine
     return np.full((4, 4), np.nan) if stated else None

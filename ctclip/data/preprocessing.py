@@ -20,11 +20,12 @@ from ctclip.data.ct_rate import FETCH_COMMAND, is_version_2, split_of
 from ctclip.data.geometry import (
     PUBLISHED_SHAPE,
     FileGeometry,
+    check_extent,
     check_shape,
     geometry_from_header,
     geometry_from_metadata,
 )
-from ctclip.data.hounsfield import HuDecision, VoxelStatistics, check_reading, decide_hu
+from ctclip.data.hounsfield import LEAST_LUNG, HuDecision, VoxelStatistics, check_reading, decide_hu, lung_share
 from ctclip.data.readers import open_volume
 from ctclip.data.resampling import DeviceResampler, NumpyResampler
 from ctclip.data.volume_file import Header, VolumeError, file_error
@@ -35,14 +36,17 @@ PREPROCESSING_VERSION = 1
 
 
 def preprocess_volume(
-    path: str | Path, metadata: Mapping[str, Any] | None = None, shape: Sequence[int] = PUBLISHED_SHAPE
+    path: str | Path,
+    metadata: Mapping[str, Any] | None = None,
+    shape: Sequence[int] = PUBLISHED_SHAPE,
+    assume_hu: bool = False,
 ) -> torch.Tensor:
     """NIfTI, .mha or DICOM series -> (1, D, H, W) = (1, z, x, y) float32 in [-1, 1], HU / 1000, as CT-CLIP had it.
 
     metadata: a mapping with RescaleSlope, RescaleIntercept, XYSpacing and ZSpacing for version-1 files, whose voxels
     are then taken in stored order; None for files whose header is right, which are brought to LPS. `shape` sets the
     grid, always over a cube of 360 mm. Raises VolumeError (one line) for anything that is not a usable volume, also
-    where the voxels clearly contradict the reading asked for.
+    where it does not look like a chest CT in HU; with `assume_hu` it is taken for one.
     """
     # 1. Inflate slice by slice, voxels as stored. A slab at a time: the file can be larger than the output.
     # 2. Output sizes from the *whole* scan, then only the box that survives the crop: the published grid follows from
@@ -54,8 +58,10 @@ def preprocess_volume(
     path = Path(path)
     check_shape(shape)
     row = None if metadata is None else geometry_from_metadata(metadata, path.name)
-    out, header, statistics = _resample_file(path, shape, lambda header, _: row or geometry_from_header(header, path))
-    check_reading(statistics, header, (row.slope, row.intercept) if row else None)
+    choose = lambda header, _: row or geometry_from_header(header, path)  # noqa: E731
+    out, header, statistics = _resample_file(path, shape, choose, assume_hu=assume_hu)
+    if not assume_hu:
+        check_reading(statistics, (header.slope, header.intercept), (row.slope, row.intercept) if row else None)
     return out
 
 
@@ -78,6 +84,8 @@ def read_volume(
 
     def decide(header: Header, statistics: VoxelStatistics) -> HuDecision:
         own, of_row = (header.slope, header.intercept), (row.slope, row.intercept) if row else None
+        if volume.assume_hu:
+            return HuDecision("hu", "as asked for")
         return decide_hu(statistics, own, of_row, version_2, header.blank)
 
     def geometry_of(reading: str, header: Header) -> FileGeometry:
@@ -96,13 +104,17 @@ def read_volume(
             used.append(geometry_of("hu" if version_2 else "stored", header))
         return used[-1]
 
-    out, header, statistics = _resample_file(path, shape, provisional, device)
+    notes: list[str] = []
+    out, header, statistics = _resample_file(path, shape, provisional, device, notes, volume.assume_hu)
     decision = decide(header, statistics)
     final = geometry_of(decision.reading, header)
     if final != used[-1]:
         del out
-        out, _, _ = _resample_file(path, shape, lambda *_: final, device)
-    return out, decision
+        out, _, _ = _resample_file(path, shape, lambda *_: final, device, None, volume.assume_hu)
+    share = lung_share(out)
+    if share < LEAST_LUNG:
+        notes.append(f"little lung found ({share:.0%} of lung and body): is this a chest?")
+    return out, decision._replace(notes=tuple(notes))
 
 
 def _resample_file(
@@ -110,15 +122,22 @@ def _resample_file(
     shape: Sequence[int],
     choose: Callable[[Header, VoxelStatistics], FileGeometry],
     device: torch.device | None = None,
+    notes: list[str] | None = None,
+    assume_hu: bool = False,
 ) -> tuple[torch.Tensor, Header, VoxelStatistics]:
     """One pass over a file: statistics of everything, resampling of what survives the crop, by `device` if one is
-    given. `choose` gives scale and geometry, from the header and the statistics of the first slab."""
+    given. `choose` gives scale and geometry, from the header and the statistics of the first slab; `notes` gets the
+    reader's; with `assume_hu` it may be too small to be a chest."""
     with open_volume(path) as file, closing(file.slabs()) as slabs:
+        if notes is not None:
+            notes += file.notes
         statistics = VoxelStatistics(file.header.shape, path)
         start, slab = next(slabs)
         for offset, stored in enumerate(slab):
             statistics.add(start + offset, stored)
         geometry = choose(file.header, statistics)
+        if not assume_hu:
+            check_extent(file.header.shape, geometry.spacing, path)
         out = torch.full((1, *shape), -1.0, device=device)
         resampler = (NumpyResampler if device is None else DeviceResampler)(file.header, geometry, out, path)
         for first, stack in chain([(start, slab)], slabs):

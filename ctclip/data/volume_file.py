@@ -31,7 +31,7 @@ DEFLATE_LIMIT = 1032  # deflate cannot shrink anything by more than this
 SLAB_BYTES = 4 << 20  # read and inflated at a time
 SLABS_AHEAD = 3  # with a single one, reading and work on it wait for each other in turns
 MOST_PLANE = 4096 * 4096  # voxels of a slice: 16 times those of a fine CT
-MOST_VOXELS = 1 << 33  # five times those of CT-RATE's largest volume
+MOST_VOXELS = 1 << 31  # more than CT-RATE's largest volume has; a few bytes of gzip can claim more
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 DAMAGED = (OSError, zlib.error, InflateError)
 
