@@ -24,7 +24,7 @@ NARROWEST_RANGE = 500  # HU from the least to the greatest voxel
 CUT_OFF = 0.005  # share of voxels at the greatest value, below 900 HU, from which they were cut off there (a window)
 LEAST_AIR, LEAST_BODY, LEAST_SOFT, MOST_DENSE, MOST_BELOW = 0.02, 0.005, 0.3, 0.2, 0.1  # see TissueShares
 LEAST_LUNG = 0.1  # of lung and body: chests have 0.13 to 0.5, abdomens with the lungs' bases up to 0.1
-SAMPLED_VOXELS = 1_000_000
+SAMPLED_VOXELS = 250_000
 
 Scale = tuple[float, float]  # slope, intercept
 

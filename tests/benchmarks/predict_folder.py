@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     reading, computing, both = (min(of_one) for of_one in zip(*times, strict=True))
     difference = max((logits - alone).abs().max().item() for _, logits in answers)
     complete = all(found == list(range(len(volumes))) for found, _ in answers)
-    sound = complete and difference <= TOLERANCE and alone.std() > 0.1
+    sound = complete and difference <= TOLERANCE and alone.std().item() > 0.1
     larger = max(reading[0], computing[0])
     possible = max(larger, (reading[1] + computing[1]) / len(os.sched_getaffinity(0))) / larger
     detail = (

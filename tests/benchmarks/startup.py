@@ -28,7 +28,9 @@ FLAGS = {  # one of each of a script's groups, the last one too
 
 def output(*command: str) -> str:
     environment = os.environ | {"COLUMNS": "120"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True).stdout
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
@@ -37,10 +39,10 @@ def measure(args: argparse.Namespace) -> list[Row]:
         start = ["-m", script] if "." in script else [f"{script}.py"]
         text = output(*start, "--help")
         missing = [flag for flag in FLAGS[script] if flag not in text]
-        empty, ours = best_of(args.repeats, lambda: output("-c", "pass"), lambda: output(f"{script}.py", "--help"))  # noqa: B023
+        empty, ours = best_of(args.repeats, lambda: output("-c", "pass"), lambda: output(*start, "--help"))  # noqa: B023
         detail = f"{ours:.3f} s; python -c pass {empty:.3f} s: {ours / empty:.0f} times; best of {args.repeats}, warm"
         checked = f"{len(FLAGS[script])} flags, of every group, in the text" + (f"; missing: {missing}" * bool(missing))
-        rows.append(Row(f"python {script}.py --help", ours, GOAL, " s", detail, checked, not missing))
+        rows.append(Row(f"python {' '.join(start)} --help", ours, GOAL, " s", detail, checked, not missing))
     return rows
 
 
