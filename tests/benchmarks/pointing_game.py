@@ -68,7 +68,7 @@ def read_phantom(phantom: Phantom, voxels: np.ndarray, shape: Sequence[int]) -> 
         path = Path(folder, "phantom.nii")
         affine = np.diag([*np.array([-1, -1, 1]) * phantom.spacing, 1.0])
         nib.save(nib.Nifti1Image(voxels, affine), path)
-        return preprocess_volume(path, shape=shape), place_volume(path, shape)
+        return preprocess_volume(path, shape=shape, assume_hu=True), place_volume(path, shape)  # masks, too
 
 
 def make_case(seed: int, shape: Sequence[int], grid: tuple[int, int, int]) -> Case:
