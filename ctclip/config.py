@@ -374,6 +374,8 @@ def task_parser(description: str) -> OneLineParser:
     group.add_argument("--explain", metavar="LABEL[,LABEL]",
                        help="heat maps of these findings, or all: NIfTI on the scan's grid and PNG, beside the output; "
                        "doubles the time")
+    group.add_argument("--assume-hu", action="store_true",
+                       help="take voxels for HU by the header, whatever they look like: the answer may be wrong")
     group.add_argument("--prompts", metavar="TXT",
                        help="findings of your own, one on each line, for a CT-CLIP file with its text tower")
     form = group.add_mutually_exclusive_group()
@@ -394,7 +396,8 @@ def task_flag_uses(task: str, plan: bool = False) -> dict[str, tuple[str, bool]]
     training = (*settings, "--output-dir", "--resume", "--plan")
     modes: dict[str, tuple[str, ...]] = dict.fromkeys(training, ("full", "train"))
     modes |= dict.fromkeys(evaluation_flags(), ("full", "evaluate"))
-    modes |= dict.fromkeys(("--input", "--prompts", "--explain", "--map-thresholds", "--uncalibrated"), ("predict",))
+    predicting = ("--input", "--assume-hu", "--prompts", "--explain", "--map-thresholds", "--uncalibrated")
+    modes |= dict.fromkeys(predicting, ("predict",))
     modes |= {
         "--output": ("predict", "export"),
         "--checkpoint": ("evaluate", "predict", "export"),

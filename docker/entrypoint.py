@@ -1,7 +1,9 @@
 """The challenge container's one command: /input/*.mha -> /output/results.json.
 
-Exit code 0 whenever results.json has an answer for every scan: one that could not be read is answered with the
-findings' prevalence, because a scan that is missing makes the whole submission fail. Which ones, and why, is on stderr.
+The file is there, with an answer for every scan, from the moment that the model is loaded: the findings' prevalence
+until a scan's own answer takes its place, so that a time limit loses nothing that was computed. Exit code 0 whenever
+all scans were tried: one that could not be read keeps the prevalence, because a scan that is missing makes the whole
+submission fail. Which ones, and why, is on stderr.
 """
 
 from __future__ import annotations
@@ -9,6 +11,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ctclip.inference.scans import Scan
 
 HERE = Path(__file__).resolve().parent
 INPUT = Path(os.environ.get("CTCLIP_INPUT", "/input"))
@@ -24,13 +30,27 @@ def main() -> int:
 
 def answer_all() -> None:
     from ctclip.evaluation.run_folder import run_calibration
-    from ctclip.inference.predictions import check_output, predict_scans, write_predictions
+    from ctclip.inference.commands import print_warning
+    from ctclip.inference.predictions import ResultsFile, check_output, predict_scans, prevalence
+    from ctclip.inference.scans import PredictionError
 
     check_output(OUTPUT)
     form = "uncalibrated" if run_calibration(MODEL) is None else "mapped"
+    files: list[ResultsFile] = []
+
+    def on_start(scans: list[Scan]) -> None:
+        files.append(ResultsFile(OUTPUT, scans, prevalence(MODEL)))
+
     # A thread reads ahead: the container's shared memory holds no volume.
-    predictions = predict_scans(INPUT, MODEL, form=form, workers=1)
-    write_predictions(OUTPUT, predictions, MODEL)
+    try:
+        predictions = predict_scans(
+            INPUT, MODEL, form=form, workers=1, on_start=on_start, on_note=print_warning,
+            on_scan=lambda name, row: files[0].answer(name, row),
+        )  # fmt: skip
+    except PredictionError:  # no scan: nothing is the right answer, and the line says so
+        on_start([])
+        raise
+    files[0].close()
     print(f"Wrote {OUTPUT}: {len(predictions.scans)} scans; {predictions.description}")
     for name, reason in predictions.failures:
         print(f"warning: answered with the prevalence: {name}: {reason}", file=sys.stderr)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_data import affine_of, chest
+from helpers_data import affine_of, chest, write
+from helpers_dicom import DICOMDIR, write_other, write_series
 from helpers_scans import write_mha
 
 from ctclip.data.ct_rate import PREVALENCE
@@ -95,10 +96,88 @@ def test_entry_point_without_scans_or_model_is_one_line(places, tmp_path):
     source, model = places
     (tmp_path / "empty").mkdir()
     command = [sys.executable, ROOT / "docker" / "entrypoint.py"]
-    for given, told in (((tmp_path / "empty", model), "found no .nii"), ((source, tmp_path), "no model.safetensors")):
+    for given, told in (((source, tmp_path), "no model.safetensors"), ((tmp_path / "empty", model), "found no .nii")):
+        assert not (tmp_path / "results.json").exists()
         done = subprocess.run(command, env=environment(*given, tmp_path), capture_output=True, text=True)
         assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
-        assert not (tmp_path / "results.json").exists()
+    assert json.loads((tmp_path / "results.json").read_text())["predictions"] == []
+
+
+# Before the entry point: one scan at a time, and errors where a test wants them.
+DRIVER = """
+import os, runpy, signal, sys
+from ctclip.data import loading
+from ctclip.inference import predictor
+original, scandir = loading.read_volume, os.scandir
+predictor.PUBLISHED_SHAPE = (1, 1, 1)
+
+def read_volume(volume, shape):
+    if volume.name == "killed.mha":
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+        signal.pause()
+    if volume.name == "memory.mha":
+        raise MemoryError
+    if volume.name == "defect.mha":
+        raise ZeroDivisionError
+    return original(volume, shape)
+
+def listed(top):
+    if str(top).endswith("lost+found"):
+        raise PermissionError(13, "Permission denied", str(top))
+    return scandir(top)
+
+loading.read_volume, os.scandir = read_volume, listed
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def run_driver(source: Path, model: Path, output: Path, signal: str = "") -> tuple[int, dict[str, dict], str]:
+    """(exit code, answers by name, stderr)"""
+    command = [sys.executable, "-c", DRIVER, ROOT / "docker" / "entrypoint.py", signal]
+    env = environment(source, model, output) | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
+    rows = json.loads((output / "results.json").read_text())["predictions"]
+    answers = {row["input_image_name"]: row["probabilities"] for row in rows}
+    assert len(answers) == len(rows), "each once"
+    return done.returncode, answers, done.stderr
+
+
+def test_every_input_is_answered_once_whatever_happens_to_one_of_them(places, tmp_path):
+    source, model = tmp_path / "in", places[1]
+    scan = places[0] / "amos_1.mha"
+    voxels = chest().astype(np.float32)
+    write(source / "amos_1.nii.gz", voxels, (7.5, 7.9, 12.25))
+    for name in ("amos_1.mha", "memory.mha", "defect.mha", "sub/amos_2.mha"):
+        (source / name).parent.mkdir(exist_ok=True)
+        shutil.copy(scan, source / name)
+    voxels[3, 4, 5] = np.nan
+    write_mha(source / "nan.mha", voxels, affine_of((7.5, 7.9, 12.25)))
+    write_series(source / "cd" / "ct", chest(), affine_of((7.5, 7.9, 12.25)))
+    write_other(source / "cd" / "DICOMDIR", DICOMDIR)
+    (source / "lost+found").mkdir()
+    (source / "notes.txt").write_text("not a scan")
+    (source / "a.nrrd").write_bytes(b"NRRD")
+    code, answers, err = run_driver(source, model, tmp_path)
+    assert code == 0, err
+    answered = ["amos_1", "amos_1.nii.gz", "amos_2", "ct"]
+    assert sorted(answers) == sorted([*answered, "defect", "memory", "nan"])
+    assert all(answers[name] == PREVALENCE for name in ("defect", "memory", "nan"))
+    assert all(answers[name] != PREVALENCE for name in answered)
+    for told in ("memory.mha: MemoryError", "defect.mha: found ZeroDivisionError", "nan.mha: found NaN",
+                 "lost+found: found a folder that cannot be listed", "1 .nrrd", "Media Storage Directory"):
+        assert told in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "results.json"]
+
+
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGTERM"])
+def test_a_time_limit_loses_nothing_that_was_computed(places, tmp_path, signal):
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in ("a", "b", "killed", "z"):
+        shutil.copy(places[0] / "amos_1.mha", source / f"{name}.mha")
+    code, answers, err = run_driver(source, places[1], tmp_path, signal)
+    assert code < 0 and list(answers) == ["a", "b", "killed", "z"], err
+    assert answers["killed"] == answers["z"] == PREVALENCE and answers["a"] != PREVALENCE
 
 
 def may_unshare() -> bool:

@@ -7,6 +7,7 @@ the faster and refuses a slice that is cut short. Both are optional packages.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections import Counter
@@ -66,7 +67,7 @@ FUNCTIONAL_GROUPS = {
 
 def is_dicom(path: Path) -> bool:
     """Whether a regular file begins as DICOM does (with or without its preamble), or is named like a DICOM file."""
-    return path.is_file() and (path.suffix.lower() in DICOM_SUFFIXES or _begins_as_dicom(_beginning(path)))
+    return os.path.isfile(path) and (path.suffix.lower() in DICOM_SUFFIXES or _begins_as_dicom(_beginning(path)))
 
 
 def _begins_as_dicom(start: bytes) -> bool:

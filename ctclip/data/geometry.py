@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import asin, degrees, isfinite, radians, sin
+from math import acos, asin, degrees, isfinite, radians, sin
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,10 @@ from ctclip.data.volume_file import Header, VolumeError, file_error, shape_text
 FIELD_OF_VIEW_MM = 360.0  # edge of the cube that every input covers, whatever its number of voxels
 SPACING_MM = 0.05, 20.0  # of neighbouring voxels
 SMALLEST_MM, FEWEST_VOXELS = 30.0, 8  # along every axis; of each but the one with fewest
+SMALL_MM = 80.0  # below which in two directions it is asked whether the spacing is right
+LARGEST_MM = 2200.0  # a whole body; spacings ten times too large make more of a chest
 TILT = 1.0  # degrees off a right angle up to which axes are taken for square
+OBLIQUE = 10.0  # degrees off the patient's axes above which it is said that these are taken
 PUBLISHED_SHAPE = (240, 480, 480)  # (D, H, W) = (z, x, y)
 
 
@@ -72,8 +75,8 @@ def geometry_from_header(header: Header, path: Path) -> FileGeometry:
     """
     _check_spacing(header.spacing, path.name, "the header")
     if header.blank:
-        remedy = "pass metadata with RescaleSlope, RescaleIntercept, XYSpacing and ZSpacing"
-        raise file_error(path, "a blank header (no orientation, 1 mm)", "spacing in the header or metadata", remedy)
+        expected = "spacing in the header, or a metadata row (RescaleSlope, RescaleIntercept, XYSpacing, ZSpacing)"
+        raise file_error(path, "a blank header (no orientation, 1 mm)", expected, "write both into the header")
     if header.affine is None:
         return FileGeometry(header.slope, header.intercept, header.spacing)
     if np.isnan(header.affine).any():
@@ -87,6 +90,21 @@ def geometry_from_header(header: Header, path: Path) -> FileGeometry:
     towards_lps = (-1, -1, 1)
     backwards = tuple(bool(sign != towards_lps[int(axis)]) for axis, sign in zip(axes, signs, strict=True))
     return FileGeometry(header.slope, header.intercept, header.spacing, tuple(int(a) for a in axes), backwards)
+
+
+def geometry_notes(header: Header, geometry: FileGeometry) -> list[str]:
+    """What was assumed of a file's geometry, and what may be wrong with it, a line each."""
+    notes, extents = [], [n * s for n, s in zip(header.shape, geometry.spacing, strict=True)]
+    if sorted(extents)[1] < SMALL_MM:
+        notes.append(f"only {_extent_text(extents)} mm: is its spacing right?")
+    if header.affine is None and not header.blank:
+        notes.append("no orientation in the header: voxels taken in the order left, back, head (LPS)")
+    elif header.affine is not None and np.isfinite(header.affine).all():
+        directions = np.abs(header.affine[:3, :3]) / np.linalg.norm(header.affine[:3, :3], axis=0)
+        turned = degrees(acos(min(float(directions.max(axis=0).min()), 1.0)))
+        if turned > OBLIQUE:
+            notes.append(f"axes {turned:.0f} degrees off the patient's: taken along the nearest")
+    return notes
 
 
 def _check_square(directions: np.ndarray, path: Path) -> None:
@@ -116,11 +134,17 @@ def _check_spacing(spacing: Sequence[float], name: str, where: str) -> None:
 
 
 def check_extent(shape: Sequence[int], spacing: Sequence[float], path: Path) -> None:
-    """Refuses what is too small to be a chest. Raises VolumeError."""
+    """Refuses what is too small or too large to be a chest. Raises VolumeError."""
     extents = [n * s for n, s in zip(shape, spacing, strict=True)]
-    if min(extents) < SMALLEST_MM or sorted(shape)[1] < FEWEST_VOXELS:
-        found = f"{shape_text(shape)} voxels, {' x '.join(f'{e:.0f}' for e in extents)} mm"
-        raise file_error(path, found, f"at least {SMALLEST_MM:g} mm each way", "name the whole scan")
+    small = min(extents) < SMALLEST_MM or sorted(shape)[1] < FEWEST_VOXELS
+    if small or max(extents) > LARGEST_MM:
+        found = f"{shape_text(shape)} voxels, {_extent_text(extents)} mm"
+        expected = f"at least {SMALLEST_MM:g} and at most {LARGEST_MM:g} mm each way"
+        raise file_error(path, found, expected, "name the whole scan" if small else "correct its spacing")
+
+
+def _extent_text(extents: Sequence[float]) -> str:
+    return " x ".join(f"{extent:.0f}" for extent in extents)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ CUT_OFF = 0.005  # share of voxels at the greatest value, below 900 HU, from whi
 LEAST_AIR, LEAST_BODY, LEAST_SOFT, MOST_DENSE, MOST_BELOW = 0.02, 0.005, 0.3, 0.2, 0.1  # see TissueShares
 LEAST_LUNG = 0.1  # of lung and body: chests have 0.13 to 0.5, abdomens with the lungs' bases up to 0.1
 SAMPLED_VOXELS = 250_000
+MOST_EQUAL = 1 << 28  # voxels of one value, from the start, after which the rest is not waited for
 
 Scale = tuple[float, float]  # slope, intercept
 
@@ -75,14 +76,18 @@ class VoxelStatistics:
         self.path = path
         self.step = ceil(sqrt(max(1, prod(shape) / SAMPLED_VOXELS)))
         self.minimum, self.maximum = float("inf"), float("-inf")
+        self.seen = 0
         self._sample: list[np.ndarray] = []
 
     def add(self, index: int, stored: np.ndarray) -> None:
-        """One slice. Raises VolumeError where a voxel is no number."""
+        """One slice. Raises VolumeError where a voxel is no number, or hundreds of slices are all of one value."""
         low, high = float(stored.min()), float(stored.max())
         if not (isfinite(low) and isfinite(high)):
             raise file_error(self.path, f"NaN or infinite voxels (slice {index})", "numbers", "leave the volume out")
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        self.seen += stored.size
+        if self.seen > MOST_EQUAL:
+            self.check_varied()
         self._sample.append(stored[:: self.step, :: self.step].astype(np.float32).ravel())
 
     def shares(self, header_scale: Scale, metadata_scale: Scale | None) -> dict[str, TissueShares]:
@@ -92,7 +97,7 @@ class VoxelStatistics:
         return {reading: TissueShares(values * slope + intercept) for reading, (slope, intercept) in scales.items()}
 
     def check_varied(self) -> None:
-        """After the last slice: raises VolumeError where all voxels are equal."""
+        """Raises VolumeError where all voxels so far are equal."""
         if self.minimum == self.maximum:
             raise file_error(self.path, f"every voxel equal to {self.minimum:g}", "a picture", "leave the volume out")
 
@@ -151,7 +156,7 @@ def check_reading(statistics: VoxelStatistics, header_scale: Scale, metadata_sca
         found = f"voxels that are HU already ({shares['hu']})"
         raise file_error(statistics.path, found, "raw stored values for this metadata", "pass metadata=None")
     found = f"voxels that are not HU: {asked.fault} ({asked})"
-    remedy = "convert it (raw values need their metadata row), or pass --assume-hu"
+    remedy = "convert it (raw values need their metadata row); prediction takes it as it is with --assume-hu"
     raise file_error(statistics.path, found, "a chest CT's HU", remedy)
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import log2, prod
@@ -22,6 +22,7 @@ from ctclip.data.geometry import PUBLISHED_SHAPE, check_shape
 from ctclip.data.hounsfield import HuDecision
 from ctclip.data.preprocessing import read_volume
 from ctclip.data.volume_file import VolumeError
+from ctclip.formatting import plural
 from ctclip_model import ABNORMALITIES
 
 
@@ -71,8 +72,10 @@ class VolumeDataset(Dataset):
                 # A network mount, a full moment, a full GPU; a second failure counts.
                 tensor, decision = read_volume(volume, self.shape)
                 tensor = tensor.to(self.device or "cpu")
-        except (VolumeError, OSError, MemoryError) as error:  # one bad file never stops the others
-            reason = str(error) or type(error).__name__
+        except Exception as error:  # one bad file never stops the others, nor does a defect that it uncovers
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if not isinstance(error, (VolumeError, OSError, MemoryError)):
+                reason = f"found {type(error).__name__} while it was read ({reason}), expected a volume; leave it out"
             return index, None, volume.name, reason.removeprefix(f"{volume.path.name}: ")
         if self.augment_seed is not None:
             seed = zlib.crc32(f"{self.augment_seed} {volume.name}".encode())  # hash() differs between processes
@@ -94,6 +97,19 @@ class VolumeDataset(Dataset):
             failures=failures,
             decisions=[item[3] for item in good],
         )
+
+
+def notes_of(volumes: Sequence[Volume], batch: Batch) -> dict[str, str]:
+    """{name: what a reader of its answer should know}, of the volumes of a batch that have notes; `volumes` is the list
+    that the batch's index points into."""
+    decided = zip(batch.index.tolist(), batch.decisions, strict=True)
+    return {volumes[index].name: "; ".join(decision.notes) for index, decision in decided if decision.notes}
+
+
+def count_notes(notes: Mapping[str, str]) -> str:
+    """One line for {name: note}."""
+    name, note = next(iter(notes.items()))
+    return f"{plural(len(notes), 'volume')} with a warning, first {name}: {note}"
 
 
 def micro_batch_size(shape: Sequence[int], batch_size: int) -> int:

@@ -24,6 +24,7 @@ from ctclip.data.geometry import (
     check_shape,
     geometry_from_header,
     geometry_from_metadata,
+    geometry_notes,
 )
 from ctclip.data.hounsfield import LEAST_LUNG, HuDecision, VoxelStatistics, check_reading, decide_hu, lung_share
 from ctclip.data.readers import open_volume
@@ -32,7 +33,7 @@ from ctclip.data.volume_file import Header, VolumeError, file_error
 
 # Raise it with every change to this package that may alter a tensor or the HU decision of read_volume, by a single bit:
 # caches rest on it.
-PREPROCESSING_VERSION = 1
+PREPROCESSING_VERSION = 2
 
 
 def preprocess_volume(
@@ -111,6 +112,8 @@ def read_volume(
     if final != used[-1]:
         del out
         out, _, _ = _resample_file(path, shape, lambda *_: final, device, None, volume.assume_hu)
+    if final is not row:
+        notes += geometry_notes(header, final)
     share = lung_share(out)
     if share < LEAST_LUNG:
         notes.append(f"little lung found ({share:.0%} of lung and body): is this a chest?")

@@ -11,6 +11,7 @@ from ctclip.data.ct_rate import volume_name
 from ctclip.errors import UserError
 
 NAME_COLUMN = "VolumeName"
+WARNING_COLUMN = "Warning"  # the last one of a prediction's table, where a scan has a warning
 
 
 class CohortError(UserError):

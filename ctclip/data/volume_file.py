@@ -24,6 +24,7 @@ import numpy as np
 
 from ctclip.data.inflate import InflateError
 from ctclip.errors import UserError
+from ctclip.formatting import plural
 
 RECOPY = "copy or download the file again"
 CONVERT = "convert it to a 3-D NIfTI of numbers"
@@ -32,6 +33,7 @@ SLAB_BYTES = 4 << 20  # read and inflated at a time
 SLABS_AHEAD = 3  # with a single one, reading and work on it wait for each other in turns
 MOST_PLANE = 4096 * 4096  # voxels of a slice: 16 times those of a fine CT
 MOST_VOXELS = 1 << 31  # more than CT-RATE's largest volume has; a few bytes of gzip can claim more
+MOST_BYTES = 1 << 33  # of voxels: 16 GB of zeros are a file of 16 MB, or a sparse one of none
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 DAMAGED = (OSError, zlib.error, InflateError)
 
@@ -207,9 +209,11 @@ class StreamFile(VolumeFile):
         if declared > at_most:
             found = f"{shape_text(header.shape)} voxels declared, {declared} bytes"
             raise self.error(found, f"at most {at_most} bytes in a file of this size (truncated?)", RECOPY)
-        if voxels > MOST_VOXELS or prod(header.shape[:2]) > MOST_PLANE:
-            expected = f"at most {MOST_PLANE} in a slice and {MOST_VOXELS} in all"
-            raise self.error(f"{shape_text(header.shape)} voxels", expected, "resample it to a finite size first")
+        most = min(MOST_VOXELS, MOST_BYTES // header.dtype.itemsize)
+        if voxels > most or prod(header.shape[:2]) > MOST_PLANE:
+            found = f"{shape_text(header.shape)} voxels of {plural(header.dtype.itemsize, 'byte')}"
+            expected = f"at most {MOST_PLANE} in a slice and {most} in all"
+            raise self.error(found, expected, "store it as 16-bit integers, or resample it first")
 
 
 def three_axes(shape: Sequence[int], path: Path) -> tuple[int, int, int]:

@@ -84,8 +84,8 @@ def with_pictures(
                 tensor, _ = read_volume(volumes[name], PICTURE_SHAPE)
                 for place in places:
                     done[place] = replace(cases[place], picture=picture(tensor, display_window(cases[place].label)))
-        except VolumeError as error:
-            failures.append((name, str(error)))
+        except (VolumeError, OSError, MemoryError) as error:
+            failures.append((name, str(error) or type(error).__name__))
     return done, failures
 
 

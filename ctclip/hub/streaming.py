@@ -34,6 +34,7 @@ from ctclip.data.cohort import Streamed, Volume, read_streamed
 from ctclip.data.ct_rate import VOLUME_SUFFIX, scan_of, streamed_path, volume_path
 from ctclip.data.feature_cache import FeatureCache, encode_missing
 from ctclip.data.hounsfield import HuDecision
+from ctclip.data.loading import Batch, count_notes, notes_of
 from ctclip.data.preprocessing import read_volume
 from ctclip.data.volume_file import VolumeError
 from ctclip.distributed import Ranks
@@ -242,14 +243,22 @@ def stream(selection: Selection, options: StreamOptions) -> None:
         print_row("encoder", f"{model.load_report} on {device}")
         cache = FeatureCache(options.cache_dir, model)
         on_disk, transfers = plan_stream(chosen, options, selection, cache, token)
+        notes: dict[str, str] = {}
+
+        def on_batch(volumes: list[Volume], batch: Batch) -> None:
+            print_failures(batch)
+            notes.update(notes_of(volumes, batch))
+
         if on_disk:
-            encode_missing(model, cache, on_disk, device, 0, Ranks(), lambda volumes, batch: print_failures(batch))
+            encode_missing(model, cache, on_disk, device, 0, Ranks(), on_batch)
         limit, room = plan_disk(options, cache, transfers) if transfers else (0, 0)
         clear_staging(options.staging, transfers, room)
         if transfers:
             print_row("", f"disk: at most {size_text(limit)}, of which {size_text(room)} for files in transit")
             with Downloader(transfers, token, room) as downloader:
-                encode_transfers(model, cache, downloader, limit, selection, options)
+                notes |= encode_transfers(model, cache, downloader, limit, selection, options)
+        if notes:
+            print_row("", count_notes(notes))
         for folder in (*options.staging.iterdir(), options.staging):
             with suppress(OSError):  # not empty
                 folder.rmdir()
@@ -265,12 +274,13 @@ def encode_transfers(
     limit: float,
     selection: Selection,
     options: StreamOptions,
-) -> None:
-    """Each volume that arrives into the cache and the manifest; then its file goes."""
+) -> dict[str, str]:
+    """Each volume that arrives into the cache and the manifest; then its file goes. Returns {name: note}."""
     device, total = next(model.parameters()).device, downloader.left
     manifest_path = options.data_dir / streamed_path(selection.split)
     failures, done, start = Failures(), 0, time.monotonic()
     quarantined: list[str] = []
+    notes: dict[str, str] = {}
 
     def show(refresh: bool = True) -> None:
         per_minute = 60 * done / (time.monotonic() - start)
@@ -292,6 +302,7 @@ def encode_transfers(
                 # Its codes may be there, intact: a process may have been killed after them and before their line.
                 elif isinstance(found, tuple) and cache.intact([key])[0] == [None]:
                     tensor, decision = found
+                    notes |= {volume.name: "; ".join(decision.notes)} if decision.notes else {}
                     codes = model.encode_for_cache(tensor[None].to(device))
                     cache.append([volume], codes, [decision], [key], total - done)
                 entry = Streamed(selection.fixed, size, str(tail), transfer.sha256, unreadable)
@@ -310,3 +321,4 @@ def encode_transfers(
         names = download.first_names(quarantined)
         print_row("", f"in quarantine, with the reason in {manifest_path}: {len(quarantined)} ({names})")
     failures.raise_if_any("what has been encoded is kept")
+    return notes

@@ -10,6 +10,7 @@ from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from ctclip.config import PREDICTIONS
 from ctclip.evaluation.run_folder import newest_run
@@ -44,10 +45,17 @@ def predict_command(args: argparse.Namespace) -> None:
             explain_dir=output.parent / f"{output.stem}_explain",
             device=args.device,
             workers=args.workers,
+            assume_hu=args.assume_hu,
             on_scan=part.append,
+            on_note=print_warning,
         )
         write_predictions(output, predictions, checkpoint)
     print_summary(predictions, output, checkpoint)
+
+
+def print_warning(note: str) -> None:
+    """On stderr, above a progress bar."""
+    tqdm.write(f"warning: {note}", file=sys.stderr)
 
 
 class PartialTable:
@@ -96,8 +104,8 @@ def print_summary(predictions: Predictions, output: Path, checkpoint: Path) -> N
         print("\n".join(f"skipped: {name}: {reason}" for name, reason in failures), file=sys.stderr)
         instead = "are answered with the training prevalence" if json else "are not in it"
         raise PredictionError(
-            f"{output}: {len(failures)} of {len(predictions.scans)} scans could not be read and {instead}; they are "
-            "named above"
+            f"{output}: {len(failures)} of {len(predictions.table) + len(failures)} scans could not be read and "
+            f"{instead}; they are named above"
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,20 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ctclip.cli import OUT_OF_MEMORY
 from ctclip.config import SYNTHETIC_NOTE
 from ctclip.data.cohort import Volume
 from ctclip.data.ct_rate import PREVALENCE
 from ctclip.data.geometry import place_volume
+from ctclip.data.loading import Batch, notes_of
+from ctclip.data.tables import WARNING_COLUMN
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.run_folder import newest_run, run_calibration, run_record, run_tuning
 from ctclip.fileio import replacing
 from ctclip.inference.heat_maps import parse_labels, write_scan_heat_maps
 from ctclip.inference.predictor import load_model, predict_volumes
 from ctclip.inference.scans import PredictionError, Scan, find_scans
+from ctclip.memory import out_of_memory
 from ctclip_model import ABNORMALITIES, Prompts, saved_config
 
 TRAINED_ON_PHANTOMS = f"Model trained on phantoms. {SYNTHETIC_NOTE}"
@@ -42,7 +47,8 @@ class Predictions:
 
     table: pd.DataFrame  # (scans that could be read, labels), index VolumeName
     scans: list[Scan]  # all that were found, in order
-    failures: list[tuple[str, str]]  # (name, reason) of those that could not be read
+    failures: list[tuple[str, str]]  # (name, reason) of those that have no answer, and of folders not looked into
+    warnings: dict[str, str]  # {name: what a reader of its answer should know}, of scans that were read
     heat_maps: list[Path]  # files that were written: .nii.gz and .png
     description: str  # what the numbers are
     note: str | None  # disclaimer to show with them
@@ -53,9 +59,14 @@ def predict(
 ) -> pd.DataFrame:
     """The table of `predict_scans`, whose options it takes: probabilities (scans, labels), indexed by VolumeName.
 
-    A scan that cannot be read has no row; `predict_scans` tells which, and why.
+    A scan that cannot be read has no row. Which, why, and what else should be known about a scan is warned of, and in
+    the result of `predict_scans`.
     """
-    return predict_scans(scans, checkpoint, **options).table
+    told: list[str] = []
+    predictions = predict_scans(scans, checkpoint, on_note=told.append, **options)
+    for note in (*told, *(f"{name}: {reason}" for name, reason in predictions.failures)):
+        warnings.warn(note, stacklevel=2)
+    return predictions.table
 
 
 def predict_scans(
@@ -68,9 +79,12 @@ def predict_scans(
     explain_dir: str | Path = "results/explain",
     device: str | None = None,
     workers: int | None = None,
-    on_scan: Callable[[str, np.ndarray], None] | None = None,
+    assume_hu: bool = False,
+    on_start: Callable[[list[Scan]], object] = lambda scans: None,
+    on_scan: Callable[[str, np.ndarray], object] = lambda name, row: None,
+    on_note: Callable[[str], object] = lambda note: None,
 ) -> Predictions:
-    """Probabilities of scans; one volume in memory while the next is read.
+    """Probabilities of scans; one volume in memory while the next is read. A scan that fails costs only itself.
 
     Args:
         scans: .nii, .nii.gz or .mha files, DICOM series (a folder, or any file of one), or folders of all these. Voxels
@@ -82,14 +96,18 @@ def predict_scans(
         explain: labels separated by commas, or "all": heat maps of them go to `explain_dir`.
         device: cpu, cuda, cuda:1, ...; default cuda where there is one.
         workers: threads that read ahead.
+        assume_hu: take voxels for HU by the header, whatever they look like.
+        on_start: called with all scans once the model is loaded.
         on_scan: called with each scan's name and row as soon as there is one.
+        on_note: called with a line for each scan that has a warning, and for what was skipped in folders.
 
     Raises:
         UserError, CheckpointError, PromptError, FileNotFoundError: one line each, before anything is computed.
     """
     if form not in FORMS:
         raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
-    found = find_scans(scans)
+    failures: list[tuple[str, str]] = []
+    found = find_scans(scans, on_note, lambda folder, reason: failures.append((folder, reason)))
     checkpoint = Path(checkpoint) if checkpoint else newest_run()
     calibration = run_calibration(checkpoint) if checkpoint.is_dir() else None
     if form == "mapped" and calibration is None:
@@ -103,9 +121,20 @@ def predict_scans(
     note = TRAINED_ON_PHANTOMS if checkpoint.is_dir() and run_record(checkpoint).get("phantom") else None
     labels = [] if explain is None else parse_labels(explain, model.labels)
     shown, _ = _transform("calibrated" if form == "mapped" else form, calibration)
-    failures: list[tuple[str, str]] = []
     rows: dict[str, np.ndarray] = {}
+    noted: dict[str, str] = {}
     files: list[Path] = []
+
+    def on_batch(batch: Batch) -> None:
+        failures.extend(batch.failures)
+        for name, told in notes_of(volumes, batch).items():
+            noted[name] = told
+            on_note(f"{name}: {told}")
+
+    def on_failure(index: int, error: Exception) -> None:
+        found_error = f"found {type(error).__name__} while it was computed ({' '.join(str(error).split())[:160]})"
+        reason = OUT_OF_MEMORY if out_of_memory(error) else f"{found_error}, expected an answer; predict it by itself"
+        failures.append((found[index].name, reason))
 
     def on_answer(index: int, voxels: torch.Tensor, logits: torch.Tensor) -> None:
         scan, probabilities = found[index], logits.sigmoid().numpy()[None]
@@ -116,19 +145,21 @@ def predict_scans(
                 write_scan_heat_maps(model, voxels, placement, labels, target.parent, target.name, answers, note)
             )
         rows[scan.name] = transform(probabilities)[0]
-        if on_scan is not None:
-            on_scan(scan.name, rows[scan.name])
+        on_scan(scan.name, rows[scan.name])
 
     no_labels = np.zeros(len(ABNORMALITIES), np.float32)
+    volumes = [Volume(scan.name, scan.path, no_labels, assume_hu=assume_hu) for scan in found]
+    on_start(found)
     predict_volumes(
         model,
-        [Volume(scan.name, scan.path, no_labels) for scan in found],
+        volumes,
         workers=workers,
-        on_batch=lambda batch: failures.extend(batch.failures),
+        on_batch=on_batch,
         on_answer=on_answer,
+        on_failure=on_failure,
         resample_on_device=True,
     )
-    return Predictions(rows_table(rows, model.labels), found, failures, files, description, note)
+    return Predictions(rows_table(rows, model.labels), found, failures, noted, files, description, note)
 
 
 def rows_table(rows: Mapping[str, np.ndarray], labels: Sequence[str]) -> pd.DataFrame:
@@ -174,33 +205,64 @@ def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> Non
 
 
 def write_predictions(path: str | Path, predictions: Predictions, checkpoint: str | Path) -> None:
-    """A CSV of the scans that could be read, or a results.json of all that were found."""
+    """A CSV of the scans that could be read, with their warnings where there are any, or a results.json of all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    table = predictions.table
+    if path.suffix == ".json":
+        answers = dict(zip(table.index, table[list(ABNORMALITIES)].to_numpy(), strict=True))
+        ResultsFile(path, predictions.scans, prevalence(Path(checkpoint)), answers).close()
+        return
+    told = pd.Series([predictions.warnings.get(name, "") for name in table.index], table.index, name=WARNING_COLUMN)
     with replacing(path) as temporary:
-        if path.suffix == ".json":
-            content = _results(predictions, prevalence(Path(checkpoint)))
-            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        else:
-            predictions.table.to_csv(temporary)
+        (pd.concat([table, told], axis=1) if told.any() else table).to_csv(temporary)
 
 
-def _results(predictions: Predictions, substitute: np.ndarray) -> dict[str, Any]:
-    """The challenge's results.json: every scan that was found exactly once, in the order found.
+class ResultsFile:
+    """The challenge's results.json: every scan exactly once, in the order found, with `substitute` (18,) for one that
+    has no answer, because a scan that is missing makes the evaluation fail.
 
-    substitute: (18,), the answer for one that could not be read; a scan that is missing makes the evaluation fail.
+    Numbers are all of one width: an answer that comes later overwrites its place, so that the file is valid JSON and
+    has all answers at every moment, also after SIGKILL, and each costs the same however many scans there are.
     """
-    table, rows = predictions.table, []
-    for scan in predictions.scans:
-        values = table.loc[scan.name, list(ABNORMALITIES)] if scan.name in table.index else substitute
-        answers = dict(zip(ABNORMALITIES, map(float, values), strict=True))
-        rows.append({"input_image_name": scan.stem, "probabilities": answers})
-    return {
-        "name": "Generated probabilities",
-        "type": "Abnormality Classification",
-        "version": {"major": 1, "minor": 0},
-        "predictions": rows,
-    }
+
+    def __init__(
+        self, path: Path, scans: Sequence[Scan], substitute: np.ndarray, answers: Mapping[str, np.ndarray] | None = None
+    ):
+        answers = answers or {}
+        head = (
+            '{\n "name": "Generated probabilities",\n "type": "Abnormality Classification",\n'
+            ' "version": {"major": 1, "minor": 0},\n "predictions": ['
+        )
+        self.places: dict[str, tuple[int, Scan]] = {}
+        parts = [head]
+        length = len(head)
+        for number, scan in enumerate(scans):
+            entry = self._entry(scan, answers.get(scan.name, substitute))
+            separator = ",\n" if number else "\n"
+            self.places[scan.name] = length + len(separator), scan
+            parts += [separator, entry]
+            length += len(separator) + len(entry)
+        with replacing(path) as temporary:
+            temporary.write_bytes("".join([*parts, "\n ]\n}\n"]).encode("ascii"))
+        self.file = open(path, "r+b", buffering=0)  # noqa: SIM115  closed in close()
+
+    @staticmethod
+    def _entry(scan: Scan, answer: np.ndarray) -> str:
+        assert np.isfinite(answer).all()
+        bounded = np.clip(answer, 0, 1)  # rounding may go a little beyond
+        numbers = (f"{json.dumps(label)}: {value:.17f}" for label, value in zip(ABNORMALITIES, bounded, strict=True))
+        return f'  {{"input_image_name": {json.dumps(scan.stem)}, "probabilities": {{{", ".join(numbers)}}}}}'
+
+    def answer(self, name: str, row: np.ndarray) -> None:
+        place, scan = self.places[name]
+        self.file.seek(place)
+        self.file.write(self._entry(scan, row).encode("ascii"))
+
+    def close(self) -> None:
+        """With everything on the disk."""
+        os.fsync(self.file.fileno())
+        self.file.close()
 
 
 def prevalence(checkpoint: Path) -> np.ndarray:

@@ -102,6 +102,7 @@ def predict_volumes(
     on_batch: Callable[[Batch], None] | None = None,
     cache: FeatureCache | None = None,
     on_answer: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+    on_failure: Callable[[int, Exception], object] | None = None,
     resample_on_device: bool = False,
 ) -> tuple[list[int], torch.Tensor]:
     """Runs `model`, in evaluation mode, over volumes; each is read once, and not at all if `cache` has it.
@@ -110,8 +111,9 @@ def predict_volumes(
     every device: in half precision some codes flip, and reading a volume costs more than encoding it.
     Returns the indices of the volumes that could be read, ascending, and their logits (n, labels) float32 on the CPU.
     `on_batch` sees every batch that is read, with the failures and decisions in it; `on_answer` every volume in it, as
-    (index, voxels (1, 1, D, H, W) on the device, logits (labels,)). `cache` is one of this model, from
-    which logits are the same but for rounding (and 1e-3 off with maps, kept in half precision); nothing is added to it.
+    (index, voxels (1, 1, D, H, W) on the device, logits (labels,)). With `on_failure`, called as (index, error), one
+    that cannot be computed costs only itself. `cache` is one of this model, from which logits are the same but for
+    rounding (and 1e-3 off with maps, kept in half precision); nothing is added to it.
     `resample_on_device`: on a GPU from the stored integers, equal but for rounding; each reading thread then needs some
     0.5 GB of the GPU's memory.
     """
@@ -136,15 +138,36 @@ def predict_volumes(
             progress.update(len(batch.index) + len(batch.failures))
             if not len(batch.index):
                 continue
-            voxels, index = batch.volumes.to(device), batch.index.tolist()
-            logits = model(voxels).cpu()
-            rows |= dict(zip(index, logits, strict=True))
-            if on_answer is not None:
-                for place, number in enumerate(index):
-                    on_answer(number, voxels[place : place + 1], logits[place])
-            del batch, voxels  # before the next one is handed over
+            answers = _answers(model, batch.volumes, batch.index.tolist(), on_failure)
+            del batch  # before the next one is handed over
+            while answers:
+                number, voxels, logits = answers.pop(0)
+                rows[number] = logits
+                if on_answer is not None:
+                    on_answer(number, voxels, logits)
+                del voxels
     read = sorted(rows)
     return read, torch.stack([rows[i] for i in read]) if read else torch.zeros(0, len(model.labels))
+
+
+def _answers(
+    model: CTCLIPMultiAbnormalityModel,
+    volumes: torch.Tensor,
+    index: Sequence[int],
+    on_failure: Callable[[int, Exception], object] | None,
+) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(index, voxels, logits) of each volume of a batch; one by one where the batch fails as a whole."""
+    try:
+        voxels = volumes.to(next(model.parameters()).device)
+        return list(zip(index, voxels.split(1), model(voxels).cpu(), strict=True))
+    except Exception as error:
+        if on_failure is None:
+            raise
+        if len(index) == 1:
+            on_failure(index[0], error)
+            return []
+    singles = zip(volumes.split(1), index, strict=True)
+    return [answer for one, number in singles for answer in _answers(model, one, [number], on_failure)]
 
 
 def print_failures(batch: Batch) -> None:

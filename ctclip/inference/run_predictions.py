@@ -10,6 +10,7 @@ from ctclip.config import TrainingConfig
 from ctclip.data.cohort import load_cohort
 from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.feature_cache import FeatureCache
+from ctclip.data.loading import Batch, count_notes, notes_of
 from ctclip.evaluation.run_folder import RunError, read_history, results_folder, run_record, run_tuning
 from ctclip.evaluation.tables import EvaluationInputs, read_labels, read_predictions, write_table
 from ctclip.fileio import make_folder
@@ -73,7 +74,15 @@ def predict_run(
             "expected them in the cache of this encoder; evaluate a run that was trained with --freeze-backbone on the "
             f"cache they were streamed into, or fetch the files with {FETCH_COMMAND} valid"
         )
-    read, logits = predict_volumes(model, volumes, workers=workers, on_batch=print_failures, cache=cache)
+    notes: dict[str, str] = {}
+
+    def on_batch(batch: Batch) -> None:
+        print_failures(batch)
+        notes.update(notes_of(volumes, batch))
+
+    read, logits = predict_volumes(model, volumes, workers=workers, on_batch=on_batch, cache=cache)
+    if notes:
+        print(count_notes(notes))
     if not read:
         raise RunError(f"{data_dir}: none of the {len(cohort)} volumes of its valid split could be read")
     names = [volumes[i].name for i in read]

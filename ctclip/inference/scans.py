@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 
 from ctclip.data.dicom import SERIES_PREFIX, is_dicom, series_of
-from ctclip.data.readers import FILE_SUFFIXES
+from ctclip.data.metaimage import META_SUFFIX
+from ctclip.data.readers import FILE_SUFFIXES, other_file, other_suffix
 from ctclip.data.volume_file import VolumeError
 from ctclip.errors import UserError
+from ctclip.formatting import comma_separated, plural
 
 
 class PredictionError(UserError):
@@ -19,10 +23,12 @@ class PredictionError(UserError):
 
 @dataclass(frozen=True)
 class Scan:
-    """An input: its name, and its file or one file of its DICOM series."""
+    """An input: its name, its file or one file of its DICOM series, and what the challenge calls it: its name without
+    the suffix."""
 
     name: str
     path: Path
+    stem: str = ""
 
     @property
     def short(self) -> str:
@@ -30,85 +36,135 @@ class Scan:
         parts = self.name.split("/")
         return "/".join(parts[-2:] if parts[-1].startswith(SERIES_PREFIX) else parts[-1:])
 
-    @property
-    def stem(self) -> str:
-        """The name without its suffix: what the challenge calls a scan."""
-        suffix = max((s for s in FILE_SUFFIXES if self.name.lower().endswith(s)), key=len, default="")
-        return self.name[: len(self.name) - len(suffix)]
+
+def _without_suffix(name: str) -> str:
+    suffix = max((s for s in FILE_SUFFIXES if name.lower().endswith(s)), key=len, default="")
+    return name[: len(name) - len(suffix)]
+
+
+def _refuse(folder: str, reason: str) -> None:
+    raise PredictionError(f"{folder}: {reason}")
 
 
 def find_scans(
-    sources: str | Path | Sequence[str | Path], on_note: Callable[[str], object] = lambda note: None
+    sources: str | Path | Sequence[str | Path],
+    on_note: Callable[[str], object] = lambda note: None,
+    on_fault: Callable[[str, str], object] = _refuse,
 ) -> list[Scan]:
     """The scans that files and folders hold, folders with all below them, in the order of their names.
 
-    .nii, .nii.gz and .mha files, and the CT series among a folder's DICOM files; hidden files are left alone. `on_note`
-    gets a line for each folder with other DICOM objects, which are skipped. No scan is opened, so that one that cannot
-    be read is found as well. A scan is called as its file or, for DICOM, its folder; where two would be called alike,
-    all are called by their paths below the folder that was given.
+    .nii, .nii.gz and .mha files, and the CT series among a folder's DICOM files; hidden files are left alone. No scan
+    is opened, so that one that cannot be read is found as well. A scan is called as its file or, for DICOM, its folder;
+    where two in different folders would be called alike, suffix aside, all are called by their paths below the folder
+    that was given. Names and stems occur once: the stems of a.mha beside a.nii.gz are a and a.nii.gz.
 
-    Raises PredictionError where there is none, or two of one name all the same.
+    `on_note` gets a line for what was skipped: files of other kinds, folders with DICOM but no CT. `on_fault` gets a
+    folder that cannot be listed, and why; by default it raises PredictionError. So does finding no scan at all.
     """
-    sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
-    scans = [scan for source in sources for scan in _scans_of(Path(source), on_note)]
+    given = [Path(source) for source in ([sources] if isinstance(sources, (str, Path)) else sources)]
+    notes: list[str] = []
+    faults: list[str] = []
+
+    def fault(folder: str, reason: str) -> None:
+        faults.append(f"{folder}: {reason}")
+        on_fault(folder, reason)
+
+    above = [os.path.dirname(os.path.abspath(source)) for source in given]
+    base = os.path.commonpath(above) if len(given) > 1 else None
+    found: dict[str, Scan] = {}
+    for source in given:
+        for scan in _scans_of(source, base, notes.append, fault):
+            found.setdefault(os.path.abspath(scan.path), scan)
+    scans = list(found.values())
     if not scans:
-        where = ", ".join(map(str, sources)) or "an empty list"
-        raise PredictionError(f"{where}: found no .nii, .nii.gz or .mha file and no DICOM series, expected a scan or a "
-                              "folder of scans")
+        where = ", ".join(map(str, given)) or "an empty list"
+        skipped = f" ({'; '.join([*faults, *notes])})" if faults or notes else ""
+        raise PredictionError(f"{where}: found no .nii, .nii.gz or .mha file and no DICOM series{skipped}, expected a "
+                              "scan or a folder of scans")
+    for note in notes:
+        on_note(note)
     short = [replace(scan, name=scan.short) for scan in scans]
-    if len({scan.stem for scan in short}) == len(short):
-        return short
-    paths: dict[str, Path] = {}
-    for scan in scans:
-        if scan.stem in paths:
-            both = f"{paths[scan.stem]} and {scan.path}"
-            raise PredictionError(f"{both}: found two scans that are both called {scan.stem}, expected each name once; "
-                                  "rename one, or keep them in folders of their own")
-        paths[scan.stem] = scan.path
-    return scans
+    different, by_path = (len({_without_suffix(scan.name) for scan in those}) for those in (short, scans))
+    return _each_once(short if different == by_path else scans)
 
 
-def _scans_of(source: Path, on_note: Callable[[str], object]) -> Iterator[Scan]:
+def _each_once(scans: list[Scan]) -> list[Scan]:
+    """With stems, and with a number in a name or a stem that another scan has."""
+    names: set[str] = set()
+    stems: set[str] = set()
+    scans = [replace(scan, name=_free(names, scan.name)) for scan in scans]
+    of_path = {
+        scan.path: _free(stems, _without_suffix(scan.name), scan.name)
+        for scan in sorted(scans, key=lambda scan: not scan.name.lower().endswith(META_SUFFIX))  # the challenge's own
+    }
+    return [replace(scan, stem=of_path[scan.path]) for scan in scans]
+
+
+def _free(taken: set[str], *wanted: str) -> str:
+    """The first that is not taken, else the last with a number; it is taken now."""
+    numbered = (f"{wanted[-1]}_{number}" for number in count(2))
+    name = next(name for name in chain(wanted, numbered) if name not in taken)
+    taken.add(name)
+    return name
+
+
+def _scans_of(
+    source: Path, base: str | None, on_note: Callable[[str], object], on_fault: Callable[[str, str], object]
+) -> Iterator[Scan]:
+    """Called by their paths below `base`; None: below the folder `source`, or by the file's name."""
     if not source.exists():
         raise PredictionError(f"{source}: found no such file or folder, expected a scan or a folder of scans; check "
                               "the path")
-    if source.is_file() and (source.name.lower().endswith(FILE_SUFFIXES) or is_dicom(source)):
-        yield Scan(printable(source.name), source)
+    if not source.is_dir():
+        if not (source.name.lower().endswith(FILE_SUFFIXES) or is_dicom(source)):
+            found, expected, remedy = other_file(source)
+            raise PredictionError(f"{source}: found {found}, expected {expected}; {remedy}")
+        yield Scan(_name(source, base or source.parent), source)
         return
 
-    def refuse(error: OSError) -> None:
-        raise PredictionError(f"{error.filename}: found a folder that cannot be listed ({error.strerror}), expected "
-                              "one to look for scans in; check its permissions") from error
+    def fault(error: OSError) -> None:
+        on_fault(printable(str(error.filename)), f"found a folder that cannot be listed ({error.strerror}), expected "
+                                                 "one to look for scans in; check its permissions")
 
     seen: set[str] = set()
-    for folder, below, files in os.walk(source, onerror=refuse, followlinks=True):
+    skipped: Counter[str] = Counter()
+    for folder, below, files in os.walk(source, onerror=fault, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith("."))
         real = os.path.realpath(folder)
         if real in seen:  # links may lead round in circles
             below.clear()
             continue
         seen.add(real)
-        others = []
-        for name in sorted(name for name in files if not name.startswith(".")):
-            path = Path(folder, name)
-            if name.lower().endswith(FILE_SUFFIXES):
-                yield Scan(printable(path.relative_to(source).as_posix()), path)
-            else:
-                others.append(path)
-        if any(is_dicom(path) for path in others):
-            yield from _series_in(Path(folder), source, on_note)
+        has_dicom = False
+        for path in (Path(folder, name) for name in sorted(files) if not name.startswith(".")):
+            suffix = other_suffix(path)
+            if path.name.lower().endswith(FILE_SUFFIXES):
+                yield Scan(_name(path, base or source), path)
+            elif (suffix or not has_dicom) and is_dicom(path):
+                has_dicom = True
+            elif suffix:
+                skipped[suffix] += 1
+        if has_dicom:
+            yield from _series_in(Path(folder), base or source, on_note)
+    if skipped:
+        kinds = comma_separated(f"{number} {suffix}" for suffix, number in skipped.most_common())
+        on_note(f"{printable(str(source))}: {plural(skipped.total(), 'file')} of other kinds skipped: {kinds}")
 
 
-def _series_in(folder: Path, source: Path, on_note: Callable[[str], object]) -> Iterator[Scan]:
-    above = folder.relative_to(source).parent.as_posix()
+def _series_in(folder: Path, base: str | Path, on_note: Callable[[str], object]) -> Iterator[Scan]:
     try:
         found, note = series_of(folder)
-    except VolumeError:  # no pydicom: a scan, for which reading gives the reason
+    except (VolumeError, OSError):  # no pydicom: a scan, for which reading gives the reason
         found, note = {folder.resolve().name: folder}, None
-    if note:
-        on_note(f"{folder}: {note}")
+    if note and not found:  # else reading the series says it
+        on_note(f"{printable(str(folder))}: {note}")
+    above = os.path.relpath(folder, base)
     for name, path in found.items():
-        yield Scan(printable(name if above == "." else f"{above}/{name}"), path)
+        yield Scan(printable(Path(above).parent.joinpath(name).as_posix()), path)
+
+
+def _name(path: Path, base: str | Path) -> str:
+    return printable(Path(os.path.relpath(path, base)).as_posix())
 
 
 def printable(name: str) -> str:

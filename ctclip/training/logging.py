@@ -13,6 +13,7 @@ import torch
 
 from ctclip import __version__
 from ctclip.config import SYNTHETIC_NOTE
+from ctclip.data.loading import count_notes
 from ctclip.evaluation.figures import TRAINING_CURVES, write_training_figure
 from ctclip.fileio import replacing
 from ctclip.formatting import decimal, plural
@@ -156,6 +157,8 @@ def print_summary(job: TrainingJob, state: TrainingState, seconds: float) -> Non
         run.log(f"Steps skipped because they were not finite: {skipped}")
     if run.failures:
         run.log(f"Volumes that could not be read: {len(run.failures)}, listed in {run.folder / 'run.json'}")
+    if run.notes:
+        run.log(count_notes(run.notes))
     peak = process_memory(peak=True)
     memory = "not known on this system" if peak is None else f"{peak / 1e9:.1f} GB"
     if run.device.type == "cuda":

@@ -34,7 +34,7 @@ from ctclip.config import (
 from ctclip.data.cohort import Cohort, Volume, load_cohort, split_by_patient
 from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.feature_cache import FeatureCache
-from ctclip.data.loading import Batch, micro_batch_size
+from ctclip.data.loading import Batch, micro_batch_size, notes_of
 from ctclip.distributed import Ranks
 from ctclip.evaluation.run_folder import newest_run, run_record
 from ctclip.formatting import plural
@@ -132,6 +132,7 @@ class Run:
         self.stop = StopRequest()
         self.failures: dict[str, str] = {}
         self.readings: dict[str, str] = {}
+        self.notes: dict[str, str] = {}
         self.cache: FeatureCache | None = None
 
     def log(self, text: str) -> None:
@@ -151,11 +152,13 @@ class Run:
             self.failures[name] = reason
         for index, decision in zip(batch.index.tolist(), batch.decisions, strict=True):
             self.readings[volumes[index].name] = decision.reading
+        self.notes |= notes_of(volumes, batch)
 
     def exchange_records(self) -> None:
-        for failures, readings in self.ranks.all_gather((self.failures, self.readings)):
+        for failures, readings, notes in self.ranks.all_gather((self.failures, self.readings, self.notes)):
             self.failures |= failures
             self.readings |= readings
+            self.notes |= notes
 
     def enable_checkpointing(self, model: CTCLIPMultiAbnormalityModel) -> bool:
         """Turns gradient checkpointing on; False where the model has none: some slice backbones."""

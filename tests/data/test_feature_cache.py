@@ -122,7 +122,7 @@ def test_entries_come_back_from_a_readable_folder(tmp_path, make_volumes):
     assert (folder / "0000.bin").stat().st_size == 4 * 16
     key = json.loads((folder / "key.json").read_text())
     assert key["kind"] == "codes" and key["shape"] == [2, 2, 2] and key["dtype"] == "uint16"
-    assert key["input_shape"] == [4, 8, 8] and key["preprocessing_version"] == 1 and len(key["encoder_sha256"]) == 64
+    assert key["input_shape"] == [4, 8, 8] and key["preprocessing_version"] == 2 and len(key["encoder_sha256"]) == 64
     lines = [json.loads(line) for line in (folder / "0000.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == [volume.name for volume in volumes[:4]]
 
@@ -400,7 +400,7 @@ def test_another_encoder_or_preprocessing_has_other_entries_and_the_old_ones_ret
     for other in (renamed, retyped):
         assert FeatureCache(tmp_path / "cache", other).rows(volumes) == [None, None]
     with monkeypatch.context() as patch:
-        patch.setattr(feature_cache, "PREPROCESSING_VERSION", 2)
+        patch.setattr(feature_cache, "PREPROCESSING_VERSION", 3)
         cache = FeatureCache(tmp_path / "cache", model)
         assert cache.rows(volumes) == [None, None]
         fill(cache, volumes[:1], 2)

@@ -50,7 +50,7 @@ def test_version_stands_for_these_very_bits():
     """Caches trust PREPROCESSING_VERSION: where this digest changes, raise the version and write both down anew."""
     volume = preprocess_volume(GOLDEN / ROWS[0]["VolumeName"], ROWS[0], shape=(24, 48, 48))
     digest = hashlib.sha256(volume.numpy().tobytes()).hexdigest()[:16]
-    assert (preprocessing.PREPROCESSING_VERSION, digest) == (1, "cd4475ebd8492f85")
+    assert (preprocessing.PREPROCESSING_VERSION, digest) == (2, "cd4475ebd8492f85")
 
 
 @pytest.mark.parametrize("record", ROWS, ids=lambda record: record["VolumeName"])
@@ -158,7 +158,12 @@ def test_oblique_scan_takes_the_nearest_axes(tmp_path):
     affine = affine_of(spacing)
     affine[:3, :3] = tilt @ affine[:3, :3]
     expected = preprocess_volume(write(tmp_path / "a.nii.gz", hu, spacing), None, SMALL)
-    assert torch.equal(preprocess_volume(write(tmp_path / "b.nii.gz", hu, spacing, affine), None, SMALL), expected)
+    path = write(tmp_path / "b.nii.gz", hu, spacing, affine)
+    assert torch.equal(preprocess_volume(path, None, SMALL), expected)
+    assert read_volume(volume_of(path), SMALL)[1].notes == (
+        "axes 12 degrees off the patient's: taken along the nearest",
+    )  # fmt: skip
+    assert read_volume(volume_of(tmp_path / "a.nii.gz"), SMALL)[1].notes == ()
 
 
 def test_without_orientation_the_stored_order_is_lps(tmp_path):
@@ -167,7 +172,9 @@ def test_without_orientation_the_stored_order_is_lps(tmp_path):
     none = write(tmp_path / "b.nii.gz", hu, spacing, codes=(0, 0))
     identity = write(tmp_path / "c.nii.gz", hu, spacing, np.eye(4))
     for path in (none, identity):
-        assert torch.equal(preprocess_volume(path, None, SMALL), expected)
+        found, decision = read_volume(volume_of(path), SMALL)
+        assert torch.equal(found, expected) and torch.equal(preprocess_volume(path, None, SMALL), expected)
+        assert decision.notes == ("no orientation in the header: voxels taken in the order left, back, head (LPS)",)
 
 
 def test_metadata_overrides_header_geometry(tmp_path):
@@ -180,6 +187,12 @@ def test_metadata_overrides_header_geometry(tmp_path):
         assert np.abs(preprocess_volume(path, row(spacing), SMALL).numpy() - expected).max() < 3e-7
     sequence = row(spacing) | {"XYSpacing": [8.0, 8.0]}
     assert np.abs(preprocess_volume(turned, pd.Series(sequence), SMALL).numpy() - expected).max() < 3e-7
+
+
+def test_a_scan_of_a_few_centimetres_is_read_with_a_question(tmp_path):
+    """A cut out nodule, or millimetres that are centimetres."""
+    path = write(tmp_path / "v.nii.gz", chest((60, 56, 40)), (0.8, 0.8, 1.0))
+    assert "only 48 x 45 x 40 mm: is its spacing right?" in read_volume(volume_of(path), SMALL)[1].notes
 
 
 def test_header_spacing_is_the_shortest_decimal(tmp_path):
@@ -220,6 +233,43 @@ def test_nifti_2_and_a_fourth_axis_of_one_are_fine(tmp_path):
     fourth = write(tmp_path / "c.nii.gz", hu[..., None])
     for path in (second, fourth):
         assert torch.equal(preprocess_volume(path, None, SMALL), expected)
+
+
+def _as_stored(path, **patches):
+    """The scan of `write`'s defaults with bytes of its header replaced: {"b76": bytes} puts them at 76."""
+    data = bytearray(path.read_bytes())
+    for place, value in patches.items():
+        data[int(place[1:]) : int(place[1:]) + len(value)] = value
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(("unit", "factor"), [(0, 1.0), (1, 0.001), (2, 1.0), (3, 1000.0)])
+@pytest.mark.parametrize("codes", [(2, 0), (0, 1), (0, 0)])
+def test_spacing_in_metres_or_micrometres_is_the_same_scan(tmp_path, unit, factor, codes):
+    hu, spacing = chest((46, 44, 21)), (7.5, 7.9, 12.25)
+    expected = preprocess_volume(write(tmp_path / "a.nii", hu, spacing), None, SMALL)
+    affine = affine_of(spacing)
+    affine[:3] *= factor
+    path = write(tmp_path / "b.nii", hu, tuple(s * factor for s in spacing), affine, codes)
+    assert torch.equal(preprocess_volume(_as_stored(path, b123=bytes([unit])), None, SMALL), expected)
+
+
+def test_what_nibabel_and_itk_read_is_read(tmp_path):
+    """Headers that other software writes: no qfac, negative spacings beside an sform, an origin that is no number."""
+    expected = preprocess_volume(write(tmp_path / "a.nii", chest()), None, SMALL)
+    number = struct.Struct("<f").pack
+    headers = {
+        "no qfac beside a qform": ((0, 1), {"b76": number(0)}),
+        "a negative spacing beside an sform": ((2, 0), {"b80": number(-8)}),
+        "an origin of NaN in a qform": ((0, 1), {"b268": number(float("nan"))}),
+        "an origin of infinity in an sform": ((2, 0), {"b292": number(float("inf"))}),
+    }
+    for name, (codes, patches) in headers.items():
+        path = _as_stored(write(tmp_path / f"{name}.nii", chest(), codes=codes), **patches)
+        assert torch.equal(preprocess_volume(path, None, SMALL), expected), name
+    plain = write(tmp_path / "b.nii", chest()).rename(tmp_path / "not compressed.nii.gz")
+    assert torch.equal(preprocess_volume(plain, None, SMALL), expected)
 
 
 def test_slab_size_and_inflater_do_not_matter(tmp_path, monkeypatch):
@@ -311,6 +361,12 @@ BAD = {
     "negative spacing": (lambda p: _spacing(p, -2.0), "beside an orientation"),
     "infinite spacing": (lambda p: _spacing(p, float("inf")), "spacing inf"),
     "spacing in metres": (lambda p: write(p, chest(), (0.008, 0.008, 0.012)), "0.05 to 20.0"),
+    "spacing in an unknown unit": (lambda p: _patched(p, 123, b"\5"), "spacing in unit 5"),
+    "millimetres called metres": (lambda p: _patched(p, 123, b"\1"), "spacing 8000.0"),
+    "spacings of eight centimetres": (lambda p: write(p, chest((30, 28, 20)), (80.0, 80.0, 12.0)), "0.05 to 20.0"),
+    "spacings ten times too large": (lambda p: write(p, chest((200, 190, 20)), (17.0, 17.0, 10.0)), "at most 2200 mm"),
+    "spacings ten times too small": (lambda p: write(p, chest(), (0.8, 0.8, 1.2)), "at least 30 and at most 2200 mm"),
+    "four voxels each way": (lambda p: write(p, chest((4, 4, 4)), (20.0, 20.0, 20.0)), "4 x 4 x 4 voxels"),
     "spacing contradicts sform": (lambda p: _spacing(p, 3.0), "3.0"),
     "singular sform": (lambda p: write(p, chest(), affine=np.zeros((4, 4))), "singular"),
     "blank header": (lambda p: write(p, chest(), (1.0, 1.0, 1.0), np.eye(4)), "blank header"),
@@ -369,6 +425,7 @@ METADATA = {
     "spacing None": (lambda r: r.update(XYSpacing=None), "XYSpacing"),
     "zero spacing": (lambda r: r.update(XYSpacing="[0.0, 0.7]"), "spacing 0.0"),
     "negative spacing": (lambda r: r.update(ZSpacing=-1), "-1.0"),
+    "micrometres": (lambda r: r.update(ZSpacing=1500), "1500.0"),
 }
 
 

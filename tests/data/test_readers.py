@@ -6,12 +6,14 @@ from __future__ import annotations
 import gzip
 import os
 import struct
+import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
 from helpers_data import SMALL, affine_of, chest, reoriented, write
+from helpers_dicom import write_series
 from helpers_scans import as_itk, write_mha
 
 from ctclip.data import metaimage, volume_file
@@ -216,8 +218,65 @@ def test_a_few_bytes_that_inflate_to_a_huge_slice_are_refused_unread(tmp_path):
     block[42:48] = struct.pack("<3h", 30000, 30000, 2)
     path = tmp_path / "bomb.nii.gz"
     path.write_bytes(gzip.compress(bytes(block) + np.random.default_rng(0).bytes(4_000_000)))
-    with pytest.raises(VolumeError, match="30000 x 30000 x 2 voxels, expected at most 16777216 in a slice"):
+    with pytest.raises(VolumeError, match="30000 x 30000 x 2 voxels of 2 bytes, expected at most 16777216 in a slice"):
         preprocess_volume(path, None, SMALL)
+
+
+def _sparse_nifti(path, kind, voxels=(1024, 1024, 2048)):
+    """A header, then zeros that take no room on the disk."""
+    header = bytearray(write(path, chest((9, 8, 7)), (0.5, 0.5, 0.5)).read_bytes()[:352])
+    header[42:48], header[70:74] = struct.pack("<3h", *voxels), struct.pack("<2h", kind, {64: 64, 4: 16}[kind])
+    path.write_bytes(header)
+    os.truncate(path, 352 + np.prod(voxels) * {64: 8, 4: 2}[kind])
+    return path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files with holes")
+def test_sixteen_gigabytes_of_zeros_are_refused_by_their_header(tmp_path, monkeypatch):
+    path = _sparse_nifti(tmp_path / "a.nii", 64)
+    packed = tmp_path / "a.nii.gz"
+    with path.open("rb") as file:
+        packed.write_bytes(gzip.compress(file.read(352) + np.random.default_rng(0).bytes(18_000_000), 1))
+    monkeypatch.setattr(volume_file.VolumeFile, "slabs", lambda self: pytest.fail("read"))
+    for each in (path, packed):
+        with pytest.raises(VolumeError, match="1024 x 1024 x 2048 voxels of 8 bytes, expected at most"):
+            preprocess_volume(each, None, SMALL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files with holes")
+def test_gigabytes_of_zeros_are_not_read_to_their_end(tmp_path, monkeypatch):
+    read, fill = [], volume_file.StreamFile.fill
+    monkeypatch.setattr(volume_file.StreamFile, "fill", lambda self, view: (read.append(len(view)), fill(self, view)))
+    with pytest.raises(VolumeError, match="every voxel equal to 0"):
+        preprocess_volume(_sparse_nifti(tmp_path / "a.nii", 4), None, SMALL)
+    assert sum(read) < 600e6, "of 4.3e9 bytes"
+
+
+def test_a_tilted_gantry_is_refused_with_the_same_words_in_every_format(tmp_path):
+    """Slices of 12 mm, each 4 mm beside the one below: as if straight, probabilities move by up to 0.45."""
+    affine = affine_of((8.0, 8.0, 12.0))
+    sheared = affine.copy()
+    sheared[0, 2] += 4
+    spacing = tuple(np.linalg.norm(sheared[:3, :3], axis=0))
+    paths = [
+        write(tmp_path / "a.nii.gz", chest(), spacing, sheared),
+        write_mha(tmp_path / "a.mha", chest(), sheared),
+        write_series(tmp_path / "a", chest(), affine, shear=4.0),
+    ]
+    told = set()
+    for path in paths:
+        with pytest.raises(VolumeError) as caught:
+            preprocess_volume(path, None, SMALL)
+        told.add(str(caught.value).removeprefix(path.name))
+    assert told == {": found axes 18.4 degrees off a right angle (gantry tilt), expected axes square to each other; "
+                    "convert it with a tool that corrects the tilt"}
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mhd", "a.hdr", "a.img", "a.zip", "a.nii.zip", "a.tar.gz", "a.png"])
+def test_a_file_of_another_kind_is_named_by_its_suffix_with_a_remedy(tmp_path, name):
+    (tmp_path / name).write_bytes(b"NRRD0005 and so on")
+    with pytest.raises(VolumeError, match="ends in .*, expected .nii, .nii.gz, .mha or DICOM; (convert|unpack|name)"):
+        open_volume(tmp_path / name)
 
 
 def test_itk_reads_back_what_the_tests_write(tmp_path):

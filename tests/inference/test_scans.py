@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,8 @@ import pandas as pd
 import pytest
 import torch
 from helpers_data import affine_of, chest, reoriented, write
-from helpers_dicom import write_series
-from helpers_scans import write_mha
+from helpers_dicom import DICOMDIR, DOSE_REPORT, write_other, write_series
+from helpers_scans import as_itk, write_mha
 
 import run_task2
 from ctclip.data.cohort import Volume
@@ -24,8 +26,8 @@ from ctclip.data.loading import read_ahead
 from ctclip.inference import predictions as predictions_module
 from ctclip.inference import scans as scans_module
 from ctclip.inference.commands import PartialTable
-from ctclip.inference.predictions import predict, predict_scans, write_predictions
-from ctclip.inference.scans import PredictionError, find_scans
+from ctclip.inference.predictions import ResultsFile, predict, predict_scans, write_predictions
+from ctclip.inference.scans import PredictionError, Scan, find_scans
 from ctclip_model import ABNORMALITIES
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
@@ -196,7 +198,9 @@ def test_prevalence_of_a_run_is_that_of_its_tuning_patients(tmp_path):
 REFUSED = [
     (["--input", "nowhere"], "nowhere: found no such file or folder"),
     (["--input", "empty"], "found no .nii, .nii.gz or .mha file and no DICOM series"),
-    (["--input", "twins"], "two scans that are both called a"),
+    (["--input", "pictures"], "no DICOM series (pictures: 2 files of other kinds skipped: 1 .nrrd, 1 .png)"),
+    (["--input", "pictures/a.nrrd"], "found a file that ends in .nrrd, expected .nii, .nii.gz, .mha or DICOM; convert"),
+    (["--input", "pictures/notes"], "found a file without an ending, expected .nii, .nii.gz, .mha or DICOM; name a"),
     (["--input", "good", "--output", "p.txt"], "found the ending .txt, expected .csv"),
     (["--input", "good", "--output", "empty/x.nii.gz/p.csv"], "a place that cannot be written"),
     (["--input", "good", "--map-thresholds"], "found no tuning patients"),
@@ -211,8 +215,9 @@ def test_wrong_usage_is_one_line_before_anything_is_computed(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     write(tmp_path / "good" / "a.nii.gz", chest())
-    write(tmp_path / "twins" / "a.nii.gz", chest())
-    write_mha(tmp_path / "twins" / "a.mha", chest(), affine_of(SPACING))
+    (tmp_path / "pictures").mkdir()
+    for name in ("a.nrrd", "b.png", "notes"):
+        (tmp_path / "pictures" / name).write_bytes(b"what it is")
     (tmp_path / "mine.txt").write_text("Pneumothorax\n")
     (tmp_path / "empty" / "x.nii.gz").write_bytes(b"") if "x.nii.gz" in " ".join(flags) else None
     monkeypatch.setattr(predictions_module, "predict_volumes", lambda *a, **k: pytest.fail("computed"))
@@ -222,8 +227,8 @@ def test_wrong_usage_is_one_line_before_anything_is_computed(tmp_path, monkeypat
 
 
 def test_flags_of_predict_belong_to_predict(capsys):
-    for flag, value in (("--explain", "all"), ("--prompts", "x.txt")):
-        assert run_task2.main(["--mode", "train", flag, value]) == 2
+    for flag, *value in (("--explain", "all"), ("--prompts", "x.txt"), ("--assume-hu",)):
+        assert run_task2.main(["--mode", "train", flag, *value]) == 2
         assert f"found {flag}, which goes with --mode predict only" in capsys.readouterr().err
 
 
@@ -235,6 +240,189 @@ def test_dicom_without_pydicom_is_one_scan_that_cannot_be_read(tmp_path, monkeyp
     assert list(predictions.table.index) == ["a.nii.gz"]
     [(name, reason)] = predictions.failures
     assert name == "series" and reason.endswith("pip install pydicom SimpleITK")
+
+
+# ------------------------------------------------------------------ nothing wrong without a word
+
+
+def filled(hu: np.ndarray) -> np.ndarray:
+    """An abdomen, as far as the check sees: a body without lungs."""
+    x, y = np.indices(hu.shape)[:2]
+    hu[(hu < -600) & (np.abs(x - 24) < 18) & (np.abs(y - 22) < 12)] = 40
+    return hu
+
+
+def warnings_in(capsys) -> list[str]:
+    """Without the progress bar, which is drawn again below each."""
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+
+
+def test_a_scan_that_may_be_no_chest_is_answered_with_a_warning(tmp_path, capsys):
+    from ctclip.evaluation.tables import load_predictions
+
+    write_mha(tmp_path / "in" / "abdomen.mha", filled(chest()), affine_of(SPACING))
+    write_mha(tmp_path / "in" / "chest.mha", chest(), affine_of(SPACING))
+    told = "little lung found (0% of lung and body): is this a chest?"
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "p.csv") == 0
+    assert warnings_in(capsys) == [f"warning: abdomen.mha: {told}"]
+    table = pd.read_csv(tmp_path / "p.csv", index_col="VolumeName", keep_default_na=False)
+    assert list(table.columns) == [*ABNORMALITIES, "Warning"] and list(table.Warning) == [told, ""]
+    with pytest.warns(UserWarning, match="is this a chest"):
+        alone = predict(tmp_path / "in", MODEL, device="cpu")
+    np.testing.assert_allclose(load_predictions(tmp_path / "p.csv").to_numpy(), alone.to_numpy(), atol=1e-6)
+    assert not capsys.readouterr().err, "evaluation has nothing against the column"
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "r.json") == 0
+    assert "Warning" not in (tmp_path / "r.json").read_text()
+    assert call("--input", tmp_path / "in" / "chest.mha", "--output", tmp_path / "q.csv") == 0
+    assert list(pd.read_csv(tmp_path / "q.csv", index_col=0).columns) == list(ABNORMALITIES)
+
+
+def test_other_dicom_objects_and_unequal_slices_are_told_with_the_answer(tmp_path, capsys):
+    places = [0.0, *np.arange(6, 249, 12.25)]
+    hu = chest((46, 44, len(places)))
+    write_series(tmp_path / "cd" / "DICOM" / "ct", hu, affine_of(SPACING), places=places, SliceThickness="13")
+    write_other(tmp_path / "cd" / "DICOM" / "ct" / "DOSE.dcm", DOSE_REPORT)
+    write_other(tmp_path / "cd" / "DICOMDIR", DICOMDIR)
+    assert call("--input", tmp_path / "cd", "--output", tmp_path / "p.csv") == 0
+    lines = warnings_in(capsys)
+    assert lines == [
+        f"warning: {tmp_path / 'cd'}: 1 other DICOM object skipped: 1 Media Storage Directory",
+        "warning: ct: 1 other DICOM object skipped: 1 X-Ray Radiation Dose SR; slices 6 to 12.25 mm apart: "
+        "interpolated every 12.25 mm",
+    ]
+    table = pd.read_csv(tmp_path / "p.csv", index_col="VolumeName")
+    assert list(table.index) == ["ct"], "a DICOMDIR makes no scan of its folder"
+    assert lines[1] == f"warning: ct: {table.loc['ct', 'Warning']}"
+
+
+def test_values_that_are_no_hu_are_answered_only_on_demand(tmp_path, capsys):
+    grey = ((np.clip(chest(), -1000, 1000) + 1000) / 2000 * 255).astype(np.uint8)
+    write_mha(tmp_path / "in" / "grey.mha", grey, affine_of(SPACING))
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "p.csv") == 2
+    assert "voxels that are not HU: nothing but 0 to" in (err := capsys.readouterr().err) and "--assume-hu" in err
+    flags = ["--input", tmp_path / "in", "--output", tmp_path / "p.csv", "--assume-hu", "--explain", "Emphysema"]
+    assert call(*flags) == 0
+    with pytest.warns(UserWarning, match="grey.mha: little lung"):
+        table = predict(tmp_path / "in", MODEL, device="cpu", assume_hu=True)
+    written = pd.read_csv(tmp_path / "p.csv", index_col=0)[list(ABNORMALITIES)]
+    np.testing.assert_allclose(written, table, atol=1e-6)
+    assert len(list((tmp_path / "p_explain").iterdir())) == 2, "its heat map and picture"
+    with pytest.warns(UserWarning, match="grey.mha: found voxels that are not HU"):
+        assert predict(tmp_path / "in", MODEL, device="cpu").empty
+
+
+@pytest.mark.parametrize("kind", [".nrrd", ".mhd", ".hdr"])
+def test_the_command_that_is_named_converts_the_file(tmp_path, capsys, kind):
+    import SimpleITK
+
+    SimpleITK.WriteImage(as_itk(chest(), affine_of(SPACING)), str(tmp_path / f"a{kind}"))
+    assert call("--input", tmp_path / f"a{kind}") == 2
+    command = capsys.readouterr().err.strip().partition("; convert it: python ")[2]
+    subprocess.run([sys.executable, *shlex.split(command)], check=True)
+    write(tmp_path / "b.nii.gz", chest(), SPACING, affine_of(SPACING))
+    table = predict([tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"], MODEL, device="cpu")
+    np.testing.assert_allclose(table.loc["a.nii.gz"], table.loc["b.nii.gz"], atol=1e-5)
+
+
+def test_files_of_other_kinds_in_a_folder_are_counted(tmp_path, capsys):
+    write_mha(tmp_path / "in" / "a.mha", chest(), affine_of(SPACING))
+    for name in ("b.nrrd", "c.nrrd", "d.tar.gz", "e.txt", ".f.zip"):
+        (tmp_path / "in" / name).write_bytes(b"whatever")
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "p.csv") == 0
+    told = f"warning: {tmp_path / 'in'}: 3 files of other kinds skipped: 2 .nrrd, 1 .tar.gz\n"
+    assert capsys.readouterr().err == told
+
+
+def test_scans_of_one_name_are_all_answered(tmp_path):
+    """a.mha beside a.nii.gz and a DICOM folder a: the challenge lists .mha, which keeps the name alone."""
+    write(tmp_path / "in" / "a.nii.gz", chest(), SPACING, affine_of(SPACING))
+    write_mha(tmp_path / "in" / "a.mha", chest(), affine_of(SPACING))
+    write_series(tmp_path / "in" / "a", chest(), affine_of(SPACING))
+    assert [(scan.name, scan.stem) for scan in find_scans(tmp_path / "in")] == [
+        ("a.mha", "a"), ("a.nii.gz", "a.nii.gz"), ("a", "a_2"),
+    ]  # fmt: skip
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "p.csv") == 0
+    assert list(pd.read_csv(tmp_path / "p.csv", index_col=0).index) == ["a.mha", "a.nii.gz", "a"]
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "r.json") == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["predictions"]
+    assert [row["input_image_name"] for row in rows] == ["a", "a.nii.gz", "a_2"]
+
+
+def test_scans_of_one_name_from_several_folders_are_named_by_their_paths(tmp_path):
+    for folder in ("one", "two"):
+        write_mha(tmp_path / folder / "a.mha", chest(), affine_of(SPACING))
+    paths = [tmp_path / "one" / "a.mha", tmp_path / "two"]
+    assert [scan.name for scan in find_scans(paths)] == ["one/a.mha", "two/a.mha"]
+    assert [scan.name for scan in find_scans([*paths, *paths])] == ["one/a.mha", "two/a.mha"], "each file once"
+    assert [scan.name for scan in find_scans(paths[1:])] == ["a.mha"]
+
+
+def test_a_folder_that_cannot_be_listed_costs_only_itself(tmp_path, monkeypatch, capsys):
+    write_mha(tmp_path / "in" / "a.mha", chest(), affine_of(SPACING))
+    (tmp_path / "in" / "lost+found").mkdir()
+    original = os.scandir
+
+    def scandir(top):
+        if str(top).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", str(top))
+        return original(top)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "r.json") == 2
+    assert "lost+found: found a folder that cannot be listed (Permission denied)" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "r.json").read_text())["predictions"]
+    assert [row["input_image_name"] for row in rows] == ["a"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("could not create a primitive"), ZeroDivisionError()])
+@pytest.mark.parametrize("place", ["reading", "computing"])
+def test_an_error_in_one_scan_costs_only_that_one(tmp_path, monkeypatch, capsys, error, place):
+    from ctclip.data import loading
+    from ctclip_model import CTCLIPMultiAbnormalityModel
+
+    for name in ("a", "b", "c"):
+        write_mha(tmp_path / "in" / f"{name}.mha", chest(), affine_of(SPACING))
+    expected = predict(tmp_path / "in", MODEL, device="cpu")
+    read, forward = loading.read_volume, CTCLIPMultiAbnormalityModel.forward
+
+    def read_and_mark(volume, shape):
+        tensor, decision = read(volume, shape)
+        if volume.name == "b.mha":
+            if place == "reading":
+                raise error
+            tensor[0, 0, 0, 0] = 0.5
+        return tensor, decision
+
+    def compute(self, volumes):
+        if (volumes[:, 0, 0, 0, 0] == 0.5).any():
+            raise error
+        return forward(self, volumes)
+
+    monkeypatch.setattr(loading, "read_volume", read_and_mark)
+    monkeypatch.setattr(CTCLIPMultiAbnormalityModel, "forward", compute)
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "p.csv") == 2
+    err = capsys.readouterr().err
+    assert "skipped: b.mha: " in err and "1 of 3 scans" in err and "Traceback" not in err
+    table = pd.read_csv(tmp_path / "p.csv", index_col=0)
+    assert list(table.index) == ["a.mha", "c.mha"]
+    np.testing.assert_allclose(table, expected.loc[["a.mha", "c.mha"]], atol=1e-6)
+
+
+def test_results_of_three_thousand_scans_are_kept_one_by_one_in_seconds(tmp_path):
+    """Valid JSON with every scan at every moment, and no second file."""
+    scans = [Scan(f"{i}.mha", Path(f"{i}.mha"), f"{i}\n\u00fc") for i in range(3000)]
+    started = time.process_time()
+    results = ResultsFile(tmp_path / "results.json", scans, np.full(18, 0.125))
+    for i in range(0, 3000, 2):
+        results.answer(f"{i}.mha", np.full(18, i / 3000, np.float32))
+        if i % 600 == 0:
+            rows = json.loads((tmp_path / "results.json").read_text())["predictions"]
+            assert [row["input_image_name"] for row in rows] == [scan.stem for scan in scans]
+            values = [set(row["probabilities"].values()) for row in rows]
+            assert values[i] == {float(np.float32(i / 3000))} or i == 0
+            assert values[i + 1] == values[-1] == {0.125}
+    results.close()
+    assert time.process_time() - started < 20 and [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
 # ------------------------------------------------------------------ reading ahead
