@@ -94,7 +94,8 @@ class VoxelStatistics:
         """Where the voxels lie by each reading."""
         scales = {"hu": header_scale} | ({} if metadata_scale is None else {"stored": metadata_scale})
         values = np.concatenate(self._sample)
-        return {reading: TissueShares(values * slope + intercept) for reading, (slope, intercept) in scales.items()}
+        with np.errstate(over="ignore"):  # to infinity, which is no tissue
+            return {reading: TissueShares(values * slope + intercept) for reading, (slope, intercept) in scales.items()}
 
     def check_varied(self) -> None:
         """Raises VolumeError where all voxels so far are equal."""

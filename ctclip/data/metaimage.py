@@ -52,7 +52,7 @@ class _ZlibStream(io.RawIOBase):
 class MetaFile(StreamFile):
     """MetaImage with its voxels in the same file, plain or zlib."""
 
-    MOST_LINES, LINE_BYTES = 200, 4096
+    MOST_LINES, LINE_BYTES, MOST_MORE = 200, 4096, 0
 
     def open(self) -> None:
         self.fields = self._read_fields()

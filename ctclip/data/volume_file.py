@@ -143,6 +143,7 @@ class VolumeFile:
 class StreamFile(VolumeFile):
     """A header, then the voxels, in one file. Subclasses set `stream`, where the voxels come from, and the header."""
 
+    MOST_MORE = 1 << 20  # bytes tolerated behind the voxels
     stream: io.RawIOBase | io.BufferedIOBase
 
     def __init__(self, path: Path):
@@ -194,12 +195,16 @@ class StreamFile(VolumeFile):
             count -= len(scratch)
 
     def check_end(self) -> None:
-        """Reading past the last voxel makes gzip compare its checksum; bytes after the voxels are tolerated."""
+        """Reads what is inflated to its end, where the checksum is compared: repeated pieces inflate without an error."""
+        more = 0
         try:
-            self.stream.read(1)
+            while self.stream is not self.raw and more <= self.MOST_MORE and (piece := self.stream.read(1 << 16)):
+                more += len(piece)
         except (EOFError, *DAMAGED) as error:
             reason = "the stream ends early" if isinstance(error, EOFError) else error
             raise self.error(f"damaged data ({reason})", "a readable file", RECOPY) from None
+        if more > self.MOST_MORE:
+            raise self.error("more bytes than its voxels", "none: the voxels may be shifted", RECOPY)
 
     def check_size(self, header: Header, offset: int) -> None:
         """Refuse a size that the file cannot hold, before allocating anything of that size."""

@@ -204,6 +204,28 @@ def test_header_before_the_voxels_is_skipped(tmp_path, scan):
         assert torch.equal(preprocess_volume(path, None, SMALL), expected)
 
 
+@pytest.mark.parametrize("form", ["a.mha", "a.nii.gz"])
+def test_a_compressed_stream_with_a_piece_twice_is_refused(tmp_path, form):
+    """It inflates without an error to more bytes than there are voxels: only the checksum at its end tells."""
+    path = tmp_path / form
+
+    def deflated(data):
+        blocks = [data[start : start + 10_000] for start in range(0, len(data), 10_000)]
+        stored = [struct.pack("<BHH", 0, len(block), len(block) ^ 0xFFFF) + block for block in blocks]
+        return b"".join([stored[0], stored[1], *stored[1:], struct.pack("<BHH", 1, 0, 0xFFFF)])
+
+    if form == "a.mha":
+        head, mark, voxels = write_mha(path, chest(), affine_of(SPACING)).read_bytes().partition(b"LOCAL\n")
+        head = head.replace(b"CompressedData = False", b"CompressedData = True")
+        path.write_bytes(head + mark + b"\x78\x01" + deflated(voxels) + struct.pack(">L", zlib.adler32(voxels)))
+    else:
+        data = gzip.decompress(write(path, chest(), SPACING).read_bytes())
+        end = struct.pack("<LL", zlib.crc32(data), len(data))
+        path.write_bytes(gzip.compress(b"")[:10] + deflated(data) + end)
+    with pytest.raises(VolumeError, match="damaged data|more bytes than its voxels"):
+        preprocess_volume(path, None, SMALL)
+
+
 def test_other_ways_to_write_a_flag_and_blank_lines_are_read(tmp_path, scan):
     hu, affine, expected = scan
     path = write_mha(tmp_path / "a.mha", hu, affine)
