@@ -22,7 +22,7 @@ Shapes   volume (B, 1, D, H, W)  ->  patches (B, T, h, w, C)  ->  spatial transf
          Published size: (B, 1, 240, 480, 480) -> T = h = w = 24, C = 512, N = 8, K = 32, 8192 codes, L = 512.
 
 Attribute names of the tower (`visual_transformer`, `enc_spatial_transformer`, `layers.0.1.to_q`, `vq._codebook.embed`,
-...) are dictated by the published checkpoint, so that its keys load as they are; `PREFIXES` and `UNUSED_KEYS` say what
+...) are dictated by the published checkpoint, so that its keys load as they are; `WRAPPERS` and `UNUSED_KEYS` say what
 is stripped or dropped. The architecture is that of Hamamci et al., "Developing Generalist Foundation Models
 from a Multimodal Dataset for 3D Computed Tomography" (CT-CLIP); the code is our own.
 """
@@ -35,12 +35,13 @@ import json
 import math
 import os
 import pickle
+import re
 import ssl
 import sys
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -95,8 +96,9 @@ PUBLISHED_FILES = (
     "CT_LiPro_v2", "CT_VocabFine_v2", "CT-CLIP_v2",
 )  # fmt: skip
 
-# Prefixes that wrappers left in the keys of published files; removed from the left, in any order and number.
-PREFIXES = ("module.", "trained_model.")
+# Names that wrappers (DataParallel, torch.compile, FSDP, ClassFine) put into keys; removed wherever they are.
+WRAPPERS = {"module", "trained_model", "_orig_mod", "_forward_module", "_fsdp_wrapped_module",
+            "_checkpoint_wrapped_module"}  # fmt: skip
 
 # Keys that may be in a file and that an image classifier does not use, with the reason. Any other key that it does not
 # use is an error.
@@ -109,16 +111,35 @@ UNUSED_KEYS = (
     (".to_pixels", "no part in the forward pass"),
     (".context_norm.", "no part in the forward pass"),
     (".null_kv", "no part in the forward pass"),
-    ("._codebook.cluster_size", "codebook training statistics"),
-    ("._codebook.initted", "codebook training statistics"),
+    ("._codebook.", "codebook training statistics"),  # all but the codebook itself, which the model has
+    ("criterion.", "settings of a loss"),
+    ("loss_fn.", "settings of a loss"),
 )
+
+# How files begin that get into the place of weights; what they are, and what to do.
+OTHER_FILES = (
+    (b"version https://git-lfs", "a git-LFS pointer, which only stands for the weights", "git lfs pull fetches them"),
+    (b"<", "a web page (HTML or XML)", "read what it says, then download the weights again"),
+    (b"{", "JSON text", "name the weights that it belongs to"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it"),
+    (b"\x89HDF", "an HDF5 file", "save its tensors by torch.save"),
+    (b"\0" * 16, "zeros, as a broken download leaves them", "download it again"),
+)
+# Objects of these packages stand beside the tensors of many training states. They are passed over: never imported.
+INERT_PACKAGES = ("argparse", "pathlib", "datetime", "numpy", "_codecs")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of numbers that need no scale beside them
+MOST_NESTED = 4  # dictionaries around the weights of a training state
 
 READ_AT_ONCE = 2**24  # numbers copied from one mapping of a file: 67 MB in float32
 ONE_THREAD = 2**14  # numbers that torch copies in one thread; several would wait for each other's page faults
 
+SAVED_WEIGHTS = "model.safetensors"  # beside config.json
 SLIM_OF = "slim_of"  # in the header of a slim copy: the name of the file it was made from
 
+TOWER = "visual_transformer"
+FIRST_FRAME = f"{TOWER}.to_patch_emb_first_frame.1.weight"  # not used, but of all tensors it alone tells the patch
 LINEAR_HEAD_KEYS = ("classifier.weight", "classifier.bias")  # ClassFine's
+NEW_HEAD_FLAG = "--init-head new"
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")  # of snapshot_download
 
@@ -178,19 +199,25 @@ class TowerSizes:
         return self.grid * self.temporal_patch, self.grid * self.patch, self.grid * self.patch
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> TowerSizes:
+    def from_state_dict(cls, state: dict[str, Tensor], patch: int | None = None) -> TowerSizes:
         """Sizes from the tensors of a checkpoint whose prefixes are already removed.
 
+        `patch`: the in-plane patch, where it is known. Only a tensor that is not used tells it; a state dict of this
+        module's model lacks that one, and is taken to have CT-CLIP's patches, twice as wide as deep.
         Raises CheckpointError when a tensor that carries a size is missing or two of them disagree.
         """
 
-        def shape(key: str) -> torch.Size:
+        def shape(key: str, axes: int) -> torch.Size:
             if key not in state:
                 raise CheckpointError(
                     f"'{key}' is not in the file (it has {len(state)} tensors): not a CT-CLIP checkpoint. "
                     "Expected CT-CLIP, VocabFine or ClassFine weights; run python ctclip_setup.py"
                 )
-            return state[key].shape
+            found = state[key].shape
+            if len(found) != axes or 0 in found:
+                raise CheckpointError(f"{key} is {tuple(found)}, expected {axes} axes of at least 1: the file is "
+                                      "damaged or not a CT-CLIP checkpoint; fetch it again")  # fmt: skip
+            return found
 
         def depth(name: str) -> int:
             start = f"visual_transformer.{name}.layers."
@@ -198,28 +225,38 @@ class TowerSizes:
 
         tower = "visual_transformer."
         layer = tower + "enc_spatial_transformer.layers.0."
-        dim = shape(tower + "enc_spatial_transformer.norm_out.gamma")[0]
-        patch = math.isqrt(shape(tower + "to_patch_emb_first_frame.1.weight")[0])
-        latent, flat = shape("to_visual_latent.weight")
+        dim = shape(tower + "enc_spatial_transformer.norm_out.gamma", 1)[0]
+        voxels = shape(tower + "to_patch_emb.1.weight", 1)[0]
+        if patch is None and FIRST_FRAME in state:
+            patch = math.isqrt(shape(FIRST_FRAME, 1)[0])
+        elif patch is None:
+            patch = 2 * round((voxels / 4) ** (1 / 3))
+            voxels = voxels if 2 * voxels == patch**3 else 0
+        if patch < 1 or voxels < patch**2 or voxels % patch**2:
+            raise CheckpointError(
+                f"{tower}to_patch_emb.1.weight does not tell the size of a patch, expected {FIRST_FRAME} beside it; "
+                "save such a model with save_pretrained(FOLDER)"
+            )
+        latent, flat = shape("to_visual_latent.weight", 2)
         grid = math.isqrt(flat // dim)
         if grid**2 * dim != flat:
             raise CheckpointError(
-                f"to_visual_latent has {flat} inputs, which is not a square token grid times width {dim}: "
+                f"to_visual_latent has {flat} inputs, expected a square token grid times width {dim}: "
                 "the file is damaged or not a CT-CLIP checkpoint"
             )
         return cls(
             dim=dim,
-            heads=shape(tower + "spatial_rel_pos_bias.net.2.weight")[0],
-            dim_head=shape(layer + "1.q_scale")[0],
+            heads=shape(tower + "spatial_rel_pos_bias.net.2.weight", 2)[0],
+            dim_head=shape(layer + "1.q_scale", 1)[0],
             patch=patch,
-            temporal_patch=shape(tower + "to_patch_emb.1.weight")[0] // patch**2,
+            temporal_patch=voxels // patch**2,
             grid=grid,
             spatial_depth=depth("enc_spatial_transformer"),
             temporal_depth=depth("enc_temporal_transformer"),
-            codes=shape(tower + "vq._codebook.embed")[1],
+            codes=shape(tower + "vq._codebook.embed", 3)[1],
             latent=latent,
-            feedforward=shape(layer + "3.4.weight")[1],
-            bias_dim=shape(tower + "spatial_rel_pos_bias.net.0.0.weight")[0],
+            feedforward=shape(layer + "3.4.weight", 2)[1],
+            bias_dim=shape(tower + "spatial_rel_pos_bias.net.0.0.weight", 2)[0],
         )
 
 
@@ -643,14 +680,19 @@ def saved_config(folder: Path) -> dict:
     """config.json of a saved model. Raises CheckpointError where it is absent, damaged or another program's."""
     path, remedy = folder / "config.json", "copy it again from where the model was saved"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         found = f"{path}: found no such file, expected the one that is saved with the weights"
         raise CheckpointError(f"{found}; {remedy}") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path}: found no JSON ({error}), expected a saved model's sizes; {remedy}") from error
     if not isinstance(config, dict) or config.get("ctclip_path", "") is not None:
         raise CheckpointError(f"{path}: found other content than a saved model's, expected its sizes; {remedy}")
+    labels = config.get("labels")
+    if labels is not None and not (isinstance(labels, list) and labels and all(isinstance(n, str) for n in labels)
+                                   and len(set(labels)) == len(labels)):  # fmt: skip
+        raise CheckpointError(f"{path}: found other labels than a list of different names, expected those that the "
+                              f"model was saved with; {remedy}")  # fmt: skip
     return config
 
 
@@ -677,46 +719,166 @@ def is_slim_copy(slim: Path, path: Path) -> bool:
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Tensors of a .pt or .safetensors file, memory-mapped, prefixes removed.
+    """Tensors of a .pt or .safetensors file, memory-mapped, under the published keys: what wrappers and training code
+    put before them is removed.
 
-    Only tensors are read (`weights_only=True`): a pickle that holds anything else is refused. Raises FileNotFoundError
-    when there is no such file and CheckpointError when it is not a dictionary of tensors.
+    Only tensors are read (`weights_only=True`): a pickle that could run code is refused. Raises FileNotFoundError when
+    there is no such file and CheckpointError when it does not hold one dictionary of tensors.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: found a folder, expected a weights file; a saved model is loaded by "
+                              "CTCLIPMultiAbnormalityModel.from_pretrained(FOLDER)")  # fmt: skip
     if not path.is_file():
         raise FileNotFoundError(f"CT-CLIP model not found: run python ctclip_setup.py first (no file at {path})")
-    state = _read_file(path)
-    if not isinstance(state, dict) or not state:
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a non-empty dictionary of tensors")
-    others = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
-    if others:
-        raise CheckpointError(f"{path}: {', '.join(others[:5])} are not tensors; expected a plain state dict")
+    state = read_tensors(path)
+    names = {key: [part for part in key.split(".") if part not in WRAPPERS] for key in state}
+    before = {tuple(parts[: parts.index(TOWER)]) for parts in names.values() if TOWER in parts}
+    if len(before) > 1:
+        shown = " and ".join(repr(".".join(prefix)) for prefix in sorted(before)[:3])
+        raise CheckpointError(f"{path} holds the tower under {shown}, expected it once; save the one that you mean "
+                              "alone")  # fmt: skip
+    prefix = list(next(iter(before), ()))
     stripped: dict[str, Tensor] = {}
-    for key, value in state.items():
-        while prefix := next((p for p in PREFIXES if key.startswith(p)), None):
-            key = key[len(prefix) :]
-        if key in stripped:
-            raise CheckpointError(f"{path} holds '{key}' twice, under different prefixes; expected each tensor once")
-        stripped[key] = value
+    for key, parts in names.items():
+        name = ".".join(parts[len(prefix) :] if parts[: len(prefix)] == prefix else parts)
+        if name in stripped:
+            raise CheckpointError(f"{path} holds '{name}' twice, under different prefixes; expected each tensor once")
+        stripped[name] = state[key]
     return stripped
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The one dictionary of tensors that a file holds, memory-mapped, under its own keys. Raises CheckpointError."""
+    state = _state_dict(_read_file(path), path)
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{path}: found {ascii(key)[:40]} as the name of a tensor, expected text; save a "
+                                  "model's state_dict()")  # fmt: skip
+        kind = "no tensor" if not isinstance(value, Tensor) else _unusual_kind(value)
+        if kind:
+            raise CheckpointError(f"{path}: found {key[:100]!r}, which is {kind}, expected dense tensors of numbers "
+                                  "only; save a plain state_dict()")  # fmt: skip
+    return state
+
+
+def _unusual_kind(value: Tensor) -> str | None:
+    if value.is_meta:
+        return "a tensor without its numbers (meta)"
+    if value.is_quantized:
+        return "quantised"
+    return None if value.layout == torch.strided and not value.is_nested else "sparse or nested"
+
+
+def _state_dict(content: Any, path: Path) -> dict[Any, Any]:
+    """The dictionary of tensors in what a file holds; in a training state, which has others, that with the tower."""
+    found = dict(_dicts_with_tensors(content))
+    towers = {place: state for place, state in found.items() if any(f".{TOWER}." in f".{key}" for key in state)}
+    if len(towers) > 1:
+        raise CheckpointError(f"{path} holds {len(towers)} sets of weights, under {' and '.join(towers)}, expected "
+                              "one; save the one that you mean alone")  # fmt: skip
+    for state in towers.values():
+        return state
+    if isinstance(content, dict) and {"state", "param_groups"} <= content.keys():
+        raise CheckpointError(
+            f"{path} holds an optimizer's state, which some training code saves over the weights, expected weights; "
+            "they are not in it: use a file of another epoch, or fetch it again (python ctclip_setup.py)"
+        )
+    if "" not in found and len(found) != 1:
+        keys = _first_five([str(key)[:40] for key in content]) if isinstance(content, dict) else ""
+        raise CheckpointError(f"{path} holds a {type(content).__name__} ({keys}), expected a non-empty dictionary of "
+                              "tensors; save a model's state_dict()")  # fmt: skip
+    return found.get("") or next(iter(found.values()))
+
+
+def _dicts_with_tensors(content: Any, place: str = "", deep: int = MOST_NESTED) -> Iterator[tuple[str, dict]]:
+    """(where it is, dictionary) of those that hold a tensor, nested ones too."""
+    if isinstance(content, dict):
+        if any(isinstance(value, Tensor) for value in content.values()):
+            yield place, content
+        for key, value in content.items() if deep else ():
+            yield from _dicts_with_tensors(value, f"{place}[{str(key)[:40]!r}]", deep - 1)
 
 
 def _read_file(path: Path) -> Any:
     """What the file holds; every way in which it cannot be read is a CheckpointError."""
     try:
-        if path.suffix == ".safetensors":
-            return _mapped(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+        return _mapped(path) if _file_kind(path) == "safetensors" else _unpickled(path)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
+        named = ", ".join(sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))[:3])
         raise CheckpointError(
-            f"{path} holds more than tensors and was refused (loading it could run code). "
-            "Expected a plain state dict; run python ctclip_setup.py for the published weights"
+            f"{path} holds more than tensors{named and f' ({named})'} and was refused (loading it could run code). "
+            "Expected a plain state dict: save model.state_dict() alone; or run python ctclip_setup.py for the "
+            "published weights"
         ) from error
-    except (RuntimeError, EOFError, OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a readable weights file ({_first_sentence(error)}); if a download was cut off, "
-            "delete it and run python ctclip_setup.py again"
-        ) from error
+    except Exception as error:  # whatever damaged bytes lead torch's and zipfile's parsers to
+        raise _unreadable(path, _first_sentence(error)[:200]) from error
+
+
+def _unreadable(path: Path, reason: str) -> CheckpointError:
+    if path.name == SAVED_WEIGHTS:
+        return CheckpointError(f"{path}: found a damaged file ({reason}), expected a saved model's weights; copy it "
+                               "again, or resume the run")  # fmt: skip
+    return CheckpointError(f"{path} is not a readable weights file ({reason}), expected .pt or .safetensors; if a "
+                           "download was cut off, delete it and run python ctclip_setup.py again")  # fmt: skip
+
+
+def _file_kind(path: Path) -> str:
+    """What the file is by its content, whatever it is called: "safetensors", or "torch" for torch.save's formats.
+
+    Raises CheckpointError for any other, and says which.
+    """
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= 100_000_000:  # safetensors' own limit
+        return "safetensors"
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+    what, remedy = next((row[1:] for row in OTHER_FILES if text.startswith(row[0])), ("", ""))
+    if start[257:262] == b"ustar":
+        what, remedy = "a tar archive", "unpack it"
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if not name.endswith("/")]
+        last = {name.rpartition("/")[2] for name in names}
+        if "data.pkl" not in last:
+            what, remedy = f"a zip archive that holds {_first_five(names)[:200] or 'nothing'}", "unpack it"
+        elif "constants.pkl" in last:
+            what, remedy = "a TorchScript model", "save its state_dict() by torch.save"
+    if what:
+        raise CheckpointError(f"{path}: found {what}, expected weights (.pt or .safetensors); {remedy}")
+    if not start.startswith((b"\x80", b"PK")):  # a pickle, or a zip whose end is lost
+        raise _unreadable(path, f"it begins with {start[:16]!r}" if start else "it is empty")
+    return "torch"
+
+
+class _Inert:
+    """In the place of an object of INERT_PACKAGES, which is not made: it takes what the file gives it and does
+    nothing."""
+
+    def __init__(self, *args: Any, **options: Any): ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _unpickled(path: Path) -> Any:
+    """Tensors and plain containers of a file that torch.save wrote. Raises UnpicklingError for any other object but
+    those of INERT_PACKAGES, which become _Inert."""
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": _can_be_mapped(path)}
+    # torch also goes by a path's suffix; and warns of sparse tensors, which are refused.
+    with nullcontext(path) if options["mmap"] else open(path, "rb") as source, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.load(source, **options)
+        except pickle.UnpicklingError:
+            if not zipfile.is_zipfile(path):
+                raise
+            others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if not others or any(name.partition(".")[0] not in INERT_PACKAGES for name in others):
+                raise
+        with torch.serialization.safe_globals([(_Inert, name) for name in others]):
+            return torch.load(source, **options)
 
 
 def _mapped(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -726,13 +888,25 @@ def _mapped(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def _can_be_mapped(path: Path) -> bool:
-    """False for torch's old, non-zip format, which is read whole."""
-    return path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+    """False for torch's old, non-zip format, and for its file under the other's name: these are read whole."""
+    return _file_kind(path) == "safetensors" or (zipfile.is_zipfile(path) and path.suffix != ".safetensors")
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Raises CheckpointError that names a tensor with NaN or infinity: the quantiser would hide it behind answers."""
+    for key, value in tensors.items():
+        # A sum shows it at a sixth of a mask's cost; it is infinite also where the numbers are only huge.
+        if value.is_floating_point() and not math.isfinite(value.sum()) and not value.isfinite().all():
+            raise CheckpointError(f"{path}: found NaN or infinity in {key}, expected numbers; fetch or copy the file "
+                                  "again, or use the weights of another epoch")  # fmt: skip
 
 
 @torch.no_grad()
-def _in_memory(read: Callable[[], dict[str, Tensor]], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of a mapped file's tensors on the CPU, with the names and types of `like`; `read` maps the file.
+def _in_memory(
+    read: Callable[[], dict[str, Tensor]], like: dict[str, Tensor], path: str | os.PathLike
+) -> dict[str, Tensor]:
+    """Copies of a mapped file's tensors on the CPU, checked to be finite, with the names and types of `like`; `read`
+    maps the file at `path`.
 
     Pages of a mapping count as memory from their first use until it ends, so it is ended every READ_AT_ONCE numbers.
     The model does not keep the mapping: a file that is cut short under one kills the process.
@@ -747,49 +921,81 @@ def _in_memory(read: Callable[[], dict[str, Tensor]], like: dict[str, Tensor]) -
             source = state[key].reshape(-1)[start : start + READ_AT_ONCE]
             for part, values in zip(target.split(ONE_THREAD), source.split(ONE_THREAD), strict=True):
                 part.copy_(values)
+            check_finite({key: target}, path)
             count += len(target)
     return copies
 
 
 def unused_reason(key: str) -> str | None:
     """Why an image classifier does not use this key of a file; None where no reason is known."""
+    if key.endswith("._codebook.embed"):
+        return None
     return next((reason for part, reason in UNUSED_KEYS if key.startswith(part) or part in f".{key}"), None)
+
+
+def own_head(state: dict[str, Tensor]) -> str | None:
+    """The head that a state dict of this module's model has, where it is another than ClassFine's linear one."""
+    if "classifier.query.weight" in state:
+        return "attention"
+    if "classifier.hidden.weight" in state:
+        return "mlp"
+    weight, bias = (state.get(key) for key in LINEAR_HEAD_KEYS)
+    if weight is None or bias is None or FIRST_FRAME in state:
+        return None
+    return "prompts" if weight.any() and not bias.any() else None  # training moves every bias off 0
+
+
+def _misfit(value: Tensor, own: Tensor) -> str | None:
+    """Why a file's tensor cannot stand in the place of the model's `own`."""
+    if value.shape != own.shape:
+        return f"is {tuple(value.shape)}, expected {tuple(own.shape)}"
+    if value.dtype != own.dtype and not {value.dtype, own.dtype} <= set(FLOATS):
+        return f"is {value.dtype}, expected {own.dtype}".replace("torch.", "")
+    if value.untyped_storage().nbytes() < value.nbytes:
+        return "has more numbers than the file holds"
+    return None
 
 
 def load_tower(
     model: CTCLIPMultiAbnormalityModel, state: dict[str, Tensor], path: Path, made: dict[str, Tensor],
-    no_prompts_reason: str | None,
+    no_prompts_reason: str | None, new_head: bool = False,
 ) -> LoadReport:  # fmt: skip
     """Gives `model` the tensors of the file at `path`; every key of either is loaded, dropped by name, or an error.
 
     `state`: what `read_checkpoint(path)` gave; `made`: the head that the text tower made, if it did. The head
     (`classifier.*`) is the one part that a file may lack: it then keeps its start values and is reported. ClassFine's
-    linear head is dropped where the model has another one.
+    linear head is dropped where the model has another one; with `new_head`, whatever head the file has.
     """
-    own = model.state_dict()
-    used = [key for key in state if key in own and key not in made]
+    own, head = model.state_dict(), "classifier."
+    used = [key for key in state if key in own and key not in made and not (new_head and key.startswith(head))]
     reasons = {
-        key: "ClassFine's linear head" if key in LINEAR_HEAD_KEYS else unused_reason(key)
+        key: "the file's head" if new_head and key.startswith(head)
+        else "ClassFine's linear head" if key in LINEAR_HEAD_KEYS else unused_reason(key)
         for key in state.keys() - set(used)
-    }
+    }  # fmt: skip
     absent = [key for key in own if key not in used and key not in made]
     new = tuple(key for key in absent if key.startswith("classifier."))
     half = [f"{key} is missing" for key in LINEAR_HEAD_KEYS if key in new]
     problems = {
         "missing": [key for key in absent if key not in new],
         "unexpected": [key for key in state if key in reasons and reasons[key] is None],
-        "wrong shape": [
-            f"{key} is {tuple(value.shape)}, expected {tuple(own[key].shape)}"
+        "wrong shape or type": [
+            f"{key} {misfit}"
             for key, value in ({key: state[key] for key in used} | made).items()
-            if value.shape != own[key].shape
+            if (misfit := _misfit(value, own[key]))
         ],
         "half a head": half if len(half) == 1 else [],
     }
     listed = [f"{problem}: {_first_five(keys)}" for problem, keys in problems.items() if keys]
     if listed:
-        raise CheckpointError(f"{path} does not fit a CT-CLIP image tower ({'; '.join(listed)}). Nothing was loaded")
+        way = "Nothing was loaded"
+        if all(key.startswith(head) for keys in problems.values() for key in keys):
+            way = f"The tower loads with a new head: in training {NEW_HEAD_FLAG}, in Python new_head=True"
+        found = f"{path} does not fit a CT-CLIP image tower ({'; '.join(listed)}), expected all of one and no more"
+        raise CheckpointError(f"{found}. {way}")
     read = partial(read_checkpoint, path) if _can_be_mapped(path) else lambda: state
-    copies = _in_memory(read, {key: own[key] for key in used})
+    check_finite(made, f"{path}, made into prompts")
+    copies = _in_memory(read, {key: own[key] for key in used}, path)
     model.load_state_dict({key: own[key] for key in new} | made | copies, assign=True)
     dropped = Counter(str(reasons[key]) for key in state if key in reasons)
     if made and "text tower" in dropped:
@@ -804,7 +1010,7 @@ def load_tower(
 
 def _first_five(keys: Sequence[str]) -> str:
     more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-    return ", ".join(keys[:5]) + more
+    return ", ".join(key[:120] if key and key.isprintable() else ascii(key)[:120] for key in keys[:5]) + more
 
 
 # -- Text tower: findings in words -> a linear head --------------------------------------------------------------------
@@ -945,6 +1151,9 @@ def text_tower_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for key, value in state.items()
         if key.startswith(TEXT_TOWER) and not key.removeprefix(TEXT_TOWER).startswith(TEXT_TOWER_UNUSED)
     }
+    if wrong := [key for key, value in tensors.items() if value.dtype not in FLOATS]:
+        raise PromptError(f"{TEXT_TOWER}{wrong[0]} is {tensors[wrong[0]].dtype}, expected a float type; fetch the file "
+                          "again")  # fmt: skip
     if not tensors or "to_text_latent.weight" not in state or "temperature" not in state:
         raise PromptError(
             "no text tower found in the file, expected one, because it encodes the prompts; "
@@ -1156,8 +1365,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         n_slices: number of slice triplets that the slice variant takes from a volume (cost and memory grow with it).
         dropout: in the head, in training.
         sizes: of a CT-CLIP tower with random weights, for `from_pretrained` and for training one from scratch.
-        head: of a CT-CLIP variant; a slice backbone has "linear" only. None: ClassFine's linear head where the file has
-            it, else the prompt head. Where that cannot be made (see `load_report.no_prompts_reason`), and with "linear"
+        head: of a CT-CLIP variant; a slice backbone has "linear" only. None: the head that the file has, else the
+            prompt head. Where that cannot be made (see `load_report.no_prompts_reason`), and with "linear"
             for such a file, the head is new and its logits are exactly 0. "attention" is always new; "mlp" starts with
             the linear head's logits.
 
@@ -1173,6 +1382,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             needs the package transformers and the text tower's vocabulary; a saved model needs neither.
         labels: names of the logits, in order; default: the prompts' names, or ABNORMALITIES. Other names than these 18
             need head="prompts".
+        new_head: leave a file's head aside, such as one for other findings, and start with a new one.
 
     Raises:
         FileNotFoundError: `ctclip_path` does not exist. It is never replaced by random weights.
@@ -1199,6 +1409,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         head: str | None = None,
         prompts: Prompts | None = None,
         labels: Sequence[str] | None = None,
+        new_head: bool = False,
     ):
         super().__init__()
         is_ctclip = ctclip_path is not None or sizes is not None
@@ -1218,7 +1429,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         if sizes is not None:
             self._build_tower(TowerSizes(**sizes), self.head_name)
         elif ctclip_path is not None:
-            self._load_ctclip(existing_weights(ctclip_path), head, prompts or Prompts.from_names(self.labels))
+            self._load_ctclip(existing_weights(ctclip_path), head, prompts or Prompts.from_names(self.labels), new_head)
         else:
             self._build_slice_variant(backbone, attention, pretrained, n_slices)
         # What `from_pretrained` needs to rebuild the model without the files it came from.
@@ -1234,13 +1445,17 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             "labels": list(self.labels),
         }
 
-    def _load_ctclip(self, path: Path, head: str | None, prompts: Prompts) -> None:
+    def _load_ctclip(self, path: Path, head: str | None, prompts: Prompts, new_head: bool) -> None:
         """Raises CheckpointError where head "prompts" is asked for and cannot be made."""
         state = read_checkpoint(path)
-        sizes = TowerSizes.from_state_dict(state)
+        try:
+            sizes = TowerSizes.from_state_dict(state)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        stored = "linear" if new_head else own_head(state)
         made: dict[str, Tensor] = {}
         reason = None
-        if head == "prompts" or (head is None and not any(key in state for key in LINEAR_HEAD_KEYS)):
+        if head == "prompts" or not (head or stored or any(key in state for key in LINEAR_HEAD_KEYS)):
             try:
                 weight = prompt_weights(state, prompts, vocabulary_path(path))
                 head, made = "prompts", dict(zip(LINEAR_HEAD_KEYS, (weight, torch.zeros(len(weight))), strict=True))
@@ -1249,8 +1464,9 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
                 if head is not None:
                     raise CheckpointError(f"{path}: {error}") from error
                 reason = str(error)
-        self._build_tower(sizes, head or "linear", torch.device("meta"))  # nothing is drawn for what the file replaces
-        self.load_report = load_tower(self, state, path, made, reason)
+        # On the meta device nothing is drawn for what the file replaces.
+        self._build_tower(sizes, head or stored or "linear", torch.device("meta"))
+        self.load_report = load_tower(self, state, path, made, reason, new_head)
         self.derived_from = published_name(path)
 
     def _build_tower(self, sizes: TowerSizes, head: str, device: torch.device | None = None) -> None:
@@ -1271,6 +1487,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"attention='{attention}' is not known; expected None or 'cbam'")
         from timm.layers import create_attn
 
+        if type(n_slices) is not int or n_slices < 1:
+            raise ValueError(f"n_slices is {n_slices!r}, expected a whole number of at least 1")
         self.n_slices = n_slices
         self.backbone = SliceBackbone(backbone, pretrained)
         self.attention = nn.Identity() if attention is None else create_attn(attention, self.backbone.dim)
@@ -1509,7 +1727,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         """model.safetensors and config.json, each written under a temporary name, then renamed."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(folder / "model.safetensors") as path:
+        with _replacing(folder / SAVED_WEIGHTS) as path:
             tensors = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
             save_file(tensors, path, metadata={"format": "pt"})
         with _replacing(folder / "config.json") as path:
@@ -1528,7 +1746,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         Raises ModelError where the folder holds other weights and files that may describe them, such as a run's.
         """
         folder = Path(save_directory)
-        weights = folder / "model.safetensors"
+        weights = folder / SAVED_WEIGHTS
         if weights.is_file() and not has_tensors_of(self, weights):
             own = {weights.name, "config.json", "README.md"}
             others = sorted(path.name for path in folder.iterdir() if path.name not in own and path.name[0] != ".")
@@ -1539,6 +1757,19 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
                 )
         self._save_pretrained(folder)
         return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None
+
+    @staticmethod
+    def _check_sizes(sizes: TowerSizes, state: dict[str, Tensor]) -> None:
+        """Raises ValueError where the weights have others."""
+        said = asdict(sizes)
+        if not all(type(size) is int and size > 0 for size in said.values()):
+            raise ValueError("sizes that are no whole numbers above 0")
+        try:
+            found = asdict(TowerSizes.from_state_dict(state, sizes.patch))
+        except CheckpointError as error:
+            raise ValueError(str(error)) from error
+        if differ := [f"{key} {said[key]} where they have {size}" for key, size in found.items() if said[key] != size]:
+            raise ValueError(", ".join(differ))
 
     @classmethod
     def from_pretrained(
@@ -1552,21 +1783,39 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         name, folder = str(pretrained_model_name_or_path), Path(pretrained_model_name_or_path)
         hub = {option: options.pop(option) for option in HUB_OPTIONS if option in options}
         if not folder.is_dir():
+            if folder.is_file() or folder.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"):
+                found = "a weights file" if folder.is_file() else "the name of a weights file"
+                raise CheckpointError(
+                    f"{name}: found {found}, expected a saved model's folder or its name on the hub; a CT-CLIP file is "
+                    f"loaded by CTCLIPMultiAbnormalityModel(ctclip_path={name!r})"
+                )
+            if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+                raise CheckpointError(f"{name}: found no such folder, expected a saved model's folder, or USER/NAME of "
+                                      "one on the hub; check the path")  # fmt: skip
             from huggingface_hub import snapshot_download
 
             folder = Path(snapshot_download(name, allow_patterns=["model.safetensors", "*.json", "*.md"], **hub))
-        weights = folder / "model.safetensors"
+        weights = folder / SAVED_WEIGHTS
         if not weights.is_file():
             raise CheckpointError(f"{name}: found no model.safetensors, expected a saved model, not a pickle")
         config = saved_config(folder)
-        arguments = {key: config[key] for key in inspect.signature(cls.__init__).parameters if key in config} | options
+        arguments = {key: config[key] for key in inspect.signature(cls.__init__).parameters if key in config}
+        arguments |= {"pretrained": False} | options  # everything comes from the folder
+        state = read_tensors(weights)
         try:
+            if arguments.get("sizes") is not None:  # before anything of these sizes is built
+                cls._check_sizes(TowerSizes(**arguments["sizes"]), state)
             with torch.device("meta") if arguments.get("sizes") else nullcontext():
                 model = cls(**arguments)
-            state = _mapped(weights)
+            own = model.state_dict()
+            for key in sorted(state.keys() & own.keys()):
+                if misfit := _misfit(state[key], own[key]):
+                    raise ValueError(f"{key} {misfit}")
             if model.is_ctclip:
                 model.load_state_dict({key: value.to("meta") for key, value in state.items()})  # refuses what is no fit
-                state = _in_memory(partial(_mapped, weights), model.state_dict())
+                read = partial(read_tensors, weights) if _can_be_mapped(weights) else partial(dict, state)
+                state = _in_memory(read, own, weights)
+            check_finite({} if model.is_ctclip else state, weights)
             model.load_state_dict(state, assign=model.is_ctclip)
         except (PretrainedWeightsError, CheckpointError):
             raise
@@ -1696,7 +1945,7 @@ def published_layout(model: CTCLIPMultiAbnormalityModel, classifier: bool) -> di
     """
     assert model.sizes is not None
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("classifier.")}
-    state["visual_transformer.to_patch_emb_first_frame.1.weight"] = torch.zeros(model.sizes.patch**2)
+    state[FIRST_FRAME] = torch.zeros(model.sizes.patch**2)
     if not classifier:
         return state
     head = {f"classifier.{key}": value for key, value in model.classifier.state_dict().items()}

@@ -65,8 +65,8 @@ class TrainingConfig:
         choices=("linear", "mlp", "attention"))
     init_head: str = _flag(
         "file", "model",
-        "start of the linear head; file: the checkpoint's, or zeros; prompts: zero-shot weights from its text tower",
-        choices=("file", "prompts"))
+        "start of the head; file: the checkpoint's, or zeros; new: zeros, whatever head the file has; prompts: of the "
+        "linear head, zero-shot weights from its text tower", choices=("file", "prompts", "new"))
     dropout: float = _flag(0.3, "model", "dropout rate in the head")
     use_attention: str = _flag("none", "model", "attention on a slice backbone's feature map", choices=("none", "cbam"))
     pretrained: bool = _flag(True, "model", "random weights for a slice backbone, not ImageNet's: much lower AUROC")
@@ -125,25 +125,38 @@ class TrainingConfig:
             "patience": (self.patience >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "dropout": (0 <= self.dropout < 1, "at least 0 and below 1"),
-            "learning_rate": (self.head_learning_rate > 0, "above 0"),
-            "backbone_learning_rate": (self.backbone_learning_rate >= 0, "at least 0"),
+            "learning_rate": (0 < self.head_learning_rate < math.inf, "a finite number above 0"),
+            "backbone_learning_rate": (0 <= self.backbone_learning_rate < math.inf, "a finite number of at least 0"),
             "layer_decay": (0 < self.layer_decay <= 1, "above 0 and at most 1"),
             "ema_decay": (0 <= self.ema_decay < 1, "at least 0 (off) and below 1"),
             "tuning_fraction": (0 < self.tuning_fraction < 1, "between 0 and 1"),
             "alpha": (0 < self.alpha < 1, "between 0 and 1 (it weighs the negatives)"),
             "gamma": (0 <= self.gamma < math.inf, "a finite number of at least 0"),
-            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
             "clip_norm": (self.clip_norm > 0, "above 0"),
             "warmup_fraction": (0 <= self.warmup_fraction <= 1, "between 0 and 1"),
             "seed": (self.seed >= 0, "at least 0"),
             "limit": (self.limit is None or self.limit >= 2, "at least 2 volumes"),
         }
+        bounds |= {
+            item.name: (getattr(self, item.name) in item.metadata["choices"], " or ".join(item.metadata["choices"]))
+            for item in fields(self) if "choices" in item.metadata
+        }  # fmt: skip
         for name, (good, expected) in bounds.items():
             if not good:
                 raise TrainingError(f"{flag_of(name)} is {getattr(self, name)}, expected {expected}")
         of_model = ("ctclip_path", "head", "init_head", "use_attention")
         changed = [name for name in of_model if getattr(self, name) != getattr(TrainingConfig, name)]
         refuse_unused([flag_of(name) for name in changed], training_flag_uses(self))
+
+
+def mistyped(content: Mapping) -> list[str]:
+    """Names of a run.json's configuration whose values are of another type than TrainingConfig's."""
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+    types = {item.name: item.type.removesuffix(" | None") for item in fields(TrainingConfig)}
+    optional = [item.name for item in fields(TrainingConfig) if item.type.endswith(" | None")]
+    return [name for name, kind in types.items() if name in content and type(content[name]) not in kinds[kind]
+            and not (content[name] is None and name in optional)]
 
 
 @dataclass(frozen=True)
@@ -194,7 +207,7 @@ def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
     flags = {
         ("the built-in cohort (no --data-dir)", config.data_dir is None): ("--train-volumes", "--valid-volumes"),
         ("--model ctclip", is_ctclip): ("--ctclip-path", "--head"),
-        ("--model ctclip and --head linear", is_ctclip and is_linear): ("--init-head",),
+        ("--model ctclip and --head linear", is_ctclip and (is_linear or config.init_head == "new")): ("--init-head",),
         ("a slice backbone (--model efficientnet_b0, ...)", not is_ctclip): ("--use-attention", "--no-pretrained"),
         ("frozen epochs (--freeze-epochs above 0)", config.frozen_epochs > 0): ("--cache-dir",),
         ("a backbone that is unfrozen later (no --freeze-backbone)", not config.freeze_backbone): ("--freeze-epochs",),

@@ -1,15 +1,18 @@
-"""Files that are written whole or not at all. Standard library only."""
+"""Files that are written whole or not at all, and JSON as people edit it. Standard library only."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ctclip.errors import UserError
 
+MOST_NESTED = 50  # levels of JSON; no file of ours has a tenth
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errno of a write for which there is no room
 
 
@@ -42,6 +45,28 @@ def make_folder(path: str | os.PathLike, remedy: str) -> Path:
             f"{folder}: found a place that cannot be written ({error.strerror}), expected a folder; {remedy}"
         ) from error
     return folder
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a JSON file in UTF-8. Raises OSError, or ValueError that says in a few words what it is not."""
+    return parse_json(Path(path).read_text(encoding="utf-8-sig"))  # -sig: Windows' editor puts a byte order mark first
+
+
+def parse_json(text: str) -> Any:
+    """json.loads, whose only error is ValueError: text nested beyond MOST_NESTED too, which would exhaust whoever
+    walks over it."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    level, deep = [content], 0
+    while level:
+        if deep == MOST_NESTED:
+            raise ValueError("nested too deep")
+        deep += 1
+        level = [part for value in level if isinstance(value, (dict, list))
+                 for part in (value.values() if isinstance(value, dict) else value)]
+    return content
 
 
 def _sync_folder(folder: Path) -> None:

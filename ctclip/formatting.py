@@ -1,9 +1,10 @@
-"""Numbers and lists as text, and the aligned rows that setup prints. Standard library only."""
+"""Numbers and lists as text, numbers from text, and the aligned rows that setup prints. Standard library only."""
 
 from __future__ import annotations
 
 import re
 import textwrap
+from math import isfinite
 from typing import Iterable, Sequence  # noqa: UP035  (ctclip_setup must get as far as its Python check)
 
 WIDTH, INDENT, TIED = 100, 12, "\u00a0"  # TIED: a space at which no line is broken
@@ -17,6 +18,14 @@ def print_row(label: str, text: str, indent: int = INDENT) -> None:
     )
     for number, line in enumerate(body):
         print(f"{label if number == 0 else '':<{indent}}{line}".replace(TIED, " "), flush=True)
+
+
+def parse_number(text: str) -> float:
+    """A finite decimal number as files write them. ValueError for all that Python's float() also takes: 1_0, nan,
+    digits of other scripts."""
+    if text.isascii() and "_" not in text and isfinite(float(text)):
+        return float(text)
+    raise ValueError("no decimal number")
 
 
 def plural(count: int, noun: str) -> str:

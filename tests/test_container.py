@@ -69,6 +69,19 @@ def test_entry_point_answers_every_scan_and_exits_with_0(places, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
+def test_answers_that_are_no_numbers_are_answered_with_the_prevalence(places, tmp_path):
+    model = CTCLIPMultiAbnormalityModel(str(TINY))
+    for parameter in model.classifier.parameters():
+        parameter.data.fill_(3e38)  # finite, and the logits are not
+    model.save_pretrained(tmp_path / "model")
+    command = [sys.executable, ROOT / "docker" / "entrypoint.py"]
+    env = environment(places[0], tmp_path / "model", tmp_path)
+    done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("answer that is no number") == 2, done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["predictions"]
+    assert len(rows) == 3 and all(row["probabilities"] == PREVALENCE for row in rows)
+
+
 def test_a_run_with_thresholds_answers_with_these_on_a_half(places, tmp_path):
     from ctclip.evaluation.calibration import fit_calibration
     from ctclip.inference.predictions import predict

@@ -135,7 +135,7 @@ def read_streamed(data_dir: str | Path, split: str) -> dict[tuple[str, bool], St
         try:
             content = json.loads(line)
             name, values = content["name"], {key: content[key] for key in STREAMED_TYPES}
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         if isinstance(name, str) and all(isinstance(values[key], kind) for key, kind in STREAMED_TYPES.items()):
             streamed[name, values["fixed"]] = Streamed(**values)

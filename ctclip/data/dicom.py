@@ -29,12 +29,11 @@ from ctclip.data.volume_file import (
     VolumeError,
     VolumeFile,
     file_error,
-    parse_number,
     shape_text,
     shortest_decimal,
     three_axes,
 )
-from ctclip.formatting import comma_separated, plural
+from ctclip.formatting import comma_separated, parse_number, plural
 
 CT_CLASSES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
 CT_CLASS_IN_BYTES = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.[12])?[^.\d]")  # CT, enhanced, converted

@@ -203,7 +203,7 @@ class FeatureCache:
                 if entry.record < records:
                     self._newest[entry.source] = len(self._entries)
                     self._entries.append(entry)
-            except (ValueError, KeyError, TypeError):  # a power cut can leave zeros where a line was
+            except (ValueError, KeyError, TypeError, RecursionError):  # a power cut can leave zeros where a line was
                 continue
         self._indexed[shard] = self._indexed.get(shard, 0) + len(whole)
         self._memmaps.pop(shard, None)  # it has grown

@@ -19,6 +19,7 @@ from nibabel.orientations import io_orientation
 
 from ctclip.data.readers import open_volume
 from ctclip.data.volume_file import Header, VolumeError, file_error, shape_text
+from ctclip.formatting import parse_number
 
 FIELD_OF_VIEW_MM = 360.0  # edge of the cube that every input covers, whatever its number of voxels
 SPACING_MM = 0.05, 20.0  # of neighbouring voxels
@@ -57,7 +58,8 @@ def geometry_from_metadata(metadata: Mapping[str, Any], name: str) -> FileGeomet
     slope, intercept = _number(metadata, "RescaleSlope", name), _number(metadata, "RescaleIntercept", name)
     in_plane: Any = metadata.get("XYSpacing")  # text such as "[0.34, 0.34]" or a sequence
     try:
-        x, y = map(float, re.findall(r"[^\s,\[\]()]+", in_plane) if isinstance(in_plane, str) else in_plane)
+        parts = re.findall(r"[^\s,\[\]()]+", in_plane) if isinstance(in_plane, str) else in_plane
+        x, y = (parse_number(str(part)) for part in parts)
     except (TypeError, ValueError):
         found = f"{name}: found {in_plane!r} as XYSpacing, expected two numbers such as [0.7, 0.7]"
         raise VolumeError(f"{found}; correct the metadata table") from None
@@ -117,8 +119,8 @@ def _check_square(directions: np.ndarray, path: Path) -> None:
 
 def _number(metadata: Mapping[str, Any], column: str, name: str) -> float:
     try:
-        value = float(metadata[column])
-    except (KeyError, TypeError, ValueError):
+        value = parse_number(str(metadata[column]))
+    except (KeyError, ValueError):
         value = float("nan")
     if not isfinite(value):
         shown = repr(metadata[column]) if column in metadata else "nothing"

@@ -17,11 +17,10 @@ from ctclip.data.volume_file import (
     RECOPY,
     Header,
     StreamFile,
-    parse_number,
     shortest_decimal,
     three_axes,
 )
-from ctclip.formatting import plural
+from ctclip.formatting import parse_number, plural
 
 META_SUFFIX = ".mha"
 META_TYPES = {

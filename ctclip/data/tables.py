@@ -95,9 +95,9 @@ def read_table(
 
 
 def number(cell: str) -> float:
-    """NaN where the text is no number."""
+    """NaN where the text is no number; infinity stays, to be named."""
     try:
-        return float(cell)
+        return float(cell) if cell.isascii() and "_" not in cell else float("nan")
     except ValueError:
         return float("nan")
 

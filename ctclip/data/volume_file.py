@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -17,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -48,17 +47,6 @@ def file_error(path: Path, found: str, expected: str, remedy: str) -> VolumeErro
 
 def shape_text(shape: Sequence[float]) -> str:
     return " x ".join(str(n) for n in shape)
-
-
-NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
-
-
-def parse_number(text: str) -> float:
-    """A finite decimal number as files write them. ValueError for all that Python's float() also takes: 1_0, nan,
-    digits of other scripts."""
-    if not NUMBER.fullmatch(text) or not isfinite(value := float(text)):
-        raise ValueError(f"{text[:40]!r} is no number")
-    return value
 
 
 def shortest_decimal(value: float) -> float:

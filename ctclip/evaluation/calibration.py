@@ -15,12 +15,12 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logit
 
-from ctclip.config import CALIBRATION_FILE, METHODS, Settings
+from ctclip.config import CALIBRATION_FILE, METHODS, UNITS, Settings
 from ctclip.data.ct_rate import PREVALENCE
 from ctclip.evaluation.metrics import EvaluationError, checked, undefined_labels
 from ctclip.evaluation.tables import Rows, VolumeTable, check_no_overlap, tuning_rows
 from ctclip.evaluation.thresholds import rescale_to_half, target_rates, tune_global_threshold, tune_label_thresholds
-from ctclip.fileio import replacing
+from ctclip.fileio import read_json, replacing
 from ctclip_model import ABNORMALITIES
 
 FOLDS = 5
@@ -28,6 +28,7 @@ TUNING, CROSS_FITTED = "tuning patients", "cross-fitted by patient"  # FittedThr
 SLOPE_PRIOR_SD = 0.6  # how far the labels' slopes lie apart, standard deviation of the logarithm (LOG.md)
 COMMON_SLOPE_PRIOR_SD = 2.0  # the same for the slope all labels share: next to no opinion
 LOGIT_LIMIT = 12.0  # calibrated logits are compressed beyond: float64 rounds to 1 from 37 on, and ranks would be lost
+LARGEST = 1e6  # slope or intercept of a calibration; fitted ones are below 1000
 LOG_LOSS_CLIP = 1e-7  # a log loss keeps probabilities this far from 0 and 1
 LOGIT_KNEE = 7.0  # logits beyond (0.1 %, 99.9 %) are compressed into one more unit before anything is fitted
 
@@ -114,27 +115,38 @@ class Calibration:
 def load_calibration(path: str | Path) -> Calibration:
     """A calibration.json; EvaluationError where it is not one."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path)
         rows = content["per_label"]
         if list(rows) != list(ABNORMALITIES):
             raise ValueError("its labels are not the 18 abnormalities in their order")
         slope, intercept, shift, thresholds = columns = np.array([
-            [float(row[key]) for row in rows.values()] for key in ("slope", "intercept", "shift", "threshold")
+            [_number(row[key]) for row in rows.values()] for key in ("slope", "intercept", "shift", "threshold")
         ])
-        common = float(content["global_threshold"])
-        if not np.isfinite(columns).all() or (slope <= 0).any():
-            raise ValueError("a number in it is not finite, or a slope not above 0")
+        common, n_rows, n_patients = _number(content["global_threshold"]), content["n_rows"], content["n_patients"]
+        if not (np.abs(columns) < LARGEST).all() or (slope <= 0).any():
+            raise ValueError(f"a number in it is not below {LARGEST:g}, or a slope not above 0")
+        if content["method"] not in METHODS or content["unit"] not in UNITS or type(content["objective"]) is not str:
+            raise ValueError("its method, unit or objective is none of ours")
+        if not all(type(count) is int and count > 0 for count in (n_rows, n_patients)):
+            raise ValueError("a number of rows or patients in it is none")
         if not all(0 <= threshold <= np.nextafter(1, 2) for threshold in (*thresholds, common)):
             raise ValueError("a threshold in it is not in [0, 1]")
         return Calibration(
-            str(content["method"]), slope, intercept, shift, thresholds, common, str(content["objective"]),
-            dict(content["cross_validated_log_loss"]), int(content["n_rows"]), int(content["n_patients"]),
-            str(content["unit"]),
+            content["method"], slope, intercept, shift, thresholds, common, content["objective"],
+            {str(key): _number(value) for key, value in content["cross_validated_log_loss"].items()},
+            n_rows, n_patients, content["unit"],
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # of a list where an object belongs
         found = f"readable file ({error.strerror})" if isinstance(error, OSError) else f"calibration ({error})"
         raise EvaluationError(f"{path}: found no {found}, expected {CALIBRATION_FILE} as an evaluation writes it; "
                               "evaluate again to have it written") from error
+
+
+def _number(value: object) -> float:
+    """A number of a JSON file, which can also hold text, true, NaN and integers beyond every float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
+        raise ValueError(f"{value!r:.40} in it is no number")
+    return float(value)
 
 
 def fit_calibration(
@@ -305,7 +317,7 @@ def read_prevalence(source: str) -> dict[str, float]:
     if source == "ct-rate":
         return dict(PREVALENCE)
     try:
-        rates = json.loads(Path(source).read_text(encoding="utf-8"))
+        rates = read_json(source)
         if not isinstance(rates, dict) or not rates:
             raise ValueError("it names no label")
         unknown = [name for name in rates if name not in ABNORMALITIES]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from ctclip.config import CALIBRATION_FILE, DEFAULT_OBJECTIVE
+from ctclip.config import CALIBRATION_FILE, DEFAULT_OBJECTIVE, mistyped
 from ctclip.data.cohort import read_metadata
 from ctclip.data.ct_rate import metadata_path
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration, fit_calibration, load_calibration
 from ctclip.evaluation.tables import VolumeTable, read_labels, read_predictions, tuning_rows
+from ctclip.fileio import parse_json, read_json
 
 # What an evaluation leaves in its folder. Training removes them when the weights that they are about are replaced.
 APPLIED_FILES = ("predictions_calibrated.csv", "predictions_mapped.csv")
 PAGE = "report.html"
 RESULT_FILES = ("metrics.json", "per_label.csv", CALIBRATION_FILE, PAGE, *APPLIED_FILES)
+
+
+RECORD_TYPES = {
+    "config": (dict,), "data_dir": (str, type(None)), "phantom": (bool,), "published": (bool,), "volumes": (dict,),
+    "patients": (dict,), "versions": (dict,), "read_as": (dict,), "left_out": (int, list),
+}  # fmt: skip
 
 
 class RunError(UserError):
@@ -44,12 +50,21 @@ def results_folder(run: Path, data_dir: str | Path | None) -> Path:
 
 
 def run_record(run: Path) -> dict:
-    """Content of a run's run.json, or {} where there is none."""
+    """Content of a run's run.json, or {} where there is none. What is read of it has the types that were written."""
     path = run / "run.json"
+    if not path.is_file():
+        return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
+        record = read_json(path)
+        if not isinstance(record, dict):
+            raise ValueError(f"a {type(record).__name__}")
+    except (OSError, ValueError) as error:
         raise RunError(f"{path}: found no JSON object ({error}), expected a run's record; restore it") from error
+    wrong = [key for key, kinds in RECORD_TYPES.items() if key in record and type(record[key]) not in kinds]
+    if wrong := wrong or mistyped(record.get("config", {})):
+        found = f"{path}: found a value of another kind for {wrong[0]}"
+        raise RunError(f"{found}, expected what training wrote; restore it")
+    return record
 
 
 def read_history(path: str | Path) -> list[dict] | None:
@@ -57,16 +72,33 @@ def read_history(path: str | Path) -> list[dict] | None:
     path = Path(path)
     if not path.is_file():
         return None
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: found no text ({error}), expected a line for each epoch; restore it") from error
     epochs = []
     for number, line in enumerate(lines, 1):
         try:
-            epochs.append(json.loads(line))
+            epoch = parse_json(line)
         except ValueError as error:
-            if number < len(lines):
-                raise RunError(f"{path}, line {number}: found no JSON ({error}), expected one epoch; remove that "
-                               "line") from error
+            if number == len(lines):
+                break
+            raise RunError(f"{path}, line {number}: found no JSON ({error}), expected one epoch; remove that "
+                           "line") from error
+        if not isinstance(epoch, dict) or (wrong := [key for key in epoch if not _fits_history(key, epoch[key])]):
+            found = f"a value of another kind for {wrong[0]}" if isinstance(epoch, dict) else "no JSON object"
+            raise RunError(f"{path}, line {number}: found {found}, expected one epoch; remove that line")
+        epochs.append(epoch)
     return epochs
+
+
+def _fits_history(key: str, value: object) -> bool:
+    """Whether an epoch may have this: numbers, which curves are drawn of, and the name of its stage."""
+    if key in ("stage", "best"):
+        return isinstance(value, str if key == "stage" else bool)
+    if key == "epoch":
+        return type(value) is int and 0 < value < 10**6
+    return value is None or (isinstance(value, (int, float)) and not abs(value) > 1e300)
 
 
 def run_calibration(run: Path) -> Calibration | None:

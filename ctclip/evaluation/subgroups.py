@@ -10,6 +10,7 @@ import numpy as np
 from ctclip.evaluation.bootstrap import enough_cases, intervals
 from ctclip.evaluation.metrics import Resamples, drawn_once, nanmean, plain, ranking_columns, resampled_decisions
 from ctclip.evaluation.tables import Rows, row_keys
+from ctclip.formatting import parse_number
 
 MIN_PATIENTS = 20  # too few for a metric below
 UNKNOWN = "not stated"
@@ -27,8 +28,8 @@ def attributes(row: Mapping[str, str]) -> dict[str, str]:
     age, thickness = AGE.fullmatch(row.get("PatientAge", "").strip().upper()), UNKNOWN
     years = int(age[1]) / PER_YEAR[age[2]] if age else None
     try:
-        millimetres = float(row.get("SliceThickness") or row.get("ZSpacing", ""))
-        if 0 < millimetres < np.inf:
+        millimetres = parse_number(row.get("SliceThickness") or row.get("ZSpacing", ""))
+        if millimetres > 0:
             thickness = next(name for limit, name in THICKNESS_BANDS if millimetres <= limit)
     except ValueError:
         pass  # no number: not stated

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from ctclip.errors import UserError
-from ctclip.fileio import DISK_FULL, replacing
+from ctclip.fileio import DISK_FULL, read_json, replacing
 from ctclip.formatting import TIED, size_text
 from ctclip.paths import slim_path, weights_path
 
@@ -503,7 +503,7 @@ def record_path(weights: Path) -> Path:
 def read_record(weights: Path) -> dict:
     """The record of a weights file; {} where there is none, or none that can be read: all of it can be found again."""
     try:
-        return dict(json.loads(record_path(weights).read_text(encoding="utf-8")))
+        return dict(read_json(record_path(weights)))
     except (OSError, ValueError, TypeError):
         return {}
 

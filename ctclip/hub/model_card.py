@@ -152,7 +152,7 @@ def card_text(model: CTCLIPMultiAbnormalityModel, facts: Facts, repo_id: str | N
             unsaid=UNSAID,
             mark=MARK,
         )
-    except (KeyError, TypeError, jinja2.UndefinedError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, jinja2.UndefinedError) as error:
         raise CardError(f"metrics.json or run.json: found no {error}, expected what this version writes; evaluate "
                         "again") from error
 

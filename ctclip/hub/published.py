@@ -11,6 +11,7 @@ from ctclip.config import CALIBRATION_FILE
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration, load_calibration
 from ctclip.evaluation.run_folder import read_history, run_record
+from ctclip.fileio import read_json
 from ctclip_model import CTCLIPMultiAbnormalityModel, has_tensors_of, published_name
 
 
@@ -46,7 +47,7 @@ def published_record(record: Mapping, history: list[dict] | None = None) -> dict
         best = next((line for line in reversed(history) if line.get("best")), history[-1])
         kept["history"] = {"epochs": len(history), "best_epoch": best.get("epoch"),
                            "tuning_auroc_macro": best.get("tuning_auroc_macro"),
-                           "seconds": sum(line.get("seconds", 0) for line in history)}
+                           "seconds": sum(line.get("seconds") or 0 for line in history)}
     kept["published"] = True
     return {key: kept[key] for key in (*PUBLIC, "config", "left_out", "published") if key in kept}
 
@@ -82,8 +83,8 @@ class Facts:
             return cls(record, changed=True)
         path, metrics, calibration = folder / "metrics.json", None, folder / CALIBRATION_FILE
         try:
-            metrics = published_metrics(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-        except (ValueError, TypeError, AttributeError) as error:
+            metrics = published_metrics(read_json(path)) if path.is_file() else None
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             found = f"{path}: found no JSON object ({error}), expected an evaluation's metrics"
             raise CardError(f"{found}; evaluate again") from error
         return cls(record, metrics, load_calibration(calibration) if calibration.is_file() else None)

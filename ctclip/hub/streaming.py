@@ -239,7 +239,8 @@ def stream(selection: Selection, options: StreamOptions) -> None:
         chosen = download.select_volumes(selection, options.data_dir, token)
         options.staging.mkdir(parents=True, exist_ok=True)
         device = choose_device(options.device)
-        model = CTCLIPMultiAbnormalityModel(str(options.weights), head="linear").to(device).eval()  # only encodes
+        # It only encodes: whatever head the file has, none is needed.
+        model = CTCLIPMultiAbnormalityModel(str(options.weights), head="linear", new_head=True).to(device).eval()
         print_row("encoder", f"{model.load_report} on {device}")
         cache = FeatureCache(options.cache_dir, model)
         on_disk, transfers = plan_stream(chosen, options, selection, cache, token)

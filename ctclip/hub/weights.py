@@ -53,8 +53,10 @@ class Fingerprint:
         """How it differs from the recorded one, in a few words; None where it is the same."""
         if (self.digest, self.kind) != (kept.digest, kept.kind):
             return f"other tensors: {self.digest[:12]} where {kept.digest[:12]} was kept"
+        if len(self.values) != len(kept.values):
+            return "a record of another number of values"
         most = max(abs(a - b) for a, b in zip(self.values, kept.values, strict=True))
-        if most > TOLERANCE:
+        if not most <= TOLERANCE:  # NaN too
             return f"the same tensors give numbers up to {most:.3f} off those computed on {kept.where}"
         return None
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ctclip.data.cohort import Volume
@@ -22,6 +21,7 @@ from ctclip.evaluation.run_folder import RunError
 from ctclip_model import CheckpointError, CTCLIPMultiAbnormalityModel, PromptError, Prompts
 
 Items = TypeVar("Items", bound=Sequence)
+NO_NUMBER = "found an answer that is no number, expected a logit for each label; check the weights and the scan"
 
 
 class MachineError(UserError):
@@ -71,13 +71,7 @@ def _load_run(folder: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityMo
         )
     if not (folder / "model.safetensors").is_file():
         raise RunError(f"{folder}: found no model.safetensors, expected a run with a finished epoch")
-    try:
-        return CTCLIPMultiAbnormalityModel.from_pretrained(folder)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{folder}/model.safetensors: found a damaged file ({error}), expected a run's weights; resume the run, or "
-            "copy the file again"
-        ) from error
+    return CTCLIPMultiAbnormalityModel.from_pretrained(folder)
 
 
 def _load_file(path: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityModel:
@@ -109,6 +103,7 @@ def predict_volumes(
 
     While some are computed, `workers` threads read the next (default: one on two cores, else up to 8). In float32 on
     every device: in half precision some codes flip, and reading a volume costs more than encoding it.
+    A volume whose logits are not all finite counts as one that could not be read.
     Returns the indices of the volumes that could be read, ascending, and their logits (n, labels) float32 on the CPU.
     `on_batch` sees every batch that is read, with the failures and decisions in it; `on_answer` every volume in it, as
     (index, voxels (1, 1, D, H, W) on the device, logits (labels,)). With `on_failure`, called as (index, error), one
@@ -125,12 +120,21 @@ def predict_volumes(
     there = device if resample_on_device and device.type == "cuda" else None
     loader = read_ahead(volumes, model.input_shape, unread, max(1, choose_workers(workers)), there)
     rows: dict[int, torch.Tensor] = {}
+
+    def keep(indices: Sequence[int], logits: torch.Tensor) -> None:
+        finite = logits.isfinite().all(1).tolist()
+        rows.update((i, row) for i, row, good in zip(indices, logits, finite, strict=True) if good)
+        bad = [(volumes[i].name, NO_NUMBER) for i, good in zip(indices, finite, strict=True) if not good]
+        if bad and on_batch is not None:
+            none = torch.empty(0, dtype=torch.int64)
+            on_batch(Batch(none, none, none, bad, []))
+
     bar = tqdm(total=len(volumes), desc="predict", unit="vol", delay=2, leave=False)
     with encoding(model, device), bar as progress:
         for chunk in chunks(list(stored), batch_size):
             assert cache is not None
             logits = model.head(cache.head_inputs(model, [stored[i] for i in chunk], device))
-            rows |= dict(zip(chunk, logits.cpu(), strict=True))
+            keep(chunk, logits.cpu())
             progress.update(len(chunk))
         for batch in loader:
             if on_batch is not None:
@@ -142,8 +146,8 @@ def predict_volumes(
             del batch  # before the next one is handed over
             while answers:
                 number, voxels, logits = answers.pop(0)
-                rows[number] = logits
-                if on_answer is not None:
+                keep([number], logits[None])
+                if on_answer is not None and number in rows:
                     on_answer(number, voxels, logits)
                 del voxels
     read = sorted(rows)

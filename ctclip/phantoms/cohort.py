@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ctclip.config import SYNTHETIC_NOTE
 from ctclip.data.ct_rate import PREVALENCE, labels_path, metadata_path, no_chest_path, volume_path
-from ctclip.fileio import replacing
+from ctclip.fileio import read_json, replacing
 from ctclip.phantoms.findings import draw_labels
 from ctclip.phantoms.patient import AIR, Patient, Purpose, random_stream
 from ctclip.phantoms.phantom import PHANTOM_VERSION, Geometry, PhantomError, draw_geometry, make_phantom
@@ -185,9 +185,9 @@ def _check_manifest(data_dir: Path, wanted: dict) -> bool:
             raise PhantomError(f"found {found}, expected an empty folder or a phantom cohort; {remedy}")
         return False
     try:
-        content = json.loads(manifest.read_text())
+        content = read_json(manifest)
         parameters = {key: content.get(key) for key in wanted}
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise PhantomError(f"found an unreadable {manifest} ({error}), expected JSON; delete the folder") from error
     if parameters != wanted:
         have, want = (", ".join(f"{key} {value}" for key, value in each.items()) for each in (parameters, wanted))

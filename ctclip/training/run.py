@@ -280,12 +280,13 @@ def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> TrainingJ
 def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormalityModel:
     """The model that `--model` names: CT-CLIP from its checkpoint, or a timm slice backbone.
 
-    `--init-head prompts` starts the head as the zero-shot classifier.
+    `--init-head prompts` starts the head as the zero-shot classifier, `new` leaves the file's head aside.
     """
     if config.model == "ctclip":
         path = config.ctclip_path or (DEMO_PATH if phantom else CLASSFINE_PATH)
         head = "prompts" if config.init_head == "prompts" else config.head
-        return CTCLIPMultiAbnormalityModel(path, head=head, dropout=config.dropout)
+        new = config.init_head == "new"
+        return CTCLIPMultiAbnormalityModel(path, head=head, dropout=config.dropout, new_head=new)
     attention = None if config.use_attention == "none" else config.use_attention
     try:
         return CTCLIPMultiAbnormalityModel(

@@ -264,9 +264,10 @@ def test_a_run_s_calibration_is_stored_used_and_made_anew_where_it_does_not_fit(
     make_run(run)
     fitted = folders.run_calibration(run)
     assert fitted.n_patients == 12 and not (run / "calibration.json").exists()
-    cal.Calibration(**{**fitted.__dict__, "method": "stored"}).save(run / "calibration.json")
-    assert folders.run_calibration(run).method == "stored"
-    cal.Calibration(**{**fitted.__dict__, "method": "stored", "unit": "scan"}).save(run / "calibration.json")
+    other = "temperature" if fitted.method == "platt" else "platt"
+    cal.Calibration(**{**fitted.__dict__, "method": other}).save(run / "calibration.json")
+    assert folders.run_calibration(run).method == other
+    cal.Calibration(**{**fitted.__dict__, "method": other, "unit": "scan"}).save(run / "calibration.json")
     assert folders.run_calibration(run).method == fitted.method  # merged scans are not what predict sees
     for name in ("calibration.json", "tuning_predictions.csv"):
         (run / name).unlink()

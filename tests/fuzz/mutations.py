@@ -1,21 +1,31 @@
 """Damaged, odd and hostile input files, each made from a right one by a numbered mutation: the same number gives the
-same file. A generator writes one file (for DICOM a folder, for a run its folder) and says what was changed."""
+same file. A generator writes one file (for DICOM a folder, for a run its folder) and says what was changed; where
+that changes no weight, it begins with SAME."""
 
 from __future__ import annotations
 
+import argparse
 import gzip
+import json
 import shutil
+import tempfile
+import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from helpers_data import affine_of, chest, reoriented, write
 from helpers_dicom import RTSTRUCT, write_multiframe, write_other, write_series
 from helpers_scans import write_mha
 from pydicom import dcmread
 from pydicom.uid import RLELossless
+from safetensors.torch import save_file
+
+from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 
 SPACING = (8.0, 8.0, 12.0)
 ABSURD = (0, -1, 1, 2, 3, 255, 32767, -32768, 2**31 - 1, -(2**31))
@@ -189,6 +199,152 @@ def _replace_value(element: Any, number: float, text: str) -> str:
     return str(element._value)[:30]
 
 
+# ------------------------------------------------------------------ checkpoints
+
+CLASSFINE = Path(__file__).parents[1] / "fixtures" / "tiny_a_classfine.pt"
+SAME = "the same weights"
+
+
+@cache
+def classfine() -> dict[str, torch.Tensor]:
+    return torch.load(CLASSFINE, weights_only=True)
+
+
+def checkpoint(folder: Path, rng: np.random.Generator) -> tuple[Path, str]:
+    """ClassFine's tensors with one change to a tensor, the keys, what is around them, or the bytes."""
+    state: dict[Any, Any] = dict(classfine())
+    key = str(rng.choice([name for name, value in state.items()
+                          if "text_" not in name and value.is_floating_point() and value.ndim and value.numel()]))
+    path = folder / f"a{rng.choice(['.pt', '.pth', '.ckpt', '.safetensors'])}"
+    kind = str(rng.choice(["tensor", "keys", "around", "bytes", "other"]))
+    how = kind
+    if kind == "tensor":
+        name = str(rng.choice(list(ODD_TENSORS)))
+        state[key], how = ODD_TENSORS[name](state[key]), f"{key} {name}"
+    elif kind == "keys":
+        prefix = str(rng.choice(["_orig_mod.", "module.", "model.", "model._orig_mod.", "module.model.", "net.clip."]))
+        state, how = {prefix + name: value for name, value in state.items()}, f"{SAME}, prefix {prefix}"
+        if rng.integers(3) == 0:
+            odd = rng.choice(np.array([7, "model.x", "\ud800", "", "."], object))
+            state[odd], how = torch.ones(2), f"a key {odd!r}"
+    elif kind == "around":
+        moments = {"state": {0: {"exp_avg": torch.ones(3), "step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-3}]}
+        extra = {"epoch": 3, "best": np.float64(0.7), "args": argparse.Namespace(lr=1e-3), "optimizer": moments}
+        name = str(rng.choice(["state_dict", "model", "model_state_dict", "net"]))
+        state, how = extra | {name: state}, f"{SAME} in {name}"
+        if rng.integers(3) == 0:
+            state, how = (moments, "moments") if rng.integers(2) else (state | {"ema": dict(classfine())}, "two")
+    simple = all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items())
+    dense = simple and all(value.layout == torch.strided and not value.is_quantized and not value.is_meta
+                           and value.numel() < 1e6 for value in state.values())  # fmt: skip
+    if dense and not any("\ud800" in name for name in state) and rng.integers(2):
+        save_file({name: value.contiguous().clone() for name, value in state.items()}, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=bool(rng.integers(4)))
+    if kind == "bytes":
+        content, how = damage_bytes(path.read_bytes(), rng)
+        path.write_bytes(content)
+    if kind == "other":
+        how = str(rng.choice(list(OTHER_CONTENT)))
+        path.write_bytes(OTHER_CONTENT[how](path.read_bytes()))
+        if how == "zipped":
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.write(CLASSFINE, "a.pt")
+    return path, how
+
+
+def _with(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor.view(-1)[tensor.numel() // 2] = value
+        return tensor
+
+    return change
+
+
+ODD_TENSORS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "NaN": _with(float("nan")), "inf": _with(float("inf")), "-inf": _with(float("-inf")), "1e38": _with(1e38),
+    "double": torch.Tensor.double, "half": torch.Tensor.half, "int8": lambda t: t.to(torch.int8),
+    "bool": lambda t: t > 0, "complex": lambda t: t.to(torch.complex64), "sparse": torch.Tensor.to_sparse,
+    "float8": lambda t: t.to(torch.float8_e4m3fn), "meta": lambda t: t.to("meta"), "no tensor": torch.Tensor.tolist,
+    "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "flat": torch.Tensor.flatten,
+    "cut": lambda t: t[:-1], "scalar": lambda t: t.sum(), "empty": lambda t: t[:0],
+    "turned": lambda t: t.movedim(0, -1),
+    "expanded": lambda t: t.view(-1)[:1].clone().expand(t.shape),
+}  # fmt: skip
+OTHER_CONTENT: dict[str, Callable[[bytes], bytes]] = {
+    "pointer": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1769\n",
+    "page": lambda data: b"<!DOCTYPE html><html><title>Sign in</title></html>", "text": lambda data: b"no weights\n",
+    "gzip": lambda data: gzip.compress(data[:1000]), "empty": lambda data: b"", "zeros": lambda data: bytes(len(data)),
+    "json": lambda data: b'{"metadata": {}}', "zipped": lambda data: b"", "noise": lambda data: data[::-1],
+}  # fmt: skip
+
+# ------------------------------------------------------------------ JSON
+
+ODD_VALUES: tuple[Any, ...] = (None, True, -1, 0, 1e999, float("nan"), 10**400, "", "x", "1_0", [], {}, [1], {"a": 1},
+                               "x" * 5000, 10**6, [[[]]])  # fmt: skip
+PER_LABEL = {"slope": 1.2, "intercept": -0.3, "shift": 0.0, "threshold": 0.4}
+LINE = {"epoch": 1, "stage": "frozen", "open_layers": 0, "train_loss": 0.5, "tuning_loss": 0.6, "best": True,
+        "tuning_auroc_macro": 0.7, "positive_rate": 0.2, "label_rate": 0.2, "learning_rate": 1e-3, "skipped_steps": 0,
+        "seconds": 2.5}  # fmt: skip
+RECORD = {"status": "finished", "config": {"model": "ctclip", "epochs": 2, "learning_rate": None, "alpha": 0.35,
+          "cache_dir": "cache", "ctclip_path": "a.pt", "seed": 0}, "data_dir": "d", "phantom": True, "device": "cpu",
+          "volumes": {"train": 32, "tuning": 8}, "patients": {"train": 16, "tuning": 4}, "read_as": {"hu": 40},
+          "left_out": [], "versions": {"ctclip": "0.7.0"}}  # fmt: skip
+
+
+@cache
+def saved_model() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        CTCLIPMultiAbnormalityModel(str(CLASSFINE)).save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def run_files(folder: Path, rng: np.random.Generator) -> tuple[Path, str]:
+    """A run's folder with one of its JSON files edited."""
+    for name, content in saved_model().items():
+        (folder / name).write_bytes(content)
+    calibration = {"method": "platt", "per_label": {name: dict(PER_LABEL) for name in ABNORMALITIES},
+                   "global_threshold": 0.4, "objective": "prevalence", "cross_validated_log_loss": {"platt": 0.4},
+                   "unit": "volume", "n_rows": 8, "n_patients": 4}  # fmt: skip
+    (folder / "calibration.json").write_text(json.dumps(calibration))
+    (folder / "run.json").write_text(json.dumps(RECORD))
+    (folder / "log.jsonl").write_text("".join(json.dumps(LINE | {"epoch": epoch}) + "\n" for epoch in (1, 2, 3)))
+    victim = folder / str(rng.choice(["calibration.json", "run.json", "log.jsonl", "config.json"]))
+    content = victim.read_bytes()
+    kind = str(rng.choice(["value", "value", "drop", "bytes", "deep", "coding", "whole"]))
+    how = f"{victim.name} {kind}"
+    if kind in ("value", "drop"):
+        lines = content.splitlines() if victim.suffix == ".jsonl" else [content]
+        at = int(rng.integers(len(lines)))
+        holder = whole = json.loads(lines[at])
+        key = str(rng.choice(list(holder)))
+        while isinstance(holder[key], dict) and rng.integers(3):
+            holder = holder[key]
+            key = str(rng.choice(list(holder)))
+        value = ODD_VALUES[int(rng.integers(len(ODD_VALUES)))]
+        if kind == "drop":
+            del holder[key]
+        else:
+            holder[key] = value
+        lines[at] = json.dumps(whole).encode()
+        content, how = b"\n".join(lines), f"{victim.name} {kind} {key} {value!r:.30}"
+    elif kind == "bytes":
+        content, damage = damage_bytes(content, rng)
+        how += f" {damage}"
+    elif kind == "deep":
+        depth = int(rng.choice([60, 900, 200_000]))
+        opening, closing = (b"[", b"]") if rng.integers(2) else (b'{"a":', b"}")
+        content = opening * depth + b"1" + closing * depth
+    elif kind == "coding":
+        coding = str(rng.choice(["utf-8-sig", "utf-16", "latin-1"]))
+        content, how = (content.decode() + "\u00e9" * (coding == "latin-1")).encode(coding), f"{how} {coding}"
+    else:
+        content = json.dumps(ODD_VALUES[int(rng.integers(len(ODD_VALUES)))]).encode()
+    victim.write_bytes(content)
+    return folder, how
+
+
 GENERATORS: dict[str, Callable[[Path, np.random.Generator], tuple[Path, str]]] = {
-    "nifti": nifti, "metaimage": metaimage, "dicom": dicom,
+    "nifti": nifti, "metaimage": metaimage, "dicom": dicom, "checkpoint": checkpoint, "json": run_files,
 }  # fmt: skip

@@ -3,7 +3,8 @@
     python tests/fuzz/run.py --seed 7 --seconds 600 --only dicom
 
 Every input gives the right answer or one line. A scan that is read must be what nibabel or SimpleITK make of the file,
-where they read it. Prints a line for each input that does not, with the seed and number that make it again.
+where they read it; a checkpoint with the same weights in another wrapping must give the same logits. Prints a line for
+each input that does not, with the seed and number that make it again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +28,19 @@ if __name__ == "__main__":
 import nibabel as nib
 import SimpleITK
 from helpers_data import SMALL, write
-from mutations import GENERATORS
+from mutations import CLASSFINE, GENERATORS, SAME
 
 from ctclip.data.preprocessing import preprocess_volume
-from ctclip.data.volume_file import VolumeError
+from ctclip.errors import UserError
+from ctclip.evaluation.calibration import load_calibration
+from ctclip.evaluation.report import settings_section
+from ctclip.evaluation.run_folder import read_history, run_record
+from ctclip.hub.model_card import model_card
+from ctclip.inference.predictor import load_model
+from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, ModelError
 
 SLOWEST = 10.0  # seconds
-LONGEST = 400  # characters of a message
+LONGEST = {"checkpoint": 700, "json": 700}  # characters of a message; 400 for scans
 MEMORY = 3 << 30  # address space beyond what importing takes
 # What the references take otherwise than the formats have it: nibabel takes the header for voxels where vox_offset is
 # too small, ITK stops at a wrong CompressedDataSize and gives objects of an unknown kind no geometry.
@@ -46,18 +54,55 @@ def check(kind: str, seed: int, number: int) -> tuple[str, str]:
         path, how = GENERATORS[kind](Path(folder), np.random.default_rng([seed, number, len(kind)]))
         start = time.monotonic()
         try:
-            found = preprocess_volume(path, None, SMALL)
-            misread = any(word in how for word in MISREAD)
-            outcome = _judge(found, None if misread else _read_elsewhere(kind, path, Path(folder)))
-        except VolumeError as error:
+            outcome = READERS.get(kind, _read_scan)(kind, path, how)
+        except (UserError, ModelError) as error:
             message = str(error)
-            usable = "\n" not in message and "expected" in message and len(message) < LONGEST
+            usable = "\n" not in message and "expected" in message.lower() and len(message) < LONGEST.get(kind, 400)
             outcome = "refused" if usable else f"message: {message!r}"
         except Exception:
             outcome = traceback.format_exc(limit=-4).replace("\n", " | ")
         if time.monotonic() - start > SLOWEST:
             outcome = f"{time.monotonic() - start:.0f} s"
         return outcome, how
+
+
+def _read_scan(kind: str, path: Path, how: str) -> str:
+    found = preprocess_volume(path, None, SMALL)
+    misread = any(word in how for word in MISREAD)
+    return _judge(found, None if misread else _read_elsewhere(kind, path, path.parent))
+
+
+@torch.inference_mode()
+def _read_checkpoint(kind: str, path: Path, how: str) -> str:
+    logits = CTCLIPMultiAbnormalityModel(str(path)).eval()(VOLUME)
+    if how.startswith(SAME) and not torch.equal(logits, _right_logits()):
+        return "other logits than of the same weights"
+    return "read" if logits.isfinite().all() or "1e38" in how else "logits that are no numbers"
+
+
+VOLUME = torch.linspace(-1, 1, 5 * 40 * 40).view(1, 1, 5, 40, 40)
+
+
+@cache
+def _right_logits() -> torch.Tensor:
+    return CTCLIPMultiAbnormalityModel(str(CLASSFINE)).eval()(VOLUME)
+
+
+@torch.inference_mode()
+def _read_run(kind: str, path: Path, how: str) -> str:
+    """All that the suite reads of a run's JSON files."""
+    model = load_model(path, "cpu")
+    answers = load_calibration(path / "calibration.json").apply(model(VOLUME).sigmoid().numpy())
+    record, history = run_record(path), read_history(path / "log.jsonl")
+    settings_section({"settings": {}, "versions": {}}, record)
+    if history:
+        np.array([[line.get(key) for line in history] for key in ("train_loss", "positive_rate", "seconds")], float)
+    card = model_card(model, path)
+    right = np.isfinite(answers).all() and answers.shape == (1, len(ABNORMALITIES)) and card
+    return "read" if right else "answers that are no numbers"
+
+
+READERS = {"checkpoint": _read_checkpoint, "json": _read_run}
 
 
 def _judge(found: torch.Tensor, expected: torch.Tensor | None) -> str:

@@ -142,6 +142,37 @@ def test_unreadable_scans_are_named_at_the_end_and_the_others_written(mixed, tmp
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.fixture
+def overflowing(tmp_path):
+    """A model whose numbers are all finite, and whose answers are not."""
+    huge = {"classifier.weight": torch.full((18, 16), 3e38), "classifier.bias": torch.full((18,), 3e38)}
+    state = torch.load(MODEL, weights_only=True) | huge
+    torch.save(state, tmp_path / "huge.pt")
+    return tmp_path / "huge.pt"
+
+
+def test_an_answer_that_is_no_number_is_an_unreadable_scan(mixed, overflowing, tmp_path, capsys):
+    for name in ("p.csv", "results.json"):
+        flags = ["--mode", "predict", "--checkpoint", overflowing, "--input", mixed / "one.mha", "--device", "cpu"]
+        assert run_task2.main(list(map(str, [*flags, "--output", tmp_path / name]))) == 2
+        err = capsys.readouterr().err
+        assert "skipped: one.mha: found an answer that is no number" in err and "1 of 1 scans could not be read" in err
+    assert pd.read_csv(tmp_path / "p.csv").empty and not list(tmp_path.glob("*.part.csv"))
+    [row] = json.loads((tmp_path / "results.json").read_text())["predictions"]
+    assert row["probabilities"] == PREVALENCE
+
+
+def test_a_cohort_whose_answers_are_no_numbers_is_not_evaluated(phantoms, overflowing, tmp_path, capsys):
+    from ctclip_model import CTCLIPMultiAbnormalityModel
+
+    CTCLIPMultiAbnormalityModel(str(overflowing)).save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"data_dir": str(phantoms)}))
+    assert run_task2.main(["--mode", "evaluate", "--checkpoint", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert "none of the 16 volumes of its valid split could be read" in err and "an answer that is no number" in err
+    assert not (tmp_path / "run" / "predictions.csv").exists()
+
+
 def test_results_json_has_the_challenge_s_form_and_every_input_once(mixed, tmp_path, capsys):
     assert call("--input", mixed, "--output", tmp_path / "results.json") == 2
     assert "3 of 5 scans could not be read and are answered with the training prevalence" in capsys.readouterr().err
