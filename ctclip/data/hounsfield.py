@@ -25,6 +25,7 @@ CUT_OFF = 0.005  # share of voxels at the greatest value, below 900 HU, from whi
 LEAST_AIR, LEAST_BODY, LEAST_SOFT, MOST_DENSE, MOST_BELOW = 0.02, 0.005, 0.3, 0.2, 0.1  # see TissueShares
 LEAST_LUNG = 0.1  # of lung and body: chests have 0.13 to 0.5, abdomens with the lungs' bases up to 0.1
 SAMPLED_VOXELS = 250_000
+LARGEST_STORED = 1e9  # of a voxel, far beyond metal by any scale
 MOST_EQUAL = 1 << 28  # voxels of one value, from the start, after which the rest is not waited for
 
 Scale = tuple[float, float]  # slope, intercept
@@ -84,6 +85,9 @@ class VoxelStatistics:
         low, high = float(stored.min()), float(stored.max())
         if not (isfinite(low) and isfinite(high)):
             raise file_error(self.path, f"NaN or infinite voxels (slice {index})", "numbers", "leave the volume out")
+        if max(-low, high) > LARGEST_STORED:
+            found = f"a voxel of {low if -low > high else high:g} (slice {index})"
+            raise file_error(self.path, found, f"at most {LARGEST_STORED:g}", "leave the volume out")
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         self.seen += stored.size
         if self.seen > MOST_EQUAL:

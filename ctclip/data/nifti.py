@@ -32,7 +32,7 @@ class NiftiFile(StreamFile):
         size = block[:4].tobytes()
         sizes = int.from_bytes(size, "little"), int.from_bytes(size, "big")
         if 348 not in sizes and 540 not in sizes:
-            raise self.error(f"first bytes {size!r}", "a NIfTI header", CONVERT)
+            raise self.error(f"first bytes {size!r}", "a NIfTI header", f"{RECOPY}, or {CONVERT}")
         kind = nib.Nifti2Header if 540 in sizes else nib.Nifti1Header
         self.fill(block[4 : kind.sizeof_hdr])
         header = kind(block[: kind.sizeof_hdr].tobytes(), check=False)

@@ -251,7 +251,7 @@ class ResultsFile:
     def _entry(scan: Scan, answer: np.ndarray) -> str:
         assert np.isfinite(answer).all()
         bounded = np.clip(answer, 0, 1)  # rounding may go a little beyond
-        numbers = (f"{json.dumps(label)}: {value:.17f}" for label, value in zip(ABNORMALITIES, bounded, strict=True))
+        numbers = (f"{json.dumps(label)}: {value:.16f}" for label, value in zip(ABNORMALITIES, bounded, strict=True))
         return f'  {{"input_image_name": {json.dumps(scan.stem)}, "probabilities": {{{", ".join(numbers)}}}}}'
 
     def answer(self, name: str, row: np.ndarray) -> None:
