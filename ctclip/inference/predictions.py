@@ -138,14 +138,18 @@ def predict_scans(
 
     def on_answer(index: int, voxels: torch.Tensor, logits: torch.Tensor) -> None:
         scan, probabilities = found[index], logits.sigmoid().numpy()[None]
+        row = transform(probabilities)[0]
+        if not np.isfinite(row).all():
+            failures.append((scan.name, "found an answer that is no number, expected probabilities; leave it out"))
+            return
         if labels:
             placement, target = place_volume(scan.path, model.input_shape), Path(explain_dir, scan.stem)
             answers = shown(probabilities)[0]
             files.extend(
                 write_scan_heat_maps(model, voxels, placement, labels, target.parent, target.name, answers, note)
             )
-        rows[scan.name] = transform(probabilities)[0]
-        on_scan(scan.name, rows[scan.name])
+        rows[scan.name] = row
+        on_scan(scan.name, row)
 
     no_labels = np.zeros(len(ABNORMALITIES), np.float32)
     volumes = [Volume(scan.name, scan.path, no_labels, assume_hu=assume_hu) for scan in found]

@@ -439,6 +439,23 @@ def test_an_error_in_one_scan_costs_only_that_one(tmp_path, monkeypatch, capsys,
     np.testing.assert_allclose(table, expected.loc[["a.mha", "c.mha"]], atol=1e-6)
 
 
+def test_an_answer_that_is_no_number_costs_only_its_scan(tmp_path, monkeypatch, capsys):
+    from ctclip_model import CTCLIPMultiAbnormalityModel
+
+    for name, seed in (("a", 0), ("b", 1)):
+        write_mha(tmp_path / "in" / f"{name}.mha", chest(seed=seed), affine_of(SPACING))
+    forward = CTCLIPMultiAbnormalityModel.forward
+    nan = torch.tensor([[0.0], [float("nan")]])
+    monkeypatch.setattr(CTCLIPMultiAbnormalityModel, "forward", lambda self, volumes: forward(self, volumes) + nan)
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "r.json") == 2
+    assert "skipped: b.mha: found an answer that is no number" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "r.json").read_text())["predictions"]
+    answers = {row["input_image_name"]: row["probabilities"] for row in rows}
+    assert answers["b"] == PREVALENCE != answers["a"]
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "p.csv") == 2
+    assert list(pd.read_csv(tmp_path / "p.csv", index_col=0).index) == ["a.mha"]
+
+
 def test_results_of_three_thousand_scans_are_kept_one_by_one_in_seconds(tmp_path):
     """Valid JSON with every scan at every moment, and no second file."""
     scans = [Scan(f"{i}.mha", Path(f"{i}.mha"), f"{i}\n\u00fc") for i in range(3000)]
