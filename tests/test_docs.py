@@ -5,10 +5,12 @@ and folders that pytest and python are given; names in `from ... import ...` lin
 """
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
 
+import make_notebook
 import pytest
 
 import ctclip_setup
@@ -70,6 +72,20 @@ def test_commands_are_taken_by_the_scripts(path, capsys):
         except (SystemExit, AssertionError, ValueError) as error:
             wrong.append(f"{command}: {error or ''} {capsys.readouterr().err.strip()}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_notebook_has_the_cells_of_the_guide():
+    """It is made from them; every command in it is one that the scripts take, every cell Python that compiles."""
+    cells = json.loads(make_notebook.NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    assert make_notebook.NOTEBOOK.read_text(encoding="utf-8") == make_notebook.notebook(), "run docs/make_notebook.py"
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    lines = [line.strip() for text in code for line in text.splitlines()]
+    shown = [line for line in lines if line.startswith("!python ")]
+    assert len([line for line in shown if "{" not in line]) == 5 and len(shown) == 8
+    for line in shown:
+        check(re.sub(r"\{EPOCHS\}", "8", line))
+    for text in code:
+        compile(re.sub(r"^(\s*)[!%].*", r"\1pass", text, flags=re.MULTILINE), "cell", "exec")
 
 
 def test_there_are_commands_to_check():

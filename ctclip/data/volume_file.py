@@ -183,7 +183,7 @@ class StreamFile(VolumeFile):
             count -= len(scratch)
 
     def check_end(self) -> None:
-        """Reads what is inflated to its end, where the checksum is compared: repeated pieces inflate without an error."""
+        """Reads what is inflated to its end, to its checksum: repeated pieces inflate without an error."""
         more = 0
         try:
             while self.stream is not self.raw and more <= self.MOST_MORE and (piece := self.stream.read(1 << 16)):
