@@ -184,6 +184,22 @@ def test_higher_alpha_predicts_fewer_positives(config, tmp_path):
     assert rates[0] > rates[1] + 0.1
 
 
+def test_volumes_with_a_warning_are_counted_in_one_line(config, tmp_path, phantoms, capsys):
+    """Two bodies without lungs in a cohort of chests."""
+    cohort = shutil.copytree(phantoms, tmp_path / "cohort")
+    files = sorted(cohort.glob("dataset/train_fixed/*/*/*.nii.gz"))[:2]
+    for file in files:
+        image = nib.load(file)
+        hu = np.asarray(image.dataobj)
+        middle = tuple(slice(size // 5, -(size // 5)) for size in hu.shape[:2])
+        hu[middle][hu[middle] < -300] = 40
+        nib.save(nib.Nifti1Image(hu, image.affine, image.header), file)
+    train(config(data_dir=str(cohort), epochs=2, freeze_epochs=1), tmp_path / "run")
+    told = [line for line in capsys.readouterr().out.splitlines() if "with a warning" in line]
+    assert len(told) == 1 and told[0].startswith("2 volumes with a warning, first train_")
+    assert told[0].endswith("% of lung and body): is this a chest?")
+
+
 def test_unreadable_volumes_are_counted_and_stop_nothing(config, tmp_path, phantoms, capsys):
     cohort = shutil.copytree(phantoms, tmp_path / "cohort")
     files = sorted(cohort.glob("dataset/train_fixed/*/*/*.nii.gz"))[:2]
