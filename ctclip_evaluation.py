@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
     from ctclip.evaluation.command import apply_calibration, evaluate_and_write, settings_from_flags
 
     if args.apply:
-        apply_calibration(args.apply, args.predictions, Path(args.output_dir or Path("results", "applied")))
+        output_dir = Path(args.output_dir or Path("results", "applied"))
+        apply_calibration(args.apply, args.predictions, output_dir, args.patients)
         return
     settings = settings_from_flags(args)
     inputs, folder = read_inputs(args)
@@ -76,6 +77,7 @@ def check_flags(args: argparse.Namespace) -> None:
         **dict.fromkeys(list(tables)[1:], ("an evaluation of tables", source == "tables")),
         **dict.fromkeys(("--checkpoint", "--device", "--workers"), ("an evaluation of a run", source == "run")),
         "--data-dir": ("an evaluation of a run or of tables", source in ("run", "tables")),
+        "--patients": ("an evaluation of a run or of tables, or --apply,", source != "example"),
         "--example": ("an evaluation", source == "example"),
         **dict.fromkeys(evaluation_flags(), ("an evaluation", source != "apply")),
         "--pictures": ("an evaluation of a run or of tables", source in ("run", "tables")),
@@ -95,7 +97,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
     """(inputs, output folder) of the source that the flags name: the example, tables, or a run."""
     from ctclip.evaluation.command import example_inputs
     from ctclip.evaluation.run_folder import check_output_folder, newest_run, results_folder, run_record
-    from ctclip.evaluation.tables import EvaluationInputs, read_labels, read_predictions
+    from ctclip.evaluation.tables import EvaluationInputs, patients_of, read_labels, read_predictions
     from ctclip.fileio import make_folder
     from ctclip.inference.run_predictions import run_inputs
     from ctclip.phantoms.cohort import is_phantom_cohort
@@ -113,13 +115,16 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
         predictions, labels = read_predictions(given), read_labels(args.labels)
         folder = Path(args.output_dir or Path("results", "evaluation"))
         check_output_folder(folder, given.parent if given.name == "predictions.csv" else None)
-        return EvaluationInputs(predictions, labels, tuning, phantom=phantom, data_dir=data_dir), folder
+        patients = patients_of(args.patients, predictions)
+        return EvaluationInputs(
+            predictions, labels, tuning, phantom=phantom, data_dir=data_dir, patients=patients
+        ), folder
     run = Path(args.checkpoint) if args.checkpoint else newest_run()
     if not args.checkpoint:
         print(f"Evaluating the newest run, {run} (choose another with --checkpoint)")
     folder = Path(args.output_dir or results_folder(run, args.data_dir))
     check_output_folder(folder, None if args.data_dir else run)
-    return run_inputs(run, args.data_dir, args.device, args.workers, folder), folder
+    return run_inputs(run, args.data_dir, args.device, args.workers, folder, args.patients), folder
 
 
 if __name__ == "__main__":

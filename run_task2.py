@@ -61,9 +61,10 @@ def run(args: argparse.Namespace) -> None:
     if task in ("predict", "export"):
         (predict_command if task == "predict" else export_command)(args)
         return
-    data_dir = None
+    data_dir = patients = None
     if task == "evaluate":
-        folder, data_dir = Path(args.checkpoint or newest_run()), getattr(args, "data_dir", None)
+        folder = Path(args.checkpoint or newest_run())
+        data_dir, patients = getattr(args, "data_dir", None), getattr(args, "patients", None)
     else:
         trained = train_run(args)
         if trained is None:  # --plan
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         folder = trained
     if task != "train":  # predicts the unseen split, or that of another cohort, where that was not done yet
         results = results_folder(folder, data_dir)
-        inputs = run_inputs(folder, data_dir, args.device, args.workers, results)
+        inputs = run_inputs(folder, data_dir, args.device, args.workers, results, patients)
         evaluate_and_write(inputs, results, settings, args.baseline, args.metadata, args.pictures)
     print(f"\nDone in {time.perf_counter() - started:.0f} s: {folder}")
 

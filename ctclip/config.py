@@ -43,6 +43,9 @@ class TrainingConfig:
 
     # fmt: off
     data_dir: str | None = _flag(None, "data", "cohort in CT-RATE's layout (default: synthetic chests)", metavar="D")
+    patients: str | None = _flag(
+        None, "data", "table of VolumeName and PatientID (and ScanID), where names are not like CT-RATE's and labels "
+        "and metadata have no such column", metavar="CSV")
     train_volumes: int = _flag(600, "data", "built-in cohort: number of training volumes")
     valid_volumes: int = _flag(250, "data", "built-in cohort: number of test volumes (other patients)")
     limit: int | None = _flag(None, "data", "use only the first N volumes of the training split")
@@ -188,7 +191,7 @@ class Machine:
 
 
 # Options that may change on --resume: folders get mounted elsewhere. Their contents are verified.
-MOVABLE = ("data_dir", "cache_dir", "ctclip_path")
+MOVABLE = ("data_dir", "cache_dir", "ctclip_path", "patients")
 
 # What `--mode quick_test` changes: three epochs of which the last is unfrozen, on so many training and validation
 # volumes; the cohort is a little larger, because a split by patient cannot hit two numbers exactly.
@@ -206,6 +209,7 @@ def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
     is_ctclip, is_linear = config.model == "ctclip", config.head == "linear"
     flags = {
         ("the built-in cohort (no --data-dir)", config.data_dir is None): ("--train-volumes", "--valid-volumes"),
+        ("a cohort of your own (--data-dir)", config.data_dir is not None): ("--patients",),
         ("--model ctclip", is_ctclip): ("--ctclip-path", "--head"),
         ("--model ctclip and --head linear", is_ctclip and (is_linear or config.init_head == "new")): ("--init-head",),
         ("a slice backbone (--model efficientnet_b0, ...)", not is_ctclip): ("--use-attention", "--no-pretrained"),
@@ -348,6 +352,9 @@ def evaluation_parser() -> OneLineParser:
     source.add_argument("--tuning-labels", metavar="CSV", help="labels of the tuning patients")
     source.add_argument("--data-dir", metavar="DIR",
                         help="for a run: predict this cohort's valid split instead; for tables: their cohort")
+    source.add_argument("--patients", metavar="CSV",
+                        help="table of VolumeName and PatientID (and ScanID), where names are not like CT-RATE's and "
+                        "no other table says whose volumes they are")
     source.add_argument("--device", help="for predicting (default: cuda where there is one)")
     source.add_argument("--workers", type=int, metavar="N", help="reading processes beside the main one")
     source.add_argument("--apply", metavar="RUN|JSON",
@@ -414,7 +421,7 @@ def task_flag_uses(task: str, plan: bool = False) -> dict[str, tuple[str, bool]]
     modes |= {
         "--output": ("predict", "export"),
         "--checkpoint": ("evaluate", "predict", "export"),
-        "--data-dir": ("full", "train", "evaluate"),
+        **dict.fromkeys(("--data-dir", "--patients"), ("full", "train", "evaluate")),
         "--workers": ("full", "train", "evaluate", "predict"),
     }
     for flag in ("--mode", "--device"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -15,7 +15,16 @@ import numpy as np
 from ctclip.data import ct_rate
 from ctclip.data.ct_rate import GEOMETRY_COLUMNS, SUBGROUP_COLUMNS, VOLUME_SUFFIX, no_chest_path, volume_path
 from ctclip.data.geometry import geometry_from_metadata
-from ctclip.data.tables import CohortError, CsvTable, number, read_table
+from ctclip.data.patients import (
+    StatedIds,
+    ids_in_table,
+    merge_ids,
+    own_patient_note,
+    patient_and_scan,
+    read_patients,
+    without_patient,
+)
+from ctclip.data.tables import ID_COLUMNS, CohortError, CsvTable, join, read_table, some, unknown_columns
 from ctclip.data.volume_file import VolumeError
 from ctclip.formatting import plural
 from ctclip_model import ABNORMALITIES
@@ -29,7 +38,8 @@ class Volume:
 
     `signature` is set where the file was streamed and is not on the disk any more: its size and its last 8 bytes in
     hex, by which `feature_cache.cache_key` finds what was encoded of it. `path` is then where the file would be.
-    `assume_hu`: voxels are HU by the header, whatever they look like.
+    `assume_hu`: voxels are HU by the header, whatever they look like. `ids`: its PatientID and ScanID, where a table
+    states them.
     """
 
     name: str
@@ -38,14 +48,15 @@ class Volume:
     metadata: Mapping[str, Any] | None = None
     signature: tuple[int, str] | None = None
     assume_hu: bool = False
+    ids: tuple[str, str] | None = None
 
     @property
     def patient(self) -> str:
-        return ct_rate.patient_of(self.name)
+        return patient_and_scan(self.name, self.ids)[0]
 
     @property
     def scan(self) -> str:
-        return ct_rate.scan_of(self.name)
+        return patient_and_scan(self.name, self.ids)[1]
 
 
 class Streamed(NamedTuple):
@@ -84,10 +95,17 @@ class Cohort:
         streamed = sum(volume.signature is not None for volume in self.volumes)
         if streamed:
             lines.append(f"without a file: {streamed} (streamed, known only by their cached codes)")
+        if own := without_patient((v.name for v in self.volumes), ids_of(self.volumes)):
+            lines.append(own_patient_note(own, len(self)))
         for reason, names in self.reasons().items():
             count = len(names)
             lines.append(f"skipped: {count} x {reason}: {', '.join(names[:3])}{', ...' if count > 3 else ''}")
         return "\n".join(lines + self.notes)
+
+
+def ids_of(volumes: Iterable[Volume]) -> dict[str, tuple[str, str]]:
+    """What tables state of the volumes' patients and scans."""
+    return {volume.name: volume.ids for volume in volumes if volume.ids}
 
 
 def _read_no_chest(path: Path) -> set[str]:
@@ -99,17 +117,17 @@ def _read_no_chest(path: Path) -> set[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise CohortError(f"{path.name}: found an unreadable list ({error}), expected text; replace it") from None
     names = {PurePosixPath(line.strip().replace("\\", "/")).name for line in lines if line.strip()}
-    return {name if name.endswith(VOLUME_SUFFIX) else name + VOLUME_SUFFIX for name in names}
+    return {ct_rate.volume_name(name if ct_rate.SUFFIX.search(name) else name + VOLUME_SUFFIX) for name in names}
 
 
 def read_metadata(path: str | Path) -> dict[str, dict[str, str]]:
-    """{volume: its row as text}, of those SUBGROUP_COLUMNS that there are; contradictory rows are skipped. Raises
-    CohortError where the table cannot be read or has none of them."""
-    table = read_table(path, (), SUBGROUP_COLUMNS, expected="VolumeName")
+    """{volume: its row as text}, of those SUBGROUP_COLUMNS and ID_COLUMNS that there are; contradictory rows are
+    skipped. Raises CohortError where the table cannot be read or has none of them."""
+    table = read_table(path, optional=(*SUBGROUP_COLUMNS, *ID_COLUMNS), expected="VolumeName")
     if not table.columns:
         wanted = ", ".join(SUBGROUP_COLUMNS)
         raise CohortError(f"{path}: found none of {wanted}, expected at least one; add one, or drop the table")
-    return {name: dict(zip(table.columns, row, strict=True)) for name, row in table.rows.items()}
+    return {name: table.row(name) for name in table.place}
 
 
 _TEXT = (str, type(None))
@@ -145,13 +163,14 @@ def read_streamed(data_dir: str | Path, split: str) -> dict[tuple[str, bool], St
 class CohortBuilder:
     """Joins label rows, metadata rows, the no-chest list, the disk and the manifest, one volume at a time."""
 
-    def __init__(self, data_dir: Path, split: str):
+    def __init__(self, data_dir: Path, split: str, patients: str | Path | None = None):
         self.data_dir, self.cohort = data_dir, Cohort([])
         notes = self.cohort.notes
-        self.labels = read_table(data_dir / ct_rate.labels_path(split), ABNORMALITIES)
+        self.labels = read_table(data_dir / ct_rate.labels_path(split), ABNORMALITIES, optional=ID_COLUMNS)
         metadata_file = data_dir / ct_rate.metadata_path(split)
         if metadata_file.exists():
-            self.metadata = read_table(metadata_file, GEOMETRY_COLUMNS, ct_rate.OPTIONAL_COLUMNS, METADATA_COLUMNS)
+            self.metadata = read_table(metadata_file, (), GEOMETRY_COLUMNS, (*ct_rate.OPTIONAL_COLUMNS, *ID_COLUMNS),
+                                       METADATA_COLUMNS)
         else:
             self.metadata = CsvTable(metadata_file, GEOMETRY_COLUMNS)
             notes.append(f"no {metadata_file.name}: version-1 volumes are skipped")
@@ -163,7 +182,24 @@ class CohortBuilder:
         for table, what in ((self.labels, "label"), (self.metadata, "metadata")):
             if table.repeated:
                 notes.append(f"duplicate {what} rows with the same content, counted once: {len(table.repeated)}")
-        self.labelled = [*self.labels.rows, *sorted(self.labels.contradictory)]
+        if unknown := unknown_columns(self.labels.others):
+            notes.append(f"not used: {some(unknown)} of {self.labels.path.name}, none of the 18 findings")
+        self.labelled = [*self.labels.place, *sorted(self.labels.contradictory)]
+        listed = (*self.metadata.place, *sorted(self.metadata.contradictory))
+        self.metadata_name = join(self.labelled, listed)
+        taken = set(self.metadata_name.values())
+        self.unlabelled = [name for name in self.metadata.place if name not in taken]
+        self.ids = self._ids(patients, split)
+
+    def _ids(self, patients: str | Path | None, split: str) -> StatedIds:
+        sources = [(str(table.path), ids_in_table(table)) for table in (self.labels, self.metadata)]
+        if patients is not None:
+            stated = read_patients(patients)
+            if split == "train" and not join(self.labelled, stated):
+                raise CohortError(f"{patients}: found no row for any of the {len(self.labelled)} volumes, expected "
+                                  "rows named as they are; check VolumeName")
+            sources.append((str(patients), stated))
+        return merge_ids(sources, self.labelled)
 
     def find(self, name: str) -> tuple[Path, bool, Streamed | None] | None:
         """(path, whether version 2, None) of the file, version 2 first: it is the corrected one. Without a file, where
@@ -180,13 +216,14 @@ class CohortBuilder:
 
     def add(self, name: str, path: Path, fixed: bool, streamed: Streamed | None) -> None:
         """Adds the volume, or its name and the reason for skipping it."""
-        labels = np.array([number(cell) for cell in self.labels.rows.get(name, ())], np.float32)
+        known = name in self.labels.place
+        labels = self.labels.numbers[self.labels.place[name]] if known else np.zeros(0)
         row, missing = self._metadata_row(name)
         reasons = (  # the first that holds
             (streamed is not None and streamed.reason is not None, f"quarantined: {streamed and streamed.reason}"),
             (name in self.no_chest, "not a chest (no-chest list)"),
             (name in self.labels.contradictory, "contradictory label rows"),
-            (name not in self.labels.rows, "no label row"),
+            (not known, "no label row"),
             (not np.isin(labels, (0, 1)).all(), "labels other than 0 and 1"),
             (missing and not fixed, f"{missing} (needed by a version-1 file)"),
         )
@@ -195,15 +232,18 @@ class CohortBuilder:
             self.cohort.skipped.append((name, reason))
         else:
             signature = (streamed.size, streamed.tail) if streamed else None
-            self.cohort.volumes.append(Volume(name, path, labels, row, signature))
+            self.cohort.volumes.append(Volume(
+                name, path, labels.astype(np.float32), row, signature, ids=self.ids.get(name)
+            ))
 
     def _metadata_row(self, name: str) -> tuple[dict[str, Any] | None, str | None]:
         """(usable metadata row, None) or (None, what is wrong with it)."""
-        if name in self.metadata.contradictory:
+        there = self.metadata_name.get(name, name)
+        if there in self.metadata.contradictory:
             return None, "contradictory metadata rows"
-        if name not in self.metadata.rows:
+        if there not in self.metadata.place:
             return None, "no metadata row"
-        row = dict(zip(self.metadata.columns, self.metadata.rows[name], strict=True))
+        row = self.metadata.row(there)
         empty = [column for column in GEOMETRY_COLUMNS if not row[column]]
         if empty:
             return None, f"no {' and no '.join(empty)} in its metadata row"
@@ -214,24 +254,25 @@ class CohortBuilder:
         return row | {column: float(row[column]) for column in ("RescaleSlope", "RescaleIntercept", "ZSpacing")}, None
 
 
-def load_cohort(data_dir: str | Path, split: str, limit: int | None = None) -> Cohort:
+def load_cohort(
+    data_dir: str | Path, split: str, limit: int | None = None, patients: str | Path | None = None
+) -> Cohort:
     """Volumes of one split in the hub's layout under data_dir, in the order of the label table.
 
     Joins labels, metadata and the no-chest list by VolumeName; a volume present in both versions is taken from the
     `_fixed` folder, one present in neither from the manifest of streamed ones, with its `signature`. `limit` stops
-    after that many usable volumes. Paths are built from names, the tree is never listed. Raises CohortError where a
-    table or a column is missing or nothing usable is left.
+    after that many usable volumes. `patients` is a table as of `read_patients`. Paths are built from names, the tree is
+    never listed. Raises CohortError where a table or a column is missing or nothing usable is left.
     """
     data_dir = Path(data_dir)
     if split not in ct_rate.SPLITS:
         raise CohortError(f"found split {split!r}, expected one of {', '.join(ct_rate.SPLITS)}; choose one")
     if not data_dir.is_dir():
         raise CohortError(f"found no folder {data_dir}, expected the cohort's; check --data-dir")
-    builder = CohortBuilder(data_dir, split)
+    builder = CohortBuilder(data_dir, split, patients)
     cohort = builder.cohort
     labelled = dict.fromkeys(builder.labelled)
-    unlabelled = [name for name in builder.metadata.rows if name not in labelled]
-    for name in [*labelled, *unlabelled]:
+    for name in [*labelled, *builder.unlabelled]:
         if limit is not None and len(cohort) >= limit:
             break
         found = builder.find(name)

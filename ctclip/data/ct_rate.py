@@ -14,7 +14,11 @@ from ctclip_model import ABNORMALITIES
 
 SPLITS = ("train", "valid")
 VOLUME_SUFFIX = ".nii.gz"
-NAME_FORM = re.compile(r"[^\W_]+_[^\W_]+_[^\W_]+_\d+")  # split, patient, scan, reconstruction
+SUFFIX = re.compile(r"\.(nii(\.gz)?|mha|mhd|nrrd|hdr|img|dcm|npz|npy)$", re.IGNORECASE)  # of volume files
+# Split, patient, scan, reconstruction. No looser: "chest_ct_scan_001" or "UKB_2020_007_1" mean something else.
+NAME_FORM = re.compile(
+    rf"((?P<scan>(?P<patient>(train|valid|test)_\d+)_[a-z]+)_\d+)({SUFFIX.pattern})?", re.IGNORECASE | re.ASCII
+)
 GEOMETRY_COLUMNS = ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")  # what a version-1 file needs
 OPTIONAL_COLUMNS = ("PatientSex", "PatientAge", "Manufacturer")
 SUBGROUP_COLUMNS = (*OPTIONAL_COLUMNS, "SliceThickness", "ZSpacing")
@@ -37,34 +41,43 @@ def split_of(name: str) -> str:
 
 
 def scan_of(name: str) -> str:
-    """train_12_a_1.nii.gz -> train_12_a."""
-    return "_".join(_parts(name)[:3])
+    """train_12_a_1.nii.gz -> train_12_a; a name of another form, without its suffix, is a scan of its own."""
+    form = _form(name)
+    return form["scan"].lower() if form else _without_suffix(name)
 
 
 def patient_of(name: str) -> str:
-    """train_12_a_1.nii.gz -> train_12."""
-    return "_".join(_parts(name)[:2])
+    """train_12_a_1.nii.gz -> train_12; a name of another form, without its suffix, is a patient of its own."""
+    form = _form(name)
+    return form["patient"].lower() if form else _without_suffix(name)
 
 
-def _parts(name: str) -> list[str]:
-    return PurePosixPath(name).name.removesuffix(VOLUME_SUFFIX).split("_")
+def _form(name: str) -> re.Match[str] | None:
+    return NAME_FORM.fullmatch(name.replace("\\", "/").rpartition("/")[2])
+
+
+def _without_suffix(name: str) -> str:
+    return SUFFIX.sub("", name.replace("\\", "/"))
 
 
 def names_patient(name: str) -> bool:
-    """Whether a name has CT-RATE's form. Any other name may tell patients apart wrongly."""
-    return NAME_FORM.fullmatch(PurePosixPath(name).name.removesuffix(VOLUME_SUFFIX)) is not None
+    """Whether a name has CT-RATE's form, with or without folders and suffix. Any other says nothing about patients."""
+    return _form(name) is not None
 
 
 def volume_name(text: str) -> str:
-    """The name in a table's cell: CT-RATE's without folders; any other as it is, since folders may tell scans apart."""
+    """The name in a table's cell: CT-RATE's as CT-RATE writes it, without folders, in lower case and with .nii.gz; any
+    other as it is, since folders, case and suffix may tell scans apart."""
     text = text.strip()
-    return PurePosixPath(text).name if names_patient(text) else text
+    form = _form(text)
+    return form[1].lower() + VOLUME_SUFFIX if form else text
 
 
 def volume_path(name: str, fixed: bool) -> Path:
     """Where the hub keeps a volume: `fixed` chooses version 2 (already HU), else version 1 (raw stored values)."""
-    folder = split_of(name) + ("_fixed" if fixed else "")
-    return Path("dataset", folder, patient_of(name), scan_of(name), name)
+    folder, parts = split_of(name) + ("_fixed" if fixed else ""), PurePosixPath(_without_suffix(name)).name.split("_")
+    file = name if SUFFIX.search(name) else name + VOLUME_SUFFIX
+    return Path("dataset", folder, "_".join(parts[:2]), "_".join(parts[:3]), file)
 
 
 def labels_path(split: str) -> Path:

@@ -53,9 +53,10 @@ def ece_if_calibrated(probabilities: np.ndarray, group: np.ndarray, draws: int =
 
 
 def interval(values: np.ndarray) -> list[float] | None:
-    """[low, high] percentiles of (1 + B,); None where the metric is undefined in too many resamples to say."""
+    """[low, high] percentiles of (1 + B,); None where there are no resamples, or the metric is undefined in too many to
+    say."""
     known = values[1:][~np.isnan(values[1:])]
-    if len(known) < DEFINED * (len(values) - 1):
+    if not len(known) or len(known) < DEFINED * (len(values) - 1):
         return None
     tail = (1 - LEVEL) / 2
     return [float(x) for x in np.quantile(known, (tail, 1 - tail))]

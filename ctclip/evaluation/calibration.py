@@ -259,7 +259,7 @@ def cross_folds(patients: Sequence[str] | np.ndarray, seed: int = 0) -> Iterator
     if len(unique) < 2:
         raise EvaluationError(
             f"found volumes of 1 patient only ({unique[0]}), expected at least 2 to cross-fit thresholds; give tuning "
-            "tables of other patients, or name volumes as CT-RATE does (train_12_a_1.nii.gz is patient train_12)"
+            "tables of other patients, or a PatientID column or --patients CSV that tells patients apart"
         )
     fold = (np.random.default_rng(seed).permutation(len(unique)) % FOLDS)[index]
     for k in np.unique(fold):
@@ -292,7 +292,7 @@ def fit_thresholds(rows: Rows, tuning: tuple[VolumeTable, VolumeTable] | None, s
     """Calibration and thresholds from tuning patients, or cross-fitted by patient where there are none."""
     source, fitted_on, folds = rows, CROSS_FITTED, cross_folds(rows.patients)
     if tuning is not None:
-        source, fitted_on = tuning_rows(tuning, settings.unit, settings.allow_partial), TUNING
+        source, fitted_on = tuning_rows(tuning, settings.unit, settings.allow_partial, rows.ids), TUNING
         check_no_overlap(rows.patients, source.patients, tuning[0].source)
         folds = iter([(np.ones(len(source), bool), np.ones(len(rows), bool))])  # one, of everybody
 

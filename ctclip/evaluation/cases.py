@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ctclip.data.cohort import load_cohort
 from ctclip.data.ct_rate import FETCH_COMMAND
+from ctclip.data.patients import StatedIds
 from ctclip.data.preprocessing import read_volume
 from ctclip.data.volume_file import VolumeError
 from ctclip.data.windows import Window, display_window
@@ -57,15 +58,15 @@ def worst_cases(rows: Rows, fitted: FittedThresholds) -> list[Case]:
 
 
 def with_pictures(
-    cases: Sequence[Case], unit: str, data_dir: Path, most: int
+    cases: Sequence[Case], unit: str, data_dir: Path, most: int, ids: StatedIds | None = None
 ) -> tuple[list[Case], list[tuple[str, str]]]:
     """(the cases, the first `most` of each label and kind with a picture; what could not be read, as (name, reason)).
 
-    A row of merged volumes shows the first of them. Each volume is read once; those that were streamed and have no file
-    are counted under one reason. Raises CohortError where `data_dir` has no usable cohort.
+    A row of volumes merged as `ids` states them shows the first of them. Each volume is read once; those that were
+    streamed and have no file are counted under one reason. Raises CohortError where `data_dir` has no usable cohort.
     """
     cohort = load_cohort(data_dir, "valid").volumes[::-1]  # so that the first volume of a row stays
-    volumes = dict(zip(row_keys([volume.name for volume in cohort], unit).tolist(), cohort, strict=True))
+    volumes = dict(zip(row_keys([volume.name for volume in cohort], unit, ids).tolist(), cohort, strict=True))
     wanted: dict[str, list[int]] = {}
     seen: Counter[tuple[str, str]] = Counter()
     for place, case in enumerate(cases):

@@ -12,14 +12,22 @@ import numpy as np
 from ctclip.config import CALIBRATION_FILE, Settings
 from ctclip.data.cohort import read_metadata
 from ctclip.data.ct_rate import PREVALENCE
-from ctclip.data.tables import CohortError
+from ctclip.data.patients import merge_ids, read_patients
+from ctclip.data.tables import CohortError, join
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import load_calibration, read_prevalence
 from ctclip.evaluation.cases import with_pictures, worst_cases
 from ctclip.evaluation.evaluate import evaluate_tables, write_calibrated, write_evaluation
 from ctclip.evaluation.render import format_report
 from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE, check_output_folder, run_metadata
-from ctclip.evaluation.tables import EvaluationInputs, read_labels, read_predictions, rows_of, write_table
+from ctclip.evaluation.tables import (
+    EvaluationInputs,
+    patients_of,
+    read_labels,
+    read_predictions,
+    rows_of,
+    write_table,
+)
 from ctclip.evaluation.thresholds import objective_score
 from ctclip.fileio import make_folder
 from ctclip.formatting import percent
@@ -42,6 +50,8 @@ def settings_from_flags(args: argparse.Namespace) -> Settings:
         read_predictions(args.baseline)
     if args.metadata:
         read_metadata(args.metadata)
+    if getattr(args, "patients", None):
+        read_patients(args.patients)
     return Settings(
         args.objective, args.calibration, args.unit, read_prevalence(args.prevalence) if args.prevalence else None,
         args.resamples, allow_partial=args.allow_partial,
@@ -60,7 +70,7 @@ def evaluate_and_write(
     other = read_predictions(baseline) if baseline else None
     groups = read_metadata(metadata) if metadata else run_metadata(inputs.data_dir)
     volumes = inputs.predictions.frame.index
-    if metadata and not set(groups or ()) & set(volumes):
+    if metadata and not join(volumes, groups or ()):
         raise UserError(f"{metadata}: found no row for any of the {len(volumes)} volumes, expected rows named as they "
                         "are; check VolumeName")
     evaluation = evaluate_tables(inputs, settings, other, groups)
@@ -69,7 +79,7 @@ def evaluate_and_write(
     unread: list[tuple[str, str]] = []
     if inputs.data_dir is not None and pictures:
         try:
-            cases, unread = with_pictures(cases, evaluation.rows.unit, inputs.data_dir, pictures)
+            cases, unread = with_pictures(cases, evaluation.rows.unit, inputs.data_dir, pictures, evaluation.rows.ids)
         except CohortError as error:  # the volumes may be elsewhere; the metrics need none of them
             unread = [("any volume", str(error))]
     write_evaluation(output_dir, evaluation, cases)
@@ -78,14 +88,16 @@ def evaluate_and_write(
         print(f"No picture of {name}: {reason}")
 
 
-def apply_calibration(source: str, predictions: str, output_dir: Path) -> None:
+def apply_calibration(source: str, predictions: str, output_dir: Path, patients: str | None = None) -> None:
     """`--apply`: other predictions, calibrated and rescaled by a stored calibration, as two tables in `output_dir`."""
     path = Path(source)
     calibration = load_calibration(path / CALIBRATION_FILE if path.is_dir() else path)
-    frame = read_predictions(predictions).frame
-    rows = rows_of(frame, None, list(frame.index), calibration.unit)
+    table = read_predictions(predictions)
+    names = list(table.frame.index)
+    ids = merge_ids([(predictions, table.ids), ("--patients", patients_of(patients, table))], names)
+    rows = rows_of(table.frame, None, names, calibration.unit, ids=ids)
     check_output_folder(make_folder(output_dir, "change --output-dir"))
-    write_calibrated(output_dir, calibration, rows.names, rows.probabilities)
+    write_calibrated(output_dir, calibration, rows)
     positive = (rows.probabilities >= calibration.thresholds).mean()
     print(f"{len(rows):,} {rows.unit}s; calibration {calibration.method}, thresholds for {calibration.objective}: "
           f"positive rate {percent((rows.probabilities >= 0.5).mean())} at 0.5 uncalibrated, {percent(positive)} tuned")
@@ -105,8 +117,8 @@ def example_inputs(folder: Path) -> EvaluationInputs:
         labels = np.repeat(rng.random(shape) < list(PREVALENCE.values()), 2, axis=0).astype(np.int8)
         score = DISTANCE * labels + np.repeat(rng.normal(size=shape), 2, axis=0)
         score = score + 0.05 * rng.normal(size=labels.shape)
-        names = [f"simulated{prefix.rstrip('_')}_{patient}_a_{k}.nii.gz" for patient in range(1, 1 + patients)
-                 for k in (1, 2)]
+        split = "train" if prefix else "valid"
+        names = [f"{split}_{patient}_a_{k}.nii.gz" for patient in range(1, 1 + patients) for k in (1, 2)]
         paths = folder / f"{prefix}predictions.csv", folder / f"{prefix}labels.csv"
         write_table(paths[0], names, 1 / (1 + np.exp(-(score + OVERCONFIDENCE))))
         write_table(paths[1], names, labels)

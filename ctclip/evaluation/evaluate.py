@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,7 +21,8 @@ import pandas as pd
 
 from ctclip import __version__
 from ctclip.config import CALIBRATION_FILE, SYNTHETIC_NOTE, UNITS, Settings
-from ctclip.data.ct_rate import names_patient
+from ctclip.data.patients import StatedIds, merge_ids, stated_ids, without_patient
+from ctclip.data.tables import ID_COLUMNS, PATIENT_COLUMN
 from ctclip.evaluation import bootstrap, figures, render, report, subgroups, tables, thresholds
 from ctclip.evaluation import metrics as measure
 from ctclip.evaluation.calibration import CROSS_FITTED, TUNING, Calibration, FittedThresholds, fit_thresholds
@@ -74,22 +75,19 @@ def evaluate(
 ) -> dict:
     """Everything format_report prints and metrics.json holds; with `output_dir` also writes the files and figures.
 
-    Tables are those of load_predictions and load_labels. `tuning` is (predictions, labels) of patients who do not
-    occur in `predictions`; without it everything fitted is cross-fitted by patient. `baseline` holds other predictions
-    for the same volumes. `history` is log.jsonl's list of epochs. `metadata` is {volume: row of text cells}, for
-    subgroups. `settings` are those of Settings.
+    Tables are those of load_predictions and load_labels, or any DataFrame with the 18 columns whose index, or column
+    VolumeName, names the volumes; a column PatientID, and ScanID, says whose they are. `tuning` is (predictions,
+    labels) of patients who do not occur in `predictions`; without it everything fitted is cross-fitted by patient.
+    `baseline` holds other predictions for the same volumes. `history` is log.jsonl's list of epochs. `metadata` is
+    {volume: row of text cells}, for subgroups. `settings` are those of Settings.
     """
-    fitted_on = None if tuning is None else (_as_table(tuning[0]), _as_table(tuning[1]))
-    inputs = EvaluationInputs(_as_table(predictions), _as_table(labels), fitted_on, history, phantom)
-    other = None if baseline is None else _as_table(baseline)
+    fitted_on = None if tuning is None else (tables.as_table(tuning[0]), tables.as_table(tuning[1]))
+    inputs = EvaluationInputs(tables.as_table(predictions), tables.as_table(labels), fitted_on, history, phantom)
+    other = None if baseline is None else tables.as_table(baseline)
     evaluation = evaluate_tables(inputs, Settings(**settings), other, metadata)
     if output_dir is not None:
         write_evaluation(output_dir, evaluation, worst_cases(evaluation.rows, evaluation.fitted))
     return evaluation.metrics
-
-
-def _as_table(table: AnyTable) -> VolumeTable:
-    return table if isinstance(table, VolumeTable) else VolumeTable(table)
 
 
 def evaluate_tables(
@@ -98,13 +96,17 @@ def evaluate_tables(
 ) -> Evaluation:
     """`evaluate` without files: nothing is written."""
     of = {"predictions": inputs.predictions, "labels": inputs.labels}
-    of |= {} if baseline is None else {"baseline": baseline}
+    of = tables.joined(of | ({} if baseline is None else {"baseline": baseline}))
     volumes, skipped = tables.common_volumes(of, settings.allow_partial)
-    rows = tables.rows_of(inputs.predictions.frame, inputs.labels.frame, volumes, settings.unit, skipped)
+    predictions, labels = of["predictions"].frame, of["labels"].frame
+    ids = _stated_ids(inputs, of, metadata)
+    rows = tables.rows_of(predictions, labels, volumes, settings.unit, skipped, ids)
     y, p = rows.labels, rows.probabilities
     fitted = fit_thresholds(rows, inputs.tuning, settings)
     stored = fitted.calibration
     resamples = bootstrap.draw(rows.patients, settings.resamples, settings.seed)
+    if rows.n_patients < bootstrap.MIN_CASES:  # no intervals: they would be far too short
+        resamples = replace(resamples, counts=resamples.counts[:1])
     scores = score_decisions(rows, fitted, resamples)
     sweep = measure.threshold_sweep(y, p, TABLE_THRESHOLDS)
     calibration, calibration_intervals, brier_intervals = _calibration(rows, fitted, resamples)
@@ -135,7 +137,7 @@ def evaluate_tables(
         "n_rows": len(rows),
         "n_volumes": rows.n_volumes,
         "n_patients": rows.n_patients,
-        "volumes_without_patient": sum(not names_patient(name) for name in volumes),
+        "volumes_without_patient": without_patient(volumes, ids),
         "left_out": rows.skipped | fitted.skipped,
         "probabilities": {name: float(getattr(p, name)()) for name in ("min", "max", "mean")},
         "threshold_table": [{"threshold": float(threshold)} | {key: float(sweep[key][i, 0]) for key in TABLE_METRICS}
@@ -152,17 +154,34 @@ def evaluate_tables(
         "settings": asdict(settings),
         "versions": {"ctclip": __version__, "python": platform.python_version(), "numpy": np.__version__},
     }
+    unused = {table.source: list(table.unused) for table in (*of.values(), *(inputs.tuning or ())) if table.unused}
+    if unused:
+        metrics["unused_columns"] = unused
     if metadata is not None:
         groups = subgroups.row_attributes(rows, volumes, metadata)
         metrics["subgroups"] = subgroups.subgroup_metrics(rows, p >= fitted.thresholds, groups, resamples)
     if baseline is not None:
-        others = tables.rows_of(baseline.frame, inputs.labels.frame, volumes, settings.unit)
+        others = tables.rows_of(of["baseline"].frame, labels, volumes, settings.unit, ids=ids)
         if inputs.tuning is not None:  # the baseline has none, so both are cross-fitted
             scores = score_decisions(rows, fit_thresholds(rows, None, settings), resamples)
         theirs = score_decisions(others, fit_thresholds(others, None, settings), resamples)
         metrics["baseline"] = {"source": baseline.source} | _comparison(scores, theirs)
     metrics["success_criteria"] = success_criteria(metrics)
     return Evaluation(metrics, rows, fitted, inputs)
+
+
+def _stated_ids(
+    inputs: EvaluationInputs, of: Mapping[str, VolumeTable], metadata: Mapping[str, Mapping[str, str]] | None
+) -> StatedIds:
+    """What all tables together state of the patients and scans of all volumes, those of tuning patients too."""
+    every = (*of.values(), *(inputs.tuning or ()))
+    columns = {column: [row[column] for row in metadata.values()] for column in ID_COLUMNS
+               if all(column in row for row in metadata.values())} if metadata else {}
+    sources = [*((table.source, table.ids) for table in every), ("--patients", inputs.patients)]
+    if PATIENT_COLUMN in columns:
+        sources.append(("the metadata table", stated_ids(metadata or (), columns, "the metadata table")))
+    firsts = of["predictions"].frame.index, *(table.frame.index for table in (inputs.tuning or ())[:1])
+    return merge_ids(sources, (name for index in firsts for name in index))
 
 
 def score_decisions(rows: Rows, fitted: FittedThresholds, resamples: measure.Resamples) -> dict[str, Scores]:
@@ -266,7 +285,7 @@ def write_evaluation(output_dir: str | Path, evaluation: Evaluation, cases: Sequ
     metrics, rows, fitted, inputs = evaluation.metrics, evaluation.rows, evaluation.fitted, evaluation.inputs
     with replacing(folder / "metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    own, given = folder / "predictions.csv", inputs.predictions.frame[list(ABNORMALITIES)]
+    own, given = folder / "predictions.csv", inputs.predictions.frame
     if not _holds(own, given):  # a run's own file stays as it was written, with its other columns
         with replacing(own) as path:
             given.to_csv(path)
@@ -276,19 +295,17 @@ def write_evaluation(output_dir: str | Path, evaluation: Evaluation, cases: Sequ
     for name in APPLIED_FILES:
         (folder / name).unlink(missing_ok=True)
     if fitted.fitted_on == TUNING:  # cross-fitted columns are made of five maps: no file that anyone could compare
-        write_calibrated(folder, fitted.calibration, rows.names, rows.probabilities)
+        write_calibrated(folder, fitted.calibration, rows)
     arrays = rows.labels, rows.probabilities, fitted.calibrated
     figures.write_figures(folder, metrics, *arrays, report.figure_captions(metrics), inputs.history)
     render.write_page(folder / PAGE, metrics, *arrays, inputs.history, inputs.record, cases)
 
 
-def write_calibrated(
-    folder: Path, calibration: Calibration, names: Sequence[str] | np.ndarray, probabilities: np.ndarray
-) -> None:
+def write_calibrated(folder: Path, calibration: Calibration, rows: Rows) -> None:
     """APPLIED_FILES: the probabilities calibrated, and rescaled so that 0.5 decides as the tuned thresholds do."""
     calibrated, rescaled = APPLIED_FILES
-    tables.write_table(folder / calibrated, names, calibration.apply(probabilities))
-    tables.write_table(folder / rescaled, names, calibration.rescale_to_half(probabilities))
+    tables.write_table(folder / calibrated, rows.names, calibration.apply(rows.probabilities), rows.row_ids)
+    tables.write_table(folder / rescaled, rows.names, calibration.rescale_to_half(rows.probabilities), rows.row_ids)
 
 
 def _holds(path: Path, predictions: pd.DataFrame) -> bool:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ctclip.data.patients import own_patient_note
+from ctclip.data.tables import some
 from ctclip.evaluation import figures
 from ctclip.evaluation.bootstrap import MIN_CASES
 from ctclip.evaluation.calibration import CROSS_FITTED, TUNING
@@ -27,6 +29,7 @@ METRIC_ROWS = (  # of the dictionary M, in the order they are shown
     ("Recall macro", "recall_macro"), ("CRG", "crg"),
 )
 WHEN = ("before", "after")  # calibration
+NO_INTERVALS = f"No intervals with fewer than {MIN_CASES} patients"
 STOPS, UNDEFINED = np.arange(201) / 200, 65535  # of the page's slider
 
 
@@ -129,8 +132,11 @@ def data_facts(metrics: Mapping) -> list[tuple[str, str]]:
     if differ := unit["conflicting_labels"]:
         facts.append(("", f"labels differ within {differ:,} of the rows: a label of any volume counts"))
     if unnamed := metrics["volumes_without_patient"]:
-        facts.append(("", f"{unnamed:,} names are not like train_12_a_1.nii.gz: patients may be told apart wrongly, "
-                      "and intervals be too narrow"))
+        facts.append(("", own_patient_note(unnamed, metrics["n_volumes"])))
+    if metrics["n_patients"] < MIN_CASES:
+        facts.append(("", f"{NO_INTERVALS}: they would be far too short"))
+    for source, columns in metrics.get("unused_columns", {}).items():
+        facts.append(("Not used", f"{some(columns)} of {source}: none of the 18 findings"))
     for source, count in metrics["left_out"].items():
         facts.append(("Skipped", f"{count:,} rows of the {source}, absent from the other tables (--allow-partial)"))
     return facts + [
@@ -138,6 +144,13 @@ def data_facts(metrics: Mapping) -> list[tuple[str, str]]:
         ("At or above 0.5", f"{percent(half['positive_rate'])} of {rows * N_LABELS:,} decisions "
                             f"(truly positive: {percent(half['label_rate'])})"),
     ]
+
+
+def _resampled(metrics: Mapping, text: str) -> str:
+    """`text` with the number of resamples, or that there are none."""
+    if metrics["n_patients"] < MIN_CASES:
+        return NO_INTERVALS
+    return text.format(f"{metrics['settings']['resamples']:,} bootstrap resamples")
 
 
 def _headline(metrics: Mapping) -> Section:
@@ -159,8 +172,8 @@ def _headline(metrics: Mapping) -> Section:
     ]
     return _section(
         "headline", "Headline results",
-        f"Each value with its 95 % interval from {metrics['settings']['resamples']:,} bootstrap resamples of the "
-        f"patients. Tuned: one threshold per label, {fitted_on(metrics['thresholds'])}.",
+        f"{_resampled(metrics, 'Each value with its 95 % interval from {} of the patients')}. "
+        f"Tuned: one threshold per label, {fitted_on(metrics['thresholds'])}.",
         Table("Headline results", ("", "", ""), rows),
     )
 
@@ -182,8 +195,8 @@ def _comparison(metrics: Mapping) -> Section:
     columns = ("Metric", "At 0.5", "Calibrated, at 0.5", "Global threshold", "Tuned (95 % CI)", "Tuned - at 0.5")
     return _section(
         "comparison", "Performance comparison",
-        f"Thresholds and calibration: {fitted_on(metrics['thresholds'])}. Tuned: one threshold per label. 95 % CI: "
-        f"{metrics['settings']['resamples']:,} bootstrap resamples of the {metrics['n_patients']:,} patients. "
+        f"Thresholds and calibration: {fitted_on(metrics['thresholds'])}. Tuned: one threshold per label. "
+        f"{_resampled(metrics, '95 % CI: {} of the ' + format(metrics['n_patients'], ',') + ' patients')}. "
         "AUROC needs no threshold.",
         Table("Performance comparison", columns, rows),
     )
@@ -326,9 +339,10 @@ def _baseline(metrics: Mapping) -> Section:
     columns = ("Label", "AUROC", "p", "Corrected p", "F1, tuned", "p", "Corrected p")
     return _section(
         "baseline", "Comparison with the baseline",
-        f"Baseline: {base['source']}. Thresholds of both are {base['fitted_on']}. Differences are this - baseline on "
-        "the same bootstrap resamples: 95 % interval, two-sided p; per label also corrected for 18 labels (Holm). F1 "
-        "at the tuned thresholds. Undefined: only one class, here or in too many resamples.",
+        f"Baseline: {base['source']}. Thresholds of both are {base['fitted_on']}. Differences are this - baseline"
+        + (f". {NO_INTERVALS}." if metrics["n_patients"] < MIN_CASES else
+           " on the same bootstrap resamples: 95 % interval, two-sided p; per label also corrected for 18 labels "
+           "(Holm). F1 at the tuned thresholds. Undefined: only one class, here or in too many resamples."),
         Table("Differences", ("Metric", "Baseline", "This", "Difference (95 % CI)", "p"), rows),
         Table("Differences per label", columns, per_label, sortable=True),
     )
@@ -343,7 +357,8 @@ def decision_table(labels: Sequence[str], thresholds: Iterable[float], calibrate
 
 def settings_section(metrics: Mapping, record: Mapping) -> Section:
     """Settings and versions of the evaluation, and what a run's run.json (else {}) says of the training."""
-    config = {key: value for key, value in (record.get("config") or {}).items() if key != "data_dir"}  # a private path
+    # Without private paths.
+    config = {key: value for key, value in (record.get("config") or {}).items() if key not in ("data_dir", "patients")}
     run = {key: record[key] for key in ("status", "device", "precision", "volumes", "patients") if key in record}
     data = data_name(record)
     parts = {

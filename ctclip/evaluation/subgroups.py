@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ctclip.data.tables import join
 from ctclip.evaluation.bootstrap import enough_cases, intervals
 from ctclip.evaluation.metrics import Resamples, drawn_once, nanmean, plain, ranking_columns, resampled_decisions
 from ctclip.evaluation.tables import Rows, row_keys
@@ -46,8 +47,9 @@ def row_attributes(
 ) -> list[dict[str, str]]:
     """Attributes of each row, UNKNOWN for volumes without metadata; of merged volumes that differ, "several"."""
     merged: dict[str, dict[str, str]] = {}
-    for key, volume in zip(row_keys(volumes, rows.unit), volumes, strict=True):
-        groups = attributes(metadata.get(volume, {}))
+    there = join(volumes, metadata)
+    for key, volume in zip(row_keys(volumes, rows.unit, rows.ids), volumes, strict=True):
+        groups = attributes(metadata.get(there.get(volume, ""), {}))
         known = merged.setdefault(key, groups)
         known |= {attribute: "several" for attribute, group in groups.items() if known[attribute] != group}
     return [merged[str(name)] for name in rows.names]

@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ctclip.config import UNITS
-from ctclip.data.ct_rate import patient_of, scan_of
-from ctclip.data.tables import number, read_table, some
+from ctclip.data.ct_rate import volume_name
+from ctclip.data.patients import (
+    StatedIds,
+    id_columns,
+    ids_in_table,
+    merge_ids,
+    patient_and_scan,
+    read_patients,
+    stated_ids,
+)
+from ctclip.data.tables import ID_COLUMNS, NAME_COLUMN, how_names_differ, join, read_table, some, unknown_columns
 from ctclip.evaluation.metrics import EvaluationError, checked
 from ctclip.fileio import replacing
 from ctclip_model import ABNORMALITIES
@@ -19,11 +29,22 @@ from ctclip_model import ABNORMALITIES
 
 @dataclass(frozen=True)
 class VolumeTable:
-    """Numbers by VolumeName and label, where they were read, and the line of each volume in that file."""
+    """Numbers by VolumeName and label, and PatientID and ScanID where they are stated; where they were read, the line
+    of each row in that file, and the columns there that nothing uses."""
 
     frame: pd.DataFrame
     source: str = "a table given in memory"
-    lines: Mapping[str, int] = field(default_factory=dict)
+    lines: Sequence[int] = ()
+    unused: Sequence[str] = ()
+
+    @property
+    def ids(self) -> StatedIds:
+        columns = {column: self.frame[column].tolist() for column in ID_COLUMNS if column in self.frame}
+        return stated_ids(self.frame.index, columns, self.source)
+
+    def where(self, name: str) -> str:
+        """" (line 3)", where that is known."""
+        return f" (line {self.lines[self.frame.index.get_loc(name)]})" if len(self.lines) else ""
 
 
 @dataclass(frozen=True)
@@ -32,7 +53,8 @@ class EvaluationInputs:
 
     `tuning` is (predictions, labels) of patients who do not occur in `predictions`. `history` is log.jsonl's list of
     epochs. `data_dir` is the cohort's folder, where volumes and metadata are looked up; `record` is a run's run.json.
-    `note` is a disclaimer shown with the results, where they are not of phantoms.
+    `note` is a disclaimer shown with the results, where they are not of phantoms. `patients` is what the table of
+    --patients states.
     """
 
     predictions: VolumeTable
@@ -43,10 +65,12 @@ class EvaluationInputs:
     data_dir: Path | None = None
     record: Mapping = field(default_factory=dict)
     note: str | None = None
+    patients: StatedIds = field(default_factory=dict)
 
 
 def load_predictions(path: str | Path) -> pd.DataFrame:
-    """Probabilities indexed by VolumeName, the 18 columns in ABNORMALITIES' order (matched by name, others ignored).
+    """Probabilities indexed by VolumeName, the 18 columns in ABNORMALITIES' order (matched by name), then PatientID and
+    ScanID where the file has them.
 
     Any fault of the file raises EvaluationError naming file, line and remedy.
     """
@@ -68,37 +92,81 @@ def read_predictions(path: str | Path) -> VolumeTable:
 def read_labels(path: str | Path) -> VolumeTable:
     """`load_labels` with the table's origin, for messages."""
     table = _read(path, lambda values: np.isin(values, (0, 1)), "0 or 1", "correct the label or remove the row", True)
-    return replace(table, frame=table.frame.astype(np.int8))
+    return replace(table, frame=table.frame.astype(dict.fromkeys(ABNORMALITIES, np.int8)))
 
 
 def _read(
     path: str | Path, valid: Callable[[np.ndarray], np.ndarray], expected: str, remedy: str, repeats: bool = False
 ) -> VolumeTable:
     """A table in which every row is whole. Training skips the others; here they would change what is measured."""
-    table = read_table(path, ABNORMALITIES, error=EvaluationError)
+    table = read_table(path, ABNORMALITIES, optional=ID_COLUMNS, error=EvaluationError)
     if faults := table.faults or (not repeats and table.repeated):
         raise EvaluationError(faults[0])
-    if not table.rows:
+    if not table.place:
         raise EvaluationError(f"{path}: found no rows below the header, expected at least one volume; add them")
-    values = np.array([[number(cell) for cell in cells] for cells in table.rows.values()])  # NaN for other text
-    bad, names = ~valid(values), list(table.rows)
+    values, bad = table.numbers, ~valid(table.numbers)
     if bad.any():
         row, column = np.argwhere(bad)[0]
         found = "no number" if np.isnan(values[row, column]) else f"{values[row, column]:g}"
         more = f" ({bad.sum()} such values)" if bad.sum() > 1 else ""
-        raise EvaluationError(f"{path}, line {table.lines[names[row]]}: found {found} for {ABNORMALITIES[column]} of "
-                              f"{names[row]}{more}, expected {expected}; {remedy}")
-    return VolumeTable(_frame(names, values), str(path), table.lines)
+        raise EvaluationError(f"{path}, line {table.lines[row]}: found {found} for {ABNORMALITIES[column]} of "
+                              f"{list(table.place)[row]}{more}, expected {expected}; {remedy}")
+    ids_in_table(table)  # raises where a cell is empty
+    columns = {column: [row[at] for row in table.texts] for at, column in enumerate(table.columns)}
+    frame = _frame(list(table.place), values, columns)
+    return VolumeTable(frame, str(path), table.lines, unknown_columns(table.others))
 
 
-def _frame(names: Sequence[str] | np.ndarray, values: np.ndarray) -> pd.DataFrame:
-    return pd.DataFrame(values, index=pd.Index(names, name="VolumeName"), columns=list(ABNORMALITIES))
+def _frame(
+    names: Sequence[str] | np.ndarray, values: np.ndarray, columns: Mapping[str, Sequence[str]] | None = None
+) -> pd.DataFrame:
+    frame = pd.DataFrame(values, index=pd.Index(names, name=NAME_COLUMN), columns=list(ABNORMALITIES))
+    return frame.assign(**columns) if columns else frame
 
 
-def write_table(path: str | Path, names: Sequence[str] | np.ndarray, values: np.ndarray) -> None:
-    """VolumeName and the 18 columns, as predictions (probabilities) and labels (0/1) files have them."""
+def write_table(
+    path: str | Path, names: Sequence[str] | np.ndarray, values: np.ndarray, ids: StatedIds | None = None
+) -> None:
+    """VolumeName and the 18 columns, as predictions (probabilities) and labels (0/1) files have them, and PatientID and
+    ScanID where `ids` states them."""
     with replacing(path) as temporary:
-        _frame(names, values).to_csv(temporary)
+        _frame(names, values, id_columns(names, ids or {})).to_csv(temporary)
+
+
+def as_table(table: Any) -> VolumeTable:
+    """A DataFrame given in memory, with names as files have them: its index, or its column VolumeName."""
+    if isinstance(table, VolumeTable):
+        return table
+    if not isinstance(table, pd.DataFrame):
+        raise EvaluationError(f"found a {type(table).__name__} as a table, expected a DataFrame; read files with "
+                              "load_predictions and load_labels")
+    frame = table.set_index(NAME_COLUMN) if NAME_COLUMN in table else table
+    names = frame.index.tolist()
+    if other := [name for name in names if not isinstance(name, str)]:
+        raise EvaluationError(f"found {other[0]!r} as the name of a volume in a DataFrame, expected text; put the "
+                              f"names into a column {NAME_COLUMN}, or into its index")
+    missing = [column for column in ABNORMALITIES if column not in frame]
+    if missing or not frame.columns.is_unique:
+        found = f"no column {some(missing)}" if missing else "a column twice"
+        raise EvaluationError(f"found {found} in a DataFrame, expected the 18 abnormalities once; check its columns")
+    wrong = [column for column in ABNORMALITIES if not pd.api.types.is_numeric_dtype(frame[column])]
+    if wrong:
+        raise EvaluationError(f"found text in column {some(wrong)} of a DataFrame, expected numbers; convert it")
+    unused = unknown_columns(str(column) for column in frame if column not in ABNORMALITIES)
+    ids = {column: ["" if pd.isna(cell) else str(cell).strip() for cell in frame[column]]
+           for column in ID_COLUMNS if column in frame}
+    index = pd.Index([volume_name(name) for name in names], name=NAME_COLUMN)
+    return VolumeTable(frame[list(ABNORMALITIES)].set_axis(index).assign(**ids), unused=unused)
+
+
+def joined(tables: Mapping[str, VolumeTable]) -> dict[str, VolumeTable]:
+    """The tables, with one name for a volume in all of them: that of the first (see `join`)."""
+    (key, first), *others = tables.items()
+    result = {key: first}
+    for key, table in others:
+        names = {other: name for name, other in join(first.frame.index, table.frame.index).items() if other != name}
+        result[key] = replace(table, frame=table.frame.rename(index=names)) if names else table
+    return result
 
 
 @dataclass(frozen=True)
@@ -107,7 +175,7 @@ class Rows:
 
     Made of `n_volumes` volumes. `unit` is a key of UNITS. `skipped` counts, by table, the volumes that others lack
     (only where that was allowed); `conflicts` the rows whose volumes were merged though their labels differ (a finding
-    counts if any of them has it).
+    counts if any of them has it). `ids`: what tables state of the volumes' patients and scans.
     """
 
     names: np.ndarray
@@ -118,6 +186,7 @@ class Rows:
     unit: str = "volume"
     skipped: dict[str, int] = field(default_factory=dict)
     conflicts: int = 0
+    ids: StatedIds = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -125,6 +194,13 @@ class Rows:
     @property
     def n_patients(self) -> int:
         return len(np.unique(self.patients))
+
+    @property
+    def row_ids(self) -> StatedIds:
+        """`ids` by the rows' names, where volumes were merged: of the patient alone."""
+        if self.unit == "volume" or not self.ids:
+            return self.ids
+        return {str(name): (str(patient), "") for name, patient in zip(self.names, self.patients, strict=True)}
 
 
 def common_volumes(tables: Mapping[str, VolumeTable], allow_partial: bool = False) -> tuple[list[str], dict[str, int]]:
@@ -142,47 +218,57 @@ def common_volumes(tables: Mapping[str, VolumeTable], allow_partial: bool = Fals
         for table, whole in ((other, first), (first, other)) if not allow_partial else ():
             missing = whole.frame.index.difference(table.frame.index, sort=False)
             if len(missing):
-                line = f" (line {whole.lines[missing[0]]})" if missing[0] in whole.lines else ""
+                differ = how_names_differ(table.frame.index.difference(whole.frame.index, sort=False), missing)
+                partial = ", or go on with those in both: --allow-partial" if len(missing) < len(whole.frame) else ""
                 raise EvaluationError(
                     f"{table.source}: found no row for {len(missing)} of the {len(whole.frame)} volumes in "
-                    f"{whole.source}, first {missing[0]}{line}, expected the same volumes; add them, remove them "
-                    "there, or go on with those in both: --allow-partial"
+                    f"{whole.source}, first {missing[0]}{whole.where(missing[0])}{differ}, expected the same volumes; "
+                    f"add them, {'' if partial else 'or '}remove them there{partial}"
                 )
         names &= set(other.frame.index)
     if not names:
         found = " and ".join(table.source for table in tables.values())
-        raise EvaluationError(f"{found}: found no volume in common, expected the same volumes; check VolumeName")
+        differ = how_names_differ(others[0].frame.index, first.frame.index) if others else ""
+        raise EvaluationError(f"{found}: found no volume in common{differ}, expected the same volumes; check "
+                              "VolumeName")
     skipped = {what: len(table.frame) - len(names) for what, table in tables.items() if len(table.frame) > len(names)}
     return [name for name in first.frame.index if name in names], skipped
 
 
 def rows_of(
     predictions: pd.DataFrame, labels: pd.DataFrame | None, names: Sequence[str], unit: str = "volume",
-    skipped: dict[str, int] | None = None,
+    skipped: dict[str, int] | None = None, ids: StatedIds | None = None,
 ) -> Rows:
-    """The named volumes of both tables, merged to `unit`; without `labels`, all of them are 0."""
+    """The named volumes of both tables, merged to `unit`; without `labels`, all of them are 0. Patients as `ids` states
+    them, by default the predictions' own columns."""
     columns = list(ABNORMALITIES)
     p = predictions.loc[names, columns].to_numpy()
     y, p = checked(np.zeros(p.shape) if labels is None else labels.loc[names, columns].to_numpy(), p)
-    rows = Rows(np.array(names), row_keys(names, "patient"), y, p, len(names), skipped=skipped or {})
+    ids = VolumeTable(predictions).ids if ids is None else ids
+    rows = Rows(np.array(names), row_keys(names, "patient", ids), y, p, len(names), skipped=skipped or {}, ids=ids)
     if unit not in UNITS:
         raise EvaluationError(f"found unit {unit!r}, expected one of {', '.join(UNITS)}")
     if unit != "volume":
-        rows = _merged(rows, "scan")
-    return _merged(rows, "patient") if unit == "patient" else rows
+        rows = _merged(rows, row_keys(names, "scan", ids), "scan")
+    return _merged(rows, rows.patients, "patient") if unit == "patient" else rows
 
 
-def tuning_rows(tuning: tuple[VolumeTable, VolumeTable], unit: str = "volume", allow_partial: bool = False) -> Rows:
-    """Rows of (predictions, labels) of tuning patients."""
-    predictions, labels = tuning
-    volumes, skipped = common_volumes({"tuning predictions": predictions, "tuning labels": labels}, allow_partial)
-    return rows_of(predictions.frame, labels.frame, volumes, unit, skipped)
+def tuning_rows(
+    tuning: tuple[VolumeTable, VolumeTable], unit: str = "volume", allow_partial: bool = False,
+    ids: StatedIds | None = None,
+) -> Rows:
+    """Rows of (predictions, labels) of tuning patients, by default as their own columns state them."""
+    both = joined({"tuning predictions": tuning[0], "tuning labels": tuning[1]})
+    predictions, labels = both.values()
+    volumes, skipped = common_volumes(both, allow_partial)
+    if ids is None:
+        ids = merge_ids([(table.source, table.ids) for table in both.values()], predictions.frame.index)
+    return rows_of(predictions.frame, labels.frame, volumes, unit, skipped, ids)
 
 
-def _merged(rows: Rows, unit: str) -> Rows:
-    """One row per scan or patient, in order of first appearance; probabilities by their mean over a scan's volumes,
-    the maximum over a patient's scans, labels by any."""
-    keys = row_keys(rows.names, unit)
+def _merged(rows: Rows, keys: np.ndarray, unit: str) -> Rows:
+    """One row per scan or patient, which `keys` (N,) name, in order of first appearance; probabilities by their mean
+    over a scan's volumes, the maximum over a patient's scans, labels by any."""
     where = pd.factorize(keys)[0]
     _, first, sizes = np.unique(where, return_index=True, return_counts=True)
     probabilities = np.zeros((len(first), rows.labels.shape[1]))
@@ -196,9 +282,18 @@ def _merged(rows: Rows, unit: str) -> Rows:
                    probabilities=probabilities, unit=unit, conflicts=rows.conflicts + int(differ.sum()))
 
 
+def patients_of(path: str | None, predictions: VolumeTable) -> StatedIds:
+    """What the table of --patients states, {} without one; raises where it is about other volumes."""
+    stated = read_patients(path) if path else {}
+    if path and not join(predictions.frame.index, stated):
+        raise EvaluationError(f"{path}: found no row for any of the {len(predictions.frame)} volumes, expected rows "
+                              "named as they are; check VolumeName")
+    return stated
+
+
 def check_no_overlap(reported: np.ndarray, tuning: np.ndarray, source: str) -> None:
     """EvaluationError where tuning patients are among the reported ones."""
-    shared = sorted(set(reported.tolist()) & set(tuning.tolist()))
+    shared = sorted(join(set(tuning.tolist()), set(reported.tolist())))
     if shared:
         raise EvaluationError(
             f"{source}: found {len(shared)} tuning patients among the reported ones ({some(shared)}), expected none; "
@@ -206,8 +301,10 @@ def check_no_overlap(reported: np.ndarray, tuning: np.ndarray, source: str) -> N
         )
 
 
-def row_keys(names: Iterable[str], unit: str) -> np.ndarray:
-    """The row of that unit to which each volume belongs, read from its name: train_12_a_1.nii.gz and
+def row_keys(names: Iterable[str], unit: str, ids: StatedIds | None = None) -> np.ndarray:
+    """The row of that unit to which each volume belongs (see data/patients.py): train_12_a_1.nii.gz and
     train_12_a_2.nii.gz are both of the scan train_12_a and of the patient train_12."""
-    key_of: dict[str, Callable[[str], str]] = {"volume": str, "scan": scan_of, "patient": patient_of}
-    return np.array([key_of[unit](name) for name in names])
+    if unit == "volume":
+        return np.array(list(names))
+    stated, place = ids or {}, ("patient", "scan").index(unit)
+    return np.array([patient_and_scan(name, stated.get(name))[place] for name in names])

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from ctclip.config import TrainingConfig
-from ctclip.data.cohort import load_cohort
+from ctclip.data.cohort import ids_of, load_cohort
 from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.loading import Batch, count_notes, notes_of
 from ctclip.evaluation.run_folder import RunError, read_history, results_folder, run_record, run_tuning
-from ctclip.evaluation.tables import EvaluationInputs, read_labels, read_predictions, write_table
+from ctclip.evaluation.tables import EvaluationInputs, patients_of, read_labels, read_predictions, write_table
 from ctclip.fileio import make_folder
 from ctclip.inference.predictor import load_model, predict_volumes, print_failures
 from ctclip.phantoms.cohort import is_phantom_cohort
@@ -24,11 +24,13 @@ def run_inputs(
     device: str | None = None,
     workers: int | None = None,
     tables: str | Path | None = None,
+    patients: str | None = None,
 ) -> EvaluationInputs:
     """The inputs of an evaluation, from a run folder.
 
     Predictions that are not there yet are made with the run's model, on the validation split of the run's cohort. With
-    `data_dir` they are made anew on that cohort, and kept in the folder `tables`, apart from the run's own.
+    `data_dir` they are made anew on that cohort, and kept in the folder `tables`, apart from the run's own. `patients`
+    is a table as of `read_patients`.
     """
     run = Path(run_dir)
     if not run.is_dir():
@@ -36,18 +38,20 @@ def run_inputs(
     tables = run if data_dir is None else Path(tables or results_folder(run, data_dir))
     present = (tables / "predictions.csv").is_file() and (tables / "labels.csv").is_file()
     if data_dir is not None or not present:
-        predict_run(run, data_dir, device, workers, tables)
+        predict_run(run, data_dir, device, workers, tables, patients)
     record = run_record(run)
     phantom = bool(record.get("phantom", False)) if data_dir is None else is_phantom_cohort(data_dir)
     cohort = data_dir or record.get("data_dir")
     predictions, labels = read_predictions(tables / "predictions.csv"), read_labels(tables / "labels.csv")
     history = read_history(run / "log.jsonl")
     folder = Path(cohort) if cohort else None
-    return EvaluationInputs(predictions, labels, run_tuning(run), history, phantom, folder, record)
+    stated = patients_of(patients, predictions)
+    return EvaluationInputs(predictions, labels, run_tuning(run), history, phantom, folder, record, patients=stated)
 
 
 def predict_run(
-    run: Path, data_dir: str | Path | None, device: str | None, workers: int | None, tables: Path
+    run: Path, data_dir: str | Path | None, device: str | None, workers: int | None, tables: Path,
+    patients: str | None = None,
 ) -> None:
     """Writes predictions.csv and labels.csv of the cohort's validation split into `tables`.
 
@@ -60,7 +64,7 @@ def predict_run(
             f"{run}: found no predictions.csv with labels.csv, expected them or a finished epoch to make them with; "
             "let training go on (--resume), or give --predictions and --labels"
         )
-    cohort = load_cohort(data_dir, "valid")
+    cohort = load_cohort(data_dir, "valid", patients=patients or record.get("config", {}).get("patients"))
     model = load_model(run, device)
     print(f"Predicting the unseen split of {data_dir}\n{cohort.summary()}")
     cache_dir = Path(record.get("config", {}).get("cache_dir", TrainingConfig.cache_dir))
@@ -85,7 +89,7 @@ def predict_run(
         print(count_notes(notes))
     if not read:
         raise RunError(f"{data_dir}: none of the {len(cohort)} volumes of its valid split could be read")
-    names = [volumes[i].name for i in read]
+    names, ids = [volumes[i].name for i in read], ids_of(volumes)
     make_folder(tables, "change --output-dir")
-    write_table(tables / "labels.csv", names, np.stack([volumes[i].labels for i in read]).astype(int))
-    write_table(tables / "predictions.csv", names, logits.sigmoid().numpy())
+    write_table(tables / "labels.csv", names, np.stack([volumes[i].labels for i in read]).astype(int), ids)
+    write_table(tables / "predictions.csv", names, logits.sigmoid().numpy(), ids)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ctclip.card_file import discard_card
 from ctclip.config import TrainingError
+from ctclip.data.cohort import ids_of
 from ctclip.data.feature_cache import encoder_digest
 from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import RESULT_FILES
@@ -319,9 +320,9 @@ def save_best(job: TrainingJob, best: BestEpoch) -> None:
         path.unlink(missing_ok=True)
     discard_card(folder)
     labels = {volume.name: volume.labels for volume in job.validation.volumes}
-    table = np.stack([labels[name] for name in best.names]).astype(int)
+    table, ids = np.stack([labels[name] for name in best.names]).astype(int), ids_of(job.validation.volumes)
     with full_disk_explained(folder, "The best weights", size_of(model.state_dict())):
         with swapped_in(model, tensors):
             model._save_pretrained(folder)
-        write_table(folder / "tuning_labels.csv", best.names, table)
-        write_table(folder / "tuning_predictions.csv", best.names, best.logits.sigmoid().numpy())
+        write_table(folder / "tuning_labels.csv", best.names, table, ids)
+        write_table(folder / "tuning_predictions.csv", best.names, best.logits.sigmoid().numpy(), ids)

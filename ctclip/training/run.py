@@ -259,7 +259,7 @@ def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> TrainingJ
     run.ranks.barrier()
     phantom = is_phantom_cohort(data_dir)
     model = build_model(config, phantom).to(run.device)
-    cohort = load_cohort(data_dir, "train", limit=config.limit)
+    cohort = load_cohort(data_dir, "train", limit=config.limit, patients=config.patients)
     check_voxels_available(config, data_dir, cohort.volumes)
     train, validation = (Split(side) for side in split_by_patient(cohort.volumes, config.tuning_fraction, config.seed))
     if config.mode == "quick_test":

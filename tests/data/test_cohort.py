@@ -116,9 +116,12 @@ def test_version_2_does_without_a_metadata_table(data_dir):
     assert "no validation_metadata.csv" in cohort.summary() and "no no_chest_valid.txt" in cohort.summary()
 
 
-def test_a_cell_too_many_does_not_shift_the_columns(data_dir):
+def test_a_comma_too_many_does_not_shift_the_columns_and_a_cell_too_many_is_refused(data_dir):
     table = (data_dir / labels_path("valid")).read_text().splitlines()
     tables(data_dir, [table[0], *(line + ",1" for line in table[1:])])
+    with pytest.raises(CohortError, match="line 2: found 20 values, expected 19 as in the header"):
+        load_cohort(data_dir, "valid")
+    tables(data_dir, [table[0], *(line + "," for line in table[1:])])
     assert [np.flatnonzero(v.labels).tolist() for v in load_cohort(data_dir, "valid").volumes] == [[0, 17]] * 2 + [[]]
 
 

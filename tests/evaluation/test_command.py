@@ -173,6 +173,39 @@ def test_a_flag_that_the_source_does_not_use_is_refused(argv, unused, goes_with,
                                        "what it goes with\n")
 
 
+@pytest.mark.parametrize("source", ["tables", "--apply"])
+def test_a_table_of_patients_from_the_command_line(source, tables, monkeypatch, capsys):
+    """24 volumes with names of another form, two of each patient."""
+    monkeypatch.setattr(command, "write_evaluation", lambda *args: None)
+    names = [f"chest_ct_scan_{i:03d}" for i in range(24)]
+    for file in ("p.csv", "l.csv"):
+        rows = (tables / file).read_text().splitlines()
+        rows[1:] = [f"{name}.mha,{row.partition(',')[2]}" for name, row in zip(names, rows[1:], strict=True)]
+        (tables / file).write_text("\n".join(rows))
+    who = ["VolumeName,PatientID", *(f"{name},{i // 2}" for i, name in enumerate(names))]
+    (tables / "who.csv").write_text("\n".join(who))
+    argv = ["--predictions", "p.csv", "--labels", "l.csv"]
+    if source == "tables":
+        assert ctclip_evaluation.main(argv) == 0
+        printed = capsys.readouterr().out
+        assert "24 volumes of 24 patients" in printed and "24 of 24 names are not like train_12_a_1.nii.gz" in printed
+        assert ctclip_evaluation.main([*argv, "--patients", "who.csv"]) == 0
+        printed = capsys.readouterr().out
+        assert "24 volumes of 12 patients" in printed and "are not like" not in printed
+    else:
+        predictions, labels = simulate(12, seed=1)
+        fitted = cal.fit_calibration(labels.to_numpy(), predictions.to_numpy(), list(labels.index), unit="patient")
+        fitted.save(tables / "c.json")
+        applied = ["--apply", "c.json", *argv[:2], "--patients", "who.csv", "--output-dir", "o"]
+        assert ctclip_evaluation.main(applied) == 0
+        written = tables_module.load_predictions("o/predictions_calibrated.csv")
+        assert written.index.tolist() == written["PatientID"].tolist() == [str(i) for i in range(12)]
+        capsys.readouterr()
+    (tables / "who.csv").write_text("VolumeName,PatientID\nelsewhere,1\n")
+    assert ctclip_evaluation.main([*argv, "--patients", "who.csv"]) == 2
+    assert "who.csv: found no row for any of the 24 volumes" in capsys.readouterr().err
+
+
 def run_script(*argv, cwd):
     return subprocess.run([sys.executable, str(SCRIPT), *argv], cwd=cwd, capture_output=True, text=True, timeout=120)
 

@@ -5,7 +5,9 @@ that changes no weight, it begins with SAME."""
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
+import io
 import json
 import shutil
 import tempfile
@@ -345,6 +347,90 @@ def run_files(folder: Path, rng: np.random.Generator) -> tuple[Path, str]:
     return folder, how
 
 
+# ------------------------------------------------------------------ tables
+
+
+def table(folder: Path, rng: np.random.Generator) -> tuple[Path, str]:
+    """labels.csv, predictions.csv or metadata.csv, named by what they are."""
+    kind, n = str(rng.choice(["labels", "predictions", "metadata"])), int(rng.integers(1, 9))
+    names = [f"{rng.choice(['valid', 'train'])}_{i}_a_{rng.integers(1, 3)}.nii.gz" for i in range(n)]
+    columns = ["PatientSex", "PatientAge", "SliceThickness"] if kind == "metadata" else list(ABNORMALITIES)
+    cells = {
+        "labels": lambda: str(rng.choice(["0", "1", "0.0", "1.0"])),
+        "predictions": lambda: str(rng.choice([repr(float(rng.random())), "1e-3", "0", "1", ".5"])),
+        "metadata": lambda: str(rng.choice(["F", "M", "036Y", "1.5", "", "a, b"])),
+    }[kind]
+    if rng.integers(3) == 0:
+        columns.append("PatientID")
+    rows = [["VolumeName", *columns], *([name, *(cells() for _ in columns)] for name in names)]
+    told = [change_table(rows, rng) for _ in range(int(rng.integers(1, 3)))]
+    text = io.StringIO(newline="")
+    quoting = csv.QUOTE_ALL if rng.integers(4) == 0 else csv.QUOTE_MINIMAL
+    newline = str(rng.choice(["\n", "\r\n", "\r"], p=[0.7, 0.2, 0.1]))
+    mark = str(rng.choice([",", ";", "\t", "|"], p=[0.88, 0.04, 0.04, 0.04]))
+    csv.writer(text, delimiter=mark, quoting=quoting, lineterminator=newline).writerows(rows)
+    encoding = str(rng.choice(["utf-8", "utf-8-sig", "utf-16", "latin-1"], p=[0.8, 0.12, 0.04, 0.04]))
+    content, how = text.getvalue().encode(encoding, "replace"), f"{kind}: {', '.join(told)}; {encoding} {mark!r}"
+    if rng.integers(6) == 0:
+        content, damage = damage_bytes(content, rng)
+        how += f"; {damage}"
+    if rng.integers(15) == 0:
+        content, how = gzip.compress(content, 1), how + "; gzip"
+    path = folder / f"{kind}.csv"
+    path.write_bytes(content)
+    return path, how
+
+
+def change_table(rows: list[list[str]], rng: np.random.Generator) -> str:
+    """Changes rows of cells in place: a cell, a name, a column, or a row."""
+    row = int(rng.integers(len(rows)))
+    line = rows[row]
+    if not line:  # blank
+        return "nothing"
+    column = int(rng.integers(len(line)))
+    kind = str(rng.choice(["cell", "name", "names", "drop column", "repeat column", "add column", "turn", "short",
+                           "long", "commas", "row names", "repeat row", "blank", "spaces", "nothing"]))  # fmt: skip
+    change = str(rng.choice(["upper", "stem", "mha", "path", "windows", "spaces", "empty"]))
+    renamed = {
+        "upper": str.upper, "stem": lambda name: name.removesuffix(".nii.gz"),
+        "windows": lambda name: f"D:\\ct\\{name}", "mha": lambda name: name.replace(".nii.gz", ".mha"),
+        "path": lambda name: f"data/{name}", "spaces": lambda name: f" {name} ", "empty": lambda name: "",
+    }[change]  # fmt: skip
+    match kind:
+        case "cell":
+            line[column] = str(rng.choice([*ABSURD_TEXTS, "NaN", "TRUE", "1 ", "+1", "1e5", "a\nb", 'x"y', "é"]))
+        case "name":
+            line[0] = renamed(line[0])
+        case "names":
+            for each in filter(None, rows[1:]):
+                each[0] = renamed(each[0])
+        case "drop column" | "repeat column" | "add column" | "turn":
+            for each in filter(None, rows):
+                if kind == "drop column" and len(each) > column:
+                    each.pop(column)
+                elif kind == "repeat column":
+                    each.append(each[min(column, len(each) - 1)])
+                elif kind == "add column":
+                    each.append("Pneumothorax" if each is rows[0] else "1")
+                else:
+                    each.reverse()
+        case "short":
+            del line[max(1, column) :]
+        case "long":
+            line.append(str(rng.choice(["1", ""])))
+        case "commas" | "row names":
+            for at, each in enumerate(rows[1:], 1):
+                each.insert(len(each) if kind == "commas" else 0, "" if kind == "commas" else str(at))
+        case "repeat row":
+            rows.append(list(line))
+        case "blank":
+            rows.insert(row, [])
+        case "spaces":
+            line[:] = [f" {cell} " for cell in line]
+    return f"{kind} {change if 'name' in kind else ''} {row} {column}"
+
+
 GENERATORS: dict[str, Callable[[Path, np.random.Generator], tuple[Path, str]]] = {
     "nifti": nifti, "metaimage": metaimage, "dicom": dicom, "checkpoint": checkpoint, "json": run_files,
+    "table": table,
 }  # fmt: skip

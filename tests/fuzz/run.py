@@ -2,7 +2,7 @@
 
     python tests/fuzz/run.py --seed 7 --seconds 600 --only dicom
 
-Every input gives the right answer or one line. A scan that is read must be what nibabel or SimpleITK make of the file,
+Every input gives the right answer or one line. What is read must be what nibabel, SimpleITK or pandas make of the file,
 where they read it; a checkpoint with the same weights in another wrapping must give the same logits. Prints a line for
 each input that does not, with the seed and number that make it again.
 """
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -26,15 +27,19 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
 import nibabel as nib
+import pandas as pd
 import SimpleITK
 from helpers_data import SMALL, write
 from mutations import CLASSFINE, GENERATORS, SAME
 
+from ctclip.data.cohort import read_metadata
+from ctclip.data.ct_rate import volume_name
 from ctclip.data.preprocessing import preprocess_volume
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import load_calibration
 from ctclip.evaluation.report import settings_section
 from ctclip.evaluation.run_folder import read_history, run_record
+from ctclip.evaluation.tables import read_labels, read_predictions
 from ctclip.hub.model_card import model_card
 from ctclip.inference.predictor import load_model
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, ModelError
@@ -102,7 +107,30 @@ def _read_run(kind: str, path: Path, how: str) -> str:
     return "read" if right else "answers that are no numbers"
 
 
-READERS = {"checkpoint": _read_checkpoint, "json": _read_run}
+def _read_table(kind: str, path: Path, how: str) -> str:
+    """Every volume has the cells that pandas finds in its row, as text or as numbers, unless pandas fails."""
+    if path.name == "metadata.csv":
+        found = {name: list(row.items()) for name, row in read_metadata(path).items()}
+    else:
+        frame = (read_labels if path.name == "labels.csv" else read_predictions)(path).frame
+        found = {name: list(row.items()) for name, row in frame.to_dict("index").items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            other = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True, index_col=False,
+                                encoding="utf-8-sig", header=None).fillna("")
+    except Exception:  # whatever pandas has against the file
+        return "read"
+    header = [cell.strip() for cell in other.iloc[0]]
+    for row in other.iloc[1:].to_numpy():
+        cells = dict(zip(header, map(str.strip, map(str, row)), strict=True))
+        for column, value in found.pop(volume_name(cells["VolumeName"]), ()):
+            if cells[column] != value if isinstance(value, str) else float(cells[column]) != value:
+                return f"{cells['VolumeName']}: {column} is {value!r}, and {cells[column]!r} for pandas"
+    return f"pandas has no {', '.join(found)}" if found else "read"
+
+
+READERS = {"checkpoint": _read_checkpoint, "json": _read_run, "table": _read_table}
 
 
 def _judge(found: torch.Tensor, expected: torch.Tensor | None) -> str:
