@@ -44,7 +44,7 @@ from IPython.display import HTML, Image, display
 report = max(Path("results").glob("*/report.html"), key=lambda path: path.stat().st_mtime)
 page = escape(report.read_text(encoding="utf-8"))
 display(HTML(f'<iframe srcdoc="{page}" style="width: 100%; height: 800px; border: 0"></iframe>'))
-run, scan = report.parent, next(Path("data").rglob("valid_*.nii.gz"))
+run, scan = report.parent, next(Path("data").rglob("valid_fixed/*/*/*.nii.gz"))
 !python run_task2.py --mode predict --input {scan} --checkpoint {run} --explain "Lung opacity"
 display(*(Image(str(path)) for path in sorted(Path("results/explain").glob("*.png"))[:1]))'''
 
