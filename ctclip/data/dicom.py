@@ -377,6 +377,14 @@ def series_of(folder: Path) -> tuple[dict[str, Path], str | None]:
     return found, content.note()
 
 
+def series_identity(path: Path) -> str:
+    """SeriesInstanceUID of a DICOM file; "" where it cannot be read."""
+    try:
+        return str(import_pydicom(path).dcmread(path, force=True, specific_tags=["SeriesInstanceUID"])[0x20000E].value)
+    except Exception:  # pydicom's own are of any type
+        return ""
+
+
 class DicomSeries(VolumeFile):
     """One CT series: a folder that holds no other, or any file of it. HU by the slices' own rescale values.
 

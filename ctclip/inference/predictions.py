@@ -127,9 +127,11 @@ def predict_scans(
 
     def on_batch(batch: Batch) -> None:
         failures.extend(batch.failures)
-        for name, told in notes_of(volumes, batch).items():
-            noted[name] = told
-            on_note(f"{name}: {told}")
+        told = notes_of(volumes, batch)
+        for scan in (found[index] for index in batch.index.tolist()):
+            if note := "; ".join(filter(None, (scan.note, told.get(scan.name)))):
+                noted[scan.name] = note
+                on_note(f"{scan.name}: {note}")
 
     def on_failure(index: int, error: Exception) -> None:
         found_error = f"found {type(error).__name__} while it was computed ({' '.join(str(error).split())[:160]})"

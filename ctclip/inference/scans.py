@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 
-from ctclip.data.dicom import SERIES_PREFIX, is_dicom, series_of
+from ctclip.data.dicom import SERIES_PREFIX, is_dicom, series_identity, series_of
 from ctclip.data.metaimage import META_SUFFIX
 from ctclip.data.readers import FILE_SUFFIXES, other_file, other_suffix
 from ctclip.data.volume_file import VolumeError
@@ -23,12 +23,14 @@ class PredictionError(UserError):
 
 @dataclass(frozen=True)
 class Scan:
-    """An input: its name, its file or one file of its DICOM series, and what the challenge calls it: its name without
-    the suffix."""
+    """An input: its name, its file or one file of its DICOM series, what the challenge calls it: its name without the
+    suffix; the identity of its series, and what a reader of its answer should know."""
 
     name: str
     path: Path
     stem: str = ""
+    series: str = ""
+    note: str = ""
 
     @property
     def short(self) -> str:
@@ -85,7 +87,14 @@ def find_scans(
         on_note(note)
     short = [replace(scan, name=scan.short) for scan in scans]
     different, by_path = (len({_without_suffix(scan.name) for scan in those}) for those in (short, scans))
-    return _each_once(short if different == by_path else scans)
+    return _noted(_each_once(short if different == by_path else scans))
+
+
+def _noted(scans: list[Scan]) -> list[Scan]:
+    """With a note on each scan whose series lies in several folders: some exports put so many files into each."""
+    folders = Counter(scan.series for scan in scans if scan.series)
+    note = "its series lies in {} folders: if it is divided, put its files into one"
+    return [replace(s, note=note.format(folders[s.series])) if folders[s.series] > 1 else s for s in scans]
 
 
 def _each_once(scans: list[Scan]) -> list[Scan]:
@@ -160,7 +169,8 @@ def _series_in(folder: Path, base: str | Path, on_note: Callable[[str], object])
         on_note(f"{printable(str(folder))}: {note}")
     above = os.path.relpath(folder, base)
     for name, path in found.items():
-        yield Scan(printable(Path(above).parent.joinpath(name).as_posix()), path)
+        identity = series_identity(path) if path.is_file() else ""
+        yield Scan(printable(Path(above).parent.joinpath(name).as_posix()), path, series=identity)
 
 
 def _name(path: Path, base: str | Path) -> str:

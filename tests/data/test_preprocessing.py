@@ -375,7 +375,7 @@ BAD = {
     "NaN voxel": (lambda p: _voxel(p, np.nan), "NaN or infinite"),
     "infinite voxel": (lambda p: _voxel(p, np.inf), "NaN or infinite"),
     "a voxel of no data": (lambda p: _voxel(p, np.finfo(np.float32).min), "a voxel of -3.40282e+38 (slice 5)"),
-    "a pointer of git-lfs": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "download the file"),
+    "a pointer of git-lfs": (lambda p: p.write_text("version https://git-lfs.github.com/spec"), "download the file"),
     "raw without metadata": (lambda p: write(p, chest() + np.int16(1024)), "voxels that are not HU: no air"),
 }
 

@@ -18,6 +18,7 @@ import torch
 from helpers_data import affine_of, chest, reoriented, write
 from helpers_dicom import DICOMDIR, DOSE_REPORT, write_other, write_series
 from helpers_scans import as_itk, write_mha
+from pydicom import dcmread
 
 import run_task2
 from ctclip.data.cohort import Volume
@@ -324,6 +325,21 @@ def test_other_dicom_objects_and_unequal_slices_are_told_with_the_answer(tmp_pat
     table = pd.read_csv(tmp_path / "p.csv", index_col="VolumeName")
     assert list(table.index) == ["ct"], "a DICOMDIR makes no scan of its folder"
     assert lines[1] == f"warning: ct: {table.loc['ct', 'Warning']}"
+
+
+def test_a_series_in_two_folders_is_told_with_each_answer(tmp_path, capsys):
+    """As exports do that put so many files into a folder: each half would pass for a scan."""
+    whole = write_series(tmp_path / "in" / "a", chest((46, 44, 21)), affine_of(SPACING))
+    (tmp_path / "in" / "b").mkdir()
+    for file in whole.iterdir():
+        if dcmread(file).ImagePositionPatient[2] > 420:
+            file.rename(tmp_path / "in" / "b" / file.name)
+    write_series(tmp_path / "in" / "c", chest((46, 44, 21)), affine_of(SPACING), series="1.2.3.4.6")
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "p.csv") == 0
+    told = "its series lies in 2 folders: if it is divided, put its files into one"
+    table = pd.read_csv(tmp_path / "p.csv", index_col=0, keep_default_na=False)
+    assert [told in warning for warning in table.Warning] == [True, True, False]
+    assert sum(told in line for line in warnings_in(capsys)) == 2
 
 
 def test_values_that_are_no_hu_are_answered_only_on_demand(tmp_path, capsys):
