@@ -95,17 +95,17 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
     """(inputs, output folder) of the source that the flags name: the example, tables, or a run."""
-    from ctclip.evaluation.command import example_inputs
-    from ctclip.evaluation.run_folder import check_output_folder, newest_run, results_folder, run_record
+    from ctclip.evaluation.command import EXAMPLE_TABLES, example_inputs
+    from ctclip.evaluation.run_folder import RESULT_FILES, check_output_folder, newest_run, results_folder, run_record
     from ctclip.evaluation.tables import EvaluationInputs, patients_of, read_labels, read_predictions
     from ctclip.fileio import make_folder
     from ctclip.inference.run_predictions import run_inputs
     from ctclip.phantoms.cohort import is_phantom_cohort
 
     if args.example:
-        folder = make_folder(args.output_dir or Path("results", "example"), "change --output-dir")
-        check_output_folder(folder)
-        return example_inputs(folder), folder
+        folder = Path(args.output_dir or Path("results", "example"))
+        check_output_folder(folder, *RESULT_FILES, *EXAMPLE_TABLES)
+        return example_inputs(make_folder(folder, "change --output-dir")), folder
     if args.predictions:
         data_dir, given, tuning = Path(args.data_dir) if args.data_dir else None, Path(args.predictions), None
         if args.tuning_predictions:
@@ -114,7 +114,9 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
         phantom = phantom or (data_dir is not None and is_phantom_cohort(data_dir))
         predictions, labels = read_predictions(given), read_labels(args.labels)
         folder = Path(args.output_dir or Path("results", "evaluation"))
-        check_output_folder(folder, given.parent if given.name == "predictions.csv" else None)
+        is_own = given.name == "predictions.csv"
+        replaced = [] if is_own and given.parent.resolve() == folder.resolve() else ["predictions.csv"]
+        check_output_folder(folder, *RESULT_FILES, *replaced, own=given.parent if is_own else None)
         patients = patients_of(args.patients, predictions)
         return EvaluationInputs(
             predictions, labels, tuning, phantom=phantom, data_dir=data_dir, patients=patients
@@ -123,7 +125,8 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
     if not args.checkpoint:
         print(f"Evaluating the newest run, {run} (choose another with --checkpoint)")
     folder = Path(args.output_dir or results_folder(run, args.data_dir))
-    check_output_folder(folder, None if args.data_dir else run)
+    if run.is_dir():
+        check_output_folder(folder, *RESULT_FILES, own=None if args.data_dir else run)
     return run_inputs(run, args.data_dir, args.device, args.workers, folder, args.patients), folder
 
 

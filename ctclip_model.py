@@ -30,6 +30,7 @@ from a Multimodal Dataset for 3D Computed Tomography" (CT-CLIP); the code is our
 from __future__ import annotations
 
 import argparse
+import hashlib
 import inspect
 import json
 import math
@@ -134,6 +135,8 @@ READ_AT_ONCE = 2**24  # numbers copied from one mapping of a file: 67 MB in floa
 ONE_THREAD = 2**14  # numbers that torch copies in one thread; several would wait for each other's page faults
 
 SAVED_WEIGHTS = "model.safetensors"  # beside config.json
+WRITTEN = "files.jsonl"  # in a folder: which files of it this project wrote, with their digests
+
 SLIM_OF = "slim_of"  # in the header of a slim copy: the name of the file it was made from
 
 TOWER = "visual_transformer"
@@ -676,9 +679,64 @@ class LoadReport:
         return f"{text}; head: {self.head}{reason}"
 
 
+def written_files(folder: Path) -> dict[str, str]:
+    """{name: SHA-256 of what was written} of the files that a folder's WRITTEN lists, {} without one.
+
+    "" for a file that was begun and never finished. Each line adds to those before it, null for a file that was removed
+    again; a line that a kill has torn counts for nothing.
+    """
+    try:
+        lines = (folder / WRITTEN).read_bytes().splitlines()
+    except FileNotFoundError:
+        return {}
+    listed: dict[str, str | None] = {}
+    for line in lines:
+        try:
+            listed |= dict(json.loads(line))
+        except (ValueError, TypeError, RecursionError):
+            continue
+    plain = [name for name in listed if PureWindowsPath(name).name == name not in ("", "..")]  # none out of the folder
+    return {name: digest for name in plain if isinstance(digest := listed[name], str)}
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def list_written(folder: Path, entries: dict[str, str | None]) -> None:
+    """Adds a line to the folder's WRITTEN; it is on the disk when this returns."""
+    with open(folder / WRITTEN, "ab", buffering=0) as file:
+        file.write(f"\n{json.dumps(entries)}\n".encode())  # the first break ends a torn line
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def listing(folder: Path, *names: str) -> Iterator[None]:
+    """Around writing, replacing or removing these files of a folder: it lists them before, and with digests after."""
+    list_written(folder, dict.fromkeys(names, ""))
+    yield
+    paths = {name: folder / name for name in names}
+    list_written(folder, {name: sha256_of(path) if path.is_file() else None for name, path in paths.items()})
+
+
+def check_written(path: Path) -> None:
+    """Raises CheckpointError where a file is not what was written under its name; one that is not listed passes."""
+    expected = written_files(path.parent).get(path.name)
+    if expected and path.is_file() and (found := sha256_of(path)) != expected:
+        raise CheckpointError(
+            f"{path}: found other content than was written (SHA-256 {found[:12]}..., expected {expected[:12]}...); "
+            f"copy it again, or have it made again; if the change is yours, delete {path.with_name(WRITTEN)}"
+        )
+
+
 def saved_config(folder: Path) -> dict:
     """config.json of a saved model. Raises CheckpointError where it is absent, damaged or another program's."""
     path, remedy = folder / "config.json", "copy it again from where the model was saved"
+    check_written(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
@@ -802,6 +860,7 @@ def _dicts_with_tensors(content: Any, place: str = "", deep: int = MOST_NESTED) 
 
 def _read_file(path: Path) -> Any:
     """What the file holds; every way in which it cannot be read is a CheckpointError."""
+    check_written(path)
     try:
         return _mapped(path) if _file_kind(path) == "safetensors" else _unpickled(path)
     except CheckpointError:
@@ -1743,19 +1802,28 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
     ) -> str | None:
         """The mixin's, without a model card: model.safetensors and config.json in `save_directory`.
 
-        Raises ModelError where the folder holds other weights and files that may describe them, such as a run's.
+        Raises ModelError where the folder holds other weights and files that may describe them, such as a run's, or
+        either file is another program's.
         """
         folder = Path(save_directory)
         weights = folder / SAVED_WEIGHTS
+        if foreign := next((path for path in (folder / "config.json", weights) if path.exists()), None):
+            try:
+                saved_config(folder)
+            except CheckpointError as error:
+                found = f"{foreign}: found a file that no saved model of ours goes with"
+                raise ModelError(f"{found}, expected no such file; choose another folder") from error
         if weights.is_file() and not has_tensors_of(self, weights):
-            own = {weights.name, "config.json", "README.md"}
+            own = {weights.name, "config.json", "README.md", WRITTEN}
             others = sorted(path.name for path in folder.iterdir() if path.name not in own and path.name[0] != ".")
             if others:
                 raise ModelError(
                     f"{folder}: found other weights and files that may describe them ({', '.join(others[:3])}), "
                     "expected a folder with neither; choose another folder"
                 )
-        self._save_pretrained(folder)
+        is_listed = (folder / WRITTEN).is_file()  # as in a run
+        with listing(folder, weights.name, "config.json") if is_listed else nullcontext():
+            self._save_pretrained(folder)
         return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None
 
     @staticmethod
@@ -1802,6 +1870,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         arguments = {key: config[key] for key in inspect.signature(cls.__init__).parameters if key in config}
         arguments |= {"pretrained": False} | options  # everything comes from the folder
         state = read_tensors(weights)
+        check_written(weights)
+        arguments = {key: config[key] for key in inspect.signature(cls.__init__).parameters if key in config} | options
         try:
             if arguments.get("sizes") is not None:  # before anything of these sizes is built
                 cls._check_sizes(TowerSizes(**arguments["sizes"]), state)

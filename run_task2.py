@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     task = "export" if args.export else args.task
     refuse_unused(args.given, task_flag_uses(task, args.plan))
     from ctclip.evaluation.command import evaluate_and_write, settings_from_flags  # torch takes two seconds
-    from ctclip.evaluation.run_folder import newest_run, results_folder
+    from ctclip.evaluation.run_folder import RESULT_FILES, check_output_folder, newest_run, results_folder
     from ctclip.inference.commands import export_command, predict_command
     from ctclip.inference.run_predictions import run_inputs
 
@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
         folder = trained
     if task != "train":  # predicts the unseen split, or that of another cohort, where that was not done yet
         results = results_folder(folder, data_dir)
+        if folder.is_dir():
+            check_output_folder(results, *RESULT_FILES, own=folder)
         inputs = run_inputs(folder, data_dir, args.device, args.workers, results, patients)
         evaluate_and_write(inputs, results, settings, args.baseline, args.metadata, args.pictures)
     print(f"\nDone in {time.perf_counter() - started:.0f} s: {folder}")

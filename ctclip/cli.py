@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -11,9 +12,14 @@ from typing import Any, NoReturn
 
 from ctclip import __version__
 from ctclip.errors import UserError
+from ctclip.fileio import DISK_FULL
 from ctclip.memory import out_of_memory
 
 OUT_OF_MEMORY = "out of memory; end other programs, or use a machine (with --device: a GPU) that has more"
+FILE_REMEDIES = {  # by errno
+    **dict.fromkeys(DISK_FULL, "free space on its disk, raise the limit, or write to another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or name another place"),
+}
 INTERRUPTED = "the same command starts again; every file is whole, old or new"
 
 
@@ -53,6 +59,13 @@ def refuse_unused(given: Sequence[str], uses: Mapping[str, tuple[str, bool]]) ->
             raise UserError(f"found {flag}, which goes with {goes_with} only; leave it out, or add what it goes with")
 
 
+def _text_of(error: Exception) -> str:
+    """Of a file that the operating system does not let us write or read: what to do about it as well."""
+    if isinstance(error, OSError) and error.filename and error.errno in FILE_REMEDIES:
+        return f"{error.filename}: {error.strerror}; {FILE_REMEDIES[error.errno]}"
+    return str(error)
+
+
 def run_cli(action: Callable[[], int | None], interrupted: str = INTERRUPTED) -> int:
     """Runs a command's `action` and returns its exit code; every command ends through here.
 
@@ -72,6 +85,6 @@ def run_cli(action: Callable[[], int | None], interrupted: str = INTERRUPTED) ->
         code = 2 if lacking or isinstance(error, OSError) else getattr(error, "exit_code", None)
         if code is None:
             raise
-        line = OUT_OF_MEMORY if lacking else " ".join(str(error).split())
+        line = OUT_OF_MEMORY if lacking else " ".join(_text_of(error).split())
         print(f"{rank}error: {line}", file=sys.stderr)
         return code

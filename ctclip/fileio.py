@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ def replacing(path: str | os.PathLike, temporary: Path | None = None) -> Iterato
     """
     temporary = temporary or Path(f"{path}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         with temporary.open("rb+") as file:  # Windows syncs only what is open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -35,15 +38,24 @@ def replacing(path: str | os.PathLike, temporary: Path | None = None) -> Iterato
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Names the file in an OSError that names none: a write that fails does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
 def make_folder(path: str | os.PathLike, remedy: str) -> Path:
     """The folder, made where there is none. Raises UserError, which ends with `remedy`, where it cannot be made."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"{folder}: found a place that cannot be written ({error.strerror}), expected a folder; {remedy}"
-        ) from error
+        raise _unwritable(folder, error.strerror, remedy) from error
     return folder
 
 
@@ -67,6 +79,55 @@ def parse_json(text: str) -> Any:
         level = [part for value in level if isinstance(value, (dict, list))
                  for part in (value.values() if isinstance(value, dict) else value)]
     return content
+
+
+def check_writable(path: str | os.PathLike, remedy: str) -> None:
+    """Raises UserError, which ends with `remedy`, where a folder cannot be written to, or cannot be made."""
+    there = nearest_existing(Path(path))
+    if not there.is_dir():
+        raise _unwritable(path, os.strerror(errno.ENOTDIR), remedy)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _unwritable(path, os.strerror(errno.EACCES), remedy)
+
+
+def _unwritable(path: str | os.PathLike, reason: str | None, remedy: str) -> UserError:
+    return UserError(f"{path}: found a place that cannot be written ({reason}), expected a folder; {remedy}")
+
+
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def move_aside(path: Path) -> Path:
+    """Gives a file that is about to be replaced, and may be a person's own, another name; -> that name."""
+    stem, _, suffix = path.name.partition(".")
+    names = (path.with_name(f"{stem}.before{number or ''}.{suffix}") for number in count())
+    return path.rename(next(name for name in names if not name.exists()))
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Keeps other processes out of the block that lock the same file, which is made for it. Raises UserError(busy)
+    where another one is in it. The lock ends with its process; a disk that knows no locks keeps nobody out."""
+    with open(path, "ab") as file:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not of forked processes as well
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(busy) from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows removes no open file
+                path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -442,6 +442,25 @@ def test_saving_refuses_a_folder_whose_files_describe_other_weights(tmp_path, mo
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("names", [("metrics.json", "calibration.json", "run.json", "a.png", "x.tmp"), ("README.md",)])
+def test_saving_into_a_folder_of_the_user_s_leaves_its_files(tmp_path, model, names):
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "model.safetensors", "config.json"}
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", ["mine", '{"model_type": "bert"}'])
+def test_saving_replaces_no_weights_and_no_configuration_of_another_program(tmp_path, model, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ModelError, match=f"{name}: found a file that no saved model of ours goes with, expected no"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / name).read_text() == content and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     "name, origin",
     [("ctclip_vocabfine.pt", "ctclip_vocabfine"), ("CT-CLIP_v2.pt", "CT-CLIP_v2"), ("jane_doe.pt", "other")],

@@ -14,6 +14,7 @@ import pytest
 import run_task2
 from ctclip.config import SYNTHETIC_NOTE, task_flag_uses, task_parser
 from ctclip.evaluation.calibration import load_calibration
+from ctclip.evaluation.run_folder import own_files
 from ctclip.inference.predictor import load_model
 from ctclip_model import ABNORMALITIES, CheckpointError
 
@@ -50,7 +51,8 @@ def test_full_run_prints_the_blocks_and_writes_the_folder(job):
     figures = {"roc.png", "threshold_sweep.png", "positive_rate.png", "training_curves.png"}
     figures |= {"precision_recall.png", "reliability.png", "report.html"}
     weights = {"model.safetensors", "config.json", "state"}
-    assert tables | figures | weights | {"run.json", "log.jsonl", "metrics.json", "calibration.json"} == written
+    listed = tables | figures | weights | {"run.json", "log.jsonl", "metrics.json", "calibration.json"}
+    assert listed | {"files.jsonl"} == written and set(own_files(run)) == listed - {"state"}
     page = (run / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") > 18 and "not clinical performance" in page
 

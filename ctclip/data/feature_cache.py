@@ -42,7 +42,7 @@ from ctclip.data.loading import Batch, micro_batch_size, volume_loader
 from ctclip.data.preprocessing import PREPROCESSING_VERSION
 from ctclip.distributed import Ranks
 from ctclip.errors import UserError
-from ctclip.fileio import DISK_FULL, replacing
+from ctclip.fileio import DISK_FULL, nearest_existing, replacing
 from ctclip_model import CTCLIPMultiAbnormalityModel
 
 LINE_BYTES = 256  # more than an index line takes (about 150), for the estimate of disk space
@@ -351,11 +351,6 @@ class FeatureCache:
             f"{count} more volumes; free that much on it, or choose a --cache-dir elsewhere, and start again: what is "
             "stored is kept"
         )
-
-
-def nearest_existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def write_all(file: IO[bytes], data: bytes) -> None:

@@ -10,7 +10,7 @@ from typing import Sequence  # noqa: UP035  (3.8 must get as far as check_python
 
 from ctclip.environment.doctor import REINSTALL, ProcessFailed, output_of, run_probe
 from ctclip.environment.packages import SetupError, installed_version
-from ctclip.fileio import make_folder
+from ctclip.fileio import make_folder, move_aside
 from ctclip.formatting import comma_separated, print_row, size_text
 from ctclip.hub import client
 from ctclip.hub.client import HubError, WeightsFile
@@ -94,8 +94,14 @@ def update_weights(weights: WeightsFile, slim: bool, token: str) -> None:
             record_origin(weights, remote.etag)
         say(f"already here, {weights.path}, {weights.size}, {checked}")
         return
+    if damage and not weights.is_recorded:  # a person's own; whether it is a model, its fingerprint will tell
+        found = f"{weights.path} is left as it is: {damage}, and no record says that it was fetched"
+        say(f"{found}; move it to another name to have the hub's")
+        return
     if damage:
         say(f"{weights.path} is damaged: {damage}; fetching it again")
+    if weights.path and weights.damage():  # not what was fetched, either: it may be a person's own by now
+        say(f"what was there is kept as {move_aside(weights.path)}")
     begun = sum(part.stat().st_size for part in client.parts_of(weights.whole))
     needed = (remote.size or WEIGHTS_BYTES) - begun + (SLIM_BYTES if slim else 0)
     client.check_free_space(weights.whole.parent, needed)
@@ -103,8 +109,10 @@ def update_weights(weights: WeightsFile, slim: bool, token: str) -> None:
     going_on = f", of which {size_text(begun)} are here" if begun else ""
     say(f"fetching {size}{going_on} to {weights.whole}")
     started = time.monotonic()
+    slim_is_ours = "slim_sha256" in client.read_record(weights.whole)
     client.download(weights.file, weights.whole, token, say, remote)
-    weights.slim.unlink(missing_ok=True)
+    if slim_is_ours:
+        weights.slim.unlink(missing_ok=True)
     weights.record.unlink(missing_ok=True)
     record_origin(weights, remote.etag if remote.checksum == "SHA-256" else client.sha256_of(weights.whole))
     say(f"{weights.whole}, {weights.size} in {time.monotonic() - started:.0f} s, {checked_text(remote)}")
@@ -159,6 +167,8 @@ def vocabulary_step(hub_error: HubError | None) -> None:
             intact = target.exists() and remote.difference(target) is None
             if not intact:
                 target.parent.mkdir(parents=True, exist_ok=True)
+                if target.exists():
+                    print_row("", f"{label}: {target} is not the hub's; what was there is kept as {move_aside(target)}")
                 client.download(file, target, "", lambda text: print_row("", text), remote, repository=repository)
         print_row("", f"{label}: {'already here, ' if intact else ''}{target}, {checked_text(remote)}")
     except Exception as caught:

@@ -21,7 +21,7 @@ from ctclip.evaluation.metrics import EvaluationError, checked, undefined_labels
 from ctclip.evaluation.tables import Rows, VolumeTable, check_no_overlap, tuning_rows
 from ctclip.evaluation.thresholds import rescale_to_half, target_rates, tune_global_threshold, tune_label_thresholds
 from ctclip.fileio import read_json, replacing
-from ctclip_model import ABNORMALITIES
+from ctclip_model import ABNORMALITIES, check_written
 
 FOLDS = 5
 TUNING, CROSS_FITTED = "tuning patients", "cross-fitted by patient"  # FittedThresholds.fitted_on
@@ -113,7 +113,8 @@ class Calibration:
 
 
 def load_calibration(path: str | Path) -> Calibration:
-    """A calibration.json; EvaluationError where it is not one."""
+    """A calibration.json; EvaluationError where it is not one, CheckpointError where it has changed since."""
+    check_written(Path(path))
     try:
         content = read_json(path)
         rows = content["per_label"]

@@ -19,7 +19,7 @@ from ctclip.evaluation.calibration import load_calibration, read_prevalence
 from ctclip.evaluation.cases import with_pictures, worst_cases
 from ctclip.evaluation.evaluate import evaluate_tables, write_calibrated, write_evaluation
 from ctclip.evaluation.render import format_report
-from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE, check_output_folder, run_metadata
+from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE, TABLES, check_output_folder, run_metadata, writing
 from ctclip.evaluation.tables import (
     EvaluationInputs,
     patients_of,
@@ -34,6 +34,7 @@ from ctclip.formatting import percent
 
 RESAMPLES_BETWEEN = 100, 10_000  # fewer say nothing, more need more memory than they are worth
 EXAMPLE_NOTE = "Simulated predictions, neither patients nor a model: AUROC 0.75, and 97 % of all decisions positive."
+EXAMPLE_TABLES = (*TABLES, *(f"tuning_{name}" for name in TABLES))
 DISTANCE = 0.954  # of two unit normals whose AUROC is 0.75: sqrt(2) * 0.6745
 OVERCONFIDENCE = 1.79  # added to the scores, as logits: 97 % of them lie above 0
 
@@ -96,8 +97,9 @@ def apply_calibration(source: str, predictions: str, output_dir: Path, patients:
     names = list(table.frame.index)
     ids = merge_ids([(predictions, table.ids), ("--patients", patients_of(patients, table))], names)
     rows = rows_of(table.frame, None, names, calibration.unit, ids=ids)
-    check_output_folder(make_folder(output_dir, "change --output-dir"))
-    write_calibrated(output_dir, calibration, rows)
+    check_output_folder(output_dir, *APPLIED_FILES)
+    with writing(make_folder(output_dir, "change --output-dir"), *APPLIED_FILES):
+        write_calibrated(output_dir, calibration, rows)
     positive = (rows.probabilities >= calibration.thresholds).mean()
     print(f"{len(rows):,} {rows.unit}s; calibration {calibration.method}, thresholds for {calibration.objective}: "
           f"positive rate {percent((rows.probabilities >= 0.5).mean())} at 0.5 uncalibrated, {percent(positive)} tuned")
@@ -120,7 +122,8 @@ def example_inputs(folder: Path) -> EvaluationInputs:
         split = "train" if prefix else "valid"
         names = [f"{split}_{patient}_a_{k}.nii.gz" for patient in range(1, 1 + patients) for k in (1, 2)]
         paths = folder / f"{prefix}predictions.csv", folder / f"{prefix}labels.csv"
-        write_table(paths[0], names, 1 / (1 + np.exp(-(score + OVERCONFIDENCE))))
-        write_table(paths[1], names, labels)
+        with writing(folder, *(path.name for path in paths)):
+            write_table(paths[0], names, 1 / (1 + np.exp(-(score + OVERCONFIDENCE))))
+            write_table(paths[1], names, labels)
         tables.append((read_predictions(paths[0]), read_labels(paths[1])))
     return EvaluationInputs(*tables[0], tuning=tables[1], note=EXAMPLE_NOTE)

@@ -27,7 +27,7 @@ from ctclip.evaluation import bootstrap, figures, render, report, subgroups, tab
 from ctclip.evaluation import metrics as measure
 from ctclip.evaluation.calibration import CROSS_FITTED, TUNING, Calibration, FittedThresholds, fit_thresholds
 from ctclip.evaluation.cases import Case, worst_cases
-from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE
+from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE, RESULT_FILES, writing
 from ctclip.evaluation.tables import EvaluationInputs, Rows, VolumeTable
 from ctclip.fileio import make_folder, replacing
 from ctclip.formatting import decimal, percent
@@ -280,25 +280,29 @@ def success_criteria(metrics: dict) -> list[dict]:
 
 
 def write_evaluation(output_dir: str | Path, evaluation: Evaluation, cases: Sequence[Case]) -> None:
-    """RESULT_FILES, predictions.csv and the figures; each file is replaced whole or not at all."""
+    """RESULT_FILES, predictions.csv and the curves of training; each file is replaced whole or not at all, and none
+    that is the user's (`run_folder.writing`)."""
     folder = make_folder(output_dir, "change --output-dir")
     metrics, rows, fitted, inputs = evaluation.metrics, evaluation.rows, evaluation.fitted, evaluation.inputs
-    with replacing(folder / "metrics.json") as path:
-        path.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     own, given = folder / "predictions.csv", inputs.predictions.frame
-    if not _holds(own, given):  # a run's own file stays as it was written, with its other columns
-        with replacing(own) as path:
-            given.to_csv(path)
-    with replacing(folder / "per_label.csv") as path:
-        _per_label_frame(metrics).to_csv(path, index_label="label")
-    fitted.calibration.save(folder / CALIBRATION_FILE)
-    for name in APPLIED_FILES:
-        (folder / name).unlink(missing_ok=True)
-    if fitted.fitted_on == TUNING:  # cross-fitted columns are made of five maps: no file that anyone could compare
-        write_calibrated(folder, fitted.calibration, rows)
-    arrays = rows.labels, rows.probabilities, fitted.calibrated
-    figures.write_figures(folder, metrics, *arrays, report.figure_captions(metrics), inputs.history)
-    render.write_page(folder / PAGE, metrics, *arrays, inputs.history, inputs.record, cases)
+    kept = _holds(own, given)  # a run's own file stays as it was written, with its other columns
+    others = [*([] if kept else [own.name]), *([figures.TRAINING_CURVES] if inputs.history else [])]
+    with writing(folder, *RESULT_FILES, *others):
+        with replacing(folder / "metrics.json") as path:
+            path.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        if not kept:
+            with replacing(own) as path:
+                given.to_csv(path)
+        with replacing(folder / "per_label.csv") as path:
+            _per_label_frame(metrics).to_csv(path, index_label="label")
+        fitted.calibration.save(folder / CALIBRATION_FILE)
+        for name in APPLIED_FILES:
+            (folder / name).unlink(missing_ok=True)
+        if fitted.fitted_on == TUNING:  # cross-fitted columns are made of five maps: no file that anyone could compare
+            write_calibrated(folder, fitted.calibration, rows)
+        arrays = rows.labels, rows.probabilities, fitted.calibrated
+        figures.write_figures(folder, metrics, *arrays, report.figure_captions(metrics), inputs.history)
+        render.write_page(folder / PAGE, metrics, *arrays, inputs.history, inputs.record, cases)
 
 
 def write_calibrated(folder: Path, calibration: Calibration, rows: Rows) -> None:

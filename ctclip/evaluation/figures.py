@@ -107,6 +107,7 @@ LABEL_PLOTS = {
         "calibration.",
         (("dot orange", "uncalibrated"), ("dot blue", "calibrated"), ("line strong", "perfectly calibrated")), True),
 }
+EVALUATION_FIGURES = (*(f"{key}.png" for key in LABEL_PLOTS), "threshold_sweep.png", "positive_rate.png")
 
 
 def label_figure(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ctclip.config import CALIBRATION_FILE, DEFAULT_OBJECTIVE, mistyped
@@ -9,13 +13,28 @@ from ctclip.data.cohort import read_metadata
 from ctclip.data.ct_rate import metadata_path
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration, fit_calibration, load_calibration
+from ctclip.evaluation.figures import EVALUATION_FIGURES, TRAINING_CURVES
 from ctclip.evaluation.tables import VolumeTable, read_labels, read_predictions, tuning_rows
-from ctclip.fileio import parse_json, read_json
+from ctclip.fileio import check_writable, parse_json, read_json
+from ctclip_model import (
+    WRITTEN,
+    CheckpointError,
+    check_written,
+    list_written,
+    listing,
+    saved_config,
+    written_files,
+)
 
 # What an evaluation leaves in its folder. Training removes them when the weights that they are about are replaced.
 APPLIED_FILES = ("predictions_calibrated.csv", "predictions_mapped.csv")
 PAGE = "report.html"
-RESULT_FILES = ("metrics.json", "per_label.csv", CALIBRATION_FILE, PAGE, *APPLIED_FILES)
+RESULT_FILES = ("metrics.json", "per_label.csv", CALIBRATION_FILE, PAGE, *APPLIED_FILES, *EVALUATION_FIGURES)
+TABLES = ("predictions.csv", "labels.csv")
+# What training leaves; the best weights with the tables that belong to them.
+BEST_FILES = ("model.safetensors", "config.json", "tuning_predictions.csv", "tuning_labels.csv")
+RECORDS = ("run.json", "log.jsonl")
+LOCK = ".lock"  # held by the process that trains
 
 
 RECORD_TYPES = {
@@ -37,11 +56,61 @@ def newest_run() -> Path:
     return max(written, key=lambda path: path.stat().st_mtime).parent
 
 
-def check_output_folder(folder: Path, own: Path | None = None) -> None:
-    """Raises RunError for a run's folder other than `own`: its tables must not be replaced by others."""
+def check_output_folder(folder: Path, *names: str, own: Path | None = None) -> None:
+    """Raises, before any work, where these files cannot be written to a folder: a run's other than `own`, whose tables
+    must not be replaced by others; files of the same names that are the user's; a place that cannot be written."""
     if (folder / "run.json").is_file() and (own is None or own.resolve() != folder.resolve()):
         raise RunError(f"{folder}: found a run, whose tables others would replace, expected another folder; change "
                        "--output-dir")
+    check_writable(folder, "change --output-dir")
+    check_names(folder, *names)
+
+
+def own_files(folder: Path) -> dict[str, str]:
+    """{name: SHA-256 or ""} of a folder's files that this project wrote. Versions before 0.7 kept no list: what then
+    goes by the name of a run's or an evaluation's file is one."""
+    if (folder / WRITTEN).is_file():
+        return written_files(folder)
+    names: tuple[str, ...] = ()
+    if (folder / "run.json").is_file():
+        names = (*RECORDS, *BEST_FILES, *TABLES, *RESULT_FILES, TRAINING_CURVES)
+    elif all((folder / name).is_file() for name in ("metrics.json", "per_label.csv", CALIBRATION_FILE, PAGE)):
+        names = (*RESULT_FILES, TRAINING_CURVES)
+    with suppress(CheckpointError):
+        saved_config(folder)
+        names = (*names, *BEST_FILES[:2])
+    return {name: "" for name in names if (folder / name).exists()}
+
+
+def check_names(folder: Path, *names: str) -> None:
+    """Raises RunError where a file of that name is there that this project has not written."""
+    own = own_files(folder)
+    if foreign := [name for name in names if name not in own and os.path.lexists(folder / name)]:
+        raise RunError(f"{folder}: found {', '.join(foreign[:3])}, which no run or evaluation wrote, expected no such "
+                       "file, as it would be replaced; move what is yours, or choose another folder")
+
+
+@contextmanager
+def writing(folder: Path, *names: str) -> Iterator[None]:
+    """Around writing, replacing or removing these files of a folder: only names in the folder's list ever are. They
+    are listed with the digest by which readers know that nothing has changed them since. Raises RunError as
+    `check_names`, before anything is written."""
+    check_names(folder, *names)
+    if not (folder / WRITTEN).is_file() and (earlier := own_files(folder)):
+        list_written(folder, dict(earlier))
+    with listing(folder, *names):
+        yield
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Names in a folder that is to become a run's, or was about to, which this project has not written."""
+    own = {*own_files(folder), WRITTEN, LOCK}
+    return sorted(path.name for path in folder.iterdir() if path.name not in own and not is_left_over(path, own))
+
+
+def is_left_over(path: Path, own: Collection[str]) -> bool:
+    """Whether a process was killed while it wrote one of these files under this temporary name."""
+    return (found := re.fullmatch(r"(.+)\.\d+\.tmp", path.name)) is not None and found[1] in own
 
 
 def results_folder(run: Path, data_dir: str | Path | None) -> Path:
@@ -54,6 +123,7 @@ def run_record(run: Path) -> dict:
     path = run / "run.json"
     if not path.is_file():
         return {}
+    check_written(path)
     try:
         record = read_json(path)
         if not isinstance(record, dict):
@@ -67,11 +137,21 @@ def run_record(run: Path) -> dict:
     return record
 
 
+def from_working_folder(
+    record: Mapping, path: str | None, exists: Callable[[Path], bool] = Path.exists
+) -> str | None:
+    """A path of a run's record, which is as it was given: where there is nothing here, as seen from the folder that the
+    run was started in, if there is something."""
+    there = Path(str(record.get("working_folder") or ""), path or "")
+    return str(there) if path and not exists(Path(path)) and exists(there) else path
+
+
 def read_history(path: str | Path) -> list[dict] | None:
     """Epochs of a log.jsonl, or None where there is none; a last line cut off by an interrupted run is skipped."""
     path = Path(path)
     if not path.is_file():
         return None
+    check_written(path)
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -24,7 +24,7 @@ from ctclip.data.patients import (
 from ctclip.data.tables import ID_COLUMNS, NAME_COLUMN, how_names_differ, join, read_table, some, unknown_columns
 from ctclip.evaluation.metrics import EvaluationError, checked
 from ctclip.fileio import replacing
-from ctclip_model import ABNORMALITIES
+from ctclip_model import ABNORMALITIES, check_written
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def _read(
     path: str | Path, valid: Callable[[np.ndarray], np.ndarray], expected: str, remedy: str, repeats: bool = False
 ) -> VolumeTable:
     """A table in which every row is whole. Training skips the others; here they would change what is measured."""
+    check_written(Path(path))
     table = read_table(path, ABNORMALITIES, optional=ID_COLUMNS, error=EvaluationError)
     if faults := table.faults or (not repeats and table.repeated):
         raise EvaluationError(faults[0])

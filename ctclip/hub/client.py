@@ -477,6 +477,12 @@ class WeightsFile:
         """Of the file as it was fetched or made."""
         return read_record(self.whole).get("slim_sha256" if self.path == self.slim else "sha256")
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the file that is here was fetched, or made of one that was; any other is a person's own."""
+        record = read_record(self.whole)
+        return "repository" in record and (self.path != self.slim or "slim_sha256" in record)
+
     def damage(self, remote: RemoteFile | None = None) -> str | None:
         """What is wrong with the file; None where it is intact or nothing is known.
 

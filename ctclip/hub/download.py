@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ctclip.data.cohort import Volume, listed_volumes
 from ctclip.data.ct_rate import SPLITS, labels_path, metadata_path, no_chest_path, volume_path
+from ctclip.fileio import move_aside
 from ctclip.formatting import INDENT, print_row, size_text
 from ctclip.hub import client
 from ctclip.hub.client import HubError, file_lock, find_token, parts_of
@@ -35,14 +36,18 @@ IN_A_ROW = 3  # volumes that fail for the same reason outside of them end the co
 
 
 def _update_tables(splits: Sequence[str], data_dir: Path, token: str) -> None:
-    """Labels, metadata and no-chest lists of the splits; one that is here and intact is not fetched again."""
+    """Labels, metadata and no-chest lists of the splits; one that is here and intact is not fetched again, one that is
+    not the hub's keeps another name: it may have been edited."""
     for split in splits:
         for path in (labels_path(split), metadata_path(split), no_chest_path(split)):
             file, target = path.as_posix(), data_dir / path
             remote = client.retry(partial(client.file_metadata, file, token), file, token, print_note)
-            if not target.exists() or remote.difference(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                client.download(file, target, token, print_note, remote)
+            if target.exists() and not remote.difference(target):
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                print_note(f"{target} is not the hub's; what was there is kept as {move_aside(target).name}")
+            client.download(file, target, token, print_note, remote)
 
 
 def print_note(text: str) -> None:
@@ -272,9 +277,15 @@ def download_volumes(selection: Selection, data_dir: Path) -> None:
         )
         if not transfers:
             raise none_on_hub(chosen)
-        wanted = [transfer for transfer in transfers if not transfer.is_here]
+        absent, failures = [transfer for transfer in transfers if not transfer.is_here], Failures()
+        for transfer in absent:
+            if transfer.target.exists():
+                found = f"{transfer.target} is here with another size than on the hub, and left as it is"
+                transfer.error = HubError(found, "move it to another place", kind="file")
+                failures.add(transfer)
+        wanted = [transfer for transfer in absent if transfer.error is None]
         total = sum(transfer.size for transfer in wanted)
-        here = f"{len(transfers) - len(wanted)} are here, " if len(wanted) < len(transfers) else ""
+        here = f"{len(transfers) - len(absent)} are here, " if len(absent) < len(transfers) else ""
         print_row("", f"{here}{len(wanted)} to fetch, {size_text(total)}")
         try:
             begun = sum(part.stat().st_size for transfer in wanted for part in parts_of(transfer.target))
@@ -282,7 +293,7 @@ def download_volumes(selection: Selection, data_dir: Path) -> None:
         except HubError as error:
             remedy = "take fewer (--volumes, --patients), name a --data-dir on a larger disk, or keep only the codes "
             raise HubError(error.reason, remedy + "of each volume with --stream-cache", kind="disk") from error
-        failures, start = Failures(), time.monotonic()
+        start = time.monotonic()
         bar = tqdm(total=total, desc="fetch", unit="B", unit_scale=True, disable=not wanted)
         with bar, Downloader(wanted, token, inf) as downloader:
             for transfer in downloader:

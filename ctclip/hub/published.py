@@ -12,7 +12,7 @@ from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration, load_calibration
 from ctclip.evaluation.run_folder import read_history, run_record
 from ctclip.fileio import read_json
-from ctclip_model import CTCLIPMultiAbnormalityModel, has_tensors_of, published_name
+from ctclip_model import CTCLIPMultiAbnormalityModel, check_written, has_tensors_of, published_name
 
 
 class CardError(UserError):
@@ -82,6 +82,7 @@ class Facts:
         if not unchanged(model, folder):
             return cls(record, changed=True)
         path, metrics, calibration = folder / "metrics.json", None, folder / CALIBRATION_FILE
+        check_written(path)
         try:
             metrics = published_metrics(read_json(path)) if path.is_file() else None
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -12,13 +13,13 @@ from huggingface_hub.utils import logging
 from ctclip.card_file import CARD, discard_card, hand_written_card, read_card
 from ctclip.config import CALIBRATION_FILE
 from ctclip.errors import UserError
-from ctclip.evaluation.run_folder import run_record
+from ctclip.evaluation.run_folder import BEST_FILES, check_names, run_record
 from ctclip.fileio import replacing
 from ctclip.hub.client import AGAIN, REPOSITORY, TOKENS_PAGE, HubError, find_token, is_hub_url, to_hub_error, unwrapped
 from ctclip.hub.model_card import card_text, origin
 from ctclip.hub.published import CardError, Facts, unchanged
 from ctclip.inference.predictor import load_model
-from ctclip_model import CTCLIPMultiAbnormalityModel
+from ctclip_model import WRITTEN, CTCLIPMultiAbnormalityModel, listing
 
 SIDECARS = ("run.json", "metrics.json", CALIBRATION_FILE)  # beside the weights, for whoever downloads them
 
@@ -34,7 +35,7 @@ def save_with_card(
     Files about other weights are deleted first, then the weights are written, then the files about them: a full disk
     leaves no file beside weights that it does not belong to. A README.md that a person wrote stays, and one in the
     run's folder is copied. In the run's own folder only the card is written. Raises CardError where the folder is a run
-    of other weights, which would be lost.
+    of other weights, which would be lost, and RunError where a file of one of these names is the user's.
     """
     target, facts = Path(target), Facts.of(model, model.folder)
     model.derived_from = origin(model, facts.record)
@@ -47,16 +48,20 @@ def save_with_card(
                             "another folder; choose one")
         target.mkdir(parents=True, exist_ok=True)
         files = facts.files()
-        for name in SIDECARS:
+    others = () if own else SIDECARS
+    check_names(target, *BEST_FILES[:2], *others)
+    is_listed = (target / WRITTEN).is_file()  # as in a run
+    with listing(target, *BEST_FILES[:2], *others) if is_listed else nullcontext():
+        for name in others:
             path = target / name
             if path.is_file() and path.read_bytes() != files.get(name, "").encode():
                 path.unlink()
-    if read_card(target) != card:
-        discard_card(target)
-    model._save_pretrained(target)
-    for name, content in files.items():
-        with replacing(target / name) as path:
-            path.write_text(content, encoding="utf-8", newline="\n")
+        if read_card(target) != card:
+            discard_card(target)
+        model._save_pretrained(target)
+        for name, content in files.items():
+            with replacing(target / name) as path:
+                path.write_text(content, encoding="utf-8", newline="\n")
     write_card(target, card)
 
 

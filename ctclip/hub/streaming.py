@@ -38,6 +38,7 @@ from ctclip.data.loading import Batch, count_notes, notes_of
 from ctclip.data.preprocessing import read_volume
 from ctclip.data.volume_file import VolumeError
 from ctclip.distributed import Ranks
+from ctclip.fileio import nearest_existing
 from ctclip.formatting import print_row, size_text
 from ctclip.hub import download
 from ctclip.hub.client import DISK_GB, SPARE_BYTES, HubError, file_lock, find_token, parts_of
@@ -164,7 +165,7 @@ def plan_disk(options: StreamOptions, cache: FeatureCache, transfers: Sequence[T
     if limit < (least := encoded + growth + largest.size):
         found = f"found --disk-gb {options.disk_gb:g}, expected at least {size_text(least)} for {file} and {codes}"
         raise HubError(found, "raise it, or choose fewer volumes", kind="disk")
-    scratch, store = feature_cache.nearest_existing(options.staging), feature_cache.nearest_existing(cache.folder)
+    scratch, store = nearest_existing(options.staging), nearest_existing(cache.folder)
     here = bytes_in(options.staging)
     needs = [(scratch, largest.size, here, file), (store, growth, 0, codes)]
     shared = 0

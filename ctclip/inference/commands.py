@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Sequence
-from itertools import chain, count
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from ctclip.config import PREDICTIONS
-from ctclip.evaluation.run_folder import newest_run
+from ctclip.evaluation.run_folder import check_names, newest_run
 from ctclip.inference.onnx_export import describe, export_run
 from ctclip.inference.predictions import (
+    PartialTable,
     Predictions,
     check_output,
     labels_of,
     predict_scans,
-    rows_table,
     write_predictions,
 )
 from ctclip.inference.prompts import read_prompts
 from ctclip.inference.scans import PredictionError
+from ctclip_model import list_written
 
 
 def predict_command(args: argparse.Namespace) -> None:
@@ -35,6 +32,8 @@ def predict_command(args: argparse.Namespace) -> None:
     checkpoint, output = Path(args.checkpoint) if args.checkpoint else newest_run(), Path(args.output or PREDICTIONS)
     labels = prompts.names if prompts else labels_of(checkpoint)
     check_output(output, labels)
+    if not args.output:  # a name that nobody has chosen
+        check_names(output.parent, output.name)
     with PartialTable(output.with_name(f"{output.stem}.part.csv"), labels) as part:
         predictions = predict_scans(
             args.input,
@@ -50,45 +49,14 @@ def predict_command(args: argparse.Namespace) -> None:
             on_note=print_warning,
         )
         write_predictions(output, predictions, checkpoint)
+        if not args.output:
+            list_written(output.parent, {output.name: ""})
     print_summary(predictions, output, checkpoint)
 
 
 def print_warning(note: str) -> None:
     """On stderr, above a progress bar."""
     tqdm.write(f"warning: {note}", file=sys.stderr)
-
-
-class PartialTable:
-    """The rows that are done, on the disk at once, so that an interruption loses none; removed when the output has been
-    written. In a `with` block: where it ends early, says what is kept. What an earlier command kept under that name
-    stays: this one's file then has a number."""
-
-    def __init__(self, path: Path, labels: Sequence[str]):
-        numbered = (path.with_name(f"{path.stem}{number}{path.suffix}") for number in count(2))
-        self.path = next(name for name in chain([path], numbered) if not name.exists())
-        self.labels, self.rows = labels, 0
-
-    def append(self, name: str, row: np.ndarray) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            rows_table({name: row}, self.labels).to_csv(file, header=self.rows == 0)
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows += 1
-
-    def __enter__(self) -> PartialTable:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not self.rows:
-            return
-        kept = f"kept in {self.path}: {self.rows} scans; predict the others by themselves"
-        if error is None:
-            self.path.unlink()
-        elif isinstance(error, KeyboardInterrupt):
-            error.args = (kept,)  # what run_cli prints
-        else:
-            print(f"\nK{kept[1:]}", file=sys.stderr)
 
 
 def print_summary(predictions: Predictions, output: Path, checkpoint: Path) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from ctclip.data.loading import Batch, notes_of
 from ctclip.data.tables import WARNING_COLUMN
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.run_folder import newest_run, run_calibration, run_record, run_tuning
-from ctclip.fileio import replacing
+from ctclip.fileio import naming, replacing
 from ctclip.inference.heat_maps import parse_labels, write_scan_heat_maps
 from ctclip.inference.predictor import load_model, predict_volumes
 from ctclip.inference.scans import PredictionError, Scan, find_scans
@@ -208,6 +210,39 @@ def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> Non
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise PredictionError(f"--output {path}: found a place that cannot be written ({folder}), expected a file's "
                               "name in a folder of yours; name another")
+
+
+class PartialTable:
+    """The rows that are done, on the disk at once, so that an interruption loses none; removed when the output has been
+    written. In a `with` block: where it ends early, says what is kept. What an earlier command kept under that name
+    stays: this one's file then has a number. `advice`: what to do with the rows."""
+
+    def __init__(self, path: Path, labels: Sequence[str], advice: str = "predict the others by themselves"):
+        numbered = (path.with_name(f"{path.stem}{number}{path.suffix}") for number in count(2))
+        self.path = next(name for name in chain([path], numbered) if not name.exists())
+        self.labels, self.rows, self.advice = labels, 0, advice
+
+    def append(self, name: str, row: np.ndarray) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with naming(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
+            rows_table({name: row}, self.labels).to_csv(file, header=self.rows == 0)
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += 1
+
+    def __enter__(self) -> PartialTable:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not self.rows:
+            return
+        kept = f"kept in {self.path}: {self.rows} scans; {self.advice}"
+        if error is None:
+            self.path.unlink()
+        elif isinstance(error, KeyboardInterrupt):
+            error.args = (kept,)  # what run_cli prints
+        else:
+            print(f"\nK{kept[1:]}", file=sys.stderr)
 
 
 def write_predictions(path: str | Path, predictions: Predictions, checkpoint: str | Path) -> None:

@@ -11,9 +11,20 @@ from ctclip.data.cohort import ids_of, load_cohort
 from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.loading import Batch, count_notes, notes_of
-from ctclip.evaluation.run_folder import RunError, read_history, results_folder, run_record, run_tuning
+from ctclip.evaluation.run_folder import (
+    TABLES,
+    RunError,
+    check_output_folder,
+    from_working_folder,
+    read_history,
+    results_folder,
+    run_record,
+    run_tuning,
+    writing,
+)
 from ctclip.evaluation.tables import EvaluationInputs, patients_of, read_labels, read_predictions, write_table
 from ctclip.fileio import make_folder
+from ctclip.inference.predictions import PartialTable
 from ctclip.inference.predictor import load_model, predict_volumes, print_failures
 from ctclip.phantoms.cohort import is_phantom_cohort
 
@@ -41,7 +52,7 @@ def run_inputs(
         predict_run(run, data_dir, device, workers, tables, patients)
     record = run_record(run)
     phantom = bool(record.get("phantom", False)) if data_dir is None else is_phantom_cohort(data_dir)
-    cohort = data_dir or record.get("data_dir")
+    cohort = data_dir or from_working_folder(record, record.get("data_dir"))
     predictions, labels = read_predictions(tables / "predictions.csv"), read_labels(tables / "labels.csv")
     history = read_history(run / "log.jsonl")
     folder = Path(cohort) if cohort else None
@@ -53,21 +64,25 @@ def predict_run(
     run: Path, data_dir: str | Path | None, device: str | None, workers: int | None, tables: Path,
     patients: str | None = None,
 ) -> None:
-    """Writes predictions.csv and labels.csv of the cohort's validation split into `tables`.
+    """Writes predictions.csv and labels.csv of the cohort's validation split into `tables`; rows that are done are kept
+    there when it is interrupted.
 
     What the run's cache has of the volumes is taken from there; streamed volumes are nowhere else.
     """
     record = run_record(run)
-    data_dir = data_dir or record.get("data_dir")
+    data_dir = data_dir or from_working_folder(record, record.get("data_dir"))
     if data_dir is None or not (run / "model.safetensors").is_file():
         raise RunError(
             f"{run}: found no predictions.csv with labels.csv, expected them or a finished epoch to make them with; "
             "let training go on (--resume), or give --predictions and --labels"
         )
-    cohort = load_cohort(data_dir, "valid", patients=patients or record.get("config", {}).get("patients"))
+    check_output_folder(tables, *TABLES, own=run)
+    patients = patients or from_working_folder(record, record.get("config", {}).get("patients"))
+    cohort = load_cohort(data_dir, "valid", patients=patients)
     model = load_model(run, device)
     print(f"Predicting the unseen split of {data_dir}\n{cohort.summary()}")
-    cache_dir = Path(record.get("config", {}).get("cache_dir", TrainingConfig.cache_dir))
+    stored = record.get("config", {}).get("cache_dir", TrainingConfig.cache_dir)
+    cache_dir = Path(from_working_folder(record, stored) or stored)
     cache = FeatureCache(cache_dir, model) if cache_dir.is_dir() else None
     volumes = cohort.volumes
     streamed = all(volume.signature is not None for volume in volumes)
@@ -84,12 +99,17 @@ def predict_run(
         print_failures(batch)
         notes.update(notes_of(volumes, batch))
 
-    read, logits = predict_volumes(model, volumes, workers=workers, on_batch=on_batch, cache=cache)
-    if notes:
-        print(count_notes(notes))
-    if not read:
-        raise RunError(f"{data_dir}: none of the {len(cohort)} volumes of its valid split could be read")
-    names, ids = [volumes[i].name for i in read], ids_of(volumes)
     make_folder(tables, "change --output-dir")
-    write_table(tables / "labels.csv", names, np.stack([volumes[i].labels for i in read]).astype(int), ids)
-    write_table(tables / "predictions.csv", names, logits.sigmoid().numpy(), ids)
+    with PartialTable(tables / "predictions.part.csv", model.labels, "evaluate them with --predictions") as part:
+        read, logits = predict_volumes(
+            model, volumes, workers=workers, on_batch=on_batch, cache=cache,
+            on_answer=lambda index, voxels, answer: part.append(volumes[index].name, answer.sigmoid().numpy()),
+        )  # fmt: skip
+        if notes:
+            print(count_notes(notes))
+        if not read:
+            raise RunError(f"{data_dir}: none of the {len(cohort)} volumes of its valid split could be read")
+        names, ids = [volumes[i].name for i in read], ids_of(volumes)
+        with writing(tables, *TABLES):
+            write_table(tables / "labels.csv", names, np.stack([volumes[i].labels for i in read]).astype(int), ids)
+            write_table(tables / "predictions.csv", names, logits.sigmoid().numpy(), ids)

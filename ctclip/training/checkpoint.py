@@ -29,14 +29,15 @@ from ctclip.config import TrainingError
 from ctclip.data.cohort import ids_of
 from ctclip.data.feature_cache import encoder_digest
 from ctclip.errors import UserError
-from ctclip.evaluation.run_folder import RESULT_FILES
+from ctclip.evaluation.run_folder import BEST_FILES, RECORDS, is_left_over, own_files, writing
 from ctclip.evaluation.tables import write_table
-from ctclip.fileio import DISK_FULL, make_folder, replacing
+from ctclip.fileio import DISK_FULL, replacing
 from ctclip.training.optimization import TrainableParameters, rng_state, set_rng_state, swapped_in
 from ctclip.training.run import TrainingJob
-from ctclip_model import ABNORMALITIES
+from ctclip_model import ABNORMALITIES, check_written
 
 KEEP = 2  # states: the one before the newest serves when the newest turns out damaged
+STATE_NAME = re.compile(r"\d{4}-\d{6}\.pt")
 FORMAT = 2  # of the states
 
 # CRC-32 of anything followed by its own CRC-32, least significant byte first. States end in theirs.
@@ -109,7 +110,7 @@ def full_disk_explained(folder: Path, what: str, size: int) -> Iterator[None]:
 
 def states(folder: Path) -> list[Path]:
     """Saved states of a run, oldest first."""
-    return sorted((folder / "state").glob("*.pt"))
+    return sorted(path for path in (folder / "state").glob("*.pt") if STATE_NAME.fullmatch(path.name))
 
 
 def save_state(folder: Path, epoch: int, step: int, content: dict) -> Path:
@@ -119,7 +120,7 @@ def save_state(folder: Path, epoch: int, step: int, content: dict) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             _save(content, temporary)
-    for old in (*states(folder)[:-KEEP], *path.parent.glob("*.tmp")):  # the latter from processes that were killed
+    for old in states(folder)[:-KEEP]:
         old.unlink()
     return path
 
@@ -186,6 +187,7 @@ class TrainingState:
 
     trainable: TrainableParameters
     initial_encoder_digest: str  # of the weights that the run began with
+    sources: dict[str, str] = field(default_factory=dict)  # volume -> digest of its file and labels: `steps.check_data`
     progress: Progress = field(default_factory=Progress)
     best: BestEpoch = field(default_factory=BestEpoch)
     history: list[dict] = field(default_factory=list)  # lines of log.jsonl
@@ -212,6 +214,7 @@ def save_checkpoint(job: TrainingJob, state: TrainingState) -> None:
         content = {
             "format": FORMAT,
             "initial_encoder_digest": state.initial_encoder_digest,
+            "sources": state.sources,
             "progress": asdict(progress) | {"loss_sum": loss_sum, "seen": seen},
             "best": dict(vars(state.best)),
             "history": state.history,
@@ -237,9 +240,9 @@ def resume_or_start(job: TrainingJob) -> TrainingState:
     run, folder = job.run, job.run.folder
     state = TrainingState(TrainableParameters(run, job.model), encoder_digest(job.model))
     if run.ranks.is_main:
-        make_folder(folder, "change --output-dir")
-        for left_over in folder.glob("*.tmp"):  # by a process that was killed while saving
-            left_over.unlink()
+        _remove_left_overs(folder)
+        for name in BEST_FILES:
+            check_written(folder / name)
     content = load_newest(folder, run.log)
     if content is not None and content.get("format") != FORMAT:
         raise StateError(
@@ -261,6 +264,14 @@ def resume_or_start(job: TrainingJob) -> TrainingState:
     return state
 
 
+def _remove_left_overs(folder: Path) -> None:
+    """What processes that were killed while saving have left, under names of their own."""
+    own = own_files(folder)
+    for path in (*folder.glob("*.tmp"), *folder.glob("state/*.tmp")):
+        if is_left_over(path, own) or (path.parent != folder and STATE_NAME.match(path.name)):
+            path.unlink()
+
+
 def restore(content: dict, job: TrainingJob, state: TrainingState) -> None:
     """Puts back what `save_checkpoint` wrote."""
     run, trainable = job.run, state.trainable
@@ -270,6 +281,12 @@ def restore(content: dict, job: TrainingJob, state: TrainingState) -> None:
             "(--ctclip-path names it); or start a new run"
         )
     state.progress, state.best = Progress(**content["progress"]), BestEpoch(**content["best"])
+    state.sources = content.get("sources", {})  # states of before 0.7 have none
+    if state.best.epoch and not state.best.tensors and not (run.folder / BEST_FILES[0]).is_file():
+        raise StateError(
+            f"{run.folder}: found no {BEST_FILES[0]}, expected the weights of epoch {state.best.epoch}, the best so "
+            "far; bring them back, or start a new run"
+        )
     state.history = content["history"]
     _restore_split(content["volumes"], job)
     job.criterion.load_state_dict(content["criterion"])
@@ -315,13 +332,14 @@ def save_best(job: TrainingJob, best: BestEpoch) -> None:
     tensors, best.tensors = best.tensors, {}
     if not job.run.ranks.is_main:
         return
-    stale = ("predictions.csv", "labels.csv", "tuning_predictions.csv", *RESULT_FILES)
-    for path in (*(folder / name for name in stale), *folder.glob("*.png")):
-        path.unlink(missing_ok=True)
-    discard_card(folder)
+    stale = [name for name in own_files(folder) if name not in (*RECORDS, *BEST_FILES)]
     labels = {volume.name: volume.labels for volume in job.validation.volumes}
     table, ids = np.stack([labels[name] for name in best.names]).astype(int), ids_of(job.validation.volumes)
-    with full_disk_explained(folder, "The best weights", size_of(model.state_dict())):
+    explained = full_disk_explained(folder, "The best weights", size_of(model.state_dict()))
+    with explained, writing(folder, *BEST_FILES, *stale):
+        for name in (*stale, "tuning_predictions.csv"):
+            (folder / name).unlink(missing_ok=True)
+        discard_card(folder)
         with swapped_in(model, tensors):
             model._save_pretrained(folder)
         write_table(folder / "tuning_labels.csv", best.names, table, ids)

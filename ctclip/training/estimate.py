@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ctclip.config import SYNTHETIC_NOTE, Machine, TrainingConfig, TrainingError
-from ctclip.data.feature_cache import FeatureCache, encoding, nearest_existing
+from ctclip.data.feature_cache import FeatureCache, encoding
 from ctclip.data.loading import VolumeDataset
+from ctclip.fileio import nearest_existing
 from ctclip.formatting import plural, size_text
 from ctclip.memory import out_of_memory, process_memory, reset_peak_memory, system_memory
 from ctclip.training.checkpoint import KEEP
@@ -39,7 +40,7 @@ SMALL_FILES = 5_000_000  # bytes of figures, tables and logs in a run's folder
 in_bytes = partial(size_text, digits=1)
 
 
-def print_estimate(config: TrainingConfig, folder: Path, machine: Machine) -> None:
+def print_estimate(config: TrainingConfig, folder: Path | None, machine: Machine) -> None:
     """Measures, and prints what the run in `folder` would take. Writes nothing but a built-in cohort.
 
     Raises TrainingError where memory or disk do not suffice, and what `prepare` raises. Of several processes the main

@@ -6,6 +6,7 @@ import json
 import platform
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,6 +16,7 @@ from ctclip import __version__
 from ctclip.config import SYNTHETIC_NOTE
 from ctclip.data.loading import count_notes
 from ctclip.evaluation.figures import TRAINING_CURVES, write_training_figure
+from ctclip.evaluation.run_folder import writing
 from ctclip.fileio import replacing
 from ctclip.formatting import decimal, plural
 from ctclip.memory import process_memory
@@ -29,15 +31,20 @@ SMALL = 10**6  # bytes; more than a run's record, log and curves take
 
 def write_history(run: Run, history: list[dict]) -> None:
     if run.ranks.is_main:
-        with full_disk_explained(run.folder, "The log", SMALL), replacing(run.folder / "log.jsonl") as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in history))
+        _write(run, "log.jsonl", "The log", "".join(json.dumps(line) + "\n" for line in history))
+
+
+def _write(run: Run, name: str, what: str, text: str) -> None:
+    path = run.folder / name
+    with full_disk_explained(run.folder, what, SMALL), writing(run.folder, name), replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def write_curves(job: TrainingJob, history: list[dict]) -> None:
     if job.run.ranks.is_main:
-        with full_disk_explained(job.run.folder, "The training curves", SMALL):
-            note = SYNTHETIC_NOTE if job.phantom else None
-            write_training_figure(history, job.run.folder / TRAINING_CURVES, note)
+        folder, note = job.run.folder, SYNTHETIC_NOTE if job.phantom else None
+        with full_disk_explained(folder, "The training curves", SMALL), writing(folder, TRAINING_CURVES):
+            write_training_figure(history, folder / TRAINING_CURVES, note)
 
 
 def write_run_file(job: TrainingJob, status: str) -> None:
@@ -50,6 +57,7 @@ def write_run_file(job: TrainingJob, status: str) -> None:
         "status": status,
         "config": asdict(run.config),
         "data_dir": str(job.data_dir),
+        "working_folder": str(Path.cwd()),  # from which relative paths are seen
         "phantom": job.phantom,
         "labels": list(job.model.labels),
         "device": str(run.device),
@@ -69,8 +77,7 @@ def write_run_file(job: TrainingJob, status: str) -> None:
             "timm": timm.__version__,
         },
     }
-    with full_disk_explained(run.folder, "The run's record", SMALL), replacing(run.folder / "run.json") as path:
-        path.write_text(json.dumps(content, indent=2))
+    _write(run, "run.json", "The run's record", json.dumps(content, indent=2))
 
 
 def epoch_record(state: TrainingState, train_loss: float | None, validation: Validation, seconds: float) -> dict:

@@ -17,22 +17,29 @@ from ctclip.memory import out_of_memory
 from ctclip.training import checkpoint, logging, steps
 from ctclip.training.checkpoint import BestEpoch, Progress, TrainingState, save_checkpoint
 from ctclip.training.optimization import swapped_in
-from ctclip.training.run import TrainingJob, prepare
+from ctclip.training.run import TrainingJob, claimed_folder, prepare
 from ctclip.training.steps import StepResult, Validation
 
 VALIDATION_CHUNK = 128  # volumes that a rank predicts between two moments at which the state can be saved
 BAD_STEPS = 3  # steps in a row that are not finite, after which a run ends
 
 
-def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) -> Path:
-    """Starts or resumes the training run of `folder`. Returns the folder.
+def train(config: TrainingConfig, folder: Path | None = None, machine: Machine | None = None) -> Path:
+    """Starts or resumes the training run of `folder` (None: starts one in a new folder under results/), which no other
+    process can meanwhile. Returns the folder.
 
     Raises a UserError or FileNotFoundError with one line for the user, and Interrupted (a KeyboardInterrupt) after
     Ctrl-C or SIGTERM, when the state is saved: the same call resumes from there.
     """
     start = time.perf_counter()
     job = prepare(config, folder, machine or Machine())
-    run = job.run
+    with claimed_folder(job.run):
+        return train_epochs(job, start)
+
+
+def train_epochs(job: TrainingJob, start: float) -> Path:
+    """`train` of a job whose folder is claimed; `start`: when it began, for what it took in all."""
+    run, config = job.run, job.run.config
     logging.print_setup(job)
     state = checkpoint.resume_or_start(job)
     logging.write_run_file(job, "running")
@@ -46,9 +53,11 @@ def train(config: TrainingConfig, folder: Path, machine: Machine | None = None) 
             # 1. Freeze the backbone, whose features are then cached, or unfreeze its next layers.
             state.trainable.unfreeze(state.progress.epoch)
             if not state.trainable.backbone_frozen:  # from now on every volume is read and encoded
+                state.sources = steps.check_data(job, state.sources)
                 for split in job.splits.values():
                     split.rows = split.features = None
             elif job.validation.rows is None:
+                state.sources = steps.check_data(job, state.sources)
                 steps.load_features(job)
 
             # 2. One pass over the training volumes, one over the validation volumes.

@@ -8,8 +8,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +38,25 @@ from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.loading import Batch, micro_batch_size, notes_of
 from ctclip.distributed import Ranks
-from ctclip.evaluation.run_folder import newest_run, run_record
+from ctclip.evaluation.run_folder import (
+    LOCK,
+    foreign_files,
+    from_working_folder,
+    newest_run,
+    run_record,
+)
+from ctclip.fileio import check_writable, locked, make_folder
 from ctclip.formatting import plural
 from ctclip.inference.predictor import choose_device, choose_precision, choose_workers
 from ctclip.phantoms.cohort import is_phantom_cohort, write_phantom_cohort
-from ctclip_model import CLASSFINE_PATH, DEMO_PATH, CTCLIPMultiAbnormalityModel, balanced_label_weights, create_loss
+from ctclip_model import (
+    CLASSFINE_PATH,
+    DEMO_PATH,
+    CTCLIPMultiAbnormalityModel,
+    balanced_label_weights,
+    create_loss,
+    existing_weights,
+)
 
 SPLIT_NAMES = {"train": "training", "tuning": "validation"}  # as in files -> in words
 
@@ -66,7 +82,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
-            self.before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+            heard = [number for number in self.NUMBERS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's
+            self.before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -111,8 +128,9 @@ class Split:
 class Run:
     """One run's folder, device and records: how each volume was read, and which could not be."""
 
-    def __init__(self, folder: Path, config: TrainingConfig, machine: Machine):
-        self.folder = folder
+    def __init__(self, folder: Path | None, config: TrainingConfig, machine: Machine):
+        self.is_named = folder is not None
+        self.folder = folder or Path("results", f"{time.strftime('%Y%m%d-%H%M%S')}_{config.model}")
         self.config = config
         self.machine = machine
         name = machine.device
@@ -206,20 +224,87 @@ class TrainingJob:
         return {"train": self.train, "tuning": self.validation}
 
 
+# ------------------------------------------------------------------ the run's folder
+
+
+@contextmanager
+def claimed_folder(run: Run) -> Iterator[None]:
+    """The run's folder, made where there is none, is this process's alone inside the block. A name that nobody has
+    given gets a number where another run has it.
+
+    Raises TrainingError where the folder holds other files, or a run of another configuration, and UserError where
+    another process trains in it.
+    """
+    with ExitStack() as stack:
+        if run.ranks.is_main:
+            if not run.is_named:
+                run.folder = _new_folder(run.folder)
+            make_folder(run.folder, "change --output-dir")
+            check_run_folder(run.folder)
+            busy = f"{run.folder}: found another process that trains in it, expected none; wait for its end, or choose"
+            stack.enter_context(locked(run.folder / LOCK, f"{busy} another --output-dir"))
+            if (run.folder / "run.json").is_file() and (changed := _changed(_stored(run.folder), asdict(run.config))):
+                raise TrainingError(f"{_holds_a_run(run.folder)} (it has other values for {', '.join(changed)})")
+        run.folder = run.ranks.all_gather(run.folder)[0]
+        yield
+
+
+def _new_folder(wanted: Path) -> Path:
+    make_folder(wanted.parent, "run this in a folder you may write to, or name an --output-dir")
+    for number in count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}_{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError("unreachable")
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raises TrainingError where a folder is neither a run's, nor empty, nor absent: what is the user's in it might go
+    by the name of a file that a run replaces or removes."""
+    if folder.is_dir() and not (folder / "run.json").is_file() and (foreign := foreign_files(folder)):
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise TrainingError(
+            f"{folder}: found a folder with other files ({', '.join(foreign[:3])}{more}), expected one that is absent, "
+            "empty or a run; choose another --output-dir"
+        )
+
+
+def _holds_a_run(folder: Path) -> str:
+    return f"{folder} holds a run already; add --resume {folder}, or choose another --output-dir"
+
+
+def _stored(folder: Path) -> TrainingConfig:
+    """The configuration of the run in a folder."""
+    try:
+        return TrainingConfig(**run_record(folder)["config"])
+    except (KeyError, TypeError) as error:
+        raise TrainingError(f"{folder / 'run.json'} is of another version ({error}); start a new run") from error
+
+
+def _changed(stored: TrainingConfig, given: dict) -> list[str]:
+    """Flags of the given values that are not those of the run and may not change."""
+    return [flag_of(name) for name, value in given.items() if name not in MOVABLE and value != getattr(stored, name)]
+
+
 # ------------------------------------------------------------------ from the command line to a TrainingJob
 
 
-def run_from_flags(args: argparse.Namespace) -> tuple[TrainingConfig, Path, Machine]:
-    """Configuration, folder and machine of the run that the flags ask for: a new one, or an earlier one with --resume.
+def run_from_flags(args: argparse.Namespace) -> tuple[TrainingConfig, Path | None, Machine]:
+    """Configuration, folder (None: a new one under results/) and machine of the run that the flags ask for: a new one,
+    or an earlier one with --resume.
 
     A resumed run keeps its own configuration; a flag with another value is an error, except for folders, which may have
     moved. So is a flag that has no effect.
     """
     if args.resume is None:
         config = config_from_flags(args)
-        folder = Path(args.output_dir or f"results/{time.strftime('%Y%m%d-%H%M%S')}_{config.model}")
-        if (folder / "run.json").is_file():
-            raise TrainingError(f"{folder} holds a run already; add --resume {folder}, or choose another --output-dir")
+        folder = Path(args.output_dir) if args.output_dir else None
+        if folder is not None:
+            if (folder / "run.json").is_file():
+                raise TrainingError(_holds_a_run(folder))
+            check_run_folder(folder)
+            check_writable(folder, "change --output-dir")
     else:
         config, folder = _earlier_run(args)
     refuse_unused(args.given, training_flag_uses(config))
@@ -230,33 +315,45 @@ def _earlier_run(args: argparse.Namespace) -> tuple[TrainingConfig, Path]:
     if args.output_dir:
         raise TrainingError("--resume goes on in the run's own folder, found --output-dir too; leave it out")
     folder = newest_run() if args.resume == "" else Path(args.resume)
-    file = folder / "run.json"
-    if not file.is_file():
+    if not (folder / "run.json").is_file():
         raise TrainingError(f"--resume: no run.json in {folder}; expected the folder of an earlier run")
-    try:
-        stored = TrainingConfig(**run_record(folder)["config"])
-    except (KeyError, TypeError) as error:
-        raise TrainingError(f"--resume: {file} is of another version ({error}); start a new run") from error
+    stored = _stored(folder)
     given = {name: getattr(args, name) for name in asdict(stored) if hasattr(args, name)}
-    changed = [name for name, value in given.items() if name not in MOVABLE and value != getattr(stored, name)]
-    if changed:
-        flags = ", ".join(flag_of(name) for name in changed)
+    if changed := _changed(stored, given):
+        flags = ", ".join(changed)
         raise TrainingError(f"--resume goes on as {folder} began, found other values for {flags}; leave them out")
-    return replace(stored, **given), folder
+    return replace(stored, **_folders_seen_from_here(folder, stored) | given), folder
 
 
-def prepare(config: TrainingConfig, folder: Path, machine: Machine) -> TrainingJob:
-    """Cohort, split, model and loss of a run; nothing is written but the built-in cohort."""
+def _folders_seen_from_here(run: Path, stored: TrainingConfig) -> dict[str, str | None]:
+    """MOVABLE of a run, where they were given as seen from another working folder."""
+    record = run_record(run)
+    weights = CLASSFINE_PATH if stored.model == "ctclip" and not record.get("phantom") else None
+    names = {
+        "data_dir": stored.data_dir or record.get("data_dir"), "cache_dir": stored.cache_dir,
+        "ctclip_path": stored.ctclip_path or weights, "patients": stored.patients,
+    }  # fmt: skip
+    found = {
+        name: from_working_folder(record, path, lambda each: existing_weights(each).exists())
+        for name, path in names.items()
+    }
+    return {name: path for name, path in found.items() if path != names[name]}
+
+
+def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> TrainingJob:
+    """Cohort, split, model and loss of a run; nothing is written but the built-in cohort. `folder`: None for a new one
+    under results/, which `claimed_folder` makes."""
     config.check()
     machine.check()
     torch.manual_seed(config.seed)
     run = Run(folder, config, machine)
-    run.folder = run.ranks.all_gather(folder)[0]  # its default name is the time, which may differ
     data_dir = Path(config.data_dir or f"data/phantoms_{config.train_volumes}_{config.valid_volumes}")
     if config.data_dir is None and run.ranks.is_main:
         run.log(f"No --data-dir: using the built-in cohort of phantoms in {data_dir}. {SYNTHETIC_NOTE}")
         write_phantom_cohort(data_dir, config.train_volumes, config.valid_volumes)
     run.ranks.barrier()
+    if not data_dir.is_dir():  # said before weights are missed that a phantom cohort does not need
+        raise TrainingError(f"found no folder {data_dir}, expected the data of the run; name it with --data-dir")
     phantom = is_phantom_cohort(data_dir)
     model = build_model(config, phantom).to(run.device)
     cohort = load_cohort(data_dir, "train", limit=config.limit, patients=config.patients)

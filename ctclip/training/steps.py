@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ctclip.config import TrainingConfig, TrainingError
 from ctclip.data.cohort import Volume
-from ctclip.data.feature_cache import FeatureCache, encode_missing
+from ctclip.data.feature_cache import FeatureCache, cache_keys, encode_missing
 from ctclip.data.loading import Batch, volume_loader
 from ctclip.evaluation.metrics import auroc_difference, compute_metrics
 from ctclip.inference.predictor import chunks, predict_volumes
@@ -24,6 +25,29 @@ from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 
 CHUNK = 64  # volumes whose cached features are in memory at once
 CACHED_MICRO_BATCH = 32  # times as many volumes: cached features take less than this fraction of an encoder's memory
+
+# ------------------------------------------------------------------ the data, which may change on the disk meanwhile
+
+
+def check_data(job: TrainingJob, known: Mapping[str, str]) -> dict[str, str]:
+    """Digest of each volume's file and labels, by name. Raises TrainingError where one is not what is `known`: features
+    of the frozen epochs, labels and voxels would be of different patients."""
+    run = job.run
+    volumes = run.ranks.shard([volume for split in job.splits.values() for volume in split.volumes])
+    digests = {
+        volume.name: hashlib.sha256(f"{key} {volume.labels.tolist()}".encode()).hexdigest()[:16]
+        for volume, key in zip(volumes, cache_keys(volumes), strict=True)
+        if key is not None  # reading it fails, and says why
+    }
+    found = {name: digest for part in run.ranks.all_gather(digests) for name, digest in part.items()}
+    changed = sorted(name for name, digest in found.items() if known.get(name, digest) != digest)
+    if changed:
+        raise TrainingError(
+            f"{job.data_dir}: found another file, metadata or labels than when the run began for {len(changed)} of "
+            f"{len(found)} volumes (first {changed[0]}), expected the same data; bring it back, or start a new run"
+        )
+    return {**known, **found}
+
 
 # ------------------------------------------------------------------ the head's inputs while the backbone is frozen
 

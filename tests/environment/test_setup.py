@@ -6,6 +6,7 @@ is never started, and torch, timm and ctclip.hub.weights are stand-ins wherever 
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -161,13 +162,41 @@ def test_weights_arrive_whole_and_are_not_fetched_twice(suite, hub):
 
 @pytest.mark.parametrize("size", [4, len(PAYLOAD)])
 def test_a_damaged_file_is_named_and_replaced(suite, hub, size):
-    weights(suite).parent.mkdir()
+    """One that a record says was fetched. It is kept under another name: it may be the user's by now."""
+    fetch(suite, hub)
     weights(suite).write_bytes(bytes(size))
     done = fetch(suite, hub)
     problem = "4 bytes where the hub has 307200" if size == 4 else "SHA-256 [0-9a-f]{12}... where the hub has [0-9a-f]"
     assert re.search(f"classfine: models/ctclip_classfine.pt is damaged: {problem}", flat(done.stdout))
     assert "fetching it again" in flat(done.stdout)
+    assert "what was there is kept as models/ctclip_classfine.before.pt" in flat(done.stdout)
     assert weights(suite).read_bytes() == PAYLOAD
+    assert weights(suite).with_name("ctclip_classfine.before.pt").read_bytes() == bytes(size)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("record", [None, {"fingerprint": {"digest": "ab"}}])
+def test_a_file_of_the_users_own_is_left_as_it_is(suite, hub, suffix, record):
+    own = weights(suite).with_suffix(suffix)
+    own.parent.mkdir()
+    own.write_bytes(b"mine")
+    if record:
+        own.with_suffix(".json").write_text(json.dumps(record))
+    done = fetch(suite, hub)
+    assert done.returncode == 0 and hub.count("GET") == 0
+    said = "and no record says that it was fetched; move it to another name to have the hub's"
+    assert said in flat(done.stdout) and f"models/{own.name} is left as it is: " in flat(done.stdout)
+    assert own.read_bytes() == b"mine" and "CT-CLIP classfine: models" in done.stdout
+
+
+def test_a_safetensors_file_beside_the_hub_s_is_not_removed(suite, hub):
+    own = weights(suite).with_suffix(".safetensors")
+    fetch(suite, hub)
+    own.write_bytes(b"mine")
+    hub.files[FILE] = PAYLOAD[::-1]  # the hub has another version now
+    fetch(suite, hub)
+    assert weights(suite).read_bytes() == PAYLOAD[::-1] and own.read_bytes() == b"mine"
+    assert not weights(suite).with_name("ctclip_classfine.before.pt").exists()  # it was as it had been fetched
 
 
 def test_a_transfer_that_is_cut_goes_on(suite, hub):

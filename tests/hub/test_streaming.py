@@ -124,9 +124,21 @@ def test_tables_arrive_and_are_not_fetched_twice(setup, hub, files):
     hub.requests.clear()
     damaged = Path("D", "dataset/metadata/no_chest_valid.txt")
     damaged.write_text("valid_1_a_1.nii.gz")
-    setup("--data", "labels", "--data-dir", "D")
+    _, out, _ = setup("--data", "labels", "--data-dir", "D")
     assert hub.count("HEAD") == 6 and hub.count("GET") == hub.count("GET", "no_chest_valid.txt") == 1
     assert damaged.read_bytes() == files["dataset/metadata/no_chest_valid.txt"]
+    assert damaged.with_name("no_chest_valid.before.txt").read_text() == "valid_1_a_1.nii.gz"  # somebody's own, perhaps
+
+
+def test_a_volume_of_the_user_s_own_is_left_as_it_is_and_named(setup, hub):
+    code, *_ = setup("--data", "valid", "--volumes", 3, "--data-dir", "D")
+    own = next(Path("D").rglob("*.nii.gz"))
+    own.write_bytes(b"mine")
+    hub.requests.clear()
+    code, out, error = setup("--data", "valid", "--volumes", 4, "--data-dir", "D")
+    assert code == 2 and f"{own} is here with another size than on the hub, and left as it is" in out
+    assert own.read_bytes() == b"mine" and len(volumes_in(Path("D"))) == 4
+    assert "1 volumes could not be fetched" in error
 
 
 def test_volumes_arrive_in_the_hubs_layout(setup, hub, files):

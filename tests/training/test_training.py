@@ -31,6 +31,7 @@ from ctclip.config import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfi
 from ctclip.data.cohort import Volume, load_cohort, split_by_patient
 from ctclip.data.loading import micro_batch_size
 from ctclip.evaluation import figures
+from ctclip.evaluation.run_folder import own_files
 from ctclip.inference import predictor
 from ctclip.phantoms.cohort import plan_split
 from ctclip.training import logging, loop, steps
@@ -41,10 +42,12 @@ from ctclip.training.optimization import EMA, TrainableParameters, schedule
 from ctclip.training.run import build_model
 from ctclip_model import (
     ABNORMALITIES,
+    WRITTEN,
     CTCLIPMultiAbnormalityModel,
     balanced_label_weights,
     create_loss,
     read_checkpoint,
+    sha256_of,
 )
 from ctclip_training import main
 
@@ -111,6 +114,9 @@ def test_run_folder_is_complete_and_split_by_patient(config, tmp_path, monkeypat
     assert list(tuning.columns) == list(labels.columns) == list(ABNORMALITIES)
     assert {"_".join(name.split("_")[:2]) for name in tuning.index} == set(record["tuning_patients"])
     names = {"config.json", "log.jsonl", "model.safetensors", "run.json", "state", "training_curves.png"}
+    assert set(own_files(folder)) == names - {"state"} | {"tuning_predictions.csv", "tuning_labels.csv"}
+    assert all(digest == sha256_of(folder / name) for name, digest in own_files(folder).items())
+    names |= {WRITTEN}
     assert {path.name for path in folder.iterdir()} == names | {"tuning_predictions.csv", "tuning_labels.csv"}
     assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.rglob("*.tmp")) and len(states(folder)) == 2
