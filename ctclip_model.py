@@ -44,7 +44,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path, PureWindowsPath
@@ -670,13 +670,14 @@ class LoadReport:
     new: tuple[str, ...]  # tensors of the model that are neither in the file nor computed by its text tower
     head: str
     no_prompts_reason: str | None = None  # why the text tower could not make the head, where it should have
+    assumed: str = ""  # of the sizes, where the file does not tell them all
 
     def __str__(self) -> str:
         dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "none"
         new = ", ".join(self.new) or "none"
         text = f"{self.path}: {self.loaded} tensors loaded; dropped by name: {dropped}; not in the file: {new}"
         reason = f" (no prompts: {self.no_prompts_reason})" if self.no_prompts_reason else ""
-        return f"{text}; head: {self.head}{reason}"
+        return f"{text}; head: {self.head}{reason}{self.assumed}"
 
 
 def written_files(folder: Path) -> dict[str, str]:
@@ -954,7 +955,7 @@ def _can_be_mapped(path: Path) -> bool:
 def check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
     """Raises CheckpointError that names a tensor with NaN or infinity: the quantiser would hide it behind answers."""
     for key, value in tensors.items():
-        # A sum shows it at a sixth of a mask's cost; it is infinite also where the numbers are only huge.
+        # A sum shows it without the memory of a mask; it is infinite also where the numbers are only huge.
         if value.is_floating_point() and not math.isfinite(value.sum()) and not value.isfinite().all():
             raise CheckpointError(f"{path}: found NaN or infinity in {key}, expected numbers; fetch or copy the file "
                                   "again, or use the weights of another epoch")  # fmt: skip
@@ -980,7 +981,7 @@ def _in_memory(
             source = state[key].reshape(-1)[start : start + READ_AT_ONCE]
             for part, values in zip(target.split(ONE_THREAD), source.split(ONE_THREAD), strict=True):
                 part.copy_(values)
-            check_finite({key: target}, path)
+                check_finite({key: part}, path)  # while it is in the cache
             count += len(target)
     return copies
 
@@ -1525,7 +1526,9 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
                 reason = str(error)
         # On the meta device nothing is drawn for what the file replaces.
         self._build_tower(sizes, head or stored or "linear", torch.device("meta"))
-        self.load_report = load_tower(self, state, path, made, reason, new_head)
+        report = load_tower(self, state, path, made, reason, new_head)
+        patch = f"; patches of {sizes.temporal_patch} x {sizes.patch} x {sizes.patch} voxels assumed"
+        self.load_report = report if FIRST_FRAME in state else replace(report, assumed=patch)
         self.derived_from = published_name(path)
 
     def _build_tower(self, sizes: TowerSizes, head: str, device: torch.device | None = None) -> None:

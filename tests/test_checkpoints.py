@@ -154,6 +154,7 @@ def test_the_state_dict_of_our_own_model_loads_with_its_head(tmp_path, head):
         nn.init.normal_(parameter)
     again = CTCLIPMultiAbnormalityModel(str(saved(tmp_path / "a.pt", model.state_dict()))).eval()
     assert again.head_name == head and again.load_report.new == () and torch.equal(again(VOLUME), model(VOLUME))
+    assert "patches of 5 x 10 x 10 voxels assumed" in str(again.load_report)
     model.save_pretrained(tmp_path / "run")
     assert torch.equal(logits(tmp_path / "run" / "model.safetensors"), model(VOLUME))
 

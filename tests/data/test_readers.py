@@ -163,6 +163,8 @@ BAD_META = {
     "two axes": (lambda p: (_field(p, "NDims", "2"), _replace(p, b"= 48 44 20", b"= 48 880")), "2 axes"),
     "no axes": (lambda p: _field(p, "NDims", "many"), "as NDims"),
     "NaN spacing": (lambda p: _field(p, "ElementSpacing", "nan 1 1"), "as ElementSpacing"),
+    "an underscore": (lambda p: _field(p, "ElementSpacing", "1_0 1 1"), "as ElementSpacing"),
+    "digits of another script": (lambda p: _field(p, "ElementSpacing", "٧ 1 1"), "as ElementSpacing"),
     "zero spacing": (lambda p: _field(p, "ElementSpacing", "0 0 0"), "spacing 0.0"),
     "endless spacing": (lambda p: _field(p, "ElementSpacing", "1e39 1 1"), "spacing inf"),
     "singular matrix": (lambda p: _field(p, "TransformMatrix", "1 0 0 1 0 0 0 0 1"), "singular"),

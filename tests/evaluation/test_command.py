@@ -87,6 +87,8 @@ BAD = {
     "NaN": ("p.csv", lambda f: edit(f, 2, 1, "nan"), "line 2: found no number for Medical material"),
     "blank value": ("p.csv", lambda f: edit(f, 2, 1, ""), "line 2: found no number"),
     "text": ("p.csv", lambda f: edit(f, 2, 1, "high"), "line 2: found no number"),
+    "an underscore": ("p.csv", lambda f: edit(f, 2, 1, "0_1"), "line 2: found no number"),
+    "digits of another script": ("l.csv", lambda f: edit(f, 2, 1, "١"), "line 2: found no number"),
     "infinite": ("p.csv", lambda f: edit(f, 2, 1, "inf"), "found inf"),
     "missing column": ("p.csv", lambda f: edit(f, 1, 3, "Cardio"), "found no column 'Cardiomegaly', expected"),
     "column twice": ("p.csv", lambda f: f.write_text(

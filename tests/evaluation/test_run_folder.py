@@ -147,7 +147,7 @@ def test_a_model_card_of_an_edited_record_is_written_or_one_line(tmp_path, capsy
 
 
 @pytest.mark.parametrize("config, line", [
-    ({"learning_rate": float("inf")}, "--learning-rate is inf, expected a finite number above 0"),
+    ({"learning_rate": float("inf")}, "--learning-rate is inf, expected above 0, and finite"),
     ({"learning_rate": float("nan")}, "--learning-rate is nan"), ({"weight_decay": 1e999}, "--weight-decay is inf"),
     ({"loss_type": "dice"}, "--loss-type is dice, expected focal or bce or asl"), ({"head": "cnn"}, "--head is cnn"),
     ({"gamma": float("nan")}, "--gamma is nan"),
