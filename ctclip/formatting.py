@@ -28,9 +28,9 @@ def parse_number(text: str) -> float:
     raise ValueError("no decimal number")
 
 
-def plural(count: int, noun: str) -> str:
-    """plural(1, "volume") -> "1 volume", plural(3000, "volume") -> "3000 volumes"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def plural(count: int, noun: str, several: str | None = None) -> str:
+    """plural(1, "volume") -> "1 volume", plural(3000, "volume") -> "3000 volumes"; `several`: if no s will do."""
+    return f"{count} {noun}" if count == 1 else f"{count} {several or noun + 's'}"
 
 
 def comma_separated(items: Iterable) -> str:

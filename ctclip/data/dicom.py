@@ -7,6 +7,7 @@ the faster and refuses a slice that is cut short. Both are optional packages.
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 import warnings
@@ -49,7 +50,7 @@ PADDING_HU = -2000.0
 OTHER_QUANTITIES = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")  # RescaleType of what is no HU; US is unspecified
 SCANNED_HU = (-1000.0, 3071.0)  # 12 bits of HU: what scanners store
 HEADER_TAGS = [
-    "SOPClassUID", "ImageType", "Modality", "SeriesInstanceUID", "SeriesNumber", "SliceThickness",
+    "SOPClassUID", "SOPInstanceUID", "ImageType", "Modality", "SeriesInstanceUID", "SeriesNumber", "SliceThickness",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "NumberOfFrames",
     "SamplesPerPixel", "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept", "RescaleType",
     "PixelPaddingValue", "PixelPaddingRangeLimit", "PixelRepresentation",
@@ -121,6 +122,7 @@ class Slice:
     rows, then columns."""
 
     path: Path
+    instance: str  # SOPInstanceUID
     frame: int | None  # of a multi-frame file
     encoding: str  # transfer syntax
     size: tuple[int, int]
@@ -286,6 +288,7 @@ def _read_slice(path: Path, header: Any, places: Sequence[Any], frame: int | Non
     text = _text(look_up("ImagePositionPatient"), "ImagePositionPatient") or ""
     return Slice(
         path,
+        str(header.get("SOPInstanceUID", "")),
         frame,
         _encoding(header),
         size,
@@ -393,7 +396,7 @@ class DicomSeries(VolumeFile):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        slices = self._without_scouts(self._own_slices())
+        slices = self._without_scouts(self._without_copies(self._own_slices()))
         for each in slices:
             if not each.like(slices[0]):
                 own, others = (
@@ -445,6 +448,18 @@ class DicomSeries(VolumeFile):
         if identity in content.faults:
             raise content.faults[identity]
         return slices
+
+    def _without_copies(self, slices: list[Slice]) -> list[Slice]:
+        """Without files that are copies of another one in the folder."""
+        once: dict[tuple, Slice] = {}
+        kept = []
+        for each in slices:
+            first = once.setdefault((each.instance, each.frame, *each.position.tolist()), each)
+            if first is each or not filecmp.cmp(first.path, each.path, shallow=False):
+                kept.append(each)
+        if len(kept) < len(slices):
+            self.notes.append(f"{plural(len(slices) - len(kept), 'copy', 'copies')} of its slices skipped")
+        return kept
 
     def _without_scouts(self, slices: list[Slice]) -> list[Slice]:
         """Without a few that lie across the rest: localizers under the series' own identity."""

@@ -78,6 +78,7 @@ class VoxelStatistics:
         self.step = ceil(sqrt(max(1, prod(shape) / SAMPLED_VOXELS)))
         self.minimum, self.maximum = float("inf"), float("-inf")
         self.seen = 0
+        self.gaps = self._equal = 0  # slices of one value between others; since the last other
         self._sample: list[np.ndarray] = []
 
     def add(self, index: int, stored: np.ndarray) -> None:
@@ -89,6 +90,10 @@ class VoxelStatistics:
             found = f"a voxel of {low if -low > high else high:g} (slice {index})"
             raise file_error(self.path, found, f"at most {LARGEST_STORED:g}", "leave the volume out")
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        if low < high:
+            self.gaps, self._equal = self.gaps + self._equal, 0
+        elif self.minimum < self.maximum:
+            self._equal += 1
         self.seen += stored.size
         if self.seen > MOST_EQUAL:
             self.check_varied()

@@ -30,6 +30,7 @@ from ctclip.data.hounsfield import LEAST_LUNG, HuDecision, VoxelStatistics, chec
 from ctclip.data.readers import open_volume
 from ctclip.data.resampling import DeviceResampler, NumpyResampler
 from ctclip.data.volume_file import Header, VolumeError, file_error
+from ctclip.formatting import plural
 
 # Raise it with every change to this package that may alter a tensor or the HU decision of read_volume, by a single bit:
 # caches rest on it.
@@ -114,6 +115,8 @@ def read_volume(
         out, _, _ = _resample_file(path, shape, lambda *_: final, device, None, volume.assume_hu)
     if final is not row:
         notes += geometry_notes(header, final)
+    if statistics.gaps:
+        notes.append(f"{plural(statistics.gaps, 'slice')} of one value between others (damaged?)")
     share = lung_share(out)
     if share < LEAST_LUNG:
         notes.append(f"little lung found ({share:.0%} of lung and body): is this a chest?")

@@ -207,6 +207,17 @@ def test_other_objects_are_skipped_and_counted(tmp_path, scan):
     assert series_of(folder) == ({"cd": by_place(folder)[0].parent / "IM0000.dcm"}, note)
 
 
+@pytest.mark.parametrize("copied", [1, 21])
+def test_copies_of_slices_are_skipped(tmp_path, scan, copied):
+    """As a CD that is copied twice leaves them."""
+    hu, expected = scan
+    folder = write_series(tmp_path / "series", hu, AFFINE)
+    for path in sorted(folder.iterdir())[:copied]:
+        shutil.copy(path, path.with_name(f"{path.stem} (1).dcm"))
+    assert torch.equal(preprocess_volume(folder, None, SMALL), expected)
+    assert notes(folder) == [f"{copied} {'copy' if copied == 1 else 'copies'} of its slices skipped"]
+
+
 def test_a_folder_without_ct_is_no_scan(tmp_path):
     write_other(tmp_path / "cd" / "DICOMDIR", DICOMDIR)
     assert series_of(tmp_path / "cd") == ({}, "1 other DICOM object skipped: 1 Media Storage Directory")
@@ -264,6 +275,10 @@ def _two(folder, **changes):
     return write_series(folder, chest((20, 18, 8)), AFFINE, prefix="other", **changes)
 
 
+def _of_another_pass(file, index):
+    file.SOPInstanceUID = file.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.5.{index}"
+
+
 def _another(shape, spacing=SPACING, codes="LPS"):
     def make(folder):
         _series(folder)
@@ -296,7 +311,8 @@ BAD = {
     "tilted gantry": (lambda f: _series(f, shear=3.0), "gantry tilt"),
     "a slice moved aside": (lambda f: _series(f, edit=_moved_aside), "do not lie above each other"),
     "two series": (lambda f: _two(f, series="1.2.3.4.6"), "2 DICOM series"),
-    "two passes": (_two, "two slices at one place"),
+    "two passes": (lambda f: _two(f, edit=_of_another_pass), "two slices at one place"),
+    "two passes of one identity": (lambda f: _two(f, RescaleIntercept="-1020"), "two slices at one place"),
     "another size": (_another((30, 18, 1)), "slices that are alike"),
     "another spacing": (_another((20, 18, 1), (9.0, 9.0, 9.0)), "slices that are alike"),
     "dark for dense": (lambda f: _series(f, PhotometricInterpretation="MONOCHROME1"), "MONOCHROME1"),

@@ -105,6 +105,15 @@ def test_a_small_patient_in_a_wide_field_of_view_is_hu(tmp_path, wide):
     assert decision.reading == "hu" and decision.notes == ()
 
 
+def test_slices_of_one_value_between_others_are_told(tmp_path):
+    """As a copy leaves them whose bytes never came; at the ends they are padding."""
+    for places, told in (([7, 8, 12], 3), ([0, 1, 19], 0)):
+        hu = chest()
+        hu[:, :, places] = -1024
+        _, decision = read_volume(volume_of(write(tmp_path / "v.nii.gz", hu)), SMALL)
+        assert decision.notes == ((f"{told} slices of one value between others (damaged?)",) if told else ())
+
+
 def test_a_scan_with_little_lung_is_read_with_a_note(tmp_path):
     hu = chest()
     hu[(hu < -600) & (np.abs(np.indices(hu.shape)[0] - 24) < 18) & (np.abs(np.indices(hu.shape)[1] - 22) < 12)] = 40
