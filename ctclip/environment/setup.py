@@ -44,7 +44,7 @@ def weights_step(names: Sequence[str], slim: bool) -> dict[str, HubError]:
         weights = WeightsFile(name)
         try:
             error = update_or_keep(weights, slim, hub_error)
-            fingerprint_step(weights, slim and weights.path == weights.whole)
+            fingerprint_step(weights, slim and weights.path == weights.whole and weights.is_recorded)
         except HubError as caught:
             error = failed[name] = caught
         hub_error = error if error and error.kind not in ("file", "bytes", "disk") else None  # these concern one file

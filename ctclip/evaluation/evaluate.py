@@ -27,7 +27,7 @@ from ctclip.evaluation import bootstrap, figures, render, report, subgroups, tab
 from ctclip.evaluation import metrics as measure
 from ctclip.evaluation.calibration import CROSS_FITTED, TUNING, Calibration, FittedThresholds, fit_thresholds
 from ctclip.evaluation.cases import Case, worst_cases
-from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE, RESULT_FILES, writing
+from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE, RESULT_FILES, alone_in, writing
 from ctclip.evaluation.tables import EvaluationInputs, Rows, VolumeTable
 from ctclip.fileio import make_folder, replacing
 from ctclip.formatting import decimal, percent
@@ -287,7 +287,7 @@ def write_evaluation(output_dir: str | Path, evaluation: Evaluation, cases: Sequ
     own, given = folder / "predictions.csv", inputs.predictions.frame
     kept = _holds(own, given)  # a run's own file stays as it was written, with its other columns
     others = [*([] if kept else [own.name]), *([figures.TRAINING_CURVES] if inputs.history else [])]
-    with writing(folder, *RESULT_FILES, *others):
+    with alone_in(folder), writing(folder, *RESULT_FILES, *others):
         with replacing(folder / "metrics.json") as path:
             path.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         if not kept:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from ctclip.config import CALIBRATION_FILE, DEFAULT_OBJECTIVE, mistyped
@@ -15,7 +15,7 @@ from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration, fit_calibration, load_calibration
 from ctclip.evaluation.figures import EVALUATION_FIGURES, TRAINING_CURVES
 from ctclip.evaluation.tables import VolumeTable, read_labels, read_predictions, tuning_rows
-from ctclip.fileio import check_writable, parse_json, read_json
+from ctclip.fileio import check_writable, locked, naming, parse_json, read_json
 from ctclip_model import (
     WRITTEN,
     CheckpointError,
@@ -34,7 +34,7 @@ TABLES = ("predictions.csv", "labels.csv")
 # What training leaves; the best weights with the tables that belong to them.
 BEST_FILES = ("model.safetensors", "config.json", "tuning_predictions.csv", "tuning_labels.csv")
 RECORDS = ("run.json", "log.jsonl")
-LOCK = ".lock"  # held by the process that trains
+LOCK = ".lock"  # held by the process that trains, or writes an evaluation
 
 
 RECORD_TYPES = {
@@ -96,16 +96,31 @@ def writing(folder: Path, *names: str) -> Iterator[None]:
     are listed with the digest by which readers know that nothing has changed them since. Raises RunError as
     `check_names`, before anything is written."""
     check_names(folder, *names)
-    if not (folder / WRITTEN).is_file() and (earlier := own_files(folder)):
-        list_written(folder, dict(earlier))
-    with listing(folder, *names):
-        yield
+    with naming(folder / WRITTEN):
+        list_names(folder)
+        with listing(folder, *names):
+            yield
+
+
+def list_names(folder: Path, *names: str) -> None:
+    """Lists names without a digest, as ours to replace; and what a version that kept no list has left."""
+    earlier = {} if (folder / WRITTEN).is_file() else own_files(folder)
+    if entries := earlier | dict.fromkeys(names, ""):
+        list_written(folder, dict(entries))
+
+
+def alone_in(folder: Path) -> AbstractContextManager[None]:
+    """Around an evaluation's writing: two at once would leave files of both, and one beside training those of weights
+    that are replaced meanwhile. Raises UserError where another process trains or evaluates in the folder."""
+    busy = f"{folder}: found another process that trains or evaluates in it, expected none; wait for its end"
+    return locked(folder / LOCK, f"{busy}, or choose another --output-dir")
 
 
 def foreign_files(folder: Path) -> list[str]:
     """Names in a folder that is to become a run's, or was about to, which this project has not written."""
     own = {*own_files(folder), WRITTEN, LOCK}
-    return sorted(path.name for path in folder.iterdir() if path.name not in own and not is_left_over(path, own))
+    names = [path.name for path in folder.iterdir() if path.name not in own and not is_left_over(path, own)]
+    return sorted(name for name in names if name[0] != ".")  # .gitkeep, .DS_Store: no name of ours begins so
 
 
 def is_left_over(path: Path, own: Collection[str]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ctclip.config import PREDICTIONS
-from ctclip.evaluation.run_folder import check_names, newest_run
+from ctclip.evaluation.run_folder import check_names, list_names, newest_run
 from ctclip.inference.onnx_export import describe, export_run
 from ctclip.inference.predictions import (
     PartialTable,
@@ -21,7 +21,6 @@ from ctclip.inference.predictions import (
 )
 from ctclip.inference.prompts import read_prompts
 from ctclip.inference.scans import PredictionError
-from ctclip_model import list_written
 
 
 def predict_command(args: argparse.Namespace) -> None:
@@ -50,7 +49,7 @@ def predict_command(args: argparse.Namespace) -> None:
         )
         write_predictions(output, predictions, checkpoint)
         if not args.output:
-            list_written(output.parent, {output.name: ""})
+            list_names(output.parent, output.name)
     print_summary(predictions, output, checkpoint)
 
 
@@ -81,5 +80,8 @@ def export_command(args: argparse.Namespace) -> None:
     """`--export onnx`: encoder and head as one graph, compared with the model."""
     checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run()
     default = checkpoint / "model.onnx" if checkpoint.is_dir() else checkpoint.with_suffix(".onnx")
+    if not args.output:  # a name that nobody has chosen
+        check_names(default.parent, default.name)
+        list_names(default.parent, default.name)
     export = export_run(checkpoint, args.output or default, args.device)
     print("\n".join(describe(export, checkpoint)))

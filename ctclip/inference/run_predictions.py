@@ -14,6 +14,7 @@ from ctclip.data.loading import Batch, count_notes, notes_of
 from ctclip.evaluation.run_folder import (
     TABLES,
     RunError,
+    alone_in,
     check_output_folder,
     from_working_folder,
     read_history,
@@ -100,7 +101,8 @@ def predict_run(
         notes.update(notes_of(volumes, batch))
 
     make_folder(tables, "change --output-dir")
-    with PartialTable(tables / "predictions.part.csv", model.labels, "evaluate them with --predictions") as part:
+    part_table = PartialTable(tables / "predictions.part.csv", model.labels, "evaluate them with --predictions")
+    with alone_in(tables), part_table as part:
         read, logits = predict_volumes(
             model, volumes, workers=workers, on_batch=on_batch, cache=cache,
             on_answer=lambda index, voxels, answer: part.append(volumes[index].name, answer.sigmoid().numpy()),

@@ -189,6 +189,15 @@ def test_a_file_of_the_users_own_is_left_as_it_is(suite, hub, suffix, record):
     assert own.read_bytes() == b"mine" and "CT-CLIP classfine: models" in done.stdout
 
 
+def test_a_slim_copy_is_made_of_the_hub_s_file_only(suite, hub):
+    """It takes the file's place."""
+    weights(suite).parent.mkdir()
+    weights(suite).write_bytes(b"mine")
+    for variables in ({}, {"HF_HUB_OFFLINE": "1"}):
+        assert fetch(suite, hub, "--slim", **variables).returncode == 0
+        assert weights(suite).read_bytes() == b"mine" and not weights(suite).with_suffix(".safetensors").exists()
+
+
 def test_a_safetensors_file_beside_the_hub_s_is_not_removed(suite, hub):
     own = weights(suite).with_suffix(".safetensors")
     fetch(suite, hub)

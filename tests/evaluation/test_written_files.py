@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,11 @@ import ctclip_evaluation
 import run_task2
 from ctclip.cli import run_cli
 from ctclip.evaluation import figures, render
-from ctclip.evaluation.run_folder import RunError, own_files, run_record, writing
+from ctclip.evaluation.run_folder import LOCK, RunError, list_names, own_files, run_record, writing
 from ctclip.inference import run_predictions
 from ctclip_model import WRITTEN, CheckpointError, CTCLIPMultiAbnormalityModel, check_written, written_files
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -197,6 +201,48 @@ def test_files_that_the_user_put_into_a_run_are_not_replaced(run, capsys):
     assert "found metrics.json, which no run or evaluation wrote" in capsys.readouterr().err
     assert run_task2.main(["--mode", "evaluate", "--checkpoint", str(run)]) == 2
     assert (run / "metrics.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flags", [[], ["--checkpoint"]], ids=["tables", "run"])
+def test_an_evaluation_where_another_process_writes_is_refused(flags, run, tables, tmp_path, capsys):
+    folder = run if flags else tmp_path / "out"
+    folder.mkdir(exist_ok=True)
+    before = content(folder)
+    hold = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n"
+    hold += "from ctclip.fileio import locked\n"
+    hold += f"with locked(Path({str(folder / LOCK)!r}), ''):\n    print(1, flush=True)\n    input()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"1\n"
+        flags = [*flags, str(run)] if flags else [*tables, "--output-dir", "out"]
+        assert ctclip_evaluation.main(flags) == 2
+        err = capsys.readouterr().err
+        assert one_line(err) and f"{folder.name}: found another process that trains or evaluates in it" in err
+        assert {name: data for name, data in content(folder).items() if name != LOCK} == before
+        holder.communicate(b"\n")
+    assert ctclip_evaluation.main(flags) == 0
+
+
+def test_exported_and_predicted_files_of_the_user_are_not_replaced_by_default(
+    phantoms, tiny_classfine, tmp_path, monkeypatch, capsys
+):
+    """By names that nobody has chosen; a run of before there was a list stays one."""
+    monkeypatch.chdir(tmp_path)
+    CTCLIPMultiAbnormalityModel(tiny_classfine).save_pretrained("run")
+    Path("run/run.json").write_text(json.dumps({"phantom": True}))
+    for path in ("run/model.onnx", "results/predictions.csv"):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text("mine")
+    scan = str(next(phantoms.glob("dataset/valid_fixed/*/*/*.nii.gz")))
+    predict = ["--mode", "predict", "--checkpoint", "run", "--input", scan]
+    for flags in (["--export", "onnx", "--checkpoint", "run"], predict):
+        assert run_task2.main(flags) == 2
+        err = capsys.readouterr().err
+        assert one_line(err) and "which no run or evaluation wrote" in err
+    assert Path("run/model.onnx").read_text() == "mine" == Path("results/predictions.csv").read_text()
+    Path("results/predictions.csv").unlink()
+    assert run_task2.main(predict) == 0 == run_task2.main(predict)
+    list_names(Path("run"), "model.onnx")
+    assert own_files(Path("run")) == dict.fromkeys(("run.json", "model.safetensors", "config.json", "model.onnx"), "")
 
 
 # ------------------------------------------------------------------ a place that cannot be written, a disk that is full

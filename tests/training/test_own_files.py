@@ -97,7 +97,7 @@ def test_a_folder_that_holds_other_things_is_refused_and_stays_as_it_is(names, c
     assert content(folder) == dict.fromkeys(names, b"mine")
 
 
-@pytest.mark.parametrize("leftover", [None, LOCK, WRITTEN, "run.json.77.tmp"])
+@pytest.mark.parametrize("leftover", [None, LOCK, WRITTEN, "run.json.77.tmp", ".gitkeep"])
 def test_an_empty_folder_and_one_that_was_killed_at_once_become_a_run(leftover, config, undisturbed, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
