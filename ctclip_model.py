@@ -693,9 +693,10 @@ def written_files(folder: Path) -> dict[str, str]:
     listed: dict[str, str | None] = {}
     for line in lines:
         try:
-            listed |= dict(json.loads(line))
-        except (ValueError, TypeError, RecursionError):
+            entries = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        listed |= entries if isinstance(entries, dict) else {}
     plain = [name for name in listed if PureWindowsPath(name).name == name not in ("", "..")]  # none out of the folder
     return {name: digest for name in plain if isinstance(digest := listed[name], str)}
 
@@ -1874,7 +1875,6 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         arguments |= {"pretrained": False} | options  # everything comes from the folder
         state = read_tensors(weights)
         check_written(weights)
-        arguments = {key: config[key] for key in inspect.signature(cls.__init__).parameters if key in config} | options
         try:
             if arguments.get("sizes") is not None:  # before anything of these sizes is built
                 cls._check_sizes(TowerSizes(**arguments["sizes"]), state)
