@@ -407,6 +407,19 @@ def test_unreadable_volumes_are_quarantined_with_the_reason(stream, hub, files, 
     assert entries(cache_of("C", tiny_classfine))[names[0]] == undisturbed[names[0]]
 
 
+def test_volumes_with_a_warning_are_counted_in_one_line(stream, hub, undisturbed, monkeypatch):
+    names, read = sorted(undisturbed)[:2], streaming.read_volume
+
+    def noted(volume, shape):
+        tensor, decision = read(volume, shape)
+        return tensor, decision._replace(notes=("is this a chest?",) if volume.name in names else ())
+
+    monkeypatch.setattr(streaming, "read_volume", noted)
+    code, out, _ = stream()
+    assert code == 0 and out.count("with a warning") == 1
+    assert re.search(r"2 volumes with a warning, first (\S+): is this a chest\?", " ".join(out.split()))[1] in names
+
+
 def test_the_same_reason_three_times_in_a_row_stops_the_stream(stream, hub, undisturbed, tiny_classfine):
     def down_after_five(verb, path, n):
         return "500" if path.endswith(".gz") and hub.count("GET", ".gz") >= 5 else None

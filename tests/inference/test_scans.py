@@ -345,7 +345,8 @@ def test_a_series_in_two_folders_is_told_with_each_answer(tmp_path, capsys):
 def test_values_that_are_no_hu_are_answered_only_on_demand(tmp_path, capsys):
     grey = ((np.clip(chest(), -1000, 1000) + 1000) / 2000 * 255).astype(np.uint8)
     write_mha(tmp_path / "in" / "grey.mha", grey, affine_of(SPACING))
-    assert call("--input", tmp_path / "in", "--output", tmp_path / "p.csv") == 2
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "p.csv", "--explain", "Emphysema") == 2
+    assert not (tmp_path / "p_explain").exists(), "no heat map of what is not answered"
     assert "voxels that are not HU: nothing but 0 to" in (err := capsys.readouterr().err) and "--assume-hu" in err
     flags = ["--input", tmp_path / "in", "--output", tmp_path / "p.csv", "--assume-hu", "--explain", "Emphysema"]
     assert call(*flags) == 0
