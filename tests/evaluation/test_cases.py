@@ -3,6 +3,7 @@
 import io
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -79,6 +80,21 @@ def test_pictures_of_the_first_of_each_kind_and_what_could_not_be_read(phantoms,
     assert scan[0].picture == pictured[0].picture and not failures
     with pytest.raises(CohortError, match="found no folder"):
         cases.with_pictures(listed, "volume", tmp_path / "nowhere", 1)
+
+
+def test_what_is_no_hu_has_no_picture(phantoms, tmp_path):
+    """The check is prediction's: a volume in 0 to 255 under a good header, and no metadata row."""
+    data_dir = tmp_path / "cohort"
+    shutil.copytree(phantoms, data_dir)
+    volume = next(each for each in load_cohort(data_dir, "valid").volumes if "_fixed" in str(each.path))
+    image = nib.load(volume.path)
+    grey = ((np.clip(np.asarray(image.dataobj), -1000, 1000) + 1000) * (255 / 2000)).astype(np.uint8)
+    header = image.header
+    header.set_data_dtype(np.uint8)
+    nib.save(nib.Nifti1Image(grey, image.affine, header), volume.path)
+    asked = cases.Case("Emphysema", "false negative", volume.name, 0.5, 0.5)
+    (case,), ((name, reason),) = cases.with_pictures([asked], "volume", data_dir, 1)
+    assert case.picture is None and name == volume.name and ("not HU" in reason or "ambiguous" in reason)
 
 
 def test_lung_findings_are_seen_in_the_lung_window():
