@@ -47,6 +47,7 @@ JITTER = 0.1  # of the slice distance: how far a slice may lie from its place; a
 STRAIGHT = 1.0  # degrees between the slices' normal and the way from slice to slice, up to which that is the normal
 SCOUTS = 3  # slices of another orientation than the rest of their series, at most, that are taken for localizers
 PADDING_HU = -2000.0
+MOST_SHIFT = 100.0  # HU between the rescale intercepts of a series, above which it is told
 OTHER_QUANTITIES = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")  # RescaleType of what is no HU; US is unspecified
 SCANNED_HU = (-1000.0, 3071.0)  # 12 bits of HU: what scanners store
 HEADER_TAGS = [
@@ -404,6 +405,9 @@ class DicomSeries(VolumeFile):
                 )
                 found = f"{own} beside {others}{' (turned)' if each.turned(slices[0]) else ''}"
                 raise file_error(each.path, found, "slices that are alike", "leave the series out (a localizer?)")
+        intercepts = [each.intercept for each in slices]
+        if max(intercepts) - min(intercepts) > MOST_SHIFT:
+            self.notes.append(f"RescaleIntercept {min(intercepts):g} to {max(intercepts):g} in one series (damaged?)")
         normal = np.cross(*slices[0].directions)
         slices.sort(key=lambda each: float(each.position @ normal))
         self.slices = slices

@@ -207,6 +207,16 @@ def test_other_objects_are_skipped_and_counted(tmp_path, scan):
     assert series_of(folder) == ({"cd": by_place(folder)[0].parent / "IM0000.dcm"}, note)
 
 
+def test_a_slice_of_another_intercept_is_told(tmp_path):
+    """Its voxels are 1024 HU higher than its neighbours': HU all the same, as far as the whole series shows."""
+
+    def edit(file, index):
+        file.RescaleIntercept = "0" if index == 7 else "-1024"
+
+    folder = write_series(tmp_path / "series", chest((46, 44, 21)), AFFINE, edit=edit)
+    assert notes(folder) == ["RescaleIntercept -1024 to 0 in one series (damaged?)"]
+
+
 @pytest.mark.parametrize("copied", [1, 21])
 def test_copies_of_slices_are_skipped(tmp_path, scan, copied):
     """As a CD that is copied twice leaves them."""
