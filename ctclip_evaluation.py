@@ -11,8 +11,14 @@ In a script of your own: `from ctclip_evaluation import evaluate, fit_calibratio
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
+
+if __name__ == "__main__":  # Ctrl-C during the imports is no traceback; `python -I` finds the suite
+    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -29,6 +29,11 @@ from a Multimodal Dataset for 3D Computed Tomography" (CT-CLIP); the code is our
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # Ctrl-C, during the imports too, ends without a traceback
+    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+
 import argparse
 import hashlib
 import inspect
@@ -38,7 +43,6 @@ import os
 import pickle
 import re
 import ssl
-import sys
 import warnings
 import zipfile
 from collections import Counter
@@ -47,6 +51,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.error import HTTPError
@@ -1305,30 +1310,34 @@ def prompt_weights(state: dict[str, Tensor], prompts: Prompts, vocabulary: Path)
 # -- Slice backbones ---------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _offline_if_unreachable() -> Iterator[None]:
-    """Where the hub cannot be reached, its client is offline inside the block: weights come from its cache, or an error
-    comes at once. Otherwise the client would retry every file name for 23 s."""
+def _hub_answers() -> bool:
+    """Whether anything answers at the hub's address within 5 s; also where only Python refuses its certificate."""
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
-    if not before:
-        try:
-            urlopen(constants.ENDPOINT, timeout=5).close()
-        except HTTPError:
-            pass  # it answered
-        except OSError as error:  # it also answered where only Python refuses its certificate
-            constants.HF_HUB_OFFLINE = not isinstance(getattr(error, "reason", None), ssl.SSLError)
     try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
+        urlopen(constants.ENDPOINT, timeout=5).close()
+    except HTTPError:
+        return True
+    except (OSError, HTTPException, ValueError) as error:  # the last: HF_ENDPOINT is no address
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)
+    return True
+
+
+def _cached_weights(name: str) -> str | None:
+    """A timm model's ImageNet weights in the hub client's cache; None where they are not."""
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    repository = str(getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) or "none")
+    found = (try_to_load_from_cache(repository, file) for file in ("model.safetensors", "pytorch_model.bin"))
+    return next((path for path in found if isinstance(path, str)), None)
 
 
 def create_backbone(name: str, pretrained: bool) -> nn.Module:
     """A timm model without pooling and classifier. Raises ValueError for a name that timm does not know and
     PretrainedWeightsError when ImageNet weights are asked for and cannot be had."""
     import timm
+    from huggingface_hub import constants
     from huggingface_hub.utils import logging as hub_logging
 
     architecture = name.split(".")[0]
@@ -1336,11 +1345,16 @@ def create_backbone(name: str, pretrained: bool) -> nn.Module:
         close = ", ".join(get_close_matches(architecture, timm.list_models(), n=3)) or "timm.list_models()"
         raise ValueError(f"'{name}' is not a timm model; close names: {close}")
     try:
-        # Errors only: the client would print a dozen lines of retries, and the one that counts is raised below.
-        with _errors_only(hub_logging), _offline_if_unreachable() if pretrained else nullcontext():
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="")
-    except (OSError, RuntimeError) as error:  # no network, no access, or no such weights
-        if not pretrained:
+        options: dict[str, Any] = {}
+        if pretrained and not constants.HF_HUB_OFFLINE and not _hub_answers():
+            # The client would retry every file name for 23 s. Its own switch would hold for other threads too.
+            if (file := _cached_weights(name)) is None:
+                raise OSError("no answer from the hub, and not in its cache here")
+            options["pretrained_cfg_overlay"] = {"file": file}
+        with _errors_only(hub_logging):  # not a dozen lines of retries: the one that counts is raised below
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **options)
+    except Exception as error:  # no network, no access, no such weights, or a login page in their place
+        if not pretrained or isinstance(error, MemoryError):
             raise
         raise PretrainedWeightsError(
             f"ImageNet weights of '{name}' could not be fetched ({type(error).__name__}: {_first_sentence(error)}). "
@@ -1931,6 +1945,9 @@ def _replacing(path: Path) -> Iterator[Path]:
 # -- Losses ------------------------------------------------------------------------------------------------------------
 
 
+MOST_GAMMA = 100  # 2^(gamma + 1) times a logit of 100 is still a float32
+
+
 class AggressiveFocalLoss(nn.Module):
     """Focal loss whose `alpha` weighs the *negatives*: raising it pushes predictions down (fewer positives).
 
@@ -1940,7 +1957,7 @@ class AggressiveFocalLoss(nn.Module):
 
     Args:
         alpha: in (0, 1). At 0.5 an unsure case (probability one half) gets a logit of 0; above, the logit goes down.
-        gamma: at least 0; higher values reduce the loss of easy cases. 0 is a weighted cross-entropy.
+        gamma: 0 to MOST_GAMMA; higher values reduce the loss of easy cases. 0 is a weighted cross-entropy.
         weight: (18,) or any shape that broadcasts to the labels; multiplies their losses, as in nn.BCEWithLogitsLoss.
     """
 
@@ -1950,8 +1967,8 @@ class AggressiveFocalLoss(nn.Module):
         super().__init__()
         if not 0 < alpha < 1:
             raise ValueError(f"alpha is {alpha}, expected a number between 0 and 1 (it weighs the negatives)")
-        if not 0 <= gamma < math.inf:
-            raise ValueError(f"gamma is {gamma}, expected a finite number of at least 0")
+        if not 0 <= gamma <= MOST_GAMMA:
+            raise ValueError(f"gamma is {gamma}, expected 0 to {MOST_GAMMA}")
         self.alpha, self.gamma = alpha, gamma
         self.register_buffer("weight", weight)
 
@@ -1966,7 +1983,7 @@ class AggressiveFocalLoss(nn.Module):
             positive = (1 - self.alpha) * labels * torch.exp(self.gamma * log_not_p) * -log_p
             negative = self.alpha * (1 - labels) * torch.exp(self.gamma * log_p) * -log_not_p
             loss = positive + negative if self.weight is None else (positive + negative) * self.weight
-            return 2 ** (self.gamma + 1) * loss.mean()
+            return 2.0 ** (self.gamma + 1) * loss.mean()
 
 
 def create_balanced_loss(alpha: float = 0.85, gamma: float = 4.0) -> AggressiveFocalLoss:
@@ -2077,4 +2094,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        try:
+            code: object = main()
+        except SystemExit as end:  # after --help
+            code = end.code
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)  # type: ignore[arg-type]

@@ -17,9 +17,14 @@ Exit codes: 0 ready, 2 something for you to do (one line says what), 1 the forwa
 
 from __future__ import annotations
 
-import argparse
-import io
+import os
 import sys
+
+if __name__ == "__main__":  # Ctrl-C during the imports is no traceback; `python -I` finds the suite
+    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
 import time
 from pathlib import Path
 from typing import Sequence  # noqa: UP035  (3.8 must get as far as check_python)
@@ -30,7 +35,7 @@ from ctclip.environment import setup as steps
 from ctclip.environment.doctor import doctor
 from ctclip.environment.packages import SetupError, check_python, packages_step, read_requirements
 from ctclip.formatting import print_row
-from ctclip.hub.client import DISK_GB, TERMS_PAGE, WEIGHTS, check_endpoint
+from ctclip.hub.client import DISK_GB, TERMS_PAGE, WEIGHTS
 from ctclip.paths import SUITE
 
 DATA_DIR = "data/ct_rate"
@@ -53,7 +58,7 @@ def setup_parser() -> OneLineParser:
     add("--slim", action="store_true", help="replace each file by the tensors in use (0.7 GB; with prompts 1.2 GB)")
     add = parser.add_argument_group("data", "From CT-RATE, 21 TB in all; a volume has about 225 MB.").add_argument
     add("--data", choices=("labels", "train", "valid"), help="labels: the tables only; train, valid: volumes as well")
-    add("--volumes", type=int, metavar="N", help="so many, of patients drawn so that every label occurs")
+    add("--volumes", type=int, metavar="N", help="as many as make whole patients, drawn so that every label occurs")
     add("--patients", type=int, metavar="N", help="all volumes of so many patients, drawn likewise")
     add("--seed", type=int, default=0, help="of the draw (default 0); more of the same seed contain the fewer")
     add("--data-version", type=int, choices=(1, 2), default=2, help="2 (default): HU, right headers; 1: raw values")
@@ -108,7 +113,6 @@ def setup(argv: Sequence[str] | None = None) -> int:
     check_python()
     options = parse_options(argv)
     names = weight_names(options)
-    check_endpoint()
     if options.doctor:
         return doctor(Path(options.data_dir) if options.data_dir else None)
     print_row("setup", f"CT-CLIP Task 2 suite in {SUITE}, Python {sys.version.split()[0]}")
@@ -124,9 +128,6 @@ def setup(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True, errors="replace")
     return run_cli(lambda: setup(argv), "run the same command again to go on")
 
 

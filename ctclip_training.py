@@ -12,23 +12,30 @@ from __future__ import annotations
 import os
 import sys
 
+if __name__ == "__main__":  # Ctrl-C during the imports is no traceback; `python -I` finds the suite
+    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 from ctclip.cli import run_cli
 from ctclip.config import RESUME_HINT, training_parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = training_parser(__doc__).parse_args(argv)
-    from ctclip.training.estimate import print_estimate  # after the flags: torch takes two seconds
-    from ctclip.training.loop import train
-    from ctclip.training.run import run_from_flags
 
     def action() -> None:
+        from ctclip.evaluation.run_folder import is_finished
+        from ctclip.training.estimate import print_estimate  # after the flags: torch takes two seconds
+        from ctclip.training.loop import train
+        from ctclip.training.run import run_from_flags
+
         config, folder, machine = run_from_flags(args)
         if args.plan:
             print_estimate(config, folder, machine)
             return
+        finished = is_finished(folder)
         folder = train(config, folder, machine)
-        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the main one
+        if not finished and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the main one
             print(f"Next: python ctclip_evaluation.py --checkpoint {folder}")
 
     return run_cli(action, RESUME_HINT)

@@ -14,15 +14,20 @@ In a script of your own: `from run_task2 import predict` (ctclip/inference/predi
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+
+if __name__ == "__main__":  # Ctrl-C during the imports is no traceback; `python -I` finds the suite
+    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctclip.cli import INTERRUPTED, refuse_unused, run_cli
-from ctclip.config import RESUME_HINT, task_flag_uses, task_parser
+from ctclip.config import RESUME_HINT, evaluation_flags, task_flag_uses, task_parser
 from ctclip.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         data_dir, patients = getattr(args, "data_dir", None), getattr(args, "patients", None)
     else:
         trained = train_run(args)
-        if trained is None:  # --plan
+        if trained is None:  # --plan, or nothing is left to do
             return
         folder = trained
     if task != "train":  # predicts the unseen split, or that of another cohort, where that was not done yet
@@ -80,8 +85,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def train_run(args: argparse.Namespace) -> Path | None:
-    """The folder of the run that is now trained; None with --plan, which only says what it would take."""
+    """The folder of the run that is now trained; None with --plan, which only says what it would take, and where
+    --resume names a run that is finished and evaluated, if no flag asks for another evaluation."""
     from ctclip.data.cohort import load_cohort
+    from ctclip.evaluation.run_folder import PAGE, is_finished
     from ctclip.training.estimate import print_estimate
     from ctclip.training.loop import train
     from ctclip.training.run import run_from_flags
@@ -92,7 +99,10 @@ def train_run(args: argparse.Namespace) -> Path | None:
     if args.plan:
         print_estimate(*run)
         return None
-    return train(*run)
+    finished = is_finished(run[1])
+    folder = train(*run)
+    evaluated = (folder / PAGE).is_file() and not set(args.given) & set(evaluation_flags())
+    return None if finished and (evaluated or args.task == "train") else folder
 
 
 if __name__ == "__main__":

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from ctclip import __version__
 from ctclip.errors import UserError
 from ctclip.fileio import DISK_FULL
-from ctclip.memory import out_of_memory
+from ctclip.memory import out_of_gpu_memory, out_of_memory, reader_lost
 
-OUT_OF_MEMORY = "out of memory; end other programs, or use a machine (with --device: a GPU) that has more"
+OUT_OF_MEMORY = "out of memory; end other programs, or use a machine that has more"
+OUT_OF_GPU_MEMORY = "out of memory on the GPU; end other programs on it, or add --device cpu, which is slower"
+READER_LOST = "a reading process was ended by the system, as when memory or shared memory runs out; add --workers 0"
 FILE_REMEDIES = {  # by errno
     **dict.fromkeys(DISK_FULL, "free space on its disk, raise the limit, or write to another place"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or name another place"),
@@ -36,7 +41,11 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help\n")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        super().exit(status if flushed() else PIPE_CLOSED, message)
+
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        escape_unprintable()  # before --help and what is wrong with the flags
         spelled = []
         for arg in sys.argv[1:] if args is None else args:  # --output_dir=x_y -> --output-dir=x_y: values stay
             flag, equals, value = arg.partition("=")
@@ -59,11 +68,45 @@ def refuse_unused(given: Sequence[str], uses: Mapping[str, tuple[str, bool]]) ->
             raise UserError(f"found {flag}, which goes with {goes_with} only; leave it out, or add what it goes with")
 
 
-def _text_of(error: Exception) -> str:
-    """Of a file that the operating system does not let us write or read: what to do about it as well."""
-    if isinstance(error, OSError) and error.filename and error.errno in FILE_REMEDIES:
-        return f"{error.filename}: {error.strerror}; {FILE_REMEDIES[error.errno]}"
-    return str(error)
+PIPE_CLOSED = 141  # exit code of a command whose output nobody reads any more (`| head -1`), as shells have it
+
+
+def escape_unprintable() -> None:
+    """What the terminal's encoding lacks is printed as \\u...: no path and no label ends a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flushed() -> bool:
+    """Whether all output has left; False where its reader is gone (`| head -1`): the rest goes nowhere."""
+    read = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+            if hasattr(select, "poll"):  # a write that failed without a buffer has left nothing to flush
+                poll = select.poll()
+                poll.register(stream.fileno(), 0)
+                if any(event & select.POLLERR for _, event in poll.poll(0)):
+                    raise BrokenPipeError
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # the interpreter flushes once more
+            read = False
+        except (AttributeError, ValueError, OSError):  # none (pythonw), closed, or a full disk, which was said
+            pass
+    return read
+
+
+def check_endpoint() -> None:
+    """Raises UserError where HF_ENDPOINT is no address: huggingface_hub may not import. It may hold a password."""
+    try:
+        address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+        good = address.scheme in ("http", "https") and address.hostname and (address.port or True)
+    except ValueError:
+        good = False
+    if not good:
+        found = "found something else than an address in HF_ENDPOINT, expected https://HOST"
+        raise UserError(f"{found}; correct it, or unset it for the hub itself")
 
 
 def run_cli(action: Callable[[], int | None], interrupted: str = INTERRUPTED) -> int:
@@ -71,20 +114,38 @@ def run_cli(action: Callable[[], int | None], interrupted: str = INTERRUPTED) ->
 
     0 or what `action` returns; 2 where the user can mend it (an exception with `exit_code`, or of the operating
     system, or a failed allocation), after one line on stderr; 130 after Ctrl-C, with the way to go on (training, which
-    also catches SIGTERM, raises its own code). Any other exception is a defect: it passes, with its traceback and
-    Python's exit code 1.
+    also catches SIGTERM, raises its own code); PIPE_CLOSED, without a word, where nobody reads the output any more. Any
+    other exception is a defect: it passes, with its traceback and Python's exit code 1.
     """
     rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""  # torchrun's
+    escape_unprintable()
     try:
-        return action() or 0
+        check_endpoint()
+        code = action() or 0
     except KeyboardInterrupt as error:
-        print(f"\n{rank}Interrupted: {str(error) or interrupted}", file=sys.stderr)
-        return getattr(error, "exit_code", 128 + signal.SIGINT)
+        code = getattr(error, "exit_code", 128 + signal.SIGINT)
+        line = f"\n{rank}Interrupted: {str(error) or interrupted}"
     except Exception as error:
-        lacking = out_of_memory(error)
-        code = 2 if lacking or isinstance(error, OSError) else getattr(error, "exit_code", None)
-        if code is None:
+        if isinstance(error, BrokenPipeError) and not flushed():  # else it is another pipe
+            return PIPE_CLOSED
+        text = _line_of(error)
+        if text is None:
             raise
-        line = OUT_OF_MEMORY if lacking else " ".join(_text_of(error).split())
-        print(f"{rank}error: {line}", file=sys.stderr)
-        return code
+        code, line = getattr(error, "exit_code", 2), f"{rank}error: {text}"
+    else:
+        return code if flushed() else PIPE_CLOSED
+    flushed()  # what was printed stands before the line
+    print(line, file=sys.stderr)
+    return code
+
+
+def _line_of(error: Exception) -> str | None:
+    """The one line for what the user can mend; None for a defect."""
+    if out_of_memory(error):
+        return OUT_OF_GPU_MEMORY if out_of_gpu_memory(error) else OUT_OF_MEMORY
+    if reader_lost(error):
+        return READER_LOST
+    if isinstance(error, OSError) and error.filename and error.errno in FILE_REMEDIES:
+        return f"{error.filename}: {error.strerror}; {FILE_REMEDIES[error.errno]}"
+    known = isinstance(error, OSError) or hasattr(error, "exit_code")
+    return " ".join(str(error).split()) if known else None

@@ -26,6 +26,9 @@ RESUME_HINT = "what was saved last, if anything, is kept; a run that has begun g
 HEAD_LEARNING_RATE = {"ctclip": 3e-2, "slice backbones": 1e-3}
 
 
+MOST_GAMMA = 100  # as in ctclip_model, for scripts that have not imported torch
+
+
 class TrainingError(UserError):
     """A run that cannot start or go on. One line: what was found, what was expected, what to do."""
 
@@ -134,11 +137,11 @@ class TrainingConfig:
             "ema_decay": (0 <= self.ema_decay < 1, "at least 0 (off) and below 1"),
             "tuning_fraction": (0 < self.tuning_fraction < 1, "between 0 and 1"),
             "alpha": (0 < self.alpha < 1, "between 0 and 1 (it weighs the negatives)"),
-            "gamma": (0 <= self.gamma < math.inf, "a finite number of at least 0"),
+            "gamma": (0 <= self.gamma <= MOST_GAMMA, f"0 to {MOST_GAMMA}"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0, and finite"),
             "clip_norm": (self.clip_norm > 0, "above 0"),
             "warmup_fraction": (0 <= self.warmup_fraction <= 1, "between 0 and 1"),
-            "seed": (self.seed >= 0, "at least 0"),
+            "seed": (0 <= self.seed < 2**32, "at least 0 and below 2^32"),
             "limit": (self.limit is None or self.limit >= 2, "at least 2 volumes"),
         }
         bounds |= {

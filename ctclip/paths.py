@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -33,7 +34,13 @@ def module_command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
 
 
+def child_environment() -> dict[str, str]:
+    """The environment for another program: without the hub's token, and a mirror's address that may hold a password."""
+    secret = re.compile(r"(HF|HUGGING_?FACE)_.*(TOKEN|ENDPOINT)", re.IGNORECASE)
+    return {name: value for name, value in os.environ.items() if not secret.match(name)}
+
+
 def module_environment() -> dict[str, str]:
-    """The environment with the suite on Python's path, whatever the working folder is."""
+    """`child_environment` with the suite on Python's path, whatever the working folder is."""
     path = os.environ.get("PYTHONPATH")
-    return os.environ | {"PYTHONPATH": f"{SUITE}{os.pathsep}{path}" if path else str(SUITE)}
+    return child_environment() | {"PYTHONPATH": f"{SUITE}{os.pathsep}{path}" if path else str(SUITE)}

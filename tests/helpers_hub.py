@@ -11,6 +11,7 @@ import re
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -49,6 +50,12 @@ class Hub(LocalServer):
     "wrong"    the right number of other bytes
     "slow"     a pause of `pause` seconds between blocks
     "hang"     no answer for `pause` seconds
+    "stall"    half of the bytes asked for, and after `pause` seconds the end
+    "endless"  the bytes, and then others for ever, without a length
+    "gzip"     1 GB of zeros, compressed
+    "portal"   200 and a page, as a network's login page answers everything
+
+    checksums: whether ETags are sent; listing: whether there is one.
     """
 
     def __init__(self, files=None):
@@ -56,6 +63,7 @@ class Hub(LocalServer):
         self.files = files or {}
         self.fault = lambda verb, path, n: None
         self.pause = 0.01
+        self.checksums = self.listing = True
         self.seen = Counter()
         self.requests = []  # (verb, path, token, first byte asked for)
         self.lock = threading.Lock()
@@ -68,6 +76,10 @@ class Hub(LocalServer):
     def count(self, verb, part=""):
         """Requests of that verb for paths that end so."""
         return sum(request[0] == verb and request[1].endswith(part) for request in self.requests)
+
+
+def git_sha1(content):
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def is_small(path):
@@ -109,6 +121,12 @@ class Handler(BaseHTTPRequestHandler):
             fault = hub.fault(self.command, inside, hub.seen[self.command, inside]) or ""
         if fault == "hang":
             time.sleep(hub.pause)
+        if fault == "portal":
+            page = b"<html>Please log in</html>"
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            return self.wfile.write(page) if self.command != "HEAD" else None
         if fault[:3].isdigit():
             status, _, code = fault.partition(" ")
             return self.answer(int(status), {"X-Error-Code": code} if code else {})
@@ -116,24 +134,26 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(hub.files[inside], start, fault)
         if not public and (refusal := self.refusal()):
             return self.answer(refusal[0], {"X-Error-Code": refusal[1]} if refusal[1] else {})
-        if path == f"/api/datasets/{REPOSITORY}/paths-info/main":
+        if path == f"/api/datasets/{REPOSITORY}/paths-info/main" and hub.listing:
             return self.paths_info(parse_qs(body.decode())["paths"])
         if inside not in hub.files:
             return self.answer(404, {"X-Error-Code": "EntryNotFound"})
         content = hub.files[inside]
         if is_small(inside):
-            etag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            etag = git_sha1(content)
             if self.command == "HEAD":
-                return self.answer(200, {"ETag": f'"{etag}"'}, length=len(content))
+                return self.answer(200, {"ETag": f'"{etag}"'} if hub.checksums else {}, length=len(content))
             return self.send(content, start, fault)
-        linked = {"X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Linked-Size": len(content)}
+        linked = {"X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"'} if hub.checksums else {}
+        linked |= {"X-Linked-Size": len(content)}
         return self.answer(302, {**linked, "Location": f"{hub.storage}/storage/{inside}?signature=x"})
 
     def paths_info(self, paths):
         files = self.server.files
         found = [path for path in paths if path in files]
-        entries = [{"type": "file", "path": path, "size": len(files[path]), "oid": "0" * 40} for path in found]
+        entries = [{"type": "file", "path": path, "size": len(files[path])} for path in found]
         for entry, content in zip(entries, map(files.get, found), strict=True):
+            entry["oid"] = git_sha1(content)
             if not is_small(entry["path"]):
                 digest = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
@@ -145,7 +165,9 @@ class Handler(BaseHTTPRequestHandler):
         body = content[start:]
         if fault == "wrong":
             body = bytes(byte ^ 0x55 for byte in body[:1000]) + body[1000:]
-        part = body[: len(body) // 2] if fault == "cut" else body
+        if fault in ("endless", "gzip"):
+            return self.pour(body, fault)
+        part = body[: len(body) // 2] if fault in ("cut", "stall") else body
         headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
         if self.command == "HEAD":
             return self.answer(200, length=len(body))
@@ -154,9 +176,23 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(part[at : at + BLOCK])
             if fault == "slow":
                 time.sleep(self.server.pause)
-        if fault == "cut":
+        if fault == "stall":
+            time.sleep(self.server.pause)
+        if fault in ("cut", "stall"):
             self.close_connection = True
         return None
+
+    def pour(self, body, fault):
+        """More than was announced; 64 MB at most, and 1 MB of gzip's."""
+        packed = zlib.compressobj(9, wbits=31)
+        parts = (packed.compress(bytes(1 << 20)) for _ in range(1000))
+        self.close_connection = True
+        self.send_response(200)
+        if fault == "gzip":
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        for part in parts if fault == "gzip" else [body, *[bytes(1 << 20)] * 64]:
+            self.wfile.write(part)
 
     def do_GET(self):
         try:

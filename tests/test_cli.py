@@ -3,9 +3,19 @@
 import pytest
 import torch
 
-from ctclip.cli import INTERRUPTED, OUT_OF_MEMORY, OneLineParser, refuse_unused, run_cli
+from ctclip.cli import (
+    INTERRUPTED,
+    OUT_OF_GPU_MEMORY,
+    OUT_OF_MEMORY,
+    READER_LOST,
+    OneLineParser,
+    refuse_unused,
+    run_cli,
+)
 from ctclip.errors import UserError
 from ctclip.formatting import plural, size_text
+from ctclip.inference.predictor import MachineError, choose_device, choose_workers
+from ctclip.memory import available_cpus
 from ctclip_model import CheckpointError
 
 
@@ -23,7 +33,17 @@ def raising(error):
         (CheckpointError("found x"), "error: found x"),  # of ctclip_model, which imports nothing of ours
         (FileNotFoundError(2, "No such file or directory", "a.csv"), "error: [Errno 2] No such file"),
         (MemoryError(), f"error: {OUT_OF_MEMORY}"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), f"error: {OUT_OF_MEMORY}"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), f"error: {OUT_OF_GPU_MEMORY}"),
+        (RuntimeError("CUDA error: out of memory"), f"error: {OUT_OF_GPU_MEMORY}"),
+        (RuntimeError("could not create a primitive"), f"error: {OUT_OF_MEMORY}"),  # oneDNN's
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), f"error: {OUT_OF_MEMORY}"),
+        (RuntimeError("std::bad_alloc"), f"error: {OUT_OF_MEMORY}"),
+        (RuntimeError("can't start new thread"), f"error: {OUT_OF_MEMORY}"),
+        (OSError(12, "Cannot allocate memory"), f"error: {OUT_OF_MEMORY}"),
+        (CheckpointError("found a damaged file (Cannot allocate memory (os error 12))"), f"error: {OUT_OF_MEMORY}"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), f"error: {READER_LOST}"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), f"error: {READER_LOST}"),
+        (BrokenPipeError(32, "Broken pipe"), "error: [Errno 32] Broken pipe"),  # of another process than the reader
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), f"error: {OUT_OF_MEMORY}"),
     ],
 )
@@ -67,3 +87,50 @@ def test_given_flags_are_spelled_as_the_parser_spells_them():
 def test_sizes_and_counts_as_text():
     assert size_text(1_770_000_000) == "1.77 GB" and size_text(123_456) == "0.12 MB"
     assert plural(1, "volume") == "1 volume" and plural(0, "volume") == "0 volumes"
+
+
+@pytest.mark.parametrize("address", ["hf-mirror.com", "someone:secret@mirror", "http://[bad", "https://mirror:99999"])
+def test_an_endpoint_that_is_no_address_is_one_line_of_every_command(address, monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    assert run_cli(lambda: None) == 2
+    assert capsys.readouterr().err == (
+        "error: found something else than an address in HF_ENDPOINT, expected https://HOST; correct it, or unset it "
+        "for the hub itself\n"
+    )
+
+
+# ---- CPUs
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({}, 16),
+        ({"proc/self/cgroup": "0::/job", "sys/fs/cgroup/job/cpu.max": "max 100000"}, 16),
+        ({"proc/self/cgroup": "0::/job/step", "sys/fs/cgroup/job/cpu.max": "250000 100000"}, 2.5),
+        ({"proc/self/cgroup": "4:cpu,cpuacct:/d", "sys/fs/cgroup/cpu/d/cpu.cfs_quota_us": "400000",
+          "sys/fs/cgroup/cpu/d/cpu.cfs_period_us": "100000"}, 4),
+        ({"proc/self/cgroup": "4:cpu:/", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+          "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, 16),
+    ],
+)  # fmt: skip
+def test_cpus_are_those_of_the_process_and_its_cgroup(files, cpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(16)), raising=False)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    assert available_cpus(tmp_path) == cpus
+
+
+@pytest.mark.parametrize(("cpus", "processes", "readers"), [(16, 1, 8), (16, 8, 0), (64, 8, 8), (24, 8, 3), (2, 1, 0)])
+def test_processes_of_torchrun_share_the_cpus(cpus, processes, readers, monkeypatch):
+    monkeypatch.setattr("ctclip.inference.predictor.available_cpus", lambda: cpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert choose_workers(None) == readers and choose_workers(5) == 5
+
+
+@pytest.mark.parametrize("name", ["meta", "meta:0", "mkldnn", "no_such", "cuda:77"])
+def test_a_device_that_computes_nothing_is_one_line(name):
+    with pytest.raises(MachineError, match=f"--device {name}: not usable here .*, expected cpu, cuda or cuda:N"):
+        choose_device(name)
+    assert choose_device("cpu").type == "cpu"

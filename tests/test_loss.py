@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ctclip_model import AggressiveFocalLoss, create_balanced_loss
+from ctclip_model import MOST_GAMMA, AggressiveFocalLoss, create_balanced_loss
 
 
 def test_hand_worked_value():
@@ -40,6 +40,13 @@ def test_extreme_logits_give_finite_values_and_gradients(dtype, gamma):
     assert loss.dtype == torch.float32 and torch.isfinite(loss) and torch.isfinite(logits.grad).all()
     expected = 2 ** (gamma + 1) * (0.85 * 100 + 0.15 * 100) / 4  # the two right ones cost nothing
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_highest_gamma_gives_finite_values_and_gradients():
+    logits = torch.tensor([100.0, -100.0, 0.0, 100.0, -100.0, 0.0], requires_grad=True)
+    loss = AggressiveFocalLoss(0.85, MOST_GAMMA)(logits, torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0]))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all() and logits.grad.abs().max() > 0
 
 
 def test_gradient_equals_finite_differences():
@@ -80,7 +87,8 @@ def test_raising_alpha_pushes_predictions_down():
 
 
 def test_bad_values_and_shapes():
-    for alpha, gamma in [(0.0, 2.0), (1.0, 2.0), (1.5, 2.0), (0.5, -1.0), (0.5, math.inf), (math.nan, 1.0)]:
+    gammas = [(0.5, gamma) for gamma in (-1.0, MOST_GAMMA + 0.5, 1023.0, math.inf, math.nan)]
+    for alpha, gamma in [(0.0, 2.0), (1.0, 2.0), (1.5, 2.0), (math.nan, 1.0), *gammas]:
         with pytest.raises(ValueError, match="expected"):
             AggressiveFocalLoss(alpha, gamma)
     with pytest.raises(ValueError, match="differ in shape"):

@@ -141,6 +141,8 @@ WRONG_USAGE = [
     (["--plan", "--objective", "f1"], "found --objective, which goes with an evaluation, not --plan, only"),
     (["--export", "onnx", "--workers=2"], "found --workers, which goes with --mode full or"),
     (["--mode", "train", "--resamples", "1000"], "found --resamples, which goes with --mode full or --mode evaluate"),
+    (["--mode", "predict", "--batch-size", "4", "--epochs", "50"], "found --batch-size, which goes with --mode full"),
+    (["--device", "meta", "--mode", "train"], "--device meta: not usable here"),
     (["--device", "cuda:77", "--mode", "train"], "--device cuda:77: not usable here"),
     (["--modell", "ctclip"], "unrecognized arguments"),
 ]
@@ -188,6 +190,29 @@ def test_scripts_exit_with_that_line_and_code(tmp_path, script, flags, line):
     assert done.returncode == 2 and line in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_is_not_trained_or_evaluated_again(job):
+    folder, _ = job
+    run = folder / "results" / "run"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    done = call(folder, "run_task2.py", "--resume", "results/run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("results/run is already finished; report: results/run/report.html\n")
+    assert "PREDICTION ANALYSIS" not in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_out_of_memory_while_predicting_is_one_line_without_resume(job, phantoms, monkeypatch, capsys):
+    def full(*args, **options):
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.chdir(job[0])
+    monkeypatch.setattr("ctclip.inference.predictions.predict_volumes", full)
+    scan = str(next(phantoms.glob("dataset/valid_fixed/*/*/*.nii.gz")))
+    assert run_task2.main(["--mode", "predict", "--checkpoint", "results/run", "--input", scan]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory; ") and error.count("\n") == 1 and "--resume" not in error
 
 
 def test_damaged_weights_are_named(job, tmp_path):

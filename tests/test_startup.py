@@ -49,11 +49,12 @@ def test_the_model_answers_too_but_imports_torch(tmp_path):
 def test_facts_that_are_also_written_where_torch_is_not_imported():
     """`ctclip_model` imports nothing of ours, and these import nothing but the standard library."""
     import ctclip_model
-    from ctclip import paths
+    from ctclip import config, paths
     from ctclip.hub import client as hub_client
 
     assert __version__ == ctclip_model.__version__
     assert paths.CLASSFINE_PATH == ctclip_model.CLASSFINE_PATH
+    assert config.MOST_GAMMA == ctclip_model.MOST_GAMMA
     assert hub_client.VOCABULARY_REPOSITORY == ctclip_model.VOCABULARY_REPOSITORY
     weights = Path("a", "b.pt")
     assert hub_client.vocabulary_path(weights) == ctclip_model.vocabulary_path(weights)

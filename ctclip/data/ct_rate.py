@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from ctclip_model import ABNORMALITIES
 
 SPLITS = ("train", "valid")
+COHORT = "dataset"  # the folder in the cohort's that tables and volumes lie in
 VOLUME_SUFFIX = ".nii.gz"
 SUFFIX = re.compile(r"\.(nii(\.gz)?|mha|mhd|nrrd|hdr|img|dcm|npz|npy)$", re.IGNORECASE)  # of volume files
 # Split, patient, scan, reconstruction. No looser: "chest_ct_scan_001" or "UKB_2020_007_1" mean something else.

@@ -45,6 +45,7 @@ from ctclip.errors import UserError
 from ctclip.fileio import DISK_FULL, nearest_existing, replacing
 from ctclip_model import CTCLIPMultiAbnormalityModel
 
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of a bgzip-ed file; a block of it is no larger than a sample
 LINE_BYTES = 256  # more than an index line takes (about 150), for the estimate of disk space
 
 
@@ -72,14 +73,24 @@ def cache_key(volume: Volume) -> str | None:
 def file_signature(path: Path) -> tuple[int, str | int]:
     """(size, last 8 bytes in hex) of a .gz file, (size, time of change in ns) of another. Raises OSError.
 
-    The last bytes are CRC-32 and length of the content: known without reading it, and the same in a copy.
+    The last bytes are CRC-32 and length of the content: known without reading it, and the same in a copy. Of a file in
+    blocks (bgzip: an extra field in the header, an empty block at the end) they are the last block's only, so a digest
+    of SAMPLES pieces of the file follows.
     """
     with open(path, "rb") as file:
-        status = os.fstat(file.fileno())
+        size, modified = os.fstat(file.fileno()).st_size, os.fstat(file.fileno()).st_mtime_ns
         if path.suffix != ".gz":
-            return status.st_size, status.st_mtime_ns
-        file.seek(max(0, status.st_size - 8))
-        return status.st_size, file.read(8).hex()
+            return size, modified
+        extra_field = any(flags & 4 for flags in file.read(4)[3:])
+        file.seek(max(0, size - 8))
+        last = file.read(8)
+        if last != bytes(8) and not extra_field:
+            return size, last.hex()
+        digest = hashlib.sha256()
+        for piece in range(SAMPLES):  # evenly from the first byte to the last; all of a small file
+            file.seek(max(0, size - SAMPLE_BYTES) * piece // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+        return size, last.hex() + digest.hexdigest()[:16]
 
 
 def cache_keys(volumes: Sequence[Volume]) -> list[str | None]:
@@ -295,7 +306,8 @@ class FeatureCache:
         assert records.shape == (len(volumes), *self.shape), f"{records.shape} for {len(volumes)} x {self.shape}"
         if not np.isfinite(records).all():
             most = f"features of up to {arrays.abs().max():g} among {', '.join(volume.name for volume in volumes)}"
-            raise CacheError(f"found {most}, expected what {self.dtype} can hold; train without --cache-dir")
+            raise CacheError(f"found {most}, expected what {self.dtype} can hold; see these volumes, or add "
+                             "--freeze-epochs 0, which needs no cache")
         try:
             shard, data, index = self._writing = self._writing or self._new_shard()
             number = data.tell() // self.record_bytes

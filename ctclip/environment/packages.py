@@ -20,7 +20,7 @@ from typing import NamedTuple, Sequence  # noqa: UP035  (3.8 must get as far as 
 from ctclip.errors import UserError
 from ctclip.formatting import TIED, comma_separated, print_row
 from ctclip.hub.client import on_colab
-from ctclip.paths import SUITE
+from ctclip.paths import SUITE, child_environment
 
 OLDEST_PYTHON = (3, 10)
 
@@ -129,7 +129,7 @@ def check_pip() -> None:
 def run_pip(arguments: Sequence[str]) -> tuple[int, list[str]]:
     """Runs pip, printing what takes a while: large downloads, the unpacking; -> (exit code, its lines of output)."""
     command = [sys.executable, "-m", "pip", *arguments]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    environment = {**child_environment(), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     lines: list[str] = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, encoding="utf-8", errors="replace"

@@ -20,6 +20,7 @@ from ctclip.data.preprocessing import read_volume
 from ctclip.data.volume_file import VolumeError
 from ctclip.data.windows import Window, display_window
 from ctclip.evaluation.calibration import FittedThresholds
+from ctclip.evaluation.figures import import_matplotlib
 from ctclip.evaluation.tables import Rows, row_keys
 from ctclip_model import ABNORMALITIES
 
@@ -95,6 +96,7 @@ def picture(volume: torch.Tensor, window: Window) -> bytes:
 
     As radiologists look: the patient's right on the left, front or head at the top.
     """
+    import_matplotlib()
     from matplotlib.image import imsave
 
     hu = volume[0].numpy()

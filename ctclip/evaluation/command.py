@@ -17,9 +17,17 @@ from ctclip.data.tables import CohortError, join
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import load_calibration, read_prevalence
 from ctclip.evaluation.cases import with_pictures, worst_cases
-from ctclip.evaluation.evaluate import evaluate_tables, write_calibrated, write_evaluation
+from ctclip.evaluation.evaluate import Evaluation, evaluate_tables, write_calibrated, write_pictures, write_tables
 from ctclip.evaluation.render import format_report
-from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE, TABLES, check_output_folder, run_metadata, writing
+from ctclip.evaluation.run_folder import (
+    APPLIED_FILES,
+    PAGE,
+    TABLES,
+    alone_in,
+    check_output_folder,
+    run_metadata,
+    writing,
+)
 from ctclip.evaluation.tables import (
     EvaluationInputs,
     patients_of,
@@ -76,17 +84,30 @@ def evaluate_and_write(
                         "are; check VolumeName")
     evaluation = evaluate_tables(inputs, settings, other, groups)
     print(format_report(evaluation.metrics))
-    cases = worst_cases(evaluation.rows, evaluation.fitted)
-    unread: list[tuple[str, str]] = []
-    if inputs.data_dir is not None and pictures:
+    with alone_in(make_folder(output_dir, "change --output-dir")):
+        write_tables(output_dir, evaluation)
         try:
-            cases, unread = with_pictures(cases, evaluation.rows.unit, inputs.data_dir, pictures, evaluation.rows.ids)
-        except CohortError as error:  # the volumes may be elsewhere; the metrics need none of them
-            unread = [("any volume", str(error))]
-    write_evaluation(output_dir, evaluation, cases)
+            unread = draw(output_dir, evaluation, pictures)
+        except BaseException:
+            print(f"\nWrote {output_dir}: metrics.json, tables (*.csv), {CALIBRATION_FILE}; no {PAGE}, no figures")
+            raise
     print(f"\nWrote {output_dir}: {PAGE}, metrics.json, tables (*.csv), {CALIBRATION_FILE}, figures (*.png)")
     for name, reason in unread:
         print(f"No picture of {name}: {reason}")
+
+
+def draw(output_dir: Path, evaluation: Evaluation, pictures: int) -> list[tuple[str, str]]:
+    """The figures and the page, with slices of the worst cases; -> (name, reason) of those that cannot be shown."""
+    rows, data_dir = evaluation.rows, evaluation.inputs.data_dir
+    cases = worst_cases(rows, evaluation.fitted)
+    unread: list[tuple[str, str]] = []
+    if data_dir is not None and pictures:
+        try:
+            cases, unread = with_pictures(cases, rows.unit, data_dir, pictures, rows.ids)
+        except CohortError as error:  # the volumes may be elsewhere; the metrics need none of them
+            unread = [("any volume", str(error))]
+    write_pictures(output_dir, evaluation, cases)
+    return unread
 
 
 def apply_calibration(source: str, predictions: str, output_dir: Path, patients: str | None = None) -> None:

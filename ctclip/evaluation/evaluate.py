@@ -27,7 +27,7 @@ from ctclip.evaluation import bootstrap, figures, render, report, subgroups, tab
 from ctclip.evaluation import metrics as measure
 from ctclip.evaluation.calibration import CROSS_FITTED, TUNING, Calibration, FittedThresholds, fit_thresholds
 from ctclip.evaluation.cases import Case, worst_cases
-from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE, RESULT_FILES, alone_in, writing
+from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE, PICTURES, RESULT_FILES, alone_in, writing
 from ctclip.evaluation.tables import EvaluationInputs, Rows, VolumeTable
 from ctclip.fileio import make_folder, replacing
 from ctclip.formatting import decimal, percent
@@ -86,7 +86,9 @@ def evaluate(
     other = None if baseline is None else tables.as_table(baseline)
     evaluation = evaluate_tables(inputs, Settings(**settings), other, metadata)
     if output_dir is not None:
-        write_evaluation(output_dir, evaluation, worst_cases(evaluation.rows, evaluation.fitted))
+        with alone_in(make_folder(output_dir, "change --output-dir")):
+            write_tables(output_dir, evaluation)
+            write_pictures(output_dir, evaluation, worst_cases(evaluation.rows, evaluation.fitted))
     return evaluation.metrics
 
 
@@ -279,15 +281,14 @@ def success_criteria(metrics: dict) -> list[dict]:
     return [{"criterion": criterion, "figure": figure, "passed": bool(passed)} for criterion, figure, passed in rows]
 
 
-def write_evaluation(output_dir: str | Path, evaluation: Evaluation, cases: Sequence[Case]) -> None:
-    """RESULT_FILES, predictions.csv and the curves of training; each file is replaced whole or not at all, and none
-    that is the user's (`run_folder.writing`)."""
+def write_tables(output_dir: str | Path, evaluation: Evaluation) -> None:
+    """RESULT_FILES but the page and the figures, of which earlier ones go, and predictions.csv; each file is replaced
+    whole or not at all, and none that is the user's (`run_folder.writing`)."""
     folder = make_folder(output_dir, "change --output-dir")
     metrics, rows, fitted, inputs = evaluation.metrics, evaluation.rows, evaluation.fitted, evaluation.inputs
     own, given = folder / "predictions.csv", inputs.predictions.frame
     kept = _holds(own, given)  # a run's own file stays as it was written, with its other columns
-    others = [*([] if kept else [own.name]), *([figures.TRAINING_CURVES] if inputs.history else [])]
-    with alone_in(folder), writing(folder, *RESULT_FILES, *others):
+    with writing(folder, *RESULT_FILES, *([] if kept else [own.name])):
         with replacing(folder / "metrics.json") as path:
             path.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         if not kept:
@@ -296,11 +297,18 @@ def write_evaluation(output_dir: str | Path, evaluation: Evaluation, cases: Sequ
         with replacing(folder / "per_label.csv") as path:
             _per_label_frame(metrics).to_csv(path, index_label="label")
         fitted.calibration.save(folder / CALIBRATION_FILE)
-        for name in APPLIED_FILES:
+        for name in (*APPLIED_FILES, *PICTURES):
             (folder / name).unlink(missing_ok=True)
         if fitted.fitted_on == TUNING:  # cross-fitted columns are made of five maps: no file that anyone could compare
             write_calibrated(folder, fitted.calibration, rows)
-        arrays = rows.labels, rows.probabilities, fitted.calibrated
+
+
+def write_pictures(output_dir: str | Path, evaluation: Evaluation, cases: Sequence[Case]) -> None:
+    """The figures, the curves of training and the page, after `write_tables`: whatever fails while drawing, the tables
+    are there."""
+    folder, metrics, rows, inputs = Path(output_dir), evaluation.metrics, evaluation.rows, evaluation.inputs
+    arrays = rows.labels, rows.probabilities, evaluation.fitted.calibrated
+    with writing(folder, *PICTURES, *([figures.TRAINING_CURVES] if inputs.history else [])):
         figures.write_figures(folder, metrics, *arrays, report.figure_captions(metrics), inputs.history)
         render.write_page(folder / PAGE, metrics, *arrays, inputs.history, inputs.record, cases)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -330,8 +333,24 @@ def _shorter_tag(tag: str) -> str:
     return tag
 
 
+def import_matplotlib() -> None:
+    """The first import, whatever MPLBACKEND names: a notebook hands its backend on to what it starts, and the import
+    fails in an interpreter without it. In one that has it, the notebook's, its own figures go there as before."""
+    wanted = os.environ.get("MPLBACKEND")
+    if not wanted or "matplotlib" in sys.modules:
+        return
+    os.environ["MPLBACKEND"] = "agg"
+    try:
+        import matplotlib
+    finally:
+        os.environ["MPLBACKEND"] = wanted
+    with suppress(ValueError):
+        matplotlib.rcParams["backend"] = wanted
+
+
 def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """A figure on the Agg canvas, apart from pyplot's global state: a notebook's own figures stay untouched."""
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -29,7 +29,8 @@ from ctclip_model import (
 # What an evaluation leaves in its folder. Training removes them when the weights that they are about are replaced.
 APPLIED_FILES = ("predictions_calibrated.csv", "predictions_mapped.csv")
 PAGE = "report.html"
-RESULT_FILES = ("metrics.json", "per_label.csv", CALIBRATION_FILE, PAGE, *APPLIED_FILES, *EVALUATION_FIGURES)
+PICTURES = (PAGE, *EVALUATION_FIGURES)
+RESULT_FILES = ("metrics.json", "per_label.csv", CALIBRATION_FILE, *APPLIED_FILES, *PICTURES)
 TABLES = ("predictions.csv", "labels.csv")
 # What training leaves; the best weights with the tables that belong to them.
 BEST_FILES = ("model.safetensors", "config.json", "tuning_predictions.csv", "tuning_labels.csv")
@@ -150,6 +151,11 @@ def run_record(run: Path) -> dict:
         found = f"{path}: found a value of another kind for {wrong[0]}"
         raise RunError(f"{found}, expected what training wrote; restore it")
     return record
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run has come to its end, the last epoch or early stopping: nothing is left to be resumed."""
+    return run_record(run).get("status", "running") != "running"
 
 
 def from_working_folder(

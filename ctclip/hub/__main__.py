@@ -6,8 +6,12 @@
     python -m ctclip.hub card results/RUN --push USER/NAME               uploads weights, card, metrics; private
 """
 
-import argparse
 import sys
+
+if __name__ == "__main__":  # Ctrl-C during the imports is no traceback
+    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+
+import argparse
 from pathlib import Path
 
 from ctclip.cli import refuse_unused, run_cli
@@ -27,9 +31,6 @@ def card_command(args: argparse.Namespace) -> None:
         "--public": ("--push USER/NAME", bool(args.push)),
         "--print": ("a card that is not pushed", not args.push),
     })
-    from ctclip.hub.client import check_endpoint
-
-    check_endpoint()  # before huggingface_hub is imported
     from ctclip.formatting import size_text
     from ctclip.hub.model_card import model_card
     from ctclip.hub.push import push_run, write_card

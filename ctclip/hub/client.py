@@ -7,22 +7,25 @@ hub only; it is never printed, put into a message or written to a file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 from ctclip.errors import UserError
@@ -106,18 +109,6 @@ def endpoint() -> str:
 def is_hub_url(url: str) -> bool:
     """Whether an address is on the hub itself; the bytes of large files are elsewhere, under signed addresses."""
     return urlsplit(url).netloc in {urlsplit(own).netloc for own in (endpoint(), HUB)}
-
-
-def check_endpoint() -> None:
-    """Raises HubError where HF_ENDPOINT is no address: huggingface_hub would not import. It may hold a password."""
-    try:
-        address = urlsplit(endpoint())
-        good = address.scheme in ("http", "https") and address.hostname and (address.port or True)
-    except ValueError:
-        good = False
-    if not good:
-        found = "found something else than an address in HF_ENDPOINT, expected https://HOST"
-        raise HubError(found, "correct it, or unset it for the hub itself", kind="access")
 
 
 def hub_host() -> str:
@@ -282,8 +273,8 @@ def retry(
 
 
 class RemoteFile(NamedTuple):
-    """A file as the hub announces it. etag: SHA-256 of a large file, git's SHA-1 of a small one; a mirror may send
-    neither. location: where its bytes are, signed and short-lived."""
+    """A file as the hub announces it. etag: SHA-256 of a large file, git's SHA-1 of a small one; "" where neither the
+    answer nor the listing has one, as with some mirrors. location: where its bytes are, signed and short-lived."""
 
     file: str
     size: int | None
@@ -293,7 +284,7 @@ class RemoteFile(NamedTuple):
     @property
     def checksum(self) -> str | None:
         """"SHA-256", "git SHA-1", or None where nothing was announced that bytes could be compared with."""
-        return {64: "SHA-256", 40: "git SHA-1"}.get(len(self.etag)) if re.fullmatch("[0-9a-f]+", self.etag) else None
+        return _checksum_of(self.etag)
 
     def difference(self, path: Path) -> str | None:
         """How a copy of it differs, in a few words; None where it is intact. The whole copy is read."""
@@ -307,6 +298,10 @@ class RemoteFile(NamedTuple):
         return None if found == self.etag else f"{self.checksum} {found[:12]}... where the hub has {self.etag[:12]}..."
 
 
+def _checksum_of(etag: str) -> str | None:
+    return {64: "SHA-256", 40: "git SHA-1"}.get(len(etag)) if re.fullmatch("[0-9a-f]+", etag) else None
+
+
 def sha256_of(path: Path) -> str:
     return _digest_of(path, hashlib.sha256())
 
@@ -318,32 +313,51 @@ def _digest_of(path: Path, digest: hashlib._Hash) -> str:
     return digest.hexdigest()
 
 
-def file_metadata(file: str, token: str, repository: str = REPOSITORY) -> RemoteFile:
+def file_metadata(file: str, token: str, repository: str = REPOSITORY, sha256: str | None = None) -> RemoteFile:
     """Size and checksum of a file on the hub; also the cheapest way to learn whether this token may have it.
 
-    `token`: "" for none, for what is public. Raises whatever huggingface_hub raises: see `to_hub_error`.
+    Where the answer has no usable checksum, it is `sha256`, or is looked up in the repository's listing. `token`: ""
+    for none, for what is public. Raises HubError where it is not the hub that answers, as behind a network's login
+    page, and whatever huggingface_hub raises: see `to_hub_error`.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     kind = "dataset" if repository == REPOSITORY else "model"
     url = hf_hub_url(repository, file, repo_type=kind, endpoint=endpoint())
     found = with_timeout(HUB_SECONDS, lambda: get_hf_file_metadata(url, token=token or False, timeout=HUB_SECONDS))
-    return RemoteFile(file, found.size, (found.etag or "").lower(), found.location or url)
+    size, etag = found.size, (found.etag or "").lower()
+    if sha256 and _checksum_of(etag) != "SHA-256":
+        etag = sha256
+    if _checksum_of(etag) is None:
+        etag = ""
+        with suppress(Exception):  # a mirror without listing: then it is said that nothing was compared
+            size, etag = _listed([file], token, repository)[file]
+        if not etag and found.commit_hash is None:
+            reason = f"{hub_host()} does not answer as the hub does: a login page of the network, or no mirror of it?"
+            raise HubError(reason, f"open it in a browser, check HF_ENDPOINT, {AGAIN}", kind="network")
+    return RemoteFile(file, size, etag, found.location or url)
 
 
 def file_sizes(files: Sequence[str], token: str) -> dict[str, tuple[int, str | None]]:
-    """{file: (size, SHA-256 where it is a large one)} of those that the hub has. They are asked for by name: listing
+    """{file: (size, SHA-256 where it is a large one)} of those that CT-RATE has. They are asked for by name: listing
     the repository takes hours. Raises whatever huggingface_hub raises."""
+    return {file: (size, digest if len(digest) == 64 else None)
+            for file, (size, digest) in _listed(files, token, REPOSITORY).items()}
+
+
+def _listed(files: Sequence[str], token: str, repository: str) -> dict[str, tuple[int, str]]:
+    """{file: (size, SHA-256 of a large file, git's SHA-1 of a small one)}"""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    found: dict[str, tuple[int, str | None]] = {}
+    kind = "dataset" if repository == REPOSITORY else "model"
+    found: dict[str, tuple[int, str]] = {}
     for start in range(0, len(files), PATHS_AT_ONCE):
         part = list(files[start : start + PATHS_AT_ONCE])
-        ask = partial(HfApi(endpoint()).get_paths_info, REPOSITORY, part, repo_type="dataset", token=token)
+        ask = partial(HfApi(endpoint()).get_paths_info, repository, part, repo_type=kind, token=token or False)
         for entry in with_timeout(LISTING_SECONDS, ask):
             if isinstance(entry, RepoFile):
-                found[entry.path] = entry.size, entry.lfs.sha256 if entry.lfs else None
+                found[entry.path] = entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id
     return found
 
 
@@ -357,22 +371,62 @@ def check_free_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def file_lock(*paths: Path) -> Iterator[None]:
-    """Locks files or folders against other processes of this user and machine. Raises HubError where one is locked.
-
-    The lock files are in the temporary folder: the disk of the path may know no locks (network mounts).
-    """
-    from filelock import FileLock, Timeout  # huggingface_hub brings it
-
-    owner = os.getuid() if hasattr(os, "getuid") else ""
+    """Locks files or folders against other processes, those of other users too, by a file beside each, which goes
+    again. Raises HubError where one is locked, or nothing can be written there."""
     with ExitStack() as locks:
         for path in dict.fromkeys(path.resolve() for path in paths):
-            name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+            locks.callback(_unlock, *_lock(path, path.with_name(f".{path.name}.lock")))
+        yield
+
+
+def _lock(path: Path, file: Path) -> tuple[Path, int]:
+    """-> (the lock file, its descriptor), locked. The system ends a lock with its process, however that ends."""
+    while True:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                locks.enter_context(FileLock(Path(tempfile.gettempdir(), f"ctclip-{owner}-{name}.lock"), timeout=0))
-            except Timeout:
+                descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            except PermissionError:
+                if not file.exists():
+                    raise
+                descriptor = os.open(file, os.O_RDONLY)  # another user's: to be locked it need not be written
+        except OSError as error:
+            found = f"{file}: found a place that cannot be written ({error.strerror}), expected one for a lock"
+            raise HubError(found, f"make the folder writable, or name another one, {AGAIN}", kind="disk") from error
+        try:
+            _try_lock(descriptor)
+            with suppress(FileNotFoundError):  # the one before removed it meanwhile: then this is not its lock
+                if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                    return file, descriptor
+            os.close(descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 found = f"another process is at work on {path}"
                 raise HubError(found, f"wait for it to end, {AGAIN}", kind="file") from None
-        yield
+            name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+            elsewhere = Path(tempfile.gettempdir(), f"ctclip-{name}.lock")
+            if file == elsewhere:
+                raise
+            return _lock(path, elsewhere)  # a disk that knows no locks, as some network mounts
+
+
+def _try_lock(descriptor: int) -> None:
+    """Raises OSError where another process has it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _unlock(file: Path, descriptor: int) -> None:
+    with suppress(OSError):  # another user's folder; on Windows, as long as it is open
+        file.unlink()
+    os.close(descriptor)
 
 
 def parts_of(target: Path) -> list[Path]:
@@ -387,21 +441,27 @@ def download(
     note: Callable[[str], None] = lambda text: None,
     remote: RemoteFile | None = None,
     size: int | None = None,
+    sha256: str | None = None,
     repository: str = REPOSITORY,
 ) -> RemoteFile:
     """Makes `target` the hub's `file`, trying again where that may help; -> what the hub announced.
 
     Not hf_hub_download: from huggingface_hub 2 on it starts from the first byte again after a kill (LOG.md).
-    `remote`: from a `file_metadata` just made. `size`: what room there is for. The caller has locked the target, or a
-    folder above it: see `file_lock`. Raises HubError.
+    `remote`: from a `file_metadata` just made. `size`, `sha256`: from the listing; there is room for that much. The
+    caller has locked the target, or a folder above it: see `file_lock`. Raises HubError.
     """
 
     def attempt() -> RemoteFile:
         nonlocal remote
-        found, remote = remote or file_metadata(file, token, repository), None  # a second time its address has expired
+        # A second time its address has expired.
+        found, remote = remote or file_metadata(file, token, repository, sha256), None
+        if found.size is None:
+            found = found._replace(size=size)
         if size is not None and found.size != size:
             changed = f"{file} was changed on the hub meanwhile: {found.size} bytes where {size} were announced"
             raise HubError(changed, "run this again", kind="file")
+        if sha256 and found.checksum == "SHA-256" and found.etag != sha256:
+            raise HubError(f"{file} was changed on the hub meanwhile", "run this again", kind="file")
         try:
             _download_once(found, target, token)
         except Exception as error:
@@ -412,6 +472,21 @@ def download(
         return found
 
     return retry(attempt, file, token, note, repository)
+
+
+class _LimitedFile(io.BufferedWriter):
+    """A file that takes no more than `limit` bytes, whatever a body without end, or one that unpacks, would write."""
+
+    def __init__(self, path: Path, limit: int):
+        super().__init__(io.FileIO(path, "ab"))
+        self.limit = limit
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > self.limit:
+            found = f"more bytes arrive than the hub announced ({self.limit})"
+            remedy = "something on the way changes files (a proxy, a mirror?): run this again, or on another network"
+            raise HubError(found, remedy, kind="bytes")
+        return super().write(data)
 
 
 def _download_once(remote: RemoteFile, target: Path, token: str) -> None:
@@ -426,17 +501,19 @@ def _download_once(remote: RemoteFile, target: Path, token: str) -> None:
         if other != part:  # the hub has had another version since
             other.unlink()
     have = part.stat().st_size if part.exists() else 0
-    if remote.size is not None and have > remote.size:
-        part.unlink()
+    if have and (remote.checksum is None or (remote.size is not None and have > remote.size)):
+        part.unlink()  # the former: nothing would tell that it is a beginning of something else
         have = 0
     check_free_space(target.parent, (remote.size or 0) - have)
+    free = shutil.disk_usage(target.parent).free
     own_token = token if is_hub_url(remote.location) else ""  # never sent to another host
-    with open(part, "ab") as file:
+    headers = build_hf_headers(token=own_token or False) | {"Accept-Encoding": "identity"}
+    with _LimitedFile(part, remote.size if remote.size is not None else have + max(0, free - SPARE_BYTES)) as file:
         http_get(
             remote.location,
-            file,
+            cast(BinaryIO, file),
             resume_size=have,
-            headers=build_hf_headers(token=own_token or False),
+            headers=headers,
             expected_size=remote.size,
             displayed_filename=target.name,
         )

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from math import inf
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ctclip.data.cohort import Volume, listed_volumes
-from ctclip.data.ct_rate import SPLITS, labels_path, metadata_path, no_chest_path, volume_path
+from ctclip.data.ct_rate import COHORT, SPLITS, labels_path, metadata_path, no_chest_path, volume_path
 from ctclip.fileio import move_aside
 from ctclip.formatting import INDENT, print_row, size_text
 from ctclip.hub import client
@@ -92,14 +93,18 @@ def draw_patients(volumes: Sequence[Volume], seed: int) -> list[str]:
 
 
 def choose(usable: Sequence[Volume], volumes: int | None, patients: int | None, seed: int) -> list[Volume]:
-    """So many of the usable volumes or patients; all of them where neither number is given."""
+    """So many patients, or as many as have no more than so many volumes together (one at least): always whole patients;
+    all where neither number is given."""
     if volumes is None and patients is None:
         return list(usable)
     by_patient: dict[str, list[Volume]] = {}
     for volume in usable:
         by_patient.setdefault(volume.patient, []).append(volume)
-    drawn = draw_patients(usable, seed)
-    return [volume for patient in drawn[:patients] for volume in by_patient[patient]][:volumes]
+    drawn = [by_patient[patient] for patient in draw_patients(usable, seed)][:patients]
+    if volumes is not None:
+        totals = accumulate(len(of_patient) for of_patient in drawn)
+        drawn = drawn[: max(1, sum(total <= volumes for total in totals))]
+    return [volume for of_patient in drawn for volume in of_patient]
 
 
 def select_volumes(selection: Selection, data_dir: Path, token: str) -> list[Volume]:
@@ -133,6 +138,7 @@ class Transfer:
     size: int
     sha256: str | None
     error: HubError | None = None
+    checked: bool = True  # compared with a checksum; a mirror may have none
 
     @property
     def target(self) -> Path:
@@ -217,7 +223,9 @@ class Downloader:
             try:
                 if not transfer.is_here:
                     transfer.target.parent.mkdir(parents=True, exist_ok=True)
-                    client.download(transfer.file, transfer.target, self.token, print_note, size=transfer.size)
+                    fetch = partial(client.download, size=transfer.size, sha256=transfer.sha256)
+                    remote = fetch(transfer.file, transfer.target, self.token, print_note)
+                    transfer.checked = remote.checksum is not None
             except Exception as error:
                 transfer.error = client.to_hub_error(error, transfer.file, self.token)
             with self.changed:
@@ -259,7 +267,7 @@ class Failures:
 def download_tables(data_dir: Path) -> None:
     """`--data labels`."""
     token = find_token()
-    with file_lock(data_dir):
+    with file_lock(data_dir / COHORT):
         _update_tables(SPLITS, data_dir, token)
     for split in SPLITS:
         cohort = listed_volumes(data_dir, split, fixed=True)
@@ -270,7 +278,7 @@ def download_tables(data_dir: Path) -> None:
 def download_volumes(selection: Selection, data_dir: Path) -> None:
     """`--data train|valid`: the chosen volumes as files in the hub's layout; those that are here are not fetched."""
     token = find_token()
-    with file_lock(data_dir):
+    with file_lock(data_dir / COHORT):
         chosen = select_volumes(selection, data_dir, token)
         transfers = plan_transfers(
             chosen, selection.fixed, token, lambda name: data_dir / volume_path(name, selection.fixed)
@@ -303,7 +311,11 @@ def download_volumes(selection: Selection, data_dir: Path) -> None:
         failures.raise_if_any("what has arrived is kept")
         if wanted:
             done = f"{len(wanted)} volumes, {size_text(total)} in {time.monotonic() - start:.0f} s"
-            print_row("", f"{done}, each with the hub's checksum")
+            unchecked = sum(not transfer.checked for transfer in wanted)
+            how = "each with the hub's checksum"
+            if unchecked:
+                how = f"{unchecked} of them not checked: the hub told no checksum"
+            print_row("", f"{done}, {how}")
     print_row("next", next_command(selection.split, data_dir))
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from ctclip.data import feature_cache
 from ctclip.data.cohort import Streamed, Volume, read_streamed
-from ctclip.data.ct_rate import VOLUME_SUFFIX, scan_of, streamed_path, volume_path
+from ctclip.data.ct_rate import COHORT, VOLUME_SUFFIX, scan_of, streamed_path, volume_path
 from ctclip.data.feature_cache import FeatureCache, encode_missing
 from ctclip.data.hounsfield import HuDecision
 from ctclip.data.loading import Batch, count_notes, notes_of
@@ -236,7 +236,7 @@ def stream(selection: Selection, options: StreamOptions) -> None:
     Raises HubError, CacheError, CohortError or CheckpointError, each one line; what has been encoded is kept.
     """
     token = find_token()
-    with file_lock(options.data_dir, options.staging):
+    with file_lock(options.data_dir / COHORT, options.staging):
         chosen = download.select_volumes(selection, options.data_dir, token)
         options.staging.mkdir(parents=True, exist_ok=True)
         device = choose_device(options.device)

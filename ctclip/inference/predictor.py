@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from math import prod
@@ -18,6 +17,7 @@ from ctclip.data.geometry import PUBLISHED_SHAPE
 from ctclip.data.loading import Batch, read_ahead
 from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import RunError
+from ctclip.memory import available_cpus, local_world
 from ctclip_model import CheckpointError, CTCLIPMultiAbnormalityModel, PromptError, Prompts
 
 Items = TypeVar("Items", bound=Sequence)
@@ -31,10 +31,11 @@ class MachineError(UserError):
 def choose_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()  # a meta device, which has shapes only, gives no number
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise MachineError(f"--device {name}: not usable here ({reason}), expected cpu, cuda or cuda:N") from error
+        found = f"--device {name or 'cuda'}: not usable here ({reason})"
+        raise MachineError(f"{found}, expected cpu, cuda or cuda:N") from error
     return device
 
 
@@ -46,10 +47,11 @@ def choose_precision(device: torch.device) -> torch.dtype:
 
 
 def choose_workers(workers: int | None) -> int:
-    """Reading processes of training: as asked for, else up to 8; none on two cores, where they only compete."""
+    """Reading processes of training: as asked for, else up to 8, one for each CPU that it has to itself; none on
+    two, where they only compete."""
     if workers is not None and workers < 0:
         raise MachineError(f"--workers is {workers}, expected at least 0")
-    cpus = os.cpu_count() or 1
+    cpus = int(available_cpus() / local_world())
     return workers if workers is not None else min(8, cpus) if cpus > 2 else 0
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 
+if __name__ == "__main__":  # Ctrl-C during the imports is no traceback
+    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+
 from ctclip.cli import run_cli
 from ctclip.config import SYNTHETIC_NOTE, phantom_parser
 

@@ -7,6 +7,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from ctclip.config import SYNTHETIC_NOTE
 from ctclip.data.ct_rate import PREVALENCE, labels_path, metadata_path, no_chest_path, volume_path
 from ctclip.fileio import read_json, replacing
+from ctclip.memory import available_cpus
 from ctclip.phantoms.findings import draw_labels
 from ctclip.phantoms.patient import AIR, Patient, Purpose, random_stream
 from ctclip.phantoms.phantom import PHANTOM_VERSION, Geometry, PhantomError, draw_geometry, make_phantom
@@ -221,7 +223,8 @@ def write_phantom_cohort(
     for split, of_split in plans.items():
         _write_tables(data_dir, split, of_split)
     missing = [plan for of_split in plans.values() for plan in of_split if not (data_dir / plan.path).exists()]
-    workers = min(workers or os.cpu_count() or 1, len(missing))
+    most = 61 if sys.platform == "win32" else len(missing)  # processes that Windows can wait for
+    workers = min(workers or max(1, int(available_cpus())), len(missing), most)
     with contextlib.ExitStack() as stack:
         if workers <= 1:
             done: Iterator[None] = map(write_volume, [data_dir] * len(missing), missing)
@@ -230,7 +233,9 @@ def write_phantom_cohort(
             method = "fork" if sys.platform == "linux" else "spawn"
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-            pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method))
+            ignored = signal.SIGINT, signal.SIG_IGN  # Ctrl-C reaches every process; this one ends the others
+            context = multiprocessing.get_context(method)
+            pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignored)
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
             done = pool.map(write_volume, [data_dir] * len(missing), missing)
         for _ in tqdm(done, "phantoms", len(missing), unit="volume", disable=not progress, mininterval=0.5):

@@ -256,6 +256,8 @@ def resume_or_start(job: TrainingJob) -> TrainingState:
         restore(content, job, state)
         progress = state.progress
         going_on = f"going on after epoch {progress.epoch} of {run.config.epochs} and {progress.step} steps"
+        if progress.epoch == run.config.epochs:
+            going_on = f"all {progress.epoch} epochs are done"
         run.log(f"State found: {progress.stopped or going_on}")
         return state
     torch.manual_seed(run.config.seed + run.ranks.rank)  # every rank has its own dropout masks

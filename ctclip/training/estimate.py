@@ -8,7 +8,6 @@ epoch takes as long as the last, which has the most layers unfrozen; saving and 
 from __future__ import annotations
 
 import copy
-import os
 import random
 import shutil
 import time
@@ -26,7 +25,14 @@ from ctclip.data.feature_cache import FeatureCache, encoding
 from ctclip.data.loading import VolumeDataset
 from ctclip.fileio import nearest_existing
 from ctclip.formatting import plural, size_text
-from ctclip.memory import out_of_memory, process_memory, reset_peak_memory, system_memory
+from ctclip.memory import (
+    available_cpus,
+    local_world,
+    out_of_memory,
+    process_memory,
+    reset_peak_memory,
+    system_memory,
+)
 from ctclip.training.checkpoint import KEEP
 from ctclip.training.optimization import TrainableParameters
 from ctclip.training.run import TrainingJob, prepare
@@ -97,7 +103,7 @@ class Plan:
         self.trainable_bytes = sum(parameter.nbytes for group in groups for parameter in group["params"])
         self.copies = 3 if config.ema_decay else 2  # of the trainable parameters: AdamW's moments, the moving average
         self.workers = run.workers
-        self.cpus = (os.cpu_count() or 1) / local_world()  # for each rank, and so is the memory
+        self.cpus = available_cpus() / local_world()  # for each rank, and so is the memory
         self.available = available_memory(run.device)
         self.memory: list[float] = []  # bytes that each measured part needs, with headroom
         # Without frozen epochs there is no cache; augmented training volumes have none.
@@ -393,11 +399,6 @@ def measure(device: torch.device, action: Callable[[], object]) -> Cost:
 def measure_warm(device: torch.device, action: Callable[[], object]) -> Cost:
     first = measure(device, action)
     return first if first.seconds > LONG else measure(device, action)
-
-
-def local_world() -> int:
-    """Ranks on this machine, which share its CPUs and memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def held_memory(device: torch.device, peak: bool = False) -> float:

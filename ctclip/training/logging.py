@@ -15,8 +15,9 @@ import torch
 from ctclip import __version__
 from ctclip.config import SYNTHETIC_NOTE
 from ctclip.data.loading import count_notes
+from ctclip.errors import UserError
 from ctclip.evaluation.figures import TRAINING_CURVES, write_training_figure
-from ctclip.evaluation.run_folder import writing
+from ctclip.evaluation.run_folder import PAGE, writing
 from ctclip.fileio import replacing
 from ctclip.formatting import decimal, plural
 from ctclip.memory import process_memory
@@ -41,10 +42,17 @@ def _write(run: Run, name: str, what: str, text: str) -> None:
 
 
 def write_curves(job: TrainingJob, history: list[dict]) -> None:
-    if job.run.ranks.is_main:
+    """A picture that cannot be drawn ends no run: it is made of log.jsonl, which is there."""
+    if not job.run.ranks.is_main:
+        return
+    try:
         folder, note = job.run.folder, SYNTHETIC_NOTE if job.phantom else None
         with full_disk_explained(folder, "The training curves", SMALL), writing(folder, TRAINING_CURVES):
             write_training_figure(history, folder / TRAINING_CURVES, note)
+    except UserError:
+        raise
+    except Exception as error:
+        job.run.log(f"{TRAINING_CURVES} could not be drawn ({type(error).__name__}: {error}); training goes on")
 
 
 def write_run_file(job: TrainingJob, status: str) -> None:
@@ -139,6 +147,13 @@ def print_setup(job: TrainingJob) -> None:
     run.log(f"Device:   {processes}{run.device} ({run.precision}), {run.workers} reading processes")
     run.log(f"Cache:    {config.cache_dir}")
     run.log(f"Run:      {run.folder}")
+
+
+def print_finished(run: Run) -> None:
+    """Instead of training a run that has come to its end."""
+    page = run.folder / PAGE
+    todo = f"evaluate it: python ctclip_evaluation.py --checkpoint {run.folder}"
+    run.log(f"{run.folder} is already finished; {f'report: {page}' if page.is_file() else todo}")
 
 
 def epoch_line(record: dict, epochs: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ctclip.config import Machine, TrainingConfig, TrainingError
+from ctclip.evaluation.run_folder import is_finished
 from ctclip.inference.predictor import chunks
 from ctclip.memory import out_of_memory
 from ctclip.training import checkpoint, logging, steps
@@ -29,7 +30,7 @@ def train(config: TrainingConfig, folder: Path | None = None, machine: Machine |
     process can meanwhile. Returns the folder.
 
     Raises a UserError or FileNotFoundError with one line for the user, and Interrupted (a KeyboardInterrupt) after
-    Ctrl-C or SIGTERM, when the state is saved: the same call resumes from there.
+    Ctrl-C or SIGTERM, when the state is saved: the same call resumes from there. A finished run is left as it is.
     """
     start = time.perf_counter()
     job = prepare(config, folder, machine or Machine())
@@ -42,6 +43,11 @@ def train_epochs(job: TrainingJob, start: float) -> Path:
     run, config = job.run, job.run.config
     logging.print_setup(job)
     state = checkpoint.resume_or_start(job)
+    if is_finished(run.folder):
+        logging.print_finished(run)
+        run.ranks.destroy()
+        return run.folder
+    run.ranks.barrier()  # the others must not see the next line's file
     logging.write_run_file(job, "running")
     if state.history:
         logging.write_history(run, state.history)  # the last line may be missing, after a kill between state and log

@@ -4,6 +4,7 @@ Checked: entries after truncation at every byte, after SIGKILL and on a full dis
 new entry and what finds an old one; damaged records; encoding by one process, by two, and with neighbours.
 """
 
+import gzip
 import json
 import math
 import multiprocessing
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +30,14 @@ from helpers_data import chest, put, row, write
 from ctclip.data import feature_cache
 from ctclip.data.cohort import Volume, load_cohort
 from ctclip.data.ct_rate import volume_path
-from ctclip.data.feature_cache import CacheError, FeatureCache, cache_key, encode_missing, encoder_digest
+from ctclip.data.feature_cache import (
+    CacheError,
+    FeatureCache,
+    cache_key,
+    encode_missing,
+    encoder_digest,
+    file_signature,
+)
 from ctclip.data.hounsfield import HuDecision
 from ctclip.data.preprocessing import read_volume
 from ctclip.distributed import Ranks
@@ -462,6 +471,47 @@ def test_the_folder_the_name_and_the_file_are_part_of_the_source(tmp_path):
     assert source != cache_key(Volume("plain.nii", plain, BLANK))
 
 
+def blocks(content: bytes) -> bytes:
+    """As bgzip has it: members of 64 KB with their size in an extra field, and an empty one at the end. Stored, so that
+    every size stays as it is."""
+    out, header = b"", bytes.fromhex("1f8b08040000000000ff060042430200")
+    for start in range(0, len(content), 65280):
+        part = content[start : start + 65280]
+        packer = zlib.compressobj(0, zlib.DEFLATED, -15)
+        packed = packer.compress(part) + packer.flush()
+        check = zlib.crc32(part).to_bytes(4, "little") + len(part).to_bytes(4, "little")
+        out += header + (len(packed) + 25).to_bytes(2, "little") + packed + check
+    return out + header + bytes.fromhex("1b0003000000000000000000")
+
+
+@pytest.mark.parametrize("changed", [slice(None), slice(0, 1), slice(-70000, -69999)], ids=["all", "first", "late"])
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_bgzip_ed_file_that_is_rewritten_with_equal_size_is_another(changed, ended, tmp_path):
+    """Its last eight bytes are those of an empty block, or of its last block, whatever is in the others."""
+    content = np.random.default_rng(0).integers(0, 256, 2_000_000, np.uint8)
+    path, signatures = tmp_path / "x.nii.gz", []
+    for _ in range(2):
+        packed = blocks(content.tobytes())
+        path.write_bytes(packed if ended else packed[:-28])
+        os.utime(path, (1, 1))
+        signatures.append(file_signature(path))
+        assert gzip.decompress(path.read_bytes()) == content.tobytes()
+        content[changed] ^= 0xFF
+    assert signatures[0][0] == signatures[1][0] and signatures[0] != signatures[1]
+    copy = shutil.copy(path, tmp_path / "copy.nii.gz")
+    assert file_signature(Path(copy)) == signatures[1]
+
+
+def test_the_signature_of_other_gzip_files_is_their_last_eight_bytes(tmp_path):
+    """Caches rest on it. With a file name in the header, as the command `gzip` has it, too."""
+    path = tmp_path / "x.nii.gz"
+    with gzip.GzipFile("x.nii", "wb", fileobj=path.open("wb")) as file:
+        file.write(b"voxels")
+    assert path.read_bytes()[3] == 8
+    tail = zlib.crc32(b"voxels").to_bytes(4, "little") + (6).to_bytes(4, "little")
+    assert file_signature(path) == (path.stat().st_size, tail.hex())
+
+
 # ------------------------------------------------------------------ filling it
 
 
@@ -662,7 +712,8 @@ def test_features_that_half_precision_cannot_hold_are_refused(tmp_path, make_vol
     model = CTCLIPMultiAbnormalityModel(None, "test_resnet", attention="cbam", pretrained=False, n_slices=1)
     cache = FeatureCache(tmp_path / "cache", model)
     volumes = make_volumes(1)
-    with pytest.raises(CacheError, match=r"features of up to 70000 among valid_0_a_1.nii.gz, expected what float16"):
+    line = r"features of up to 70000 among valid_0_a_1.nii.gz, expected what float16 .*add --freeze-epochs 0, which"
+    with pytest.raises(CacheError, match=line):
         cache.append(volumes, torch.full((1, *cache.shape), 7e4), [HU])
     assert not (tmp_path / "cache").exists()
 

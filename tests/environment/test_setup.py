@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from helpers_hub import TOKEN, Hub
 
-from ctclip.environment import packages
+from ctclip.environment import doctor, packages
 from ctclip.hub.client import HubError, file_lock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -497,6 +497,21 @@ def test_the_token_is_in_no_file(suite, hub):
 
 
 # ---- packages
+
+
+def test_pip_and_other_programs_see_no_token(tmp_path, monkeypatch):
+    secrets = {"HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN, "HUGGINGFACE_HUB_TOKEN": TOKEN, "hf_token": TOKEN,
+               "HF_TOKEN_PATH": "x", "HF_ENDPOINT": "https://someone:secret@mirror"}  # fmt: skip
+    for name, value in (secrets | {"PIP_INDEX_URL": "https://index", "HF_HOME": "h"}).items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "pip.py").write_text("import os\nfor pair in os.environ.items(): print('%s=%s' % pair)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code, lines = packages.run_pip(["install"])
+    seen = dict(line.partition("=")[::2] for line in lines)
+    assert code == 0 and seen["PIP_INDEX_URL"] == "https://index" and seen["HF_HOME"] == "h"
+    assert not {name.upper() for name in seen} & {name.upper() for name in secrets}
+    own = doctor.output_of([sys.executable, "-c", "import os; print(sorted(os.environ))"])
+    assert "HF_HOME" in own and not any(f"'{name}'" in own for name in secrets)
 
 
 def test_requirements_file_is_read_and_has_a_floor_for_each():

@@ -178,7 +178,7 @@ def test_a_flag_that_the_source_does_not_use_is_refused(argv, unused, goes_with,
 @pytest.mark.parametrize("source", ["tables", "--apply"])
 def test_a_table_of_patients_from_the_command_line(source, tables, monkeypatch, capsys):
     """24 volumes with names of another form, two of each patient."""
-    monkeypatch.setattr(command, "write_evaluation", lambda *args: None)
+    monkeypatch.setattr(command, "write_pictures", lambda *args: None)
     names = [f"chest_ct_scan_{i:03d}" for i in range(24)]
     for file in ("p.csv", "l.csv"):
         rows = (tables / file).read_text().splitlines()
@@ -210,6 +210,34 @@ def test_a_table_of_patients_from_the_command_line(source, tables, monkeypatch, 
 
 def run_script(*argv, cwd):
     return subprocess.run([sys.executable, str(SCRIPT), *argv], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "line"),
+    [
+        ("worst_cases", MemoryError(), "error: out of memory; "),
+        ("write_pictures", OSError(28, "No space left on device"), "error: [Errno 28]"),
+        ("write_pictures", KeyboardInterrupt(), "\nInterrupted: "),
+        ("write_pictures", ValueError("a defect of matplotlib"), None),
+    ],
+)
+def test_tables_are_there_whatever_fails_while_drawing(function, error, line, tables, monkeypatch, capsys):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(command, function, fail)
+    argv = ["--predictions", "p.csv", "--labels", "l.csv", "--output-dir", "out", "--resamples", "100"]
+    if line is None:
+        with pytest.raises(ValueError, match="a defect"):
+            ctclip_evaluation.main(argv)
+    else:
+        assert ctclip_evaluation.main(argv) in (2, 130)
+    printed = capsys.readouterr()
+    assert "Wrote out: metrics.json, tables (*.csv), calibration.json; no report.html, no figures" in printed.out
+    assert line is None or printed.err.startswith(line)
+    names = {"metrics.json", "predictions.csv", "per_label.csv", "calibration.json"}
+    assert {path.name for path in Path("out").iterdir()} == names
+    assert json.loads(Path("out/metrics.json").read_text())["tuned"]
 
 
 def test_script_on_tables(tables):
@@ -310,7 +338,8 @@ def test_a_run_s_calibration_is_stored_used_and_made_anew_where_it_does_not_fit(
 
 
 def test_a_run_is_evaluated_into_its_own_folder_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "write_evaluation", lambda *args: None)
+    monkeypatch.setattr(command, "write_tables", lambda *args: None)
+    monkeypatch.setattr(command, "write_pictures", lambda *args: None)
     make_run(tmp_path / "run")
     run = str(tmp_path / "run")
     tables = ["--predictions", f"{run}/predictions.csv", "--labels", f"{run}/labels.csv"]
@@ -324,7 +353,8 @@ def test_a_run_is_evaluated_into_its_own_folder_only(tmp_path, monkeypatch):
 
 def test_tables_of_a_phantom_run_stay_phantoms(tmp_path, monkeypatch, capsys):
     make_run(tmp_path / "run")
-    monkeypatch.setattr(command, "write_evaluation", lambda *args: None)
+    monkeypatch.setattr(command, "write_tables", lambda *args: None)
+    monkeypatch.setattr(command, "write_pictures", lambda *args: None)
     folder = str(tmp_path / "run")
     argv = ["--predictions", f"{folder}/predictions.csv", "--labels", f"{folder}/labels.csv"]
     assert ctclip_evaluation.main([*argv, "--output-dir", str(tmp_path / "out")]) == 0

@@ -3,13 +3,19 @@
 Reference: the bytes and checksums that hub holds, what it saw of tokens and ranges, and the exact sentences.
 """
 
+import errno
 import hashlib
 import importlib
+import os
 import socket
 import ssl
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +26,7 @@ from ctclip.hub import client as hub_client
 from ctclip.hub.client import HubError, download, file_metadata, file_sizes, parts_of, to_hub_error
 
 httpx = importlib.import_module(HTTPError.__module__)  # httpx2 from huggingface_hub 2 on
+ROOT = Path(__file__).resolve().parents[2]
 LARGE, SMALL = "dataset/valid_fixed/a.nii.gz", "dataset/labels.csv"
 CONTENT = {LARGE: bytes(range(256)) * 8000, SMALL: b"VolumeName\na\n"}  # 2 MB
 TERMS = "https://huggingface.co/datasets/ibrahimhamamci/CT-RATE"
@@ -70,6 +77,81 @@ def test_a_mirror_without_checksums_is_taken_by_its_size(tmp_path):
     remote = hub_client.RemoteFile("x", 3, "abc-def", "http://mirror")
     (tmp_path / "x").write_bytes(b"123")
     assert remote.checksum is None and remote.difference(tmp_path / "x") is None
+
+
+@pytest.mark.parametrize("file", [LARGE, SMALL])
+@pytest.mark.parametrize("fault", ["endless", "gzip"])
+def test_a_body_larger_than_announced_is_stopped_there(hub, tmp_path, fault, file):
+    """A body without end and one that unpacks to 1 GB: of neither more is written than the file has."""
+    written = []
+    write = hub_client._LimitedFile.write
+    hub.fault = failing("GET", fault)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(HubError) as caught:
+        patch.setattr(hub_client._LimitedFile, "write", lambda f, data: written.append(f.tell()) or write(f, data))
+        download(file, tmp_path / "file", TOKEN)
+    assert caught.value.reason == f"more bytes arrive than the hub announced ({len(CONTENT[file])})"
+    assert max(written) <= len(CONTENT[file]) and list(tmp_path.iterdir()) == []
+
+
+def test_a_body_without_end_whose_size_nobody_told_leaves_the_disk_its_spare_room(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_client.shutil, "disk_usage", lambda folder: SimpleNamespace(free=50_000_000 + 3_000_000))
+    hub.fault = failing("GET", "endless")
+    remote = file_metadata(LARGE, TOKEN)._replace(size=None)
+    with pytest.raises(HubError, match=r"more bytes arrive than the hub announced \(3000000\)"):
+        hub_client._download_once(remote, tmp_path / "file", TOKEN)
+
+
+@pytest.mark.parametrize(("file", "checksum"), [(LARGE, "SHA-256"), (SMALL, "git SHA-1")])
+def test_without_an_etag_the_listing_s_checksum_is_compared(hub, tmp_path, file, checksum):
+    hub.checksums = False
+    assert download(file, tmp_path / "file", TOKEN).checksum == checksum
+    hub.fault = failing("GET", "wrong")
+    with pytest.raises(HubError, match=f"did not arrive as it is on the hub: {checksum}"):
+        download(file, tmp_path / "other", TOKEN)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_checksum_that_is_known_is_not_asked_for_again(hub, tmp_path):
+    hub.checksums = False
+    digest = hashlib.sha256(CONTENT[LARGE]).hexdigest()
+    assert download(LARGE, tmp_path / "file", TOKEN, sha256=digest).etag == digest and hub.count("POST") == 0
+    hub.fault = failing("GET", "wrong")
+    with pytest.raises(HubError, match="did not arrive as it is on the hub: SHA-256"):
+        download(LARGE, tmp_path / "other", TOKEN, sha256=digest)
+
+
+def test_a_file_that_has_changed_since_the_listing_is_not_fetched(hub, tmp_path):
+    with pytest.raises(HubError, match="was changed on the hub meanwhile"):
+        download(LARGE, tmp_path / "file", TOKEN, sha256="0" * 64)
+    assert hub.count("GET") == 0
+
+
+def test_without_any_checksum_nothing_is_said_to_be_compared(hub, tmp_path):
+    hub.checksums = hub.listing = False
+    (tmp_path / ".file..part").write_bytes(b"the beginning of another version")
+    assert download(LARGE, tmp_path / "file", TOKEN).checksum is None
+    assert (tmp_path / "file").read_bytes() == CONTENT[LARGE]
+
+
+def test_a_login_page_in_place_of_the_hub_is_one_line(hub, tmp_path):
+    hub.fault = lambda verb, path, n: "portal"
+    error = error_of(LARGE)
+    assert error.reason == (
+        f"{hub.url.removeprefix('http://')} does not answer as the hub does: a login page of the network, or no mirror "
+        "of it?"
+    )
+    assert error.kind == "network" and "\n" not in str(error)
+
+
+def test_a_transfer_that_stalls_is_given_up_in_time_and_goes_on(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 16)
+    hub.fault, hub.pause = failing("GET", "stall", times=1), 20
+    started = time.monotonic()
+    download(LARGE, tmp_path / "file", TOKEN)
+    assert time.monotonic() - started < 10 and (tmp_path / "file").read_bytes() == CONTENT[LARGE]
+    firsts = [first for verb, _, _, first in hub.requests if verb == "GET"]
+    assert firsts[0] == 0 and firsts[-1] >= 1_000_000 - (1 << 16)
 
 
 def test_a_cut_transfer_goes_on_from_its_last_chunk(hub, tmp_path, monkeypatch):
@@ -157,7 +239,73 @@ def test_what_another_one_holds_is_left_to_it(tmp_path):
                 f"another process is at work on {place}; wait for it to end, then run this again"
             )
     with hub_client.file_lock(tmp_path / "b", tmp_path / "c"):  # nothing is held any more
-        assert list(tmp_path.iterdir()) == []
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".b.lock", ".c.lock"]
+    assert list(tmp_path.iterdir()) == []
+
+
+HOLD = "import sys; from pathlib import Path; from ctclip.hub.client import file_lock\n"
+HOLD += "with file_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
+
+
+def test_processes_with_other_temporary_folders_exclude_each_other(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "x")], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path / "tmp")},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as holder:  # fmt: skip
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(HubError, match="another process is at work on"), hub_client.file_lock(tmp_path / "x"):
+            raise AssertionError("both hold it")
+        holder.kill()
+        holder.wait()
+        with hub_client.file_lock(tmp_path / "x"):  # the lock of a process that was killed
+            pass
+
+
+@contextmanager
+def as_another_user():
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs two users")
+def test_another_users_lock_excludes_and_a_folder_of_theirs_is_one_line():
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are for one user
+        theirs, shared = Path(name), Path(name, "shared")
+        theirs.chmod(0o755)
+        shared.mkdir()
+        shared.chmod(0o777)
+        refused = pytest.raises(HubError, match="another process is at work on")
+        with hub_client.file_lock(shared / "x"), as_another_user(), refused, hub_client.file_lock(shared / "x"):
+            raise AssertionError("both hold it")
+        (shared / ".x.lock").touch(0o644)  # left by a kill
+        with as_another_user():
+            with hub_client.file_lock(shared / "x"):
+                pass
+            with pytest.raises(HubError) as caught, hub_client.file_lock(theirs / "x"):
+                raise AssertionError("a lock in a folder that cannot be written to")
+    assert str(caught.value) == (
+        f"{theirs.resolve() / '.x.lock'}: found a place that cannot be written (Permission denied), expected one for a "
+        "lock; make the folder writable, or name another one, then run this again"
+    )
+
+
+def test_a_disk_that_knows_no_locks_is_locked_in_the_temporary_folder(tmp_path, monkeypatch):
+    real, tried = hub_client._try_lock, []
+
+    def no_locks_here(descriptor):
+        tried.append(descriptor)
+        if len(tried) == 1:
+            raise OSError(errno.ENOLCK, "No locks available")
+        real(descriptor)
+
+    monkeypatch.setattr(hub_client, "_try_lock", no_locks_here)
+    monkeypatch.setattr(hub_client.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    with hub_client.file_lock(tmp_path / "x"):
+        assert [path.suffix for path in (tmp_path / "tmp").iterdir()] == [".lock"]
 
 
 def test_a_file_that_has_grown_meanwhile_is_not_fetched(hub, tmp_path):

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import draw_phantoms
 import nibabel
@@ -75,6 +76,30 @@ def plans_of(n_train=10, n_valid=5, seed=3):
 def rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+class CountingPool:
+    """In place of a ProcessPoolExecutor, which raises for more than 61 processes on Windows."""
+
+    started: list[int] = []
+
+    def __init__(self, workers, context, **options):
+        self.started.append(workers)
+
+    def map(self, function, *arguments):
+        return iter(())
+
+    def shutdown(self, **options):
+        pass
+
+
+def test_no_more_processes_than_windows_can_wait_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(cohort_module, "ProcessPoolExecutor", CountingPool)
+    monkeypatch.setattr(cohort_module, "available_cpus", lambda: 96.0)
+    for platform, workers in (("win32", None), ("win32", 80), ("linux", None)):
+        monkeypatch.setattr(cohort_module, "sys", SimpleNamespace(platform=platform))
+        write_phantom_cohort(tmp_path / f"{platform}{workers}", 100, 5, workers=workers, progress=False)
+    assert CountingPool.started == [61, 61, 96]
 
 
 # ---- one phantom

@@ -430,6 +430,18 @@ def test_out_of_memory_elsewhere_is_one_line(config, tmp_path, monkeypatch, caps
     assert one_line(err) and err.startswith("error: out of memory; ")
 
 
+def test_curves_that_cannot_be_drawn_end_no_run(config, tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise MemoryError("no room for a picture")
+
+    monkeypatch.setattr(logging, "write_training_figure", fail)
+    folder = train(config(epochs=1, freeze_epochs=1), tmp_path / "run")
+    said = "training_curves.png could not be drawn (MemoryError: no room for a picture); training goes on"
+    assert said in capsys.readouterr().out
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    assert (folder / "model.safetensors").is_file() and len(history(folder)) == 1
+
+
 class NaNAt(nn.Module):
     """A loss that is not a number in these calls."""
 
@@ -698,7 +710,12 @@ def test_flags_become_settings(flags):
         (["--weight_decay", "-1"], "--weight-decay is -1.0, expected at least 0"),
         (["--warmup-fraction", "2"], "--warmup-fraction is 2.0, expected between 0 and 1"),
         (["--clip-norm", "0"], "--clip-norm is 0.0, expected above 0"),
-        (["--gamma", "inf"], "--gamma is inf, expected a finite number"),
+        (["--gamma", "inf"], "--gamma is inf, expected 0 to 100"),
+        (["--gamma", "1023"], "--gamma is 1023.0, expected 0 to 100"),
+        (["--learning-rate", "inf"], "--learning-rate is inf, expected above 0, and finite"),
+        (["--weight-decay", "inf"], "--weight-decay is inf, expected at least 0, and finite"),
+        (["--seed", "99999999999999999999"], "--seed is 99999999999999999999, expected at least 0 and below 2^32"),
+        (["--device", "meta"], "--device meta: not usable here"),
         (["--seed", "-1"], "--seed is -1, expected at least 0"),
         (["--limit", "1"], "--limit is 1, expected at least 2 volumes"),
         (["--tuning-fraction", "0"], "--tuning-fraction is 0.0, expected between 0 and 1"),
@@ -738,8 +755,16 @@ def test_command_line_trains_resumes_and_refuses_to_overwrite(flags, tmp_path, m
     assert "holds a run already" in capsys.readouterr().err
     assert main(["--resume", "--epochs", "5"]) == 2
     assert "found other values for --epochs; leave them out" in capsys.readouterr().err
+    before = {path: path.stat().st_mtime_ns for path in Path("results/run").rglob("*.*")}
     assert main(["--resume", "--epochs", "3", "--save-minutes", "1"]) == 0  # nothing left to do
-    assert "going on after epoch 3 of 3" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "State found: all 3 epochs are done\n" in out
+    said = "results/run is already finished; evaluate it: python ctclip_evaluation.py --checkpoint results/run\n"
+    assert out.endswith(said)
+    assert {path: path.stat().st_mtime_ns for path in Path("results/run").rglob("*.*")} == before
+    Path("results/run/report.html").touch()
+    assert main(["--resume"]) == 0
+    assert capsys.readouterr().out.endswith("results/run is already finished; report: results/run/report.html\n")
     assert {path.name for path in tmp_path.iterdir()} == {"results"}
 
 
