@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.plan:
             print_estimate(config, folder, machine)
             return
-        finished = is_finished(folder)
+        finished = folder is not None and is_finished(folder)
         folder = train(config, folder, machine)
         if not finished and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the main one
             print(f"Next: python ctclip_evaluation.py --checkpoint {folder}")

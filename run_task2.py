@@ -99,7 +99,7 @@ def train_run(args: argparse.Namespace) -> Path | None:
     if args.plan:
         print_estimate(*run)
         return None
-    finished = is_finished(run[1])
+    finished = run[1] is not None and is_finished(run[1])
     folder = train(*run)
     evaluated = (folder / PAGE).is_file() and not set(args.given) & set(evaluation_flags())
     return None if finished and (evaluated or args.task == "train") else folder

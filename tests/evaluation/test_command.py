@@ -235,7 +235,7 @@ def test_tables_are_there_whatever_fails_while_drawing(function, error, line, ta
     printed = capsys.readouterr()
     assert "Wrote out: metrics.json, tables (*.csv), calibration.json; no report.html, no figures" in printed.out
     assert line is None or printed.err.startswith(line)
-    names = {"metrics.json", "predictions.csv", "per_label.csv", "calibration.json"}
+    names = {"metrics.json", "predictions.csv", "per_label.csv", "calibration.json", "files.jsonl"}
     assert {path.name for path in Path("out").iterdir()} == names
     assert json.loads(Path("out/metrics.json").read_text())["tuned"]
 
