@@ -337,7 +337,7 @@ def test_files_are_written_whole_and_read_back(tmp_path):
     out = tmp_path / "new" / "folder"
     metrics = ev.evaluate(predictions, labels, output_dir=out, history=history, **FEW)
     assert sorted(path.name for path in out.iterdir()) == [
-        "calibration.json", "metrics.json", "per_label.csv", "positive_rate.png", "precision_recall.png",
+        "calibration.json", "files.jsonl", "metrics.json", "per_label.csv", "positive_rate.png", "precision_recall.png",
         "predictions.csv", "reliability.png", "report.html", "roc.png", "threshold_sweep.png", "training_curves.png"]
     assert json.loads((out / "metrics.json").read_text()) == metrics
     pd.testing.assert_frame_equal(tables_module.load_predictions(out / "predictions.csv"), predictions)
