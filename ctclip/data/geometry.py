@@ -142,7 +142,8 @@ def check_extent(shape: Sequence[int], spacing: Sequence[float], path: Path) -> 
     if small or max(extents) > LARGEST_MM:
         found = f"{shape_text(shape)} voxels, {_extent_text(extents)} mm"
         expected = f"at least {SMALLEST_MM:g} and at most {LARGEST_MM:g} mm each way"
-        raise file_error(path, found, expected, "name the whole scan" if small else "correct its spacing")
+        remedy = "name the whole scan, or correct its spacing" if small else "correct its spacing"
+        raise file_error(path, found, expected, remedy)
 
 
 def _extent_text(extents: Sequence[float]) -> str:
