@@ -54,7 +54,9 @@ def patient_of(name: str) -> str:
 
 
 def _form(name: str) -> re.Match[str] | None:
-    return NAME_FORM.fullmatch(name.replace("\\", "/").rpartition("/")[2])
+    if "/" in name or "\\" in name:
+        name = name.replace("\\", "/").rpartition("/")[2]
+    return NAME_FORM.fullmatch(name)
 
 
 def _without_suffix(name: str) -> str:

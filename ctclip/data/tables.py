@@ -165,7 +165,7 @@ def _read_rows(
         if name not in names:
             names[name] = len(lines)
             lines.append(reader.line_num)
-            flat.extend(values)
+            flat.fromlist(values)
             table.texts.append(texts)
             continue
         at, size = names[name], len(numeric)
@@ -200,6 +200,8 @@ def _check_header(
         alike = {column.casefold().replace(" ", ""): column for column in header}
         near = alike.get(missing[0].casefold().replace(" ", ""))
         found = f"no column {some(missing)}" + (f" (but {near!r})" if near else "")
+        if NAME_COLUMN in missing and not near:
+            found += f" in a header that begins with {header[0][:40]!r}"
         raise error(f"{path}: found {found}, expected {expected}; check the spelling and that commas separate the "
                     "columns")
     twice = [column for column in wanted if header.count(column) > 1]

@@ -121,7 +121,7 @@ def _read(
 def _frame(
     names: Sequence[str] | np.ndarray, values: np.ndarray, columns: Mapping[str, Sequence[str]] | None = None
 ) -> pd.DataFrame:
-    frame = pd.DataFrame(values, index=pd.Index(names, name=NAME_COLUMN), columns=list(ABNORMALITIES))
+    frame = pd.DataFrame(values, copy=False, index=pd.Index(names, name=NAME_COLUMN), columns=list(ABNORMALITIES))
     return frame.assign(**columns) if columns else frame
 
 

@@ -31,7 +31,8 @@ from ctclip.config import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfi
 from ctclip.data.cohort import Volume, load_cohort, split_by_patient
 from ctclip.data.loading import micro_batch_size
 from ctclip.evaluation import figures
-from ctclip.evaluation.run_folder import own_files
+from ctclip.evaluation.run_folder import own_files, run_calibration
+from ctclip.evaluation.tables import load_labels, load_predictions
 from ctclip.inference import predictor
 from ctclip.phantoms.cohort import plan_split
 from ctclip.training import logging, loop, steps
@@ -124,6 +125,23 @@ def test_run_folder_is_complete_and_split_by_patient(config, tmp_path, monkeypat
     out = capsys.readouterr().out
     assert out.count("backbone frozen") == 2 and out.count("backbone unfrozen (2 layers)") == 1
     assert f"(labels {lines[0]['label_rate']:.3f})" in out and "peak memory" in out
+
+
+def test_a_table_of_patients_splits_the_run_and_stays_in_its_tables(config, tmp_path, phantoms):
+    """--patients: two of CT-RATE's patients are one here, and never on both sides."""
+    volumes = load_cohort(phantoms, "train").volumes
+    who = {volume.name: f"P{int(volume.patient.split('_')[1]) // 2}" for volume in volumes}
+    table = tmp_path / "who.csv"
+    table.write_text("\n".join(["VolumeName,PatientID", *(f"{name},{patient}" for name, patient in who.items())]))
+    folder = train(config(patients=str(table), epochs=1, freeze_epochs=1), tmp_path / "run")
+    predictions, labels = (load(folder / f"tuning_{name}.csv") for name, load in (
+        ("predictions", load_predictions), ("labels", load_labels)))
+    for frame in (predictions, labels):
+        assert frame["PatientID"].to_dict() == {name: who[name] for name in frame.index}
+    tuning = set(predictions["PatientID"])
+    assert set(json.loads((folder / "run.json").read_text())["tuning_patients"]) == tuning
+    assert {name for name, patient in who.items() if patient in tuning} == set(predictions.index)
+    assert run_calibration(folder).n_patients == len(tuning)
 
 
 @pytest.mark.parametrize("changes", [{}, {"head": "attention", "ema_decay": 0.6, "unfreeze_layers": 0}])
