@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import unicodedata
 import zipfile
 from array import array
@@ -129,7 +130,7 @@ def _read_rows(
     expected: str, error: type[UserError], remedy: str,
 ) -> CsvTable:
     reader = csv.reader(_without_nul(handle), strict=True, skipinitialspace=True)
-    header = [cell.strip() for cell in next((record for record in reader if any(map(str.strip, record))), [])]
+    header = [column_name(cell) for cell in next((record for record in reader if any(map(str.strip, record))), [])]
     if not header:
         raise error(f"{path}: found an empty file, expected a header and a row per volume; {remedy}")
     columns = (*required, *(column for column in optional if column in header))
@@ -231,6 +232,12 @@ def number(cell: str) -> float:
 def some(names: Sequence[str], most: int = 3) -> str:
     """The first few names, quoted, and how many more there are."""
     return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def column_name(text: str) -> str:
+    """A column as it is called here: stripped, and "patient_id" or "Patient ID" is PatientID, as exports spell it."""
+    spelled = {column.lower(): column for column in ID_COLUMNS}
+    return spelled.get(re.sub(r"[\s_]", "", text).lower(), text.strip())
 
 
 def unknown_columns(columns: Iterable[str]) -> list[str]:

@@ -22,7 +22,7 @@ import pandas as pd
 from ctclip import __version__
 from ctclip.config import CALIBRATION_FILE, SYNTHETIC_NOTE, UNITS, Settings
 from ctclip.data.patients import StatedIds, merge_ids, stated_ids, without_patient
-from ctclip.data.tables import ID_COLUMNS, PATIENT_COLUMN
+from ctclip.data.tables import ID_COLUMNS
 from ctclip.evaluation import bootstrap, figures, render, report, subgroups, tables, thresholds
 from ctclip.evaluation import metrics as measure
 from ctclip.evaluation.calibration import CROSS_FITTED, TUNING, Calibration, FittedThresholds, fit_thresholds
@@ -180,7 +180,7 @@ def _stated_ids(
     columns = {column: [row[column] for row in metadata.values()] for column in ID_COLUMNS
                if all(column in row for row in metadata.values())} if metadata else {}
     sources = [*((table.source, table.ids) for table in every), ("--patients", inputs.patients)]
-    if PATIENT_COLUMN in columns:
+    if columns:
         sources.append(("the metadata table", stated_ids(metadata or (), columns, "the metadata table")))
     firsts = of["predictions"].frame.index, *(table.frame.index for table in (inputs.tuning or ())[:1])
     return merge_ids(sources, (name for index in firsts for name in index))

@@ -21,7 +21,16 @@ from ctclip.data.patients import (
     read_patients,
     stated_ids,
 )
-from ctclip.data.tables import ID_COLUMNS, NAME_COLUMN, how_names_differ, join, read_table, some, unknown_columns
+from ctclip.data.tables import (
+    ID_COLUMNS,
+    NAME_COLUMN,
+    column_name,
+    how_names_differ,
+    join,
+    read_table,
+    some,
+    unknown_columns,
+)
 from ctclip.evaluation.metrics import EvaluationError, checked
 from ctclip.fileio import replacing
 from ctclip_model import ABNORMALITIES, check_written
@@ -142,6 +151,7 @@ def as_table(table: Any) -> VolumeTable:
         raise EvaluationError(f"found a {type(table).__name__} as a table, expected a DataFrame; read files with "
                               "load_predictions and load_labels")
     frame = table.set_index(NAME_COLUMN) if NAME_COLUMN in table else table
+    frame = frame.rename(columns=lambda column: column_name(column) if isinstance(column, str) else column)
     names = frame.index.tolist()
     if other := [name for name in names if not isinstance(name, str)]:
         raise EvaluationError(f"found {other[0]!r} as the name of a volume in a DataFrame, expected text; put the "

@@ -78,6 +78,12 @@ def test_training_splits_by_a_patient_column(where, tmp_path):
         assert len(held) == 2 and not {v.patient for v in rest} & {v.patient for v in held}
 
 
+@pytest.mark.parametrize("column", ["PatientID", "patient_id", "Patient ID", " patientid "])
+def test_a_patient_column_may_be_spelled_as_exports_do(column, tmp_path):
+    (tmp_path / "p.csv").write_text(f"VolumeName,{column},SCAN_ID\na,7,1\n")
+    assert read_patients(tmp_path / "p.csv") == {"a": ("7", "1")}
+
+
 def test_scans_are_told_apart_within_their_patient():
     ids = {"a": ("P1", "1"), "b": ("P1", "1"), "c": ("P2", "1"), "d": ("P2", "")}
     assert [patient_and_scan(name, ids.get(name)) for name in "abcde"] == [

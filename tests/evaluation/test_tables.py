@@ -159,7 +159,7 @@ def test_a_patient_column_counts_as_ct_rates_names_do(where):
 @pytest.mark.parametrize("change, message", [
     (lambda p, y: (p, y.assign(PatientID="P1")), "1 patient only .P1.*or a PatientID column or --patients CSV"),
     (lambda p, y: (p.assign(PatientID=["P1", None] * 20), y), "found no PatientID in 20 of 40 rows, first valid_1_a_2"),
-    (lambda p, y: (p.assign(ScanID="a"), y), "found ScanID without PatientID"),
+    (lambda p, y: (p.assign(scan_id="a"), y), "found ScanID without PatientID"),
     (lambda p, y: (p.assign(PatientID="P1"), y.assign(PatientID="P2")), "found patient P2 for valid_1_a_1.nii.gz, exp"),
     (lambda p, y: (p.reset_index(drop=True), y), "found 0 as the name of a volume in a DataFrame, expected text"),
     (lambda p, y: (p, y.rename(columns={"Emphysema": "emphysema"})), "found no column 'Emphysema' in a DataFrame"),
