@@ -201,10 +201,9 @@ def _check_header(
         alike = {column.casefold().replace(" ", ""): column for column in header}
         near = alike.get(missing[0].casefold().replace(" ", ""))
         found = f"no column {some(missing)}" + (f" (but {near!r})" if near else "")
-        if NAME_COLUMN in missing and not near:
-            found += f" in a header that begins with {header[0][:40]!r}"
-        raise error(f"{path}: found {found}, expected {expected}; check the spelling and that commas separate the "
-                    "columns")
+        start = f" (the header begins with {header[0][:40]!r})" if NAME_COLUMN in missing and not near else ""
+        raise error(f"{path}: found {found}, expected {expected}; check the spelling{start} and that commas separate "
+                    "the columns")
     twice = [column for column in wanted if header.count(column) > 1]
     if twice:
         raise error(f"{path}: found column {some(twice)} twice, expected it once; remove one of the two")
