@@ -11,6 +11,7 @@ import plain_encoder
 import pytest
 import torch
 from helpers_model import OTHER_SIZES, create_ctclip_checkpoint
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -392,6 +393,44 @@ def test_unreachable_imagenet_weights_stop_with_the_way_on(monkeypatch, tmp_path
     monkeypatch.setattr(timm, "create_model", refuse)
     with pytest.raises(PretrainedWeightsError, match=r"cannot reach the hub.*--no-pretrained"):
         CTCLIPMultiAbnormalityModel(None, "resnet18")
+
+
+@pytest.mark.parametrize("endpoint", ["hf-mirror.com", "http://someone:secret@127.0.0.1:9"])  # no scheme; nobody there
+@pytest.mark.parametrize("cached", [None, "model.safetensors"])
+def test_the_probe_of_the_hub_has_no_side_effects(endpoint, cached, monkeypatch):
+    """Other threads' downloads go on: the hub client's own switch is not touched; cached weights are named instead."""
+    import huggingface_hub
+    import timm
+    from huggingface_hub import constants
+
+    asked = []
+
+    def create(name, **options):
+        asked.append((constants.HF_HUB_OFFLINE, options.get("pretrained_cfg_overlay")))
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, file: cached)
+    if cached:
+        ctclip_model.create_backbone("resnet18", pretrained=True)
+        assert asked == [(False, {"file": cached})]
+    else:
+        with pytest.raises(PretrainedWeightsError, match="no answer from the hub, and not in its cache") as caught:
+            ctclip_model.create_backbone("resnet18", pretrained=True)
+        assert not asked and "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_login_page_in_place_of_weights_is_one_line(monkeypatch):
+    import timm
+
+    def page(name, **options):
+        raise SafetensorError("Error while deserializing header: header too large")
+
+    monkeypatch.setattr(timm, "create_model", page)
+    with pytest.raises(PretrainedWeightsError, match="could not be fetched .SafetensorError: .*--no-pretrained"):
+        ctclip_model.create_backbone("resnet18", pretrained=True)
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
