@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -106,28 +108,74 @@ def move_aside(path: Path) -> Path:
     return path.rename(next(name for name in names if not name.exists()))
 
 
+class LockedError(UserError):
+    """Another process holds a lock."""
+
+
+_HELD: set[Path] = set()  # locks of this process
+
+
 @contextmanager
-def locked(path: Path, busy: str) -> Iterator[None]:
-    """Keeps other processes out of the block that lock the same file, which is made for it. Raises UserError(busy)
-    where another one is in it. The lock ends with its process; a disk that knows no locks keeps nobody out."""
-    with open(path, "ab") as file:
+def locked(path: Path, busy: str = "locked") -> Iterator[None]:
+    """Keeps other processes, those of other users too, out of the block that lock the same file, which is made for it
+    and goes again. Raises LockedError(busy) where another one is in it, OSError where no such file can be made.
+
+    The system ends a lock with its process, however that ends. A disk that knows no locks, as some network mounts, is
+    locked in the temporary folder.
+    """
+    if path in _HELD:  # the system would let this process in again, and then forget the lock
+        raise LockedError(busy)
+    file, descriptor = _lock(path, busy)
+    _HELD.add(path)
+    try:
+        yield
+    finally:
+        _HELD.remove(path)
+        with suppress(OSError):  # another user's folder; on Windows, as long as it is open
+            file.unlink()
+        os.close(descriptor)
+
+
+def _lock(path: Path, busy: str) -> tuple[Path, int]:
+    """-> (the lock file, its descriptor), locked."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not of forked processes as well
+            descriptor, writable = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), True
+            with suppress(OSError):  # another user's
+                os.chmod(path, 0o666)
+        except PermissionError:
+            if not path.exists():
+                raise
+            descriptor, writable = os.open(path, os.O_RDONLY), False
+        try:
+            _try_lock(descriptor, writable)
+            with suppress(FileNotFoundError):  # the one before removed it meanwhile: then this is not its lock
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return path, descriptor
+            os.close(descriptor)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(busy) from None
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # Windows removes no open file
-                path.unlink()
+            os.close(descriptor)
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise LockedError(busy) from None
+            name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+            elsewhere = Path(tempfile.gettempdir(), f"ctclip-{name}.lock")
+            if path == elsewhere:
+                raise
+            return _lock(elsewhere, busy)
+
+
+def _try_lock(descriptor: int, writable: bool) -> None:
+    """Raises OSError where another process has it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        # Unlike flock's, not held by forked processes, which may outlive a killed run; but exclusive only if writable.
+        fcntl.lockf(descriptor, (fcntl.LOCK_EX if writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)
 
 
 def _sync_folder(folder: Path) -> None:

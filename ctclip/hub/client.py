@@ -7,7 +7,6 @@ hub only; it is never printed, put into a message or written to a file.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib
 import importlib.util
@@ -16,8 +15,6 @@ import json
 import os
 import re
 import shutil
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
 
 from ctclip.errors import UserError
-from ctclip.fileio import DISK_FULL, read_json, replacing
+from ctclip.fileio import DISK_FULL, LockedError, locked, read_json, replacing
 from ctclip.formatting import TIED, size_text
 from ctclip.paths import slim_path, weights_path
 
@@ -375,58 +372,15 @@ def file_lock(*paths: Path) -> Iterator[None]:
     again. Raises HubError where one is locked, or nothing can be written there."""
     with ExitStack() as locks:
         for path in dict.fromkeys(path.resolve() for path in paths):
-            locks.callback(_unlock, *_lock(path, path.with_name(f".{path.name}.lock")))
-        yield
-
-
-def _lock(path: Path, file: Path) -> tuple[Path, int]:
-    """-> (the lock file, its descriptor), locked. The system ends a lock with its process, however that ends."""
-    while True:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-            except PermissionError:
-                if not file.exists():
-                    raise
-                descriptor = os.open(file, os.O_RDONLY)  # another user's: to be locked it need not be written
-        except OSError as error:
-            found = f"{file}: found a place that cannot be written ({error.strerror}), expected one for a lock"
-            raise HubError(found, f"make the folder writable, or name another one, {AGAIN}", kind="disk") from error
-        try:
-            _try_lock(descriptor)
-            with suppress(FileNotFoundError):  # the one before removed it meanwhile: then this is not its lock
-                if os.path.samestat(os.fstat(descriptor), os.stat(file)):
-                    return file, descriptor
-            os.close(descriptor)
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                locks.enter_context(locked(path.with_name(f".{path.name}.lock")))
+            except LockedError:
                 found = f"another process is at work on {path}"
                 raise HubError(found, f"wait for it to end, {AGAIN}", kind="file") from None
-            name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-            elsewhere = Path(tempfile.gettempdir(), f"ctclip-{name}.lock")
-            if file == elsewhere:
-                raise
-            return _lock(path, elsewhere)  # a disk that knows no locks, as some network mounts
-
-
-def _try_lock(descriptor: int) -> None:
-    """Raises OSError where another process has it."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _unlock(file: Path, descriptor: int) -> None:
-    with suppress(OSError):  # another user's folder; on Windows, as long as it is open
-        file.unlink()
-    os.close(descriptor)
+            except OSError as error:
+                found = f"{path}: found no place for a lock beside it ({error.strerror}), expected a folder of yours"
+                raise HubError(found, f"make it writable, or name another one, {AGAIN}", kind="disk") from error
+        yield
 
 
 def parts_of(target: Path) -> list[Path]:

@@ -22,6 +22,7 @@ import pytest
 from helpers_hub import NEWCOMER, TOKEN, UNSCOPED, Hub
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
+from ctclip import fileio
 from ctclip.hub import client as hub_client
 from ctclip.hub.client import HubError, download, file_metadata, file_sizes, parts_of, to_hub_error
 
@@ -247,13 +248,21 @@ HOLD = "import sys; from pathlib import Path; from ctclip.hub.client import file
 HOLD += "with file_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
 
 
-def test_processes_with_other_temporary_folders_exclude_each_other(tmp_path):
-    (tmp_path / "tmp").mkdir()
+@contextmanager
+def held_elsewhere(path, **environment):
+    """Another process holds the lock, and is given."""
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "x")], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path / "tmp")},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", HOLD, str(path)], cwd=ROOT, env=os.environ | environment, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
     ) as holder:  # fmt: skip
         assert holder.stdout.readline() == "held\n"
+        yield holder
+        holder.kill()
+
+
+def test_processes_with_other_temporary_folders_exclude_each_other(tmp_path):
+    (tmp_path / "tmp").mkdir()
+    with held_elsewhere(tmp_path / "x", TMPDIR=str(tmp_path / "tmp")) as holder:
         with pytest.raises(HubError, match="another process is at work on"), hub_client.file_lock(tmp_path / "x"):
             raise AssertionError("both hold it")
         holder.kill()
@@ -279,31 +288,31 @@ def test_another_users_lock_excludes_and_a_folder_of_theirs_is_one_line():
         shared.mkdir()
         shared.chmod(0o777)
         refused = pytest.raises(HubError, match="another process is at work on")
-        with hub_client.file_lock(shared / "x"), as_another_user(), refused, hub_client.file_lock(shared / "x"):
+        with held_elsewhere(shared / "x"), as_another_user(), refused, hub_client.file_lock(shared / "x"):
             raise AssertionError("both hold it")
-        (shared / ".x.lock").touch(0o644)  # left by a kill
+        (shared / ".x.lock").chmod(0o644)  # left by the kill, and not to be written by others
         with as_another_user():
             with hub_client.file_lock(shared / "x"):
                 pass
             with pytest.raises(HubError) as caught, hub_client.file_lock(theirs / "x"):
                 raise AssertionError("a lock in a folder that cannot be written to")
     assert str(caught.value) == (
-        f"{theirs.resolve() / '.x.lock'}: found a place that cannot be written (Permission denied), expected one for a "
-        "lock; make the folder writable, or name another one, then run this again"
+        f"{theirs.resolve() / 'x'}: found no place for a lock beside it (Permission denied), expected a folder of "
+        "yours; make it writable, or name another one, then run this again"
     )
 
 
 def test_a_disk_that_knows_no_locks_is_locked_in_the_temporary_folder(tmp_path, monkeypatch):
-    real, tried = hub_client._try_lock, []
+    real, tried = fileio._try_lock, []
 
-    def no_locks_here(descriptor):
+    def no_locks_here(descriptor, writable):
         tried.append(descriptor)
         if len(tried) == 1:
             raise OSError(errno.ENOLCK, "No locks available")
-        real(descriptor)
+        real(descriptor, writable)
 
-    monkeypatch.setattr(hub_client, "_try_lock", no_locks_here)
-    monkeypatch.setattr(hub_client.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr(fileio, "_try_lock", no_locks_here)
+    monkeypatch.setattr(fileio.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     with hub_client.file_lock(tmp_path / "x"):
         assert [path.suffix for path in (tmp_path / "tmp").iterdir()] == [".lock"]
 
