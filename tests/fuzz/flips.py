@@ -31,7 +31,7 @@ from killed_runs import differences  # noqa: E402
 
 from ctclip.config import Machine, Settings, TrainingConfig  # noqa: E402
 from ctclip.data.cohort import Volume  # noqa: E402
-from ctclip.evaluation.evaluate import evaluate_tables, write_evaluation  # noqa: E402
+from ctclip.evaluation.evaluate import evaluate_tables, write_pictures, write_tables  # noqa: E402
 from ctclip.evaluation.run_folder import run_calibration  # noqa: E402
 from ctclip.hub.model_card import model_card  # noqa: E402
 from ctclip.inference.predictor import load_model, predict_volumes  # noqa: E402
@@ -62,7 +62,9 @@ class Flips:
         self.undisturbed = shutil.copytree(self.runs["finished"], work / "undisturbed")
         self._leave_unfinished()
         inputs = run_inputs(self.runs["finished"], device="cpu", workers=0)
-        write_evaluation(self.runs["finished"], evaluate_tables(inputs, Settings(resamples=100)), [])
+        evaluation = evaluate_tables(inputs, Settings(resamples=100))
+        write_tables(self.runs["finished"], evaluation)
+        write_pictures(self.runs["finished"], evaluation, [])
         self.expected = self._answers(self.runs["finished"])
 
     def _leave_unfinished(self) -> None:

@@ -19,6 +19,7 @@ from helpers_push import READER, WRITER, PushHub
 from huggingface_hub import ModelCard
 
 from ctclip.card_file import EARLIER_MARK, MARK, discard_card
+from ctclip.data.cohort import Volume
 from ctclip.evaluation.calibration import load_calibration
 from ctclip.evaluation.evaluate import evaluate
 from ctclip.evaluation.tables import VolumeTable
@@ -362,7 +363,7 @@ def test_only_our_card_goes_when_training_goes_on(make_run):
     discard_card(folder)  # none there
     write_card(folder, model_card(model, folder))
     run = SimpleNamespace(folder=folder, ranks=SimpleNamespace(is_main=True))
-    validation = SimpleNamespace(volumes=[SimpleNamespace(name="a", labels=torch.zeros(18).numpy())])
+    validation = SimpleNamespace(volumes=[Volume("a", Path("a"), torch.zeros(18).numpy())])
     best = SimpleNamespace(tensors={}, names=["a"], logits=torch.zeros(1, 18))
     save_best(SimpleNamespace(run=run, model=model, validation=validation), best)
     assert not (folder / "README.md").exists()

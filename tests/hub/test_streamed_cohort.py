@@ -29,7 +29,7 @@ from ctclip.evaluation import cases, figures
 from ctclip.evaluation.tables import load_predictions
 from ctclip.inference.predictor import predict_volumes
 from ctclip.training import logging
-from ctclip_model import CTCLIPMultiAbnormalityModel
+from ctclip_model import WRITTEN, CTCLIPMultiAbnormalityModel
 
 CPU = torch.device("cpu")
 A, B, C = "valid_1_a_1.nii.gz", "valid_2_a_1.nii.gz", "valid_3_a_1.nii.gz"
@@ -101,7 +101,7 @@ def runs(phantoms, streamed, tiny_classfine, tmp_path_factory) -> tuple[Path, Pa
 
 def unfrozen(run: Path, target: Path) -> Path:
     """A copy of a run as unfrozen epochs would leave it: its encoder is not the one of the cache any more."""
-    shutil.copytree(run, target, ignore=shutil.ignore_patterns("predictions.csv", "labels.csv"))
+    shutil.copytree(run, target, ignore=shutil.ignore_patterns("predictions.csv", "labels.csv", WRITTEN))
     tensors = weights(run)
     name = next(name for name in tensors if name.startswith("visual_transformer.") and name.endswith("weight"))
     save_file(tensors | {name: tensors[name] * 1.01}, target / "model.safetensors")
