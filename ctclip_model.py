@@ -134,6 +134,7 @@ OTHER_FILES = (
 # Objects of these packages stand beside the tensors of many training states. They are passed over: never imported.
 INERT_PACKAGES = ("argparse", "pathlib", "datetime", "numpy", "_codecs")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of numbers that need no scale beside them
+HUGE_WEIGHT = 1e6  # trained weights lie far below; products of larger ones overflow
 MOST_NESTED = 4  # dictionaries around the weights of a training state
 
 READ_AT_ONCE = 2**24  # numbers copied from one mapping of a file: 67 MB in float32
@@ -959,12 +960,19 @@ def _can_be_mapped(path: Path) -> bool:
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Raises CheckpointError that names a tensor with NaN or infinity: the quantiser would hide it behind answers."""
+    """Raises CheckpointError that names a tensor with NaN, infinity or numbers that overflow in use, and an empty
+    codebook: the quantiser would hide them behind the same answers for every scan."""
+    again = "fetch or copy the file again, or use the weights of another epoch"
     for key, value in tensors.items():
-        # A sum shows it without the memory of a mask; it is infinite also where the numbers are only huge.
-        if value.is_floating_point() and not math.isfinite(value.sum()) and not value.isfinite().all():
-            raise CheckpointError(f"{path}: found NaN or infinity in {key}, expected numbers; fetch or copy the file "
-                                  "again, or use the weights of another epoch")  # fmt: skip
+        # A sum shows it without the memory of a mask; then the tensor is looked at.
+        if value.is_floating_point() and not abs(float(value.sum())) < HUGE_WEIGHT:
+            if not value.isfinite().all():
+                raise CheckpointError(f"{path}: found NaN or infinity in {key}, expected numbers; {again}")
+            if (highest := float(value.abs().max())) >= HUGE_WEIGHT:
+                expected = f"weights below {HUGE_WEIGHT:g}"
+                raise CheckpointError(f"{path}: found numbers up to {highest:g} in {key}, expected {expected}; {again}")
+        if key.endswith("_codebook.embed") and value.min() == value.max():
+            raise CheckpointError(f"{path}: found one number in all of {key}, expected a codebook; {again}")
 
 
 @torch.no_grad()

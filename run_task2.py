@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from ctclip.cli import INTERRUPTED, refuse_unused, run_cli
 from ctclip.config import RESUME_HINT, evaluation_flags, task_flag_uses, task_parser
 from ctclip.errors import UserError
+from ctclip.memory import torchrun_number
 
 if TYPE_CHECKING:
     from ctclip.inference.predictions import predict
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if torchrun_number("WORLD_SIZE", 1) > 1:
         raise UserError("found torchrun with run_task2.py, expected ctclip_training.py; evaluate afterwards")
     task = "export" if args.export else args.task
     refuse_unused(args.given, task_flag_uses(task, args.plan))

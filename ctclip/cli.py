@@ -51,7 +51,10 @@ class OneLineParser(argparse.ArgumentParser):
             flag, equals, value = arg.partition("=")
             spelled.append(flag.replace("_", "-") + equals + value if arg.startswith("--") else arg)
         parsed = super().parse_args(spelled, namespace)
-        parsed.given = tuple(dict.fromkeys(arg.partition("=")[0] for arg in spelled if arg.startswith("--")))
+        flags = [arg.partition("=")[0] for arg in spelled if arg.startswith("--")]
+        if twice := next((flag for flag in flags if flags.count(flag) > 1), None):
+            self.error(f"found {twice} more than once, expected it once (a folder may hold several files)")
+        parsed.given = tuple(flags)
         return parsed
 
 

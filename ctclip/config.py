@@ -129,7 +129,7 @@ class TrainingConfig:
             "freeze_epochs": (self.freeze_epochs >= 0, "at least 0"),
             "unfreeze_layers": (self.unfreeze_layers >= 0, "at least 0 (0: all layers at once)"),
             "patience": (self.patience >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "batch_size": (1 <= self.batch_size < 2**31, "at least 1 and below 2^31"),
             "dropout": (0 <= self.dropout < 1, "at least 0 and below 1"),
             "learning_rate": (0 < self.head_learning_rate < math.inf, "above 0, and finite"),
             "backbone_learning_rate": (0 <= self.backbone_learning_rate < math.inf, "at least 0, and finite"),

@@ -4,7 +4,6 @@ its input, so that callers need no second path."""
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
@@ -17,19 +16,29 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401
 from torch import Tensor
 
+from ctclip.errors import UserError
+from ctclip.memory import torchrun_number
+
 
 class Ranks:
     """Rank, world size and collective operations of the process group. Call each on all ranks or on none."""
 
     def __init__(self, device: torch.device | None = None):
         """Joins the group that torchrun's environment describes; gloo on CPU, nccl on `device`'s GPU."""
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = torchrun_number("RANK", 0), torchrun_number("WORLD_SIZE", 1)
+        if self.rank >= max(1, self.world):
+            raise UserError(f"RANK={self.rank}: found it beside WORLD_SIZE={self.world}, expected a smaller number; "
+                            "start with torchrun, or unset RANK")
         self.device = torch.device("cpu") if device is None else device
         if self.world > 1 and not dist.is_initialized():
             # One rank may read slowly while the others wait: encoding a cohort takes hours.
             wait = timedelta(hours=12)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=wait)
+            try:
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=wait)
+            except (ValueError, RuntimeError) as error:
+                reason = str(error).splitlines()[0][:150]
+                raise UserError(f"WORLD_SIZE={self.world}: found no group of processes to join ({reason}), expected "
+                                "torchrun's; start with torchrun, or unset WORLD_SIZE") from error
 
     @property
     def is_main(self) -> bool:

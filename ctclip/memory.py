@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ctclip.errors import UserError
+
 # In messages of errors that have no class of their own: on a GPU; on the CPU torch's, oneDNN's, C++'s and Rust's.
 GPU_ALLOCATION_FAILED = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC")
 ALLOCATION_FAILED = (
@@ -73,9 +75,18 @@ def reset_peak_memory() -> bool:
     return True
 
 
+def torchrun_number(name: str, default: int) -> int:
+    """A number that torchrun sets for its processes (RANK, WORLD_SIZE, ...). Raises UserError where it is none."""
+    text = os.environ.get(name, "").strip() or str(default)
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(f"{name}={text[:20]!r} in the environment: found no whole number, expected what torchrun sets; "
+                        f"start with torchrun, or unset {name}")
+    return int(text)
+
+
 def local_world() -> int:
     """Processes of torchrun on this machine, which share its CPUs and memory."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    return max(1, torchrun_number("LOCAL_WORLD_SIZE", 1))
 
 
 def available_cpus(root: Path = Path("/")) -> float:

@@ -294,8 +294,14 @@ def test_a_number_that_is_none_is_refused_by_the_tensors_name(tmp_path, key, val
         CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "run")
 
 
-def test_huge_numbers_are_numbers(tmp_path):
-    state = STATE | {"classifier.weight": torch.full((18, 16), 3e38)}  # whose sum is infinite
+def test_numbers_that_overflow_and_an_empty_codebook_are_refused_and_large_ones_read(tmp_path):
+    for number, (key, change, told) in enumerate((
+        ("classifier.weight", lambda value: torch.full_like(value, 3e38), "numbers up to 3e\\+38 in classifier.weight"),
+        (EMBED, torch.zeros_like, "one number in all of"),
+    )):  # fmt: skip
+        with pytest.raises(CheckpointError, match=told):
+            CTCLIPMultiAbnormalityModel(str(saved(tmp_path / f"{number}.pt", STATE | {key: change(STATE[key])})))
+    state = STATE | {"classifier.weight": torch.full((18, 16), 1e5)}  # whose sum is above the bound
     CTCLIPMultiAbnormalityModel(str(saved(tmp_path / "a.pt", state)))
 
 

@@ -158,3 +158,18 @@ def test_every_import_of_matplotlib_comes_after_the_backend_is_chosen():
             found.add(path.relative_to(SUITE).as_posix())
             assert "import_matplotlib" in text or "new_figure" in text
     assert found == first
+
+
+# ---- torchrun's variables
+
+
+@pytest.mark.parametrize("script", ["run_task2", "ctclip_training"])
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc' in the environment"), ({"WORLD_SIZE": "2"}, "torchrun"),
+     ({"RANK": "3"}, "RANK=3: found it beside WORLD_SIZE=1")],
+)  # fmt: skip
+def test_variables_that_torchrun_has_not_set_are_one_line(script, variables, told, tmp_path):
+    flags = ("--mode", "quick_test") if script == "ctclip_training" else ()
+    done = run(tmp_path, script, *flags, "--train-volumes", "2", "--valid-volumes", "2", **variables)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr

@@ -51,7 +51,8 @@ MOST_SHIFT = 100.0  # HU between the rescale intercepts of a series, above which
 OTHER_QUANTITIES = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")  # RescaleType of what is no HU; US is unspecified
 SCANNED_HU = (-1000.0, 3071.0)  # 12 bits of HU: what scanners store
 HEADER_TAGS = [
-    "SOPClassUID", "SOPInstanceUID", "ImageType", "Modality", "SeriesInstanceUID", "SeriesNumber", "SliceThickness",
+    "SOPClassUID", "SOPInstanceUID", "PatientID", "ImageType", "Modality", "SeriesInstanceUID", "SeriesNumber",
+    "SliceThickness",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "NumberOfFrames",
     "SamplesPerPixel", "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept", "RescaleType",
     "PixelPaddingValue", "PixelPaddingRangeLimit", "PixelRepresentation",
@@ -125,6 +126,7 @@ class Slice:
     path: Path
     instance: str  # SOPInstanceUID
     frame: int | None  # of a multi-frame file
+    patient: str
     encoding: str  # transfer syntax
     size: tuple[int, int]
     spacing: tuple[float, float]
@@ -233,7 +235,9 @@ def _slices_of(path: Path, header: Any) -> Iterator[Slice]:
     frames = _integer(path, header, "NumberOfFrames", 1)
     groups = header.get("PerFrameFunctionalGroupsSequence")
     if groups is None and frames == 1:
-        if not _is_localizer(header.get("ImageType")):
+        if _is_of_kind("MIP", header.get("ImageType")):
+            raise file_error(path, "a projection (ImageType MIP)", "slices as reconstructed", "leave the series out")
+        if not _is_of_kind("LOCALIZER", header.get("ImageType")):
             yield _read_slice(path, header, [header], None)
         return
     if groups is None or len(groups) != frames:
@@ -243,12 +247,12 @@ def _slices_of(path: Path, header: Any) -> Iterator[Slice]:
     for index, group in enumerate(groups):
         kinds = [found[0].get("FrameType") for place in (group, shared[0]) if place is not None
                  and (found := place.get(FUNCTIONAL_GROUPS["FrameType"]))]
-        if not _is_localizer(kinds[0] if kinds else None):
+        if not _is_of_kind("LOCALIZER", kinds[0] if kinds else None):
             yield _read_slice(path, header, [group, shared[0]], index)
 
 
-def _is_localizer(kinds: Sequence[str] | str | None) -> bool:
-    return "LOCALIZER" in ([kinds] if isinstance(kinds, str) else [str(kind).upper() for kind in kinds or ()])
+def _is_of_kind(name: str, kinds: Sequence[str] | str | None) -> bool:
+    return name in ([kinds] if isinstance(kinds, str) else [str(kind).upper() for kind in kinds or ()])
 
 
 def _read_slice(path: Path, header: Any, places: Sequence[Any], frame: int | None) -> Slice:
@@ -291,6 +295,7 @@ def _read_slice(path: Path, header: Any, places: Sequence[Any], frame: int | Non
         path,
         str(header.get("SOPInstanceUID", "")),
         frame,
+        str(header.get("PatientID") or ""),
         _encoding(header),
         size,
         (float(columns), float(rows)),
@@ -408,6 +413,8 @@ class DicomSeries(VolumeFile):
         intercepts = [each.intercept for each in slices]
         if max(intercepts) - min(intercepts) > MOST_SHIFT:
             self.notes.append(f"RescaleIntercept {min(intercepts):g} to {max(intercepts):g} in one series (damaged?)")
+        if len(patients := {each.patient for each in slices}) > 1:
+            raise self.error(f"slices of {len(patients)} patients in one series", "one patient's", "sort them apart")
         normal = np.cross(*slices[0].directions)
         slices.sort(key=lambda each: float(each.position @ normal))
         self.slices = slices

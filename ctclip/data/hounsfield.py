@@ -23,6 +23,8 @@ BODY, LUNG = -500, (-950, -500)  # HU: above the one lie body and table
 NARROWEST_RANGE = 500  # HU from the least to the greatest voxel
 CUT_OFF = 0.005  # share of voxels at the greatest value, below 900 HU, from which they were cut off there (a window)
 LEAST_AIR, LEAST_BODY, LEAST_SOFT, MOST_DENSE, MOST_BELOW = 0.02, 0.005, 0.3, 0.2, 0.1  # see TissueShares
+LEAST_AIR_HU = -900  # the least voxel of any CT lies below
+MOST_FILLED = 0.15  # of all voxels at one value of tissue; noise leaves 0.02, a circular field of view fills 0.21
 LEAST_LUNG = 0.09  # of lung and body: chests have 0.10 (phantoms with effusions) to 0.5, a torso to the pelvis 0.05
 SAMPLED_VOXELS = 250_000
 LARGEST_STORED = 1e9  # of a voxel, far beyond metal by any scale
@@ -48,7 +50,10 @@ class TissueShares:
         self.air, self.below = share(seen, *AIR), share(seen, -np.inf, PADDING)
         self.soft, self.dense = share(body, *SOFT), share(body, DENSE, np.inf)
         self.low, self.high = (float(seen.min()), float(seen.max())) if seen.size else (lowest, lowest)
-        self.at_high = share(seen, self.high, self.high)
+        self.at_low, self.at_high = share(seen, self.low, self.low), share(seen, self.high, self.high)
+        between = np.unique(seen[(seen > BODY) & (seen < DENSE)], return_counts=True)
+        self.filled = float(between[1].max()) / seen.size if between[1].size else 0.0
+        self.filling = float(between[0][between[1].argmax()]) if between[1].size else 0.0
 
     @property
     def fault(self) -> str | None:
@@ -61,6 +66,10 @@ class TissueShares:
             return "no air"
         if self.at_high > CUT_OFF and self.high < DENSE:
             return f"everything cut off at {self.high:g} (a window)"
+        if self.at_low > CUT_OFF and self.low > LEAST_AIR_HU:
+            return f"everything cut off at {self.low:g} (a window)"
+        if self.filled > MOST_FILLED:
+            return f"{self.filled:.0%} of all voxels exactly {self.filling:g} (filled in)"
         if self.below > MOST_BELOW or self.soft < LEAST_SOFT or self.dense > MOST_DENSE:
             return "tissue where none lies"
         return None

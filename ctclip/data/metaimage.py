@@ -73,13 +73,17 @@ class MetaFile(StreamFile):
     def _read_fields(self) -> dict[str, str]:
         """The lines of the header, up to and with ElementDataFile, after which the voxels begin."""
         fields: dict[str, str] = {}
+        repeated: set[str] = set()
         for _ in range(self.MOST_LINES):
             line = self.raw.readline(self.LINE_BYTES)
             key, equals, value = (part.strip() for part in line.decode("latin-1").partition("="))
             if line.strip() and not equals or not line:
                 break
+            repeated |= {key} & fields.keys() - {""}
             fields[key] = value
             if key == "ElementDataFile":
+                if repeated:
+                    raise self.error(f"{min(repeated)} twice in the header", "each field once", RECOPY)
                 if value.upper() != "LOCAL":
                     raise self.error(f"voxels in {value[:60]!r}", "LOCAL, in this file", CONVERT)
                 return fields

@@ -101,6 +101,11 @@ def evaluate_tables(
     of = tables.joined(of | ({} if baseline is None else {"baseline": baseline}))
     volumes, skipped = tables.common_volumes(of, settings.allow_partial)
     predictions, labels = of["predictions"].frame, of["labels"].frame
+    if np.array_equal(predictions.to_numpy(), labels.to_numpy()):
+        raise measure.EvaluationError(
+            f"found the same numbers for {len(predictions)} volumes as predictions and as labels, expected "
+            "probabilities; name a table of predictions"
+        )
     ids = _stated_ids(inputs, of, metadata)
     rows = tables.rows_of(predictions, labels, volumes, settings.unit, skipped, ids)
     y, p = rows.labels, rows.probabilities

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from ctclip.config import TrainingConfig
-from ctclip.data.cohort import ids_of, load_cohort
+from ctclip.data.cohort import Cohort, ids_of, load_cohort
 from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.loading import Batch, count_notes, notes_of
+from ctclip.data.tables import CohortError, some
 from ctclip.evaluation.run_folder import (
     TABLES,
     RunError,
@@ -25,6 +26,7 @@ from ctclip.evaluation.run_folder import (
 )
 from ctclip.evaluation.tables import EvaluationInputs, patients_of, read_labels, read_predictions, write_table
 from ctclip.fileio import make_folder
+from ctclip.formatting import plural
 from ctclip.inference.predictions import PartialTable
 from ctclip.inference.predictor import load_model, predict_volumes, print_failures
 from ctclip.phantoms.cohort import is_phantom_cohort
@@ -61,6 +63,16 @@ def run_inputs(
     return EvaluationInputs(predictions, labels, run_tuning(run), history, phantom, folder, record, patients=stated)
 
 
+def check_unseen(cohort: Cohort, trained: Cohort) -> None:
+    """Raises RunError where patients of the split that is reported are among those that a run trained on."""
+    seen = {volume.patient for volume in trained.volumes}
+    if shared := sorted({volume.patient for volume in cohort.volumes} & seen):
+        raise RunError(
+            f"found {plural(len(shared), 'patient')} of the unseen split among the training patients ({some(shared)}), "
+            "expected none; correct the tables of labels or of patients, and train again"
+        )
+
+
 def predict_run(
     run: Path, data_dir: str | Path | None, device: str | None, workers: int | None, tables: Path,
     patients: str | None = None,
@@ -70,7 +82,7 @@ def predict_run(
 
     What the run's cache has of the volumes is taken from there; streamed volumes are nowhere else.
     """
-    record = run_record(run)
+    record, own_cohort = run_record(run), data_dir is None
     data_dir = data_dir or from_working_folder(record, record.get("data_dir"))
     if data_dir is None or not (run / "model.safetensors").is_file():
         raise RunError(
@@ -80,6 +92,13 @@ def predict_run(
     check_output_folder(tables, *TABLES, own=run)
     patients = patients or from_working_folder(record, record.get("config", {}).get("patients"))
     cohort = load_cohort(data_dir, "valid", patients=patients)
+    if own_cohort:
+        try:
+            trained = load_cohort(data_dir, "train", record.get("config", {}).get("limit"), patients)
+        except CohortError as error:
+            print(f"Not checked whether patients of the unseen split were trained on: {error}")
+        else:
+            check_unseen(cohort, trained)
     model = load_model(run, device)
     print(f"Predicting the unseen split of {data_dir}\n{cohort.summary()}")
     stored = record.get("config", {}).get("cache_dir", TrainingConfig.cache_dir)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import threading
@@ -48,6 +47,7 @@ from ctclip.evaluation.run_folder import (
 from ctclip.fileio import check_writable, locked, make_folder
 from ctclip.formatting import plural
 from ctclip.inference.predictor import choose_device, choose_precision, choose_workers
+from ctclip.memory import torchrun_number
 from ctclip.phantoms.cohort import is_phantom_cohort, write_phantom_cohort
 from ctclip_model import (
     CLASSFINE_PATH,
@@ -135,7 +135,7 @@ class Run:
         self.machine = machine
         name = machine.device
         if name in (None, "cuda") and torch.cuda.is_available():
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # with its number, as torch.cuda.set_device wants it
+            name = f"cuda:{torchrun_number('LOCAL_RANK', 0)}"  # with its number, as torch.cuda.set_device wants it
         self.device = choose_device(name)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

@@ -239,6 +239,11 @@ def validation_metrics(job: TrainingJob, predicted: dict[int, Tensor | None]) ->
     if not read:
         raise TrainingError("none of the validation volumes could be read; see the lines above")
     logits, labels = torch.stack(list(read.values())), split.labels[list(read)]
+    if not bool(torch.isfinite(logits).all()):
+        raise TrainingError(
+            "the answers for the validation volumes are not finite, expected numbers: training has diverged; lower "
+            f"--learning-rate (now {job.run.config.head_learning_rate:g}) or --weight-decay"
+        )
     metrics = compute_metrics(labels.numpy(), logits.sigmoid().numpy())
     metrics["loss"] = job.criterion(logits.to(job.run.device), labels.to(job.run.device)).item()
     return Validation(metrics, [split.volumes[i].name for i in read], logits)

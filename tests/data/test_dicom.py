@@ -307,6 +307,10 @@ def _moved_aside(file, index):
         file.ImagePositionPatient = [file.ImagePositionPatient[0] + 40, *file.ImagePositionPatient[1:]]
 
 
+def _of_two_patients(file, index):
+    file.PatientID = str(index % 2)
+
+
 def _cut_compressed(folder):
     file = by_place(write_series(folder, chest((20, 18, 8)), AFFINE, encoding=JPEGLSLossless))[7]
     file.write_bytes(file.read_bytes()[:-40])
@@ -326,6 +330,8 @@ BAD = {
     "another size": (_another((30, 18, 1)), "slices that are alike"),
     "another spacing": (_another((20, 18, 1), (9.0, 9.0, 9.0)), "slices that are alike"),
     "dark for dense": (lambda f: _series(f, PhotometricInterpretation="MONOCHROME1"), "MONOCHROME1"),
+    "projections": (lambda f: _series(f, ImageType=["DERIVED", "SECONDARY", "AXIAL", "MIP"]), "projection"),
+    "two patients": (lambda f: _series(f, edit=_of_two_patients), "of 2 patients"),
     "no slope": (lambda f: _series(f, RescaleSlope="0"), "RescaleSlope 0"),
     "no slope at all": (lambda f: _series(f, edit=lambda file, _: delattr(file, "RescaleSlope")), "no RescaleSlope"),
     "iodine": (lambda f: _series(f, RescaleType="MGML"), "values in MGML"),

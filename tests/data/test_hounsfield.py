@@ -71,6 +71,8 @@ NO_HU = {
     "0 to 255": (lambda hu: ((np.clip(hu, -1000, 1000) + 1000) / 2000 * 255).astype(np.uint8), "nothing but 0 to"),
     "0 to 65535": (lambda hu: ((np.clip(hu, -1000, 1000) + 1000) / 2000 * 65535).astype(np.uint16), "no air"),
     "soft window": (lambda hu: np.clip(hu, -160, 240), "nothing but -160 to 240"),
+    "cut off below": (lambda hu: np.clip(hu, -700, None), "cut off at -700 (a window)"),
+    "background filled in": (lambda hu: np.where(hu < -930, 0, hu).astype(np.int16), "exactly 0 (filled in)"),
     "lung window": (lambda hu: np.clip(hu, -1350, 150), "cut off at 150 (a window)"),
     "mask": (lambda hu: (hu < -500).astype(np.uint8), "nothing but 0 to 1"),
     "raw": (lambda hu: hu + np.int16(1024), "no air"),

@@ -177,6 +177,7 @@ BAD_META = {
     "strange flag": (lambda p: _field(p, "CompressedData", "perhaps"), "'perhaps' as CompressedData"),
     "scaled voxels": (lambda p: _field(p, "ElementToIntensityFunctionSlope", "2"), "HU as stored"),
     "a pipe": (lambda p: os.mkfifo(p), "a pipe or device"),
+    "a size twice": (lambda p: (_field(p, "NDims", "3"), _replace(p, b"NDims", b"DimSize = 2\nNDims")), "twice"),
     "far voxels": (lambda p: _field(p, "HeaderSize", "99999999999"), "HeaderSize"),
 }
 

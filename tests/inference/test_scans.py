@@ -21,7 +21,7 @@ from helpers_scans import as_itk, write_mha
 from pydicom import dcmread
 
 import run_task2
-from ctclip.data.cohort import Volume
+from ctclip.data.cohort import Volume, load_cohort
 from ctclip.data.ct_rate import PREVALENCE
 from ctclip.data.loading import read_ahead
 from ctclip.inference import predictions as predictions_module
@@ -144,8 +144,9 @@ def test_unreadable_scans_are_named_at_the_end_and_the_others_written(mixed, tmp
 
 
 @pytest.fixture
-def overflowing(tmp_path):
-    """A model whose numbers are all finite, and whose answers are not."""
+def overflowing(tmp_path, monkeypatch):
+    """A model whose numbers are all finite, and whose answers are not; loading would refuse it."""
+    monkeypatch.setattr("ctclip_model.HUGE_WEIGHT", float("inf"))
     huge = {"classifier.weight": torch.full((18, 16), 3e38), "classifier.bias": torch.full((18,), 3e38)}
     state = torch.load(MODEL, weights_only=True) | huge
     torch.save(state, tmp_path / "huge.pt")
@@ -172,6 +173,21 @@ def test_a_cohort_whose_answers_are_no_numbers_is_not_evaluated(phantoms, overfl
     out, err = capsys.readouterr()
     assert "none of the 16 volumes of its valid split could be read" in err and "an answer that is no number" in err
     assert not (tmp_path / "run" / "predictions.csv").exists()
+
+
+def test_patients_that_were_trained_on_are_not_reported_as_unseen(phantoms, tmp_path, capsys):
+    from ctclip_model import CTCLIPMultiAbnormalityModel
+
+    CTCLIPMultiAbnormalityModel(str(MODEL)).save_pretrained(tmp_path / "run")
+    first = [load_cohort(phantoms, split).volumes[0].patient for split in ("train", "valid")]
+    volumes = [volume for split in ("train", "valid") for volume in load_cohort(phantoms, split).volumes]
+    table = tmp_path / "patients.csv"
+    rows = [f"{volume.name},{'one' if volume.patient in first else volume.patient}\n" for volume in volumes]
+    table.write_text("VolumeName,PatientID\n" + "".join(rows))
+    record = {"data_dir": str(phantoms), "config": {"patients": str(table)}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    assert run_task2.main(["--mode", "evaluate", "--checkpoint", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    assert "1 patient of the unseen split among the training patients ('one')" in capsys.readouterr().err
 
 
 def test_results_json_has_the_challenge_s_form_and_every_input_once(mixed, tmp_path, capsys):
