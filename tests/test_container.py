@@ -74,7 +74,8 @@ def test_answers_that_are_no_numbers_are_answered_with_the_prevalence(places, tm
     for parameter in model.classifier.parameters():
         parameter.data.fill_(3e38)  # finite, and the logits are not
     model.save_pretrained(tmp_path / "model")
-    loads = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\nimport ctclip_model; ctclip_model.HUGE_WEIGHT = 1e39\n"
+    loads = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+    loads += "import ctclip_model\nctclip_model.HUGE_WEIGHT = 1e39\n"
     start = f"runpy.run_path({str(ROOT / 'docker' / 'entrypoint.py')!r}, run_name='__main__')"
     command = [sys.executable, "-c", loads + start]
     env = environment(places[0], tmp_path / "model", tmp_path)
