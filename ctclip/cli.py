@@ -52,8 +52,8 @@ class OneLineParser(argparse.ArgumentParser):
             spelled.append(flag.replace("_", "-") + equals + value if arg.startswith("--") else arg)
         parsed = super().parse_args(spelled, namespace)
         flags = [arg.partition("=")[0] for arg in spelled if arg.startswith("--")]
-        if twice := next((flag for flag in flags if flags.count(flag) > 1), None):
-            self.error(f"found {twice} more than once, expected it once (a folder may hold several files)")
+        if flags.count("--input") > 1:  # of other flags the last one counts, as wrappers of commands rely on
+            self.error("found --input more than once, expected one scan, or a folder of scans")
         parsed.given = tuple(flags)
         return parsed
 

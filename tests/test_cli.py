@@ -134,3 +134,12 @@ def test_a_device_that_computes_nothing_is_one_line(name):
     with pytest.raises(MachineError, match=f"--device {name}: not usable here .*, expected cpu, cuda or cuda:N"):
         choose_device(name)
     assert choose_device("cpu").type == "cpu"
+
+
+def test_a_second_input_is_refused_and_of_other_flags_the_last_one_counts(capsys):
+    from ctclip.config import task_parser
+
+    assert task_parser("").parse_args(["--seed", "1", "--seed", "2"]).seed == 2
+    with pytest.raises(SystemExit) as caught:
+        task_parser("").parse_args(["--mode", "predict", "--input", "a.nii.gz", "--input", "b.nii.gz"])
+    assert caught.value.code == 2 and "found --input more than once" in capsys.readouterr().err

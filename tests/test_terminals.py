@@ -163,11 +163,11 @@ def test_every_import_of_matplotlib_comes_after_the_backend_is_chosen():
 # ---- torchrun's variables
 
 
-@pytest.mark.parametrize("script", ["run_task2", "ctclip_training"])
 @pytest.mark.parametrize(
-    ("variables", "told"),
-    [({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc' in the environment"), ({"WORLD_SIZE": "2"}, "torchrun"),
-     ({"RANK": "3"}, "RANK=3: found it beside WORLD_SIZE=1")],
+    ("script", "variables", "told"),
+    [("run_task2", {"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc' in the environment"),
+     ("ctclip_training", {"WORLD_SIZE": "2"}, "found no group of processes to join"),
+     ("ctclip_training", {"RANK": "3"}, "RANK=3: found it beside WORLD_SIZE=1")],
 )  # fmt: skip
 def test_variables_that_torchrun_has_not_set_are_one_line(script, variables, told, tmp_path):
     flags = ("--mode", "quick_test") if script == "ctclip_training" else ()
