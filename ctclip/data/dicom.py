@@ -235,9 +235,7 @@ def _slices_of(path: Path, header: Any) -> Iterator[Slice]:
     frames = _integer(path, header, "NumberOfFrames", 1)
     groups = header.get("PerFrameFunctionalGroupsSequence")
     if groups is None and frames == 1:
-        if _is_of_kind("MIP", header.get("ImageType")):
-            raise file_error(path, "a projection (ImageType MIP)", "slices as reconstructed", "leave the series out")
-        if not _is_of_kind("LOCALIZER", header.get("ImageType")):
+        if _is_slice(path, header.get("ImageType")):
             yield _read_slice(path, header, [header], None)
         return
     if groups is None or len(groups) != frames:
@@ -247,12 +245,16 @@ def _slices_of(path: Path, header: Any) -> Iterator[Slice]:
     for index, group in enumerate(groups):
         kinds = [found[0].get("FrameType") for place in (group, shared[0]) if place is not None
                  and (found := place.get(FUNCTIONAL_GROUPS["FrameType"]))]
-        if not _is_of_kind("LOCALIZER", kinds[0] if kinds else None):
+        if _is_slice(path, kinds[0] if kinds else None):
             yield _read_slice(path, header, [group, shared[0]], index)
 
 
-def _is_of_kind(name: str, kinds: Sequence[str] | str | None) -> bool:
-    return name in ([kinds] if isinstance(kinds, str) else [str(kind).upper() for kind in kinds or ()])
+def _is_slice(path: Path, kinds: Sequence[str] | str | None) -> bool:
+    """Whether an ImageType or FrameType is that of a slice, not of a localizer. Raises VolumeError for projections."""
+    names = [kinds] if isinstance(kinds, str) else [str(kind).upper() for kind in kinds or ()]
+    if "MIP" in names:
+        raise file_error(path, "a projection (ImageType MIP)", "slices as reconstructed", "leave the series out")
+    return "LOCALIZER" not in names
 
 
 def _read_slice(path: Path, header: Any, places: Sequence[Any], frame: int | None) -> Slice:

@@ -367,6 +367,16 @@ def test_frames_without_geometry_are_refused(tmp_path, frames):
         open_volume(path)
 
 
+def test_projections_in_a_multi_frame_file_are_refused_as_in_single_ones(tmp_path):
+    path = write_multiframe(tmp_path / "a.dcm", chest((20, 18, 8)), AFFINE)
+    file = dcmread(path)
+    kind = file.SharedFunctionalGroupsSequence[0].CTImageFrameTypeSequence[0]
+    kind.FrameType = ["DERIVED", "SECONDARY", "VOLUME", "MIP"]
+    file.save_as(path)
+    with pytest.raises(VolumeError, match="a projection"):
+        open_volume(path)
+
+
 def test_a_slice_without_a_position_names_the_file(tmp_path):
     folder = _series(tmp_path / "series")
     file = new_file(CT, "1.2.3.5", "1.2.3.4.5")
