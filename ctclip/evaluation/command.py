@@ -37,7 +37,7 @@ from ctclip.evaluation.tables import (
     write_table,
 )
 from ctclip.evaluation.thresholds import objective_score
-from ctclip.fileio import make_folder
+from ctclip.fileio import make_folder, naming
 from ctclip.formatting import percent
 
 RESAMPLES_BETWEEN = 100, 10_000  # fewer say nothing, more need more memory than they are worth
@@ -71,7 +71,7 @@ def evaluate_and_write(
     inputs: EvaluationInputs, output_dir: Path, settings: Settings, baseline: str | None, metadata: str | None,
     pictures: int,
 ) -> None:
-    """Evaluates, prints the report, writes the files.
+    """Evaluates, writes the tables, prints the report, draws: a full disk under the log loses none of the tables.
 
     `baseline` and `metadata` are files; `pictures` says how many of the most wrong volumes of each label and kind are
     shown as slices on the page.
@@ -83,9 +83,10 @@ def evaluate_and_write(
         raise UserError(f"{metadata}: found no row for any of the {len(volumes)} volumes, expected rows named as they "
                         "are; check VolumeName")
     evaluation = evaluate_tables(inputs, settings, other, groups)
-    print(format_report(evaluation.metrics))
     with alone_in(make_folder(output_dir, "change --output-dir")):
         write_tables(output_dir, evaluation)
+        with naming("standard output"):
+            print(format_report(evaluation.metrics), flush=True)
         try:
             unread = draw(output_dir, evaluation, pictures)
         except BaseException:

@@ -2,6 +2,7 @@
 one line and exit code 2.
 """
 
+import io
 import json
 import os
 import subprocess
@@ -238,6 +239,18 @@ def test_tables_are_there_whatever_fails_while_drawing(function, error, line, ta
     names = {"metrics.json", "predictions.csv", "per_label.csv", "calibration.json", "files.jsonl"}
     assert {path.name for path in Path("out").iterdir()} == names
     assert json.loads(Path("out/metrics.json").read_text())["tuned"]
+
+
+def test_tables_are_there_where_the_log_s_disk_is_full(tables, monkeypatch, capsys):
+    class FullDisk(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    argv = ["--predictions", "p.csv", "--labels", "l.csv", "--output-dir", "out", "--resamples", "100"]
+    assert ctclip_evaluation.main(argv) == 2
+    assert capsys.readouterr().err.startswith("error: standard output: No space left on device; free space")
+    assert json.loads(Path("out/metrics.json").read_text())["tuned"] and Path("out/per_label.csv").is_file()
 
 
 def test_script_on_tables(tables):
