@@ -9,7 +9,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -32,11 +32,37 @@ class OneLineParser(argparse.ArgumentParser):
     """Wrong usage is one line and exit code 2; flags may be spelled with underscores, and are never guessed.
 
     The namespace has `given`: the flags on the command line, as the parser spells them.
+
+    Args:
+        usual: the flags that --help shows; --help-all shows every one. Without it --help does.
+        options: ArgumentParser's.
     """
 
-    def __init__(self, **options: Any):
+    def __init__(self, usual: Collection[str] = (), **options: Any):
         super().__init__(allow_abbrev=False, **options)
+        self.usual = usual
         self.add_argument("--version", action="version", version=f"ctclip {__version__}")
+        if usual:
+            self.usage = "%(prog)s [flags]"
+            self.epilog = "More flags: --help-all shows every one."
+            self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show every flag and exit")
+
+    def format_help(self) -> str:
+        """The usual flags, and --help-all."""
+        shown = {*self.usual, "--help", "--help-all"}
+        hidden = [action for action in self._actions if self.usual and not shown & set(action.option_strings)]
+        texts = [action.help for action in hidden]
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in zip(hidden, texts, strict=True):
+                action.help = text
+
+    def format_all(self) -> str:
+        """Every flag."""
+        return super().format_help().replace(f"\n{self.epilog}\n", "") if self.usual else super().format_help()
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help\n")
@@ -56,6 +82,12 @@ class OneLineParser(argparse.ArgumentParser):
             self.error("found --input more than once, expected one scan, or a folder of scans")
         parsed.given = tuple(flags)
         return parsed
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: Any, *_: Any) -> None:
+        parser._print_message(parser.format_all(), sys.stdout)
+        parser.exit()
 
 
 def refuse_unused(given: Sequence[str], uses: Mapping[str, tuple[str, bool]]) -> None:

@@ -6,6 +6,7 @@ Standard library only: --help and a mistyped flag are answered before the two se
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -14,6 +15,7 @@ from typing import Any
 
 from ctclip.cli import OneLineParser, refuse_unused
 from ctclip.errors import UserError
+from ctclip.fileio import read_json
 from ctclip.paths import CLASSFINE_PATH
 
 # Printed with every result on phantoms, and kept with it: metrics.json, reports, figures, model cards, manifests.
@@ -165,6 +167,9 @@ def mistyped(content: Mapping) -> list[str]:
             and not (content[name] is None and name in optional)]
 
 
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wandb": "wandb"}  # -> what is imported
+
+
 @dataclass(frozen=True)
 class Machine:
     """How a run is carried out. May differ between a run and its continuation, and changes weights by rounding only."""
@@ -177,7 +182,9 @@ class Machine:
         "auto", "machine", "recompute the activations of unfrozen layers: less than half the memory, slower; auto: on "
         "CUDA", choices=("auto", "on", "off"))
     save_minutes: float = _flag(10.0, "run", "minutes between saved states, besides every epoch's end; 0: every step")
-    tensorboard: bool = _flag(False, "run", "write TensorBoard events into the run's folder")
+    report_to: str = _flag(
+        "none", "run", "show each epoch's values elsewhere too: tensorboard (events in the run's folder), trackio or "
+        "wandb; each needs its package", choices=("none", *TRACKERS))
     # fmt: on
 
     def check(self) -> None:
@@ -186,11 +193,15 @@ class Machine:
             raise TrainingError(f"--micro-batch is {self.micro_batch}, expected at least 1")
         if not self.save_minutes >= 0:
             raise TrainingError(f"--save-minutes is {self.save_minutes}, expected at least 0 (0: after every step)")
-        if self.tensorboard:
+        choices = ("none", *TRACKERS)
+        if self.report_to not in choices:
+            raise TrainingError(f"--report-to is {self.report_to}, expected {' or '.join(choices)}")
+        if self.report_to != "none":
             try:
-                import torch.utils.tensorboard  # noqa: F401
+                importlib.import_module(TRACKERS[self.report_to])
             except ImportError as error:
-                raise TrainingError(f"--tensorboard needs a package ({error}); pip install tensorboard") from error
+                needs = f"--report-to {self.report_to} needs a package ({error})"
+                raise TrainingError(f"{needs}; pip install {self.report_to}") from error
 
 
 # Options that may change on --resume: folders get mounted elsewhere. Their contents are verified.
@@ -295,6 +306,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-dir", metavar="DIR", help="folder of the run (default results/<time>_<model>)")
     group.add_argument("--resume", nargs="?", const="", metavar="DIR",
                        help="continue an earlier run (default: the newest)")
+    group.add_argument("--config", metavar="RUN|JSON",
+                       help="settings of an earlier run (its folder), or {\"setting\": value, ...}; other flags win")
     group.add_argument("--plan", action="store_true",
                        help="measure for a minute, print the time, memory and disk needed, and stop")
     _add_settings(parser, Machine, suppress=False)
@@ -310,7 +323,32 @@ def config_from_flags(args: argparse.Namespace) -> TrainingConfig:
     given = {name: value for name, value in vars(args).items() if name in names}
     if given.get("mode") == "quick_test":
         given = QUICK_TEST | given
-    return TrainingConfig(**given)
+    return TrainingConfig(**(read_settings(Path(args.config)) if args.config else {}) | given)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Settings of TrainingConfig from a run's folder, from its run.json, or from a JSON object of them."""
+    path = path / "run.json" if path.is_dir() else path
+    if path.name == "config.json" and (path.parent / "run.json").is_file():  # the model's; the run's are beside it
+        path = path.parent / "run.json"
+    expected = 'expected a run\'s folder, or a JSON file such as {"epochs": 8, "head": "mlp"}'
+    try:
+        content = read_json(path)
+    except OSError as error:
+        raise TrainingError(f"--config {path}: {error.strerror}, {expected}") from error
+    except ValueError as error:
+        raise TrainingError(f"--config {path}: found no JSON ({error}), {expected}") from error
+    settings = content.get("config", content) if isinstance(content, dict) else None
+    if not isinstance(settings, dict):
+        raise TrainingError(f"--config {path}: found no settings, {expected}")
+    names = [item.name for item in fields(TrainingConfig)]
+    if unknown := [name for name in settings if name not in names]:
+        raise TrainingError(f"--config {path}: found {unknown[0]!r}, expected settings as in a run's run.json: "
+                            f"{', '.join(names)}")
+    if wrong := mistyped(settings):
+        raise TrainingError(f"--config {path}: found {settings[wrong[0]]!r} for {wrong[0]}, expected another type; "
+                            f"see {flag_of(wrong[0])} in --help-all")
+    return settings
 
 
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
@@ -333,9 +371,22 @@ def evaluation_flags() -> list[str]:
     return ["--" + name.replace("_", "-") for name in vars(parser.parse_args([]))]
 
 
+# What --help shows; --help-all shows the rest as well.
+USUAL_TRAINING_FLAGS = (
+    "--data-dir", "--model", "--head", "--epochs", "--freeze-backbone", "--batch-size", "--learning-rate",
+    "--loss-type", "--cache-dir", "--output-dir", "--resume", "--config",
+)  # fmt: skip
+USUAL_EVALUATION_FLAGS = (
+    "--checkpoint", "--predictions", "--labels", "--tuning-predictions", "--tuning-labels", "--data-dir", "--apply",
+    "--example", "--objective", "--baseline", "--output-dir",
+)  # fmt: skip
+
+
 def training_parser(description: str) -> OneLineParser:
     """Of ctclip_training.py."""
-    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        ("--mode", *USUAL_TRAINING_FLAGS), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mode", choices=("quick_test", "full_train"), default=argparse.SUPPRESS,
                         help="quick_test: 3 epochs on 200 training and 50 validation phantoms; full_train (default): "
                         "as set below")
@@ -345,7 +396,7 @@ def training_parser(description: str) -> OneLineParser:
 
 def evaluation_parser() -> OneLineParser:
     """Of ctclip_evaluation.py."""
-    parser = OneLineParser(description="Evaluate predictions for CT-RATE's 18 abnormalities.")
+    parser = OneLineParser(USUAL_EVALUATION_FLAGS, description="Evaluate predictions for CT-RATE's 18 abnormalities.")
     source = parser.add_argument_group("what to evaluate (default: the newest run under results/)")
     source.add_argument("--checkpoint", metavar="RUN", help="run folder; its tables, thresholds' patients and log")
     source.add_argument("--predictions", metavar="CSV", help="VolumeName and 18 probabilities; needs --labels")
@@ -382,7 +433,8 @@ MODES = {
 
 def task_parser(description: str) -> OneLineParser:
     """Of run_task2.py."""
-    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usual = ("--mode", "--checkpoint", "--input", "--output", "--explain", *USUAL_TRAINING_FLAGS)
+    parser = OneLineParser(usual, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = "; ".join(f"{mode}: {what}" for mode, what in MODES.items())
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--mode", dest="task", choices=MODES, default="full", help=modes)
@@ -416,7 +468,7 @@ def task_flag_uses(task: str, plan: bool = False) -> dict[str, tuple[str, bool]]
     A flag that every mode looks at is not in it.
     """
     settings = (flag_of(item.name) for item in (*fields(TrainingConfig), *fields(Machine)))
-    training = (*settings, "--output-dir", "--resume", "--plan")
+    training = (*settings, "--output-dir", "--resume", "--plan", "--config")
     modes: dict[str, tuple[str, ...]] = dict.fromkeys(training, ("full", "train"))
     modes |= dict.fromkeys(evaluation_flags(), ("full", "evaluate"))
     predicting = ("--input", "--assume-hu", "--prompts", "--explain", "--map-thresholds", "--uncalibrated")

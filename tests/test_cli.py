@@ -1,5 +1,7 @@
 """How every command ends, how flags are read, and numbers as text: by hand."""
 
+import re
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from ctclip.cli import (
     refuse_unused,
     run_cli,
 )
+from ctclip.config import evaluation_parser, task_parser, training_parser
 from ctclip.errors import UserError
 from ctclip.formatting import plural, size_text
 from ctclip.inference.predictor import MachineError, choose_device, choose_workers
@@ -82,6 +85,19 @@ def test_given_flags_are_spelled_as_the_parser_spells_them():
     refuse_unused(args.given, {"--seed": ("a draw", True)})
     with pytest.raises(UserError, match="found --seed, which goes with a draw only"):
         refuse_unused(args.given, {"--seed": ("a draw", False)})
+
+
+@pytest.mark.parametrize("parser", [task_parser(""), training_parser(""), evaluation_parser()])
+def test_help_shows_the_usual_flags_and_help_all_every_one(parser, capsys):
+    flags = {flag for flag in parser._option_string_actions if flag.startswith("--")}
+    shown = {}
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args([option])
+        assert stop.value.code == 0
+        shown[option] = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.M))
+    assert shown["--help-all"] == flags
+    assert shown["--help"] == {*parser.usual, "--help", "--help-all"} < flags and len(shown["--help"]) < 20
 
 
 def test_sizes_and_counts_as_text():

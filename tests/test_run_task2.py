@@ -137,7 +137,7 @@ WRONG_USAGE = [
     (["--input", "scans"], "found --input, which goes with --mode predict only"),
     (["--mode", "evaluate", "--output-dir", "x"], "found --output-dir, which goes with --mode full or"),
     (["--mode", "predict", "--input", "x", "--epochs", "2"], "found --epochs, which goes with --mode full or"),
-    (["--mode", "evaluate", "--tensorboard"], "found --tensorboard, which goes with --mode full or --mode train only"),
+    (["--mode", "evaluate", "--report-to", "wandb"], "found --report-to, which goes with --mode full or --mode train"),
     (["--plan", "--objective", "f1"], "found --objective, which goes with an evaluation, not --plan, only"),
     (["--export", "onnx", "--workers=2"], "found --workers, which goes with --mode full or"),
     (["--mode", "train", "--resamples", "1000"], "found --resamples, which goes with --mode full or --mode evaluate"),

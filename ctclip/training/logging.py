@@ -1,4 +1,4 @@
-"""What a run writes and prints about itself: run.json, log.jsonl, TensorBoard events, the lines on the screen."""
+"""What a run writes and prints about itself: run.json, log.jsonl, the lines on the screen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import platform
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -105,23 +104,6 @@ def epoch_record(state: TrainingState, train_loss: float | None, validation: Val
         "best": validation.score > state.best.score,
         "seconds": seconds,
     }
-
-
-def open_tensorboard(run: Run, epoch: int) -> Any:
-    """A SummaryWriter on `<run>/tensorboard` when asked for, else None; a continued run goes on in the same curves."""
-    if not run.machine.tensorboard or not run.ranks.is_main:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run.folder / "tensorboard"), purge_step=epoch + 1)
-
-
-def write_scalars(writer: Any, record: dict) -> None:
-    if writer is not None:
-        for key, value in record.items():
-            if isinstance(value, (int, float)) and key != "epoch":
-                writer.add_scalar(key, value, record["epoch"])
-        writer.flush()
 
 
 # ------------------------------------------------------------------ the screen

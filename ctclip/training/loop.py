@@ -20,6 +20,7 @@ from ctclip.training.checkpoint import BestEpoch, Progress, TrainingState, save_
 from ctclip.training.optimization import swapped_in
 from ctclip.training.run import TrainingJob, claimed_folder, prepare
 from ctclip.training.steps import StepResult, Validation
+from ctclip.training.tracking import open_tracker
 
 VALIDATION_CHUNK = 128  # volumes that a rank predicts between two moments at which the state can be saved
 BAD_STEPS = 3  # steps in a row that are not finite, after which a run ends
@@ -51,7 +52,7 @@ def train_epochs(job: TrainingJob, start: float) -> Path:
     logging.write_run_file(job, "running")
     if state.history:
         logging.write_history(run, state.history)  # the last line may be missing, after a kill between state and log
-    writer = logging.open_tensorboard(run, state.progress.epoch)
+    tracker = open_tracker(run, state.progress.epoch)
     with run.stop:
         while state.progress.epoch < config.epochs and not state.progress.stopped:
             state.epoch_start = time.perf_counter() - state.progress.seconds
@@ -71,7 +72,8 @@ def train_epochs(job: TrainingJob, start: float) -> Path:
             validation = validate(job, state)
             record = logging.epoch_record(state, train_loss, validation, time.perf_counter() - state.epoch_start)
             run.log(logging.epoch_line(record, config.epochs))
-            logging.write_scalars(writer, record)
+            if tracker is not None:
+                tracker.log(record)
             state.history.append(record)
 
             # 3. Keep the best weights; stop early when validation gets worse.
@@ -104,8 +106,8 @@ def train_epochs(job: TrainingJob, start: float) -> Path:
     logging.write_run_file(job, state.progress.stopped or "finished")
     logging.write_curves(job, state.history)
     logging.print_summary(job, state, time.perf_counter() - start)
-    if writer is not None:
-        writer.close()
+    if tracker is not None:
+        tracker.close()
     run.ranks.destroy()
     return run.folder
 

@@ -314,6 +314,8 @@ def run_from_flags(args: argparse.Namespace) -> tuple[TrainingConfig, Path | Non
 def _earlier_run(args: argparse.Namespace) -> tuple[TrainingConfig, Path]:
     if args.output_dir:
         raise TrainingError("--resume goes on in the run's own folder, found --output-dir too; leave it out")
+    if args.config:
+        raise TrainingError("--resume goes on with the run's own settings, found --config too; leave one of them out")
     folder = newest_run() if args.resume == "" else Path(args.resume)
     if not (folder / "run.json").is_file():
         raise TrainingError(f"--resume: no run.json in {folder}; expected the folder of an earlier run")

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from ctclip.config import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfi
 from ctclip.data.cohort import Volume, load_cohort, split_by_patient
 from ctclip.data.loading import micro_batch_size
 from ctclip.evaluation import figures
-from ctclip.evaluation.run_folder import own_files, run_calibration
+from ctclip.evaluation.run_folder import own_files, run_calibration, run_record
 from ctclip.evaluation.tables import load_labels, load_predictions
 from ctclip.inference import predictor
 from ctclip.phantoms.cohort import plan_split
@@ -619,8 +620,8 @@ def test_tensorboard_has_one_value_per_epoch_also_after_an_interruption(config, 
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save_checkpoint", killed)
-        assert main([*flags, "--freeze-epochs", "3", "--tensorboard", "--output-dir", str(folder)]) == 130
-    assert main(["--resume", str(folder), "--tensorboard"]) == 0
+        assert main([*flags, "--freeze-epochs", "3", "--report-to", "tensorboard", "--output-dir", str(folder)]) == 130
+    assert main(["--resume", str(folder), "--report-to", "tensorboard"]) == 0
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
@@ -630,11 +631,64 @@ def test_tensorboard_has_one_value_per_epoch_also_after_an_interruption(config, 
     assert [value.value for value in values] == pytest.approx(expected, abs=1e-6)
 
 
-def test_tensorboard_without_the_package_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert main([*flags, "--tensorboard", "--output-dir", str(tmp_path / "run")]) == 2
+@pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_tracker_without_its_package_is_one_line_and_exit_code_2(name, module, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main([*flags, "--report-to", name, "--output-dir", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
-    assert one_line(err) and "pip install tensorboard" in err
+    assert one_line(err) and f"pip install {name}" in err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_a_tracker_is_given_the_settings_and_each_epoch(name, flags, tmp_path, monkeypatch):
+    """By the calls that both packages document: init, log with a step, finish."""
+    calls = []
+    module = types.ModuleType(name)
+    module.init = lambda **options: calls.append(("init", options))
+    module.log = lambda values, step: calls.append(("log", step, values))
+    module.finish = lambda: calls.append(("finish",))
+    monkeypatch.setitem(sys.modules, name, module)
+    folder = tmp_path / "first"
+    assert main([*flags, "--epochs", "2", "--report-to", name, "--output-dir", str(folder)]) == 0
+    (_, options), one, two, end = calls
+    assert options["name"] == "first" and options["resume"] == "allow" and options["config"]["epochs"] == 2
+    assert (one[:2], two[:2], end) == (("log", 1), ("log", 2), ("finish",))
+    assert two[2]["tuning_auroc_macro"] == history(folder)[1]["tuning_auroc_macro"] and "stage" not in two[2]
+
+
+def test_settings_of_an_earlier_run_are_taken_and_flags_win(flags, config, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main([*flags, "--epochs", "2", "--alpha", "0.4", "--output-dir", str(first)]) == 0
+    stored = run_record(first)["config"]
+    for source in (first, first / "run.json", first / "config.json"):  # the folder, its record, the model's file
+        assert config_module.read_settings(source) == stored
+    assert main(["--config", str(first), "--epochs", "1", "--output-dir", str(second)]) == 0
+    assert run_record(second)["config"] == stored | {"epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("epochs: 8", "found no JSON"),
+        ("[8]", "found no settings"),
+        ('{"epoch": 8}', "found 'epoch', expected settings"),
+        ('{"epochs": "8"}', "found '8' for epochs, expected another type; see --epochs"),
+        ('{"epochs": 0}', "--epochs is 0, expected at least 1"),
+        (None, "No such file"),
+    ],
+)
+def test_settings_that_are_none_are_one_line(text, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path("mine.json").write_text(text)
+    assert main(["--config", "mine.json"]) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and line in err and not Path("results").exists()
+
+
+def test_a_resumed_run_takes_no_other_settings(tmp_path, capsys):
+    assert main(["--resume", str(tmp_path), "--config", str(tmp_path)]) == 2
+    assert "found --config too" in capsys.readouterr().err
 
 
 def actions() -> dict[str, object]:
@@ -658,9 +712,10 @@ def test_every_setting_has_a_flag_that_shows_its_default():
 
 ALWAYS = {  # flags that every run looks at
     "--mode", "--output-dir", "--resume", "--plan", "--device", "--workers", "--micro-batch", "--save-minutes",
-    "--tensorboard", "--data-dir", "--limit", "--tuning-fraction", "--augment", "--model", "--dropout", "--epochs",
+    "--report-to", "--config", "--data-dir", "--limit", "--tuning-fraction", "--augment", "--model", "--dropout",
+    "--epochs",
     "--freeze-backbone", "--batch-size", "--learning-rate", "--weight-decay", "--warmup-fraction", "--clip-norm",
-    "--ema-decay", "--loss-type", "--class-weights", "--seed", "--help", "--version",
+    "--ema-decay", "--loss-type", "--class-weights", "--seed", "--help", "--help-all", "--version",
 }  # fmt: skip
 
 
