@@ -108,52 +108,14 @@ def evaluate_tables(
         )
     ids = _stated_ids(inputs, of, metadata)
     rows = tables.rows_of(predictions, labels, volumes, settings.unit, skipped, ids)
-    y, p = rows.labels, rows.probabilities
     fitted = fit_thresholds(rows, inputs.tuning, settings)
-    stored = fitted.calibration
     resamples = bootstrap.draw(rows.patients, settings.resamples, settings.seed)
     if rows.n_patients < bootstrap.MIN_CASES:  # no intervals: they would be far too short
         resamples = replace(resamples, counts=resamples.counts[:1])
     scores = score_decisions(rows, fitted, resamples)
-    sweep = measure.threshold_sweep(y, p, TABLE_THRESHOLDS)
-    calibration, calibration_intervals, brier_intervals = _calibration(rows, fitted, resamples)
-    per_label = measure.per_label_metrics(y, p, fitted.thresholds)
-    label_intervals, half = bootstrap.label_intervals(scores["tuned"].columns), scores["at_0.5"].columns
-    half_intervals = bootstrap.label_intervals(half)
-    for j, name in enumerate(ABNORMALITIES):  # what depends on thresholds is repeated at 0.5
-        per_label[name]["at_0.5"] = measure.plain({key: column[:, j] for key, column in half.items()})
-        label_intervals[name] |= {**brier_intervals[name], "at_0.5": half_intervals[name]}
     metrics = {
-        **{name: score.summary for name, score in scores.items()},
-        "calibration": calibration,
-        "per_label": per_label,
-        "thresholds": {  # for new patients, on the uncalibrated and on the calibrated scale
-            "global": stored.global_threshold,
-            "per_label": dict(zip(ABNORMALITIES, stored.thresholds.tolist(), strict=True)),
-            "per_label_calibrated": dict(zip(ABNORMALITIES, stored.calibrated_thresholds.tolist(), strict=True)),
-            "objective": stored.objective,
-            "fitted_on": fitted.fitted_on,
-            "n_rows": stored.n_rows,
-            "n_volumes": fitted.n_volumes,
-            "n_patients": stored.n_patients,
-            "took_global": fitted.used_global_threshold,
-        },
-        "optimism": _optimism(rows, scores, settings),
-        "undefined_auroc": measure.undefined_labels(y),
-        "unit": {"name": rows.unit, "how": UNITS[rows.unit], "conflicting_labels": rows.conflicts},
-        "n_rows": len(rows),
-        "n_volumes": rows.n_volumes,
-        "n_patients": rows.n_patients,
+        **_measured(rows, fitted, scores, resamples, settings),
         "volumes_without_patient": without_patient(volumes, ids),
-        "left_out": rows.skipped | fitted.skipped,
-        "probabilities": {name: float(getattr(p, name)()) for name in ("min", "max", "mean")},
-        "threshold_table": [{"threshold": float(threshold)} | {key: float(sweep[key][i, 0]) for key in TABLE_METRICS}
-                            for i, threshold in enumerate(TABLE_THRESHOLDS)],
-        "intervals": {
-            **{name: bootstrap.intervals(score.values) for name, score in scores.items()},
-            "calibration": calibration_intervals,
-            "per_label": label_intervals,
-        },
         "subgroups": None,
         "baseline": None,
         "phantom": inputs.phantom,
@@ -166,7 +128,8 @@ def evaluate_tables(
         metrics["unused_columns"] = unused
     if metadata is not None:
         groups = subgroups.row_attributes(rows, volumes, metadata)
-        metrics["subgroups"] = subgroups.subgroup_metrics(rows, p >= fitted.thresholds, groups, resamples)
+        decisions = rows.probabilities >= fitted.thresholds
+        metrics["subgroups"] = subgroups.subgroup_metrics(rows, decisions, groups, resamples)
     if baseline is not None:
         others = tables.rows_of(of["baseline"].frame, labels, volumes, settings.unit, ids=ids)
         if inputs.tuning is not None:  # the baseline has none, so both are cross-fitted
@@ -175,6 +138,65 @@ def evaluate_tables(
         metrics["baseline"] = {"source": baseline.source} | _comparison(scores, theirs)
     metrics["success_criteria"] = success_criteria(metrics)
     return Evaluation(metrics, rows, fitted, inputs)
+
+
+def _measured(
+    rows: Rows, fitted: FittedThresholds, scores: Mapping[str, Scores], resamples: measure.Resamples,
+    settings: Settings,
+) -> dict[str, Any]:
+    """What metrics.json says of the rows themselves, whatever they are compared with."""
+    y, p = rows.labels, rows.probabilities
+    sweep = measure.threshold_sweep(y, p, TABLE_THRESHOLDS)
+    calibration, calibration_intervals, brier_intervals = _calibration(rows, fitted, resamples)
+    per_label, label_intervals = _per_label(rows, fitted, scores)
+    return {
+        **{name: score.summary for name, score in scores.items()},
+        "calibration": calibration,
+        "per_label": per_label,
+        "thresholds": _thresholds(fitted),
+        "optimism": _optimism(rows, scores, settings),
+        "undefined_auroc": measure.undefined_labels(y),
+        "unit": {"name": rows.unit, "how": UNITS[rows.unit], "conflicting_labels": rows.conflicts},
+        "n_rows": len(rows),
+        "n_volumes": rows.n_volumes,
+        "n_patients": rows.n_patients,
+        "left_out": rows.skipped | fitted.skipped,
+        "probabilities": {name: float(getattr(p, name)()) for name in ("min", "max", "mean")},
+        "threshold_table": [{"threshold": float(threshold)} | {key: float(sweep[key][i, 0]) for key in TABLE_METRICS}
+                            for i, threshold in enumerate(TABLE_THRESHOLDS)],
+        "intervals": {
+            **{name: bootstrap.intervals(score.values) for name, score in scores.items()},
+            "calibration": calibration_intervals,
+            "per_label": {name: intervals | brier_intervals[name] for name, intervals in label_intervals.items()},
+        },
+    }
+
+
+def _per_label(rows: Rows, fitted: FittedThresholds, scores: Mapping[str, Scores]) -> tuple[dict, dict]:
+    """({label: its metrics}, {label: their intervals}); what depends on thresholds is repeated at 0.5."""
+    half = scores["at_0.5"].columns
+    metrics = measure.per_label_metrics(rows.labels, rows.probabilities, fitted.thresholds)
+    intervals, half_intervals = (bootstrap.label_intervals(scores[name].columns) for name in ("tuned", "at_0.5"))
+    for j, name in enumerate(ABNORMALITIES):
+        metrics[name]["at_0.5"] = measure.plain({key: column[:, j] for key, column in half.items()})
+        intervals[name]["at_0.5"] = half_intervals[name]
+    return metrics, intervals
+
+
+def _thresholds(fitted: FittedThresholds) -> dict[str, Any]:
+    """Those for new patients, on the uncalibrated and on the calibrated scale."""
+    stored = fitted.calibration
+    return {
+        "global": stored.global_threshold,
+        "per_label": dict(zip(ABNORMALITIES, stored.thresholds.tolist(), strict=True)),
+        "per_label_calibrated": dict(zip(ABNORMALITIES, stored.calibrated_thresholds.tolist(), strict=True)),
+        "objective": stored.objective,
+        "fitted_on": fitted.fitted_on,
+        "n_rows": stored.n_rows,
+        "n_volumes": fitted.n_volumes,
+        "n_patients": stored.n_patients,
+        "took_global": fitted.used_global_threshold,
+    }
 
 
 def _stated_ids(
