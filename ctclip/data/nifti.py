@@ -11,7 +11,7 @@ from ctclip.data.inflate import GzipFile
 from ctclip.data.volume_file import CONVERT, RECOPY, Header, StreamFile, shortest_decimal, three_axes
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
-UNITS = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI code (0: not stated) -> mm
+MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI code (0: not stated) -> mm
 # NIfTI code -> stored type
 NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8"}
 
@@ -54,14 +54,14 @@ class NiftiFile(StreamFile):
         elif not isfinite(intercept):
             raise self.error(f"slope {slope:g} beside intercept {intercept:g}", "two numbers", "correct the header")
         unit = int(header["xyzt_units"]) & 7
-        if unit not in UNITS:
+        if unit not in MM_PER_UNIT:
             raise self.error(f"spacing in unit {unit}", "metres, millimetres or micrometres", "correct the header")
         affine = _nifti_affine(header)
         if affine is not None:
-            affine[:3] *= UNITS[unit]
+            affine[:3] *= MM_PER_UNIT[unit]
         # Where the sform gives the axes, the sign of a spacing says nothing.
         signs = 1 if header["sform_code"] == 0 else np.sign(header["pixdim"][1:4])
-        spacing = tuple(shortest_decimal(p * UNITS[unit]) for p in header["pixdim"][1:4] * signs)
+        spacing = tuple(shortest_decimal(p * MM_PER_UNIT[unit]) for p in header["pixdim"][1:4] * signs)
         self.header = Header(shape, dtype, slope, intercept, spacing, affine)
         self.check_size(self.header, int(offset))
         self.skip(int(offset) - kind.sizeof_hdr)  # extensions, at least four bytes

@@ -18,7 +18,7 @@ from ctclip.errors import UserError
 from ctclip_model import ABNORMALITIES, N_LABELS
 
 ECE_BINS = 10
-CHUNK = 2**18  # numbers of a (B, rows) array that are worked on at a time: 2 MB, which stay in the processor's cache
+RANKING_CHUNK = 2**18  # numbers of a (B, rows) array worked on at a time: 2 MB, which stay in the processor's cache
 
 
 class EvaluationError(UserError):
@@ -246,7 +246,7 @@ def auroc_and_ap(labels: np.ndarray, scores: np.ndarray, resamples: Resamples) -
     ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # last row of each run of ties
     tied = len(ends) < len(scores)
     auroc, average_precision = np.full((2, len(resamples.counts)), np.nan)
-    step = max(1, CHUNK // len(scores))
+    step = max(1, RANKING_CHUNK // len(scores))
     # the first alone: a table's own average precision is then summed in one order, resampled or not
     for rows in (slice(1), *(slice(start, start + step) for start in range(1, len(auroc), step))):
         drawn = resamples.counts[rows][:, group]

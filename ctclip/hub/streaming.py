@@ -184,10 +184,10 @@ def plan_disk(options: StreamOptions, cache: FeatureCache, transfers: Sequence[T
 # ---- download, read, encode
 
 
-Reading: TypeAlias = "tuple[torch.Tensor, HuDecision] | str | None"
+ReadResult: TypeAlias = "tuple[torch.Tensor, HuDecision] | str | None"
 
 
-def read(transfer: Transfer, shape: tuple[int, int, int]) -> Reading:
+def read(transfer: Transfer, shape: tuple[int, int, int]) -> ReadResult:
     """Its tensor and how it was read; why the volume cannot be read; None where the transfer failed, or the disk."""
     if transfer.error is not None:
         return None
@@ -204,7 +204,7 @@ def read(transfer: Transfer, shape: tuple[int, int, int]) -> Reading:
 
 def prefetch(
     downloader: Downloader, shape: tuple[int, int, int], tick: Callable[[], None]
-) -> Iterator[tuple[Transfer, Reading]]:
+) -> Iterator[tuple[Transfer, ReadResult]]:
     """Transfers as they end, read by a thread that prefetches one. `tick` is called every now and then while there is
     none."""
     ready: queue.Queue = queue.Queue(maxsize=1)

@@ -33,7 +33,7 @@ from ctclip_model import (
 )
 
 VALUES = 18  # numbers shown: the logits, or as many of the latent's
-TOLERANCE = 0.02  # of a number of about 1: processors differ in rounding, and a code that is nearly a tie may flip
+VALUE_TOLERANCE = 0.02  # of a number of about 1: processors differ in rounding, and a code nearly a tie may flip
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Fingerprint:
         if len(self.values) != len(kept.values):
             return "a record of another number of values"
         most = max(abs(a - b) for a, b in zip(self.values, kept.values, strict=True))
-        if not most <= TOLERANCE:  # NaN too
+        if not most <= VALUE_TOLERANCE:  # NaN too
             return f"the same tensors give numbers up to {most:.3f} off those computed on {kept.where}"
         return None
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ctclip.config import PREDICTIONS
 from ctclip.evaluation.run_folder import check_names, list_names, newest_run
-from ctclip.inference.onnx_export import describe, export_run
+from ctclip.inference.onnx_export import export_lines, export_run
 from ctclip.inference.predictions import (
     PartialTable,
     Predictions,
@@ -50,7 +50,7 @@ def predict_command(args: argparse.Namespace) -> None:
         write_predictions(output, predictions, checkpoint)
         if not args.output:
             list_names(output.parent, output.name)
-    print_summary(predictions, output, checkpoint)
+    print_predictions(predictions, output, checkpoint)
 
 
 def print_warning(note: str) -> None:
@@ -58,7 +58,7 @@ def print_warning(note: str) -> None:
     tqdm.write(f"warning: {note}", file=sys.stderr)
 
 
-def print_summary(predictions: Predictions, output: Path, checkpoint: Path) -> None:
+def print_predictions(predictions: Predictions, output: Path, checkpoint: Path) -> None:
     """What was written; raises PredictionError where scans could not be read."""
     json, failures = output.suffix == ".json", predictions.failures
     rows = len(predictions.scans) if json else len(predictions.table)
@@ -84,4 +84,4 @@ def export_command(args: argparse.Namespace) -> None:
         check_names(default.parent, default.name)
         list_names(default.parent, default.name)
     export = export_run(checkpoint, args.output or default, args.device)
-    print("\n".join(describe(export, checkpoint)))
+    print("\n".join(export_lines(export, checkpoint)))

@@ -40,7 +40,7 @@ from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 
 NEEDED = ("onnx", "onnxscript")
 OLDEST_TORCH = (2, 8)  # the first whose exporter takes these models; all else runs with requirements.txt's
-TOLERANCE = 1e-3  # of a logit: a thousandth moves no probability by more than 0.00025
+LOGIT_TOLERANCE = 1e-3  # of a logit: a thousandth moves no probability by more than 0.00025
 TIE = 1e-4  # cosines nearer than this may be told apart either way: what float32 in another order amounts to
 OPSET = 18
 
@@ -52,7 +52,8 @@ class ExportError(UserError):
 @dataclass(frozen=True)
 class Parity:
     """The file against the model. `difference`: the largest of a logit; `same_codes`: share of equal code ids, None for
-    a slice variant; `flips`: codes that differ, every one a near tie, which explains a difference above TOLERANCE."""
+    a slice variant; `flips`: codes that differ, every one a near tie, which explains a difference above
+    LOGIT_TOLERANCE."""
 
     volumes: int
     difference: float
@@ -105,8 +106,8 @@ def export_onnx(model: CTCLIPMultiAbnormalityModel, path: str | Path, calibratio
     `calibration`: of the run, for the metadata; the graph's logits are the model's own, not calibrated.
 
     Raises ExportError: `path` does not end in .onnx, a package is missing or too old, the exporter fails, or the file's
-    logits differ from the model's by more than TOLERANCE while no flip between nearly equal codes explains it. Then no
-    file is left.
+    logits differ from the model's by more than LOGIT_TOLERANCE while no flip between nearly equal codes explains it.
+    Then no file is left.
     """
     path, started = Path(path), time.perf_counter()
     check_onnx_path(path)
@@ -147,7 +148,7 @@ def export_run(checkpoint: str | Path, output: str | Path, device: str | None = 
     return export_onnx(model, output, run_calibration(checkpoint) if checkpoint.is_dir() else None)
 
 
-def describe(export: Export, checkpoint: str | Path) -> list[str]:
+def export_lines(export: Export, checkpoint: str | Path) -> list[str]:
     """Lines to print."""
     size, shape = size_text(export.path.stat().st_size), ", ".join(map(str, export.input_shape))
     too = ", thresholds and calibration too" if export.calibrated else ""
@@ -279,11 +280,11 @@ def _compare(graph: _Graph, path: Path) -> Parity | None:
         flipped = int((answer["code_ids"] != own["code_ids"]).sum()) if "code_ids" in own else 0
         codes += own["code_ids"].numel() if "code_ids" in own else 0
         largest, flips = max(largest, difference), flips + flipped
-        if difference > TOLERANCE and not (flipped and _explained(model, own, answer)):
+        if difference > LOGIT_TOLERANCE and not (flipped and _explained(model, own, answer)):
             unexplained = f" ({flipped} code ids differ, which does not explain it)" if flipped else ""
             raise ExportError(
                 f"the exported file's logits differ from the model's by {difference:.2g}, expected at most "
-                f"{TOLERANCE:g}{unexplained}; no file was kept: export with the torch and onnx versions in "
+                f"{LOGIT_TOLERANCE:g}{unexplained}; no file was kept: export with the torch and onnx versions in "
                 "requirements.txt"
             )
     count = sum(map(len, volumes))
@@ -317,4 +318,4 @@ def _explained(model: CTCLIPMultiAbnormalityModel, own: dict[str, Tensor], answe
     if float((ours - theirs).abs().max()) > TIE:
         return False
     logits = model.head(model.features_from_cache(answer["code_ids"].to(device))).cpu()
-    return float((logits - answer["logits"]).abs().max()) <= TOLERANCE
+    return float((logits - answer["logits"]).abs().max()) <= LOGIT_TOLERANCE

@@ -64,7 +64,7 @@ def print_estimate(config: TrainingConfig, folder: Path | None, machine: Machine
         ranks.barrier()
 
 
-class Reading(NamedTuple):
+class ReadingCost(NamedTuple):
     """Seconds to read a volume, from how many, how many more could not be read, and one of them."""
 
     seconds: float
@@ -85,7 +85,7 @@ class Cost(NamedTuple):
 class Plan:
     """What a run will do and the machine that it has; once measured, what its stages cost. Uses the job up."""
 
-    reading: Reading | None = None  # None: the volumes were streamed and have no file
+    reading: ReadingCost | None = None  # None: the volumes were streamed and have no file
     encoder = Cost(0.0, 0.0)  # of one volume, in float32
     latents = frozen_epoch = unfrozen_epoch = 0.0  # seconds; the first once, from cached codes
     micro_batch = 0
@@ -184,7 +184,7 @@ class Plan:
                 "elsewhere"
             )
 
-    def measure_reading(self) -> Reading | None:
+    def measure_reading(self) -> ReadingCost | None:
         """Reads training volumes as the run will. Others each time: what was read before may come from memory.
 
         Where training volumes were streamed, what may have to be read is among the validation volumes; where all were,
@@ -213,7 +213,7 @@ class Plan:
                 f"{self.job.data_dir}: found {len(chosen)} of {len(chosen)} training volumes unreadable "
                 f"({reasons[0]}), expected CT volumes; copy or download them again"
             )
-        return Reading(sum(times) / len(times), len(times), len(reasons), *example)
+        return ReadingCost(sum(times) / len(times), len(times), len(reasons), *example)
 
     def measure_frozen_stage(self) -> None:
         """Steps of the head on random features, for training volumes and, as an upper bound, for validation volumes."""

@@ -23,7 +23,7 @@ from ctclip.memory import out_of_memory
 from ctclip.training.run import SPLIT_NAMES, Run, Split, TrainingJob
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 
-CHUNK = 64  # volumes whose cached features are in memory at once
+CACHED_CHUNK = 64  # volumes whose cached features are in memory at once
 CACHED_MICRO_BATCH = 32  # times as many volumes: cached features take less than this fraction of an encoder's memory
 
 # ------------------------------------------------------------------ the data, which may change on the disk meanwhile
@@ -75,7 +75,7 @@ def load_features(job: TrainingJob) -> None:
             raise TrainingError(f"none of the {which} could be read; see the lines above")
         run.readings |= dict(zip(split.names, cache.readings(split.rows), strict=True))
         if model.cache_format == "pooled" or (model.is_ctclip and model.head_name != "attention"):
-            inputs = (frozen_inputs(run, model, split, chunk) for chunk in chunks(range(len(split.rows)), CHUNK))
+            inputs = (frozen_inputs(run, model, split, chunk) for chunk in chunks(range(len(split.rows)), CACHED_CHUNK))
             split.features = torch.cat([chunk.cpu() for chunk in inputs])
     run.exchange_records()
 
@@ -215,7 +215,7 @@ def predict_validation(job: TrainingJob, indices: list[int]) -> dict[int, Tensor
 
     read, logits = mine, torch.zeros(0, len(ABNORMALITIES))
     if mine and split.rows is not None:
-        inputs = (frozen_inputs(run, model, split, chunk) for chunk in chunks(mine, CHUNK))
+        inputs = (frozen_inputs(run, model, split, chunk) for chunk in chunks(mine, CACHED_CHUNK))
         logits = torch.cat([model.head(chunk).float().cpu() for chunk in inputs])
     while mine and split.rows is None:
         try:

@@ -19,7 +19,7 @@ from torch import nn
 from ctclip.data.geometry import FIELD_OF_VIEW_MM
 from ctclip.evaluation.calibration import fit_calibration
 from ctclip.inference import onnx_export
-from ctclip.inference.onnx_export import ExportError, check_volumes, describe, export_onnx, export_run
+from ctclip.inference.onnx_export import ExportError, check_volumes, export_lines, export_onnx, export_run
 from ctclip.phantoms.reference import fixed_phantom
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, asdict
 
@@ -172,8 +172,8 @@ def test_a_run_is_exported_with_its_thresholds_and_without_noise(onnx_is_here, t
     calibration().save(folder / "calibration.json")
     output = tmp_path / "out" / "model.onnx"
     program = (
-        "import sys; from ctclip.inference.onnx_export import describe, export_run\n"
-        "print('\\n'.join(describe(export_run(*sys.argv[1:]), sys.argv[1])))"
+        "import sys; from ctclip.inference.onnx_export import export_lines, export_run\n"
+        "print('\\n'.join(export_lines(export_run(*sys.argv[1:]), sys.argv[1])))"
     )
     done = subprocess.run([sys.executable, "-c", program, str(folder), str(output)], cwd=SUITE, capture_output=True,
                           text=True, timeout=120)
@@ -208,7 +208,7 @@ def test_an_older_torch_is_named(tmp_path, monkeypatch):
 def test_without_onnxruntime_it_says_that_nothing_was_checked(onnx_is_here, tmp_path, monkeypatch):
     without(monkeypatch, "onnxruntime")
     ctclip().save_pretrained(tmp_path / "run")
-    lines = describe(export_run(tmp_path / "run", tmp_path / "model.onnx"), "run")
+    lines = export_lines(export_run(tmp_path / "run", tmp_path / "model.onnx"), "run")
     assert "not checked against the model: onnxruntime is not installed" in lines[-1]
     assert "not calibrated" in lines[-2] and (tmp_path / "model.onnx").stat().st_size > 100_000
 

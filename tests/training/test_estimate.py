@@ -14,7 +14,7 @@ from helpers_training import one_line
 from ctclip.data import loading
 from ctclip.data.volume_file import VolumeError
 from ctclip.training import estimate
-from ctclip.training.estimate import HEADROOM, Cost, Plan, Reading, duration
+from ctclip.training.estimate import HEADROOM, Cost, Plan, ReadingCost, duration
 from ctclip.training.loop import TrainingConfig, train
 from ctclip_training import main
 
@@ -262,7 +262,7 @@ def test_seconds_per_volume():
     def pace(device: str, workers: int, seconds: float) -> float:
         plan = Plan.__new__(Plan)
         plan.workers, plan.device, plan.cpus = workers, torch.device(device), 4.0
-        plan.reading = Reading(seconds, 1, 0, "", torch.empty(0), torch.empty(0))
+        plan.reading = ReadingCost(seconds, 1, 0, "", torch.empty(0), torch.empty(0))
         return plan.seconds_per_volume(Cost(3.0, 0))
 
     assert pace("cpu", 0, 2.0) == pace("cuda", 0, 2.0) == 5.0
