@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from ctclip.config import TrainingError
 from ctclip.training.run import Run
 
 PROJECT = "ctclip-task2"  # under which trackio and wandb list the runs
@@ -42,5 +43,9 @@ def open_tracker(run: Run, epoch: int) -> Tracker | None:
         return Tracker(log, writer.close)
     module = importlib.import_module(name)  # trackio has wandb's functions
     place = {"dir": str(run.folder), "id": run.folder.name} if name == "wandb" else {}
-    module.init(project=PROJECT, name=run.folder.name, config=asdict(run.config), resume="allow", **place)
+    try:
+        module.init(project=PROJECT, name=run.folder.name, config=asdict(run.config), resume="allow", **place)
+    except Exception as error:  # no login, no network: each has a class of its own
+        raise TrainingError(f"--report-to {name} could not start: {error}; mend it and add --resume {run.folder}, or "
+                            "leave --report-to out") from error
     return Tracker(lambda values, step: module.log(values, step=step), module.finish)

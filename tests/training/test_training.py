@@ -16,6 +16,7 @@ import sys
 import types
 from dataclasses import fields, replace
 from pathlib import Path
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -654,6 +655,17 @@ def test_a_tracker_is_given_the_settings_and_each_epoch(name, flags, tmp_path, m
     assert options["name"] == "first" and options["resume"] == "allow" and options["config"]["epochs"] == 2
     assert (one[:2], two[:2], end) == (("log", 1), ("log", 2), ("finish",))
     assert two[2]["tuning_auroc_macro"] == history(folder)[1]["tuning_auroc_macro"] and "stage" not in two[2]
+
+
+def test_a_tracker_that_does_not_start_is_one_line_and_the_run_goes_on_without(flags, tmp_path, monkeypatch, capsys):
+    module = types.ModuleType("wandb")
+    module.init = mock.Mock(side_effect=ConnectionError("No API key configured"))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    folder = tmp_path / "run"
+    assert main([*flags, "--epochs", "1", "--report-to", "wandb", "--output-dir", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and "No API key configured" in err and f"--resume {folder}" in err
+    assert main(["--resume", str(folder)]) == 0 and len(history(folder)) == 1
 
 
 def test_settings_of_an_earlier_run_are_taken_and_flags_win(flags, config, tmp_path):
