@@ -6,6 +6,7 @@ import argparse
 import errno
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -15,7 +16,8 @@ from urllib.parse import urlsplit
 
 from ctclip import __version__
 from ctclip.errors import UserError
-from ctclip.fileio import DISK_FULL
+from ctclip.fileio import DISK_FULL, naming
+from ctclip.formatting import parse_number
 from ctclip.memory import out_of_gpu_memory, out_of_memory, reader_lost
 
 OUT_OF_MEMORY = "out of memory; end other programs, or use a machine that has more"
@@ -29,7 +31,8 @@ INTERRUPTED = "the same command starts again; every file is whole, old or new"
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Wrong usage is one line and exit code 2; flags may be spelled with underscores, and are never guessed.
+    """Wrong usage is one line and exit code 2; flags may be spelled with underscores, and are never guessed. A flag
+    without a value is not taken for one that is not given; `type=int` and `type=float` take decimal numbers only.
 
     The namespace has `given`: the flags on the command line, as the parser spells them.
 
@@ -41,6 +44,8 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, usual: Collection[str] = (), **options: Any):
         super().__init__(allow_abbrev=False, **options)
         self.usual = usual
+        self.register("type", int, whole_number)
+        self.register("type", float, finite_number)
         self.add_argument("--version", action="version", version=f"ctclip {__version__}")
         if usual:
             self.usage = "%(prog)s [flags]"
@@ -76,6 +81,11 @@ class OneLineParser(argparse.ArgumentParser):
         for arg in sys.argv[1:] if args is None else args:  # --output_dir=x_y -> --output-dir=x_y: values stay
             flag, equals, value = arg.partition("=")
             spelled.append(flag.replace("_", "-") + equals + value if arg.startswith("--") else arg)
+        for before, arg in zip(["", *spelled], spelled, strict=False):
+            flag, equals, value = arg.partition("=") if arg.startswith("--") else (before, "=", arg)
+            if equals and not value.strip():
+                found = f"{flag} without a value" if flag.startswith("--") else "an empty argument"
+                self.error(f"found {found} (an unset shell variable?), expected one; set it, or leave it out")
         parsed = super().parse_args(spelled, namespace)
         flags = [arg.partition("=")[0] for arg in spelled if arg.startswith("--")]
         if flags.count("--input") > 1:  # of other flags the last one counts, as wrappers of commands rely on
@@ -88,6 +98,20 @@ class _HelpAll(argparse.Action):
     def __call__(self, parser: Any, *_: Any) -> None:
         parser._print_message(parser.format_all(), sys.stdout)
         parser.exit()
+
+
+def whole_number(text: str) -> int:
+    """int() for what people write; it also takes 1_0 and digits of other scripts."""
+    if re.fullmatch(r"[+-]?[0-9]{1,30}", text.strip()):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, such as 10")
+
+
+def finite_number(text: str) -> float:
+    try:
+        return parse_number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a finite number, such as 0.5") from None
 
 
 def refuse_unused(given: Sequence[str], uses: Mapping[str, tuple[str, bool]]) -> None:
@@ -124,11 +148,11 @@ def flushed() -> bool:
                 poll.register(stream.fileno(), 0)
                 if any(event & select.POLLERR for _, event in poll.poll(0)):
                     raise BrokenPipeError
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # the interpreter flushes once more
-            read = False
-        except (AttributeError, ValueError, OSError):  # none (pythonw), closed, or a full disk, which was said
+        except (AttributeError, ValueError):  # none (pythonw), closed, or in memory
             pass
+        except OSError as error:  # no reader, or a full disk, which was said
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # the interpreter flushes once more
+            read = read and not isinstance(error, BrokenPipeError)
     return read
 
 
@@ -157,6 +181,9 @@ def run_cli(action: Callable[[], int | None], interrupted: str = INTERRUPTED) ->
     try:
         check_endpoint()
         code = action() or 0
+        if sys.stdout:
+            with naming("standard output"):
+                sys.stdout.flush()
     except KeyboardInterrupt as error:
         code = getattr(error, "exit_code", 128 + signal.SIGINT)
         line = f"\n{rank}Interrupted: {str(error) or interrupted}"

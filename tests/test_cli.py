@@ -1,6 +1,8 @@
 """How every command ends, how flags are read, and numbers as text: by hand."""
 
+import os
 import re
+import sys
 
 import pytest
 import torch
@@ -14,12 +16,13 @@ from ctclip.cli import (
     refuse_unused,
     run_cli,
 )
-from ctclip.config import evaluation_parser, task_parser, training_parser
+from ctclip.config import evaluation_parser, phantom_parser, task_parser, training_parser
 from ctclip.errors import UserError
 from ctclip.formatting import plural, size_text
 from ctclip.inference.predictor import MachineError, choose_device, choose_workers
 from ctclip.memory import available_cpus
 from ctclip_model import CheckpointError
+from ctclip_setup import setup_parser
 
 
 def raising(error):
@@ -115,6 +118,54 @@ def test_an_endpoint_that_is_no_address_is_one_line_of_every_command(address, mo
     )
 
 
+@pytest.mark.parametrize(("flags", "line"), [
+    (["--output-dir", ""], "found --output-dir without a value (an unset shell variable?), expected one"),
+    (["--mode", "predict", "--input="], "found --input without a value"),
+    (["--ctclip_path", " "], "found --ctclip-path without a value"),
+    (["--resume", ""], "found --resume without a value"),  # not the newest run, as --resume alone
+    (["--seed", "0", ""], "found an empty argument"),
+    (["--epochs", "1_0"], "argument --epochs: found '1_0', expected a whole number"),
+    (["--epochs", "\uff15"], "argument --epochs: found '\uff15', expected a whole number"),
+    (["--seed", "1e3"], "argument --seed: found '1e3', expected a whole number"),
+    (["--dropout", "0_1.5"], "argument --dropout: found '0_1.5', expected a finite number"),
+    (["--alpha", "\u0660.5"], "argument --alpha: found"),
+    (["--learning-rate", "nan"], "argument --learning-rate: found 'nan', expected a finite number"),
+    (["--learning-rate", "inf"], "argument --learning-rate: found 'inf', expected a finite number"),
+    (["--weight-decay", "inf"], "argument --weight-decay: found 'inf'"),
+    (["--gamma", "inf"], "argument --gamma: found 'inf'"),
+    (["--clip-norm", "1e999"], "argument --clip-norm: found '1e999', expected a finite number"),
+    (["--save-minutes=Infinity"], "argument --save-minutes: found 'Infinity', expected a finite number"),
+])
+def test_flags_without_a_value_and_numbers_that_nobody_writes_are_refused(flags, line, capsys):
+    with pytest.raises(SystemExit) as caught:
+        task_parser("").parse_args(flags)
+    printed = capsys.readouterr().err
+    assert caught.value.code == 2 and printed.startswith(f"error: {line}") and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("parser", [evaluation_parser(), training_parser(""), setup_parser(), phantom_parser()])
+def test_every_parser_refuses_an_empty_folder_and_an_underscore_in_a_number(parser, capsys):
+    for flags in (["--data-dir", ""], ["--data-dir", "D", "--workers", "1_0"], ["--data-dir", "D", "--seed", "1_0"]):
+        with pytest.raises(SystemExit) as caught:
+            parser.parse_args(flags)
+        assert caught.value.code == 2
+    assert "found --data-dir without a value" in capsys.readouterr().err
+
+
+def test_numbers_as_people_write_them():
+    args = task_parser("").parse_args(["--epochs", "+3", "--alpha", " .5", "--gamma", "1e-1", "--learning-rate=3e-2"])
+    assert (args.epochs, args.alpha, args.gamma, args.learning_rate) == (3, 0.5, 0.1, 0.03)
+    assert task_parser("").parse_args(["--resume"]).resume == ""  # the newest
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the device that is always full is Linux's")
+def test_output_that_a_full_disk_does_not_take_is_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run_cli(lambda: print("less than a buffer")) == 2
+    assert capsys.readouterr().err.startswith("error: standard output: No space left on device; free space")
+
+
 # ---- CPUs
 
 
@@ -153,8 +204,6 @@ def test_a_device_that_computes_nothing_is_one_line(name):
 
 
 def test_a_second_input_is_refused_and_of_other_flags_the_last_one_counts(capsys):
-    from ctclip.config import task_parser
-
     assert task_parser("").parse_args(["--seed", "1", "--seed", "2"]).seed == 2
     with pytest.raises(SystemExit) as caught:
         task_parser("").parse_args(["--mode", "predict", "--input", "a.nii.gz", "--input", "b.nii.gz"])

@@ -53,7 +53,7 @@ OBJECTIVE_SCORES: dict[str, Callable[..., np.ndarray]] = {  # in OBJECTIVES' ord
     "youden": _score_youden,
     "crg": _score_crg,
 }
-SENSITIVITY = re.compile(r"sensitivity\s*(?:>=|:|=)\s*(0?\.\d+|1|1\.0*)")
+SENSITIVITY = re.compile(r"sensitivity\s*(?:>=|:|=)\s*(0?\.\d+|1|1\.0*)", re.ASCII)
 
 
 def objective_score(objective: str) -> Callable[..., np.ndarray]:
