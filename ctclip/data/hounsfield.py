@@ -27,6 +27,10 @@ LEAST_AIR_HU = -900  # the least voxel of any CT lies below
 MOST_FILLED = 0.2  # of all voxels at one value of tissue; noise leaves 0.02, a circular field of view fills 0.21
 LEAST_LUNG = 0.09  # of lung and body: chests have 0.10 (phantoms with effusions) to 0.5, a torso to the pelvis 0.05
 SAMPLED_VOXELS = 250_000
+MOST_SHIFT_MM = 15.0  # from its place, by air at one end; the depth of CT-CLIP's tokens
+FEWEST_ORDERED = 12  # slices from which their order is judged
+DISORDER = 1.15  # neighbours differ by so many times what they would in another order; in scans in order by 0.9 times
+DISTANT = 0.8  # ... of what slices a quarter of the scan apart differ by; in scans in order 0.2 to 0.6
 LARGEST_STORED = 1e9  # of a voxel, far beyond metal by any scale
 MOST_EQUAL = 1 << 28  # voxels of one value, from the start, after which the rest is not waited for
 
@@ -106,14 +110,19 @@ class VoxelStatistics:
         self.seen += stored.size
         if self.seen > MOST_EQUAL:
             self.check_varied()
-        self._sample.append(stored[:: self.step, :: self.step].astype(np.float32).ravel())
+        self._sample.append(stored[:: self.step, :: self.step].astype(np.float32))
 
     def shares(self, header_scale: Scale, metadata_scale: Scale | None) -> dict[str, TissueShares]:
         """Where the voxels lie by each reading."""
         scales = {"hu": header_scale} | ({} if metadata_scale is None else {"stored": metadata_scale})
-        values = np.concatenate(self._sample)
+        values = np.stack(self._sample).ravel()
         with np.errstate(over="ignore"):  # to infinity, which is no tissue
             return {reading: TissueShares(values * slope + intercept) for reading, (slope, intercept) in scales.items()}
+
+    def planes(self, axis: int) -> tuple[np.ndarray, int]:
+        """(the sample's planes along a file axis, fastest first: (n, voxels), as stored; every how many it has)."""
+        sample = np.moveaxis(np.stack(self._sample), 2 - axis, 0)
+        return sample.reshape(len(sample), -1), 1 if axis == 2 else self.step
 
     def check_varied(self) -> None:
         """Raises VolumeError where all voxels so far are equal."""
@@ -198,3 +207,60 @@ def lung_share(volume: torch.Tensor) -> float:
     sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
     lung = int(sizes[(medians > LUNG[0]) & (sizes > 20)].sum())
     return lung / max(1, lung + int(np.count_nonzero(voxels > BODY)))
+
+
+def slice_notes(statistics: VoxelStatistics, axis: int, spacing: float, scale: Scale) -> list[str]:
+    """What may be wrong with the axial slices, which follow each other along that file axis (fastest first), a line
+    each: slices of one value at an end, and neighbours that are not alike."""
+    planes, step = statistics.planes(axis)
+    hu = planes * np.float32(scale[0]) + np.float32(scale[1])
+    varied = np.flatnonzero(hu.min(axis=1) < hu.max(axis=1))
+    if not varied.size:
+        return []
+    count, first, last = len(hu), int(varied[0]), int(len(hu) - 1 - varied[-1])
+    shift = abs(first - last) * step * spacing / 2
+    notes = []
+    for name, number, value in (("first", first, hu[0, 0]), ("last", last, hu[-1, 0])):
+        if not number:
+            continue
+        which = f"{name} of {count} slices holds" if number == step == 1 else (
+            f"{name} {number * step} of {count * step} slices hold")
+        found = f"the {which} one value, {value:g}: padding?"
+        if value > HU_MIN:  # else they are what preprocessing pads with itself, and may only move the anatomy
+            notes.append(found)
+        elif shift > MOST_SHIFT_MM and number == max(first, last):
+            notes.append(f"{found} It moves the anatomy by {shift:.0f} mm")
+    if step == 1 and (disorder := _disorder(np.clip(hu[varied], HU_MIN, HU_MAX))):
+        notes.append(disorder)
+    return notes
+
+
+def _disorder(slices: np.ndarray) -> str | None:
+    """What says that slices (n, voxels) do not lie in their order; None where nothing does."""
+    count = len(slices)
+    if count < FEWEST_ORDERED:
+        return None
+
+    def apart(places: int, ordered: np.ndarray = slices) -> float:
+        return float(np.abs(ordered[places:] - ordered[:-places]).mean())
+
+    neighbours = apart(1)
+    for start in (0, 1):
+        order = sorted(range(start, start + count), key=str)  # numbers of the slices as stored
+        if neighbours > DISORDER * apart(1, slices[np.argsort(order)]):
+            return "neighbouring slices are little alike: stacked in the order of names as text (1, 10, 11, ..., 2)?"
+    halves = np.r_[0:count:2, 1:count:2]
+    others = (apart(1, slices[order]) for order in (halves, np.argsort(halves)))
+    if neighbours > DISORDER * min(others) or (neighbours > DISTANT * apart(count // 4) and _shuffled(slices)):
+        return "neighbouring slices are no more alike than others: stacked out of order?"
+    return None
+
+
+def _shuffled(slices: np.ndarray) -> bool:
+    """Whether slices have others that are more alike than their neighbours; those of one shape and noise have none."""
+    nearest, neighbours = [], []
+    for index in range(len(slices) - 1):
+        differences = np.abs(slices - slices[index]).mean(axis=1)
+        neighbours.append(differences[index + 1])
+        nearest.append(np.delete(differences, index).min())
+    return float(np.mean(neighbours)) > DISORDER * float(np.mean(nearest))

@@ -26,7 +26,15 @@ from ctclip.data.geometry import (
     geometry_from_metadata,
     geometry_notes,
 )
-from ctclip.data.hounsfield import LEAST_LUNG, HuDecision, VoxelStatistics, check_reading, decide_hu, lung_share
+from ctclip.data.hounsfield import (
+    LEAST_LUNG,
+    HuDecision,
+    VoxelStatistics,
+    check_reading,
+    decide_hu,
+    lung_share,
+    slice_notes,
+)
 from ctclip.data.readers import open_volume
 from ctclip.data.resampling import DeviceResampler, NumpyResampler
 from ctclip.data.volume_file import Header, VolumeError, file_error
@@ -117,6 +125,8 @@ def read_volume(
         notes += geometry_notes(header, final)
     if statistics.gaps:
         notes.append(f"{plural(statistics.gaps, 'slice')} of one value between others (damaged?)")
+    axial = final.axes.index(2)
+    notes += slice_notes(statistics, axial, final.spacing[axial], (final.slope, final.intercept))
     share = lung_share(out)
     if share < LEAST_LUNG:
         notes.append(f"little lung found ({share:.0%} of lung and body): is this a chest?")

@@ -11,6 +11,7 @@ from helpers_data import (
     REAL,
     REAL_FILES,
     SMALL,
+    affine_of,
     chest,
     needs_real_ct,
     published,
@@ -23,6 +24,7 @@ from helpers_data import (
 )
 
 from ctclip.data import volume_file
+from ctclip.data.cohort import load_cohort
 from ctclip.data.hounsfield import VoxelStatistics, decide_hu
 from ctclip.data.preprocessing import preprocess_volume, read_volume
 from ctclip.data.volume_file import VolumeError
@@ -114,6 +116,79 @@ def test_slices_of_one_value_between_others_are_told(tmp_path):
         hu[:, :, places] = -1024
         _, decision = read_volume(volume_of(write(tmp_path / "v.nii.gz", hu)), SMALL)
         assert decision.notes == ((f"{told} slices of one value between others (damaged?)",) if told else ())
+
+
+PADDED = {  # value, slices at the foot and at the head -> the note
+    "0 HU": (0, 0, 4, "the last 4 of 24 slices hold one value, 0: padding?"),
+    "one slice": (0, 1, 0, "the first of 21 slices holds one value, 0: padding?"),
+    "fat": (-100, 2, 2, "the first 2 of 24 slices hold one value, -100: padding?; the last 2 of 24"),
+    "air, which moves the anatomy": (-1024, 0, 4, "hold one value, -1024: padding? It moves the anatomy by 24 mm"),
+    "air, more of it at one end": (-1000, 6, 2, "the first 6 of 28 slices hold one value, -1000: padding? It moves"),
+    "air on both sides, as preprocessing pads": (-1000, 4, 5, ""),
+}
+
+
+@pytest.mark.parametrize("codes", ["LPS", "LPI", "SAR"])
+@pytest.mark.parametrize("case", PADDED)
+def test_slices_of_one_value_at_an_end_are_told_where_they_change_the_tensor(tmp_path, case, codes):
+    value, before, after, told = PADDED[case]
+    hu = np.pad(chest(), ((0, 0), (0, 0), (before, after)), constant_values=value)
+    voxels, affine = reoriented(hu, affine_of((8.0, 8.0, 12.0)), codes)
+    spacing = tuple(np.linalg.norm(affine[:3, :3], axis=0))
+    _, decision = read_volume(volume_of(write(tmp_path / "v.nii.gz", voxels, spacing, affine)), SMALL)
+    notes = "; ".join(decision.notes)
+    assert (codes == "LPI" or told in notes) and bool(notes) == bool(told)
+
+
+def test_air_on_both_sides_leaves_the_tensor_as_it_was(tmp_path):
+    """Preprocessing pads with it itself: what PADDED keeps silent about."""
+    hu = chest()
+    paths = [write(tmp_path / "a.nii.gz", hu), write(tmp_path / "b.nii.gz", np.pad(hu, ((0, 0), (0, 0), (5, 5)),
+                                                                               constant_values=-1000))]
+    alone, padded = (read_volume(volume_of(path), SMALL)[0][0, 5:-5] for path in paths)
+    torch.testing.assert_close(alone, padded, rtol=0, atol=1e-5)
+
+
+ORDERS = {
+    "text": lambda count: sorted(range(count), key=str),
+    "text from 1": lambda count: sorted(range(count), key=lambda number: str(number + 1)),
+    "every other one first": lambda count: [*range(0, count, 2), *range(1, count, 2)],
+    "two interleaved": lambda count: np.argsort([*range(0, count, 2), *range(1, count, 2)]),
+    "no order": lambda count: np.random.default_rng(0).permutation(count),
+}
+
+
+def order_notes(path, hu, spacing):
+    _, decision = read_volume(replace(volume_of(write(path, hu, spacing)), assume_hu=True), SMALL)
+    return [note for note in decision.notes if "neighbouring slices" in note]
+
+
+@pytest.mark.parametrize("count", [20, 35])
+@pytest.mark.parametrize("order", ORDERS)
+def test_slices_stacked_in_another_order_than_they_lie_are_told(tmp_path, order, count):
+    hu, spacing = chest((48, 44, count)), (8.0, 8.0, 240 / count)
+    assert order_notes(tmp_path / "v.nii.gz", hu, spacing) == []
+    (note,) = order_notes(tmp_path / "v.nii.gz", hu[:, :, ORDERS[order](count)], spacing)
+    assert ("as text (1, 10, 11, ..., 2)?" in note) == order.startswith("text")
+
+
+def test_slices_in_order_are_not_told(phantoms):
+    """As the phantoms are, in both versions."""
+    volumes = load_cohort(phantoms, "valid").volumes
+    assert len(volumes) == 16
+    for volume in volumes:
+        assert not [note for note in read_volume(volume, SMALL)[1].notes if "slices" in note], volume.name
+
+
+@needs_real_ct
+@pytest.mark.parametrize("name", REAL_FILES)
+def test_slices_of_real_scans_are_told_only_where_they_are_out_of_order(tmp_path, name):
+    hu, _, spacing = real_scan(name)
+    noise = np.random.default_rng(0).normal(0, 60, hu.shape)
+    for case, times in ((hu, 1), (hu[:, :, ::-1], 1), (hu[:, :, ::6], 6), (hu[:, :, :14], 1), (hu + noise, 1)):
+        assert order_notes(tmp_path / "v.nii", case, (*spacing[:2], times * spacing[2])) == []
+    for order in ORDERS.values():
+        assert order_notes(tmp_path / "v.nii", hu[:, :, order(hu.shape[2])], spacing)
 
 
 def test_a_scan_with_little_lung_is_read_with_a_note(tmp_path):
