@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
@@ -46,13 +47,14 @@ SERIES_PREFIX = "series_"  # before its number, in the name of a series that sha
 JITTER = 0.1  # of the slice distance: how far a slice may lie from its place; a missing one is ten times that off
 STRAIGHT = 1.0  # degrees between the slices' normal and the way from slice to slice, up to which that is the normal
 SCOUTS = 3  # slices of another orientation than the rest of their series, at most, that are taken for localizers
+KEPT_FOLDERS = 16  # whose headers are kept: 1 KB for each slice
 PADDING_HU = -2000.0
 MOST_SHIFT = 100.0  # HU between the rescale intercepts of a series, above which it is told
 OTHER_QUANTITIES = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")  # RescaleType of what is no HU; US is unspecified
 SCANNED_HU = (-1000.0, 3071.0)  # 12 bits of HU: what scanners store
 HEADER_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "PatientID", "ImageType", "Modality", "SeriesInstanceUID", "SeriesNumber",
-    "SliceThickness",
+    "SliceThickness", "AcquisitionNumber", "ImagesInAcquisition",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "NumberOfFrames",
     "SamplesPerPixel", "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept", "RescaleType",
     "PixelPaddingValue", "PixelPaddingRangeLimit", "PixelRepresentation",
@@ -137,6 +139,8 @@ class Slice:
     intercept: float
     thickness: float | None
     padding: tuple[float, float] | None  # HU that are no part of the picture, lowest and highest
+    acquisition: str  # its number
+    declared: int  # ImagesInAcquisition; 0: not stated
 
     def like(self, other: Slice) -> bool:
         spacing = np.allclose(self.spacing, other.spacing, rtol=1e-4)
@@ -157,6 +161,15 @@ class DicomFolder:
     skipped: Counter[str] = field(default_factory=Counter)
     unknown: dict[str, Path] = field(default_factory=dict)  # by series, an object whose kind is unknown
 
+    def series_with(self, name: str) -> dict[str, list[Slice]]:
+        """The series that a file of the folder belongs to."""
+        return {
+            identity: slices
+            for identity, slices in self.series.items()
+            if name in {each.path.name for each in slices}
+            or (identity in self.faults and str(self.faults[identity]).startswith(f"{name}: "))
+        }
+
     def note(self) -> str | None:
         """One line about what was skipped; None where nothing was."""
         if not self.skipped:
@@ -166,10 +179,21 @@ class DicomFolder:
 
 
 def read_folder(folder: Path) -> DicomFolder:
-    """The headers of all DICOM files that lie in this very folder. VolumeError where pydicom is missing."""
+    """The headers of all DICOM files that lie in this very folder. VolumeError where pydicom is missing.
+
+    Those of the last folders are kept as long as no file changes: what lists the series of a folder and what then reads
+    each of them need the headers once.
+    """
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    states = [(path.name, path.stat()) for path in paths]
+    return _read_files(folder, tuple((name, state.st_mtime_ns, state.st_size) for name, state in states))
+
+
+@lru_cache(KEPT_FOLDERS)
+def _read_files(folder: Path, files: tuple[tuple[str, int, int], ...]) -> DicomFolder:
     pydicom = import_pydicom(folder)
     content, names, strangers = DicomFolder(), set(), []
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+    for path in (folder / name for name, _, _ in files):
         start = _beginning(path)
         if not _begins_as_dicom(start):
             strangers.append(path)
@@ -308,7 +332,14 @@ def _read_slice(path: Path, header: Any, places: Sequence[Any], frame: int | Non
         float(intercept),
         float(_numbers(path, thick, "SliceThickness", 1)[0]) if thick is not None and thick.SliceThickness else None,
         _padding(header, float(slope), float(intercept)),
+        _text(header, "AcquisitionNumber") or "",
+        _declared(header),
     )
+
+
+def _declared(header: Any) -> int:
+    text = _text(header, "ImagesInAcquisition") or ""
+    return int(text) if re.fullmatch(r" *[0-9]{1,6} *", text) else 0
 
 
 def _padding(header: Any, slope: float, intercept: float) -> tuple[float, float] | None:
@@ -389,11 +420,8 @@ def series_of(folder: Path) -> tuple[dict[str, Path], str | None]:
 
 
 def series_identity(path: Path) -> str:
-    """SeriesInstanceUID of a DICOM file; "" where it cannot be read."""
-    try:
-        return str(import_pydicom(path).dcmread(path, force=True, specific_tags=["SeriesInstanceUID"])[0x20000E].value)
-    except Exception:  # pydicom's own are of any type
-        return ""
+    """SeriesInstanceUID of a file of a CT series; "" where it is unknown."""
+    return next(iter(read_folder(path.parent).series_with(path.name)), "")
 
 
 class DicomSeries(VolumeFile):
@@ -442,16 +470,8 @@ class DicomSeries(VolumeFile):
         if note := content.note():
             self.notes.append(note)
         if "" in content.faults:
-            raise content.faults[""]
-        series = content.series
-        if not is_folder:
-            name = self.path.name
-            series = {
-                identity: slices
-                for identity, slices in series.items()
-                if name in {each.path.name for each in slices}
-                or (identity in content.faults and str(content.faults[identity]).startswith(f"{name}: "))
-            }
+            raise VolumeError(*content.faults[""].args)  # a new one: the content is kept, with no traceback
+        series = content.series if is_folder else content.series_with(self.path.name)
         if len(series) != 1:
             where = "in the folder" if is_folder else "with this file"
             found = f"{len(series)} DICOM series of CT slices {where}"
@@ -459,8 +479,21 @@ class DicomSeries(VolumeFile):
             raise self.error(found, "one", "name a file of the series that is meant")
         identity, slices = next(iter(series.items()))
         if identity in content.faults:
-            raise content.faults[identity]
+            raise VolumeError(*content.faults[identity].args)
+        self._check_count(slices, content)
         return slices
+
+    def _check_count(self, slices: list[Slice], content: DicomFolder) -> None:
+        """Notes slices that are missing by what their headers state, unless another series of the folder has images of
+        the same acquisition. Some scanners state the images of all acquisitions of a series: the largest is taken."""
+        single = [each for each in slices if each.frame is None]
+        declared = max((each.declared for each in single), default=0)
+        found = len({each.instance or each.path for each in single})
+        acquisitions = {each.acquisition for each in single}
+        shared = any(each.acquisition in acquisitions for series in content.series.values() if series is not slices
+                     for each in series)
+        if found + content.skipped["localizer"] < declared and not shared:
+            self.notes.append(f"{found} of {declared} slices found (ImagesInAcquisition): is the series whole?")
 
     def _without_copies(self, slices: list[Slice]) -> list[Slice]:
         """Without files that are copies of another one in the folder."""

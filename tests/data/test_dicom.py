@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from helpers_data import SMALL, affine_of, chest, reoriented, write
@@ -45,6 +46,7 @@ from ctclip.data.geometry import place_volume
 from ctclip.data.preprocessing import preprocess_volume
 from ctclip.data.readers import open_volume
 from ctclip.data.volume_file import VolumeError
+from ctclip.inference.scans import find_scans
 
 SPACING = (7.5, 7.9, 12.25)
 AFFINE = affine_of(SPACING)
@@ -205,6 +207,47 @@ def test_other_objects_are_skipped_and_counted(tmp_path, scan):
     assert note.startswith("9 other DICOM objects skipped: 3 RT Structure Set, ")
     assert "1 X-Ray Radiation Dose SR" in note
     assert series_of(folder) == ({"cd": by_place(folder)[0].parent / "IM0000.dcm"}, note)
+
+
+def test_fewer_slices_than_the_headers_state_are_told(tmp_path, scan):
+    hu, _ = scan
+    stated = {"AcquisitionNumber": "3", "ImagesInAcquisition": "21"}
+    whole = write_series(tmp_path / "whole", hu, AFFINE, **stated)
+    assert notes(whole) == []
+    shutil.copytree(whole, tmp_path / "cut")
+    for file in by_place(tmp_path / "cut")[13:]:  # at an end, where no distance shows it
+        file.unlink()
+    assert notes(tmp_path / "cut") == ["13 of 21 slices found (ImagesInAcquisition): is the series whole?"]
+    shutil.copy(by_place(tmp_path / "cut")[0], tmp_path / "cut" / "copy.dcm")
+    assert "13 of 21 slices found (ImagesInAcquisition): is the series whole?" in notes(tmp_path / "cut")
+
+
+def test_slices_are_not_missed_that_another_series_of_the_acquisition_has(tmp_path, scan):
+    hu, _ = scan
+    for number, part in enumerate((hu[:, :, :13], hu[:, :, 13:])):
+        write_series(tmp_path / "a", part, AFFINE, f"1.2.3.4.{number}", f"S{number}_", AcquisitionNumber="3",
+                     ImagesInAcquisition="21")  # fmt: skip
+    assert notes(tmp_path / "a" / "S0_0000.dcm") == []
+    own = write_series(tmp_path / "b", hu[:, :, :13], AFFINE, ImagesInAcquisition="21", AcquisitionNumber="1")
+    write_series(own, hu, AFFINE, "1.2.3.4.9", "T", AcquisitionNumber="2")
+    assert notes(own / "IM0000.dcm") == ["13 of 21 slices found (ImagesInAcquisition): is the series whole?"]
+
+
+def test_the_headers_of_a_folder_are_read_once_for_all_its_series(tmp_path, scan, monkeypatch):
+    hu, _ = scan
+    for number in range(3):
+        write_series(tmp_path / "many", hu, AFFINE, f"1.2.3.4.{number}", f"S{number}_")
+    read = []
+    whole = pydicom.dcmread
+    monkeypatch.setattr(pydicom, "dcmread", lambda *args, **options: (
+        read.append(options.get("stop_before_pixels", False)), whole(*args, **options))[1])
+    scans = find_scans(tmp_path / "many")
+    for found in scans:
+        preprocess_volume(found.path, None, SMALL)
+    assert len(scans) == 3 and len({found.series for found in scans}) == 3
+    assert sum(read) == 3 * 21 and len(read) == 2 * sum(read), "each header once, each slice's pixels once"
+    (tmp_path / "many" / "S1_0004.dcm").unlink()
+    assert len(read_folder(tmp_path / "many").series["1.2.3.4.1"]) == 20, "a folder that has changed is read again"
 
 
 def test_a_slice_of_another_intercept_is_told(tmp_path):
