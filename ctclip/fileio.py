@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -90,6 +90,14 @@ def check_writable(path: str | os.PathLike, remedy: str) -> None:
         raise _unwritable(path, os.strerror(errno.ENOTDIR), remedy)
     if not os.access(there, os.W_OK | os.X_OK):
         raise _unwritable(path, os.strerror(errno.EACCES), remedy)
+
+
+def check_replaceable(path: Path, is_ours: Callable[[Path], bool], remedy: str) -> None:
+    """Raises UserError, which ends with `remedy`, where a file is there that holds something and is not `is_ours`: it
+    would be replaced."""
+    if path.is_file() and path.stat().st_size and not is_ours(path):
+        raise UserError(f"{path}: found a file that this command did not write, expected none, as it would be "
+                        f"replaced; {remedy}")
 
 
 def _unwritable(path: str | os.PathLike, reason: str | None, remedy: str) -> UserError:

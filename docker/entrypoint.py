@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from ctclip.inference.scans import Scan
 
 HERE = Path(__file__).resolve().parent
-INPUT = Path(os.environ.get("CTCLIP_INPUT", "/input"))
-OUTPUT = Path(os.environ.get("CTCLIP_OUTPUT", "/output")) / "results.json"
-MODEL = Path(os.environ.get("CTCLIP_MODEL", HERE / "model"))
+INPUT = Path(os.environ.get("CTCLIP_INPUT") or "/input")  # an empty variable is none
+OUTPUT = Path(os.environ.get("CTCLIP_OUTPUT") or "/output") / "results.json"
+MODEL = Path(os.environ.get("CTCLIP_MODEL") or HERE / "model")
 
 
 def main() -> int:

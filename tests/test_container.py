@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,29 @@ def test_entry_point_without_scans_or_model_is_one_line(places, tmp_path):
         done = subprocess.run(command, env=environment(*given, tmp_path), capture_output=True, text=True)
         assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
     assert json.loads((tmp_path / "results.json").read_text())["predictions"] == []
+
+
+def test_an_earlier_answer_is_replaced_and_a_file_of_the_user_is_not(places, tmp_path, monkeypatch, capsys):
+    def start() -> int:
+        return runpy.run_path(str(ROOT / "docker" / "entrypoint.py"))["main"]()
+
+    for name, place in zip(("INPUT", "MODEL", "OUTPUT"), (*places, tmp_path), strict=True):
+        monkeypatch.setenv(f"CTCLIP_{name}", str(place))
+    assert start() == 0 == start()
+    check_results(tmp_path)
+    (tmp_path / "results.json").write_text('{"predictions": "mine"}')
+    capsys.readouterr()
+    assert start() == 2
+    assert "results.json: found a file that this command did not write, expected none" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_text() == '{"predictions": "mine"}'
+
+
+def test_an_empty_variable_of_the_container_is_none(monkeypatch):
+    for name in ("INPUT", "MODEL", "OUTPUT"):
+        monkeypatch.setenv(f"CTCLIP_{name}", "")
+    found = runpy.run_path(str(ROOT / "docker" / "entrypoint.py"))
+    places = found["INPUT"], found["MODEL"], found["OUTPUT"]
+    assert places == (Path("/input"), ROOT / "docker" / "model", Path("/output/results.json"))
 
 
 # Before the entry point: one scan at a time, and errors where a test wants them.

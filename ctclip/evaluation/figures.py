@@ -32,6 +32,7 @@ PAGE_COLOURS = {  # the page's variables, which differ in light and dark
     BLUE: "blue", ORANGE: "orange", GREEN: "green", PURPLE: "purple", OLIVE: "olive",
 }
 MOST_POINTS = 150  # of a curve
+SOFTWARE = "ctclip"  # in every PNG, by which it is known as ours
 SWEEP_CURVES = (  # key of M; name; colour
     ("positive_rate", "Positive rate", ORANGE), ("hamming_accuracy", "Hamming accuracy", GREEN),
     ("f1_macro", "F1 macro", BLUE), ("precision_macro", "Precision macro", OLIVE),
@@ -285,7 +286,7 @@ def write_figure(figure: Figure, path: Path, note: str | None) -> None:
     if note:
         figure.text(0.004, -0.005, note, va="top", color=GREY, fontsize=7)  # below; "tight" makes room for it
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", bbox_inches="tight" if note else None)
+        figure.savefig(temporary, format="png", bbox_inches="tight" if note else None, metadata={"Software": SOFTWARE})
 
 
 def svg(figure: Figure, salt: str) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ctclip.config import PREDICTIONS
-from ctclip.evaluation.run_folder import check_names, list_names, newest_run
-from ctclip.inference.onnx_export import export_lines, export_run
+from ctclip.evaluation.run_folder import list_names, newest_run
+from ctclip.inference.onnx_export import check_onnx_path, export_lines, export_run
 from ctclip.inference.predictions import (
     PartialTable,
     Predictions,
@@ -31,8 +31,6 @@ def predict_command(args: argparse.Namespace) -> None:
     checkpoint, output = Path(args.checkpoint) if args.checkpoint else newest_run(), Path(args.output or PREDICTIONS)
     labels = prompts.names if prompts else labels_of(checkpoint)
     check_output(output, labels)
-    if not args.output:  # a name that nobody has chosen
-        check_names(output.parent, output.name)
     with PartialTable(output.with_name(f"{output.stem}.part.csv"), labels) as part:
         predictions = predict_scans(
             args.input,
@@ -48,8 +46,6 @@ def predict_command(args: argparse.Namespace) -> None:
             on_note=print_warning,
         )
         write_predictions(output, predictions, checkpoint)
-        if not args.output:
-            list_names(output.parent, output.name)
     print_predictions(predictions, output, checkpoint)
 
 
@@ -80,8 +76,9 @@ def export_command(args: argparse.Namespace) -> None:
     """`--export onnx`: encoder and head as one graph, compared with the model."""
     checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run()
     default = checkpoint / "model.onnx" if checkpoint.is_dir() else checkpoint.with_suffix(".onnx")
-    if not args.output:  # a name that nobody has chosen
-        check_names(default.parent, default.name)
-        list_names(default.parent, default.name)
-    export = export_run(checkpoint, args.output or default, args.device)
+    output = Path(args.output or default)
+    check_onnx_path(output)
+    if not args.output and checkpoint.is_dir():  # training removes it with the weights that it was made of
+        list_names(checkpoint, output.name)
+    export = export_run(checkpoint, output, args.device)
     print("\n".join(export_lines(export, checkpoint)))

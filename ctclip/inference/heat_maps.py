@@ -14,7 +14,9 @@ highest point lies on the finding is measured on phantoms by tests/benchmarks/po
 from __future__ import annotations
 
 import difflib
+import gzip
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, count
@@ -29,8 +31,8 @@ from ctclip.data.ct_rate import VOLUME_SUFFIX
 from ctclip.data.geometry import FIELD_OF_VIEW_MM, Placement
 from ctclip.data.inflate import GzipFile
 from ctclip.data.windows import Window, display_window
-from ctclip.evaluation.figures import GREY, INK, new_figure, write_figure
-from ctclip.fileio import replacing
+from ctclip.evaluation.figures import GREY, INK, SOFTWARE, new_figure, write_figure
+from ctclip.fileio import check_replaceable, replacing
 from ctclip.inference.scans import PredictionError
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, slice_triplets
 
@@ -49,6 +51,7 @@ PANEL = (WIDTH - 2 * LEFT - SHOWN * GAP) / (SHOWN + 1)
 NUMBER_POINTS = 8.0
 OUTLINE = "#4dd2ff"
 UNSAFE = re.compile(r"[^\w.-]+")  # in a file's name
+DESCRIPTION = "Logits per token"  # how the description in a heat map's header begins
 LONGEST_NAME = 80  # bytes of a label in a file's name, which ends at 255 on most disks
 OUTSIDE_SHARE = 0.03  # share of the contributions outside the scan above which the caption gives it
 
@@ -216,7 +219,7 @@ def _nifti_header(placement: Placement, slope: float, highest: float, label: str
     header.set_xyzt_units("mm")
     header.set_slope_inter(slope, 0)
     header["cal_max"], header["vox_offset"] = highest, header.single_vox_offset
-    header["descrip"] = f"{label}: logits per token".encode("ascii", "replace")[:79]
+    header["descrip"] = f"{DESCRIPTION}: {label}".encode("ascii", "replace")[:79]
     return header
 
 
@@ -434,7 +437,7 @@ def write_scan_heat_maps(
     found = token_contributions(model, volume, index)
     written = []
     for i, (label, stem) in enumerate(zip(labels, _file_stems(name, labels), strict=True)):
-        heat_map, picture = folder / f"{stem}{VOLUME_SUFFIX}", folder / f"{stem}.png"
+        heat_map, picture = (folder / f"{stem}{suffix}" for suffix in (VOLUME_SUFFIX, ".png"))
         write_heat_map(found.values[i], placement, heat_map, label)
         title = f"{label}: probability {probabilities[index[i]]:.2f}"
         caption = f"{name}    {_caption(found.values[i], found.remainder[i], found.logits[i], placement)}"
@@ -442,6 +445,26 @@ def write_scan_heat_maps(
         write_figure(figure, picture, note)
         written += [heat_map, picture]
     return written
+
+
+def check_heat_maps(folder: Path, names: Sequence[str], labels: Sequence[str]) -> None:
+    """Raises UserError where `write_scan_heat_maps` would replace a file in `folder` that it did not write."""
+    for stem in (stem for name in names for stem in _file_stems(name, labels)):
+        for suffix, is_ours in ((VOLUME_SUFFIX, _is_heat_map), (".png", _is_picture)):
+            check_replaceable(folder / f"{stem}{suffix}", is_ours, "move it, or name another --output")
+
+
+def _is_heat_map(path: Path) -> bool:
+    try:
+        with gzip.open(path) as file:
+            return DESCRIPTION.encode() in file.read(348)  # NIfTI's header
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
+def _is_picture(path: Path) -> bool:
+    with path.open("rb") as file:
+        return f"Software\0{SOFTWARE}".encode() in file.read(1024)
 
 
 def _file_stems(name: str, labels: Sequence[str]) -> list[str]:

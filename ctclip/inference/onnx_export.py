@@ -32,7 +32,7 @@ from ctclip.data.hounsfield import HU_MAX, HU_MIN
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.run_folder import run_calibration
-from ctclip.fileio import replacing
+from ctclip.fileio import check_replaceable, replacing
 from ctclip.formatting import size_text
 from ctclip.inference.predictor import load_model
 from ctclip.phantoms.reference import fixed_phantom
@@ -43,6 +43,7 @@ OLDEST_TORCH = (2, 8)  # the first whose exporter takes these models; all else r
 LOGIT_TOLERANCE = 1e-3  # of a logit: a thousandth moves no probability by more than 0.00025
 TIE = 1e-4  # cosines nearer than this may be told apart either way: what float32 in another order amounts to
 OPSET = 18
+PRODUCER = "ctclip.inference.onnx_export"  # at the beginning of every file that is written
 
 
 class ExportError(UserError):
@@ -132,12 +133,19 @@ def export_onnx(model: CTCLIPMultiAbnormalityModel, path: str | Path, calibratio
 
 
 def check_onnx_path(path: Path) -> None:
-    """Raises ExportError for a folder, and for any ending but .onnx: the file there could be a run's weights."""
+    """Raises ExportError for a folder, and for any ending but .onnx: the file there could be a run's weights. Raises
+    UserError for a file there that was not exported."""
     if path.is_dir():
         raise ExportError(f"{path}: found a folder, expected a file to write, such as {path / 'model.onnx'}")
     if path.suffix.lower() != ".onnx":
         found = f"the ending '{path.suffix}'" if path.suffix else "no ending"
         raise ExportError(f"{path}: found {found}, expected a file that ends in .onnx; say {path.with_suffix('.onnx')}")
+    check_replaceable(path, _is_exported, "name another --output, or remove it")
+
+
+def _is_exported(path: Path) -> bool:
+    with path.open("rb") as file:
+        return PRODUCER.encode() in file.read(256)
 
 
 def export_run(checkpoint: str | Path, output: str | Path, device: str | None = None) -> Export:
@@ -186,7 +194,7 @@ def _write(graph: _Graph, path: Path, metadata: dict[str, str]) -> None:
             )
             _strip_exporter_notes(program.model)
             program.model.metadata_props.update(metadata)
-            program.model.producer_name = "ctclip.inference.onnx_export"
+            program.model.producer_name = PRODUCER
             program.save(str(path), external_data=False)
     except (MemoryError, OSError):
         raise

@@ -8,12 +8,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,11 @@ from ctclip.data.cohort import Volume
 from ctclip.data.ct_rate import PREVALENCE
 from ctclip.data.geometry import place_volume
 from ctclip.data.loading import Batch, notes_of
-from ctclip.data.tables import WARNING_COLUMN
+from ctclip.data.tables import NAME_COLUMN, WARNING_COLUMN
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.run_folder import newest_run, run_calibration, run_record, run_tuning
-from ctclip.fileio import naming, replacing
-from ctclip.inference.heat_maps import parse_labels, write_scan_heat_maps
+from ctclip.fileio import check_replaceable, naming, replacing
+from ctclip.inference.heat_maps import check_heat_maps, parse_labels, write_scan_heat_maps
 from ctclip.inference.predictor import load_model, predict_volumes
 from ctclip.inference.scans import PredictionError, Scan, find_scans
 from ctclip.memory import out_of_memory
@@ -122,6 +124,7 @@ def predict_scans(
     transform, description = _transform(form, calibration)
     note = TRAINED_ON_PHANTOMS if checkpoint.is_dir() and run_record(checkpoint).get("phantom") else None
     labels = [] if explain is None else parse_labels(explain, model.labels)
+    check_heat_maps(Path(explain_dir), [scan.stem for scan in found], labels)
     shown, _ = _transform("calibrated" if form == "mapped" else form, calibration)
     rows: dict[str, np.ndarray] = {}
     noted: dict[str, str] = {}
@@ -173,7 +176,7 @@ def predict_scans(
 def rows_table(rows: Mapping[str, np.ndarray], labels: Sequence[str]) -> pd.DataFrame:
     """{name of a scan: its row} as a table, in that order."""
     values = np.stack(list(rows.values())) if rows else np.zeros((0, len(labels)))
-    return pd.DataFrame(values, index=pd.Index(list(rows), name="VolumeName"), columns=list(labels))
+    return pd.DataFrame(values, index=pd.Index(list(rows), name=NAME_COLUMN), columns=list(labels))
 
 
 def _transform(form: str, calibration: Calibration | None) -> tuple[Transform, str]:
@@ -198,7 +201,8 @@ def labels_of(checkpoint: Path) -> tuple[str, ...]:
 
 
 def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> None:
-    """Refuses, before anything is computed, a place or a form that cannot be written."""
+    """Refuses, before anything is computed, a place or a form that cannot be written, and to replace another file than
+    an earlier command's predictions."""
     path = Path(path)
     if path.suffix not in (".csv", ".json"):
         raise PredictionError(f"--output {path}: found the ending {path.suffix or 'none'}, expected .csv (a table) or "
@@ -210,6 +214,24 @@ def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> Non
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise PredictionError(f"--output {path}: found a place that cannot be written ({folder}), expected a file's "
                               "name in a folder of yours; name another")
+    is_ours = _is_results_file if path.suffix == ".json" else partial(_is_table, labels=labels)
+    check_replaceable(path, is_ours, "name another --output, or remove it")
+
+
+def _is_results_file(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return "".join(file.read(1000).split()).startswith("".join(ResultsFile.HEAD.split()))
+
+
+def _is_table(path: Path, labels: Sequence[str]) -> bool:
+    """Whether a file has the header of such predictions, and other numbers than a table of labels."""
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        rows = csv.reader(file)
+        header, first = next(rows, []), next(rows, None)
+    columns = [NAME_COLUMN, *labels]
+    return header in (columns, [*columns, WARNING_COLUMN]) and (
+        first is None or not {*first[1 : len(columns)]} <= {"0", "1", "0.0", "1.0"}
+    )
 
 
 class PartialTable:
@@ -267,17 +289,18 @@ class ResultsFile:
     has all answers at every moment, also after SIGKILL, and each costs the same however many scans there are.
     """
 
+    HEAD = (
+        '{\n "name": "Generated probabilities",\n "type": "Abnormality Classification",\n'
+        ' "version": {"major": 1, "minor": 0},\n "predictions": ['
+    )
+
     def __init__(
         self, path: Path, scans: Sequence[Scan], substitute: np.ndarray, answers: Mapping[str, np.ndarray] | None = None
     ):
         answers = answers or {}
-        head = (
-            '{\n "name": "Generated probabilities",\n "type": "Abnormality Classification",\n'
-            ' "version": {"major": 1, "minor": 0},\n "predictions": ['
-        )
         self.places: dict[str, tuple[int, Scan]] = {}
-        parts = [head]
-        length = len(head)
+        parts = [self.HEAD]
+        length = len(self.HEAD)
         for number, scan in enumerate(scans):
             entry = self._entry(scan, answers.get(scan.name, substitute))
             separator = ",\n" if number else "\n"

@@ -237,7 +237,7 @@ def test_exported_and_predicted_files_of_the_user_are_not_replaced_by_default(
     for flags in (["--export", "onnx", "--checkpoint", "run"], predict):
         assert run_task2.main(flags) == 2
         err = capsys.readouterr().err
-        assert one_line(err) and "which no run or evaluation wrote" in err
+        assert one_line(err) and "found a file that this command did not write, expected none" in err
     assert Path("run/model.onnx").read_text() == "mine" == Path("results/predictions.csv").read_text()
     Path("results/predictions.csv").unlink()
     assert run_task2.main(predict) == 0 == run_task2.main(predict)

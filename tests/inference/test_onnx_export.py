@@ -17,6 +17,7 @@ from helpers_model import OTHER_SIZES
 from torch import nn
 
 from ctclip.data.geometry import FIELD_OF_VIEW_MM
+from ctclip.errors import UserError
 from ctclip.evaluation.calibration import fit_calibration
 from ctclip.inference import onnx_export
 from ctclip.inference.onnx_export import ExportError, check_volumes, export_lines, export_onnx, export_run
@@ -128,6 +129,10 @@ def test_only_files_that_end_in_onnx_are_written(tmp_path):
         export_onnx(None, run_folder / "model.safetensors")
     with pytest.raises(ExportError, match="found no ending"):
         export_run("no such run", tmp_path / "model")
+    (tmp_path / "mine.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
+    with pytest.raises(UserError, match="mine.onnx: found a file that this command did not write"):
+        export_run(run_folder, tmp_path / "mine.onnx")
+    assert (tmp_path / "mine.onnx").read_bytes() == b"\x08\x0a\x12\x07pytorch"
     assert {path.name: path.read_bytes() for path in run_folder.iterdir()} == before
 
 
@@ -211,6 +216,7 @@ def test_without_onnxruntime_it_says_that_nothing_was_checked(onnx_is_here, tmp_
     lines = export_lines(export_run(tmp_path / "run", tmp_path / "model.onnx"), "run")
     assert "not checked against the model: onnxruntime is not installed" in lines[-1]
     assert "not calibrated" in lines[-2] and (tmp_path / "model.onnx").stat().st_size > 100_000
+    onnx_export.check_onnx_path(tmp_path / "model.onnx")  # an export may be made again
 
 
 def test_a_failing_exporter_is_one_line(onnx_is_here, tmp_path, monkeypatch):

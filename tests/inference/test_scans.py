@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ import torch
 from helpers_data import affine_of, chest, reoriented, write
 from helpers_dicom import DICOMDIR, DOSE_REPORT, write_other, write_series
 from helpers_scans import as_itk, write_mha
+from helpers_training import one_line
+from matplotlib.figure import Figure
 from pydicom import dcmread
 
 import run_task2
@@ -614,7 +617,47 @@ def test_write_predictions_by_ending(tmp_path):
     pd.testing.assert_frame_equal(written, predictions.table, check_dtype=False, atol=1e-6)
 
 
+def test_a_file_of_the_user_is_not_replaced_and_an_earlier_output_is(phantoms, tmp_path, capsys):
+    write(tmp_path / "a.nii.gz", chest())
+    labels = next(phantoms.rglob("*valid_predicted_labels.csv"))
+    others = {
+        "labels.csv": labels.read_bytes(), "notes.csv": b"scan,comment\na,mine\n",
+        "results.json": b'{"name": "mine", "predictions": []}', "binary.json": b"\xff\xfe\x00",
+    }  # fmt: skip
+    for name, mine in others.items():
+        (tmp_path / name).write_bytes(mine)
+        assert call("--input", tmp_path / "a.nii.gz", "--output", tmp_path / name) == 2
+        err = capsys.readouterr().err
+        assert one_line(err) and f"{name}: found a file that this command did not write, expected none" in err
+        assert (tmp_path / name).read_bytes() == mine
+    for name in ("p.csv", "r.json", "empty.csv"):
+        (tmp_path / "empty.csv").touch()
+        written = []
+        for _ in range(2):
+            assert call("--input", tmp_path / "a.nii.gz", "--output", tmp_path / name) == 0
+            written.append((tmp_path / name).read_bytes())
+        assert written[0] == written[1]
+
+
 # ------------------------------------------------------------------ with heat maps, with prompts
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".png"])
+def test_a_heat_map_replaces_no_scan_and_no_picture_of_the_user(suffix, tmp_path, capsys):
+    write(tmp_path / "a.nii.gz", chest())
+    flags = ["--input", tmp_path / "a.nii.gz", "--output", tmp_path / "p.csv", "--explain", "Emphysema"]
+    assert call(*flags) == 0 == call(*flags)
+    target = tmp_path / "p_explain" / f"a_Emphysema{suffix}"
+    if suffix == ".png":
+        Figure(figsize=(1, 1)).savefig(target)
+    else:
+        shutil.copy(tmp_path / "a.nii.gz", target)
+    mine, written = target.read_bytes(), (tmp_path / "p.csv").read_bytes()
+    capsys.readouterr()
+    assert call(*flags) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and f"a_Emphysema{suffix}: found a file that this command did not write" in err
+    assert target.read_bytes() == mine and (tmp_path / "p.csv").read_bytes() == written
 
 
 def test_explain_writes_maps_on_each_scan_s_grid_beside_the_output(stored, tmp_path, capsys):
