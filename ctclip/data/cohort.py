@@ -164,7 +164,7 @@ class CohortBuilder:
     """Joins label rows, metadata rows, the no-chest list, the disk and the manifest, one volume at a time."""
 
     def __init__(self, data_dir: Path, split: str, patients: str | Path | None = None):
-        self.data_dir, self.cohort = data_dir, Cohort([])
+        self.data_dir, self.split, self.cohort = data_dir, split, Cohort([])
         notes = self.cohort.notes
         self.labels = read_table(data_dir / ct_rate.labels_path(split), ABNORMALITIES, optional=ID_COLUMNS)
         metadata_file = data_dir / ct_rate.metadata_path(split)
@@ -204,8 +204,11 @@ class CohortBuilder:
     def find(self, name: str) -> tuple[Path, bool, Streamed | None] | None:
         """(path, whether version 2, None) of the file, version 2 first: it is the corrected one. Without a file, where
         it would be and what the manifest says of it."""
-        for fixed in (True, False):
-            path = self.data_dir / volume_path(name, fixed)
+        places = [(volume_path(name, fixed), fixed) for fixed in (True, False)]
+        if not ct_rate.names_patient(name):
+            places.insert(0, (ct_rate.plain_path(name, self.split), True))
+        for place, fixed in places:
+            path = self.data_dir / place
             if os.path.exists(path):  # False also where a folder may not be entered
                 return path, fixed, None
         known = [entry for fixed in (True, False) if (entry := self.streamed.get((name, fixed)))]

@@ -63,6 +63,10 @@ def _without_suffix(name: str) -> str:
     return SUFFIX.sub("", name.replace("\\", "/"))
 
 
+def _with_suffix(name: str) -> str:
+    return name if SUFFIX.search(name) else name + VOLUME_SUFFIX
+
+
 def names_patient(name: str) -> bool:
     """Whether a name has CT-RATE's form, with or without folders and suffix. Any other says nothing about patients."""
     return _form(name) is not None
@@ -79,8 +83,12 @@ def volume_name(text: str) -> str:
 def volume_path(name: str, fixed: bool) -> Path:
     """Where the hub keeps a volume: `fixed` chooses version 2 (already HU), else version 1 (raw stored values)."""
     folder, parts = split_of(name) + ("_fixed" if fixed else ""), PurePosixPath(_without_suffix(name)).name.split("_")
-    file = name if SUFFIX.search(name) else name + VOLUME_SUFFIX
-    return Path("dataset", folder, "_".join(parts[:2]), "_".join(parts[:3]), file)
+    return Path("dataset", folder, "_".join(parts[:2]), "_".join(parts[:3]), _with_suffix(name))
+
+
+def plain_path(name: str, split: str) -> Path:
+    """Where a volume in HU lies whose name is not of CT-RATE's form: in the split's folder, by its name."""
+    return Path("dataset", f"{split}_fixed", _with_suffix(name))
 
 
 def labels_path(split: str) -> Path:

@@ -152,3 +152,16 @@ def test_metadata_rows_for_subgroups(tmp_path):
     with pytest.raises(CohortError, match="found none of PatientSex.*expected at least one") as error:
         read_metadata(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["scan_001.nii.gz", "site_a/Patient 7.mha", "chest7"])
+def test_a_volume_with_a_name_of_its_own_lies_in_the_folder_of_its_split(name, data_dir):
+    """As version 2: no metadata row is needed."""
+    file = name if "." in name else f"{name}.nii.gz"
+    path = data_dir / "dataset" / "valid_fixed" / file
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    tables(data_dir, [HEADER, label_line(A), label_line(name)], [META_HEADER, meta_line(A)])
+    cohort = load_cohort(data_dir, "valid")
+    assert [v.name for v in cohort.volumes] == [A, name]
+    assert cohort.volumes[1].path == path and cohort.volumes[1].metadata is None and cohort.skipped == []
