@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
 from typing import IO, Any
 
@@ -17,6 +18,8 @@ from ctclip.data.volume_file import (
     RECOPY,
     Header,
     StreamFile,
+    VolumeError,
+    shape_text,
     shortest_decimal,
     three_axes,
 )
@@ -110,6 +113,11 @@ class MetaFile(StreamFile):
         if stated not in self.fields:
             return Header(shape, dtype, 1.0, 0.0, (1.0, 1.0, 1.0), None)
         spacing = self._numbers(stated, axes)[:3]
+        with suppress(VolumeError):  # a size that is none says nothing
+            size = self._numbers("ElementSize", axes)[:3]
+            if not np.allclose(size, spacing, rtol=1e-4):
+                found = f"ElementSize {shape_text(size)} beside {stated} {shape_text(spacing)} mm"
+                self.notes.append(f"{found}: taken as {stated} says, as ITK does")
         return Header(shape, dtype, 1.0, 0.0, tuple(map(shortest_decimal, spacing)), self._affine(axes, spacing))
 
     def _affine(self, axes: int, spacing: Sequence[float]) -> np.ndarray:

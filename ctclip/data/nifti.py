@@ -14,6 +14,8 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI code (0: not stated) -> mm
 # NIfTI code -> stored type
 NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8"}
+SCAN_CODES = {1, 2}  # of sform and qform: the scanner's space, or aligned with another scan's; others are of atlases
+MOST_APART = 1.0  # degrees between the axes of both, from rounding
 
 
 class NiftiFile(StreamFile):
@@ -59,12 +61,33 @@ class NiftiFile(StreamFile):
         affine = _nifti_affine(header)
         if affine is not None:
             affine[:3] *= MM_PER_UNIT[unit]
+        self.notes += _orientation_notes(header)
         # Where the sform gives the axes, the sign of a spacing says nothing.
         signs = 1 if header["sform_code"] == 0 else np.sign(header["pixdim"][1:4])
         spacing = tuple(shortest_decimal(p * MM_PER_UNIT[unit]) for p in header["pixdim"][1:4] * signs)
         self.header = Header(shape, dtype, slope, intercept, spacing, affine)
         self.check_size(self.header, int(offset))
         self.skip(int(offset) - kind.sizeof_hdr)  # extensions, at least four bytes
+
+
+def _orientation_notes(header: nib.Nifti1Header) -> list[str]:
+    """Whether sform and qform, where both speak of the scan itself rather than of an atlas, contradict."""
+    if not {int(header["sform_code"]), int(header["qform_code"])} <= SCAN_CODES:
+        return []
+    try:
+        forms = np.array([header.get_sform(), header.get_qform()], float)[:, :3, :3]
+    except (ValueError, nib.spatialimages.HeaderDataError):  # an impossible quaternion
+        return ["an unusable qform beside the sform: sform used"]
+    lengths = np.linalg.norm(forms, axis=1, keepdims=True)
+    if not np.isfinite(forms).all() or lengths.min() == 0:
+        return ["an unusable sform or qform: the other one used"]
+    cosines = (forms[0] / lengths[0] * forms[1] / lengths[1]).sum(axis=0)
+    apart = float(np.degrees(np.arccos(np.clip(cosines, -1, 1))).max())
+    if apart <= MOST_APART:
+        return []
+    sform, qform = ("".join(map(str, nib.aff2axcodes(nib.affines.from_matvec(form)))) for form in forms)
+    found = f"sform {sform} beside qform {qform}" if sform != qform else f"sform and qform {apart:.0f} degrees apart"
+    return [f"{found}: sform used"]
 
 
 def _nifti_affine(header: nib.Nifti1Header) -> np.ndarray | None:

@@ -9,8 +9,10 @@ import struct
 import sys
 import zlib
 
+import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from helpers_data import SMALL, affine_of, chest, reoriented, write
 from helpers_dicom import write_series
@@ -89,6 +91,60 @@ def test_zlib_stream_in_small_pieces(tmp_path, scan, monkeypatch):
         assert torch.equal(preprocess_volume(path, None, SMALL), expected)
     monkeypatch.setattr(metaimage, "decompressobj", zlib.decompressobj)
     assert torch.equal(preprocess_volume(path, None, SMALL), expected)
+
+
+@pytest.mark.parametrize("place", [3, -1])
+def test_element_size_beside_another_spacing_is_told_and_itk_s_rule_taken(tmp_path, scan, place):
+    hu, affine, expected = scan
+    path = write_mha(tmp_path / "a.mha", hu, affine)
+    head, mark, stored = path.read_bytes().partition(b"ElementDataFile = LOCAL\n")
+    lines = head.splitlines()
+    for size, told in (("1 2 3", True), ("7.5 7.9 12.25", False), ("wide", False)):
+        changed = [*lines[:place], f"ElementSize = {size}".encode(), *lines[place:], b""]
+        path.write_bytes(b"\n".join(changed) + mark + stored)
+        with open_volume(path) as file:
+            notes = ["ElementSize 1.0 x 2.0 x 3.0 beside ElementSpacing 7.5 x 7.9 x 12.25 mm: taken as ElementSpacing "
+                     "says, as ITK does"]
+            assert file.notes == (notes if told else [])
+            assert file.header.spacing == SimpleITK.ReadImage(path).GetSpacing()
+        assert torch.equal(preprocess_volume(path, None, SMALL), expected)
+
+
+@pytest.mark.parametrize("codes", [(1, 1), (2, 1), (1, 2), (4, 1)])
+@pytest.mark.parametrize("other, told", [("LPI", "sform RAS beside qform LPI: sform used"), ("RAS", ""),
+                                         ("turned", "sform and qform 20 degrees apart: sform used")])
+def test_sform_and_qform_that_contradict_are_told_and_nibabel_s_rule_taken(tmp_path, scan, codes, other, told):
+    hu, affine, expected = scan
+    voxels, sform = reoriented(hu, affine, "RAS")
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(a := np.radians(20)), -np.sin(a)], [np.sin(a), np.cos(a)]]
+    qform = turn @ sform if other == "turned" else sform @ np.diag([*(1.0 if c in "RAS" else -1.0 for c in other), 1.0])
+    path = tmp_path / "a.nii.gz"
+    spacing = tuple(np.linalg.norm(sform[:3, :3], axis=0))
+    image = nib.Nifti1Image(voxels, sform)
+    image.set_sform(sform, codes[0])
+    image.header.set_qform(qform, codes[1])
+    assert np.allclose(image.header.get_zooms(), spacing)
+    nib.Nifti1Image(voxels, None, image.header).to_filename(path)
+    with open_volume(path) as file:
+        assert file.notes == ([told] if told and codes[0] != 4 else [])
+        np.testing.assert_allclose(file.header.affine, nib.load(path).affine, atol=1e-4)
+    torch.testing.assert_close(preprocess_volume(path, None, SMALL), expected, rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("offset, values, told", [
+    (280, [float("nan")] * 12, "an unusable sform or qform: the other one used"),
+    (256, [1.0] * 3, "an unusable qform beside the sform: sform used"),
+])  # fmt: skip
+def test_an_unusable_one_of_sform_and_qform_is_told(tmp_path, scan, offset, values, told):
+    hu, affine, expected = scan
+    path = write(tmp_path / "a.nii", hu, SPACING, affine, codes=(1, 1))
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 4 * len(values)] = struct.pack(f"<{len(values)}f", *values)
+    path.write_bytes(data)
+    with open_volume(path) as file:
+        assert file.notes == [told]
+    torch.testing.assert_close(preprocess_volume(path, None, SMALL), expected, rtol=0, atol=5e-7)
 
 
 # ------------------------------------------------------------------ where a voxel lies in the cube
