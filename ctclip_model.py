@@ -47,7 +47,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import partial
@@ -122,17 +122,24 @@ UNUSED_KEYS = (
     ("loss_fn.", "settings of a loss"),
 )
 
+AS_TENSORS = "make tensors of its arrays (torch.from_numpy), and save a dictionary of them by torch.save"
+ONE_FILE = "put the tensors of all shards into one dictionary, and save that by safetensors.torch.save_file"
+SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.(safetensors|bin|pt|pth)", re.IGNORECASE)  # in a name; of several
+SCALARS = (bool, int, float, str, bytes, type(None))  # what training code saves among tensors: epoch, best
+LABEL_KEYS = ("labels", "label_names", "label2id", "id2label", "classes", "class_names", "class_to_idx", "findings",
+              "abnormalities", "pathologies", "target_names")  # of lists that name the rows of a head
 # How files begin that get into the place of weights; what they are, and what to do.
 OTHER_FILES = (
     (b"version https://git-lfs", "a git-LFS pointer, which only stands for the weights", "git lfs pull fetches them"),
     (b"<", "a web page (HTML or XML)", "read what it says, then download the weights again"),
     (b"{", "JSON text", "name the weights that it belongs to"),
+    (b"\x93NUMPY", "a NumPy array (.npy)", AS_TENSORS),
     (b"\x1f\x8b", "a gzip archive", "unpack it"),
     (b"\x89HDF", "an HDF5 file", "save its tensors by torch.save"),
     (b"\0" * 16, "zeros, as a broken download leaves them", "download it again"),
 )
 # Objects of these packages stand beside the tensors of many training states. They are passed over: never imported.
-INERT_PACKAGES = ("argparse", "pathlib", "datetime", "numpy", "_codecs")
+INERT_PACKAGES = ("argparse", "pathlib", "datetime", "numpy", "_codecs", "builtins.bytes")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of numbers that need no scale beside them
 HUGE_WEIGHT = 1e6  # trained weights lie far below; products of larger ones overflow
 MOST_NESTED = 4  # dictionaries around the weights of a training state
@@ -792,6 +799,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     there is no such file and CheckpointError when it does not hold one dictionary of tensors.
     """
     path = Path(path)
+    if path.is_dir() and any((*path.glob("data.pkl"), *path.glob("*/data.pkl"))):
+        raise CheckpointError(f"{path}: found a folder, which is an unpacked .pt file, expected the file itself; "
+                              "download it again, without unpacking it")  # fmt: skip
     if path.is_dir():
         raise CheckpointError(f"{path}: found a folder, expected a weights file; a saved model is loaded by "
                               "CTCLIPMultiAbnormalityModel.from_pretrained(FOLDER)")  # fmt: skip
@@ -815,20 +825,35 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The one dictionary of tensors that a file holds, memory-mapped, under its own keys. Raises CheckpointError."""
-    state = _state_dict(_read_file(path), path)
+    """The one dictionary of tensors that a file holds, memory-mapped, under its own keys; an epoch or the like among
+    them is left out. Raises CheckpointError."""
+    content = _state_dict(_read_file(path), path)
+    state = {key: value for key, value in content.items() if not _is_setting(key, value)}
     for key, value in state.items():
         if not isinstance(key, str):
             raise CheckpointError(f"{path}: found {ascii(key)[:40]} as the name of a tensor, expected text; save a "
                                   "model's state_dict()")  # fmt: skip
-        kind = "no tensor" if not isinstance(value, Tensor) else _unusual_kind(value)
-        if kind:
+        if kind := _unusual_kind(value):
             raise CheckpointError(f"{path}: found {key[:100]!r}, which is {kind}, expected dense tensors of numbers "
                                   "only; save a plain state_dict()")  # fmt: skip
     return state
 
 
-def _unusual_kind(value: Tensor) -> str | None:
+def _is_setting(key: Any, value: Any) -> bool:
+    """Whether this is an epoch or the like, which training code puts among the tensors: no parameter is called so."""
+    return isinstance(key, str) and isinstance(value, SCALARS) and "." not in key and unused_reason(key) is None
+
+
+def settings_among_tensors(path: Path) -> list[str]:
+    """What `read_tensors` leaves out of a file."""
+    if _file_kind(path) == "safetensors":
+        return []
+    return [key for key, value in _state_dict(_unpickled(path), path).items() if _is_setting(key, value)]
+
+
+def _unusual_kind(value: Any) -> str | None:
+    if not isinstance(value, Tensor):
+        return "a NumPy array or another object, no tensor" if isinstance(value, _Inert) else "no tensor"
     if value.is_meta:
         return "a tensor without its numbers (meta)"
     if value.is_quantized:
@@ -838,7 +863,8 @@ def _unusual_kind(value: Tensor) -> str | None:
 
 def _state_dict(content: Any, path: Path) -> dict[Any, Any]:
     """The dictionary of tensors in what a file holds; in a training state, which has others, that with the tower."""
-    found = dict(_dicts_with_tensors(content))
+    inside = dict(_dicts_in(content))
+    found = {place: state for place, state in inside.items() if any(isinstance(v, Tensor) for v in state.values())}
     towers = {place: state for place, state in found.items() if any(f".{TOWER}." in f".{key}" for key in state)}
     if len(towers) > 1:
         raise CheckpointError(f"{path} holds {len(towers)} sets of weights, under {' and '.join(towers)}, expected "
@@ -850,6 +876,8 @@ def _state_dict(content: Any, path: Path) -> dict[Any, Any]:
             f"{path} holds an optimizer's state, which some training code saves over the weights, expected weights; "
             "they are not in it: use a file of another epoch, or fetch it again (python ctclip_setup.py)"
         )
+    if not found and any(isinstance(value, _Inert) for state in inside.values() for value in state.values()):
+        raise CheckpointError(f"{path} holds NumPy arrays or other objects, expected tensors; {AS_TENSORS}")
     if "" not in found and len(found) != 1:
         keys = _first_five([str(key)[:40] for key in content]) if isinstance(content, dict) else ""
         raise CheckpointError(f"{path} holds a {type(content).__name__} ({keys}), expected a non-empty dictionary of "
@@ -857,13 +885,12 @@ def _state_dict(content: Any, path: Path) -> dict[Any, Any]:
     return found.get("") or next(iter(found.values()))
 
 
-def _dicts_with_tensors(content: Any, place: str = "", deep: int = MOST_NESTED) -> Iterator[tuple[str, dict]]:
-    """(where it is, dictionary) of those that hold a tensor, nested ones too."""
+def _dicts_in(content: Any, place: str = "", deep: int = MOST_NESTED) -> Iterator[tuple[str, dict]]:
+    """(where it is, dictionary), nested ones too."""
     if isinstance(content, dict):
-        if any(isinstance(value, Tensor) for value in content.values()):
-            yield place, content
+        yield place, content
         for key, value in content.items() if deep else ():
-            yield from _dicts_with_tensors(value, f"{place}[{str(key)[:40]!r}]", deep - 1)
+            yield from _dicts_in(value, f"{place}[{str(key)[:40]!r}]", deep - 1)
 
 
 def _read_file(path: Path) -> Any:
@@ -897,19 +924,29 @@ def _file_kind(path: Path) -> str:
 
     Raises CheckpointError for any other, and says which.
     """
+    if SHARD.search(path.name):
+        raise CheckpointError(f"{path}: found one of several shards of weights, expected one file; {ONE_FILE}")
     with open(path, "rb") as file:
         start = file.read(512)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= 100_000_000:  # safetensors' own limit
         return "safetensors"
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     what, remedy = next((row[1:] for row in OTHER_FILES if text.startswith(row[0])), ("", ""))
-    if start[257:262] == b"ustar":
+    if text.startswith(b"{") and b'"weight_map"' in text:
+        what, remedy = "JSON text that lists the shards of weights", ONE_FILE
+    elif path.name == "data.pkl" and not zipfile.is_zipfile(path):
+        what, remedy = "a part of an unpacked .pt file", "download that again, without unpacking it"
+    elif start.startswith(b"\x80") and b"numpy" in start:
+        what, remedy = "pickled NumPy arrays", AS_TENSORS
+    elif start[257:262] == b"ustar":
         what, remedy = "a tar archive", "unpack it"
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if not name.endswith("/")]
         last = {name.rpartition("/")[2] for name in names}
-        if "data.pkl" not in last:
+        if last and all(name.endswith(".npy") for name in last):
+            what, remedy = "NumPy arrays (.npz)", AS_TENSORS
+        elif "data.pkl" not in last:
             what, remedy = f"a zip archive that holds {_first_five(names)[:200] or 'nothing'}", "unpack it"
         elif "constants.pkl" in last:
             what, remedy = "a TorchScript model", "save its state_dict() by torch.save"
@@ -942,8 +979,10 @@ def _unpickled(path: Path) -> Any:
             if not zipfile.is_zipfile(path):
                 raise
             others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            if not others or any(name.partition(".")[0] not in INERT_PACKAGES for name in others):
+            if not others or any(not {name, name.partition(".")[0]} & set(INERT_PACKAGES) for name in others):
                 raise
+        if not isinstance(source, Path):
+            source.seek(0)
         with torch.serialization.safe_globals([(_Inert, name) for name in others]):
             return torch.load(source, **options)
 
@@ -998,6 +1037,58 @@ def _in_memory(
                 check_finite({key: part}, path)  # while it is in the cache
             count += len(target)
     return copies
+
+
+def _beside_weights(path: Path) -> dict[Any, Any]:
+    """What a file holds, and for a .safetensors file what its header says, with config.json of the same folder where
+    it is a saved model's."""
+    if _file_kind(path) != "safetensors":
+        content = _unpickled(path)
+        return content if isinstance(content, dict) else {}
+    with safe_open(path, framework="pt") as file:
+        texts = dict(file.metadata() or {})
+    if path.name == SAVED_WEIGHTS:
+        with suppress(OSError, UnicodeDecodeError):
+            texts["config.json"] = path.with_name("config.json").read_text(encoding="utf-8-sig")
+    content = {}
+    for key, text in texts.items():
+        try:
+            content[key] = json.loads(text)
+        except (ValueError, RecursionError):
+            content[key] = [name.strip() for name in text.split(",")]
+    return content
+
+
+def _listed_names(value: Any) -> list[str]:
+    """The names in a list, in {0: name} or in {name: 0}; [] of anything else."""
+    if isinstance(value, dict) and all(isinstance(number, int) for number in value.values()):
+        value = sorted(value, key=value.__getitem__)
+    elif isinstance(value, dict) and all(str(number).isdecimal() for number in value):
+        value = [value[number] for number in sorted(value, key=int)]
+    return list(value) if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value) else []
+
+
+def check_label_order(path: Path) -> None:
+    """Raises CheckpointError where a file names the rows of its head, and they are not ABNORMALITIES in their order."""
+    ours = [_plain(name) for name in ABNORMALITIES]
+    for place, part in _dicts_in(_beside_weights(path)):
+        for key, value in part.items():
+            names = [_plain(name) for name in _listed_names(value)]
+            same = sorted(names) == sorted(ours)
+            if names == ours or not (same or (str(key).lower() in LABEL_KEYS and len(names) == N_LABELS)):
+                continue
+            at = next(i for i in range(N_LABELS) if names[i] != ours[i])
+            what = "the 18 findings in another order" if same else "other findings"
+            way = "save it with its rows in that order, or " if same else ""
+            raise CheckpointError(
+                f"{path}: found {what} under {place}[{str(key)[:40]!r}] ({names[at][:60]!r} in row {at + 1} of the "
+                f"head, expected {ABNORMALITIES[at]!r}); {way}leave its head aside: "
+                f"in training {NEW_HEAD_FLAG}, in Python new_head=True"
+            )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
 def unused_reason(key: str) -> str | None:
@@ -1547,9 +1638,13 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
                 if head is not None:
                     raise CheckpointError(f"{path}: {error}") from error
                 reason = str(error)
+        if not (made or new_head) and any(key.startswith("classifier.") for key in state):
+            check_label_order(path)
         # On the meta device nothing is drawn for what the file replaces.
         self._build_tower(sizes, head or stored or "linear", torch.device("meta"))
         report = load_tower(self, state, path, made, reason, new_head)
+        if settings := settings_among_tensors(path):
+            report = replace(report, dropped=report.dropped | {f"no tensors ({_first_five(settings)})": len(settings)})
         patch = f"; patches of {sizes.temporal_patch} x {sizes.patch} x {sizes.patch} voxels assumed"
         self.load_report = report if FIRST_FRAME in state else replace(report, assumed=patch)
         self.derived_from = published_name(path)

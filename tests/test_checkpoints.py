@@ -7,6 +7,7 @@ Reference: the logits of the unchanged file.
 import argparse
 import gzip
 import json
+import pickle
 import time
 import zipfile
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import nn
 from ctclip.config import TrainingConfig
 from ctclip.training.run import build_model
 from ctclip_model import (
+    ABNORMALITIES,
     CheckpointError,
     CTCLIPMultiAbnormalityModel,
     ModelError,
@@ -142,6 +144,58 @@ def test_what_holds_no_weights_is_said(tmp_path):
         assert f"holds a {type(content).__name__}" in refusal(saved(tmp_path / "a.pt", content))
 
 
+def test_settings_among_the_tensors_are_left_out_and_said(tmp_path, right):
+    path = saved(tmp_path / "a.pt", {"epoch": 3, **STATE, "best_auroc": 0.7, "arch": "ctclip", "note": None})
+    assert torch.equal(logits(path), right)
+    report = str(CTCLIPMultiAbnormalityModel(str(path)).load_report)
+    assert "4 no tensors (epoch, best_auroc, arch, note)" in report
+    for key in ("temperature", "classifier.scale"):  # a weight, or what could be one
+        assert f"found '{key}', which is no tensor" in refusal(saved(tmp_path / "b.pt", {**STATE, key: 4.6}))
+
+
+# -- names of the head's rows ------------------------------------------------------------------------------------------
+
+OURS = list(ABNORMALITIES)
+SWAPPED = [OURS[1], OURS[0], *OURS[2:]]
+NAMED = {
+    "a list beside the weights": lambda names: {"model": STATE, "labels": names},
+    "spelled otherwise": lambda names: {"model": STATE, "task": [name.upper().replace(" ", "_") for name in names]},
+    "a tuple in the settings": lambda names: {"state_dict": STATE, "hyper_parameters": {"classes": tuple(names)}},
+    "names by row": lambda names: {"model": STATE, "config": {"id2label": dict(enumerate(names))}},
+    "rows by name": lambda names: {"model": STATE, "label2id": {name: row for row, name in enumerate(names)}},
+}
+
+
+@pytest.mark.parametrize("form", NAMED)
+def test_a_head_whose_rows_are_named_in_another_order_is_refused(tmp_path, right, form):
+    assert torch.equal(logits(saved(tmp_path / "a.pt", NAMED[form](OURS))), right)
+    path = saved(tmp_path / "b.pt", NAMED[form](SWAPPED))
+    line = refusal(path)
+    assert "found the 18 findings in another order under [" in line and f"expected '{OURS[0]}'" in line
+    assert CTCLIPMultiAbnormalityModel(str(path), new_head=True).load_report.head == "linear, new"
+
+
+def test_a_head_for_other_findings_is_refused(tmp_path):
+    names = [f"finding {number}" for number in range(18)]
+    line = refusal(saved(tmp_path / "a.pt", {"model": STATE, "class_names": names}))
+    assert "found other findings under ['class_names'] ('finding 0' in row 1 of the head" in line
+
+
+@pytest.mark.parametrize("text", [json.dumps(SWAPPED), ",".join(SWAPPED)])
+def test_names_in_the_header_of_a_safetensors_file_count(tmp_path, text):
+    state = {key: value.contiguous() for key, value in STATE.items()}
+    save_file(state, tmp_path / "a.safetensors", metadata={"format": "pt", "labels": text})
+    assert "in another order under ['labels']" in refusal(tmp_path / "a.safetensors")
+
+
+def test_names_in_the_config_of_a_saved_model_count(tmp_path):
+    """Its weights, given as a file, would lose them."""
+    CTCLIPMultiAbnormalityModel(str(CLASSFINE)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"labels": SWAPPED}))
+    assert "under ['config.json']['labels']" in refusal(tmp_path / "model.safetensors")
+
+
 # -- our own state dict ------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +240,15 @@ OTHERS = {
     "zeros": lambda path: path.write_bytes(bytes(4000)),
     "it is empty": lambda path: path.write_bytes(b""),
     "it begins with b'no weights at al'": lambda path: path.write_bytes(b"no weights at all"),
+    "JSON text that lists the shards of weights": lambda path: path.write_text(
+        json.dumps({"metadata": {"total_size": 9}, "weight_map": {"a": "model-00001-of-00002.safetensors"}})),
+    "a NumPy array (.npy)": lambda path: np.save(path.open("wb"), np.ones(3)),
+    "NumPy arrays (.npz)": lambda path: np.savez(path.open("wb"), a=np.ones(3), b=np.ones(2)),
+    "pickled NumPy arrays": lambda path: path.write_bytes(pickle.dumps({"a": np.ones(3)})),
+    "NumPy arrays or other objects, expected tensors": lambda path: torch.save(
+        {"model": {key: value.numpy() for key, value in STATE.items()}}, path),
+    "'classifier.bias', which is a NumPy array or another object": lambda path: torch.save(
+        STATE | {"classifier.bias": STATE["classifier.bias"].numpy()}, path),
     "a TorchScript model": lambda path: torch.jit.script(nn.Linear(2, 2)).save(path),
 }
 
@@ -203,6 +266,23 @@ def test_a_file_that_is_no_weights_file_is_called_what_it_is(tmp_path, what, nam
     OTHERS[what](tmp_path / name)
     line = refusal(tmp_path / name)
     assert what in line and "could run code" not in line
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "pytorch_model-2-of-12.bin"])
+def test_one_of_several_shards_is_refused_and_the_only_one_is_read(tmp_path, right, name):
+    saved(tmp_path / name, dict(list(STATE.items())[:20]))
+    line = refusal(tmp_path / name)
+    assert "found one of several shards of weights" in line and "put the tensors of all shards into one" in line
+    assert torch.equal(logits(saved(tmp_path / "model-00001-of-00001.pt", STATE)), right)
+
+
+def test_an_unpacked_file_is_said_to_be_one(tmp_path):
+    with zipfile.ZipFile(CLASSFINE) as archive:
+        archive.extractall(tmp_path)
+    inner = next(tmp_path.iterdir())
+    for folder in (tmp_path, inner):
+        assert "found a folder, which is an unpacked .pt file" in refusal(folder)
+    assert "found a part of an unpacked .pt file" in refusal(inner / "data.pkl")
 
 
 def test_the_content_counts_not_the_name(tmp_path, right):
