@@ -30,7 +30,9 @@ from ctclip.data.volume_file import (
     Header,
     VolumeError,
     VolumeFile,
+    content_suffix,
     file_error,
+    inflated,
     shape_text,
     shortest_decimal,
     three_axes,
@@ -71,10 +73,10 @@ FUNCTIONAL_GROUPS = {
 
 def is_dicom(path: Path) -> bool:
     """Whether a regular file begins as DICOM does (with or without its preamble), or is named like a DICOM file."""
-    return os.path.isfile(path) and (path.suffix.lower() in DICOM_SUFFIXES or _begins_as_dicom(_beginning(path)))
+    return os.path.isfile(path) and (path.suffix.lower() in DICOM_SUFFIXES or begins_as_dicom(beginning(path)))
 
 
-def _begins_as_dicom(start: bytes) -> bool:
+def begins_as_dicom(start: bytes) -> bool:
     """128 bytes of anything and DICM; or, without this preamble, a first element of group 2 or 8, little-endian."""
     if start[128:132] == b"DICM":
         return True
@@ -83,7 +85,7 @@ def _begins_as_dicom(start: bytes) -> bool:
     return start[:2] in (b"\x02\0", b"\x08\0") and start[3:4] == b"\0" and (explicit or implicit) and len(start) > 16
 
 
-def _beginning(path: Path) -> bytes:
+def beginning(path: Path) -> bytes:
     """The first 2 KB of a file; nothing where that cannot be read."""
     try:
         with open(path, "rb") as file:
@@ -194,15 +196,18 @@ def _read_files(folder: Path, files: tuple[tuple[str, int, int], ...]) -> DicomF
     pydicom = import_pydicom(folder)
     content, names, strangers = DicomFolder(), set(), []
     for path in (folder / name for name, _, _ in files):
-        start = _beginning(path)
-        if not _begins_as_dicom(start):
+        start = beginning(path)
+        if not begins_as_dicom(start):
             strangers.append(path)
         elif _add_file(content, path, start, pydicom):
             names.add(_name_form(path))
     for path in strangers:  # an empty or overwritten slice, at an end of the series, would not be missed by the others
         if _name_form(path) in names or path.suffix.lower() in DICOM_SUFFIXES:
-            found = "an empty file" if path.stat().st_size == 0 else "a file that is not DICOM"
-            content.faults.setdefault("", file_error(path, found, "a slice like those beside it", RECOPY))
+            start = beginning(path)
+            suffix = content_suffix(inflated(start) or start)
+            found = f"the content of a {suffix} file" if suffix else "a file that is not DICOM" if start else "an empty file"
+            remedy = f"end its name in {suffix}, or move it away" if suffix else RECOPY
+            content.faults.setdefault("", file_error(path, found, "a slice like those beside it", remedy))
     for identity, path in content.unknown.items():
         if identity in content.series:
             found = "an object of an unknown kind in a series of CT slices"
@@ -596,7 +601,7 @@ class DicomSeries(VolumeFile):
         if tags != sorted(tags) or tags[-1] not in LAST_TAGS:
             raise ValueError("bytes behind the pixels that are no DICOM elements")  # so the pixels may be shifted
         source.file_meta.TransferSyntaxUID = encoding  # which a file without preamble does not name
-        source = path if slices[0].frame is not None and _beginning(path)[128:132] == b"DICM" else source
+        source = path if slices[0].frame is not None and beginning(path)[128:132] == b"DICM" else source
         indices, plugin = [each.frame or 0 for each in slices], "" if native else "gdcm"
         planes = pydicom.pixels.iter_pixels(source, indices=indices, raw=True, decoding_plugin=plugin)
         for each, plane in zip(slices, planes, strict=True):

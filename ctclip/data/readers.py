@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ctclip.data.dicom import DicomSeries, is_dicom
+from ctclip.data.dicom import DicomSeries, beginning, begins_as_dicom, is_dicom
 from ctclip.data.metaimage import META_SUFFIX, MetaFile
 from ctclip.data.nifti import NIFTI_SUFFIXES, NiftiFile
-from ctclip.data.volume_file import VolumeFile, file_error
+from ctclip.data.volume_file import VolumeFile, content_suffix, file_error, inflated
 
 FILE_SUFFIXES = (*NIFTI_SUFFIXES, META_SUFFIX)
 READ_HERE = ".nii, .nii.gz, .mha or DICOM"
@@ -39,12 +39,30 @@ def other_file(path: Path) -> tuple[str, str, str]:
 
 
 def open_volume(path: str | Path) -> VolumeFile:
-    """A .nii, .nii.gz or .mha file; a folder with one DICOM series, or any file of a series."""
+    """A .nii, .nii.gz or .mha file, read as what it is where its name says another of these; a folder with one DICOM
+    series, or any file of a series."""
     path = Path(path)
-    if path.name.lower().endswith(META_SUFFIX):
-        return MetaFile(path)
-    if not path.name.lower().endswith(NIFTI_SUFFIXES) and (path.is_dir() or is_dicom(path)):
+    if path.name.lower().endswith(FILE_SUFFIXES):
+        return MetaFile(path) if _format_suffix(path) == META_SUFFIX else NiftiFile(path)
+    if path.is_dir() or is_dicom(path):
         return DicomSeries(path)
     if other_suffix(path) and path.is_file():
         raise file_error(path, *other_file(path))
     return NiftiFile(path)
+
+
+def _format_suffix(path: Path) -> str:
+    """.nii or .mha: what a file with one of FILE_SUFFIXES is by its first bytes; by its name where they do not say.
+    Raises VolumeError where it is something else, which its reader would call damaged."""
+    by_name = META_SUFFIX if path.name.lower().endswith(META_SUFFIX) else ".nii"
+    start = beginning(path) if path.is_file() else b""
+    unpacked = inflated(start)
+    content = start if unpacked is None else unpacked
+    suffix = content_suffix(content) or (".dcm" if begins_as_dicom(content) else "")
+    if unpacked is not None and suffix != ".nii" and (suffix or by_name == META_SUFFIX):
+        suffix += ".gz"
+    if suffix in ("", ".nii", META_SUFFIX):
+        return suffix or by_name
+    remedy = OTHER_SUFFIXES.get(Path(f"scan{suffix}").suffix, _CONVERT)
+    remedy = f"end its name in {suffix}" if remedy is _CONVERT else remedy
+    raise file_error(path, f"the content of a {suffix} file", READ_HERE, remedy)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -35,6 +36,12 @@ MOST_VOXELS = 1 << 31  # more than CT-RATE's largest volume has; a few bytes of 
 MOST_BYTES = 1 << 33  # of voxels: 16 GB of zeros are a file of 16 MB, or a sparse one of none
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 DAMAGED = (OSError, zlib.error, InflateError)
+HEADER_SIZES = (348, 540)  # of NIfTI-1 and -2, their first four bytes in either order
+META_START = re.compile(rb"(ObjectType|ObjectSubType|NDims|Comment) *=")
+FIRST_BYTES = {
+    b"PK\3\4": ".zip", b"7z\xbc\xaf": ".7z", b"Rar!": ".rar", b"BZh": ".bz2", b"\xfd7zXZ": ".xz",
+    b"\x28\xb5\x2f\xfd": ".zst", b"NRRD": ".nrrd", b"\x93NUMPY": ".npy", b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg",
+}  # fmt: skip
 
 
 class VolumeError(UserError):
@@ -54,6 +61,26 @@ def shortest_decimal(value: float) -> float:
     scan must not be a voxel longer in a format that keeps more digits."""
     with np.errstate(over="ignore"):  # to infinity, which is refused as such
         return float(str(np.float32(value)))
+
+
+def content_suffix(start: bytes) -> str | None:
+    """The ending that a file should have by its first bytes, inflated; None where they do not say. DICOM has a test of
+    its own."""
+    if int.from_bytes(start[:4], "little") in HEADER_SIZES or int.from_bytes(start[:4], "big") in HEADER_SIZES:
+        return ".nii"
+    if META_START.match(start):
+        return ".mha"
+    return next((suffix for first, suffix in FIRST_BYTES.items() if start.startswith(first)), None)
+
+
+def inflated(start: bytes) -> bytes | None:
+    """What the first bytes of a gzip file inflate to, a few; None for another file."""
+    if start[:2] != b"\x1f\x8b":
+        return None
+    try:
+        return zlib.decompressobj(31).decompress(start, 512)
+    except zlib.error:
+        return b""
 
 
 @dataclass(frozen=True)

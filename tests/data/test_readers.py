@@ -3,10 +3,12 @@ and hostile files are one line each, in bounded time and memory."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import os
 import struct
 import sys
+import zipfile
 import zlib
 
 import nibabel as nib
@@ -145,6 +147,72 @@ def test_an_unusable_one_of_sform_and_qform_is_told(tmp_path, scan, offset, valu
     with open_volume(path) as file:
         assert file.notes == [told]
     torch.testing.assert_close(preprocess_volume(path, None, SMALL), expected, rtol=0, atol=5e-7)
+
+
+# ------------------------------------------------------------------ files with another's name
+
+
+@pytest.mark.parametrize("made, named", [
+    ("a.nii.gz", "b.mha"), ("a.nii", "b.mha"), ("a.mha", "b.nii.gz"), ("a.mha", "b.nii"), ("a.nii.gz", "b.nii"),
+    ("a.nii", "b.nii.gz"), ("a.mha", "B.MHA"),
+])  # fmt: skip
+def test_nifti_and_meta_image_are_read_under_each_other_s_names(tmp_path, scan, made, named):
+    hu, affine, expected = scan
+    path = tmp_path / made
+    write_mha(path, hu, affine) if made.endswith(".mha") else write(path, hu, SPACING, affine)
+    path.rename(tmp_path / named)
+    assert torch.equal(preprocess_volume(tmp_path / named, None, SMALL), expected)
+
+
+UNPACK, NAME_IT = "unpack it, and name", "end its name in"
+OTHER_CONTENT = {  # of a file with the name of a scan: its bytes, its ending, the remedy
+    "MetaImage by gzip": (lambda scan: gzip.compress(scan["mha"]), ".mha.gz", UNPACK),
+    "text by gzip": (lambda scan: gzip.compress(b"text " * 99), ".gz", UNPACK),
+    "DICOM": (lambda scan: scan["dcm"], ".dcm", f"{NAME_IT} .dcm"),
+    "DICOM without preamble": (lambda scan: scan["dcm"][132:], ".dcm", f"{NAME_IT} .dcm"),
+    "DICOM by gzip": (lambda scan: gzip.compress(scan["dcm"]), ".dcm.gz", UNPACK),
+    "NRRD": (lambda scan: scan["nrrd"], ".nrrd", f"{NAME_IT} .nrrd"),
+    "zip": (lambda scan: scan["zip"], ".zip", UNPACK),
+    "bzip2": (lambda scan: bz2.compress(scan["mha"]), ".bz2", UNPACK),
+    "numpy": (lambda scan: scan["npy"], ".npy", "name the scan that it was made of"),
+}
+
+
+@pytest.fixture(scope="module")
+def stored_bytes(tmp_path_factory):
+    """One scan in other formats."""
+    root, affine = tmp_path_factory.mktemp("stored"), affine_of(SPACING)
+    write_mha(root / "a.mha", chest(), affine)
+    SimpleITK.WriteImage(as_itk(chest(), affine), root / "a.nrrd")
+    np.save(root / "a.npy", chest())
+    with zipfile.ZipFile(root / "a.zip", "w") as archive:
+        archive.write(root / "a.mha")
+    next(write_series(root / "a", chest((30, 28, 2)), affine).iterdir()).rename(root / "a.dcm")
+    return {kind: (root / f"a.{kind}").read_bytes() for kind in ("mha", "nrrd", "npy", "zip", "dcm")}
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.mha"])
+@pytest.mark.parametrize("case", OTHER_CONTENT)
+def test_what_a_file_is_that_has_the_name_of_a_scan_is_said(tmp_path, stored_bytes, case, name):
+    make, suffix, remedy = OTHER_CONTENT[case]
+    (tmp_path / name).write_bytes(make(stored_bytes))
+    with pytest.raises(VolumeError) as caught:
+        preprocess_volume(tmp_path / name, None, SMALL)
+    if case == "text by gzip" and name != "a.mha":
+        assert "found first bytes b'text', expected a NIfTI header" in str(caught.value)
+    else:
+        assert str(caught.value).startswith(f"{name}: found the content of a {suffix} file, expected .nii, ")
+        assert f"; {remedy}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.dcm", "a.ima"])
+@pytest.mark.parametrize("suffix", [".nii", ".mha"])
+def test_what_a_file_is_that_is_named_like_dicom_is_said(tmp_path, suffix, name):
+    path = tmp_path / f"b{suffix}"
+    write_mha(path, chest(), affine_of(SPACING)) if suffix == ".mha" else write(path, chest())
+    path.rename(tmp_path / name)
+    with pytest.raises(VolumeError, match=f"{name}: found the content of a {suffix} file, expected"):
+        preprocess_volume(tmp_path / name, None, SMALL)
 
 
 # ------------------------------------------------------------------ where a voxel lies in the cube
