@@ -205,7 +205,8 @@ def _read_files(folder: Path, files: tuple[tuple[str, int, int], ...]) -> DicomF
         if _name_form(path) in names or path.suffix.lower() in DICOM_SUFFIXES:
             start = beginning(path)
             suffix = content_suffix(inflated(start) or start)
-            found = f"the content of a {suffix} file" if suffix else "a file that is not DICOM" if start else "an empty file"
+            other = "a file that is not DICOM" if path.stat().st_size else "an empty file"
+            found = f"the content of a {suffix} file" if suffix else other
             remedy = f"end its name in {suffix}, or move it away" if suffix else RECOPY
             content.faults.setdefault("", file_error(path, found, "a slice like those beside it", remedy))
     for identity, path in content.unknown.items():
