@@ -20,6 +20,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports is no traceback; `python
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +34,13 @@ if TYPE_CHECKING:
     from ctclip.evaluation.evaluate import evaluate
     from ctclip.evaluation.metrics import EvaluationError, compute_metrics, per_label_metrics
     from ctclip.evaluation.render import format_report
+    from ctclip.evaluation.summary import format_summary
     from ctclip.evaluation.tables import EvaluationInputs, load_labels, load_predictions
     from ctclip.evaluation.thresholds import rescale_to_half
 
 __all__ = [
     "EvaluationError", "Settings", "compute_metrics", "evaluate", "fit_calibration", "format_report",
-    "load_calibration", "load_labels", "load_predictions", "per_label_metrics", "rescale_to_half",
+    "format_summary", "load_calibration", "load_labels", "load_predictions", "per_label_metrics", "rescale_to_half",
 ]  # fmt: skip
 
 
@@ -47,9 +49,9 @@ def __getattr__(name: str) -> Any:
     name = {"map_cuts_to_half": "rescale_to_half"}.get(name, name)  # its name before 0.7
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ctclip.evaluation import calibration, evaluate, metrics, render, tables, thresholds
+    from ctclip.evaluation import calibration, evaluate, metrics, render, summary, tables, thresholds
 
-    modules = (evaluate, calibration, metrics, render, tables, thresholds)
+    modules = (evaluate, calibration, metrics, render, summary, tables, thresholds)
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
@@ -62,15 +64,17 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     check_flags(args)
     from ctclip.evaluation.command import apply_calibration, evaluate_and_write, settings_from_flags
+    from ctclip.evaluation.render import check_report_parts
 
     if args.apply:
         output_dir = Path(args.output_dir or Path("results", "applied"))
         apply_calibration(args.apply, args.predictions, output_dir, args.patients)
         return
     settings = settings_from_flags(args)
-    inputs, folder = read_inputs(args)
-    evaluate_and_write(inputs, folder, settings, args.baseline, args.metadata, args.pictures)
-    print(f"Evaluation took {time.perf_counter() - started:.1f} s")
+    check_report_parts()
+    inputs, folder, following = read_inputs(args)
+    evaluate_and_write(inputs, folder, settings, args.baseline, args.metadata, args.pictures, args.verbose)
+    print(f"Evaluation took {time.perf_counter() - started:.1f} s\n{following}")
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -99,9 +103,9 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UserError(f"found {has} without {lacks}, expected both; add {lacks} FILE.csv")
 
 
-def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
-    """(inputs, output folder) of the source that the flags name: the example, tables, or a run."""
-    from ctclip.evaluation.command import EXAMPLE_TABLES, example_inputs
+def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path, str]:
+    """(inputs, output folder, what to do next) of what the flags name: the example, tables, or a run."""
+    from ctclip.evaluation.command import EXAMPLE_TABLES, check_shared, example_inputs, next_step
     from ctclip.evaluation.run_folder import RESULT_FILES, check_output_folder, newest_run, results_folder, run_record
     from ctclip.evaluation.tables import EvaluationInputs, patients_of, read_labels, read_predictions
     from ctclip.fileio import make_folder
@@ -111,7 +115,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
     if args.example:
         folder = Path(args.output_dir or Path("results", "example"))
         check_output_folder(folder, *RESULT_FILES, *EXAMPLE_TABLES)
-        return example_inputs(make_folder(folder, "change --output-dir")), folder
+        return example_inputs(make_folder(folder, "change --output-dir")), folder, next_step(folder, "example")
     if args.predictions:
         data_dir, given, tuning = Path(args.data_dir) if args.data_dir else None, Path(args.predictions), None
         if args.tuning_predictions:
@@ -126,14 +130,19 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
         patients = patients_of(args.patients, predictions)
         return EvaluationInputs(
             predictions, labels, tuning, phantom=phantom, data_dir=data_dir, patients=patients
-        ), folder
+        ), folder, next_step(folder, "tables")
     run = Path(args.checkpoint) if args.checkpoint else newest_run()
     if not args.checkpoint:
         print(f"Evaluating the newest run, {run} (choose another with --checkpoint)")
     folder = Path(args.output_dir or results_folder(run, args.data_dir))
     if run.is_dir():
         check_output_folder(folder, *RESULT_FILES, own=None if args.data_dir else run)
-    return run_inputs(run, args.data_dir, args.device, args.workers, folder, args.patients), folder
+
+    def check(volumes: Sequence[str]) -> None:
+        check_shared(volumes, args.baseline, args.metadata)
+
+    inputs = run_inputs(run, args.data_dir, args.device, args.workers, folder, args.patients, check)
+    return inputs, folder, next_step(run)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ if __name__ == "__main__":  # Ctrl-C during the imports is no traceback; `python
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
+import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ from ctclip.cli import INTERRUPTED, refuse_unused, run_cli
 from ctclip.config import RESUME_HINT, evaluation_flags, task_flag_uses, task_parser
 from ctclip.errors import UserError
 from ctclip.memory import torchrun_number
+from ctclip.paths import script
 
 if TYPE_CHECKING:
     from ctclip.inference.predictions import predict
@@ -58,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("found torchrun with run_task2.py, expected ctclip_training.py; evaluate afterwards")
     task = "export" if args.export else args.task
     refuse_unused(args.given, task_flag_uses(task, args.plan))
-    from ctclip.evaluation.command import evaluate_and_write, settings_from_flags  # torch takes two seconds
+    from ctclip.evaluation.command import check_shared, evaluate_and_write, next_step, settings_from_flags
+    from ctclip.evaluation.render import check_report_parts  # torch takes two seconds
     from ctclip.evaluation.run_folder import RESULT_FILES, check_output_folder, newest_run, results_folder
     from ctclip.inference.commands import export_command, predict_command
     from ctclip.inference.run_predictions import run_inputs
@@ -67,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
     if task in ("predict", "export"):
         (predict_command if task == "predict" else export_command)(args)
         return
+    if task != "train":
+        check_report_parts()
     data_dir = patients = None
     if task == "evaluate":
         folder = Path(args.checkpoint or newest_run())
@@ -76,20 +82,28 @@ def run(args: argparse.Namespace) -> None:
         if trained is None:  # --plan, or nothing is left to do
             return
         folder = trained
+    following = f"Next: python {script('ctclip_evaluation.py')} --checkpoint {shlex.quote(str(folder))}"
     if task != "train":  # predicts the unseen split, or that of another cohort, where that was not done yet
         results = results_folder(folder, data_dir)
         if folder.is_dir():
             check_output_folder(results, *RESULT_FILES, own=folder)
-        inputs = run_inputs(folder, data_dir, args.device, args.workers, results, patients)
-        evaluate_and_write(inputs, results, settings, args.baseline, args.metadata, args.pictures)
-    print(f"\nDone in {time.perf_counter() - started:.0f} s: {folder}")
+
+        def check(volumes: Sequence[str]) -> None:
+            check_shared(volumes, args.baseline, args.metadata)
+
+        inputs = run_inputs(folder, data_dir, args.device, args.workers, results, patients, check)
+        evaluate_and_write(inputs, results, settings, args.baseline, args.metadata, args.pictures, args.verbose)
+        following = next_step(folder)
+    print(f"Done in {time.perf_counter() - started:.0f} s: {folder}\n{following}")
 
 
 def train_run(args: argparse.Namespace) -> Path | None:
     """The folder of the run that is now trained; None with --plan, which only says what it would take, and where
     --resume names a run that is finished and evaluated, if no flag asks for another evaluation."""
     from ctclip.data.cohort import load_cohort
-    from ctclip.evaluation.run_folder import PAGE, is_finished
+    from ctclip.evaluation.command import check_shared
+    from ctclip.evaluation.run_folder import PAGE, RESULT_FILES, check_output_folder, is_finished
+    from ctclip.inference.run_predictions import unseen_names
     from ctclip.training.estimate import print_estimate
     from ctclip.training.loop import train
     from ctclip.training.run import run_from_flags
@@ -97,6 +111,10 @@ def train_run(args: argparse.Namespace) -> Path | None:
     if args.task == "full" and hasattr(args, "data_dir"):
         load_cohort(args.data_dir, "valid", limit=1)  # there must be something to evaluate on
     run = run_from_flags(args)
+    if args.baseline or args.metadata:
+        check_shared(unseen_names(run[0]), args.baseline, args.metadata)
+    if args.task == "full" and run[1] is not None and run[1].is_dir():
+        check_output_folder(run[1], *RESULT_FILES, own=run[1])
     if args.plan:
         print_estimate(*run)
         return None

@@ -352,16 +352,18 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of Settings, and --baseline, --metadata and --pictures."""
+    """The flags of Settings, and --baseline, --metadata, --pictures and --verbose."""
     _add_settings(parser, Settings, suppress=False)
     counted = next(group for group in parser._action_groups if group.title == COUNTED)
-    counted.add_argument("--baseline", metavar="CSV", help="other predictions for the same volumes, compared here")
+    counted.add_argument("--baseline", metavar="CSV|RUN",
+                         help="other predictions for the same volumes, or the run that made them, compared here")
     counted.add_argument("--metadata", metavar="CSV",
                          help="table with PatientSex, PatientAge, Manufacturer or SliceThickness, for subgroups "
                               "(default: the cohort's own, where there is one)")
     counted.add_argument("--pictures", type=int, metavar="N", default=1,
                          help="slices shown per label (false negatives and false positives); each volume is "
                               "read once more; 0: none (default %(default)s)")
+    counted.add_argument("--verbose", action="store_true", help="print the whole report, not only its summary")
 
 
 def evaluation_flags() -> list[str]:

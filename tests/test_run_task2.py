@@ -40,18 +40,22 @@ def test_full_run_prints_the_blocks_and_writes_the_folder(job):
     folder, done = job
     blocks = ["PREDICTION ANALYSIS", "CALIBRATION", "OPTIMAL THRESHOLD", "THRESHOLD TABLE", "PERFORMANCE COMPARISON"]
     blocks += ["SUBGROUPS", "SUCCESS CRITERIA"]
-    places = [done.stdout.index(block) for block in blocks]
-    assert places == sorted(places)
-    assert "not clinical performance" in done.stdout
-    assert "Traceback" not in done.stderr
     run = folder / "results" / "run"
+    report = (run / "report.txt").read_text()
+    places = [report.index(block) for block in blocks]
+    assert places == sorted(places)
+    summary = done.stdout[done.stdout.index("PREDICTION ANALYSIS") :].splitlines()
+    assert {"OPTIMAL THRESHOLD", "PERFORMANCE COMPARISON"} <= {line[:24].strip() for line in summary}
+    assert len(summary) <= 20 and summary[-1].startswith("Next: python ") and "--mode predict" in summary[-1]
+    assert "not clinical performance" in "\n".join(summary) and "not clinical performance" in report
+    assert "Traceback" not in done.stderr
     written = {path.name for path in run.iterdir()}
     tables = {"predictions.csv", "labels.csv", "tuning_predictions.csv", "tuning_labels.csv", "per_label.csv"}
     tables |= {"predictions_calibrated.csv", "predictions_mapped.csv"}
     figures = {"roc.png", "threshold_sweep.png", "positive_rate.png", "training_curves.png"}
     figures |= {"precision_recall.png", "reliability.png", "report.html"}
     weights = {"model.safetensors", "config.json", "state"}
-    listed = tables | figures | weights | {"run.json", "log.jsonl", "metrics.json", "calibration.json"}
+    listed = tables | figures | weights | {"run.json", "log.jsonl", "metrics.json", "report.txt", "calibration.json"}
     assert listed | {"files.jsonl"} == written and set(own_files(run)) == listed - {"state"}
     page = (run / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") > 18 and "not clinical performance" in page
@@ -73,7 +77,7 @@ def test_reported_patients_are_the_unseen_ones(job):
 
 def test_evaluation_script_finds_the_newest_run_and_takes_a_baseline(job):
     folder, _ = job
-    flags = ["--baseline", "results/run/predictions.csv", "--output-dir", "results/again"]
+    flags = ["--baseline", "results/run", "--output-dir", "results/again"]
     done = call(folder, "ctclip_evaluation.py", *flags)
     assert done.returncode == 0, done.stderr
     assert "Evaluating the newest run, results/run" in done.stdout

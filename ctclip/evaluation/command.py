@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +24,17 @@ from ctclip.evaluation.render import format_report
 from ctclip.evaluation.run_folder import (
     APPLIED_FILES,
     PAGE,
+    REPORT_TEXT,
     TABLES,
     alone_in,
     check_output_folder,
     run_metadata,
     writing,
 )
+from ctclip.evaluation.summary import format_summary
 from ctclip.evaluation.tables import (
     EvaluationInputs,
+    VolumeTable,
     patients_of,
     read_labels,
     read_predictions,
@@ -39,6 +44,7 @@ from ctclip.evaluation.tables import (
 from ctclip.evaluation.thresholds import objective_score
 from ctclip.fileio import make_folder, naming
 from ctclip.formatting import percent
+from ctclip.paths import script
 
 RESAMPLES_BETWEEN = 100, 10_000  # fewer say nothing, more need more memory than they are worth
 EXAMPLE_NOTE = "Simulated predictions, neither patients nor a model: AUROC 0.75, and 97 % of all decisions positive."
@@ -56,7 +62,7 @@ def settings_from_flags(args: argparse.Namespace) -> Settings:
     if args.pictures < 0:
         raise UserError(f"found --pictures {args.pictures}, expected 0 or more; 0 shows none")
     if args.baseline:
-        read_predictions(args.baseline)
+        read_baseline(args.baseline)
     if args.metadata:
         read_metadata(args.metadata)
     if getattr(args, "patients", None):
@@ -67,34 +73,64 @@ def settings_from_flags(args: argparse.Namespace) -> Settings:
     )
 
 
+def read_baseline(path: str) -> VolumeTable:
+    """`--baseline`: a table of predictions, or a run's folder, whose own is taken."""
+    if not Path(path).is_dir():
+        return read_predictions(path)
+    table = Path(path, TABLES[0])
+    if not table.is_file():
+        raise UserError(f"--baseline {path}: found no {table.name} in this folder, expected an evaluated run; evaluate "
+                        f"it first: python {script('ctclip_evaluation.py')} --checkpoint {shlex.quote(path)}")
+    return read_predictions(table)
+
+
+def check_shared(volumes: Collection[str], baseline: str | None, metadata: str | None) -> None:
+    """Raises UserError where the table of `--baseline` or `--metadata` has no row for any of the volumes."""
+    for path, read in ((baseline, lambda path: read_baseline(path).frame.index), (metadata, read_metadata)):
+        if path and not join(volumes, read(path)):
+            raise UserError(f"{path}: found no row for any of the {len(volumes)} volumes, expected rows named as they "
+                            "are; check VolumeName")
+
+
 def evaluate_and_write(
     inputs: EvaluationInputs, output_dir: Path, settings: Settings, baseline: str | None, metadata: str | None,
-    pictures: int,
+    pictures: int, verbose: bool = False,
 ) -> None:
-    """Evaluates, writes the tables, prints the report, draws: a full disk under the log loses none of the tables.
+    """Evaluates, writes the tables, prints the summary, draws: a full disk under the log loses none of the tables.
 
-    `baseline` and `metadata` are files; `pictures` says how many of the most wrong volumes of each label and kind are
-    shown as slices on the page.
+    `baseline` is a file or a run's folder, `metadata` a file; `pictures` says how many of the most wrong volumes of
+    each label and kind are shown as slices on the page. `verbose` prints the whole report before the summary.
     """
-    other = read_predictions(baseline) if baseline else None
+    check_shared(inputs.predictions.frame.index, baseline, metadata)
+    other = read_baseline(baseline) if baseline else None
     groups = read_metadata(metadata) if metadata else run_metadata(inputs.data_dir)
-    volumes = inputs.predictions.frame.index
-    if metadata and not join(volumes, groups or ()):
-        raise UserError(f"{metadata}: found no row for any of the {len(volumes)} volumes, expected rows named as they "
-                        "are; check VolumeName")
     evaluation = evaluate_tables(inputs, settings, other, groups)
     with alone_in(make_folder(output_dir, "change --output-dir")):
         write_tables(output_dir, evaluation)
         with naming("standard output"):
-            print(format_report(evaluation.metrics), flush=True)
+            report = [format_report(evaluation.metrics)] if verbose else []
+            print("", *report, format_summary(evaluation.metrics), sep="\n\n" if verbose else "\n", flush=True)
+        tables = f"{REPORT_TEXT}, metrics.json, tables (*.csv), {CALIBRATION_FILE}"
         try:
             unread = draw(output_dir, evaluation, pictures)
         except BaseException:
-            print(f"\nWrote {output_dir}: metrics.json, tables (*.csv), {CALIBRATION_FILE}; no {PAGE}, no figures")
+            print(f"\nWrote {output_dir}: {tables}; no {PAGE}, no figures")
             raise
-    print(f"\nWrote {output_dir}: {PAGE}, metrics.json, tables (*.csv), {CALIBRATION_FILE}, figures (*.png)")
-    for name, reason in unread:
-        print(f"No picture of {name}: {reason}")
+    if unread:
+        more = f", and {len(unread) - 1} more" if len(unread) > 1 else ""
+        print(f"No picture of {unread[0][0]}: {unread[0][1]}{more}")
+    print(f"Report: {output_dir / PAGE}   (beside it: {tables}, figures)")
+
+
+def next_step(folder: Path, source: str = "run") -> str:
+    """What to do after an evaluation, in `folder`, of a "run", of "tables", or of the "example"."""
+    there = shlex.quote(str(folder))
+    steps = {
+        "run": f"{script('run_task2.py')} --mode predict --checkpoint {there} --input SCANS",
+        "tables": f"{script('ctclip_evaluation.py')} --apply {there} --predictions NEW.csv",
+        "example": f"{script('ctclip_evaluation.py')} --predictions PREDICTIONS.csv --labels LABELS.csv",
+    }
+    return f"Next: python {steps[source]}"
 
 
 def draw(output_dir: Path, evaluation: Evaluation, pictures: int) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ from ctclip.evaluation import bootstrap, figures, render, report, subgroups, tab
 from ctclip.evaluation import metrics as measure
 from ctclip.evaluation.calibration import CROSS_FITTED, TUNING, Calibration, FittedThresholds, fit_thresholds
 from ctclip.evaluation.cases import Case, worst_cases
-from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE, PICTURES, RESULT_FILES, alone_in, writing
+from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE, PICTURES, REPORT_TEXT, RESULT_FILES, alone_in, writing
 from ctclip.evaluation.tables import EvaluationInputs, Rows, VolumeTable
 from ctclip.fileio import make_folder, replacing
 from ctclip.formatting import decimal, percent
@@ -318,6 +318,8 @@ def write_tables(output_dir: str | Path, evaluation: Evaluation) -> None:
     with writing(folder, *RESULT_FILES, *([] if kept else [own.name])):
         with replacing(folder / "metrics.json") as path:
             path.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        with replacing(folder / REPORT_TEXT) as path:
+            path.write_text(render.format_report(metrics) + "\n", encoding="utf-8", newline="\n")
         if not kept:
             with replacing(own) as path:
                 given.to_csv(path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.util
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from ctclip.errors import UserError
 from ctclip.evaluation import report
 from ctclip.evaluation.cases import Case
 from ctclip.evaluation.figures import SWEEP_CURVES
@@ -26,6 +28,7 @@ from ctclip.evaluation.report import Block, Cell, Paragraph, Section, Table, fla
 from ctclip.fileio import replacing
 from ctclip.formatting import WIDTH, metric_text
 
+TEMPLATE = Path(__file__).with_name("report.html")
 TEXT_SECTIONS = ("data", "per_label", "calibration", "thresholds", "threshold_table", "comparison", "subgroups",
                  "baseline", "criteria")
 PAGE_SECTIONS = ("headline", "criteria", "comparison", "sweep", "thresholds", "per_label", "roc", "precision_recall",
@@ -33,7 +36,7 @@ PAGE_SECTIONS = ("headline", "criteria", "comparison", "sweep", "thresholds", "p
 
 
 def format_report(metrics: Mapping) -> str:
-    """What is printed of an evaluation's metrics (or of a metrics.json read back): at most WIDTH columns."""
+    """The whole report of an evaluation's metrics (or of a metrics.json read back): at most WIDTH columns."""
     sections, parts = report.report_sections(metrics), []
     for section in (sections[key] for key in TEXT_SECTIONS if key in sections):
         lines, after_table = [section.title.upper()], False
@@ -131,9 +134,17 @@ def write_page(
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def check_report_parts() -> None:
+    """Raises UserError where the page or the figures could not be made in the end."""
+    if not TEMPLATE.is_file():
+        raise UserError(f"{TEMPLATE}: found no such file, expected the report's page; copy the folder ctclip again")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("found no package matplotlib, expected it for the report's figures; pip install matplotlib")
+
+
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )
     environment.filters |= {
@@ -143,7 +154,7 @@ def _template() -> jinja2.Template:
         "base64": lambda content: base64.b64encode(content).decode(),
         "drawing": Markup,  # figures.svg's text, in which matplotlib has escaped names
     }
-    return environment.get_template("report.html")
+    return environment.get_template(TEMPLATE.name)
 
 
 def _typeset(cell: Cell) -> Markup | str:

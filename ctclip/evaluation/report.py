@@ -129,21 +129,27 @@ def data_facts(metrics: Mapping) -> list[tuple[str, str]]:
         ("Samples", f"{metrics['n_volumes']:,} volumes of {metrics['n_patients']:,} patients"),
         ("Unit", f"{unit['name']}: {unit['how']} ({rows:,} rows)"),
     ]
-    if differ := unit["conflicting_labels"]:
-        facts.append(("", f"labels differ within {differ:,} of the rows: a label of any volume counts"))
-    if unnamed := metrics["volumes_without_patient"]:
-        facts.append(("", own_patient_note(unnamed, metrics["n_volumes"])))
-    if metrics["n_patients"] < MIN_CASES:
-        facts.append(("", f"{NO_INTERVALS}: they would be far too short"))
-    for source, columns in metrics.get("unused_columns", {}).items():
-        facts.append(("Not used", f"{some(columns)} of {source}: none of the 18 findings"))
-    for source, count in metrics["left_out"].items():
-        facts.append(("Skipped", f"{count:,} rows of the {source}, absent from the other tables (--allow-partial)"))
-    return facts + [
+    return facts + notices(metrics) + [
         ("Probabilities", f"{p['min']:.4f} to {p['max']:.4f}, mean {p['mean']:.4f}"),
         ("At or above 0.5", f"{percent(half['positive_rate'])} of {rows * N_LABELS:,} decisions "
                             f"(truly positive: {percent(half['label_rate'])})"),
     ]
+
+
+def notices(metrics: Mapping) -> list[tuple[str, str]]:
+    """What a reader of any of the numbers should know of the data."""
+    found = []
+    if differ := metrics["unit"]["conflicting_labels"]:
+        found.append(("", f"labels differ within {differ:,} of the rows: a label of any volume counts"))
+    if unnamed := metrics["volumes_without_patient"]:
+        found.append(("", own_patient_note(unnamed, metrics["n_volumes"])))
+    if metrics["n_patients"] < MIN_CASES:
+        found.append(("", f"{NO_INTERVALS}: they would be far too short"))
+    for source, columns in metrics.get("unused_columns", {}).items():
+        found.append(("Not used", f"{some(columns)} of {source}: none of the 18 findings"))
+    for source, count in metrics["left_out"].items():
+        found.append(("Skipped", f"{count:,} rows of the {source}, absent from the other tables (--allow-partial)"))
+    return found
 
 
 def _resampled(metrics: Mapping, text: str) -> str:

@@ -29,8 +29,9 @@ from ctclip_model import (
 # What an evaluation leaves in its folder. Training removes them when the weights that they are about are replaced.
 APPLIED_FILES = ("predictions_calibrated.csv", "predictions_mapped.csv")
 PAGE = "report.html"
+REPORT_TEXT = "report.txt"
 PICTURES = (PAGE, *EVALUATION_FIGURES)
-RESULT_FILES = ("metrics.json", "per_label.csv", CALIBRATION_FILE, *APPLIED_FILES, *PICTURES)
+RESULT_FILES = ("metrics.json", REPORT_TEXT, "per_label.csv", CALIBRATION_FILE, *APPLIED_FILES, *PICTURES)
 TABLES = ("predictions.csv", "labels.csv")
 # What training leaves; the best weights with the tables that belong to them.
 BEST_FILES = ("model.safetensors", "config.json", "tuning_predictions.csv", "tuning_labels.csv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from ctclip.fileio import make_folder
 from ctclip.formatting import plural
 from ctclip.inference.predictions import PartialTable
 from ctclip.inference.predictor import load_model, predict_volumes, print_failures
-from ctclip.phantoms.cohort import is_phantom_cohort
+from ctclip.phantoms.cohort import is_phantom_cohort, plan_split
 
 
 def run_inputs(
@@ -39,12 +40,13 @@ def run_inputs(
     workers: int | None = None,
     tables: str | Path | None = None,
     patients: str | None = None,
+    check: Callable[[Sequence[str]], None] = lambda volumes: None,
 ) -> EvaluationInputs:
     """The inputs of an evaluation, from a run folder.
 
     Predictions that are not there yet are made with the run's model, on the validation split of the run's cohort. With
     `data_dir` they are made anew on that cohort, and kept in the folder `tables`, apart from the run's own. `patients`
-    is a table as of `read_patients`.
+    is a table as of `read_patients`. `check` is called with the names of the volumes before any is predicted.
     """
     run = Path(run_dir)
     if not run.is_dir():
@@ -52,7 +54,7 @@ def run_inputs(
     tables = run if data_dir is None else Path(tables or results_folder(run, data_dir))
     present = (tables / "predictions.csv").is_file() and (tables / "labels.csv").is_file()
     if data_dir is not None or not present:
-        predict_run(run, data_dir, device, workers, tables, patients)
+        predict_run(run, data_dir, device, workers, tables, patients, check)
     record = run_record(run)
     phantom = bool(record.get("phantom", False)) if data_dir is None else is_phantom_cohort(data_dir)
     cohort = data_dir or from_working_folder(record, record.get("data_dir"))
@@ -61,6 +63,13 @@ def run_inputs(
     folder = Path(cohort) if cohort else None
     stated = patients_of(patients, predictions)
     return EvaluationInputs(predictions, labels, run_tuning(run), history, phantom, folder, record, patients=stated)
+
+
+def unseen_names(config: TrainingConfig) -> list[str]:
+    """Names of the volumes that a run will be evaluated on; the built-in cohort's are known before it is written."""
+    if config.data_dir is None:
+        return [plan.name for plan in plan_split("valid", config.valid_volumes, 0)]
+    return [volume.name for volume in load_cohort(config.data_dir, "valid", patients=config.patients).volumes]
 
 
 def check_unseen(cohort: Cohort, trained: Cohort) -> None:
@@ -75,7 +84,7 @@ def check_unseen(cohort: Cohort, trained: Cohort) -> None:
 
 def predict_run(
     run: Path, data_dir: str | Path | None, device: str | None, workers: int | None, tables: Path,
-    patients: str | None = None,
+    patients: str | None = None, check: Callable[[Sequence[str]], None] = lambda volumes: None,
 ) -> None:
     """Writes predictions.csv and labels.csv of the cohort's validation split into `tables`; rows that are done are kept
     there when it is interrupted.
@@ -92,6 +101,7 @@ def predict_run(
     check_output_folder(tables, *TABLES, own=run)
     patients = patients or from_working_folder(record, record.get("config", {}).get("patients"))
     cohort = load_cohort(data_dir, "valid", patients=patients)
+    check([volume.name for volume in cohort.volumes])
     if own_cohort:
         try:
             trained = load_cohort(data_dir, "train", record.get("config", {}).get("limit"), patients)

@@ -15,14 +15,19 @@ from helpers_evaluation import simulate
 from sklearn import metrics as sk
 
 import ctclip_evaluation
+import run_task2
 from ctclip.config import SYNTHETIC_NOTE
 from ctclip.evaluation import calibration as cal
-from ctclip.evaluation import command, figures
+from ctclip.evaluation import command, figures, render
 from ctclip.evaluation import run_folder as folders
 from ctclip.evaluation import tables as tables_module
 from ctclip.evaluation.run_folder import RunError
 from ctclip.evaluation.tables import row_keys
+from ctclip.inference import run_predictions
 from ctclip.inference.run_predictions import run_inputs
+from ctclip.paths import script
+from ctclip.training import run as training_run
+from ctclip_model import CTCLIPMultiAbnormalityModel
 
 SCRIPT = Path(__file__).resolve().parents[2] / "ctclip_evaluation.py"
 
@@ -34,7 +39,10 @@ def test_the_example_goes_from_97_percent_to_honest(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(figures, "write_figures", lambda *args: None)
     assert ctclip_evaluation.main(["--example", "--resamples", "100"]) == 0
     printed, folder = capsys.readouterr().out, Path("results/example")
-    assert printed.count("Simulated predictions, neither patients nor a model") == 2
+    assert printed.count("Simulated predictions, neither patients nor a model") == 1
+    assert (folder / "report.txt").read_text().count("Simulated predictions, neither patients nor a model") == 2
+    assert len(printed.strip().splitlines()) <= 20
+    assert printed.splitlines()[-1].startswith("Next: python ") and "LABELS.csv" in printed.splitlines()[-1]
     metrics = json.loads((folder / "metrics.json").read_text())
     half, tuned = metrics["at_0.5"], metrics["tuned"]
     assert half["positive_rate"] == pytest.approx(0.97, abs=0.005)
@@ -234,9 +242,10 @@ def test_tables_are_there_whatever_fails_while_drawing(function, error, line, ta
     else:
         assert ctclip_evaluation.main(argv) in (2, 130)
     printed = capsys.readouterr()
-    assert "Wrote out: metrics.json, tables (*.csv), calibration.json; no report.html, no figures" in printed.out
+    written = "Wrote out: report.txt, metrics.json, tables (*.csv), calibration.json; no report.html, no figures"
+    assert written in printed.out
     assert line is None or printed.err.startswith(line)
-    names = {"metrics.json", "predictions.csv", "per_label.csv", "calibration.json", "files.jsonl"}
+    names = {"metrics.json", "report.txt", "predictions.csv", "per_label.csv", "calibration.json", "files.jsonl"}
     assert {path.name for path in Path("out").iterdir()} == names
     assert json.loads(Path("out/metrics.json").read_text())["tuned"]
 
@@ -257,8 +266,11 @@ def test_script_on_tables(tables):
     done = run_script("--predictions", "p.csv", "--labels=l.csv", "--baseline", "p.csv", "--output_dir=re_sults/x",
                       "--objective", "f1", cwd=tables)  # spaces and =, dashes and underscores
     assert done.returncode == 0, done.stderr
-    assert "SUCCESS CRITERIA" in done.stdout and "Objective f1; cross-fitted: each fifth of" in done.stdout
-    assert "Wrote re_sults/x" in done.stdout and "COMPARISON WITH THE BASELINE" in done.stdout
+    report = (tables / "re_sults" / "x" / "report.txt").read_text()
+    assert "SUCCESS CRITERIA" in report and "Objective f1; cross-fitted: each fifth of" in report
+    assert "CRITERIA" in done.stdout and "BASELINE" in done.stdout and "COMPARISON WITH THE BASELINE" in report
+    assert "Report: re_sults/x/report.html" in done.stdout and "SUCCESS CRITERIA" not in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("--apply re_sults/x --predictions NEW.csv")
     assert (tables / "re_sults" / "x" / "metrics.json").is_file()  # the flag's underscore is turned, the value's is not
 
 
@@ -298,7 +310,10 @@ def test_newest_run_is_evaluated_and_named(tmp_path, monkeypatch, capsys):
     assert ctclip_evaluation.main([]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].startswith(f"Evaluating the newest run, {Path('results/new')}")
-    assert SYNTHETIC_NOTE in printed and "none of them reported here" in printed
+    report = Path("results/new/report.txt").read_text()
+    assert SYNTHETIC_NOTE in printed and "other patients" in printed and "none of them reported here" in report
+    assert printed.splitlines()[-1] == f"Next: python {script('run_task2.py')} --mode predict --checkpoint " \
+        f"{Path('results/new')} --input SCANS"
     assert Path("results/new/training_curves.png").is_file()
     assert Path("results/new/predictions.csv").read_bytes() == own  # its other columns are kept
     assert not Path("results/old/metrics.json").exists()
@@ -348,6 +363,66 @@ def test_a_run_s_calibration_is_stored_used_and_made_anew_where_it_does_not_fit(
     for name in ("calibration.json", "tuning_predictions.csv"):
         (run / name).unlink()
     assert folders.run_calibration(run) is None
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(command, "write_pictures", lambda *args: None)
+
+
+def test_verbose_prints_the_whole_report_before_the_summary(tables, undrawn, capsys):
+    argv = ["--predictions", "p.csv", "--labels", "l.csv", "--output-dir", "out", "--resamples", "100", "--verbose"]
+    assert ctclip_evaluation.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert Path("out/report.txt").read_text() in printed
+    assert printed.index("SUCCESS CRITERIA") < printed.index("\nCRITERIA")
+
+
+def test_a_baseline_may_be_a_run_s_folder(tables, undrawn, capsys):
+    argv = ["--predictions", "p.csv", "--labels", "l.csv", "--resamples", "100", "--baseline"]
+    make_run(Path("run"))
+    for number, baseline in enumerate(("run", "run/predictions.csv")):
+        assert ctclip_evaluation.main([*argv, baseline, "--output-dir", f"out{number}"]) == 0
+        assert "(run/predictions.csv)" in capsys.readouterr().out
+    first, second = (json.loads(Path(f"out{k}/metrics.json").read_text())["baseline"] for k in range(2))
+    assert first == second
+    Path("empty").mkdir()
+    assert ctclip_evaluation.main([*argv, "empty"]) == 2
+    assert "--baseline empty: found no predictions.csv in this folder, expected an evaluated run; evaluate it first: " \
+        in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--baseline", "--metadata"])
+def test_a_table_about_other_volumes_is_refused_before_anything_is_predicted(
+    flag, phantoms, tiny_classfine, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    CTCLIPMultiAbnormalityModel(tiny_classfine).save_pretrained("run")
+    Path("run/run.json").write_text(json.dumps({"phantom": True, "data_dir": str(phantoms)}))
+    simulate(12, seed=0, first=9000)[0].assign(PatientSex="F").to_csv("other.csv")
+    monkeypatch.setattr(run_predictions, "predict_volumes", None)
+    for main, argv in ((ctclip_evaluation.main, []), (run_task2.main, ["--mode", "evaluate"])):
+        assert main([*argv, "--checkpoint", "run", flag, "other.csv"]) == 2
+        assert "other.csv: found no row for any of the 16 volumes" in capsys.readouterr().err
+    monkeypatch.setattr(training_run, "write_phantom_cohort", None)
+    assert run_task2.main([flag, "other.csv", "--train-volumes", "8", "--valid-volumes", "4"]) == 2
+    assert "other.csv: found no row for any of the 5 volumes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["page", "matplotlib"])
+def test_what_the_report_is_made_of_is_missed_before_anything_is_read(missing, tables, monkeypatch, capsys):
+    if missing == "page":
+        monkeypatch.setattr(render, "TEMPLATE", Path("nowhere.html"))
+    else:
+        monkeypatch.setattr(render.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(training_run, "write_phantom_cohort", None)
+    for main, argv in ((ctclip_evaluation.main, ["--predictions", "p.csv", "--labels", "l.csv"]),
+                       (run_task2.main, ["--mode", "evaluate", "--checkpoint", "run"]), (run_task2.main, [])):
+        assert main(argv) == 2
+        err = capsys.readouterr().err
+        said = "nowhere.html: found no" if missing == "page" else "pip install matplotlib"
+        assert err.count("\n") == 1 and said in err
+    assert not Path("results").exists()
 
 
 def test_a_run_is_evaluated_into_its_own_folder_only(tmp_path, monkeypatch):
