@@ -155,7 +155,7 @@ WRONG_USAGE = [
 def test_every_flag_goes_with_named_modes_or_with_all():
     """A flag that no mode names would be ignored by some without a word."""
     flags = {option for action in task_parser("")._actions for option in action.option_strings if option[:2] == "--"}
-    with_all = {"--help", "--version", "--mode", "--export", "--device"}
+    with_all = {"--help", "--help-all", "--version", "--mode", "--export", "--device"}
     assert flags - with_all == set(task_flag_uses("full")) and with_all < flags
 
 
