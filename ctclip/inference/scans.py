@@ -9,12 +9,16 @@ from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 
-from ctclip.data.dicom import SERIES_PREFIX, is_dicom, series_identity, series_of
+from ctclip.data.dicom import SERIES_PREFIX, beginning, is_dicom, series_identity, series_of
 from ctclip.data.metaimage import META_SUFFIX
 from ctclip.data.readers import FILE_SUFFIXES, other_file, other_suffix
-from ctclip.data.volume_file import VolumeError
+from ctclip.data.volume_file import VolumeError, inflated
 from ctclip.errors import UserError
 from ctclip.formatting import comma_separated, plural
+
+HEAT_MAP_FOLDER = "explain"  # ends the name of the folder
+DESCRIPTION = slice(148, 228)  # descrip in a NIfTI-1 header
+HEAT_MAP_DESCRIPTION = b"logits per token"  # what ctclip.inference.heat_maps writes there, beside the label
 
 
 class PredictionError(UserError):
@@ -56,12 +60,13 @@ def find_scans(
     """The scans that files and folders hold, folders with all below them, in the order of their names.
 
     .nii, .nii.gz and .mha files, and the CT series among a folder's DICOM files; hidden files are left alone. No scan
-    is opened, so that one that cannot be read is found as well. A scan is called as its file or, for DICOM, its folder;
-    where two in different folders would be called alike, suffix aside, all are called by their paths below the folder
-    that was given. Names and stems occur once: the stems of a.mha beside a.nii.gz are a and a.nii.gz.
+    has to open, so that one that cannot be read is found as well. A scan is called as its file or, for DICOM, its
+    folder; where two in different folders would be called alike, suffix aside, all are called by their paths below the
+    folder that was given. Names and stems occur once: the stems of a.mha beside a.nii.gz are a and a.nii.gz.
 
-    `on_note` gets a line for what was skipped: files of other kinds, folders with DICOM but no CT. `on_fault` gets a
-    folder that cannot be listed, and why; by default it raises PredictionError. So does finding no scan at all.
+    `on_note` gets a line for what was skipped: files of other kinds, heat maps of earlier predictions, folders with
+    DICOM but no CT. `on_fault` gets a folder that cannot be listed, and why; by default it raises PredictionError. So
+    does finding no scan at all.
     """
     given = [Path(source) for source in ([sources] if isinstance(sources, (str, Path)) else sources)]
     notes: list[str] = []
@@ -137,6 +142,7 @@ def _scans_of(
 
     seen: set[str] = set()
     skipped: Counter[str] = Counter()
+    heat_maps = 0
     for folder, below, files in os.walk(source, onerror=fault, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith("."))
         real = os.path.realpath(folder)
@@ -147,7 +153,9 @@ def _scans_of(
         has_dicom = False
         for path in (Path(folder, name) for name in sorted(files) if not name.startswith(".")):
             suffix = other_suffix(path)
-            if path.name.lower().endswith(FILE_SUFFIXES):
+            if _is_heat_map(path, files):
+                heat_maps += 1
+            elif path.name.lower().endswith(FILE_SUFFIXES):
                 yield Scan(_name(path, base or source), path)
             elif (suffix or not has_dicom) and is_dicom(path):
                 has_dicom = True
@@ -158,6 +166,17 @@ def _scans_of(
     if skipped:
         kinds = comma_separated(f"{number} {suffix}" for suffix, number in skipped.most_common())
         on_note(f"{printable(str(source))}: {plural(skipped.total(), 'file')} of other kinds skipped: {kinds}")
+    if heat_maps:
+        on_note(f"{printable(str(source))}: {plural(heat_maps, 'heat map')} of earlier predictions skipped")
+
+
+def _is_heat_map(path: Path, beside: Sequence[str]) -> bool:
+    """Whether --explain wrote a file, by its header; only files are opened that lie beside a picture of the same name,
+    as heat maps do, or in a folder named for them."""
+    stem = path.name.removesuffix(".nii.gz")
+    if stem == path.name or not (f"{stem}.png" in beside or path.parent.name.endswith(HEAT_MAP_FOLDER)):
+        return False
+    return HEAT_MAP_DESCRIPTION in (inflated(beginning(path)) or b"")[DESCRIPTION].lower()
 
 
 def _series_in(folder: Path, base: str | Path, on_note: Callable[[str], object]) -> Iterator[Scan]:

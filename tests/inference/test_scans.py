@@ -676,6 +676,39 @@ def test_explain_writes_maps_on_each_scan_s_grid_beside_the_output(stored, tmp_p
     assert heat.shape == nibabel.load(stored / "RAS.nii.gz").shape and heat.get_fdata().any()
 
 
+def test_heat_maps_of_earlier_predictions_are_no_scans(tmp_path, capsys):
+    """With the output among the scans, and heat maps moved and copied to other folders."""
+    write(tmp_path / "in" / "a.nii.gz", chest(), SPACING, affine_of(SPACING))
+    (tmp_path / "in" / "a.png").write_bytes(b"a picture of the user's own")
+    flags = ["--input", tmp_path / "in", "--output", tmp_path / "in" / "p.csv", "--explain", "lung nodule,Emphysema"]
+    assert call(*flags) == 0
+    made = tmp_path / "in" / "p_explain"
+    shutil.copytree(made, tmp_path / "in" / "moved")
+    (made / "a_Emphysema.png").unlink()
+    capsys.readouterr()
+    assert call(*flags) == 0
+    assert list(pd.read_csv(tmp_path / "in" / "p.csv").VolumeName) == ["a.nii.gz"]
+    told = [line for line in warnings_in(capsys) if "heat map" in line]
+    assert told == [f"warning: {tmp_path / 'in'}: 4 heat maps of earlier predictions skipped"]
+    with pytest.raises(PredictionError, match="moved: 2 heat maps of earlier predictions skipped"):
+        find_scans(tmp_path / "in" / "moved")
+    assert call("--input", tmp_path / "in" / "moved" / "a_Emphysema.nii.gz") == 2
+    assert "voxels that are not HU: nothing but" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_segmentation_beside_a_scan_is_refused(tmp_path, capsys, dtype):
+    """Of organs, numbered from 0 to 117."""
+    hu = chest()
+    labels = np.digitize(hu, np.arange(-1000, 1000, 17)).astype(dtype)
+    write(tmp_path / "in" / "a.nii.gz", hu, SPACING, affine_of(SPACING))
+    write(tmp_path / "in" / "a_seg.nii.gz", labels, SPACING, affine_of(SPACING))
+    predictions = predict_scans(tmp_path / "in", MODEL, device="cpu")
+    assert list(predictions.table.index) == ["a.nii.gz"]
+    ((name, reason),) = predictions.failures
+    assert name == "a_seg.nii.gz" and "voxels that are not HU" in reason
+
+
 def test_the_folder_one_is_in_is_a_series_by_its_own_name(stored, monkeypatch):
     monkeypatch.chdir(stored / "dicom")
     assert [scan.name for scan in find_scans(".")] == ["dicom"]
