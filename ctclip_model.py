@@ -1457,8 +1457,80 @@ def create_backbone(name: str, pretrained: bool) -> nn.Module:
             raise
         raise PretrainedWeightsError(
             f"ImageNet weights of '{name}' could not be fetched ({type(error).__name__}: {_first_sentence(error)}). "
-            "Connect to the network, or start from random weights on purpose with --no-pretrained (pretrained=False)"
+            "Connect to the network, name a file of them (--backbone-weights, backbone_weights=), or start from random "
+            "weights on purpose with --no-pretrained (pretrained=False)"
         ) from error
+
+
+# Names of parts in the layout of the package efficientnet_pytorch and what follows it -> timm's; of a block, whether it
+# expands its channels or not.
+EFFICIENTNET_ENDS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",
+                     "_fc": "classifier"}  # fmt: skip
+SQUEEZE = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
+PLAIN_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"} | SQUEEZE
+EXPANDING_BLOCK = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+                   "_project_conv": "conv_pwl", "_bn2": "bn3"} | SQUEEZE  # fmt: skip
+
+
+def _efficientnet_names(net: Any) -> dict[str, str]:
+    """{part in the layout of efficientnet_pytorch, which counts the blocks through all stages: the part in timm's}"""
+    blocks = [(f"blocks.{i}.{j}", block) for i, stage in enumerate(net.blocks) for j, block in enumerate(stage)]
+    names = dict(EFFICIENTNET_ENDS)
+    for number, (place, block) in enumerate(blocks):
+        parts = EXPANDING_BLOCK if hasattr(block, "conv_pwl") else PLAIN_BLOCK
+        names |= {f"_blocks.{number}.{part}": f"{place}.{name}" for part, name in parts.items()}
+    return names
+
+
+def _in_timm_layout(state: dict[str, Tensor], net: Any, name: str) -> dict[str, Tensor]:
+    """Tensors under timm's names: what wrappers put before them is removed, and another layout of the family, where
+    timm or this module knows it, is converted. Raises ValueError."""
+    state = {".".join(part for part in key.split(".") if part not in WRAPPERS): value for key, value in state.items()}
+    if "_conv_stem.weight" in state:
+        if not name.startswith("tf_efficientnet"):
+            raise ValueError(f"weights for TensorFlow's padding, expected those of '{name}', which pads as PyTorch "
+                             f"does; use --model tf_{name}")  # fmt: skip
+        names = _efficientnet_names(net)
+        parts = {key: key.rpartition(".") for key in state}
+        return {f"{names.get(part, part)}.{last}": state[key] for key, (part, _, last) in parts.items()}
+    convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)  # timm's, of many families
+    try:
+        return convert(state, net) if convert else state
+    except Exception as error:  # whatever tensors that it does not expect lead it to
+        reason = f"{type(error).__name__}: {_first_sentence(error)[:100]}"
+        raise ValueError(f"other weights ({reason}), expected those of '{name}'; name their --model") from error
+
+
+def load_backbone(net: Any, name: str, path: Path) -> LoadReport:
+    """Gives a timm model the tensors of a file (.pt, .pth, .safetensors): each of the model's, and of the file's all
+    but timm's own classifier. Raises CheckpointError; then nothing was loaded."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: found no such file, expected weights of '{name}'; check --backbone-weights")
+    try:
+        state = _in_timm_layout(read_tensors(path), net, name)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: found {error}") from error
+    own, classifier = net.state_dict(), net.pretrained_cfg.get("classifier") or ()
+    starts = tuple(f"{part}." for part in ((classifier,) if isinstance(classifier, str) else classifier))
+    dropped = [key for key in state if key not in own and key.startswith(starts)]
+    counters = [key for key in own if key not in state and key.endswith(".num_batches_tracked")]  # torch < 0.4.1
+    problems = {
+        "missing": [key for key in own if key not in state and key not in counters],
+        "unexpected": [key for key in state if key not in own and key not in dropped],
+        "wrong shape or type": [
+            f"{key} {misfit}" for key in own.keys() & state.keys() if (misfit := _misfit(state[key], own[key]))
+        ],
+    }
+    if listed := [f"{len(keys)} {problem}: {_first_five(sorted(keys))}" for problem, keys in problems.items() if keys]:
+        raise CheckpointError(f"{path} does not fit timm's '{name}' ({'; '.join(listed)}), expected all of its tensors "
+                              "and no more; give weights of that model, in timm's layout")  # fmt: skip
+    used = {key: state[key] for key in own if key in state}
+    check_finite(used, path)
+    net.load_state_dict(used, strict=not counters)
+    reasons = {"timm's classifier": len(dropped)} if dropped else {}
+    return LoadReport(str(path), len(used), reasons, tuple(counters), "linear, new")
 
 
 class SliceBackbone(nn.Module):
@@ -1536,6 +1608,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         backbone: timm name, used when `ctclip_path` is None.
         attention: None, or "cbam" for channel and spatial attention on the slice backbone's feature map.
         pretrained: ImageNet weights for the slice backbone.
+        backbone_weights: a file of weights for the slice backbone, .pt, .pth or .safetensors, instead of timm's.
         n_slices: number of slice triplets that the slice variant takes from a volume (cost and memory grow with it).
         dropout: in the head, in training.
         sizes: of a CT-CLIP tower with random weights, for `from_pretrained` and for training one from scratch.
@@ -1560,7 +1633,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     Raises:
         FileNotFoundError: `ctclip_path` does not exist. It is never replaced by random weights.
-        CheckpointError: the file is not, or not only, a CT-CLIP checkpoint; or head="prompts" cannot be made from it.
+        CheckpointError: the file is not, or not only, a CT-CLIP checkpoint; or head="prompts" cannot be made from it;
+            or `backbone_weights` are not those of `backbone`.
         PretrainedWeightsError: ImageNet weights cannot be fetched.
     """
 
@@ -1584,6 +1658,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         prompts: Prompts | None = None,
         labels: Sequence[str] | None = None,
         new_head: bool = False,
+        backbone_weights: str | os.PathLike | None = None,
     ):
         super().__init__()
         is_ctclip = ctclip_path is not None or sizes is not None
@@ -1593,6 +1668,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"head='{head}' is for CT-CLIP; a slice backbone (ctclip_path=None) takes head='linear'")
         if attention is not None and is_ctclip:
             raise ValueError(f"attention='{attention}' is for slice backbones (ctclip_path=None), not for CT-CLIP")
+        if backbone_weights is not None and is_ctclip:
+            raise ValueError("backbone_weights are for slice backbones (ctclip_path=None); CT-CLIP's are ctclip_path")
         self.labels = _label_names(head, prompts, labels)
         self.dropout = nn.Dropout(dropout)
         self.head_name = head or "linear"
@@ -1605,7 +1682,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         elif ctclip_path is not None:
             self._load_ctclip(existing_weights(ctclip_path), head, prompts or Prompts.from_names(self.labels), new_head)
         else:
-            self._build_slice_variant(backbone, attention, pretrained, n_slices)
+            self._build_slice_variant(backbone, attention, pretrained, n_slices, backbone_weights)
         # What `from_pretrained` needs to rebuild the model without the files it came from.
         self._hub_mixin_config = {
             "ctclip_path": None,
@@ -1662,7 +1739,9 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             self.to_visual_latent.requires_grad_(False)  # not used for the logits; kept for `encode`
             self.backbone_modules = ("visual_transformer",)
 
-    def _build_slice_variant(self, backbone: str, attention: str | None, pretrained: bool, n_slices: int) -> None:
+    def _build_slice_variant(
+        self, backbone: str, attention: str | None, pretrained: bool, n_slices: int, weights: str | os.PathLike | None
+    ) -> None:
         if attention not in (None, "cbam"):
             raise ValueError(f"attention='{attention}' is not known; expected None or 'cbam'")
         from timm.layers import create_attn
@@ -1670,10 +1749,12 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         if type(n_slices) is not int or n_slices < 1:
             raise ValueError(f"n_slices is {n_slices!r}, expected a whole number of at least 1")
         self.n_slices = n_slices
-        self.backbone = SliceBackbone(backbone, pretrained)
+        self.backbone = SliceBackbone(backbone, pretrained and weights is None)
+        if weights is not None:
+            self.load_report = load_backbone(self.backbone.net, backbone, Path(weights))
         self.attention = nn.Identity() if attention is None else create_attn(attention, self.backbone.dim)
         self.classifier = zero_linear(self.backbone.dim)
-        self.derived_from = "imagenet" if pretrained else None
+        self.derived_from = "other" if weights is not None else "imagenet" if pretrained else None
         self.input_shape, self.cache_format = SLICE_INPUT_SHAPE, "pooled" if attention is None else "maps"
         self.backbone_modules, self.layered_module = ("backbone",), "backbone.net"
 

@@ -77,6 +77,9 @@ class TrainingConfig:
         "linear head, zero-shot weights from its text tower", choices=("file", "prompts", "new"))
     dropout: float = _flag(0.3, "model", "dropout rate in the head")
     use_attention: str = _flag("none", "model", "attention on a slice backbone's feature map", choices=("none", "cbam"))
+    backbone_weights: str | None = _flag(
+        None, "model", "weights for a slice backbone (.pth, .safetensors) instead of timm's from the hub",
+        metavar="FILE")
     pretrained: bool = _flag(True, "model", "random weights for a slice backbone, not ImageNet's: much lower AUROC")
 
     epochs: int = _flag(22, "optimization", "passes over the training volumes, frozen and unfrozen")
@@ -153,9 +156,12 @@ class TrainingConfig:
         for name, (good, expected) in bounds.items():
             if not good:
                 raise TrainingError(f"{flag_of(name)} is {getattr(self, name)}, expected {expected}")
-        of_model = ("ctclip_path", "head", "init_head", "use_attention")
+        of_model = ("ctclip_path", "head", "init_head", "use_attention", "backbone_weights")
         changed = [name for name in of_model if getattr(self, name) != getattr(TrainingConfig, name)]
         refuse_unused([flag_of(name) for name in changed], training_flag_uses(self))
+        if self.backbone_weights and not Path(self.backbone_weights).is_file():  # said before phantoms are made
+            found = f"--backbone-weights: found no file {self.backbone_weights}"
+            raise TrainingError(f"{found}, expected weights of {self.model}; check the path")
 
 
 def mistyped(content: Mapping) -> list[str]:
@@ -205,7 +211,7 @@ class Machine:
 
 
 # Options that may change on --resume: folders get mounted elsewhere. Their contents are verified.
-MOVABLE = ("data_dir", "cache_dir", "ctclip_path", "patients")
+MOVABLE = ("data_dir", "cache_dir", "ctclip_path", "backbone_weights", "patients")
 
 # What `--mode quick_test` changes: three epochs of which the last is unfrozen, on so many training and validation
 # volumes; the cohort is a little larger, because a split by patient cannot hit two numbers exactly.
@@ -226,7 +232,10 @@ def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
         ("a cohort of your own (--data-dir)", config.data_dir is not None): ("--patients",),
         ("--model ctclip", is_ctclip): ("--ctclip-path", "--head"),
         ("--model ctclip and --head linear", is_ctclip and (is_linear or config.init_head == "new")): ("--init-head",),
-        ("a slice backbone (--model efficientnet_b0, ...)", not is_ctclip): ("--use-attention", "--no-pretrained"),
+        ("a slice backbone (--model efficientnet_b0, ...)", not is_ctclip): ("--use-attention", "--backbone-weights"),
+        ("a slice backbone without --backbone-weights", not (is_ctclip or config.backbone_weights)): (
+            "--no-pretrained",
+        ),
         ("frozen epochs (--freeze-epochs above 0)", config.frozen_epochs > 0): ("--cache-dir",),
         ("a backbone that is unfrozen later (no --freeze-backbone)", not config.freeze_backbone): ("--freeze-epochs",),
         ("unfrozen epochs (--epochs above --freeze-epochs)", config.frozen_epochs < config.epochs): (

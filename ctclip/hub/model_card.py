@@ -50,11 +50,14 @@ class Licence(NamedTuple):
 
 def origin(model: CTCLIPMultiAbnormalityModel, record: Mapping | None = None) -> str | None:
     """Name of the CT-CLIP file that training started from, without its ending, or "other"; of a slice backbone
-    "imagenet"; None where it is unknown. Where record, config.json and file differ, the more restrictive one wins."""
+    "imagenet", or "other" for the user's own file; None where it is unknown. Where record, config.json and file differ,
+    the more restrictive one wins."""
     record = record or {}
     config = record.get("config") or {}
     said = [model.derived_from] if isinstance(model.derived_from, str) else []
     if not model.is_ctclip:
+        if "other" in said or config.get("backbone_weights"):
+            return "other"
         return "imagenet" if said or config.get("pretrained") else None
     if config.get("model") == "ctclip":
         said.append(config.get("ctclip_path") or (DEMO if record.get("phantom") else "ctclip_classfine"))
@@ -90,6 +93,8 @@ def _base_licence(model: CTCLIPMultiAbnormalityModel, facts: Facts) -> tuple[str
         which = f"`{started}`" if started != "other" else "a file in CT-CLIP's layout, taken to be derived from them"
         return CT_CLIP_LICENCE, f"The weights derive from CT-CLIP's ({which}), {BINDING}"
     name = model._hub_mixin_config["backbone"]
+    if started == "other":
+        return "unknown", f"The backbone is timm's `{name}`, started from a weights file whose terms are {UNSAID}."
     pretrained = started is not None or (facts.record.get("config") or {}).get("pretrained")
     if pretrained is None:
         return "unknown", f"Whether the backbone `{name}` started from ImageNet weights is {UNSAID}."
@@ -167,7 +172,7 @@ def _front_matter(
         fields["license"] = licence.name
     else:
         fields |= {"license": "other", "license_name": licence.name}
-    if not model.is_ctclip and (facts.record.get("config") or {}).get("pretrained"):
+    if origin(model, facts.record) == "imagenet" and (facts.record.get("config") or {}).get("pretrained"):
         tag = backbone_weights(model._hub_mixin_config["backbone"])
         if tag is not None and tag.hf_hub_id:
             fields["base_model"] = tag.hf_hub_id

@@ -41,6 +41,8 @@ def published_record(record: Mapping, history: list[dict] | None = None) -> dict
                       if value is None or isinstance(value, (bool, int, float)) or key in PUBLIC_WORDS}
     if path := config.get("ctclip_path"):  # takes both kinds of separator
         kept["config"]["ctclip_path"] = "other" if published_name(path) == "other" else PureWindowsPath(str(path)).name
+    if config.get("backbone_weights"):
+        kept["config"]["backbone_weights"] = "other"
     left_out = record.get("left_out", 0)
     kept["left_out"] = left_out if isinstance(left_out, int) else len(left_out)
     if history:

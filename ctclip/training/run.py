@@ -52,6 +52,7 @@ from ctclip.phantoms.cohort import is_phantom_cohort, write_phantom_cohort
 from ctclip_model import (
     CLASSFINE_PATH,
     DEMO_PATH,
+    CheckpointError,
     CTCLIPMultiAbnormalityModel,
     balanced_label_weights,
     create_loss,
@@ -333,7 +334,8 @@ def _folders_seen_from_here(run: Path, stored: TrainingConfig) -> dict[str, str 
     weights = CLASSFINE_PATH if stored.model == "ctclip" and not record.get("phantom") else None
     names = {
         "data_dir": stored.data_dir or record.get("data_dir"), "cache_dir": stored.cache_dir,
-        "ctclip_path": stored.ctclip_path or weights, "patients": stored.patients,
+        "ctclip_path": stored.ctclip_path or weights, "backbone_weights": stored.backbone_weights,
+        "patients": stored.patients,
     }  # fmt: skip
     found = {
         name: from_working_folder(record, path, lambda each: existing_weights(each).exists())
@@ -389,8 +391,11 @@ def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormality
     attention = None if config.use_attention == "none" else config.use_attention
     try:
         return CTCLIPMultiAbnormalityModel(
-            None, config.model, attention=attention, pretrained=config.pretrained, dropout=config.dropout
-        )
+            None, config.model, attention=attention, pretrained=config.pretrained, dropout=config.dropout,
+            backbone_weights=config.backbone_weights,
+        )  # fmt: skip
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise TrainingError(f"--model: {error}; or 'ctclip'") from error
 
