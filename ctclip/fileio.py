@@ -67,10 +67,10 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """json.loads, whose only error is ValueError: text nested beyond MOST_NESTED too, which would exhaust whoever
-    walks over it."""
+    """json.loads, whose only error is ValueError: of a key that is there twice, of which the last would count, and of
+    text nested beyond MOST_NESTED, which would exhaust whoever walks over it."""
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_without_repeats)
     except RecursionError:
         raise ValueError("nested too deep") from None
     level, deep = [content], 0
@@ -80,6 +80,14 @@ def parse_json(text: str) -> Any:
         deep += 1
         level = [part for value in level if isinstance(value, (dict, list))
                  for part in (value.values() if isinstance(value, dict) else value)]
+    return content
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:60]!r} twice")
     return content
 
 

@@ -23,6 +23,13 @@ def test_what_is_no_json_is_said_in_a_few_words(tmp_path, content):
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
+def test_a_key_that_is_there_twice_is_named():
+    assert parse_json('{"a": {"b": 1}, "c": {"b": 2}}') == {"a": {"b": 1}, "c": {"b": 2}}
+    for text in ('{"b": 1, "a": 2, "b": 1}', '[{"c": {"b": 1, "b": 2}}]'):
+        with pytest.raises(ValueError, match="the key 'b' twice"):
+            parse_json(text)
+
+
 def test_no_json_file_is_nested_as_deep_as_is_refused():
     nested: object = 1
     for _ in range(MOST_NESTED - 1):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
+import stat
 import unicodedata
 import zipfile
 from array import array
@@ -85,6 +87,9 @@ def read_table(
     """
     remedy = f"give one with {expected}, separated by commas"
     try:
+        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            raise error(f"{path}: found a pipe or a device, expected a file, as tables are read more than once; write "
+                        "it into a file first")
         if kind := _other_format(Path(path)):
             raise error(f"{path}: found {kind[0]}, expected a CSV; {kind[1]}")
         with open(path, newline="", encoding="utf-8-sig") as handle:  # -sig: spreadsheets put a byte order mark first
@@ -198,8 +203,8 @@ def _check_header(
                 raise error(f"{path}: found columns separated by {kind}, expected {expected}; save it so that commas "
                             "separate the columns and points the decimals")
     if missing:
-        alike = {column.casefold().replace(" ", ""): column for column in header}
-        near = alike.get(missing[0].casefold().replace(" ", ""))
+        alike = {_seen(column).casefold(): column for column in header}
+        near = alike.get(_seen(missing[0]).casefold())
         found = f"no column {some(missing)}" + (f" (but {near!r})" if near else "")
         start = f" (the header begins with {header[0][:40]!r})" if NAME_COLUMN in missing and not near else ""
         raise error(f"{path}: found {found}, expected {expected}; check the spelling{start} and that commas separate "
@@ -226,6 +231,22 @@ def number(cell: str) -> float:
         return float(cell) if cell.isascii() and "_" not in cell else float("nan")
     except ValueError:
         return float("nan")
+
+
+def number_text(value: float) -> str:
+    """A number of a table in a message: 1.5, 2, and 1.0000001 to the last digit."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
+
+
+def shown(name: str) -> str:
+    """A name in a message; what cannot be seen in it (no-break space, zero-width space) as \\u...."""
+    return name if name.isprintable() else repr(name)
+
+
+def _seen(name: str) -> str:
+    """What can be seen of a name."""
+    return "".join(letter for letter in name if letter.isprintable() and not letter.isspace())
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
@@ -284,6 +305,11 @@ def how_names_differ(names: Sequence[str], others: Sequence[str]) -> str:
     """What tells `names` from the `others`, which `join` left without one: " (all 5 names lack the suffix .nii.gz)"."""
     if not len(names) or not len(others):
         return ""
+    seen = {_seen(name): name for name in others}
+    if same := next((name for name in names if _seen(name) in seen), None):
+        unlike = sorted({*same} ^ {*seen[_seen(same)]})
+        letters = " and ".join(f"{ascii(letter)} ({unicodedata.name(letter, 'unnamed')})" for letter in unlike[:3])
+        return f" (it has {same!r}, which differs in {letters or 'spaces'} only)"
     if {_parts(name)[-1] for name in names} & {_parts(other)[-1] for other in others}:
         ours, theirs = ({match[0] if (match := SUFFIX.search(name)) else "" for name in some}
                         for some in (names, others))

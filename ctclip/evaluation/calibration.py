@@ -28,6 +28,7 @@ TUNING, CROSS_FITTED = "tuning patients", "cross-fitted by patient"  # FittedThr
 SLOPE_PRIOR_SD = 0.6  # how far the labels' slopes lie apart, standard deviation of the logarithm (LOG.md)
 COMMON_SLOPE_PRIOR_SD = 2.0  # the same for the slope all labels share: next to no opinion
 LOGIT_LIMIT = 12.0  # calibrated logits are compressed beyond: float64 rounds to 1 from 37 on, and ranks would be lost
+RAREST = 1e-6  # of --prevalence: one patient in a million; what is below is no rate that anybody has counted
 LARGEST = 1e6  # slope or intercept of a calibration; fitted ones are below 1000
 LOG_LOSS_CLIP = 1e-7  # a log loss keeps probabilities this far from 0 and 1
 LOGIT_KNEE = 7.0  # logits beyond (0.1 %, 99.9 %) are compressed into one more unit before anything is fitted
@@ -323,11 +324,12 @@ def read_prevalence(source: str) -> dict[str, float]:
             raise ValueError("it names no label")
         unknown = [name for name in rates if name not in ABNORMALITIES]
         wrong = [f"{name}: {rate!r}" for name, rate in rates.items()
-                 if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1]
+                 if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not RAREST <= rate <= 1 - RAREST]
         if unknown or wrong:
             raise ValueError(wrong[0] if wrong else f"it names {unknown[0]!r}, which is none of the 18 abnormalities")
     except (OSError, ValueError) as error:
         found = f"readable file ({error.strerror})" if isinstance(error, OSError) else f"rates ({error})"
         raise EvaluationError(f"--prevalence {source}: found no {found}, expected ct-rate or a JSON object of label "
-                              'and rate between 0 and 1, such as {"Lung nodule": 0.45}; correct it') from error
+                              f'and rate from {RAREST:f} to {1 - RAREST:f}, such as {{"Lung nodule": 0.45}}; correct '
+                              "it") from error
     return {name: float(rate) for name, rate in rates.items()}

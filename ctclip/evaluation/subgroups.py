@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,8 +19,9 @@ UNKNOWN = "not stated"
 AGE_BANDS = ((40, "under 40"), (60, "40 to 59"), (75, "60 to 74"), (np.inf, "75 and older"))  # years, below
 THICKNESS_BANDS = ((1, "up to 1 mm"), (2, "over 1 to 2 mm"), (4, "over 2 to 4 mm"), (np.inf, "over 4 mm"))
 BANDS = [name for _, name in (*AGE_BANDS, *THICKNESS_BANDS)]
-SEXES = {"F": "female", "M": "male"}
-AGE = re.compile(r"(\d+)([YMWD]?)")  # DICOM's age string, or years
+SEXES = {"F": "female", "FEMALE": "female", "M": "male", "MALE": "male"}
+AGE = re.compile(r"(\d+(?:\.\d+)?) ?([YMWD]?)", re.ASCII)  # DICOM's age string, or years
+OLDEST, TOO_OLD = 120, "not stated (above 120 years given)"  # 999Y stands for an unknown age; so do dates of 1900
 PER_YEAR = {"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}
 GROUP_METRICS = ("positive_rate", "label_rate", "hamming_accuracy", "f1_macro")  # of M, beside the AUROC
 
@@ -27,7 +29,7 @@ GROUP_METRICS = ("positive_rate", "label_rate", "hamming_accuracy", "f1_macro") 
 def attributes(row: Mapping[str, str]) -> dict[str, str]:
     """{attribute: group} of one volume's metadata row (text cells); UNKNOWN where a cell is empty or unreadable."""
     age, thickness = AGE.fullmatch(row.get("PatientAge", "").strip().upper()), UNKNOWN
-    years = int(age[1]) / PER_YEAR[age[2]] if age else None
+    years = float(age[1]) / PER_YEAR[age[2]] if age else None
     try:
         millimetres = parse_number(row.get("SliceThickness") or row.get("ZSpacing", ""))
         if millimetres > 0:
@@ -35,8 +37,9 @@ def attributes(row: Mapping[str, str]) -> dict[str, str]:
     except ValueError:
         pass  # no number: not stated
     return {
-        "Sex": SEXES.get(row.get("PatientSex", "").upper(), UNKNOWN),
-        "Age": UNKNOWN if years is None else next(name for limit, name in AGE_BANDS if years < limit),
+        "Sex": SEXES.get(row.get("PatientSex", "").strip().upper(), UNKNOWN),
+        "Age": UNKNOWN if years is None else TOO_OLD if years > OLDEST else next(
+            name for limit, name in AGE_BANDS if years < limit),
         "Manufacturer": row.get("Manufacturer", "") or UNKNOWN,
         "Slice thickness": thickness,
     }
@@ -48,11 +51,19 @@ def row_attributes(
     """Attributes of each row, UNKNOWN for volumes without metadata; of merged volumes that differ, "several"."""
     merged: dict[str, dict[str, str]] = {}
     there = join(volumes, metadata)
-    for key, volume in zip(row_keys(volumes, rows.unit, rows.ids), volumes, strict=True):
-        groups = attributes(metadata.get(there.get(volume, ""), {}))
+    of_volumes = [attributes(metadata.get(there.get(volume, ""), {})) for volume in volumes]
+    spelled: dict[str, str] = {}  # SIEMENS and Siemens are one manufacturer, by the spelling that most volumes have
+    for maker, _ in Counter(groups["Manufacturer"] for groups in of_volumes).most_common():
+        spelled.setdefault(_spelling(maker), maker)
+    for key, groups in zip(row_keys(volumes, rows.unit, rows.ids), of_volumes, strict=True):
+        groups["Manufacturer"] = spelled[_spelling(groups["Manufacturer"])]
         known = merged.setdefault(key, groups)
         known |= {attribute: "several" for attribute, group in groups.items() if known[attribute] != group}
     return [merged[str(name)] for name in rows.names]
+
+
+def _spelling(maker: str) -> str:
+    return " ".join(maker.casefold().split())
 
 
 def subgroup_metrics(

@@ -27,7 +27,9 @@ from ctclip.data.tables import (
     column_name,
     how_names_differ,
     join,
+    number_text,
     read_table,
+    shown,
     some,
     unknown_columns,
 )
@@ -117,7 +119,7 @@ def _read(
     values, bad = table.numbers, ~valid(table.numbers)
     if bad.any():
         row, column = np.argwhere(bad)[0]
-        found = "no number" if np.isnan(values[row, column]) else f"{values[row, column]:g}"
+        found = "no number" if np.isnan(values[row, column]) else number_text(values[row, column])
         more = f" ({bad.sum()} such values)" if bad.sum() > 1 else ""
         raise EvaluationError(f"{path}, line {table.lines[row]}: found {found} for {ABNORMALITIES[column]} of "
                               f"{list(table.place)[row]}{more}, expected {expected}; {remedy}")
@@ -233,8 +235,8 @@ def common_volumes(tables: Mapping[str, VolumeTable], allow_partial: bool = Fals
                 partial = ", or go on with those in both: --allow-partial" if len(missing) < len(whole.frame) else ""
                 raise EvaluationError(
                     f"{table.source}: found no row for {len(missing)} of the {len(whole.frame)} volumes in "
-                    f"{whole.source}, first {missing[0]}{whole.where(missing[0])}{differ}, expected the same volumes; "
-                    f"add them, {'' if partial else 'or '}remove them there{partial}"
+                    f"{whole.source}, first {shown(missing[0])}{whole.where(missing[0])}{differ}, expected the same "
+                    f"volumes; add them, {'' if partial else 'or '}remove them there{partial}"
                 )
         names &= set(other.frame.index)
     if not names:

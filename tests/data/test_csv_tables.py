@@ -5,6 +5,7 @@ The reference is pandas, where it reads the same (tests/fuzz has mutated tables)
 
 import gzip
 import io
+import os
 import time
 import tracemalloc
 import zipfile
@@ -14,7 +15,7 @@ import pytest
 from helpers_data import HEADER, META_HEADER, label_line, meta_line
 
 from ctclip.data.cohort import read_metadata
-from ctclip.data.tables import CohortError, how_names_differ, join, number, read_table, unknown_columns
+from ctclip.data.tables import CohortError, how_names_differ, join, number, read_table, shown, unknown_columns
 from ctclip.evaluation.tables import load_labels, load_predictions
 from ctclip_model import ABNORMALITIES
 
@@ -166,3 +167,31 @@ def test_what_tells_names_apart_is_said():
     assert how_names_differ(["a.mha"], ["b.nii.gz"]) == " (its names are like 'a.mha')"
     assert how_names_differ(["p1/a"], ["p2/a"]) == " (its names are like 'p1/a')"
     assert how_names_differ([], ["a"]) == ""
+
+
+@pytest.mark.parametrize(("hidden", "letter", "said"), [
+    ("scan\u200b_1.nii.gz", "\u200b", "'\\u200b' (ZERO WIDTH SPACE)"),
+    ("\ufeffscan_1.nii.gz", "\ufeff", "'\\ufeff' (ZERO WIDTH NO-BREAK SPACE)"),
+    ("scan_1\u00a0.nii.gz", "\u00a0", "'\\xa0' (NO-BREAK SPACE)"),
+    ("scan _1.nii.gz", " ", "' ' (SPACE)"),
+])
+def test_names_that_look_alike_are_told_apart_by_the_letter(hidden, letter, said):
+    line = how_names_differ([hidden, "c"], ["b", "scan_1.nii.gz"])
+    assert line == f" (it has {hidden!r}, which differs in {said} only)" and (letter == " " or letter not in line)
+    assert shown(hidden) == (hidden if letter == " " else repr(hidden))
+
+
+@pytest.mark.parametrize("column", ["Lung\u00a0nodule", "\u200bLung nodule", "lung  nodule"])
+def test_a_column_that_looks_like_one_of_ours_is_shown_as_it_is(column, tmp_path):
+    (tmp_path / "labels.csv").write_text(LABELS.replace("Lung nodule", column), encoding="utf-8")
+    with pytest.raises(CohortError) as error:
+        read_table(tmp_path / "labels.csv", ABNORMALITIES)
+    assert f"found no column 'Lung nodule' (but {column!r}), expected" in str(error.value)
+    assert all(letter.isprintable() for letter in str(error.value))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_a_pipe_is_refused_and_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "p.csv")
+    with pytest.raises(CohortError, match="found a pipe or a device, expected a file, .*; write it into a file first"):
+        read_table(tmp_path / "p.csv", ABNORMALITIES)

@@ -183,9 +183,27 @@ def test_labels_with_too_few_patients_of_either_class():
     ({"PatientAge": "old", "ZSpacing": "-1"}, ("not stated",) * 4),
     ({"PatientAge": "61"}, ("not stated", "60 to 74", "not stated", "not stated")),
     ({}, ("not stated",) * 4),
+    ({"PatientSex": "Female", "PatientAge": "045Y"}, ("female", "40 to 59", "not stated", "not stated")),
+    ({"PatientSex": " MALE", "PatientAge": "45.0"}, ("male", "40 to 59", "not stated", "not stated")),
+    ({"PatientSex": "Ma", "PatientAge": "120 y"}, ("not stated", "75 and older", "not stated", "not stated")),
+    ({"PatientAge": "999Y"}, ("not stated", "not stated (above 120 years given)", "not stated", "not stated")),
+    ({"PatientAge": "1900"}, ("not stated", "not stated (above 120 years given)", "not stated", "not stated")),
+    ({"PatientAge": "\u0664\u0665"}, ("not stated",) * 4),
 ])
 def test_attributes_of_a_metadata_row(row, expected):
     assert tuple(sub.attributes(row).values()) == expected
+
+
+def test_a_manufacturer_is_one_group_however_it_is_spelled():
+    r = rows(*simulate(3, seed=0))
+    makers = ["SIEMENS", "Siemens", "Siemens", "Siemens  Healthineers", "siemens", "siemens healthineers"]
+    metadata = {name: {"Manufacturer": maker} for name, maker in zip(r.names, makers, strict=True)}
+    groups = sub.row_attributes(r, list(r.names), metadata)
+    assert [group["Manufacturer"] for group in groups] == [
+        "Siemens", "Siemens", "Siemens", "Siemens  Healthineers", "Siemens", "Siemens  Healthineers"]
+    by_patient = rows(*simulate(3, seed=0), unit="patient")
+    groups = sub.row_attributes(by_patient, list(r.names), metadata)
+    assert [group["Manufacturer"] for group in groups] == ["Siemens", "several", "several"]
 
 
 def test_subgroups_are_the_metrics_of_their_rows():

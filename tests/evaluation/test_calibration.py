@@ -273,7 +273,9 @@ def test_a_spoiled_calibration_is_refused_in_one_line(spoil, message, tmp_path):
 @pytest.mark.parametrize("text, message", [
     ('{"Emphysema": 0.2}', None), ('{"Emphysema": 1.2}', "Emphysema: 1.2"), ('{"Emphysem": 0.2}', "none of the 18"),
     ("[0.2]", "names no label"), ("{}", "names no label"), ('{"Emphysema": true}', "Emphysema: True"),
-    ("{", "found no rates"),
+    ("{", "found no rates"), ('{"Emphysema": 0}', "Emphysema: 0"), ('{"Emphysema": 1}', "Emphysema: 1"),
+    ('{"Emphysema": 1e-320}', "Emphysema: 1e-320.*from 0.000001 to 0.999999"), ('{"Emphysema": NaN}', "Emphysema: nan"),
+    ('{"Emphysema": 0.2, "Emphysema": 0.3}', "the key 'Emphysema' twice"),
 ])
 def test_prevalence_files(text, message, tmp_path):
     path = tmp_path / "rates.json"

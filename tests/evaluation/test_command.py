@@ -92,6 +92,15 @@ def copy_line(path):
 BAD = {
     "probability above 1": ("p.csv", lambda f: edit(f, 3, 2, "1.5"),
                             "p.csv, line 3: found 1.5 for Arterial wall calcification of valid_1_a_2.nii.gz, expected"),
+    "probability a little above 1": ("p.csv", lambda f: edit(f, 3, 2, "1.0000001"),
+                                     "found 1.0000001 for Arterial wall calcification of valid_1_a_2.nii.gz, expected "
+                                     "a probability in [0, 1]"),
+    "label a little above 1": ("l.csv", lambda f: edit(f, 3, 2, "1.0000001"), "found 1.0000001 for Arterial"),
+    "name with a zero-width space": ("p.csv", lambda f: edit(f, 2, 0, "valid_1_a_1\u200b.nii.gz"),
+                                     "first 'valid_1_a_1\\u200b.nii.gz' (line 2) (it has 'valid_1_a_1.nii.gz', which "
+                                     "differs in '\\u200b' (ZERO WIDTH SPACE) only)"),
+    "name in the labels with one": ("l.csv", lambda f: edit(f, 2, 0, "valid_1_a_1.nii.gz\u200b"),
+                                    "(it has 'valid_1_a_1.nii.gz\\u200b', which differs in '\\u200b' (ZERO"),
     "negative probability": ("p.csv", lambda f: edit(f, 3, 1, "-0.1"), "found -0.1 for Medical material"),
     "NaN": ("p.csv", lambda f: edit(f, 2, 1, "nan"), "line 2: found no number for Medical material"),
     "blank value": ("p.csv", lambda f: edit(f, 2, 1, ""), "line 2: found no number"),
