@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -38,7 +38,7 @@ from ctclip.inference.heat_maps import check_heat_maps, parse_labels, write_scan
 from ctclip.inference.predictor import load_model, predict_volumes
 from ctclip.inference.scans import PredictionError, Scan, find_scans
 from ctclip.memory import out_of_memory
-from ctclip_model import ABNORMALITIES, Prompts, saved_config
+from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, Prompts, saved_config
 
 TRAINED_ON_PHANTOMS = f"Model trained on phantoms. {SYNTHETIC_NOTE}"
 FORMS = ("calibrated", "uncalibrated", "mapped")
@@ -113,64 +113,19 @@ def predict_scans(
     failures: list[tuple[str, str]] = []
     found = find_scans(scans, on_note, lambda folder, reason: failures.append((folder, reason)))
     checkpoint = Path(checkpoint) if checkpoint else newest_run()
-    calibration = run_calibration(checkpoint) if checkpoint.is_dir() else None
-    if form == "mapped" and calibration is None:
-        raise PredictionError(
-            f"{checkpoint}: found no tuning patients, expected some to fit the thresholds that --map-thresholds puts "
-            "at 0.5; name a run, or leave the flag out"
-        )
+    calibration = _calibration_for(form, checkpoint)
     model = load_model(checkpoint, device, prompts)
-    calibration = calibration if model.labels == ABNORMALITIES else None
-    transform, description = _transform(form, calibration)
-    note = TRAINED_ON_PHANTOMS if checkpoint.is_dir() and run_record(checkpoint).get("phantom") else None
     labels = [] if explain is None else parse_labels(explain, model.labels)
     check_heat_maps(Path(explain_dir), [scan.stem for scan in found], labels)
-    shown, _ = _transform("calibrated" if form == "mapped" else form, calibration)
-    rows: dict[str, np.ndarray] = {}
-    noted: dict[str, str] = {}
-    files: list[Path] = []
-
-    def on_batch(batch: Batch) -> None:
-        failures.extend(batch.failures)
-        told = notes_of(volumes, batch)
-        for scan in (found[index] for index in batch.index.tolist()):
-            if note := "; ".join(filter(None, (scan.note, told.get(scan.name)))):
-                noted[scan.name] = note
-                on_note(f"{scan.name}: {note}")
-
-    def on_failure(index: int, error: Exception) -> None:
-        found_error = f"found {type(error).__name__} while it was computed ({' '.join(str(error).split())[:160]})"
-        reason = OUT_OF_MEMORY if out_of_memory(error) else f"{found_error}, expected an answer; predict it by itself"
-        failures.append((found[index].name, reason))
-
-    def on_answer(index: int, voxels: torch.Tensor, logits: torch.Tensor) -> None:
-        scan, probabilities = found[index], logits.sigmoid().numpy()[None]
-        row = transform(probabilities)[0]
-        if not np.isfinite(row).all():
-            failures.append((scan.name, "found an answer that is no number, expected probabilities; leave it out"))
-            return
-        if labels:
-            placement, target = place_volume(scan.path, model.input_shape), Path(explain_dir, scan.stem)
-            answers = shown(probabilities)[0]
-            files.extend(
-                write_scan_heat_maps(model, voxels, placement, labels, target.parent, target.name, answers, note)
-            )
-        rows[scan.name] = row
-        on_scan(scan.name, row)
-
-    no_labels = np.zeros(len(ABNORMALITIES), np.float32)
-    volumes = [Volume(scan.name, scan.path, no_labels, assume_hu=assume_hu) for scan in found]
+    note = TRAINED_ON_PHANTOMS if checkpoint.is_dir() and run_record(checkpoint).get("phantom") else None
+    answers = _AnswerForm.of(form, calibration if model.labels == ABNORMALITIES else None)
+    heat_maps = _HeatMaps(model, labels, Path(explain_dir), answers.shown, note)
+    predictor = _ScanPredictor(found, assume_hu, answers.transform, heat_maps, on_scan, on_note, failures)
     on_start(found)
-    predict_volumes(
-        model,
-        volumes,
-        workers=workers,
-        on_batch=on_batch,
-        on_answer=on_answer,
-        on_failure=on_failure,
-        resample_on_device=True,
+    predictor.predict(model, workers)
+    return Predictions(
+        rows_table(predictor.rows, model.labels), found, failures, predictor.warnings, heat_maps.files, answers.description, note
     )
-    return Predictions(rows_table(rows, model.labels), found, failures, noted, files, description, note)
 
 
 def rows_table(rows: Mapping[str, np.ndarray], labels: Sequence[str]) -> pd.DataFrame:
@@ -179,15 +134,112 @@ def rows_table(rows: Mapping[str, np.ndarray], labels: Sequence[str]) -> pd.Data
     return pd.DataFrame(values, index=pd.Index(list(rows), name=NAME_COLUMN), columns=list(labels))
 
 
-def _transform(form: str, calibration: Calibration | None) -> tuple[Transform, str]:
-    """What makes the answers of the model's probabilities, and what the answers are."""
-    if calibration is None or form == "uncalibrated":
-        return (lambda probabilities: probabilities), "uncalibrated probabilities"
-    if form == "mapped":
-        thresholds = f"tuned thresholds ({calibration.objective})"
-        return calibration.rescale_to_half, f"not probabilities: rescaled so that the {thresholds} lie at 0.5"
-    description = f"calibrated probabilities ({calibration.method}, {calibration.n_patients} tuning patients)"
-    return calibration.apply, description
+def _calibration_for(form: str, checkpoint: Path) -> Calibration | None:
+    calibration = run_calibration(checkpoint) if checkpoint.is_dir() else None
+    if form == "mapped" and calibration is None:
+        raise PredictionError(
+            f"{checkpoint}: found no tuning patients, expected some to fit the thresholds that --map-thresholds puts "
+            "at 0.5; name a run, or leave the flag out"
+        )
+    return calibration
+
+
+class _AnswerForm(NamedTuple):
+    """What makes the answers of the model's probabilities, what the answers are, and what makes those that heat maps
+    show, which are never rescaled."""
+
+    transform: Transform
+    description: str
+    shown: Transform
+
+    @classmethod
+    def of(cls, form: str, calibration: Calibration | None) -> _AnswerForm:
+        if calibration is None or form == "uncalibrated":
+            return cls(_unchanged, "uncalibrated probabilities", _unchanged)
+        if form == "mapped":
+            thresholds = f"tuned thresholds ({calibration.objective})"
+            description = f"not probabilities: rescaled so that the {thresholds} lie at 0.5"
+            return cls(calibration.rescale_to_half, description, calibration.apply)
+        description = f"calibrated probabilities ({calibration.method}, {calibration.n_patients} tuning patients)"
+        return cls(calibration.apply, description, calibration.apply)
+
+
+def _unchanged(probabilities: np.ndarray) -> np.ndarray:
+    return probabilities
+
+
+class _HeatMaps:
+    """Writes the heat maps of each scan that has an answer, if labels are given."""
+
+    def __init__(
+        self, model: CTCLIPMultiAbnormalityModel, labels: list[str], folder: Path, shown: Transform, note: str | None
+    ):
+        self.model, self.labels, self.folder, self.shown, self.note = model, labels, folder, shown, note
+        self.files: list[Path] = []
+
+    def write(self, scan: Scan, voxels: torch.Tensor, probabilities: np.ndarray) -> None:
+        if self.labels:
+            placement, target = place_volume(scan.path, self.model.input_shape), self.folder / scan.stem
+            answers = self.shown(probabilities)[0]
+            self.files += write_scan_heat_maps(
+                self.model, voxels, placement, self.labels, target.parent, target.name, answers, self.note
+            )
+
+
+class _ScanPredictor:
+    """What becomes of each scan: its row, its warning, or why it has none."""
+
+    def __init__(
+        self,
+        scans: list[Scan],
+        assume_hu: bool,
+        transform: Transform,
+        heat_maps: _HeatMaps,
+        on_scan: Callable[[str, np.ndarray], object],
+        on_note: Callable[[str], object],
+        failures: list[tuple[str, str]],
+    ):
+        self.scans, self.transform, self.heat_maps, self.failures = scans, transform, heat_maps, failures
+        self.on_scan, self.on_note = on_scan, on_note
+        no_labels = np.zeros(len(ABNORMALITIES), np.float32)
+        self.volumes = [Volume(scan.name, scan.path, no_labels, assume_hu=assume_hu) for scan in scans]
+        self.rows: dict[str, np.ndarray] = {}
+        self.warnings: dict[str, str] = {}
+
+    def predict(self, model: CTCLIPMultiAbnormalityModel, workers: int | None) -> None:
+        predict_volumes(
+            model,
+            self.volumes,
+            workers=workers,
+            on_batch=self._on_batch,
+            on_answer=self._on_answer,
+            on_failure=self._on_failure,
+            resample_on_device=True,
+        )
+
+    def _on_batch(self, batch: Batch) -> None:
+        self.failures.extend(batch.failures)
+        told = notes_of(self.volumes, batch)
+        for scan in (self.scans[index] for index in batch.index.tolist()):
+            if note := "; ".join(filter(None, (scan.note, told.get(scan.name)))):
+                self.warnings[scan.name] = note
+                self.on_note(f"{scan.name}: {note}")
+
+    def _on_failure(self, index: int, error: Exception) -> None:
+        found_error = f"found {type(error).__name__} while it was computed ({' '.join(str(error).split())[:160]})"
+        reason = OUT_OF_MEMORY if out_of_memory(error) else f"{found_error}, expected an answer; predict it by itself"
+        self.failures.append((self.scans[index].name, reason))
+
+    def _on_answer(self, index: int, voxels: torch.Tensor, logits: torch.Tensor) -> None:
+        scan, probabilities = self.scans[index], logits.sigmoid().numpy()[None]
+        row = self.transform(probabilities)[0]
+        if not np.isfinite(row).all():
+            reason = "found an answer that is no number, expected probabilities; leave it out"
+            self.failures.append((scan.name, reason))
+            return
+        self.heat_maps.write(scan, voxels, probabilities)
+        self.rows[scan.name] = row
+        self.on_scan(scan.name, row)
 
 
 # ------------------------------------------------------------------ files
