@@ -19,6 +19,7 @@ import numpy as np
 
 from ctclip.data.ct_rate import GEOMETRY_COLUMNS, SUBGROUP_COLUMNS, SUFFIX, volume_name
 from ctclip.errors import UserError
+from ctclip.formatting import plural
 
 NAME_COLUMN = "VolumeName"
 WARNING_COLUMN = "Warning"  # the last one of a prediction's table, where a scan has a warning
@@ -26,6 +27,7 @@ PATIENT_COLUMN, SCAN_COLUMN = "PatientID", "ScanID"
 ID_COLUMNS = (PATIENT_COLUMN, SCAN_COLUMN)
 # Columns that a table of labels or predictions may have beside its own; "" and "Unnamed: 0" are row numbers.
 KNOWN_COLUMNS = {NAME_COLUMN, *ID_COLUMNS, *GEOMETRY_COLUMNS, *SUBGROUP_COLUMNS, WARNING_COLUMN, "", "Unnamed: 0"}
+FORMULA_SIGNS = ("=", "+", "-", "@")
 LONGEST_NAME = 255  # characters, of a volume
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 SIGNATURES = (  # first bytes of what is named .csv and is none
@@ -247,6 +249,16 @@ def shown(name: str) -> str:
 def _seen(name: str) -> str:
     """What can be seen of a name."""
     return "".join(letter for letter in name if letter.isprintable() and not letter.isspace())
+
+
+def formula_note(names: Iterable[str]) -> str | None:
+    """What to say of names that a spreadsheet program would compute; they stay as they are, or no table could be
+    joined with another."""
+    found = [name for name in names if name.startswith(FORMULA_SIGNS)]
+    if not found:
+        return None
+    return (f"{plural(len(found), 'name')} like {found[0]}: begins as a formula does, and spreadsheet programs compute "
+            f"it; import {NAME_COLUMN} as text")
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

@@ -23,6 +23,7 @@ from ctclip.evaluation.evaluate import Evaluation, evaluate_tables, write_calibr
 from ctclip.evaluation.render import format_report
 from ctclip.evaluation.run_folder import (
     APPLIED_FILES,
+    ELSEWHERE,
     PAGE,
     REPORT_TEXT,
     TABLES,
@@ -105,7 +106,7 @@ def evaluate_and_write(
     other = read_baseline(baseline) if baseline else None
     groups = read_metadata(metadata) if metadata else run_metadata(inputs.data_dir)
     evaluation = evaluate_tables(inputs, settings, other, groups)
-    with alone_in(make_folder(output_dir, "change --output-dir")):
+    with alone_in(make_folder(output_dir, ELSEWHERE)):
         write_tables(output_dir, evaluation)
         with naming("standard output"):
             report = [format_report(evaluation.metrics)] if verbose else []
@@ -156,7 +157,7 @@ def apply_calibration(source: str, predictions: str, output_dir: Path, patients:
     ids = merge_ids([(predictions, table.ids), ("--patients", patients_of(patients, table))], names)
     rows = rows_of(table.frame, None, names, calibration.unit, ids=ids)
     check_output_folder(output_dir, *APPLIED_FILES)
-    with writing(make_folder(output_dir, "change --output-dir"), *APPLIED_FILES):
+    with writing(make_folder(output_dir, ELSEWHERE), *APPLIED_FILES):
         write_calibrated(output_dir, calibration, rows)
     positive = (rows.probabilities >= calibration.thresholds).mean()
     print(f"{len(rows):,} {rows.unit}s; calibration {calibration.method}, thresholds for {calibration.objective}: "

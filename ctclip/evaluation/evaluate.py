@@ -27,7 +27,16 @@ from ctclip.evaluation import bootstrap, figures, render, report, subgroups, tab
 from ctclip.evaluation import metrics as measure
 from ctclip.evaluation.calibration import CROSS_FITTED, TUNING, Calibration, FittedThresholds, fit_thresholds
 from ctclip.evaluation.cases import Case, worst_cases
-from ctclip.evaluation.run_folder import APPLIED_FILES, PAGE, PICTURES, REPORT_TEXT, RESULT_FILES, alone_in, writing
+from ctclip.evaluation.run_folder import (
+    APPLIED_FILES,
+    ELSEWHERE,
+    PAGE,
+    PICTURES,
+    REPORT_TEXT,
+    RESULT_FILES,
+    alone_in,
+    writing,
+)
 from ctclip.evaluation.tables import EvaluationInputs, Rows, VolumeTable
 from ctclip.fileio import make_folder, replacing
 from ctclip.formatting import decimal, percent
@@ -86,7 +95,7 @@ def evaluate(
     other = None if baseline is None else tables.as_table(baseline)
     evaluation = evaluate_tables(inputs, Settings(**settings), other, metadata)
     if output_dir is not None:
-        with alone_in(make_folder(output_dir, "change --output-dir")):
+        with alone_in(make_folder(output_dir, ELSEWHERE)):
             write_tables(output_dir, evaluation)
             write_pictures(output_dir, evaluation, worst_cases(evaluation.rows, evaluation.fitted))
     return evaluation.metrics
@@ -311,7 +320,7 @@ def success_criteria(metrics: dict) -> list[dict]:
 def write_tables(output_dir: str | Path, evaluation: Evaluation) -> None:
     """RESULT_FILES but the page and the figures, of which earlier ones go, and predictions.csv; each file is replaced
     whole or not at all, and none that is the user's (`run_folder.writing`)."""
-    folder = make_folder(output_dir, "change --output-dir")
+    folder = make_folder(output_dir, ELSEWHERE)
     metrics, rows, fitted, inputs = evaluation.metrics, evaluation.rows, evaluation.fitted, evaluation.inputs
     own, given = folder / "predictions.csv", inputs.predictions.frame
     kept = _holds(own, given)  # a run's own file stays as it was written, with its other columns

@@ -36,6 +36,7 @@ TABLES = ("predictions.csv", "labels.csv")
 # What training leaves; the best weights with the tables that belong to them.
 BEST_FILES = ("model.safetensors", "config.json", "tuning_predictions.csv", "tuning_labels.csv")
 RECORDS = ("run.json", "log.jsonl")
+ELSEWHERE = "change --output-dir (of ctclip_evaluation.py)"  # which evaluates a run for every other command too
 LOCK = ".lock"  # held by the process that trains, or writes an evaluation
 
 
@@ -62,9 +63,9 @@ def check_output_folder(folder: Path, *names: str, own: Path | None = None) -> N
     """Raises, before any work, where these files cannot be written to a folder: a run's other than `own`, whose tables
     must not be replaced by others; files of the same names that are the user's; a place that cannot be written."""
     if (folder / "run.json").is_file() and (own is None or own.resolve() != folder.resolve()):
-        raise RunError(f"{folder}: found a run, whose tables others would replace, expected another folder; change "
-                       "--output-dir")
-    check_writable(folder, "change --output-dir")
+        raise RunError(f"{folder}: found a run, whose tables others would replace, expected another folder; "
+                       f"{ELSEWHERE}")
+    check_writable(folder, ELSEWHERE)
     check_names(folder, *names)
 
 
@@ -87,6 +88,9 @@ def own_files(folder: Path) -> dict[str, str]:
 def check_names(folder: Path, *names: str) -> None:
     """Raises RunError where a file of that name is there that this project has not written."""
     own = own_files(folder)
+    if folders := [name for name in names if (folder / name).is_dir()]:
+        raise RunError(f"{folder / folders[0]}: found a folder, expected a file or none, as a file is written there; "
+                       "move it, or choose another folder")
     if foreign := [name for name in names if name not in own and os.path.lexists(folder / name)]:
         raise RunError(f"{folder}: found {', '.join(foreign[:3])}, which no run or evaluation wrote, expected no such "
                        "file, as it would be replaced; move what is yours, or choose another folder")

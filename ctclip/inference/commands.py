@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ctclip.config import PREDICTIONS
+from ctclip.data.tables import formula_note
 from ctclip.evaluation.run_folder import list_names, newest_run
 from ctclip.inference.onnx_export import check_onnx_path, export_lines, export_run
 from ctclip.inference.predictions import (
@@ -46,6 +47,8 @@ def predict_command(args: argparse.Namespace) -> None:
             on_note=print_warning,
         )
         write_predictions(output, predictions, checkpoint)
+    if output.suffix == ".csv" and (formulas := formula_note(predictions.table.index)):
+        print_warning(formulas)
     print_predictions(predictions, output, checkpoint)
 
 

@@ -257,17 +257,19 @@ def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> Non
     an earlier command's predictions."""
     path = Path(path)
     if path.suffix not in (".csv", ".json"):
-        raise PredictionError(f"--output {path}: found the ending {path.suffix or 'none'}, expected .csv (a table) or "
+        raise PredictionError(f"{path}: found the ending {path.suffix or 'none'}, expected .csv (a table) or "
                               ".json (the challenge's results.json); rename it")
     if path.suffix == ".json" and tuple(labels) != ABNORMALITIES:
-        raise PredictionError(f"--output {path}: found labels of your own, expected the challenge's 18 in a "
+        raise PredictionError(f"{path}: found labels of your own, expected the challenge's 18 in a "
                               "results.json; write a .csv")
     folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise PredictionError(f"--output {path}: found a place that cannot be written ({folder}), expected a file's "
-                              "name in a folder of yours; name another")
+    if path.is_dir():
+        raise PredictionError(f"{path}: found a folder, expected a file or none; move it, or name another output")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise PredictionError(f"{path}: found a place that cannot be written ({folder}), expected a file's name in a "
+                              "folder of yours; name another")
     is_ours = _is_results_file if path.suffix == ".json" else partial(_is_table, labels=labels)
-    check_replaceable(path, is_ours, "name another --output, or remove it")
+    check_replaceable(path, is_ours, "name another output, or remove it")
 
 
 def _is_results_file(path: Path) -> bool:

@@ -14,6 +14,7 @@ from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.loading import Batch, count_notes, notes_of
 from ctclip.data.tables import CohortError, some
 from ctclip.evaluation.run_folder import (
+    ELSEWHERE,
     TABLES,
     RunError,
     alone_in,
@@ -129,7 +130,7 @@ def predict_run(
         print_failures(batch)
         notes.update(notes_of(volumes, batch))
 
-    make_folder(tables, "change --output-dir")
+    make_folder(tables, ELSEWHERE)
     part_table = PartialTable(tables / "predictions.part.csv", model.labels, "evaluate them with --predictions")
     with alone_in(tables), part_table as part:
         read, logits = predict_volumes(

@@ -203,6 +203,15 @@ def test_files_that_the_user_put_into_a_run_are_not_replaced(run, capsys):
     assert (run / "metrics.json").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["metrics.json", "report.html"])
+def test_a_folder_in_the_place_of_a_result_is_said_before_any_work(name, run, capsys):
+    (run / name).mkdir()
+    assert run_task2.main(["--mode", "evaluate", "--checkpoint", str(run)]) == 2
+    assert ctclip_evaluation.main(["--checkpoint", str(run)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(f"{run / name}: found a folder, expected a file or none" in line for line in lines)
+
+
 @pytest.mark.parametrize("flags", [[], ["--checkpoint"]], ids=["tables", "run"])
 def test_an_evaluation_where_another_process_writes_is_refused(flags, run, tables, tmp_path, capsys):
     folder = run if flags else tmp_path / "out"

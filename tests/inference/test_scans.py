@@ -254,6 +254,7 @@ REFUSED = [
     (["--input", "pictures/notes"], "found a file without an ending, expected .nii, .nii.gz, .mha or DICOM; name a"),
     (["--input", "good", "--output", "p.txt"], "found the ending .txt, expected .csv"),
     (["--input", "good", "--output", "empty/x.nii.gz/p.csv"], "a place that cannot be written"),
+    (["--input", "good", "--output", "folder.csv"], "error: folder.csv: found a folder, expected a file or none"),
     (["--input", "good", "--map-thresholds"], "found no tuning patients"),
     (["--input", "good", "--prompts", "nothing.txt"], "nothing.txt"),
     (["--input", "good", "--explain", "Pneumothorax"], "Pneumothorax"),
@@ -267,6 +268,7 @@ def test_wrong_usage_is_one_line_before_anything_is_computed(tmp_path, monkeypat
     (tmp_path / "empty").mkdir()
     write(tmp_path / "good" / "a.nii.gz", chest())
     (tmp_path / "pictures").mkdir()
+    (tmp_path / "folder.csv").mkdir()
     for name in ("a.nrrd", "b.png", "notes"):
         (tmp_path / "pictures" / name).write_bytes(b"what it is")
     (tmp_path / "mine.txt").write_text("Pneumothorax\n")
@@ -306,6 +308,15 @@ def filled(hu: np.ndarray) -> np.ndarray:
 def warnings_in(capsys) -> list[str]:
     """Without the progress bar, which is drawn again below each."""
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+
+
+def test_a_name_that_spreadsheets_compute_is_kept_and_said(tmp_path, capsys):
+    write_mha(tmp_path / "in" / "=1+1.mha", chest(), affine_of(SPACING))
+    write_mha(tmp_path / "in" / "1-1.mha", chest(), affine_of(SPACING))
+    assert call("--input", tmp_path / "in", "--output", tmp_path / "p.csv") == 0
+    assert warnings_in(capsys) == ["warning: 1 name like =1+1.mha: begins as a formula does, and spreadsheet programs "
+                                   "compute it; import VolumeName as text"]
+    assert set(pd.read_csv(tmp_path / "p.csv").VolumeName) == {"=1+1.mha", "1-1.mha"}
 
 
 def test_a_scan_that_may_be_no_chest_is_answered_with_a_warning(tmp_path, capsys):
