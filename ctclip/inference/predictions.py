@@ -123,9 +123,8 @@ def predict_scans(
     predictor = _ScanPredictor(found, assume_hu, answers.transform, heat_maps, on_scan, on_note, failures)
     on_start(found)
     predictor.predict(model, workers)
-    return Predictions(
-        rows_table(predictor.rows, model.labels), found, failures, predictor.warnings, heat_maps.files, answers.description, note
-    )
+    table = rows_table(predictor.rows, model.labels)
+    return Predictions(table, found, failures, predictor.warnings, heat_maps.files, answers.description, note)
 
 
 def rows_table(rows: Mapping[str, np.ndarray], labels: Sequence[str]) -> pd.DataFrame:
