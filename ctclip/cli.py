@@ -168,6 +168,30 @@ def check_endpoint() -> None:
         raise UserError(f"{found}; correct it, or unset it for the hub itself")
 
 
+def check_working_folder() -> None:
+    """Raises UserError where it is gone: torch does not load there, and ends the process."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(f"found no working folder ({error.strerror}), expected one; cd into a folder") from error
+
+
+def check_progress_bars() -> None:
+    """Raises UserError for variables that tqdm cannot use; it would fail wherever it is imported, or draws a bar."""
+    if not (names := sorted(name for name in os.environ if name.startswith("TQDM_"))):
+        return
+    try:
+        from tqdm import tqdm
+
+        with open(os.devnull, "w") as nowhere:
+            tqdm(range(1), file=nowhere).close()
+    except ImportError:  # ctclip_setup.py installs it
+        pass
+    except Exception as error:
+        raise UserError(f"found {', '.join(names)} with a value that progress bars cannot use ({error}), expected one "
+                        "as in tqdm's documentation; correct it, or unset it") from error
+
+
 def run_cli(action: Callable[[], int | None], interrupted: str = INTERRUPTED) -> int:
     """Runs a command's `action` and returns its exit code; every command ends through here.
 
@@ -179,7 +203,9 @@ def run_cli(action: Callable[[], int | None], interrupted: str = INTERRUPTED) ->
     rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""  # torchrun's
     escape_unprintable()
     try:
+        check_working_folder()
         check_endpoint()
+        check_progress_bars()
         code = action() or 0
         if sys.stdout:
             with naming("standard output"):

@@ -118,6 +118,30 @@ def test_an_endpoint_that_is_no_address_is_one_line_of_every_command(address, mo
     )
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no working folder")
+def test_a_working_folder_that_is_gone_is_one_line_of_every_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run_cli(lambda: pytest.fail("torch would end the process")) == 2
+    line = "error: found no working folder (No such file or directory), expected one; cd into a folder\n"
+    assert capsys.readouterr().err == line
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value", "good"), [
+    ("TQDM_MININTERVAL", "abc", "7"), ("TQDM_NCOLS", "x", "7"), ("TQDM_BAR_FORMAT", "{no", "{l_bar}"),
+])
+def test_a_variable_that_tqdm_cannot_use_is_one_line_of_every_command(name, value, good, monkeypatch, capsys):
+    for text in (value, good):
+        monkeypatch.setenv(name, text)
+        for module in [module for module in sys.modules if module.partition(".")[0] == "tqdm"]:
+            monkeypatch.delitem(sys.modules, module)  # read when it is imported
+        assert run_cli(lambda: None) == (2 if text == value else 0)
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: found {name} with a value that progress bars cannot use (") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(("flags", "line"), [
     (["--output-dir", ""], "found --output-dir without a value (an unset shell variable?), expected one"),
     (["--mode", "predict", "--input="], "found --input without a value"),

@@ -51,12 +51,24 @@ class RunError(UserError):
 
 
 def newest_run() -> Path:
-    """The run folder under results/ that was written to last, by the times of its log.jsonl and run.json."""
-    written = [path for name in ("run.json", "log.jsonl") for path in Path("results").glob(f"*/{name}")]
+    """The run folder under results/ that was written to last, by the times of its log.jsonl and run.json. What another
+    program calls run.json makes no run."""
+    runs = [path.parent for path in Path("results").glob("*/run.json") if _is_run(path.parent)]
+    written = [run / name for run in runs for name in RECORDS if (run / name).is_file()]
     if not written:
         raise RunError("results: found no run, expected a folder with run.json; train one with "
                        "'python ctclip_training.py --mode quick_test' or give --predictions and --labels")
     return max(written, key=lambda path: path.stat().st_mtime).parent
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether its run.json is training's: listed as such or, before 0.7, with keys that all versions wrote."""
+    if "run.json" in written_files(folder):
+        return True
+    with suppress(OSError, ValueError):
+        record = read_json(folder / "run.json")
+        return isinstance(record, dict) and isinstance(record.get("config"), dict) and "phantom" in record
+    return False
 
 
 def check_output_folder(folder: Path, *names: str, own: Path | None = None) -> None:
@@ -151,6 +163,8 @@ def run_record(run: Path) -> dict:
             raise ValueError(f"a {type(record).__name__}")
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: found no JSON object ({error}), expected a run's record; restore it") from error
+    if not record.keys() & RECORD_TYPES.keys():
+        raise RunError(f"{path}: found another program's record, expected a run's; name a folder that training wrote")
     wrong = [key for key, kinds in RECORD_TYPES.items() if key in record and type(record[key]) not in kinds]
     if wrong := wrong or mistyped(record.get("config", {})):
         found = f"{path}: found a value of another kind for {wrong[0]}"

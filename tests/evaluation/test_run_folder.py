@@ -2,7 +2,9 @@
 file, through whatever reads it."""
 
 import json
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from helpers_model import OTHER_SIZES
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration, load_calibration, read_prevalence
 from ctclip.evaluation.metrics import EvaluationError
-from ctclip.evaluation.run_folder import RunError, read_history, run_record
+from ctclip.evaluation.run_folder import RunError, newest_run, read_history, run_record, writing
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 
 EPOCH = {"epoch": 1, "stage": "frozen", "open_layers": 0, "train_loss": 0.5, "tuning_auroc_macro": None, "best": True,
@@ -107,6 +109,29 @@ def test_a_record_of_yesterday_or_tomorrow_is_read(tmp_path):
     record = {"config": {"epochs": 3, "alpha": 1, "limit": None, "of_tomorrow": [1]}, "of_tomorrow": 7}
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert run_record(tmp_path) == record
+
+
+def test_another_program_s_record_makes_no_run(tmp_path, monkeypatch, capsys):
+    """Passed over where the newest run is looked for; one line where it is named."""
+    from run_task2 import main
+
+    monkeypatch.chdir(tmp_path)
+    records = {"other": '{"id": "x1", "config": {"lr": 1}}', "torn": '{"config"', "named": '{"id": "x1"}'}
+    ours = {"config": {"epochs": 3}, "phantom": True}
+    for name, content in {"before_lists": json.dumps(ours), **records}.items():
+        Path("results", name).mkdir(parents=True)
+        Path("results", name, "run.json").write_text(content)
+    Path("results/logs").mkdir()
+    Path("results/logs/log.jsonl").write_text("{}")
+    assert newest_run() == Path("results/before_lists")
+    with writing(Path("results/torn"), "run.json"):  # ours by its list, whatever became of it
+        pass
+    os.utime("results/torn/run.json", (2e9, 2e9))
+    assert newest_run() == Path("results/torn")
+    assert main(["--mode", "evaluate", "--checkpoint", "results/named"]) == 2
+    err = capsys.readouterr().err
+    assert "results/named/run.json: found another program's record, expected a run's; name" in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("line", [
