@@ -33,6 +33,8 @@ from ctclip.inference.predictions import PartialTable
 from ctclip.inference.predictor import load_model, predict_volumes, print_failures
 from ctclip.phantoms.cohort import is_phantom_cohort, plan_split
 
+UNSEEN_NOT_CHECKED = "Not checked whether patients of the unseen split are trained on"
+
 
 def run_inputs(
     run_dir: str | Path,
@@ -107,7 +109,7 @@ def predict_run(
         try:
             trained = load_cohort(data_dir, "train", record.get("config", {}).get("limit"), patients)
         except CohortError as error:
-            print(f"Not checked whether patients of the unseen split were trained on: {error}")
+            print(f"{UNSEEN_NOT_CHECKED}: {error}")
         else:
             check_unseen(cohort, trained)
     model = load_model(run, device)

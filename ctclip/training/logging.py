@@ -21,7 +21,7 @@ from ctclip.fileio import replacing
 from ctclip.formatting import decimal, plural
 from ctclip.memory import process_memory
 from ctclip.training.checkpoint import TrainingState, full_disk_explained
-from ctclip.training.run import SPLIT_NAMES, Run, TrainingJob
+from ctclip.training.run import SPLIT_NAMES, Run, TrainingJob, label_notes
 from ctclip.training.steps import Validation
 
 SMALL = 10**6  # bytes; more than a run's record, log and curves take
@@ -122,6 +122,8 @@ def print_setup(job: TrainingJob) -> None:
     kind = f"{config.model}, head {model.head_name}" if model.is_ctclip else config.model
     run.log(job.cohort.summary())
     run.log(f"Split by patient: {counted}")
+    for note in label_notes(job):
+        run.log(note)
     run.log(f"Model:    {kind}; backbone {backbone:,} parameters, head {head:,}, input {model.input_shape}")
     if model.load_report:
         run.log(f"Weights:  {model.load_report}")

@@ -71,7 +71,6 @@ def train_epochs(job: TrainingJob, start: float) -> Path:
             train_loss = train_epoch(job, state)
             validation = validate(job, state)
             record = logging.epoch_record(state, train_loss, validation, time.perf_counter() - state.epoch_start)
-            run.log(logging.epoch_line(record, config.epochs))
             if tracker is not None:
                 tracker.log(record)
             state.history.append(record)
@@ -101,6 +100,9 @@ def train_epochs(job: TrainingJob, start: float) -> Path:
             state.epoch_start = time.perf_counter()  # of the next epoch
             save_checkpoint(job, state)
             logging.write_history(run, state.history)
+            run.log(logging.epoch_line(record, config.epochs))  # after the state: a full disk may take no line
+            if stopped:
+                run.log(stopped)
             if milestone:
                 logging.write_curves(job, state.history)
     logging.write_run_file(job, state.progress.stopped or "finished")
@@ -225,5 +227,4 @@ def should_stop(job: TrainingJob, state: TrainingState, validation: Validation) 
         f"validation AUROC below the best ({best.score:.3f}) by more than one standard error in {bad_epochs} epochs in "
         f"a row: back to the weights of epoch {best.epoch}, training ends"
     )
-    job.run.log(reason)
     return reason, bad_epochs

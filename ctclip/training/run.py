@@ -33,10 +33,12 @@ from ctclip.config import (
     training_flag_uses,
 )
 from ctclip.data.cohort import Cohort, Volume, load_cohort, split_by_patient
-from ctclip.data.ct_rate import FETCH_COMMAND
+from ctclip.data.ct_rate import FETCH_COMMAND, labels_path
 from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.loading import Batch, micro_batch_size, notes_of
+from ctclip.data.tables import CohortError
 from ctclip.distributed import Ranks
+from ctclip.evaluation.metrics import undefined_labels
 from ctclip.evaluation.run_folder import (
     LOCK,
     foreign_files,
@@ -44,12 +46,14 @@ from ctclip.evaluation.run_folder import (
     newest_run,
     run_record,
 )
-from ctclip.fileio import check_writable, locked, make_folder
+from ctclip.fileio import check_writable, locked, make_folder, naming
 from ctclip.formatting import plural
 from ctclip.inference.predictor import choose_device, choose_precision, choose_workers
+from ctclip.inference.run_predictions import UNSEEN_NOT_CHECKED, check_unseen
 from ctclip.memory import torchrun_number
 from ctclip.phantoms.cohort import is_phantom_cohort, write_phantom_cohort
 from ctclip_model import (
+    ABNORMALITIES,
     CLASSFINE_PATH,
     DEMO_PATH,
     CheckpointError,
@@ -157,8 +161,9 @@ class Run:
     def log(self, text: str) -> None:
         """Prints on the main rank, above a progress bar."""
         if self.ranks.is_main:
-            tqdm.write(text)
-            sys.stdout.flush()
+            with naming("standard output"):  # on a disk that is full, perhaps
+                tqdm.write(text)
+                sys.stdout.flush()
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -359,13 +364,17 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
     if not data_dir.is_dir():  # said before weights are missed that a phantom cohort does not need
         raise TrainingError(f"found no folder {data_dir}, expected the data of the run; name it with --data-dir")
     phantom = is_phantom_cohort(data_dir)
-    model = build_model(config, phantom).to(run.device)
     cohort = load_cohort(data_dir, "train", limit=config.limit, patients=config.patients)
+    check_patients(run, data_dir, cohort)
+    model = build_model(config, phantom).to(run.device)
     check_voxels_available(config, data_dir, cohort.volumes)
     train, validation = (Split(side) for side in split_by_patient(cohort.volumes, config.tuning_fraction, config.seed))
     if config.mode == "quick_test":
         for split, count in zip((train, validation), QUICK_TEST_VOLUMES, strict=True):
             split.volumes = split.volumes[:count]
+    if len(train.labels.unique()) == 1:
+        every = f"{int(train.labels[0, 0])} for every finding of all {plural(len(train.volumes), 'training volume')}"
+        raise TrainingError(f"{data_dir}: found the label {every}, expected both 0 and 1; correct the label table")
     weights = balanced_label_weights(train.labels) if config.class_weights else None
     criterion = create_loss(config.loss_type, config.alpha, config.gamma, weights).to(run.device)
     run.micro_batch = machine.micro_batch or micro_batch_size(model.input_shape, config.batch_size)
@@ -376,6 +385,29 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
             raise TrainingError(f"--gradient-checkpointing on: {config.model} has no such mode; leave it out")
         run.log(f"{config.model} has no gradient checkpointing: going on without")
     return TrainingJob(run, data_dir, phantom, cohort, train, validation, model, criterion)
+
+
+def check_patients(run: Run, data_dir: Path, cohort: Cohort) -> None:
+    """Raises RunError where the run would train on patients of the cohort's unseen split, if it has one."""
+    if not (data_dir / labels_path("valid")).is_file():
+        return
+    try:
+        unseen = load_cohort(data_dir, "valid", patients=run.config.patients)
+    except CohortError as error:
+        run.log(f"{UNSEEN_NOT_CHECKED}: {error}")
+    else:
+        check_unseen(unseen, cohort)
+
+
+def label_notes(job: TrainingJob) -> list[str]:
+    """A line for the findings that cannot be learned, one for those that cannot be measured, where there are any."""
+    lines = []
+    for split, kind, so in ((job.train, "training", "they cannot be learned"),
+                            (job.validation, "validation", "their AUROC is undefined")):  # fmt: skip
+        if names := undefined_labels(split.labels.numpy()):
+            which = f"{len(names)} of {len(ABNORMALITIES)} findings are all 0 or all 1"
+            lines.append(f"{which} in the {len(split.volumes)} {kind} volumes; {so}: {', '.join(names)}")
+    return lines
 
 
 def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormalityModel:

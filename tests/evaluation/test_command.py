@@ -303,7 +303,7 @@ def make_run(folder, phantom=True, seed=0):
     for prefix, (predictions, labels) in {"": simulate(12, seed), "tuning_": simulate(12, seed + 1, first=50)}.items():
         predictions.assign(note=1).to_csv(folder / f"{prefix}predictions.csv")
         labels.to_csv(folder / f"{prefix}labels.csv")
-    (folder / "run.json").write_text(json.dumps({"phantom": phantom}))
+    (folder / "run.json").write_text(json.dumps({"config": {}, "phantom": phantom}))
     lines = [json.dumps({"epoch": k, "stage": "frozen", "train_loss": 1 / k}) for k in (1, 2)]
     (folder / "log.jsonl").write_text("\n".join([*lines, '{"epoch": 3, "sta']))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers_training import damage, one_line
+from helpers_training import damage, history, one_line
 from safetensors import SafetensorError
 
 from ctclip.cli import run_cli
@@ -341,6 +341,24 @@ def test_resume_wants_the_weights_that_the_run_began_with(config, tiny_classfine
 
 
 CONTENT = {"progress": {"epoch": 1}, "names": ["a", "b"], "tensors": {"w": torch.arange(50.0), "n": torch.tensor(3)}}
+
+
+def test_a_line_that_cannot_be_printed_costs_no_epoch(config, undisturbed, tmp_path, monkeypatch, capsys):
+    """As with the output on a disk that is full."""
+
+    def write(text):
+        if text.startswith("epoch  3"):  # the first that is not frozen
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.tqdm, "write", write)
+        assert run_cli(lambda: train(config, tmp_path / "run")) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and "standard output: No space left on device; free space" in err
+    assert [line["epoch"] for line in history(tmp_path / "run")] == [1, 2, 3]
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert "State found: going on after epoch 3" in capsys.readouterr().out
+    assert differences(undisturbed, tmp_path / "run") == []
 
 
 def test_newest_two_states_are_kept_and_come_back(tmp_path):

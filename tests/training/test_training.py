@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from unittest import mock
@@ -31,6 +32,7 @@ from ctclip import config as config_module
 from ctclip.cli import OneLineParser, run_cli
 from ctclip.config import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig
 from ctclip.data.cohort import Volume, load_cohort, split_by_patient
+from ctclip.data.ct_rate import labels_path
 from ctclip.data.loading import micro_batch_size
 from ctclip.evaluation import figures
 from ctclip.evaluation.run_folder import own_files, run_calibration, run_record
@@ -42,7 +44,7 @@ from ctclip.training import run as run_module
 from ctclip.training.checkpoint import states
 from ctclip.training.loop import train
 from ctclip.training.optimization import EMA, TrainableParameters, schedule
-from ctclip.training.run import build_model
+from ctclip.training.run import build_model, label_notes, prepare
 from ctclip_model import (
     ABNORMALITIES,
     WRITTEN,
@@ -87,6 +89,75 @@ def assert_close(first: Path, second: Path, atol: float) -> None:
     assert a.keys() == b.keys() and len(a) > 2
     for key, value in a.items():
         torch.testing.assert_close(value, b[key], rtol=0, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+
+
+# ------------------------------------------------------------------ what is said before the first step
+
+
+def relabelled(phantoms: Path, folder: Path, change: Callable[[pd.DataFrame], None]) -> str:
+    """A cohort of the same files with other training labels."""
+    shutil.copytree(phantoms, folder, copy_function=os.link)
+    table = folder / labels_path("train")
+    labels = pd.read_csv(table, index_col=0)
+    change(labels)
+    table.unlink()
+    labels.to_csv(table)
+    return str(folder)
+
+
+def test_findings_of_one_class_are_named_before_training(config, tmp_path, phantoms, capsys):
+    def change(labels):
+        labels["Emphysema"], labels["Hiatal hernia"] = 0, 1
+        labels["Atelectasis"] = 0
+        labels.loc[labels.index.isin(held_out), "Atelectasis"] = 1
+
+    settings = config(epochs=1, freeze_epochs=1)
+    volumes = load_cohort(phantoms, "train").volumes
+    held_out = {volume.name for volume in split_by_patient(volumes, settings.tuning_fraction, settings.seed)[1]}
+    cohort = relabelled(phantoms, tmp_path / "cohort", change)
+    job = prepare(replace(settings, data_dir=cohort), tmp_path / "run", Machine())
+    measured = np.stack([volume.labels for volume in job.validation.volumes])
+    expected = {name for name, column in zip(ABNORMALITIES, measured.T, strict=True) if len(set(column)) == 1}
+    learned, undefined = label_notes(job)
+    assert "findings are all 0 or all 1 in the 3" in learned and "training volumes; they cannot be learned: " in learned
+    assert {"Emphysema", "Hiatal hernia"} <= {*learned.partition(": ")[2].split(", ")}
+    assert {*undefined.partition("is undefined: ")[2].split(", ")} == expected >= {"Emphysema", "Hiatal hernia"}
+    logging.print_setup(job)
+    assert f"{learned}\n{undefined}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_labels_that_are_all_alike_are_one_line_before_training(label, flags, tmp_path, phantoms, capsys):
+    def change(labels):
+        labels[:] = label
+
+    cohort = relabelled(phantoms, tmp_path / "cohort", change)
+    assert main([*flags, "--data-dir", cohort, "--output-dir", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and f"found the label {label} for every finding of all " in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_patient_of_the_unseen_split_among_those_to_train_on_is_one_line(flags, tmp_path, phantoms, capsys):
+    """The line of an evaluation, before anything is trained."""
+    volumes = [volume for split in ("train", "valid") for volume in load_cohort(phantoms, split).volumes]
+    first = {load_cohort(phantoms, split).volumes[0].patient for split in ("train", "valid")}
+    rows = [f"{volume.name},{'one' if volume.patient in first else volume.patient}\n" for volume in volumes]
+    (tmp_path / "patients.csv").write_text("VolumeName,PatientID\n" + "".join(rows))
+    given = [*flags, "--patients", str(tmp_path / "patients.csv"), "--output-dir", str(tmp_path / "run")]
+    assert main(given) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and "found 1 patient of the unseen split among the training patients ('one')" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unseen_split_that_cannot_be_read_is_said_and_does_not_stop_training(config, tmp_path, phantoms, capsys):
+    shutil.copytree(phantoms, tmp_path / "cohort", copy_function=os.link)
+    table = tmp_path / "cohort" / labels_path("valid")
+    table.unlink()
+    table.write_text("not,a,table\n")
+    prepare(config(data_dir=str(tmp_path / "cohort")), tmp_path / "run", Machine())
+    assert "Not checked whether patients of the unseen split are trained on: " in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ what a run leaves behind
