@@ -24,9 +24,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctclip.cli import refuse_unused, run_cli
-from ctclip.config import evaluation_flags, evaluation_parser
-from ctclip.errors import UserError
+try:
+    from ctclip.cli import refuse_unused, run_cli
+    from ctclip.config import evaluation_flags, evaluation_parser
+    from ctclip.errors import UserError
+except ImportError as error:  # uploaded without the package, or with one of another version
+    if __name__ == "__main__":
+        sys.stderr.write(f"error: {error}, expected the folder ctclip; add ctclip.zip, run python ctclip_setup.py\n")
+        sys.exit(2)
+    raise
 
 if TYPE_CHECKING:
     from ctclip.config import Settings

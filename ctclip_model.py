@@ -57,13 +57,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-import torch
-import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+try:
+    import torch
+    import torch.nn.functional as F
+    from huggingface_hub import PyTorchModelHubMixin
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+    from torch import Tensor, nn
+    from torch.utils.checkpoint import checkpoint
+except ModuleNotFoundError as error:
+    if __name__ == "__main__":
+        sys.stderr.write(f"error: {error}, expected torch and timm; run python ctclip_setup.py\n")
+        sys.exit(2)
+    raise
 
 if TYPE_CHECKING:
     from transformers import BertModel

@@ -8,7 +8,9 @@
     python ctclip_setup.py --data train --patients 500 --stream-cache
                                               the same as codes of 28 KB each, through a few GB of disk
     python ctclip_setup.py --doctor           what works here, and what to do about the rest
+    python ctclip_setup.py --bundle           the suite as one file, ctclip.zip, to be uploaded (Colab)
 
+A ctclip.zip beside this script is unpacked first, into the folder of this script.
 Standard library only at import, so that it runs and explains itself on a bare interpreter. Versions are typed in
 requirements.txt alone. It never replaces a torch that meets the floor written there (Colab's, a cluster's), never
 prints a token, and without weights still ends with exit code 0: the built-in cohort needs none.
@@ -17,26 +19,122 @@ Exit codes: 0 ready, 2 something for you to do (one line says what), 1 the forwa
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
+import subprocess
 import sys
+import time
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NoReturn, Sequence  # noqa: UP035  (3.8 must get as far as check_python)
+
+FOLDER = Path(__file__).resolve().parent
+STAMP = "ctclip/bundle.txt"  # version and digest of a bundle, which tells it from a folder of somebody's own
+BUNDLED = re.compile(
+    r"ctclip/(\w+/)*\w+\.(py|html|md|txt)|(ctclip_\w+|run_task2)\.py|models/ctclip_demo\.pt|requirements\.txt|LICENSE",
+    re.ASCII,
+)
+MOST_BYTES = 100_000_000  # of a bundle, unpacked; ours has 4 million
+
+
+def refuse(line: str) -> NoReturn:
+    """Ends as every command does; ctclip.cli is not there yet."""
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read_bundle(path: Path) -> dict[str, bytes]:
+    """Name -> content. Raises ValueError, or what zipfile raises, for anything but a whole bundle."""
+    with zipfile.ZipFile(path) as bundle:
+        entries = [entry for entry in bundle.infolist() if not entry.is_dir()]
+        strange = [entry.filename for entry in entries if not BUNDLED.fullmatch(entry.filename)]
+        if strange:
+            raise ValueError(f"{strange[0]!r} in it, which is no file of the suite")
+        if sum(entry.file_size for entry in entries) > MOST_BYTES or STAMP not in bundle.namelist():
+            raise ValueError("another zip file")
+        return {entry.filename: bundle.read(entry) for entry in entries}
+
+
+def unpack_bundle(folder: Path) -> bool:
+    """Unpacks ctclip.zip, where there is one; -> whether this script is now another one.
+
+    A package that came from another bundle is replaced, one that did not is left as it is. What is replaced is kept
+    under another name. Of the same bundle only missing files are restored.
+    """
+    path, stamp = folder / "ctclip.zip", folder / STAMP
+    if not path.is_file() or (folder / "pyproject.toml").is_file():  # a checkout needs none
+        return False
+    if any((folder / "ctclip").glob("**/*.py")) and not stamp.is_file():
+        report("ctclip.zip is not used: a folder ctclip is here already that did not come from a bundle")
+        return False
+    try:
+        files = read_bundle(path)
+    except (ValueError, RuntimeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        found = str(error) or "a damaged file"
+        refuse(f"{path}: found {found}, expected the file that --bundle writes; upload it again, or delete it")
+    try:
+        return Path(__file__).name in place_files(files, folder)
+    except OSError as error:
+        refuse(f"{error.filename}: {error.strerror}; unpack ctclip.zip in a folder with space that you may write to")
+
+
+def place_files(files: dict[str, bytes], folder: Path) -> list[str]:
+    """-> names of the files that were written; each is whole or not there, and a kill is made good by the next run."""
+    stamp, version = folder / STAMP, files[STAMP].decode("ascii", "replace").strip()
+    same = stamp.is_file() and stamp.read_bytes() == files[STAMP]
+    if stamp.is_file() and not same:
+        report(f"another bundle ({version}): the folder ctclip is kept as {move_aside(folder / 'ctclip')}")
+    written = []
+    for name in sorted(files, key=lambda name: (name.startswith("ctclip/"), name != STAMP)):
+        target = folder / name
+        if target.is_file() and (same or target.read_bytes() == files[name]):
+            continue
+        if target.exists():
+            report(f"{name} was another one than the bundle's; it is kept as {move_aside(target)}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(target.name + ".tmp")
+        temporary.write_bytes(files[name])
+        os.replace(temporary, target)
+        written.append(name)
+    if written:
+        report(f"{len(written)} of {len(files)} files of ctclip.zip unpacked ({version})")
+    return written
+
+
+def report(text: str) -> None:
+    print(f"{'bundle':<12}{text}", flush=True)
+
+
+def move_aside(path: Path) -> str:
+    """Renames what may be somebody's own; -> the new name."""
+    names = (f"{path.stem}.before{number or ''}{path.suffix}" for number in range(1000))
+    name = next(name for name in names if not path.with_name(name).exists())
+    os.replace(path, path.with_name(name))
+    return name
+
 
 if __name__ == "__main__":  # Ctrl-C during the imports is no traceback; `python -I` finds the suite
     sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    sys.path.insert(0, str(FOLDER))
+    if unpack_bundle(FOLDER):
+        sys.exit(subprocess.call([sys.executable, *sys.argv]))
 
-import argparse
-import time
-from pathlib import Path
-from typing import Sequence  # noqa: UP035  (3.8 must get as far as check_python)
-
-from ctclip.cli import OneLineParser, refuse_unused, run_cli
-from ctclip.config import TrainingConfig
-from ctclip.environment import setup as steps
-from ctclip.environment.doctor import doctor
-from ctclip.environment.packages import SetupError, check_python, packages_step, read_requirements
-from ctclip.formatting import print_row
-from ctclip.hub.client import DISK_GB, TERMS_PAGE, WEIGHTS
-from ctclip.paths import SUITE
+try:
+    from ctclip.cli import OneLineParser, refuse_unused, run_cli
+    from ctclip.config import TrainingConfig
+    from ctclip.environment import setup as steps
+    from ctclip.environment.bundle import files_step, write_bundle
+    from ctclip.environment.doctor import doctor
+    from ctclip.environment.packages import SetupError, check_python, packages_step, read_requirements
+    from ctclip.formatting import print_row
+    from ctclip.hub.client import DISK_GB, TERMS_PAGE, WEIGHTS
+    from ctclip.paths import SUITE
+except ImportError as error:  # uploaded without the package, or with one of another version
+    if __name__ == "__main__":
+        refuse(f"{error}, expected the folder ctclip; put ctclip.zip into {FOLDER} and run this again")
+    raise
 
 DATA_DIR = "data/ct_rate"
 
@@ -51,6 +149,7 @@ def setup_parser() -> OneLineParser:
     add = parser.add_argument
     add("--dev", action="store_true", help="also install pytest, ruff and what else the tests take")
     add("--doctor", action="store_true", help="a table of what works here, with a remedy for what does not")
+    add("--bundle", action="store_true", help="write the suite as one ctclip.zip, which a copy of this script unpacks")
     add = parser.add_argument_group("weights").add_argument
     add("--model", nargs="+", choices=list(WEIGHTS), metavar="NAME",
         help="weights to fetch, 1.77 GB each: classfine (default; predicts at once), vocabfine, zeroshot")
@@ -89,6 +188,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--model": ("weights (not --no-weights or --doctor)", not (options.no_weights or options.doctor)),
         "--slim": ("weights to fetch", bool(weight_names(options)) and not options.doctor),
     })
+    if options.bundle and len(options.given) > 1:
+        raise SetupError(f"found {' '.join(options.given)}, expected --bundle alone; leave the others out")
     if options.volumes is not None and options.patients is not None:
         raise SetupError("found --volumes and --patients, expected one of them; leave one out")
     for flag, value, least in (("--volumes", options.volumes, 1), ("--patients", options.patients, 1),
@@ -115,7 +216,11 @@ def setup(argv: Sequence[str] | None = None) -> int:
     names = weight_names(options)
     if options.doctor:
         return doctor(Path(options.data_dir) if options.data_dir else None)
+    if options.bundle:
+        write_bundle()
+        return 0
     print_row("setup", f"CT-CLIP Task 2 suite in {SUITE}, Python {sys.version.split()[0]}")
+    files_step()
     steps.folders_step()
     packages_step(read_requirements(options.dev))
     failed = steps.weights_step(names, options.slim) if names else {}

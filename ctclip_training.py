@@ -16,8 +16,14 @@ if __name__ == "__main__":  # Ctrl-C during the imports is no traceback; `python
     sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from ctclip.cli import run_cli
-from ctclip.config import RESUME_HINT, training_parser
+try:
+    from ctclip.cli import run_cli
+    from ctclip.config import RESUME_HINT, training_parser
+except ImportError as error:  # uploaded without the package, or with one of another version
+    if __name__ == "__main__":
+        sys.stderr.write(f"error: {error}, expected the folder ctclip; add ctclip.zip, run python ctclip_setup.py\n")
+        sys.exit(2)
+    raise
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,11 +28,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctclip.cli import INTERRUPTED, refuse_unused, run_cli
-from ctclip.config import RESUME_HINT, evaluation_flags, task_flag_uses, task_parser
-from ctclip.errors import UserError
-from ctclip.memory import torchrun_number
-from ctclip.paths import script
+try:
+    from ctclip.cli import INTERRUPTED, refuse_unused, run_cli
+    from ctclip.config import RESUME_HINT, evaluation_flags, task_flag_uses, task_parser
+    from ctclip.errors import UserError
+    from ctclip.memory import torchrun_number
+    from ctclip.paths import script
+except ImportError as error:  # uploaded without the package, or with one of another version
+    if __name__ == "__main__":
+        sys.stderr.write(f"error: {error}, expected the folder ctclip; add ctclip.zip, run python ctclip_setup.py\n")
+        sys.exit(2)
+    raise
 
 if TYPE_CHECKING:
     from ctclip.inference.predictions import predict

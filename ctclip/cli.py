@@ -23,6 +23,7 @@ from ctclip.memory import out_of_gpu_memory, out_of_memory, reader_lost
 OUT_OF_MEMORY = "out of memory; end other programs, or use a machine that has more"
 OUT_OF_GPU_MEMORY = "out of memory on the GPU; end other programs on it, or add --device cpu, which is slower"
 READER_LOST = "a reading process was ended by the system, as when memory or shared memory runs out; add --workers 0"
+MODULE_MISSING = "expected every file and package of the suite; run python ctclip_setup.py, which mends or names them"
 FILE_REMEDIES = {  # by errno
     **dict.fromkeys(DISK_FULL, "free space on its disk, raise the limit, or write to another place"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or name another place"),
@@ -235,5 +236,7 @@ def _line_of(error: Exception) -> str | None:
         return READER_LOST
     if isinstance(error, OSError) and error.filename and error.errno in FILE_REMEDIES:
         return f"{error.filename}: {error.strerror}; {FILE_REMEDIES[error.errno]}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}, {MODULE_MISSING}"
     known = isinstance(error, OSError) or hasattr(error, "exit_code")
     return " ".join(str(error).split()) if known else None

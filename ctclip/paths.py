@@ -21,7 +21,9 @@ def slim_path(weights: Path) -> Path:
     return weights.with_suffix(".safetensors")
 
 
-CLASSFINE_PATH = weights_path("classfine").as_posix()  # as in ctclip_model, for scripts that have not imported torch
+# As in ctclip_model, for scripts that have not imported torch.
+CLASSFINE_PATH = weights_path("classfine").as_posix()
+DEMO_PATH = SUITE / ("ctclip/demo" if (SUITE / "ctclip" / "demo").is_dir() else "models") / "ctclip_demo.pt"
 
 
 def script(name: str) -> str:

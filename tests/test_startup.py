@@ -53,7 +53,7 @@ def test_facts_that_are_also_written_where_torch_is_not_imported():
     from ctclip.hub import client as hub_client
 
     assert __version__ == ctclip_model.__version__
-    assert paths.CLASSFINE_PATH == ctclip_model.CLASSFINE_PATH
+    assert paths.CLASSFINE_PATH == ctclip_model.CLASSFINE_PATH and str(paths.DEMO_PATH) == ctclip_model.DEMO_PATH
     assert config.MOST_GAMMA == ctclip_model.MOST_GAMMA
     assert hub_client.VOCABULARY_REPOSITORY == ctclip_model.VOCABULARY_REPOSITORY
     weights = Path("a", "b.pt")

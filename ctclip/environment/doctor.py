@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator  # noqa: UP035  (ctclip_setup must get as far as its Python check)
 
 from ctclip.config import TrainingConfig
+from ctclip.environment.bundle import missing_files, missing_message
 from ctclip.environment.packages import installed_version, read_requirements, survey, versions_text, wanted_text
 from ctclip.errors import UserError
 from ctclip.formatting import comma_separated, plural, print_row, size_text
 from ctclip.hub import client
 from ctclip.hub.client import WeightsFile
 from ctclip.memory import system_memory
-from ctclip.paths import module_command, module_environment, script
+from ctclip.paths import SUITE, module_command, module_environment, script
 
 LITTLE_MEMORY, LITTLE_SHARED, LITTLE_DISK = 4e9, 1e9, 5e9  # bytes
 PROBE_SHAPE = (60, 120, 120)  # enough to read a file to its end and to judge it
@@ -77,6 +78,7 @@ def examine(data_dir: Path | None) -> Iterator[Row]:
     """All rows, in the order of what rests on what. A check that breaks is a failed row."""
     checks: dict[str, Callable[[], Iterable[Row]]] = {
         "python": python_rows,
+        "files": files_rows,
         "packages": packages_rows,
         "gpu": gpu_rows,
         "memory": memory_rows,
@@ -153,6 +155,12 @@ def python_rows() -> Iterator[Row]:
     virtual, conda = sys.prefix != sys.base_prefix, Path(sys.prefix, "conda-meta").is_dir()
     where = "in a virtual environment" if virtual else "in a conda environment" if conda else "no virtual environment"
     yield Row("python", "ok", f"{sys.version.split()[0]}, {where}: {sys.executable}")
+
+
+def files_rows() -> Iterator[Row]:
+    """A row only where one is missing."""
+    if missing := missing_files():
+        yield Row("files", "failed", *found_and_remedy(missing_message(missing, SUITE)))
 
 
 def packages_rows() -> Iterator[Row]:

@@ -52,6 +52,14 @@ def run(folder, *arguments, python=sys.executable, **variables):
     return done
 
 
+def test_a_row_on_files_only_where_one_is_missing(monkeypatch):
+    assert list(doctor.files_rows()) == []
+    monkeypatch.setattr(doctor, "missing_files", lambda: ["ctclip/hub/push.py"])
+    row = only(doctor.files_rows())
+    assert (row.name, row.state) == ("files", "failed") and row.found.startswith("found no ctclip/hub/push.py in ")
+    assert row.remedy[0].startswith("put a ctclip.zip beside ctclip_setup.py")
+
+
 # ---- all of it, through the command line
 
 

@@ -20,6 +20,7 @@ import pytest
 from helpers_hub import TOKEN, Hub
 
 from ctclip.environment import doctor, packages
+from ctclip.environment.bundle import write_bundle
 from ctclip.hub.client import HubError, file_lock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +46,7 @@ def failing(status):
 
 STAND_INS = {
     "timm.py": "",
+    "ctclip/demo/ctclip_demo.pt": "",
     "torch.py": """
 __version__ = "9.9"
 class cuda: is_available = staticmethod(lambda: False)
@@ -84,21 +86,20 @@ record.write_text(json.dumps({**kept, "fingerprint": {"digest": "5efe6dc2d671" +
 print("fingerprint 5efe6dc2d671; logits of the fixed phantom: 0.133 -0.182")
 """,
 }
-REAL = (
-    "ctclip_setup.py", "requirements.txt", "ctclip/*.py", "ctclip/environment/*.py", "ctclip/hub/__init__.py",
-    "ctclip/hub/client.py",
-)  # fmt: skip
+REAL = ("*.py", "requirements.txt", "ctclip/**/*.py", "ctclip/**/*.html", "ctclip/**/*.md")
 
 
 @pytest.fixture
 def suite(tmp_path):
-    """A folder with the real setup script and requirements, and stand-ins for torch, timm and the model."""
+    """A folder with all files of the suite, and stand-ins for torch, timm, the model and its weights, which lie in the
+    package, as where it is installed: models/ is made by setup."""
     folder = tmp_path / "suite"
     for path in (path for pattern in REAL for path in ROOT.glob(pattern)):
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
     for name, text in STAND_INS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     return folder
 
@@ -638,6 +639,19 @@ def test_an_older_interpreter_gets_one_line(suite):
         assert re.fullmatch(said, done.stderr)
 
 
+def test_an_older_interpreter_unpacks_a_bundle_and_gets_one_line(tmp_path):
+    if not older_interpreters():
+        pytest.skip("no Python 3.8 or 3.9 here")
+    for number, python in enumerate(older_interpreters()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        shutil.copy(ROOT / "ctclip_setup.py", folder)
+        write_bundle(folder / "ctclip.zip")
+        done = run(folder, python=(python,))
+        assert done.returncode == 2 and " files of ctclip.zip unpacked (" in done.stdout
+        assert re.fullmatch(r"error: found Python 3\.[89]\.\d+, expected 3\.10 or newer; .*\n", done.stderr)
+
+
 def test_bare_interpreter_explains_itself(suite, tmp_path):
     """An empty virtual environment without pip: the script must say what is missing, and why it cannot install it."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
@@ -675,6 +689,15 @@ def test_forward_pass_with_logits_of_the_wrong_shape_fails(suite):
     done = run(suite, "--no-weights")
     assert done.returncode == 1
     assert "logits of shape (1, 17), expected finite (1, 18)" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["ctclip/demo/ctclip_demo.pt", "ctclip/evaluation/report.html", "run_task2.py"])
+def test_a_missing_file_is_named_and_nothing_is_said_to_work(suite, name):
+    (suite / name).unlink()
+    done = run(suite, "--no-weights")
+    assert done.returncode == 2 and "works now" not in done.stdout and not (suite / "models").exists()
+    said = f"error: found no {name} in {suite}, expected every file of the suite; put a ctclip.zip beside "
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
 
 
 def test_wrong_flag_and_wrong_model_are_usage_errors(suite):
