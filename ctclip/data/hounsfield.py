@@ -213,7 +213,8 @@ def slice_notes(statistics: VoxelStatistics, axis: int, spacing: float, scale: S
     """What may be wrong with the axial slices, which follow each other along that file axis (fastest first), a line
     each: slices of one value at an end, and neighbours that are not alike."""
     planes, step = statistics.planes(axis)
-    hu = planes * np.float32(scale[0]) + np.float32(scale[1])
+    with np.errstate(over="ignore", invalid="ignore"):  # a scale that is no HU, taken as asked for
+        hu = (planes * scale[0] + scale[1]).astype(np.float32)
     varied = np.flatnonzero(hu.min(axis=1) < hu.max(axis=1))
     if not varied.size:
         return []
@@ -230,6 +231,7 @@ def slice_notes(statistics: VoxelStatistics, axis: int, spacing: float, scale: S
             notes.append(found)
         elif shift > MOST_SHIFT_MM and number == max(first, last):
             notes.append(f"{found} It moves the anatomy by {shift:.0f} mm")
+    # Only neighbours tell: where slices run across the file's slowest axis, a large file's sample has not all of them.
     if step == 1 and (disorder := _disorder(np.clip(hu[varied], HU_MIN, HU_MAX))):
         notes.append(disorder)
     return notes

@@ -691,8 +691,8 @@ def test_heat_maps_of_earlier_predictions_are_no_scans(tmp_path, capsys):
     """With the output among the scans, and heat maps moved and copied to other folders."""
     write(tmp_path / "in" / "a.nii.gz", chest(), SPACING, affine_of(SPACING))
     (tmp_path / "in" / "a.png").write_bytes(b"a picture of the user's own")
-    flags = ["--input", tmp_path / "in", "--output", tmp_path / "in" / "p.csv", "--explain", "lung nodule,Emphysema"]
-    assert call(*flags) == 0
+    flags = ["--input", tmp_path / "in", "--output", tmp_path / "in" / "p.csv"]
+    assert call(*flags, "--explain", "Emphysema") == 0
     made = tmp_path / "in" / "p_explain"
     shutil.copytree(made, tmp_path / "in" / "moved")
     (made / "a_Emphysema.png").unlink()
@@ -700,8 +700,8 @@ def test_heat_maps_of_earlier_predictions_are_no_scans(tmp_path, capsys):
     assert call(*flags) == 0
     assert list(pd.read_csv(tmp_path / "in" / "p.csv").VolumeName) == ["a.nii.gz"]
     told = [line for line in warnings_in(capsys) if "heat map" in line]
-    assert told == [f"warning: {tmp_path / 'in'}: 4 heat maps of earlier predictions skipped"]
-    with pytest.raises(PredictionError, match="moved: 2 heat maps of earlier predictions skipped"):
+    assert told == [f"warning: {tmp_path / 'in'}: 2 heat maps of earlier predictions skipped"]
+    with pytest.raises(PredictionError, match="moved: 1 heat map of earlier predictions skipped"):
         find_scans(tmp_path / "in" / "moved")
     assert call("--input", tmp_path / "in" / "moved" / "a_Emphysema.nii.gz") == 2
     assert "voxels that are not HU: nothing but" in capsys.readouterr().err
