@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from math import acos, asin, degrees, isfinite, radians, sin
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ SMALLEST_MM, FEWEST_VOXELS = 30.0, 8  # along every axis; of each but the one wi
 SMALL_MM = 80.0  # below which in two directions it is asked whether the spacing is right
 LARGEST_MM = 2200.0  # a whole body; spacings ten times too large make more of a chest
 TILT = 1.0  # degrees off a right angle up to which axes are taken for square
+NEARER = 0.1  # sum of the cosines, by which the nearest axes must be nearer than others: 2 degrees from halfway
 OBLIQUE = 10.0  # degrees off the patient's axes above which it is said that these are taken
 PUBLISHED_SHAPE = (240, 480, 480)  # (D, H, W) = (z, x, y)
 
@@ -87,7 +89,9 @@ def geometry_from_header(header: Header, path: Path) -> FileGeometry:
     if not np.allclose(lengths, header.spacing, rtol=0.01):
         found = f"spacing {shape_text(header.spacing)} mm beside an orientation of {shape_text(lengths.round(4))} mm"
         raise file_error(path, found, "the same twice", "write the header again")
-    _check_square(header.affine[:3, :3] / lengths, path)
+    directions = header.affine[:3, :3] / lengths
+    _check_square(directions, path)
+    _check_nearest(directions, path)
     axes, signs = io_orientation(header.affine).T  # RAS axis of each file axis, +1 towards right, front, head
     towards_lps = (-1, -1, 1)
     backwards = tuple(bool(sign != towards_lps[int(axis)]) for axis, sign in zip(axes, signs, strict=True))
@@ -115,6 +119,15 @@ def _check_square(directions: np.ndarray, path: Path) -> None:
     if cosine > sin(radians(TILT)):
         found = f"axes {degrees(asin(min(cosine, 1.0))):.1f} degrees off a right angle (gantry tilt)"
         raise file_error(path, found, "axes square to each other", "convert it with a tool that corrects the tilt")
+
+
+def _check_nearest(directions: np.ndarray, path: Path) -> None:
+    """Refuses axes (3, 3; unit columns) for which rounding would decide which of the patient's is the nearest."""
+    orders = permutations(range(3))
+    *_, second, best = sorted(float(np.abs(directions)[order, range(3)].sum()) for order in map(list, orders))
+    if best - second < NEARER:
+        found = "axes halfway between two of the patient's (45 degrees off)"
+        raise file_error(path, found, "a nearest one for each", "resample it along the patient's axes")
 
 
 def _number(metadata: Mapping[str, Any], column: str, name: str) -> float:

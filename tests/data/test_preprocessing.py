@@ -166,6 +166,23 @@ def test_oblique_scan_takes_the_nearest_axes(tmp_path):
     assert read_volume(volume_of(tmp_path / "a.nii.gz"), SMALL)[1].notes == ()
 
 
+TURNED = [(40, False), (44, True), (45, True), (46, True), (50, False), (135, True)]  # degrees, refused
+
+
+@pytest.mark.parametrize("degrees, refused", TURNED)
+@pytest.mark.parametrize("axes", [(0, 1), (1, 2), (2, 0)])
+def test_axes_halfway_between_two_of_the_patient_s_are_refused(tmp_path, axes, degrees, refused):
+    """Which of them is the nearest, rounding would decide."""
+    angle, turn, affine = np.deg2rad(degrees), np.eye(4), affine_of((8.0, 8.0, 12.0))
+    turn[np.ix_(axes, axes)] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    path = write(tmp_path / "a.nii.gz", chest(), (8.0, 8.0, 12.0), turn @ affine)
+    if refused:
+        with pytest.raises(VolumeError, match="found axes halfway between two of the patient's"):
+            read_volume(volume_of(path), SMALL)
+    else:
+        assert "taken along the nearest" in read_volume(volume_of(path), SMALL)[1].notes[0]
+
+
 def test_without_orientation_the_stored_order_is_lps(tmp_path):
     hu, spacing = chest(), (8.0, 8.0, 12.0)
     expected = preprocess_volume(write(tmp_path / "a.nii.gz", hu, spacing), None, SMALL)
