@@ -805,12 +805,13 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     there is no such file and CheckpointError when it does not hold one dictionary of tensors.
     """
     path = Path(path)
-    if path.is_dir() and any((*path.glob("data.pkl"), *path.glob("*/data.pkl"))):
-        raise CheckpointError(f"{path}: found a folder, which is an unpacked .pt file, expected the file itself; "
-                              "download it again, without unpacking it")  # fmt: skip
     if path.is_dir():
+        check_no_other_folder(path)
         raise CheckpointError(f"{path}: found a folder, expected a weights file; a saved model is loaded by "
                               "CTCLIPMultiAbnormalityModel.from_pretrained(FOLDER)")  # fmt: skip
+    if path.exists() and not path.is_file():
+        found = f"{path}: found a pipe or a device"
+        raise CheckpointError(f"{found}, expected a weights file; write it into a file first")
     if not path.is_file():
         raise FileNotFoundError(f"CT-CLIP model not found: run python ctclip_setup.py first (no file at {path})")
     state = read_tensors(path)
@@ -828,6 +829,16 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
             raise CheckpointError(f"{path} holds '{name}' twice, under different prefixes; expected each tensor once")
         stripped[name] = state[key]
     return stripped
+
+
+def check_no_other_folder(folder: Path) -> None:
+    """Raises CheckpointError where a folder is what a weights file was unpacked into, or holds weights in shards."""
+    if any((*folder.glob("data.pkl"), *folder.glob("*/data.pkl"))):
+        raise CheckpointError(f"{folder}: found a folder, which is an unpacked .pt file, expected the file itself; "
+                              "download it again, without unpacking it")  # fmt: skip
+    if shards := sorted(path.name for path in folder.iterdir() if SHARD.search(path.name)):
+        found = f"{folder}: found weights in shards ({_first_five(shards)})"
+        raise CheckpointError(f"{found}, expected one file; {ONE_FILE}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -2073,6 +2084,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             folder = Path(snapshot_download(name, allow_patterns=["model.safetensors", "*.json", "*.md"], **hub))
         weights = folder / SAVED_WEIGHTS
         if not weights.is_file():
+            check_no_other_folder(folder)
             raise CheckpointError(f"{name}: found no model.safetensors, expected a saved model, not a pickle")
         config = saved_config(folder)
         arguments = {key: config[key] for key in inspect.signature(cls.__init__).parameters if key in config}

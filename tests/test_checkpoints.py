@@ -7,6 +7,7 @@ Reference: the logits of the unchanged file.
 import argparse
 import gzip
 import json
+import os
 import pickle
 import time
 import zipfile
@@ -273,7 +274,16 @@ def test_one_of_several_shards_is_refused_and_the_only_one_is_read(tmp_path, rig
     saved(tmp_path / name, dict(list(STATE.items())[:20]))
     line = refusal(tmp_path / name)
     assert "found one of several shards of weights" in line and "put the tensors of all shards into one" in line
+    assert f"found weights in shards ({name}), expected one file; put the tensors" in refusal(tmp_path)
+    with pytest.raises(CheckpointError, match="found weights in shards"):
+        CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path)
     assert torch.equal(logits(saved(tmp_path / "model-00001-of-00001.pt", STATE)), right)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_a_pipe_is_refused_and_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "a.pt")
+    assert "found a pipe or a device, expected a weights file; write it into a file first" in refusal(tmp_path / "a.pt")
 
 
 def test_an_unpacked_file_is_said_to_be_one(tmp_path):
@@ -282,6 +292,8 @@ def test_an_unpacked_file_is_said_to_be_one(tmp_path):
     inner = next(tmp_path.iterdir())
     for folder in (tmp_path, inner):
         assert "found a folder, which is an unpacked .pt file" in refusal(folder)
+        with pytest.raises(CheckpointError, match="an unpacked .pt file, expected the file itself; download it again"):
+            CTCLIPMultiAbnormalityModel.from_pretrained(folder)
     assert "found a part of an unpacked .pt file" in refusal(inner / "data.pkl")
 
 

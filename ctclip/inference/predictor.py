@@ -18,7 +18,7 @@ from ctclip.data.loading import Batch, read_ahead
 from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import RunError
 from ctclip.memory import available_cpus, local_world
-from ctclip_model import CheckpointError, CTCLIPMultiAbnormalityModel, PromptError, Prompts
+from ctclip_model import CheckpointError, CTCLIPMultiAbnormalityModel, PromptError, Prompts, check_no_other_folder
 
 Items = TypeVar("Items", bound=Sequence)
 NO_NUMBER = "found an answer that is no number, expected a logit for each label; check the weights and the scan"
@@ -72,6 +72,7 @@ def _load_run(folder: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityMo
             "--checkpoint (models/ctclip_zeroshot.pt)"
         )
     if not (folder / "model.safetensors").is_file():
+        check_no_other_folder(folder)
         raise RunError(f"{folder}: found no model.safetensors, expected a run with a finished epoch")
     return CTCLIPMultiAbnormalityModel.from_pretrained(folder)
 
