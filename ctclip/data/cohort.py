@@ -24,7 +24,7 @@ from ctclip.data.patients import (
     read_patients,
     without_patient,
 )
-from ctclip.data.tables import ID_COLUMNS, CohortError, CsvTable, join, read_table, some, unknown_columns
+from ctclip.data.tables import ID_COLUMNS, CohortError, CsvTable, join, read_table, shown, some, unknown_columns
 from ctclip.data.volume_file import VolumeError
 from ctclip.formatting import plural
 from ctclip_model import ABNORMALITIES
@@ -185,6 +185,9 @@ class CohortBuilder:
         if unknown := unknown_columns(self.labels.others):
             notes.append(f"not used: {some(unknown)} of {self.labels.path.name}, none of the 18 findings")
         self.labelled = [*self.labels.place, *sorted(self.labels.contradictory)]
+        if hidden := [name for name in (*self.labels.place, *self.metadata.place) if not name.isprintable()]:
+            notes.append(f"names with a letter that cannot be seen, which may match no file: {len(hidden)}, first "
+                         f"{shown(hidden[0])}")
         listed = (*self.metadata.place, *sorted(self.metadata.contradictory))
         self.metadata_name = join(self.labelled, listed)
         taken = set(self.metadata_name.values())

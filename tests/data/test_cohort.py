@@ -29,6 +29,14 @@ def test_joins_and_prefers_the_fixed_version(data_dir):
     assert names(load_cohort(str(data_dir), "valid", limit=2)) == [A, B]
 
 
+def test_a_name_with_a_letter_that_cannot_be_seen_is_said(data_dir):
+    path = data_dir / labels_path("valid")
+    path.write_text(path.read_text().replace(B, f"{B}\u200b"), encoding="utf-8")
+    cohort = load_cohort(data_dir, "valid")
+    said = f"a letter that cannot be seen, which may match no file: 1, first '{B}\\u200b'"
+    assert names(cohort) == [A, C] and said in cohort.summary()
+
+
 def test_columns_are_matched_by_name(data_dir):
     """Reversed columns, an extra one, spaces and a byte order mark change nothing."""
     table = (data_dir / labels_path("valid")).read_text().splitlines()
