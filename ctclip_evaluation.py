@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ctclip.evaluation.calibration import fit_calibration, load_calibration
     from ctclip.evaluation.evaluate import evaluate
     from ctclip.evaluation.metrics import EvaluationError, compute_metrics, per_label_metrics
+    from ctclip.evaluation.notebook import show
     from ctclip.evaluation.render import format_report
     from ctclip.evaluation.summary import format_summary
     from ctclip.evaluation.tables import EvaluationInputs, load_labels, load_predictions
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EvaluationError", "Settings", "compute_metrics", "evaluate", "fit_calibration", "format_report",
     "format_summary", "load_calibration", "load_labels", "load_predictions", "per_label_metrics", "rescale_to_half",
+    "show",
 ]  # fmt: skip
 
 
@@ -55,9 +57,9 @@ def __getattr__(name: str) -> Any:
     name = {"map_cuts_to_half": "rescale_to_half"}.get(name, name)  # its name before 0.7
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ctclip.evaluation import calibration, evaluate, metrics, render, summary, tables, thresholds
+    from ctclip.evaluation import calibration, evaluate, metrics, notebook, render, summary, tables, thresholds
 
-    modules = (evaluate, calibration, metrics, render, summary, tables, thresholds)
+    modules = (evaluate, calibration, metrics, notebook, render, summary, tables, thresholds)
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 

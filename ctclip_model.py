@@ -698,6 +698,11 @@ class LoadReport:
         reason = f" (no prompts: {self.no_prompts_reason})" if self.no_prompts_reason else ""
         return f"{text}; head: {self.head}{reason}{self.assumed}"
 
+    def __repr__(self) -> str:
+        """In a line, as it is printed before a training; `str` has the reasons."""
+        dropped = sum(self.dropped.values())
+        return f"{self.path}: {self.loaded} tensors loaded, {dropped} dropped by name; head: {self.head}{self.assumed}"
+
 
 def written_files(folder: Path) -> dict[str, str]:
     """{name: SHA-256 of what was written} of the files that a folder's WRITTEN lists, {} without one.
@@ -2253,12 +2258,15 @@ def describe(title: str, model: CTCLIPMultiAbnormalityModel, x: Tensor) -> None:
     note = "trained head; an untrained one gives 0.6931" if logits.any() else "untrained head on balanced labels"
     backbone, head = (sum(p.numel() for p in part) for part in (model.backbone_parameters(), model.head_parameters()))
     print(f"\n{title}")
-    if model.load_report:
-        print(f"  Weights:      {model.load_report}")
+    if model.load_report and x.dim() == 5:  # said once
+        print(f"  Weights:      {model.load_report!r}")
     print(f"  Input shape:  {tuple(x.shape)}")
     print(f"  Output shape: {tuple(logits.shape)}")
     print(f"  Loss test: {create_balanced_loss()(logits, labels).item():.4f}  ({note})")
     print(f"  Parameters:   backbone {backbone:,}, head {head:,}, total {backbone + head:,}")
+
+
+FILES = {name: f"models/ctclip_{name}.pt" for name in ("classfine", "vocabfine", "zeroshot")}
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -2276,23 +2284,48 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     print("Testing the models (random input; the numbers say that the code runs, nothing about patients)")
-    files = {name: f"models/ctclip_{name}.pt" for name in ("classfine", "vocabfine", "zeroshot")}
-    for name, path in (files | {"demo": DEMO_PATH}).items():
-        try:
-            model = CTCLIPMultiAbnormalityModel(path)
-            describe(f"CT-CLIP {name}, volume", model, torch.rand(1, 1, *model.input_shape) * 2 - 1)
-            describe(f"CT-CLIP {name}, three adjacent slices", model, torch.rand(2, 3, 224, 224) * 2 - 1)
-        except (FileNotFoundError, CheckpointError) as error:
-            print(f"\nCT-CLIP {name}\n  {type(error).__name__}: {error}")
     try:
-        model = CTCLIPMultiAbnormalityModel(None, backbone=args.backbone, pretrained=not args.no_pretrained)
-        describe(f"Slice variant {args.backbone}", model, torch.rand(2, 3, 224, 224) * 2 - 1)
-    except PretrainedWeightsError as error:
-        print(f"\nSlice variant {args.backbone}\n  {error}")
+        missing = {name: try_weights(name, path) for name, path in (FILES | {"demo": DEMO_PATH}).items()}
+        missing[args.backbone] = try_backbone(args.backbone, not args.no_pretrained)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    working = [name for name, reason in missing.items() if not reason]
+    verb = "is here and works" if len(working) == 1 else "are here and work"
+    print(f"\n{len(working)} of {len(missing)} variants {verb}{': ' if working else ''}{', '.join(working)}")
+    width = max(map(len, missing)) + 2
+    print("".join(f"  {name:<{width}}{reason}\n" for name, reason in missing.items() if reason), end="")
+    training = _HERE / "ctclip_training.py"
+    if "demo" in working and training.is_file():
+        print(f"Next: python {training.name if Path.cwd() == _HERE else training} --mode quick_test")
     return 0
+
+
+def try_weights(name: str, path: str) -> str:
+    """Runs a CT-CLIP file on a volume and on slices; -> why it does not work, "" if it does."""
+    try:
+        model = CTCLIPMultiAbnormalityModel(path)
+        describe(f"CT-CLIP {name}, volume", model, torch.rand(1, 1, *model.input_shape) * 2 - 1)
+        describe(f"CT-CLIP {name}, three adjacent slices", model, torch.rand(2, 3, 224, 224) * 2 - 1)
+    except FileNotFoundError:
+        fetched = "it comes with the project" if name == "demo" else f"python ctclip_setup.py --model {name} fetches it"
+        return f"not here (no file {path}); {fetched}"
+    except CheckpointError as error:
+        return f"cannot be used: {error}"
+    if name in FILES and model.load_report and model.load_report.no_prompts_reason:  # the demo has no text tower
+        print(f"  No prompts:   {model.load_report.no_prompts_reason}")
+    return ""
+
+
+def try_backbone(name: str, pretrained: bool) -> str:
+    """Runs a slice backbone of timm; -> why it does not work, "" if it does."""
+    try:
+        model = CTCLIPMultiAbnormalityModel(None, backbone=name, pretrained=pretrained)
+    except PretrainedWeightsError as error:
+        cause = _first_sentence(error.__cause__ or error)
+        return f"ImageNet weights not here ({cause}); --no-pretrained tests it without"
+    describe(f"Slice variant {name}", model, torch.rand(2, 3, 224, 224) * 2 - 1)
+    return ""
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import textwrap
 from math import isfinite
 from typing import Iterable, Sequence  # noqa: UP035  (ctclip_setup must get as far as its Python check)
 
+# Of tqdm, with a unit such as " volumes": a slow rate too is one per second, where tqdm's own turns it into s/volumes.
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 WIDTH, INDENT, TIED = 100, 12, "\u00a0"  # TIED: a space at which no line is broken
 
 
@@ -31,6 +33,12 @@ def parse_number(text: str) -> float:
 def plural(count: int, noun: str, several: str | None = None) -> str:
     """plural(1, "volume") -> "1 volume", plural(3000, "volume") -> "3000 volumes"; `several`: if no s will do."""
     return f"{count} {noun}" if count == 1 else f"{count} {several or noun + 's'}"
+
+
+def rate_text(per_second: float, noun: str) -> str:
+    """rate_text(0.42, "volume") -> "0.42 volumes per second"; from 10 on whole numbers."""
+    number = f"{per_second:.2g}" if per_second < 9.5 else f"{per_second:.0f}"
+    return f"{number} {noun}{'' if number == '1' else 's'} per second"
 
 
 def comma_separated(items: Iterable) -> str:

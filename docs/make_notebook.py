@@ -37,14 +37,13 @@ if not os.path.exists("run_task2.py"):
     %cd {{folder}}'''
 
 REPORT = '''# The report of the newest run, apart from the notebook's own styles, and a heat map of one scan.
-from html import escape
 from pathlib import Path
-from IPython.display import HTML, Image, display
+from IPython.display import Image, display
+from ctclip_evaluation import show
 
-report = max(Path("results").glob("*/report.html"), key=lambda path: path.stat().st_mtime)
-page = escape(report.read_text(encoding="utf-8"))
-display(HTML(f'<iframe srcdoc="{page}" style="width: 100%; height: 800px; border: 0"></iframe>'))
-run, scan = report.parent, next(Path("data").rglob("valid_fixed/*/*/*.nii.gz"))
+run = max(Path("results").glob("*/report.html"), key=lambda path: path.stat().st_mtime).parent
+show(run)
+scan = next(Path("data").rglob("valid_fixed/*/*/*.nii.gz"))
 !python run_task2.py --mode predict --input {scan} --checkpoint {run} --explain "Lung opacity"
 display(*(Image(str(path)) for path in sorted(Path("results/explain").glob("*.png"))[:1]))'''
 

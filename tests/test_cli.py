@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from ctclip.cli import (
     INTERRUPTED,
@@ -18,7 +19,7 @@ from ctclip.cli import (
 )
 from ctclip.config import evaluation_parser, phantom_parser, task_parser, training_parser
 from ctclip.errors import UserError
-from ctclip.formatting import plural, size_text
+from ctclip.formatting import BAR, plural, rate_text, size_text
 from ctclip.inference.predictor import MachineError, choose_device, choose_workers
 from ctclip.memory import available_cpus
 from ctclip_model import CheckpointError
@@ -106,6 +107,17 @@ def test_help_shows_the_usual_flags_and_help_all_every_one(parser, capsys):
 def test_sizes_and_counts_as_text():
     assert size_text(1_770_000_000) == "1.77 GB" and size_text(123_456) == "0.12 MB"
     assert plural(1, "volume") == "1 volume" and plural(0, "volume") == "0 volumes"
+
+
+def test_rates_as_text():
+    rates = [rate_text(rate, "volume").removesuffix(" per second") for rate in (0.042, 0.5, 1.0, 1.04, 4.63, 9.6, 46.2)]
+    assert rates == ["0.042 volumes", "0.5 volumes", "1 volume", "1 volume", "4.6 volumes", "10 volumes", "46 volumes"]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.5, "4.00 volumes/s"), (8, "0.25 volumes/s")])
+def test_a_bar_says_its_rate_per_second_also_where_it_is_slow(seconds, said):
+    line = tqdm.format_meter(2, 9, seconds, prefix="encode", unit=" volumes", bar_format=BAR, ncols=80)
+    assert line.startswith("encode:  22%|") and line.endswith(f"{said}]") and "| 2/9 [" in line
 
 
 @pytest.mark.parametrize("address", ["hf-mirror.com", "someone:secret@mirror", "http://[bad", "https://mirror:99999"])

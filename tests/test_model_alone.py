@@ -89,7 +89,8 @@ def test_its_command_runs_in_an_empty_folder(alone):
             f"runpy.run_path({str(alone / 'ctclip_model.py')!r}, run_name='__main__')"  # fmt: skip
     done = run(alone, "-c", BLOCK + start)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("CT-CLIP model not found: run python ctclip_setup.py first") == 4
+    assert done.stdout.count(" not here (no file ") == 4 and "Next:" not in done.stdout
+    assert "1 of 5 variants is here and works: resnet18" in done.stdout
     assert "Slice variant resnet18" in done.stdout and "Loss test: 0.6931" in done.stdout
 
 

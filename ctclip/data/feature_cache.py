@@ -33,7 +33,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ctclip.data.cohort import Volume
 from ctclip.data.ct_rate import FETCH_COMMAND, GEOMETRY_COLUMNS, is_version_2, split_of
@@ -43,6 +43,7 @@ from ctclip.data.preprocessing import PREPROCESSING_VERSION
 from ctclip.distributed import Ranks
 from ctclip.errors import UserError
 from ctclip.fileio import DISK_FULL, nearest_existing, replacing
+from ctclip.formatting import BAR
 from ctclip_model import CTCLIPMultiAbnormalityModel
 
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of a bgzip-ed file; a block of it is no larger than a sample
@@ -407,7 +408,9 @@ def encode_missing(
     chosen = [volumes[i] for i in mine]
     size, pin = micro_batch_size(model.input_shape, 16), device.type == "cuda"
     loader = volume_loader(chosen, model.input_shape, size, num_workers=workers if chosen else 0, pin=pin)
-    progress = tqdm(total=len(chosen), desc="encode", unit="vol", delay=2, disable=not ranks.is_main)
+    progress = tqdm(
+        total=len(chosen), desc="encode", unit=" volumes", bar_format=BAR, delay=2, disable=not ranks.is_main
+    )
     done = 0
     with encoding(model, device), progress:
         for batch in loader:

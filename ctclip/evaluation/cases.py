@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.ndimage import minimum_filter
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ctclip.data.cohort import load_cohort
 from ctclip.data.ct_rate import FETCH_COMMAND
@@ -22,6 +22,7 @@ from ctclip.data.windows import Window, display_window
 from ctclip.evaluation.calibration import FittedThresholds
 from ctclip.evaluation.figures import import_matplotlib
 from ctclip.evaluation.tables import Rows, row_keys
+from ctclip.formatting import BAR
 from ctclip_model import ABNORMALITIES
 
 LISTED = 3  # volumes of each label and kind
@@ -78,7 +79,7 @@ def with_pictures(
     if streamed := {name for name in wanted if name in volumes and volumes[name].signature is not None}:
         failures.append((f"{len(streamed)} volumes",
                          f"streamed, and their files not kept; {FETCH_COMMAND} valid fetches them"))
-    for name, places in tqdm(wanted.items(), desc="pictures", unit="vol", delay=2, leave=False):
+    for name, places in tqdm(wanted.items(), desc="pictures", unit=" volumes", bar_format=BAR, delay=2, leave=False):
         try:
             if name not in volumes:
                 failures.append((name, f"not in {data_dir}"))

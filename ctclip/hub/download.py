@@ -17,7 +17,7 @@ from math import inf
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ctclip.data.cohort import Volume, listed_volumes
 from ctclip.data.ct_rate import COHORT, SPLITS, labels_path, metadata_path, no_chest_path, volume_path

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ctclip.data import feature_cache
 from ctclip.data.cohort import Streamed, Volume, read_streamed

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ctclip.config import PREDICTIONS
 from ctclip.data.tables import formula_note

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ctclip.data.cohort import Volume
 from ctclip.data.feature_cache import FeatureCache, cache_keys, encoding
@@ -17,6 +17,7 @@ from ctclip.data.geometry import PUBLISHED_SHAPE
 from ctclip.data.loading import Batch, read_ahead
 from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import RunError
+from ctclip.formatting import BAR
 from ctclip.memory import available_cpus, local_world
 from ctclip_model import CheckpointError, CTCLIPMultiAbnormalityModel, PromptError, Prompts, check_no_other_folder
 
@@ -132,7 +133,7 @@ def predict_volumes(
             none = torch.empty(0, dtype=torch.int64)
             on_batch(Batch(none, none, none, bad, []))
 
-    bar = tqdm(total=len(volumes), desc="predict", unit="vol", delay=2, leave=False)
+    bar = tqdm(total=len(volumes), desc="predict", unit=" volumes", bar_format=BAR, delay=2, leave=False)
     with encoding(model, device), bar as progress:
         for chunk in chunks(list(stored), batch_size):
             assert cache is not None

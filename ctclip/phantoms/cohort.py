@@ -18,11 +18,12 @@ from pathlib import Path
 import nibabel
 import numpy as np
 from nibabel import orientations
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ctclip.config import SYNTHETIC_NOTE
 from ctclip.data.ct_rate import PREVALENCE, labels_path, metadata_path, no_chest_path, volume_path
 from ctclip.fileio import read_json, replacing
+from ctclip.formatting import BAR
 from ctclip.memory import available_cpus
 from ctclip.phantoms.findings import draw_labels
 from ctclip.phantoms.patient import AIR, Patient, Purpose, random_stream
@@ -238,7 +239,8 @@ def write_phantom_cohort(
             pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignored)
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
             done = pool.map(write_volume, [data_dir] * len(missing), missing)
-        for _ in tqdm(done, "phantoms", len(missing), unit="volume", disable=not progress, mininterval=0.5):
+        shown = {"unit": " volumes", "bar_format": BAR, "disable": not progress, "mininterval": 0.5}
+        for _ in tqdm(done, "phantoms", len(missing), **shown):
             pass
     write_file(data_dir / MANIFEST, json.dumps({**manifest, "complete": True}, indent=1) + "\n")
     return data_dir

@@ -18,7 +18,7 @@ from ctclip.errors import UserError
 from ctclip.evaluation.figures import TRAINING_CURVES, write_training_figure
 from ctclip.evaluation.run_folder import PAGE, writing
 from ctclip.fileio import replacing
-from ctclip.formatting import decimal, plural
+from ctclip.formatting import decimal, percent, plural, rate_text
 from ctclip.memory import process_memory
 from ctclip.training.checkpoint import TrainingState, full_disk_explained
 from ctclip.training.run import SPLIT_NAMES, Run, TrainingJob, label_notes
@@ -126,7 +126,7 @@ def print_setup(job: TrainingJob) -> None:
         run.log(note)
     run.log(f"Model:    {kind}; backbone {backbone:,} parameters, head {head:,}, input {model.input_shape}")
     if model.load_report:
-        run.log(f"Weights:  {model.load_report}")
+        run.log(f"Weights:  {model.load_report!r}")
     run.log(f"Training: {config.epochs} epochs ({stages}), batch {config.batch_size}, loss {config.loss_type}{focal}")
     run.log(f"Device:   {processes}{run.device} ({run.precision}), {run.workers} reading processes")
     run.log(f"Cache:    {config.cache_dir}")
@@ -142,11 +142,13 @@ def print_finished(run: Run) -> None:
 
 def epoch_line(record: dict, epochs: int) -> str:
     auroc, loss = decimal(record["tuning_auroc_macro"], 3), decimal(record["train_loss"])
-    stage = "frozen" if record["stage"] == "frozen" else f"unfrozen ({record['open_layers']} layers)"
+    unfrozen = plural(record["open_layers"], "layer")
+    stage = "backbone frozen" if record["stage"] == "frozen" else f"{unfrozen} unfrozen"
     return (
-        f"epoch {record['epoch']:>2}/{epochs}  backbone {stage}  train loss {loss}  "
+        f"epoch {record['epoch']:>2}/{epochs}  {stage:<18}  train loss {loss}  "
         f"validation loss {record['tuning_loss']:.4f}  AUROC {auroc}  "
-        f"positive rate {record['positive_rate']:.3f} (labels {record['label_rate']:.3f})  {record['seconds']:.1f} s"
+        f"positive rate {percent(record['positive_rate'])} (labels {percent(record['label_rate'])})  "
+        f"{record['seconds']:.1f} s"
         f"{'  best' if record['best'] else ''}"
     )
 
@@ -169,5 +171,5 @@ def print_summary(job: TrainingJob, state: TrainingState, seconds: float) -> Non
     memory = "not known on this system" if peak is None else f"{peak / 1e9:.1f} GB"
     if run.device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated(run.device) / 1e9:.1f} GB of GPU memory"
-    rate = trained / seconds  # every volume counts in every epoch
-    run.log(f"Training took {seconds:.0f} s, {rate:.0f} volumes per second, peak memory {memory}")
+    rate = rate_text(trained / seconds, "volume")  # every volume counts in every epoch
+    run.log(f"Training took {seconds:.0f} s, {rate}, peak memory {memory}")

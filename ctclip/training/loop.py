@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ctclip.config import Machine, TrainingConfig, TrainingError
 from ctclip.evaluation.run_folder import is_finished
+from ctclip.formatting import BAR
 from ctclip.inference.predictor import chunks
 from ctclip.memory import out_of_memory
 from ctclip.training import checkpoint, logging, steps
@@ -125,8 +126,8 @@ def train_epoch(job: TrainingJob, state: TrainingState) -> float | None:
     micro_batches = None
     job.model.train()
     with tqdm(
-        total=len(batches), initial=progress.step, desc=f"epoch {progress.epoch + 1}", unit="step", delay=2,
-        leave=False, disable=not run.ranks.is_main,
+        total=len(batches), initial=progress.step, desc=f"epoch {progress.epoch + 1}", unit=" steps", bar_format=BAR,
+        delay=2, leave=False, disable=not run.ranks.is_main,
     ) as bar:  # fmt: skip
         while progress.step < len(batches):
             if micro_batches is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ctclip.cli import refuse_unused
 from ctclip.config import (
@@ -356,17 +356,21 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
     machine.check()
     torch.manual_seed(config.seed)
     run = Run(folder, config, machine)
+    check_places(run)
     data_dir = Path(config.data_dir or f"data/phantoms_{config.train_volumes}_{config.valid_volumes}")
-    if config.data_dir is None and run.ranks.is_main:
+    built_in = config.data_dir is None
+    if built_in:
         run.log(f"No --data-dir: using the built-in cohort of phantoms in {data_dir}. {SYNTHETIC_NOTE}")
+    elif not data_dir.is_dir():  # said before weights are missed that a phantom cohort does not need
+        raise TrainingError(f"found no folder {data_dir}, expected the data of the run; name it with --data-dir")
+    phantom = built_in or is_phantom_cohort(data_dir)
+    model = build_model(config, phantom) if built_in else None  # weights are missed before minutes of writing a cohort
+    if built_in and run.ranks.is_main:
         write_phantom_cohort(data_dir, config.train_volumes, config.valid_volumes)
     run.ranks.barrier()
-    if not data_dir.is_dir():  # said before weights are missed that a phantom cohort does not need
-        raise TrainingError(f"found no folder {data_dir}, expected the data of the run; name it with --data-dir")
-    phantom = is_phantom_cohort(data_dir)
     cohort = load_cohort(data_dir, "train", limit=config.limit, patients=config.patients)
     check_patients(run, data_dir, cohort)
-    model = build_model(config, phantom).to(run.device)
+    model = (model or build_model(config, phantom)).to(run.device)
     check_voxels_available(config, data_dir, cohort.volumes)
     train, validation = (Split(side) for side in split_by_patient(cohort.volumes, config.tuning_fraction, config.seed))
     if config.mode == "quick_test":
@@ -408,6 +412,13 @@ def label_notes(job: TrainingJob) -> list[str]:
             which = f"{len(names)} of {len(ABNORMALITIES)} findings are all 0 or all 1"
             lines.append(f"{which} in the {len(split.volumes)} {kind} volumes; {so}: {', '.join(names)}")
     return lines
+
+
+def check_places(run: Run) -> None:
+    """Raises UserError where the run's folder or its cache could not be written to in the end."""
+    check_writable(run.folder, "run this in a folder you may write to, or name an --output-dir")
+    if run.config.frozen_epochs and not Path(run.config.cache_dir).is_dir():  # one that is complete is only read
+        check_writable(run.config.cache_dir, "change --cache-dir")
 
 
 def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormalityModel:

@@ -27,6 +27,7 @@ import torch
 from helpers_training import history, one_line, weights
 from torch import nn
 
+import run_task2
 from ctclip import __version__
 from ctclip import config as config_module
 from ctclip.cli import OneLineParser, run_cli
@@ -806,6 +807,45 @@ def test_every_flag_has_an_effect_or_is_refused():
     table = config_module.training_flag_uses(TrainingConfig())
     found = [flag for flag in config_module.training_parser("")._option_string_actions if flag.startswith("--")]
     assert sorted(found) == sorted([*ALWAYS, *table])
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--ctclip-path", "nowhere.pt"], "CT-CLIP model not found: run python ctclip_setup.py first"),
+        (["--model", "resnet5O"], "--model: "),
+        (["--cache-dir", "file/cache"], "file/cache: found a place that cannot be written"),
+        (["--output-dir", "file/run"], "file/run: found a place that cannot be written"),
+    ],
+)
+def test_what_a_run_needs_is_missed_before_a_cohort_is_written(flags, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_module, "write_phantom_cohort", None)
+    Path("file").touch()
+    for script in (main, run_task2.main):
+        assert script(flags) == 2
+        err = capsys.readouterr().err
+        assert one_line(err) and line in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_of_results_that_cannot_be_written_is_said_before_a_cohort_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_module, "write_phantom_cohort", None)
+    Path("results").touch()
+    assert main([]) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and "found a place that cannot be written" in err and "name an --output-dir" in err
+
+
+@pytest.mark.parametrize(("open_layers", "said"), [(0, "backbone frozen"), (1, "1 layer unfrozen"), (4, "4 layers")])
+def test_an_epoch_is_one_line(open_layers, said):
+    record = {"epoch": 3, "stage": "unfrozen" if open_layers else "frozen", "open_layers": open_layers,
+              "train_loss": 0.5, "tuning_loss": 0.4, "tuning_auroc_macro": 0.8, "positive_rate": 0.109,
+              "label_rate": 0.2, "seconds": 21.66, "best": True}  # fmt: skip
+    line = logging.epoch_line(record, 12)
+    assert line.startswith(f"epoch  3/12  {said}") and line.endswith("  21.7 s  best") and "\n" not in line
+    assert "train loss 0.5000  validation loss 0.4000  AUROC 0.800  positive rate 10.9 % (labels 20.0 %)" in line
 
 
 @pytest.mark.parametrize(
