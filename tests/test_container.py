@@ -19,6 +19,7 @@ import pytest
 from helpers_data import affine_of, chest, write
 from helpers_dicom import DICOMDIR, write_other, write_series
 from helpers_scans import write_mha
+from helpers_training import one_line
 
 from ctclip.data.ct_rate import PREVALENCE
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
@@ -38,6 +39,13 @@ def places(tmp_path_factory):
     cut.write_bytes(cut.read_bytes()[:5000])
     CTCLIPMultiAbnormalityModel(str(TINY)).save_pretrained(root / "model")
     return root / "input", root / "model"
+
+
+def start(monkeypatch, source: Path, model: Path, output: Path) -> int:
+    """Exit code of the entry point in this process."""
+    for name, place in (("INPUT", source), ("MODEL", model), ("OUTPUT", output)):
+        monkeypatch.setenv(f"CTCLIP_{name}", str(place))
+    return runpy.run_path(str(ROOT / "docker" / "entrypoint.py"))["main"]()
 
 
 def environment(source: Path, model: Path, output: Path) -> dict[str, str]:
@@ -70,23 +78,19 @@ def test_entry_point_answers_every_scan_and_exits_with_0(places, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_answers_that_are_no_numbers_are_answered_with_the_prevalence(places, tmp_path):
+def test_answers_that_are_no_numbers_are_answered_with_the_prevalence(places, tmp_path, monkeypatch, capsys):
     model = CTCLIPMultiAbnormalityModel(str(TINY))
     for parameter in model.classifier.parameters():
         parameter.data.fill_(3e38)  # finite, and the logits are not
     model.save_pretrained(tmp_path / "model")
-    loads = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-    loads += "import ctclip_model\nctclip_model.HUGE_WEIGHT = 1e39\n"
-    start = f"runpy.run_path({str(ROOT / 'docker' / 'entrypoint.py')!r}, run_name='__main__')"
-    command = [sys.executable, "-c", loads + start]
-    env = environment(places[0], tmp_path / "model", tmp_path)
-    done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr.count("answer that is no number") == 2, done.stderr
+    monkeypatch.setattr("ctclip_model.HUGE_WEIGHT", 1e39)
+    assert start(monkeypatch, places[0], tmp_path / "model", tmp_path) == 0
+    assert capsys.readouterr().err.count("answer that is no number") == 2
     rows = json.loads((tmp_path / "results.json").read_text())["predictions"]
     assert len(rows) == 3 and all(row["probabilities"] == PREVALENCE for row in rows)
 
 
-def test_a_run_with_thresholds_answers_with_these_on_a_half(places, tmp_path):
+def test_a_run_with_thresholds_answers_with_these_on_a_half(places, tmp_path, monkeypatch, capsys):
     from ctclip.evaluation.calibration import fit_calibration
     from ctclip.inference.predictions import predict
 
@@ -97,10 +101,8 @@ def test_a_run_with_thresholds_answers_with_these_on_a_half(places, tmp_path):
     calibration = fit_calibration(labels, random.random((40, 18)), patients)
     shutil.copytree(plain, tmp_path / "model")
     calibration.save(tmp_path / "model" / "calibration.json")
-    command = [sys.executable, ROOT / "docker" / "entrypoint.py"]
-    env = environment(source, tmp_path / "model", tmp_path)
-    done = subprocess.run(command, env=env, cwd="/", capture_output=True, text=True)
-    assert done.returncode == 0 and "tuned thresholds (prevalence) lie at 0.5" in done.stdout, done.stderr
+    assert start(monkeypatch, source, tmp_path / "model", tmp_path) == 0
+    assert "tuned thresholds (prevalence) lie at 0.5" in capsys.readouterr().out
     check_results(tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())["predictions"]
     given = predict(source / "amos_1.mha", plain, form="uncalibrated", device="cpu").to_numpy()
@@ -109,28 +111,22 @@ def test_a_run_with_thresholds_answers_with_these_on_a_half(places, tmp_path):
     assert np.abs(found - given).max() > 0.01
 
 
-def test_entry_point_without_scans_or_model_is_one_line(places, tmp_path):
+def test_entry_point_without_scans_or_model_is_one_line(places, tmp_path, monkeypatch, capsys):
     source, model = places
     (tmp_path / "empty").mkdir()
-    command = [sys.executable, ROOT / "docker" / "entrypoint.py"]
     for given, told in (((source, tmp_path), "no model.safetensors"), ((tmp_path / "empty", model), "found no .nii")):
         assert not (tmp_path / "results.json").exists()
-        done = subprocess.run(command, env=environment(*given, tmp_path), capture_output=True, text=True)
-        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+        assert start(monkeypatch, *given, tmp_path) == 2
+        assert told in (err := capsys.readouterr().err) and one_line(err)
     assert json.loads((tmp_path / "results.json").read_text())["predictions"] == []
 
 
 def test_an_earlier_answer_is_replaced_and_a_file_of_the_user_is_not(places, tmp_path, monkeypatch, capsys):
-    def start() -> int:
-        return runpy.run_path(str(ROOT / "docker" / "entrypoint.py"))["main"]()
-
-    for name, place in zip(("INPUT", "MODEL", "OUTPUT"), (*places, tmp_path), strict=True):
-        monkeypatch.setenv(f"CTCLIP_{name}", str(place))
-    assert start() == 0 == start()
+    assert start(monkeypatch, *places, tmp_path) == 0 == start(monkeypatch, *places, tmp_path)
     check_results(tmp_path)
     (tmp_path / "results.json").write_text('{"predictions": "mine"}')
     capsys.readouterr()
-    assert start() == 2
+    assert start(monkeypatch, *places, tmp_path) == 2
     assert "results.json: found a file that this command did not write, expected none" in capsys.readouterr().err
     assert (tmp_path / "results.json").read_text() == '{"predictions": "mine"}'
 
