@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,21 +26,57 @@ KILL_WINDOW = 0.2  # of an undisturbed run: on a busy machine a process gets as 
 SETTINGS = ["--epochs=12", "--freeze-epochs=6", "--batch-size=8", "--augment", "--ema-decay=0.9", "--patience=100"]
 
 
+def arguments(folder: Path, flags: list[str], resume: bool) -> list[str]:
+    where = ["--resume", str(folder)] if resume else ["--output-dir", str(folder), *flags]
+    return [*where, "--save-minutes", SAVE_MINUTES]
+
+
 def start(folder: Path, flags: list[str], resume: bool) -> subprocess.Popen:
     """A training process; its output is appended to `<folder>.log`."""
-    where = ["--resume", str(folder)] if resume else ["--output-dir", str(folder), *flags]
-    command = [sys.executable, str(SCRIPT), *where, "--save-minutes", SAVE_MINUTES]
+    command = [sys.executable, str(SCRIPT), *arguments(folder, flags, resume)]
     with open(f"{folder}.log", "a") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder.parent)
 
 
+class Forked:
+    """`start` without imports: a process forked from a server that has made them."""
+
+    def __init__(self, folder: Path, flags: list[str], resume: bool):
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["ctclip_training", "ctclip.training.loop"])
+        self.process = server.Process(target=_train, args=(folder, arguments(folder, flags, resume)))
+        self.process.start()
+        self.kill = self.process.kill
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> int:
+        self.process.join()
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+
+def _train(folder: Path, argv: list[str]) -> None:
+    from ctclip_training import main
+
+    os.chdir(folder.parent)
+    log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.exit(main(argv))
+
+
 def starts(folder: Path) -> int:
     """How often a process has printed its head into the log: its first step is next."""
-    return Path(f"{folder}.log").read_text().count("\nRun: ")
+    log = Path(f"{folder}.log")
+    return log.read_text().count("\nRun: ") if log.is_file() else 0
 
 
-def run_with_kills(folder: Path, flags: list[str], kills: int, seed: int, longest: float) -> int:
+def run_with_kills(
+    folder: Path, flags: list[str], kills: int, seed: int, longest: float, start: Callable = start
+) -> int:
     """Runs to the end, killed up to `kills` times, each within `longest` seconds of its head. Returns how many kills
     hit it."""
     generator = random.Random(seed)

@@ -37,7 +37,7 @@ from ctclip.training.run import Interrupted, Machine, StopRequest, TrainingConfi
 from ctclip_training import main
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from killed_runs import differences, run_with_kills  # noqa: E402
+from killed_runs import Forked, differences, run_with_kills  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fast")
 STEPS = 5  # of an epoch
@@ -222,7 +222,7 @@ def test_a_stop_request_names_the_signal():
 def test_killed_runs_end_as_the_undisturbed_one(flags, undisturbed, tmp_path):
     """The benchmark of the same name does it with more kills."""
     spelled = [part for name, value in flags.items() for part in (f"--{name}", value)]
-    hits = run_with_kills(tmp_path / "run", spelled, kills=3, seed=1, longest=1.2)
+    hits = run_with_kills(tmp_path / "run", spelled, kills=3, seed=1, longest=1.2, start=Forked)
     assert hits >= 2  # a fast machine may be done before the third
     assert differences(undisturbed, tmp_path / "run") == []
 
