@@ -354,6 +354,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     if unknown := [name for name in settings if name not in names]:
         raise TrainingError(f"--config {path}: found {unknown[0]!r}, expected settings as in a run's run.json: "
                             f"{', '.join(names)}")
+    if empty := [name for name, value in settings.items() if value == ""]:
+        raise TrainingError(f"--config {path}: found '' for {empty[0]}, expected a value; give one, or leave it out")
     if wrong := mistyped(settings):
         raise TrainingError(f"--config {path}: found {settings[wrong[0]]!r} for {wrong[0]}, expected another type; "
                             f"see {flag_of(wrong[0])} in --help-all")

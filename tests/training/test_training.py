@@ -757,6 +757,8 @@ def test_settings_of_an_earlier_run_are_taken_and_flags_win(flags, config, tmp_p
         ("[8]", "found no settings"),
         ('{"epoch": 8}', "found 'epoch', expected settings"),
         ('{"epochs": "8"}', "found '8' for epochs, expected another type; see --epochs"),
+        ('{"data_dir": ""}', "found '' for data_dir, expected a value; give one, or leave it out"),
+        ('{"epochs": 8, "epochs": 9}', "the key 'epochs' twice"),
         ('{"epochs": 0}', "--epochs is 0, expected at least 1"),
         (None, "No such file"),
     ],
