@@ -200,6 +200,17 @@ def test_a_scan_with_little_lung_is_read_with_a_note(tmp_path):
     assert decision.notes == ()
 
 
+def test_a_head_is_read_with_the_same_question(tmp_path):
+    """Skull, brain, an airway, air around."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (64, 64, 40)), indexing="ij")
+    radius = np.sqrt((x / 0.72) ** 2 + (y / 0.85) ** 2 + (z / 1.2) ** 2)
+    hu = np.select([radius < 0.84, radius < 0.93, radius < 1], [35, 900, 40], -1000).astype(np.int16)
+    hu[(x / 0.1) ** 2 + ((y + 0.5) / 0.2) ** 2 + ((z + 0.5) / 0.3) ** 2 < 1] = -990
+    hu += np.random.default_rng(0).normal(0, 12, hu.shape).astype(np.int16)
+    _, decision = read_volume(volume_of(write(tmp_path / "v.nii.gz", hu, (3.8, 3.8, 5.0))), SMALL)
+    assert decision.notes == ("little lung found (0% of lung and body): is this a chest?",)
+
+
 @needs_real_ct
 def test_a_real_abdomen_has_little_lung_and_a_real_chest_has_not():
     for shape in (SMALL, (120, 240, 240)):

@@ -161,6 +161,13 @@ def test_weights_arrive_whole_and_are_not_fetched_twice(suite, hub):
     assert "classfine: fingerprint 5efe6dc2d671, kept in models/ctclip_classfine.json" in second.stdout
 
 
+def test_weights_of_a_hub_that_tells_no_checksum_are_not_said_to_be_compared(suite, hub):
+    hub.checksums = hub.listing = False
+    done = fetch(suite, hub)
+    assert weights(suite).read_bytes() == PAYLOAD
+    assert "the hub's size; it told no checksum" in flat(done.stdout) and "SHA-256 as on the hub" not in done.stdout
+
+
 @pytest.mark.parametrize("size", [4, len(PAYLOAD)])
 def test_a_damaged_file_is_named_and_replaced(suite, hub, size):
     """One that a record says was fetched. It is kept under another name: it may be the user's by now."""
@@ -549,6 +556,13 @@ def test_missing_and_too_old_are_told_apart(monkeypatch):
     ready, wanted = packages.survey(needs)
     assert ready == {"torch": "2.10.1+cpu"}
     assert packages.wanted_text(wanted) == "timm>=1.0 (found 0.9.16), isal>=1.6"
+
+
+def test_a_safetensors_that_does_not_tell_a_full_disk_by_its_number_is_too_old(monkeypatch):
+    """0.4.3 says "IoError(Os { code: 28, ...": a run that saves there would end in a traceback."""
+    monkeypatch.setattr(packages, "installed_version", lambda name: "0.4.3" if name == "safetensors" else "999")
+    runtime, _ = packages.parse_requirements((ROOT / "requirements.txt").read_text())
+    assert [need.name for need in packages.survey(runtime)[1]] == ["safetensors"]
 
 
 def test_a_good_torch_is_pinned_with_its_torchvision(monkeypatch):

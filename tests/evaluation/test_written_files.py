@@ -277,6 +277,17 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_predicted(unt
         assert one_line(err) and f"{place}: found a place that cannot be written (Permission denied)" in err
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("could not create a primitive")], ids=["own", "oneDNN"])
+def test_out_of_memory_while_a_run_is_evaluated_is_one_line_without_resume(error, untested, monkeypatch, capsys):
+    def full(*args, **options):
+        raise error
+
+    monkeypatch.setattr(run_predictions, "predict_volumes", full)
+    assert ctclip_evaluation.main(["--checkpoint", str(untested)]) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and err.startswith("error: out of memory; ") and "--resume" not in err
+
+
 def test_rows_that_are_predicted_survive_a_failure_at_the_end(untested, monkeypatch, capsys):
     def full(path, *args):
         raise OSError(errno.EFBIG, "File too large", str(path))

@@ -172,6 +172,16 @@ def test_volumes_arrive_in_the_hubs_layout(setup, hub, files):
     assert not list(Path("D").rglob(".*"))  # nothing half, nothing left over
 
 
+def test_volumes_of_a_mirror_that_tells_sizes_only_are_not_said_to_be_compared(setup, hub, monkeypatch):
+    assert "each with the hub's checksum" in setup("--data", "valid", "--volumes", 1, "--data-dir", "D")[1]
+    listed, hub.checksums = hub_client._listed, False
+    sizes = lambda *args: {file: (size, "") for file, (size, _) in listed(*args).items()}  # noqa: E731
+    monkeypatch.setattr(hub_client, "_listed", sizes)
+    code, out, _ = setup("--data", "valid", "--volumes", 3, "--data-dir", "E")
+    said = r"(\d) volumes, \S+ MB in \S+ s, \1 of them not checked: the hub told no checksum"
+    assert code == 0 and re.search(said, out) and "the hub's checksum" not in out
+
+
 def test_version_1_is_fetched_where_it_is_asked_for(setup):
     code, out, _ = setup("--data", "train", "--data-version", 1, "--data-dir", "D")
     assert code == 0 and "not on the hub: 32 volumes" in out

@@ -522,6 +522,20 @@ def test_out_of_memory_elsewhere_is_one_line(config, tmp_path, monkeypatch, caps
     assert one_line(err) and err.startswith("error: out of memory; ")
 
 
+def test_weights_with_nan_train_nothing_and_fill_no_cache(config, tiny_classfine, tmp_path, capsys):
+    """The quantiser would hide it: every volume would have the same finite codes."""
+    key = "visual_transformer.enc_spatial_transformer.layers.1.1.to_q.weight"
+    state = read_checkpoint(tiny_classfine)
+    state[key][0, 0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    spoilt = config(ctclip_path=str(tmp_path / "nan.pt"), cache_dir=str(tmp_path / "cache"))
+    assert run_cli(lambda: train(spoilt, tmp_path / "run")) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and f"found NaN or infinity in {key}" in err
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_curves_that_cannot_be_drawn_end_no_run(config, tmp_path, monkeypatch, capsys):
     def fail(*args):
         raise MemoryError("no room for a picture")
