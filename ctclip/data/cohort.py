@@ -182,6 +182,8 @@ class CohortBuilder:
         for table, what in ((self.labels, "label"), (self.metadata, "metadata")):
             if table.repeated:
                 notes.append(f"duplicate {what} rows with the same content, counted once: {len(table.repeated)}")
+            if table.faults:
+                notes.append(f"{plural(len(table.faults), f'faulty {what} row')}: {table.faults[0]}")
         if unknown := unknown_columns(self.labels.others):
             notes.append(f"not used: {some(unknown)} of {self.labels.path.name}, none of the 18 findings")
         self.labelled = [*self.labels.place, *sorted(self.labels.contradictory)]

@@ -162,6 +162,14 @@ def test_metadata_rows_for_subgroups(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_rows_that_can_be_no_volume_are_said(data_dir):
+    rows = [HEADER, label_line(A), label_line(B), label_line(""), f"{C},1"]
+    cohort = load_cohort(tables(data_dir, rows, [META_HEADER, meta_line(A), meta_line(B), meta_line(C)]), "valid")
+    (note,) = [line for line in cohort.summary().splitlines() if "faulty" in line]
+    assert note.startswith("2 faulty label rows: ") and "line 4: found no VolumeName" in note
+    assert cohort.skipped == [(C, "labels other than 0 and 1")]
+
+
 @pytest.mark.parametrize("name", ["scan_001.nii.gz", "site_a/Patient 7.mha", "chest7"])
 def test_a_volume_with_a_name_of_its_own_lies_in_the_folder_of_its_split(name, data_dir):
     """As version 2: no metadata row is needed."""
