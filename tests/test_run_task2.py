@@ -121,6 +121,9 @@ def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, ph
     calibration = load_calibration(folder / "results" / "run" / "calibration.json")
     expected = calibration.apply(reported.loc[both].to_numpy())
     assert f"calibrated probabilities ({calibration.method}, {calibration.n_patients} tuning" in done.stdout
+    highest = table[list(ABNORMALITIES)].mean().idxmax()
+    following = f"--mode predict --checkpoint results/run --input {scans} --explain '{highest}'"
+    assert done.stdout.splitlines()[-1].startswith("Next: python ") and done.stdout.endswith(f"{following}\n")
     assert abs(table.loc[both].to_numpy() - expected).max() < 1e-4
     (scans / files[0].name).write_bytes(files[0].read_bytes()[:3000])
     done = call(folder, "run_task2.py", *flags, "--map-thresholds")

@@ -120,7 +120,7 @@ def evaluate_and_write(
     if unread:
         more = f", and {len(unread) - 1} more" if len(unread) > 1 else ""
         print(f"No picture of {unread[0][0]}: {unread[0][1]}{more}")
-    print(f"Report: {output_dir / PAGE}   (beside it: {tables}, figures)")
+    print(f"Report: {output_dir / PAGE} (as text: {REPORT_TEXT}; beside it metrics.json, tables, figures)")
 
 
 def next_step(folder: Path, source: str = "run") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import re
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ctclip.errors import UserError
 from ctclip.evaluation.metrics import bin_index, threshold_sweep
 from ctclip.fileio import replacing
 from ctclip.formatting import percent
@@ -332,6 +334,12 @@ def _shorter_tag(tag: str) -> str:
     ):
         tag = re.sub(pattern, replacement, tag)
     return tag
+
+
+def check_matplotlib() -> None:
+    """Raises UserError, before any work, where pictures could not be drawn in the end."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("found no package matplotlib, expected it for pictures; pip install matplotlib")
 
 
 def import_matplotlib() -> None:

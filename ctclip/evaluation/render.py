@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.util
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from markupsafe import Markup
 from ctclip.errors import UserError
 from ctclip.evaluation import report
 from ctclip.evaluation.cases import Case
-from ctclip.evaluation.figures import SWEEP_CURVES
+from ctclip.evaluation.figures import SWEEP_CURVES, check_matplotlib
 from ctclip.evaluation.report import Block, Cell, Paragraph, Section, Table, flat
 from ctclip.fileio import replacing
 from ctclip.formatting import WIDTH, metric_text
@@ -138,8 +137,7 @@ def check_report_parts() -> None:
     """Raises UserError where the page or the figures could not be made in the end."""
     if not TEMPLATE.is_file():
         raise UserError(f"{TEMPLATE}: found no such file, expected the report's page; copy the folder ctclip again")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("found no package matplotlib, expected it for the report's figures; pip install matplotlib")
+    check_matplotlib()
 
 
 def _template() -> jinja2.Template:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from ctclip.evaluation.calibration import TUNING
 from ctclip.evaluation.report import WHEN, notices
-from ctclip.formatting import change_text, decimal, metric_text, percent, plural
+from ctclip.formatting import TIED, change_text, decimal, metric_text, percent, plural
 
 COLUMN, LINE_WIDTH = 24, 120
 SHOWN_FINDINGS = 3  # of the best, and of the worst
@@ -27,8 +27,9 @@ def format_summary(metrics: Mapping) -> str:
         *_baseline(metrics),
         ("CRITERIA", _criteria(metrics)),
     ]
-    lines = [line for name, text in rows for line in textwrap.wrap(
-        f"{name:<{COLUMN}}{text}", LINE_WIDTH, subsequent_indent=" " * COLUMN, break_on_hyphens=False)]
+    lines = [line.replace(TIED, " ") for name, text in rows for line in textwrap.wrap(
+        f"{name:<{COLUMN}}{text}".replace(" %", f"{TIED}%"), LINE_WIDTH, subsequent_indent=" " * COLUMN,
+        break_on_hyphens=False)]  # fmt: skip
     return "\n".join([*lines, *([metrics["note"]] if metrics["note"] else [])])
 
 
@@ -75,11 +76,10 @@ def _with_interval(value: float | None, bounds: tuple[float, float] | None) -> s
 
 
 def _findings(metrics: Mapping) -> list[tuple[str, str]]:
-    ranked = sorted(((row["auroc"], name) for name, row in metrics["per_label"].items() if row["auroc"] is not None),
-                    reverse=True)
-    if not ranked:
+    defined = {name: row["auroc"] for name, row in metrics["per_label"].items() if row["auroc"] is not None}
+    text = [f"{name} {defined[name]:.3f}" for name in sorted(defined, key=lambda name: -defined[name])]
+    if not text:
         return []
-    text = [f"{name} {auroc:.3f}" for auroc, name in ranked]
     return [("  Highest AUROC", ", ".join(text[:SHOWN_FINDINGS])),
             ("  Lowest AUROC", ", ".join(text[: -1 - SHOWN_FINDINGS : -1]))]
 
@@ -100,6 +100,6 @@ def _baseline(metrics: Mapping) -> list[tuple[str, str]]:
 
 def _criteria(metrics: Mapping) -> str:
     rows = metrics["success_criteria"]
-    missed = [f"{row['criterion']} ({row['figure']})" for row in rows if not row["passed"]]
+    missed = [row["criterion"] for row in rows if not row["passed"]]
     met = f"{len(rows) - len(missed)} of {len(rows)} met"
     return f"{met}; not met: {'; '.join(missed)}" if missed else met

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,7 +11,10 @@ from tqdm.auto import tqdm
 
 from ctclip.config import PREDICTIONS
 from ctclip.data.tables import formula_note
+from ctclip.evaluation.figures import check_matplotlib
 from ctclip.evaluation.run_folder import list_names, newest_run
+from ctclip.fileio import check_writable
+from ctclip.inference.heat_maps import parse_labels
 from ctclip.inference.onnx_export import check_onnx_path, export_lines, export_run
 from ctclip.inference.predictions import (
     PartialTable,
@@ -22,6 +26,7 @@ from ctclip.inference.predictions import (
 )
 from ctclip.inference.prompts import read_prompts
 from ctclip.inference.scans import PredictionError
+from ctclip.paths import script
 
 
 def predict_command(args: argparse.Namespace) -> None:
@@ -32,6 +37,11 @@ def predict_command(args: argparse.Namespace) -> None:
     checkpoint, output = Path(args.checkpoint) if args.checkpoint else newest_run(), Path(args.output or PREDICTIONS)
     labels = prompts.names if prompts else labels_of(checkpoint)
     check_output(output, labels)
+    explain_dir = output.parent / f"{output.stem}_explain"
+    if args.explain:
+        check_matplotlib()
+        check_writable(explain_dir, "name another --output")
+        parse_labels(args.explain, labels)
     with PartialTable(output.with_name(f"{output.stem}.part.csv"), labels) as part:
         predictions = predict_scans(
             args.input,
@@ -39,7 +49,7 @@ def predict_command(args: argparse.Namespace) -> None:
             form="mapped" if args.map_thresholds else "uncalibrated" if args.uncalibrated else "calibrated",
             prompts=prompts,
             explain=args.explain,
-            explain_dir=output.parent / f"{output.stem}_explain",
+            explain_dir=explain_dir,
             device=args.device,
             workers=args.workers,
             assume_hu=args.assume_hu,
@@ -50,6 +60,10 @@ def predict_command(args: argparse.Namespace) -> None:
     if output.suffix == ".csv" and (formulas := formula_note(predictions.table.index)):
         print_warning(formulas)
     print_predictions(predictions, output, checkpoint)
+    if not args.explain and output.suffix == ".csv" and len(predictions.table) and not prompts:
+        highest = predictions.table[list(labels)].mean().idxmax()
+        flags = f"--checkpoint {shlex.quote(str(checkpoint))} --input {shlex.quote(args.input)} --explain '{highest}'"
+        print(f"Next: python {script('run_task2.py')} --mode predict {flags}")
 
 
 def print_warning(note: str) -> None:

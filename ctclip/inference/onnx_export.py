@@ -32,7 +32,7 @@ from ctclip.data.hounsfield import HU_MAX, HU_MIN
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration
 from ctclip.evaluation.run_folder import run_calibration
-from ctclip.fileio import check_replaceable, replacing
+from ctclip.fileio import check_replaceable, check_writable, replacing
 from ctclip.formatting import size_text
 from ctclip.inference.predictor import load_model
 from ctclip.phantoms.reference import fixed_phantom
@@ -111,15 +111,7 @@ def export_onnx(model: CTCLIPMultiAbnormalityModel, path: str | Path, calibratio
     Then no file is left.
     """
     path, started = Path(path), time.perf_counter()
-    check_onnx_path(path)
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ExportError(
-            f"found no {' and no '.join(missing)}, which exporting needs; pip install {' '.join(NEEDED)} onnxruntime "
-            "(the last to have the file checked)"
-        )
-    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
-        newer = ".".join(map(str, OLDEST_TORCH))
-        raise ExportError(f"found torch {torch.__version__}, expected {newer} or newer to export; update torch")
+    check_export(path)
     training, graph = model.training, _Graph(model.eval())
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -130,6 +122,21 @@ def export_onnx(model: CTCLIPMultiAbnormalityModel, path: str | Path, calibratio
         model.train(training)
     seconds = time.perf_counter() - started
     return Export(path, model.input_shape, graph.outputs, calibration is not None, seconds, parity)
+
+
+def check_export(path: Path) -> None:
+    """Raises UserError, before a model is loaded, for a place that cannot be written, a name that is none of an ONNX
+    file, and packages that are missing or too old."""
+    check_onnx_path(path)
+    check_writable(path.parent, "name another --output")
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ExportError(
+            f"found no {' and no '.join(missing)}, which exporting needs; pip install {' '.join(NEEDED)} onnxruntime "
+            "(the last to have the file checked)"
+        )
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        newer = ".".join(map(str, OLDEST_TORCH))
+        raise ExportError(f"found torch {torch.__version__}, expected {newer} or newer to export; update torch")
 
 
 def check_onnx_path(path: Path) -> None:
@@ -151,7 +158,7 @@ def _is_exported(path: Path) -> bool:
 def export_run(checkpoint: str | Path, output: str | Path, device: str | None = None) -> Export:
     """A run folder, or a CT-CLIP file with a head, to ONNX. Raises what load_model raises, too."""
     checkpoint = Path(checkpoint)
-    check_onnx_path(Path(output))
+    check_export(Path(output))
     model = load_model(checkpoint, device or "cpu")
     return export_onnx(model, output, run_calibration(checkpoint) if checkpoint.is_dir() else None)
 

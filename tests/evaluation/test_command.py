@@ -423,7 +423,7 @@ def test_what_the_report_is_made_of_is_missed_before_anything_is_read(missing, t
     if missing == "page":
         monkeypatch.setattr(render, "TEMPLATE", Path("nowhere.html"))
     else:
-        monkeypatch.setattr(render.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(training_run, "write_phantom_cohort", None)
     for main, argv in ((ctclip_evaluation.main, ["--predictions", "p.csv", "--labels", "l.csv"]),
                        (run_task2.main, ["--mode", "evaluate", "--checkpoint", "run"]), (run_task2.main, [])):

@@ -58,11 +58,11 @@ def test_the_findings_named_are_those_with_the_highest_and_the_lowest_auroc(metr
         assert found[title] == ", ".join(f"{name} {auroc[name]:.3f}" for name in names)
 
 
-def test_criteria_that_are_not_met_are_named_with_what_was_found(metrics):
+def test_criteria_that_are_not_met_are_named(metrics):
     missed = [row for row in metrics["success_criteria"] if not row["passed"]]
     said = rows(format_summary(metrics))["CRITERIA"]
     assert missed and said.startswith(f"{6 - len(missed)} of 6 met; not met: ")
-    assert all(f"{row['criterion']} ({row['figure']})" in said for row in missed)
+    assert said.endswith("; ".join(row["criterion"] for row in missed))
     passed = [row | {"passed": True} for row in metrics["success_criteria"]]
     assert rows(format_summary(metrics | {"success_criteria": passed}))["CRITERIA"].startswith("6 of 6 met")
 

@@ -223,6 +223,19 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("missing", ["packages", "folder"])
+def test_what_an_export_needs_is_missed_before_a_model_is_loaded(missing, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "load_model", None)
+    if missing == "packages":
+        without(monkeypatch, "onnx")
+    (tmp_path / "file").touch()
+    folder = "file" if missing == "folder" else "new"
+    said = "found a place that cannot be written" if missing == "folder" else "found no onnx, which exporting needs"
+    with pytest.raises(UserError, match=said):
+        export_run(tmp_path, tmp_path / folder / "model.onnx")
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_older_torch_is_named(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     monkeypatch.setattr(torch, "__version__", "2.7.1+cpu")

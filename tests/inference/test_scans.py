@@ -27,6 +27,7 @@ import run_task2
 from ctclip.data.cohort import Volume, load_cohort
 from ctclip.data.ct_rate import PREVALENCE
 from ctclip.data.loading import read_ahead
+from ctclip.evaluation import figures
 from ctclip.inference import predictions as predictions_module
 from ctclip.inference import scans as scans_module
 from ctclip.inference.commands import PartialTable
@@ -277,6 +278,23 @@ def test_wrong_usage_is_one_line_before_anything_is_computed(tmp_path, monkeypat
     assert call(*flags) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and line in err
+
+
+@pytest.mark.parametrize("missing", ["label", "matplotlib", "folder"])
+def test_what_heat_maps_need_is_missed_before_a_model_is_loaded(missing, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "good" / "a.nii.gz", chest())
+    monkeypatch.setattr(predictions_module, "load_model", None)
+    if missing == "matplotlib":
+        monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
+    if missing == "folder":
+        (tmp_path / "p_explain").touch()
+    label = "Pneumothorax" if missing == "label" else "Emphysema"
+    assert call("--input", "good", "--output", "p.csv", "--explain", label) == 2
+    err = capsys.readouterr().err
+    said = {"label": "found 'Pneumothorax' among the labels", "matplotlib": "found no package matplotlib",
+            "folder": "p_explain: found a place that cannot be written"}
+    assert err.count("\n") == 1 and said[missing] in err
 
 
 def test_flags_of_predict_belong_to_predict(capsys):
