@@ -125,6 +125,8 @@ def test_files_without_preamble_are_read(tmp_path, scan, implicit):
         file.save_as(path.with_suffix(""), implicit_vr=implicit, little_endian=True, enforce_file_format=False)
     assert all(map(is_dicom, folder.iterdir()))
     assert torch.equal(preprocess_volume(folder, None, SMALL), expected)
+    assert torch.equal(preprocess_volume(next(folder.iterdir()), None, SMALL), expected)
+    assert [scan.name for scan in find_scans(folder)] == ["series"]
 
 
 @pytest.mark.parametrize("sop_class", [ENHANCED_CT, CONVERTED_CT])
