@@ -211,6 +211,17 @@ def test_other_objects_are_skipped_and_counted(tmp_path, scan):
     assert series_of(folder) == ({"cd": by_place(folder)[0].parent / "IM0000.dcm"}, note)
 
 
+@pytest.mark.parametrize("name", ["INDEX", "INDEX.dcm"])
+def test_a_vendor_s_objects_outside_of_the_series_are_skipped_and_counted(tmp_path, scan, name):
+    """Of a private SOP class, with a series of their own or none."""
+    hu, expected = scan
+    folder = write_series(tmp_path / "series", hu, AFFINE)
+    for number, series in enumerate(("1.2.3.4.77", "")):
+        write_other(folder / name.replace("X", f"X{number}"), "1.3.12.2.1107.5.9.1", series)
+    assert torch.equal(preprocess_volume(folder, None, SMALL), expected)
+    assert notes(folder) == ["2 other DICOM objects skipped: 2 of an unknown kind"]
+
+
 def test_fewer_slices_than_the_headers_state_are_told(tmp_path, scan):
     hu, _ = scan
     stated = {"AcquisitionNumber": "3", "ImagesInAcquisition": "21"}
