@@ -19,11 +19,15 @@ Exit codes: 0 ready, 2 something for you to do (one line says what), 1 the forwa
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # Ctrl-C during the imports is no traceback
+    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+
 import argparse
 import os
 import re
 import subprocess
-import sys
 import time
 import zipfile
 import zlib
@@ -115,8 +119,7 @@ def move_aside(path: Path) -> str:
     return name
 
 
-if __name__ == "__main__":  # Ctrl-C during the imports is no traceback; `python -I` finds the suite
-    sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+if __name__ == "__main__":  # `python -I` finds the suite
     sys.path.insert(0, str(FOLDER))
     if unpack_bundle(FOLDER):
         sys.exit(subprocess.call([sys.executable, *sys.argv]))
