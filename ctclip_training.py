@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 
 if __name__ == "__main__":  # Ctrl-C during the imports is no traceback; `python -I` finds the suite
@@ -19,6 +20,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports is no traceback; `python
 try:
     from ctclip.cli import run_cli
     from ctclip.config import RESUME_HINT, training_parser
+    from ctclip.paths import script
 except ImportError as error:  # uploaded without the package, or with one of another version
     if __name__ == "__main__":
         sys.stderr.write(f"error: {error}, expected the folder ctclip; add ctclip.zip, run python ctclip_setup.py\n")
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         finished = folder is not None and is_finished(folder)
         folder = train(config, folder, machine)
         if not finished and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the main one
-            print(f"Next: python ctclip_evaluation.py --checkpoint {folder}")
+            print(f"Next: python {script('ctclip_evaluation.py')} --checkpoint {shlex.quote(str(folder))}")
 
     return run_cli(action, RESUME_HINT)
 

@@ -15,6 +15,7 @@ import pandas as pd
 
 from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import PAGE
+from ctclip.paths import script
 
 MOST_SCANS = 10  # columns that fit beside each other
 
@@ -31,7 +32,7 @@ def show(results: str | Path | pd.DataFrame, height: int = 800) -> None:
     page = Path(results, PAGE) if Path(results).is_dir() else Path(results)
     if not page.is_file():
         raise UserError(f"{page}: found no such file, expected a report; evaluate the run first: "
-                        f"python ctclip_evaluation.py --checkpoint {results}")
+                        f"python {script('ctclip_evaluation.py')} --checkpoint {results}")
     style = f"width: 100%; height: {height}px; border: 0"
     content = escape(page.read_text(encoding="utf-8"))
     _display(f'<iframe sandbox="allow-scripts" srcdoc="{content}" style="{style}"></iframe>', f"Report: {page}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from ctclip.evaluation.run_folder import PAGE, writing
 from ctclip.fileio import replacing
 from ctclip.formatting import decimal, percent, plural, rate_text
 from ctclip.memory import process_memory
+from ctclip.paths import script
 from ctclip.training.checkpoint import TrainingState, full_disk_explained
 from ctclip.training.run import SPLIT_NAMES, Run, TrainingJob, label_notes
 from ctclip.training.steps import Validation
@@ -136,7 +138,7 @@ def print_setup(job: TrainingJob) -> None:
 def print_finished(run: Run) -> None:
     """Instead of training a run that has come to its end."""
     page = run.folder / PAGE
-    todo = f"evaluate it: python ctclip_evaluation.py --checkpoint {run.folder}"
+    todo = f"evaluate it: python {script('ctclip_evaluation.py')} --checkpoint {shlex.quote(str(run.folder))}"
     run.log(f"{run.folder} is already finished; {f'report: {page}' if page.is_file() else todo}")
 
 

@@ -39,6 +39,7 @@ from ctclip.evaluation import figures
 from ctclip.evaluation.run_folder import own_files, run_calibration, run_record
 from ctclip.evaluation.tables import load_labels, load_predictions
 from ctclip.inference import predictor
+from ctclip.paths import script
 from ctclip.phantoms.cohort import plan_split
 from ctclip.training import logging, loop, steps
 from ctclip.training import run as run_module
@@ -197,8 +198,8 @@ def test_run_folder_is_complete_and_split_by_patient(config, tmp_path, monkeypat
     assert not list(folder.rglob("*.tmp")) and len(states(folder)) == 2
 
     out = capsys.readouterr().out
-    assert out.count("backbone frozen") == 2 and out.count("backbone unfrozen (2 layers)") == 1
-    assert f"(labels {lines[0]['label_rate']:.3f})" in out and "peak memory" in out
+    assert out.count("backbone frozen") == 2 and out.count("2 layers unfrozen") == 1
+    assert f"(labels {100 * lines[0]['label_rate']:.1f} %)" in out and "peak memory" in out
 
 
 def test_a_table_of_patients_splits_the_run_and_stays_in_its_tables(config, tmp_path, phantoms):
@@ -838,8 +839,8 @@ def test_what_a_run_needs_is_missed_before_a_cohort_is_written(flags, line, tmp_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_module, "write_phantom_cohort", None)
     Path("file").touch()
-    for script in (main, run_task2.main):
-        assert script(flags) == 2
+    for command in (main, run_task2.main):
+        assert command(flags) == 2
         err = capsys.readouterr().err
         assert one_line(err) and line in err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -958,7 +959,7 @@ def test_command_line_trains_resumes_and_refuses_to_overwrite(flags, tmp_path, m
     monkeypatch.chdir(tmp_path)
     flags = [*flags, "--freeze_epochs=3"]
     assert main(["--mode", "full_train", "--output_dir", "results/run", *flags]) == 0
-    assert "Next: python ctclip_evaluation.py --checkpoint results/run" in capsys.readouterr().out
+    assert f"Next: python {script('ctclip_evaluation.py')} --checkpoint results/run" in capsys.readouterr().out
     assert main(["--output-dir", "results/run", *flags]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert main(["--resume", "--epochs", "5"]) == 2
@@ -967,7 +968,8 @@ def test_command_line_trains_resumes_and_refuses_to_overwrite(flags, tmp_path, m
     assert main(["--resume", "--epochs", "3", "--save-minutes", "1"]) == 0  # nothing left to do
     out = capsys.readouterr().out
     assert "State found: all 3 epochs are done\n" in out
-    said = "results/run is already finished; evaluate it: python ctclip_evaluation.py --checkpoint results/run\n"
+    evaluate = f"python {script('ctclip_evaluation.py')} --checkpoint results/run"
+    said = f"results/run is already finished; evaluate it: {evaluate}\n"
     assert out.endswith(said)
     assert {path: path.stat().st_mtime_ns for path in Path("results/run").rglob("*.*")} == before
     Path("results/run/report.html").touch()
