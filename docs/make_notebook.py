@@ -22,30 +22,47 @@ Fine-tunes CT-CLIP on chest CT for the 18 abnormalities of CT-RATE. Run the cell
 your own they use synthetic chests. **Results on phantoms are not clinical performance.** Explanations, and what each
 cell prints, are in `CTCLIP_COLAB_README.md`."""
 
-PROJECT = '''# Gets the project, where it is not here yet: from Drive if it lies there, else from its repository.
+PROJECT = '''# Gets the project, where it is not here yet: an uploaded ctclip.zip, a folder on Drive, or its repository.
 import os
+import zipfile
 
 REPOSITORY = "{repository}"  #@param {{type:"string"}}
 DRIVE_FOLDER = ""  #@param {{type:"string"}}
+
+def has_project(folder):
+    return any(os.path.exists(f"{{folder}}/{{name}}") for name in ("ctclip_setup.py", "ctclip.zip"))
+
 if DRIVE_FOLDER and not os.path.isdir("/content/drive"):
     from google.colab import drive
     drive.mount("/content/drive")
-if not os.path.exists("run_task2.py"):
+if not has_project("."):
     folder = DRIVE_FOLDER or "/content/ctclip-task2"
-    if not os.path.exists(f"{{folder}}/run_task2.py"):
+    if not has_project(folder) and "/OWNER/" in REPOSITORY:
+        print("No project here: upload ctclip.zip or set REPOSITORY to its address, then run this cell again.")
+    elif not has_project(folder):
         !git clone {{REPOSITORY}} {{folder}}
-    %cd {{folder}}'''
+    if os.path.isdir(folder):
+        %cd {{folder}}
+if os.path.exists("ctclip.zip") and not os.path.exists("ctclip_setup.py"):
+    try:
+        zipfile.ZipFile("ctclip.zip").extract("ctclip_setup.py")  # the cell after next unpacks the rest
+    except (zipfile.BadZipFile, KeyError) as error:
+        print(f"ctclip.zip is damaged ({{error}}): upload it again, then run this cell again.")'''
 
-REPORT = '''# The report of the newest run, apart from the notebook's own styles, and a heat map of one scan.
+REPORT = '''# The report of the newest run, and a heat map of one scan.
 from pathlib import Path
 from IPython.display import Image, display
 from ctclip_evaluation import show
 
-run = max(Path("results").glob("*/report.html"), key=lambda path: path.stat().st_mtime).parent
-show(run)
-scan = next(Path("data").rglob("valid_fixed/*/*/*.nii.gz"))
-!python run_task2.py --mode predict --input {scan} --checkpoint {run} --explain "Lung opacity"
-display(*(Image(str(path)) for path in sorted(Path("results/explain").glob("*.png"))[:1]))'''
+reports = sorted(Path("results").glob("*/report.html"), key=lambda path: path.stat().st_mtime)
+if reports:
+    run, scan = reports[-1].parent, next(Path("data").rglob("valid_fixed/*/*/*.nii.gz"))
+    out = "results/scan.csv"
+    show(run)
+    !python run_task2.py --mode predict --checkpoint {run} --input {scan} --output {out} --explain "Lung opacity"
+    display(*(Image(str(path)) for path in sorted(Path("results/scan_explain").glob("*.png"))[:1]))
+else:
+    print("No report in results/ yet: run cells 3 and 4.")'''
 
 OWN_DATA = '''# The same on volumes of your own, in CT-RATE's layout (the guide: "Your own data"). Drive is kept.
 DATA_DIR = "/content/drive/MyDrive/ct_rate"  #@param {type:"string"}

@@ -6,6 +6,7 @@ tested in test_notebook.py.
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import ctclip_setup
 from ctclip.environment import bundle
 from ctclip.environment.packages import SetupError
 
 ROOT = Path(__file__).resolve().parent.parent
+THIRD_PARTY = ("torch", "numpy", "pandas", "sklearn", "scipy")
 CODE = ("ctclip_training.py", "ctclip_evaluation.py", "run_task2.py")
 
 
@@ -252,12 +255,13 @@ def test_many_missing_files_are_counted(upload):
         bundle.files_step(upload)
 
 
-def run(folder, script, *arguments):
+def run(folder, script, *arguments, packages=""):
+    """`packages`: the folder that they are in. An installed copy of this project must not help: -S, no .pth files."""
     command = [sys.executable, "-S", "-c", START.format(path=str(folder / script)), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    environment = os.environ | {"PYTHONPATH": packages}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
 
 
-# An installed copy of this project must not help.
 START = "import runpy, sys; sys.argv[0] = {path!r}; sys.path[:1] = []; runpy.run_path({path!r}, run_name='__main__')"
 
 
@@ -274,14 +278,18 @@ def test_a_script_uploaded_alone_says_what_is_missing(tmp_path, script):
         assert "ctclip.zip" in done.stderr
 
 
-def test_scripts_without_the_model_or_without_packages_say_so(upload):
+@pytest.mark.parametrize("missing", ["a package", "ctclip_model"])
+def test_scripts_without_packages_or_without_the_model_say_so(upload, missing):
+    """What is imported after the flags."""
     ctclip_setup.unpack_bundle(upload)
     (upload / "ctclip_model.py").unlink()
-    done = run(upload, "ctclip_training.py", "--mode", "quick_test")
-    said = "expected every file and package of the suite; run python ctclip_setup.py, which mends or names them\n"
-    assert done.returncode == 2 and done.stderr.startswith("error: No module named '") and done.stderr.endswith(said)
-    help_text = run(upload, "ctclip_training.py", "--help")
-    assert help_text.returncode == 0 and "--mode" in help_text.stdout
+    packages = str(Path(torch.__file__).parents[1]) if missing == "ctclip_model" else ""
+    done = run(upload, "ctclip_evaluation.py", "--example", packages=packages)
+    named = re.fullmatch(r"error: No module named '(\w+)', expected every file and package of the suite; run python "
+                         r"ctclip_setup.py, which mends or names them\n", done.stderr)  # fmt: skip
+    assert done.returncode == 2 and named and (named[1] == missing if packages else named[1] in THIRD_PARTY)
+    help_text = run(upload, "ctclip_evaluation.py", "--help")
+    assert help_text.returncode == 0 and "--example" in help_text.stdout
 
 
 def test_setup_flags_beside_bundle_are_refused():

