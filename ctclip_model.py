@@ -581,13 +581,13 @@ class MLPHead(nn.Linear):
     nothing).
     """
 
-    def __init__(self, inputs: int, hidden: int = 256, dropout: float = 0.3):
-        super().__init__(inputs, N_LABELS)
+    def __init__(self, inputs: int, hidden: int = 256, dropout: float = 0.3, outputs: int = N_LABELS):
+        super().__init__(inputs, outputs)
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
         self.hidden = unit_input_linear(inputs, hidden)
         self.dropout = nn.Dropout(dropout)
-        self.out = zero_linear(hidden)
+        self.out = zero_linear(hidden, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         # Scaled to length about 1, like the latent, so that one learning rate suits both branches.
@@ -611,17 +611,19 @@ class AttentionHead(nn.Module):
     "linear".
     """
 
-    def __init__(self, dim: int, grid: tuple[int, int, int], hidden: int = 128, dropout: float = 0.3):
+    def __init__(
+        self, dim: int, grid: tuple[int, int, int], hidden: int = 128, dropout: float = 0.3, outputs: int = N_LABELS
+    ):
         super().__init__()
         depth, rows, columns = grid
         self.hidden = unit_input_linear(dim + 1, hidden)
         self.dropout = nn.Dropout(dropout)
-        self.query = nn.Linear(hidden, N_LABELS, bias=False)
+        self.query = nn.Linear(hidden, outputs, bias=False)
         nn.init.zeros_(self.query.weight)  # at the start every token counts the same
-        self.evidence = zero_linear(hidden)
-        self.depth = nn.Parameter(torch.zeros(N_LABELS, depth))
-        self.row = nn.Parameter(torch.zeros(N_LABELS, rows))
-        self.column = nn.Parameter(torch.zeros(N_LABELS, columns))
+        self.evidence = zero_linear(hidden, outputs)
+        self.depth = nn.Parameter(torch.zeros(outputs, depth))
+        self.row = nn.Parameter(torch.zeros(outputs, rows))
+        self.column = nn.Parameter(torch.zeros(outputs, columns))
 
     def forward(self, x: Tensor, codebook: Tensor) -> Tensor:
         """Code ids (B, T, h, w), int32 or int64, with the codebook (codes, C); or tokens (B, T, h, w, C)."""
@@ -636,7 +638,7 @@ class AttentionHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             on_tokens = x.is_floating_point()
             table = self._table(x.float()) if on_tokens else F.embedding(x, self._table(codebook.float()))
-            score, evidence = table.split(N_LABELS, dim=-1)  # (B, T, h, w, 18) each
+            score, evidence = table.chunk(2, dim=-1)  # (B, T, h, w, 18) each
             score = score + self._position(x.shape[1])
             attention = score.flatten(1, 3).softmax(1).view_as(score)  # labels stay last, as the gather lays them out
             return attention.movedim(-1, 1), evidence.movedim(-1, 1)
@@ -665,14 +667,11 @@ HEADS = ("linear", "mlp", "attention", "prompts")
 
 
 def create_head(name: str, sizes: TowerSizes, dropout: float, outputs: int = N_LABELS) -> nn.Module:
-    """The head of a CT-CLIP variant; its logits are exactly 0 until it is trained or loaded.
-
-    `outputs`: number of labels; only "prompts" takes another one than 18.
-    """
+    """The head of a CT-CLIP variant; its logits are exactly 0 until it is trained or loaded."""
     if name == "mlp":
-        return MLPHead(sizes.latent, dropout=dropout)
+        return MLPHead(sizes.latent, dropout=dropout, outputs=outputs)
     if name == "attention":
-        return AttentionHead(sizes.dim, (sizes.grid,) * 3, dropout=dropout)
+        return AttentionHead(sizes.dim, (sizes.grid,) * 3, dropout=dropout, outputs=outputs)
     return zero_linear(sizes.latent, outputs)
 
 
@@ -1605,6 +1604,43 @@ def _pool(maps: Tensor) -> Tensor:
 # -- The model ---------------------------------------------------------------------------------------------------------
 
 
+class ScaleCheck:
+    """Warns, once per process, of an input that cannot be HU / 1000. It looks at a model's first batches only, and at
+    some of their values: on a GPU each look waits for the batch."""
+
+    VALUES = 2**14
+    warned = False  # in this process
+
+    def __init__(self) -> None:
+        self.batches_left = 3
+
+    def __call__(self, x: Tensor) -> None:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or ScaleCheck.warned or not self.batches_left:
+            return
+        self.batches_left -= 1
+        axes = x.ndim - 2
+        step = max(1, math.ceil((x.numel() / self.VALUES) ** (1 / axes)))
+        sample = x.detach()[(Ellipsis,) + (slice(None, None, step),) * axes]
+        with suppress(RuntimeError):  # no values: an empty batch, the meta device, torch.func.vmap
+            low, high = torch.stack(sample.float().aminmax()).tolist()
+            if low < high and (kind := self.kind(low, high)):
+                ScaleCheck.warned = True
+                warnings.warn(
+                    f"input from {low:.3g} to {high:.3g}, which looks like {kind}; expected HU / 1000 in [-1, 1] with "
+                    "air at -1, or the logits mean nothing: take ctclip.data.slices(path) or preprocess_volume(path)",
+                    stacklevel=5,  # whoever called the model
+                )
+
+    @staticmethod
+    def kind(low: float, high: float) -> str | None:
+        """What values from `low` to `high` look like; None for HU / 1000."""
+        if low < -10:
+            return "HU"
+        if low >= 0:
+            return "pixel values from 0 to 1" if high <= 1 else "pixel values from 0 to 255" if high <= 255 else "HU"
+        return "values normalised by a mean and a deviation, such as ImageNet's" if max(-low, high) > 1.5 else None
+
+
 def _label_names(head: str | None, prompts: Prompts | None, labels: Sequence[str] | None) -> tuple[str, ...]:
     """Names of the logits, by the constructor's arguments."""
     if prompts is not None and head != "prompts":
@@ -1614,11 +1650,13 @@ def _label_names(head: str | None, prompts: Prompts | None, labels: Sequence[str
     if prompts is not None and names != prompts.names:
         raise ValueError("found labels that are not the prompts' names in their order; leave labels out")
     if names != ABNORMALITIES and head != "prompts":
-        raise ValueError(f"found {len(names)} labels of your own with head={head!r}, which has the 18; leave them out")
+        found = f"found {len(names)} labels of your own with head={head!r}, which has the 18"
+        raise ValueError(f"{found}; leave them out, and call reset_classifier(labels=...) for a new head")
     return names
 
 
 HEAD_PREFIXES = ("attention.", "classifier.")  # of all parameters outside the backbone
+HEAD_LEARNING_RATE = {"ctclip": 3e-2, "slice backbones": 1e-3}  # with the defaults of `parameter_groups`: the scripts'
 LATENTS_AT_ONCE = 64  # computed from codes: 75 MB of intermediate values at the published size
 
 
@@ -1695,6 +1733,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         self.labels = _label_names(head, prompts, labels)
         self.dropout = nn.Dropout(dropout)
         self.head_name = head or "linear"
+        self.scale_check = ScaleCheck()
         self.sizes: TowerSizes | None = None
         self.load_report: LoadReport | None = None
         self.folder: Path | None = None  # the run or copy of one that `from_pretrained` loaded
@@ -1821,16 +1860,26 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         return layers
 
     def parameter_groups(
-        self, head_lr: float, backbone_lr: float, layer_decay: float = 1.0, weight_decay: float = 0.01
+        self,
+        head_lr: float | None = None,
+        backbone_lr: float = 3e-5,
+        layer_decay: float = 0.8,
+        weight_decay: float = 0.01,
     ) -> list[dict[str, Any]]:
         """Groups for an optimizer of your own, such as torch.optim.AdamW: the head, then the backbone's layers from the
-        output to the input, all trained from the start. Each has its `layer`: 0 is the head, 1 the backbone's last.
+        output to the input. All are in it from the start, so that one optimizer serves before and after
+        `unfreeze_backbone()`: frozen parameters have no gradient, and AdamW leaves those alone. Each group has its
+        `layer`: 0 is the head, 1 the backbone's last.
 
         Args:
+            head_lr: default: 0.03 for CT-CLIP, whose latent has length 1, so that its weights have far to go; 0.001 for
+                a slice backbone.
             backbone_lr: rate of the layer nearest to the output; each layer below has `layer_decay` times the rate of
                 the one above.
             weight_decay: of matrices; vectors (biases, norms, scales) get none.
         """
+        if head_lr is None:
+            head_lr = HEAD_LEARNING_RATE["ctclip" if self.is_ctclip else "slice backbones"]
         parameters = dict(self.named_parameters())
         head = [name for name in parameters if name.startswith(HEAD_PREFIXES)]
         rates = [(head, head_lr)]
@@ -1842,6 +1891,85 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
                 group = {"params": chosen, "lr": rate, "weight_decay": decay, "layer": layer}
                 groups += [group] if chosen else []
         return groups
+
+    # -- timm's conventions, so that its optimizers and scripts work ---------------------------------------------------
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_features(self) -> int:
+        """Width of what the classifier takes: of a latent, of a token (head "attention"), or of pooled features."""
+        if self.sizes is None:
+            return self.backbone.dim
+        return self.sizes.dim if self.head_name == "attention" else self.sizes.latent
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int | None = None, *, labels: Sequence[str] | None = None) -> None:
+        """A new head of the same kind, its logits exactly 0. Make the optimizer after it, not before.
+
+        labels: names of the logits, in order. Without them `labels` stays where `num_classes` is its number, and is
+        "class 0", "class 1", ... for another number. Raises ValueError where names and number differ, and for none.
+        """
+        names = self.labels if labels is None else tuple(labels)
+        if labels is None and num_classes not in (None, len(names)):
+            names = tuple(f"class {i}" for i in range(num_classes or 0))
+        if isinstance(labels, str) or num_classes not in (None, len(names)) or len(set(names)) != len(names):
+            number = "" if num_classes is None else f" for {num_classes} classes"
+            raise ValueError(f"found labels {names!r}{number}, expected a list of different names, one for each class")
+        if not names:
+            raise ValueError("found no class, expected at least one; features without a head are features(x)")
+        old = next(self.classifier.parameters())
+        if self.sizes is None:
+            head: nn.Module = zero_linear(self.backbone.dim, len(names))
+        else:
+            head = create_head(self.head_name, self.sizes, self.dropout.p, len(names))
+        self.classifier, self.labels = head.to(old.device, old.dtype), names
+        self._hub_mixin_config["labels"] = list(names)
+        if self.load_report is not None:
+            self.load_report = replace(self.load_report, head=f"{self.head_name}, new")
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """`features`."""
+        return self.features(x)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """`head`; with `pre_logits` what the classifier takes."""
+        if pre_logits:
+            return features if self.is_ctclip else self._pooled(features)
+        return self.head(features)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """`set_gradient_checkpointing`."""
+        self.set_gradient_checkpointing(enable)
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """For timm.optim.param_groups_layer_decay: name of a parameter -> its layer, from input to output; the head is
+        the last. `coarse`: the backbone is one layer."""
+        layers = self.layers()
+        numbers = {name: 0 if coarse else number for number, names in enumerate(layers) for name in names}
+        return lambda name: numbers.get(name, len(layers))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that timm gives no weight decay, beside vectors: a transformer's position embeddings."""
+        body: Any = self.get_submodule(self.layered_module)
+        names = body.no_weight_decay() if hasattr(body, "no_weight_decay") else ()  # some of parts that it has not
+        return {f"{self.layered_module}.{name}" for name in names} & {name for name, _ in self.named_parameters()}
+
+    def to(self, *args: Any, **options: Any) -> CTCLIPMultiAbnormalityModel:
+        """As usual; a memory format such as torch.channels_last reaches the parameters that have its number of axes."""
+        memory_format = options.pop("memory_format", None)
+        if args or options:
+            super().to(*args, **options)
+        if memory_format is not None:
+            axes = 5 if memory_format == torch.channels_last_3d else 4
+            for parameter in self.parameters():
+                if parameter.ndim == axes:
+                    parameter.data = parameter.data.to(memory_format=memory_format)
+        return self
 
     # -- freezing ------------------------------------------------------------------------------------------------------
 
@@ -1904,7 +2032,9 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
         In-plane axes are x then y, as `preprocess_volume` gives them: the transpose of the usual image.
         """
-        return self.head(self.features(x))
+        logits = self.head(self.features(x))
+        self.scale_check(x)
+        return logits
 
     def features(self, x: Tensor) -> Tensor:
         """The head's input; constant for a frozen backbone, so it is computed once per volume.
@@ -1932,9 +2062,13 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             # ClassFine applies a ReLU; prompts compare signed latents.
             features = features if self.head_name == "prompts" else features.relu()
             return self.classifier(self.dropout(features))
-        if self.cache_format == "maps":
-            features = _pool(self.attention(features.flatten(0, 1)).unflatten(0, features.shape[:2]))
-        return self.classifier(self.dropout(features))
+        return self.classifier(self.dropout(self._pooled(features)))
+
+    def _pooled(self, features: Tensor) -> Tensor:
+        """Slice variant: pooled (B, C), of the feature maps too that cbam takes."""
+        if self.cache_format != "maps":
+            return features
+        return _pool(self.attention(features.flatten(0, 1)).unflatten(0, features.shape[:2]))
 
     @torch.no_grad()
     def encode_for_cache(self, x: Tensor) -> Tensor:
@@ -1997,10 +2131,16 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     @staticmethod
     def _is_volume(x: Tensor) -> bool:
-        """True for (B, 1, D, H, W), False for three slices (B, 3, H, W); raises ValueError for any other input."""
+        """True for (B, 1, D, H, W), False for three slices (B, 3, H, W); raises ValueError for any other shape and
+        TypeError for whole numbers."""
         if (x.ndim, *x.shape[1:2]) not in ((5, 1), (4, 3)):
             raise ValueError(
                 f"input of shape {tuple(x.shape)}; expected a volume (B, 1, D, H, W) or three slices (B, 3, H, W)"
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"input of type {str(x.dtype).removeprefix('torch.')}, expected floating point, HU / 1000 in [-1, 1]: "
+                "take ctclip.data.slices(path) or preprocess_volume(path), or of HU x.clamp(-1000, 1000) / 1000"
             )
         return x.ndim == 5
 
@@ -2094,6 +2234,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         config = saved_config(folder)
         arguments = {key: config[key] for key in inspect.signature(cls.__init__).parameters if key in config}
         arguments |= {"pretrained": False} | options  # everything comes from the folder
+        names = None if arguments.get("head") == "prompts" else arguments.pop("labels", None)
         state = read_tensors(weights)
         check_written(weights)
         try:
@@ -2101,6 +2242,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
                 cls._check_sizes(TowerSizes(**arguments["sizes"]), state)
             with torch.device("meta") if arguments.get("sizes") else nullcontext():
                 model = cls(**arguments)
+                if names is not None and tuple(names) != model.labels:
+                    model.reset_classifier(labels=names)
             own = model.state_dict()
             for key in sorted(state.keys() & own.keys()):
                 if misfit := _misfit(state[key], own[key]):

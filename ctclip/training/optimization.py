@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ctclip.training.run import Run
-from ctclip_model import CTCLIPMultiAbnormalityModel
+from ctclip_model import HEAD_PREFIXES, CTCLIPMultiAbnormalityModel
 
 
 def schedule(progress: float, start: float, end: float, warmup: float) -> float:
@@ -115,10 +115,12 @@ class TrainableParameters:
         self.ema.track(self.parameters)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that training may have changed: parameters, and BatchNorm statistics of a slice backbone."""
+        """Every tensor that training may have changed: parameters, and BatchNorm statistics of CBAM and of a slice
+        backbone."""
         found = {name: value.detach() for name, value in self.parameters.items()}
-        if self.unfrozen and not self.model.is_ctclip:  # CT-CLIP's buffers (codebook, zeros) are fixed
-            found |= dict(self.model.named_buffers())
+        if not self.model.is_ctclip:  # CT-CLIP's buffers (codebook, zeros) are fixed
+            buffers = dict(self.model.named_buffers())
+            found |= {name: buffers[name] for name in buffers if self.unfrozen or name.startswith(HEAD_PREFIXES)}
         saved = self.model.state_dict()
         return {name: value for name, value in found.items() if name in saved}
 

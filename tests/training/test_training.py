@@ -349,6 +349,16 @@ def test_frozen_slice_backbone_stays_as_it_was_with_its_running_statistics(confi
     assert len(history(folder)) == 2
 
 
+def test_the_best_epochs_batch_statistics_of_cbam_are_saved_with_its_weights(config, tmp_path, monkeypatch):
+    rank_epochs(monkeypatch, 0.6, 0.5, 0.4)
+    changes = {"model": "resnet10t", "ctclip_path": None, "pretrained": False, "use_attention": "cbam", "limit": 8}
+    folder = train(config(freeze_backbone=True, epochs=3, batch_size=8, **changes), tmp_path / "run")
+    assert [line["best"] for line in history(folder)] == [True, False, False]
+    state = torch.load(states(folder)[-1], weights_only=True)
+    counter = "attention.spatial.conv.bn.num_batches_tracked"
+    assert (weights(folder)[counter], state["tensors"][counter]) == (1, 3)  # one batch in each epoch
+
+
 @pytest.mark.parametrize(("epochs", "unfreeze_layers", "unfrozen"), [(1, 1, 1), (2, 1, 2), (1, 0, 6)])
 def test_exactly_the_unfrozen_layers_are_trained(
     epochs, unfreeze_layers, unfrozen, config, tmp_path, tiny_classfine, monkeypatch
