@@ -235,7 +235,7 @@ def _add_file(content: DicomFolder, path: Path, start: bytes, pydicom: ModuleTyp
             raise ValueError("no SOP class")
         if sop_class not in CT_CLASSES:
             uid = pydicom.uid.UID(str(sop_class))
-            if uid == uid.name:  # private, or damaged
+            if uid == uid.name and header.get("Rows"):  # a private picture, or a slice whose kind is damaged
                 content.unknown.setdefault(str(header.get("SeriesInstanceUID", "")), path)
             content.skipped["of an unknown kind" if uid == uid.name else uid.name.removesuffix(" Storage")] += 1
             return False

@@ -212,14 +212,14 @@ def test_other_objects_are_skipped_and_counted(tmp_path, scan):
 
 
 @pytest.mark.parametrize("name", ["INDEX", "INDEX.dcm"])
-def test_a_vendor_s_objects_outside_of_the_series_are_skipped_and_counted(tmp_path, scan, name):
-    """Of a private SOP class, with a series of their own or none."""
+def test_a_vendor_s_objects_are_skipped_and_counted(tmp_path, scan, name):
+    """Of a private SOP class and without a picture, with the CT's series, one of their own, or none."""
     hu, expected = scan
     folder = write_series(tmp_path / "series", hu, AFFINE)
-    for number, series in enumerate(("1.2.3.4.77", "")):
+    for number, series in enumerate(("1.2.3.4.5", "1.2.3.4.77", "")):
         write_other(folder / name.replace("X", f"X{number}"), "1.3.12.2.1107.5.9.1", series)
     assert torch.equal(preprocess_volume(folder, None, SMALL), expected)
-    assert notes(folder) == ["2 other DICOM objects skipped: 2 of an unknown kind"]
+    assert notes(folder) == ["3 other DICOM objects skipped: 3 of an unknown kind"]
 
 
 def test_fewer_slices_than_the_headers_state_are_told(tmp_path, scan):
@@ -341,6 +341,12 @@ def _two(folder, **changes):
     return write_series(folder, chest((20, 18, 8)), AFFINE, prefix="other", **changes)
 
 
+def _of_a_private_kind(path):
+    file = dcmread(path)
+    file.SOPClassUID = file.file_meta.MediaStorageSOPClassUID = "1.3.12.2.1107.5.9.2"
+    file.save_as(path)
+
+
 def _of_another_pass(file, index):
     file.SOPInstanceUID = file.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.5.{index}"
 
@@ -375,7 +381,7 @@ def _cut_compressed(folder):
 BAD = {
     "a slice is missing": (lambda f: by_place(_series(f))[3].unlink(), "is one missing"),
     "one slice": (lambda f: write_series(f, chest((20, 18, 1)), AFFINE), "single slice"),
-    "an object of an unknown kind": (lambda f: (_series(f), write_other(f / "X.dcm", "1.2.3", "1.2.3.4.5")), "unknown"),
+    "a picture of an unknown kind": (lambda f: _of_a_private_kind(by_place(_series(f))[0]), "an unknown kind"),
     "magnetic resonance": (lambda f: _series(f, SOPClassUID="1.2.840.10008.5.1.4.1.1.4"), "0 DICOM series of CT"),
     "all at one place": (lambda f: _series(f, ImagePositionPatient=["0", "0", "0"]), "two slices at one place"),
     "tilted gantry": (lambda f: _series(f, shear=3.0), "gantry tilt"),
