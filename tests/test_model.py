@@ -152,6 +152,8 @@ def test_report_counts_every_tensor_of_the_file(model):
     assert report.loaded + sum(report.dropped.values()) == len(state)
     assert report.loaded == len(model.state_dict()) and report.new == ()
     assert "85 tensors loaded" in str(report) and "43 text tower" in str(report)
+    dropped = sum(report.dropped.values())
+    assert repr(report) == f"{CLASSFINE}: 85 tensors loaded, {dropped} dropped by name; head: {report.head}"
 
 
 def test_file_without_head_gets_a_new_one_with_logits_of_exactly_zero(expected):

@@ -23,7 +23,7 @@ from ctclip import __version__
 from ctclip.config import CALIBRATION_FILE, SYNTHETIC_NOTE, UNITS, Settings
 from ctclip.data.patients import StatedIds, merge_ids, stated_ids, without_patient
 from ctclip.data.tables import ID_COLUMNS
-from ctclip.evaluation import bootstrap, figures, render, report, subgroups, tables, thresholds
+from ctclip.evaluation import bootstrap, figures, render, report, subgroups, summary, tables, thresholds
 from ctclip.evaluation import metrics as measure
 from ctclip.evaluation.calibration import CROSS_FITTED, TUNING, Calibration, FittedThresholds, fit_thresholds
 from ctclip.evaluation.cases import Case, worst_cases
@@ -75,6 +75,9 @@ class Evaluation:
     rows: Rows
     fitted: FittedThresholds
     inputs: EvaluationInputs
+
+    def __repr__(self) -> str:
+        return summary.format_summary(self.metrics)
 
 
 def evaluate(

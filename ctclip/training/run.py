@@ -364,13 +364,13 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
     elif not data_dir.is_dir():  # said before weights are missed that a phantom cohort does not need
         raise TrainingError(f"found no folder {data_dir}, expected the data of the run; name it with --data-dir")
     phantom = built_in or is_phantom_cohort(data_dir)
-    model = build_model(config, phantom) if built_in else None  # weights are missed before minutes of writing a cohort
+    model = build_model(config, phantom)  # weights that cannot be had are missed before a cohort is written, or read
     if built_in and run.ranks.is_main:
         write_phantom_cohort(data_dir, config.train_volumes, config.valid_volumes)
     run.ranks.barrier()
     cohort = load_cohort(data_dir, "train", limit=config.limit, patients=config.patients)
     check_patients(run, data_dir, cohort)
-    model = (model or build_model(config, phantom)).to(run.device)
+    model.to(run.device)
     check_voxels_available(config, data_dir, cohort.volumes)
     train, validation = (Split(side) for side in split_by_patient(cohort.volumes, config.tuning_fraction, config.seed))
     if config.mode == "quick_test":

@@ -6,8 +6,9 @@ import pytest
 from helpers_evaluation import simulate
 
 from ctclip.config import SYNTHETIC_NOTE
-from ctclip.evaluation.evaluate import evaluate
+from ctclip.evaluation.evaluate import Settings, evaluate, evaluate_tables
 from ctclip.evaluation.summary import LINE_WIDTH, format_summary
+from ctclip.evaluation.tables import EvaluationInputs, as_table
 from ctclip_model import ABNORMALITIES
 
 MOST_LINES = 17  # beside the report's place, the time and what to do next: 20
@@ -97,5 +98,7 @@ def test_few_patients_and_findings_of_one_class_are_said():
 
 def test_volumes_that_were_left_out_are_counted():
     predictions, labels = simulate(12, seed=0)
-    text = format_summary(evaluate(predictions, labels.iloc[2:], resamples=100, allow_partial=True))
-    assert rows(text)["Skipped"].startswith("2 rows of the predictions")
+    inputs = EvaluationInputs(as_table(predictions), as_table(labels.iloc[2:]))
+    evaluation = evaluate_tables(inputs, Settings(resamples=100, allow_partial=True))
+    assert rows(format_summary(evaluation.metrics))["Skipped"].startswith("2 rows of the predictions")
+    assert repr(evaluation) == format_summary(evaluation.metrics)  # what a notebook shows of it
