@@ -25,6 +25,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports is no traceback
     sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
 
 import argparse
+import hashlib
 import os
 import re
 import subprocess
@@ -58,7 +59,14 @@ def read_bundle(path: Path) -> dict[str, bytes]:
             raise ValueError(f"{strange[0]!r} in it, which is no file of the suite")
         if sum(entry.file_size for entry in entries) > MOST_BYTES or STAMP not in bundle.namelist():
             raise ValueError("another zip file")
-        return {entry.filename: bundle.read(entry) for entry in entries}
+        files = {entry.filename: bundle.read(entry) for entry in entries}
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        if name != STAMP:
+            digest.update(f"{name} {hashlib.sha256(files[name]).hexdigest()}\n".encode())
+    if files[STAMP].split()[1:] != [digest.hexdigest()[:12].encode()]:
+        raise ValueError("files that are not those it was made of")
+    return files
 
 
 def unpack_bundle(folder: Path) -> bool:

@@ -46,7 +46,7 @@ if not has_project("."):
 if os.path.exists("ctclip.zip") and not os.path.exists("ctclip_setup.py"):
     try:
         zipfile.ZipFile("ctclip.zip").extract("ctclip_setup.py")  # the cell after next unpacks the rest
-    except (zipfile.BadZipFile, KeyError) as error:
+    except Exception as error:
         print(f"ctclip.zip is damaged ({{error}}): upload it again, then run this cell again.")'''
 
 REPORT = '''# The report of the newest run, and a heat map of one scan.

@@ -44,14 +44,23 @@ def files_in(folder):
 
 
 def changed(zip_file, target, **contents):
-    """A copy of the bundle; `contents`: suffix of a name -> its new content, None to leave it out."""
+    """A copy of the bundle; `contents`: stem of a name -> its new content, None to leave it out."""
     with zipfile.ZipFile(zip_file) as old, zipfile.ZipFile(target, "w") as new:
         for entry in old.infolist():
-            key = Path(entry.filename).stem
-            content = contents.get(key, old.read(entry))
+            content = contents.get(Path(entry.filename).stem, old.read(entry))
             if content is not None:
                 new.writestr(entry.filename, content)
     return target
+
+
+def another_bundle(upload, monkeypatch, **contents):
+    """Puts the bundle of a later version into the folder; `contents`: as `changed` takes them."""
+    with zipfile.ZipFile(changed(upload / "ctclip.zip", upload / "later.zip", **contents)) as file:
+        file.extractall(upload / "later")
+    monkeypatch.setattr(bundle, "__version__", "9.9")
+    bundle.write_bundle(upload / "ctclip.zip", upload / "later")
+    shutil.rmtree(upload / "later")
+    (upload / "later.zip").unlink()
 
 
 def refused(folder, capsys):
@@ -138,15 +147,15 @@ def test_a_package_that_is_no_bundles_is_left_as_it_is(upload, capsys):
     assert files_in(upload) == {"ctclip/mine.py", "pyproject.toml"} and capsys.readouterr().out == ""
 
 
-def test_another_bundle_replaces_the_one_before_and_loses_nothing(upload, zip_file, capsys):
+def test_another_bundle_replaces_the_one_before_and_loses_nothing(upload, monkeypatch, capsys):
     ctclip_setup.unpack_bundle(upload)
     (upload / "ctclip" / "cli.py").write_text("# mine")
     (upload / "results").mkdir()
+    another_bundle(upload, monkeypatch, run_task2=b"# new")
     capsys.readouterr()
-    changed(zip_file, upload / "ctclip.zip", bundle=b"9.9 abc\n", run_task2=b"# new")
     assert not ctclip_setup.unpack_bundle(upload)
     said = capsys.readouterr().out
-    assert "another bundle (9.9 abc): the folder ctclip is kept as ctclip.before\n" in said
+    assert re.search(r"another bundle \(9\.9 [0-9a-f]{12}\): the folder ctclip is kept as ctclip.before\n", said)
     assert "run_task2.py was another one than the bundle's; it is kept as run_task2.before.py\n" in said
     assert (upload / "ctclip.before" / "cli.py").read_text() == "# mine"
     assert (upload / "ctclip" / "cli.py").read_bytes() == (ROOT / "ctclip" / "cli.py").read_bytes()
@@ -197,8 +206,9 @@ def test_a_damaged_bundle_is_one_line(upload, zip_file, capsys):
     for content in (b"", b"<html>", whole[:-1000], whole[:5000], whole[3000:], bad_crc):
         (upload / "ctclip.zip").write_bytes(content)
         assert "upload it again, or delete it" in refused(upload, capsys)
-    changed(zip_file, upload / "ctclip.zip", bundle=None)
-    assert "found another zip file, expected the file that --bundle writes" in refused(upload, capsys)
+    for stem, found in {"bundle": "another zip file", "loop": "files that are not those it was made of"}.items():
+        changed(zip_file, upload / "ctclip.zip", **{stem: None})
+        assert f"found {found}, expected the file that --bundle writes" in refused(upload, capsys)
 
 
 def test_a_bundle_that_unpacks_without_end_is_refused(upload, zip_file, monkeypatch, capsys):
@@ -245,6 +255,14 @@ def test_a_missing_file_stops_setup_and_bundle_with_its_name(upload, name):
         with pytest.raises(SetupError) as caught:
             step(upload)
         assert str(caught.value).startswith(f"found no {name} in {upload}, expected every file of the suite; put a ")
+    assert not (upload / "new.zip").exists()
+
+
+def test_an_installed_package_makes_no_bundle(upload):
+    ctclip_setup.unpack_bundle(upload)
+    (upload / "requirements.txt").unlink()
+    with pytest.raises(SetupError, match="found no requirements.txt in .*, expected a checkout or an unpacked bundle"):
+        bundle.write_bundle(upload / "new.zip", upload)
     assert not (upload / "new.zip").exists()
 
 

@@ -87,6 +87,9 @@ def missing_message(missing: list[str], suite: Path) -> str:
 
 def write_bundle(target: Path = BUNDLE, suite: Path = SUITE) -> None:
     """Writes the suite as one zip, the same bytes for the same files. Raises SetupError where a file is missing."""
+    if not (suite / "requirements.txt").is_file():
+        found = f"found no requirements.txt in {suite}, expected a checkout or an unpacked bundle"
+        raise SetupError(f"{found}; run the ctclip_setup.py of one")
     if missing := missing_files(suite):
         raise SetupError(missing_message(missing, suite))
     files = {path.relative_to(suite).as_posix(): path.read_bytes() for path in _bundled(suite)}
