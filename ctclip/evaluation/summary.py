@@ -12,6 +12,7 @@ from ctclip.evaluation.report import WHEN, notices
 from ctclip.formatting import TIED, change_text, decimal, metric_text, percent, plural
 
 COLUMN, LINE_WIDTH = 24, 120
+BASELINE_ROWS = (("AUROC macro", "at_0.5", "auroc_macro"), ("F1 macro, cross-fitted thresholds", "tuned", "f1_macro"))
 SHOWN_FINDINGS = 3  # of the best, and of the worst
 
 
@@ -89,7 +90,7 @@ def _baseline(metrics: Mapping) -> list[tuple[str, str]]:
     if not (base := metrics["baseline"]):
         return []
     rows = []
-    for title, name, key in (("AUROC macro", "at_0.5", "auroc_macro"), ("F1 macro, tuned", "tuned", "f1_macro")):
+    for title, name, key in BASELINE_ROWS:
         theirs, ours, found = base[name][key], base["this"][name][key], base["differences"][name][key]
         change = change_text(None if None in (theirs, ours) else ours - theirs, "", 3)
         bounds = f" ({found['interval'][0]:+.3f} to {found['interval'][1]:+.3f})" if found["interval"] else ""

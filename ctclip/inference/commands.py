@@ -14,6 +14,7 @@ from ctclip.data.tables import formula_note
 from ctclip.evaluation.figures import check_matplotlib
 from ctclip.evaluation.run_folder import list_names, newest_run
 from ctclip.fileio import check_writable
+from ctclip.formatting import plural
 from ctclip.inference.heat_maps import parse_labels
 from ctclip.inference.onnx_export import check_onnx_path, export_lines, export_run
 from ctclip.inference.predictions import (
@@ -75,7 +76,7 @@ def print_predictions(predictions: Predictions, output: Path, checkpoint: Path) 
     """What was written; raises PredictionError where scans could not be read."""
     json, failures = output.suffix == ".json", predictions.failures
     rows = len(predictions.scans) if json else len(predictions.table)
-    print(f"Wrote {output}: {rows} scans, model {checkpoint}; {predictions.description}")
+    print(f"Wrote {output}: {plural(rows, 'scan')}, model {checkpoint}; {predictions.description}")
     if predictions.note:
         print(predictions.note)
     if predictions.heat_maps:

@@ -80,7 +80,7 @@ def test_the_baseline_takes_two_lines(metrics):
     ours = base["this"]["at_0.5"]["auroc_macro"]
     change = f"{ours - base['at_0.5']['auroc_macro']:+.3f} ({found['interval'][0]:+.3f} to {found['interval'][1]:+.3f})"
     assert f"{base['at_0.5']['auroc_macro']:.3f} -> {ours:.3f}: {change}, p {found['p']:.3f}" in said
-    assert "F1 macro, tuned" in said
+    assert "F1 macro, cross-fitted thresholds" in said
     assert "BASELINE" not in rows(format_summary(metrics | {"baseline": None}))
 
 
