@@ -99,6 +99,7 @@ def place_files(files: dict[str, bytes], folder: Path) -> list[str]:
     if stamp.is_file() and not same:
         report(f"another bundle ({version}): the folder ctclip is kept as {move_aside(folder / 'ctclip')}")
     written = []
+    # The package last, and its stamp before it: after a kill, what is there tells the next run that it may go on.
     for name in sorted(files, key=lambda name: (name.startswith("ctclip/"), name != STAMP)):
         target = folder / name
         if target.is_file() and (same or target.read_bytes() == files[name]):
