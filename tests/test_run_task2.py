@@ -189,7 +189,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, 
     [
         ("run_task2.py", *WRONG_USAGE[2]),
         ("run_task2.py", *WRONG_USAGE[-1]),
-        ("ctclip_training.py", ["--batch-size", "many"], "invalid int value"),
+        ("ctclip_training.py", ["--batch-size", "many"], "found 'many', expected a whole number"),
     ],
 )
 def test_scripts_exit_with_that_line_and_code(tmp_path, script, flags, line):
