@@ -338,7 +338,8 @@ def test_files_are_written_whole_and_read_back(tmp_path):
     metrics = ev.evaluate(predictions, labels, output_dir=out, history=history, **FEW)
     assert sorted(path.name for path in out.iterdir()) == [
         "calibration.json", "files.jsonl", "metrics.json", "per_label.csv", "positive_rate.png", "precision_recall.png",
-        "predictions.csv", "reliability.png", "report.html", "roc.png", "threshold_sweep.png", "training_curves.png"]
+        "predictions.csv", "reliability.png", "report.html", "report.txt", "roc.png", "threshold_sweep.png",
+        "training_curves.png"]
     assert json.loads((out / "metrics.json").read_text()) == metrics
     pd.testing.assert_frame_equal(tables_module.load_predictions(out / "predictions.csv"), predictions)
     table = pd.read_csv(out / "per_label.csv", index_col="label")
