@@ -117,7 +117,7 @@ def test_an_interpreter_with_nothing_installed(tmp_path):
     assert done.returncode == 2
     rows = {name: (mark, said) for name, mark, said in rows_of(done.stdout)}
     assert set(NAMES) - set(rows) <= {"prompts", *OPTIONAL}  # no weights that take any
-    for name, need in {"gpu": "torch", "hub": "huggingface_hub", "cohort": "torch", "forward pass": "timm"}.items():
+    for name, need in {"gpu": "torch", "hub": "huggingface_hub", "cohort": "numpy", "forward pass": "timm"}.items():
         assert rows[name] == ("skip", f"needs {need}")
     mark, said = rows["packages"]
     assert mark == "FAIL" and said.startswith("0 of 12 are here; missing or too old: torch>=2.6")
