@@ -16,10 +16,9 @@ ROOT = BENCHMARKS.parents[1]
 GOAL = 0.5  # seconds
 SCRIPTS = ("run_task2", "ctclip_training", "ctclip_evaluation", "ctclip_setup", "ctclip.hub", "ctclip.phantoms")
 FLAGS = {  # one of each of a script's groups, the last one too
-    "run_task2": ("--mode", "--explain", "--objective", "--plan", "--data-dir", "--head", "--epochs", "--gamma",
-                  "--device", "--workers"),
-    "ctclip_training": ("--mode", "--resume", "--data-dir", "--head", "--epochs", "--gamma", "--device", "--workers"),
-    "ctclip_evaluation": ("--checkpoint", "--objective", "--resamples", "--pictures", "--output-dir"),
+    "run_task2": ("--mode", "--explain", "--resume", "--data-dir", "--head", "--epochs", "--loss-type"),
+    "ctclip_training": ("--mode", "--resume", "--data-dir", "--head", "--epochs", "--loss-type"),
+    "ctclip_evaluation": ("--checkpoint", "--objective", "--baseline", "--output-dir"),
     "ctclip.hub": ("weights", "card"),
     "ctclip.phantoms": ("--data-dir", "--train", "--workers"),
     "ctclip_setup": ("--dev", "--model", "--data"),
