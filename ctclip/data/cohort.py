@@ -76,6 +76,7 @@ class Cohort:
     volumes: list[Volume]
     skipped: list[tuple[str, str]] = field(default_factory=list)
     not_on_disk: int = 0
+    folder: str = "dataset"  # where volumes were looked for
     notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -91,7 +92,7 @@ class Cohort:
         scans, patients = {v.scan for v in self.volumes}, {v.patient for v in self.volumes}
         lines = [f"{len(self)} volumes, {len(scans)} scans, {len(patients)} patients"]
         if self.not_on_disk:
-            lines.append(f"not on disk: {self.not_on_disk} (listed in the labels, no file)")
+            lines.append(f"not on disk: {self.not_on_disk} (listed in the labels, no file in {self.folder})")
         streamed = sum(volume.signature is not None for volume in self.volumes)
         if streamed:
             lines.append(f"without a file: {streamed} (streamed, known only by their cached codes)")
@@ -164,7 +165,7 @@ class CohortBuilder:
     """Joins label rows, metadata rows, the no-chest list, the disk and the manifest, one volume at a time."""
 
     def __init__(self, data_dir: Path, split: str, patients: str | Path | None = None):
-        self.data_dir, self.split, self.cohort = data_dir, split, Cohort([])
+        self.data_dir, self.split, self.cohort = data_dir, split, Cohort([], folder=f"dataset/{split}_fixed or {split}")
         notes = self.cohort.notes
         self.labels = read_table(data_dir / ct_rate.labels_path(split), ABNORMALITIES, optional=ID_COLUMNS)
         metadata_file = data_dir / ct_rate.metadata_path(split)
@@ -173,11 +174,11 @@ class CohortBuilder:
                                        METADATA_COLUMNS)
         else:
             self.metadata = CsvTable(metadata_file, GEOMETRY_COLUMNS)
-            notes.append(f"no {metadata_file.name}: version-1 volumes are skipped")
+            notes.append(f"no {metadata_file.name}, without which raw volumes (version 1) are skipped")
         no_chest = data_dir / no_chest_path(split)
         self.no_chest = _read_no_chest(no_chest)
         if not no_chest.exists():
-            notes.append(f"no {no_chest.name}: scans of other body parts are not skipped")
+            notes.append(f"no {no_chest.name}, an optional list of volumes to skip")
         self.streamed = read_streamed(data_dir, split)
         for table, what in ((self.labels, "label"), (self.metadata, "metadata")):
             if table.repeated:
@@ -277,6 +278,9 @@ def load_cohort(
         raise CohortError(f"found split {split!r}, expected one of {', '.join(ct_rate.SPLITS)}; choose one")
     if not data_dir.is_dir():
         raise CohortError(f"found no folder {data_dir}, expected the cohort's; check --data-dir")
+    if not (data_dir / "dataset").is_dir():
+        raise CohortError(f"found no folder {data_dir / 'dataset'}, expected the cohort's tables and volumes in it; "
+                          "name the folder above it with --data-dir")
     builder = CohortBuilder(data_dir, split, patients)
     cohort = builder.cohort
     labelled = dict.fromkeys(builder.labelled)

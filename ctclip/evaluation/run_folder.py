@@ -57,7 +57,8 @@ def newest_run() -> Path:
     written = [run / name for run in runs for name in RECORDS if (run / name).is_file()]
     if not written:
         raise RunError("results: found no run, expected a folder with run.json; train one with "
-                       "'python ctclip_training.py --mode quick_test' or give --predictions and --labels")
+                       "'python ctclip_training.py --mode quick_test', name one elsewhere with --checkpoint, or give "
+                       "--predictions and --labels")
     return max(written, key=lambda path: path.stat().st_mtime).parent
 
 

@@ -79,6 +79,8 @@ def _load_run(folder: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityMo
 
 
 def _load_file(path: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityModel:
+    if not path.suffix and not path.exists():
+        raise RunError(f"{path}: found no such folder, expected a run's, or a CT-CLIP file; check --checkpoint")
     model = CTCLIPMultiAbnormalityModel(path, head=None if prompts is None else "prompts", prompts=prompts)
     report = model.load_report
     if report is None or not report.new:

@@ -430,7 +430,11 @@ def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormality
         path = config.ctclip_path or (DEMO_PATH if phantom else CLASSFINE_PATH)
         head = "prompts" if config.init_head == "prompts" else config.head
         new = config.init_head == "new"
-        return CTCLIPMultiAbnormalityModel(path, head=head, dropout=config.dropout, new_head=new)
+        try:
+            return CTCLIPMultiAbnormalityModel(path, head=head, dropout=config.dropout, new_head=new)
+        except FileNotFoundError as error:
+            remedy = f"or name another file with --ctclip-path ({DEMO_PATH} tries the pipeline)"
+            raise TrainingError(f"{error}; {remedy}") from error
     attention = None if config.use_attention == "none" else config.use_attention
     try:
         return CTCLIPMultiAbnormalityModel(
