@@ -22,7 +22,7 @@ from ctclip.cli import run_cli
 from ctclip.config import Machine, TrainingConfig, TrainingError
 from ctclip.evaluation.run_folder import LOCK, own_files, writing
 from ctclip.inference.predictor import load_model
-from ctclip.training import loop, steps
+from ctclip.training import estimate, loop, steps
 from ctclip.training import run as run_module
 from ctclip.training.checkpoint import states
 from ctclip.training.loop import train
@@ -85,7 +85,8 @@ def test_a_folder_that_holds_other_things_is_refused_and_stays_as_it_is(names, c
     folder.mkdir()
     for name in names:
         (folder / name).write_text("mine")
-    monkeypatch.setattr(run_module, "prepare", None)  # said before any work
+    for module in (run_module, estimate):  # said before any work
+        monkeypatch.setattr(module, "prepare", None)
     assert main([*flags_of(config), "--output-dir", str(folder)]) == 2
     err = capsys.readouterr().err
     assert one_line(err) and f"{folder}: found a folder with other files ({sorted(names)[0]}" in err
