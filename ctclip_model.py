@@ -36,6 +36,7 @@ if __name__ == "__main__":  # Ctrl-C, during the imports too, ends without a tra
 
 import argparse
 import hashlib
+import html
 import inspect
 import json
 import math
@@ -701,6 +702,9 @@ class LoadReport:
         """In a line, as it is printed before a training; `str` has the reasons."""
         dropped = sum(self.dropped.values())
         return f"{self.path}: {self.loaded} tensors loaded, {dropped} dropped by name; head: {self.head}{self.assumed}"
+
+    def _repr_html_(self) -> str:
+        return f"<details><summary>{html.escape(repr(self))}</summary>{html.escape(str(self))}</details>"
 
 
 def written_files(folder: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ produced on small random weights) and against properties that the architecture m
 import json
 import pickle
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,7 @@ def test_report_counts_every_tensor_of_the_file(model):
     assert "85 tensors loaded" in str(report) and "43 text tower" in str(report)
     dropped = sum(report.dropped.values())
     assert repr(report) == f"{CLASSFINE}: 85 tensors loaded, {dropped} dropped by name; head: {report.head}"
+    assert report._repr_html_() == f"<details><summary>{escape(repr(report))}</summary>{escape(str(report))}</details>"
 
 
 def test_file_without_head_gets_a_new_one_with_logits_of_exactly_zero(expected):

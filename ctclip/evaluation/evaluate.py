@@ -101,7 +101,7 @@ def evaluate(
         with alone_in(make_folder(output_dir, ELSEWHERE)):
             write_tables(output_dir, evaluation)
             write_pictures(output_dir, evaluation, worst_cases(evaluation.rows, evaluation.fitted))
-    return evaluation.metrics
+    return summary.Metrics(evaluation.metrics)
 
 
 def evaluate_tables(

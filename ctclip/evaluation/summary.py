@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
+from html import escape
 
 from ctclip.evaluation.calibration import TUNING
 from ctclip.evaluation.report import WHEN, notices
@@ -14,6 +15,13 @@ from ctclip.formatting import TIED, change_text, decimal, metric_text, percent, 
 COLUMN, LINE_WIDTH = 24, 120
 BASELINE_ROWS = (("AUROC macro", "at_0.5", "auroc_macro"), ("F1 macro, cross-fitted thresholds", "tuned", "f1_macro"))
 SHOWN_FINDINGS = 3  # of the best, and of the worst
+
+
+class Metrics(dict):
+    """An evaluation's metrics, as metrics.json holds them; a notebook shows their summary."""
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(format_summary(self))}</pre>"
 
 
 def format_summary(metrics: Mapping) -> str:

@@ -1,6 +1,7 @@
 """The summary printed after an evaluation: its numbers are those of metrics.json, its length and its notices."""
 
 import json
+from html import unescape
 
 import pytest
 from helpers_evaluation import simulate
@@ -72,6 +73,13 @@ def test_the_summary_is_short_and_carries_the_notice(metrics):
     lines = format_summary(metrics).splitlines()
     assert lines[-1] == SYNTHETIC_NOTE and len(lines) <= MOST_LINES
     assert max(map(len, lines)) <= LINE_WIDTH
+
+
+def test_a_notebook_shows_what_evaluate_returns_as_its_summary():
+    predictions, labels = simulate(12, seed=0)
+    found = evaluate(predictions, labels, resamples=100)
+    assert unescape(found._repr_html_()) == f"<pre>{format_summary(found)}</pre>"
+    assert json.loads(json.dumps(found)) == dict(found)
 
 
 def test_the_baseline_takes_two_lines(metrics):
