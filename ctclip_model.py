@@ -1085,7 +1085,20 @@ def _beside_weights(path: Path) -> dict[Any, Any]:
 
 
 def _listed_names(value: Any) -> list[str]:
-    """The names in a list, in {0: name} or in {name: 0}; [] of anything else."""
+    """The names in a list, in {0: name} or in {name: 0}, in a list of {"name": ...}, also as an array or as text (JSON,
+    or separated by commas); [] of anything else."""
+    if not isinstance(value, (str, bytes, dict, list, tuple, Tensor)) and hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = value.split(",")
+    if isinstance(value, (list, tuple)):
+        value = [next((part[key] for key in ("name", "label") if key in part), None) if isinstance(part, dict) else part
+                 for part in value]  # fmt: skip
     if isinstance(value, dict) and all(isinstance(number, int) for number in value.values()):
         value = sorted(value, key=value.__getitem__)
     elif isinstance(value, dict) and all(str(number).isdecimal() for number in value):
@@ -1918,10 +1931,15 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         labels: names of the logits, in order. Without them `labels` stays where `num_classes` is its number, and is
         "class 0", "class 1", ... for another number. Raises ValueError where names and number differ, and for none.
         """
+        listed = isinstance(labels, (list, tuple, type(None)))
+        if not listed or any(not isinstance(name, str) or not name for name in labels or ()):
+            raise ValueError(f"found labels {labels!r}, expected a list of different names, one for each class")
+        if num_classes is not None and type(num_classes) is not int:
+            raise ValueError(f"found {num_classes!r} classes, expected a whole number")
         names = self.labels if labels is None else tuple(labels)
         if labels is None and num_classes not in (None, len(names)):
             names = tuple(f"class {i}" for i in range(num_classes or 0))
-        if isinstance(labels, str) or num_classes not in (None, len(names)) or len(set(names)) != len(names):
+        if num_classes not in (None, len(names)) or len(set(names)) != len(names):
             number = "" if num_classes is None else f" for {num_classes} classes"
             raise ValueError(f"found labels {names!r}{number}, expected a list of different names, one for each class")
         if not names:

@@ -163,6 +163,9 @@ NAMED = {
     "spelled otherwise": lambda names: {"model": STATE, "task": [name.upper().replace(" ", "_") for name in names]},
     "a tuple in the settings": lambda names: {"state_dict": STATE, "hyper_parameters": {"classes": tuple(names)}},
     "names by row": lambda names: {"model": STATE, "config": {"id2label": dict(enumerate(names))}},
+    "text": lambda names: {"model": STATE, "labels": ",".join(names)},
+    "JSON": lambda names: {"model": STATE, "labels": json.dumps(names).encode()},
+    "an object each": lambda names: {"model": STATE, "labels": [{"name": name} for name in names]},
     "rows by name": lambda names: {"model": STATE, "label2id": {name: row for row, name in enumerate(names)}},
 }
 

@@ -328,6 +328,10 @@ def test_labels_and_number_of_classes_never_differ():
         (None, "Nodule", "expected a list of different names"),
         (0, None, "found no class, expected at least one; features without a head are features"),
         (None, [], "found no class"),
+        (None, {"a", "b"}, "expected a list of different names"),  # a set has no order
+        (None, {"a": 1, "b": 0}, "expected a list of different names"),
+        (None, ["a", None], "expected a list of different names"),
+        (2.0, None, "found 2.0 classes, expected a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
             model.reset_classifier(number, labels=labels)

@@ -180,6 +180,7 @@ class CohortBuilder:
         if not no_chest.exists():
             notes.append(f"no {no_chest.name}, an optional list of volumes to skip")
         self.streamed = read_streamed(data_dir, split)
+        self.taken: dict[str, str] = {}  # file: the row that it belongs to
         for table, what in ((self.labels, "label"), (self.metadata, "metadata")):
             if table.repeated:
                 notes.append(f"duplicate {what} rows with the same content, counted once: {len(table.repeated)}")
@@ -211,8 +212,11 @@ class CohortBuilder:
         """(path, whether version 2, None) of the file, version 2 first: it is the corrected one. Without a file, where
         it would be and what the manifest says of it."""
         places = [(volume_path(name, fixed), fixed) for fixed in (True, False)]
-        if not ct_rate.names_patient(name):
-            places.insert(0, (ct_rate.plain_path(name, self.split), True))
+        plain = (ct_rate.plain_path(name, self.split), True)
+        places.insert(2 if ct_rate.names_patient(name) else 0, plain)
+        if plain[0].is_absolute() or ".." in plain[0].parts:
+            raise CohortError(f"{self.labels.path}: found {name!r}, expected a name within the cohort's folder; "
+                              "correct it")
         for place, fixed in places:
             path = self.data_dir / place
             if os.path.exists(path):  # False also where a folder may not be entered
@@ -240,6 +244,9 @@ class CohortBuilder:
         if reason is not None:
             self.cohort.skipped.append((name, reason))
         else:
+            if (other := self.taken.setdefault(os.path.abspath(path), name)) != name:
+                raise CohortError(f"{self.labels.path}: found {other!r} and {name!r} for one file, {path}, expected "
+                                  "one row; remove the other")
             signature = (streamed.size, streamed.tail) if streamed else None
             self.cohort.volumes.append(Volume(
                 name, path, labels.astype(np.float32), row, signature, ids=self.ids.get(name)

@@ -26,8 +26,8 @@ def slices(path: str | Path, k: int = 8, metadata: Mapping[str, Any] | None = No
 
     In-plane axes are x then y: the transpose of the usual image. `metadata` and errors are those of preprocess_volume.
     """
-    if k < 1:
-        raise ValueError(f"k is {k}, expected at least 1")
+    if type(k) is not int or not 1 <= k <= SLICE_INPUT_SHAPE[0]:
+        raise ValueError(f"k is {k!r}, expected a whole number of 1 to {SLICE_INPUT_SHAPE[0]} slices")
     volume = preprocess_volume(path, metadata, shape=SLICE_INPUT_SHAPE)
     return slice_triplets(volume[None], k)[0]
 
@@ -51,6 +51,10 @@ class LabelledVolumes(Dataset):
         shape: Sequence[int] = PUBLISHED_SHAPE,
         findings: Sequence[str] = ABNORMALITIES,
     ):
+        if isinstance(findings, str) or not findings or len(set(findings)) < len(tuple(findings)):
+            raise CohortError(f"found findings {findings!r}, expected a list of different names")
+        if not Path(folder).is_dir():
+            raise CohortError(f"found no folder {folder}, expected one of volumes")
         table = read_table(labels, numeric=findings, expected=f"VolumeName and {some(findings)}")
         paths = {path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*"))
                  if path.name.lower().endswith(FILE_SUFFIXES)}  # fmt: skip

@@ -48,6 +48,7 @@ LAST_TAGS = (0x7FE00010, 0xFFFAFFFA, 0xFFFCFFFC)  # pixels; behind them only sig
 SERIES_PREFIX = "series_"  # before its number, in the name of a series that shares its folder
 JITTER = 0.1  # of the slice distance: how far a slice may lie from its place; a missing one is ten times that off
 STRAIGHT = 1.0  # degrees between the slices' normal and the way from slice to slice, up to which that is the normal
+PROJECTIONS = ("MIP", "MINIP")  # over thick slabs: other values than those of slices
 SCOUTS = 3  # slices of another orientation than the rest of their series, at most, that are taken for localizers
 KEPT_FOLDERS = 16  # whose headers are kept: 1 KB for each slice
 PADDING_HU = -2000.0
@@ -282,8 +283,9 @@ def _slices_of(path: Path, header: Any) -> Iterator[Slice]:
 def _is_slice(path: Path, kinds: Sequence[str] | str | None) -> bool:
     """Whether an ImageType or FrameType is that of a slice, not of a localizer. Raises VolumeError for projections."""
     names = [kinds] if isinstance(kinds, str) else [str(kind).upper() for kind in kinds or ()]
-    if "MIP" in names:
-        raise file_error(path, "a projection (ImageType MIP)", "slices as reconstructed", "leave the series out")
+    if projection := next((name for name in names if name in PROJECTIONS), None):
+        found = f"a projection (ImageType {projection})"
+        raise file_error(path, found, "slices as reconstructed", "leave the series out")
     return "LOCALIZER" not in names
 
 

@@ -4,6 +4,8 @@ Checked: columns matched by name; every kind of bad row skipped with a reason an
 version 2 preferred to version 1.
 """
 
+import re
+
 import numpy as np
 import pytest
 from helpers_data import HEADER, META_HEADER, A, B, C, label_line, meta_line, tables
@@ -168,6 +170,30 @@ def test_rows_that_can_be_no_volume_are_said(data_dir):
     (note,) = [line for line in cohort.summary().splitlines() if "faulty" in line]
     assert note.startswith("2 faulty label rows: ") and "line 4: found no VolumeName" in note
     assert cohort.skipped == [(C, "labels other than 0 and 1")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (("scan.nii.gz", "./scan.nii.gz"), "found 'scan.nii.gz' and './scan.nii.gz' for one file"),
+        (("scan", "scan.nii.gz"), "found 'scan' and 'scan.nii.gz' for one file"),
+        (("../valid_fixed/scan.nii.gz",), "expected a name within the cohort's folder"),
+        (("/etc/scan.nii.gz",), "expected a name within the cohort's folder"),
+    ],
+)
+def test_a_file_belongs_to_one_row_and_lies_in_the_cohort(rows, told, data_dir):
+    (data_dir / "dataset" / "valid_fixed" / "scan.nii.gz").touch()
+    tables(data_dir, [HEADER, *map(label_line, rows)], [META_HEADER])
+    with pytest.raises(CohortError, match=re.escape(told)):
+        load_cohort(data_dir, "valid")
+
+
+def test_a_volume_of_ct_rate_s_form_may_lie_in_its_split_s_folder(data_dir):
+    name = "valid_70_a_1.nii.gz"
+    path = data_dir / "dataset" / "valid_fixed" / name
+    path.touch()
+    tables(data_dir, [HEADER, label_line(name)], [META_HEADER])
+    assert [volume.path for volume in load_cohort(data_dir, "valid").volumes] == [path]
 
 
 @pytest.mark.parametrize("name", ["scan_001.nii.gz", "site_a/Patient 7.mha", "chest7"])

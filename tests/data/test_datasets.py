@@ -1,6 +1,7 @@
 """Slices and (volume, labels) for training loops of one's own, against `preprocess_volume`; and the axes, on a chest
 whose spine and larger lung are known places."""
 
+import re
 import warnings
 
 import pytest
@@ -26,8 +27,9 @@ def test_slices_are_adjacent_ones_of_the_preprocessed_volume(scan):
     assert torch.equal(middle, volume[59:62])
     for triplet, centre in zip(slices(scan, k=3), (20, 60, 100), strict=True):
         assert torch.equal(triplet, volume[centre - 1 : centre + 2])
-    with pytest.raises(ValueError, match="k is 0, expected at least 1"):
-        slices(scan, k=0)
+    for k in (0, 121, 2.5, "3", None):
+        with pytest.raises(ValueError, match=re.escape(f"k is {k!r}, expected a whole number of 1 to 120 slices")):
+            slices(scan, k=k)
 
 
 def test_slices_have_x_before_y_and_hu_by_1000(scan):

@@ -393,6 +393,7 @@ BAD = {
     "another spacing": (_another((20, 18, 1), (9.0, 9.0, 9.0)), "slices that are alike"),
     "dark for dense": (lambda f: _series(f, PhotometricInterpretation="MONOCHROME1"), "MONOCHROME1"),
     "projections": (lambda f: _series(f, ImageType=["DERIVED", "SECONDARY", "AXIAL", "MIP"]), "projection"),
+    "lowest values": (lambda f: _series(f, ImageType=["DERIVED", "SECONDARY", "MINIP"]), "ImageType MINIP"),
     "two patients": (lambda f: _series(f, edit=_of_two_patients), "of 2 patients"),
     "no slope": (lambda f: _series(f, RescaleSlope="0"), "RescaleSlope 0"),
     "no slope at all": (lambda f: _series(f, edit=lambda file, _: delattr(file, "RescaleSlope")), "no RescaleSlope"),
