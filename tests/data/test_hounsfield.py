@@ -294,3 +294,11 @@ def test_real_scans_are_hu_and_their_raw_copies_are_not(tmp_path, name):
         assert decision.reading == "stored" and torch.equal(volume, expected)
         with pytest.raises(VolumeError, match="metadata=None"):
             preprocess_volume(Path(REAL, name), row(spacing, intercept=-offset), SMALL)
+
+
+def test_slices_that_are_there_twice_are_told(tmp_path):
+    hu = chest((48, 44, 40)) + np.random.default_rng(0).normal(0, 20, (48, 44, 40))
+    twice = hu[:, :, np.repeat(np.arange(20), 2)]
+    for case, told in ((twice, ("20 of 40 slices equal the one before: repeated?",)), (hu, ())):
+        volume = replace(volume_of(write(tmp_path / "v.nii", case, (8.0, 8.0, 6.0))), assume_hu=True)
+        assert tuple(note for note in read_volume(volume, SMALL)[1].notes if "equal" in note) == told
