@@ -20,7 +20,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports is no traceback; `python
 
 import argparse
 import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,9 +146,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path, str]:
     if run.is_dir():
         check_output_folder(folder, *RESULT_FILES, own=None if args.data_dir else run)
 
-    def check(volumes: Sequence[str]) -> None:
-        check_shared(volumes, args.baseline, args.metadata)
-
+    check = partial(check_shared, baseline=args.baseline, metadata=args.metadata)
     inputs = run_inputs(run, args.data_dir, args.device, args.workers, folder, args.patients, check)
     return inputs, folder, next_step(run)
 

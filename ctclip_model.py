@@ -1075,13 +1075,15 @@ def _beside_weights(path: Path) -> dict[Any, Any]:
     if path.name == SAVED_WEIGHTS:
         with suppress(OSError, UnicodeDecodeError):
             texts["config.json"] = path.with_name("config.json").read_text(encoding="utf-8-sig")
-    content = {}
-    for key, text in texts.items():
-        try:
-            content[key] = json.loads(text)
-        except (ValueError, RecursionError):
-            content[key] = [name.strip() for name in text.split(",")]
-    return content
+    return {key: _parsed(text) for key, text in texts.items()}
+
+
+def _parsed(text: str) -> Any:
+    """What JSON text says; of other text the list of its parts between commas."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text.split(",")
 
 
 def _listed_names(value: Any) -> list[str]:
@@ -1092,10 +1094,7 @@ def _listed_names(value: Any) -> list[str]:
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = value.split(",")
+        value = _parsed(value)
     if isinstance(value, (list, tuple)):
         value = [next((part[key] for key in ("name", "label") if key in part), None) if isinstance(part, dict) else part
                  for part in value]  # fmt: skip
@@ -1931,9 +1930,10 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         labels: names of the logits, in order. Without them `labels` stays where `num_classes` is its number, and is
         "class 0", "class 1", ... for another number. Raises ValueError where names and number differ, and for none.
         """
+        expected = "expected a list of different names, one for each class"
         listed = isinstance(labels, (list, tuple, type(None)))
         if not listed or any(not isinstance(name, str) or not name for name in labels or ()):
-            raise ValueError(f"found labels {labels!r}, expected a list of different names, one for each class")
+            raise ValueError(f"found labels {labels!r}, {expected}")
         if num_classes is not None and type(num_classes) is not int:
             raise ValueError(f"found {num_classes!r} classes, expected a whole number")
         names = self.labels if labels is None else tuple(labels)
@@ -1941,7 +1941,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             names = tuple(f"class {i}" for i in range(num_classes or 0))
         if num_classes not in (None, len(names)) or len(set(names)) != len(names):
             number = "" if num_classes is None else f" for {num_classes} classes"
-            raise ValueError(f"found labels {names!r}{number}, expected a list of different names, one for each class")
+            raise ValueError(f"found labels {names!r}{number}, {expected}")
         if not names:
             raise ValueError("found no class, expected at least one; features without a head are features(x)")
         old = next(self.classifier.parameters())

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports is no traceback; `python
 import argparse
 import shlex
 import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,9 +94,7 @@ def run(args: argparse.Namespace) -> None:
         if folder.is_dir():
             check_output_folder(results, *RESULT_FILES, own=folder)
 
-        def check(volumes: Sequence[str]) -> None:
-            check_shared(volumes, args.baseline, args.metadata)
-
+        check = partial(check_shared, baseline=args.baseline, metadata=args.metadata)
         inputs = run_inputs(folder, data_dir, args.device, args.workers, results, patients, check)
         evaluate_and_write(inputs, results, settings, args.baseline, args.metadata, args.pictures, args.verbose)
         following = next_step(folder)

@@ -211,13 +211,13 @@ class CohortBuilder:
     def find(self, name: str) -> tuple[Path, bool, Streamed | None] | None:
         """(path, whether version 2, None) of the file, version 2 first: it is the corrected one. Without a file, where
         it would be and what the manifest says of it."""
-        places = [(volume_path(name, fixed), fixed) for fixed in (True, False)]
-        plain = (ct_rate.plain_path(name, self.split), True)
-        places.insert(2 if ct_rate.names_patient(name) else 0, plain)
-        if plain[0].is_absolute() or ".." in plain[0].parts:
+        plain = ct_rate.plain_path(name, self.split)
+        if plain.is_absolute() or ".." in plain.parts:
             raise CohortError(f"{self.labels.path}: found {name!r}, expected a name within the cohort's folder; "
                               "correct it")
-        for place, fixed in places:
+        of_the_hub, of_ones_own = [(volume_path(name, fixed), fixed) for fixed in (True, False)], [(plain, True)]
+        is_ct_rate_s = ct_rate.names_patient(name)
+        for place, fixed in of_the_hub + of_ones_own if is_ct_rate_s else of_ones_own + of_the_hub:
             path = self.data_dir / place
             if os.path.exists(path):  # False also where a folder may not be entered
                 return path, fixed, None

@@ -87,7 +87,7 @@ def volume_path(name: str, fixed: bool) -> Path:
 
 
 def plain_path(name: str, split: str) -> Path:
-    """Where a volume in HU lies whose name is not of CT-RATE's form: in the split's folder, by its name."""
+    """Where a volume in HU of a cohort of one's own lies: in the split's folder, by its name."""
     return Path("dataset", f"{split}_fixed", _with_suffix(name))
 
 

@@ -232,10 +232,12 @@ def slice_notes(statistics: VoxelStatistics, axis: int, spacing: float, scale: S
         elif shift > MOST_SHIFT_MM and number == max(first, last):
             notes.append(f"{found} It moves the anatomy by {shift:.0f} mm")
     # Only neighbours tell: where slices run across the file's slowest axis, a large file's sample has not all of them.
-    if step == 1 and (repeated := int((planes[1:] == planes[:-1]).all(axis=1)[varied[varied > 0] - 1].sum())):
-        notes.append(f"{repeated} of {count} slices equal the one before: repeated?")
-    if step == 1 and (disorder := _disorder(np.clip(hu[varied], HU_MIN, HU_MAX))):
-        notes.append(disorder)
+    if step == 1:
+        stored = planes[varied]
+        if repeated := int((stored[1:] == stored[:-1]).all(axis=1).sum()):
+            notes.append(f"{repeated} of {count} slices equal the one before: repeated?")
+        if disorder := _disorder(np.clip(hu[varied], HU_MIN, HU_MAX)):
+            notes.append(disorder)
     return notes
 
 

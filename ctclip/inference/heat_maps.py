@@ -14,9 +14,7 @@ highest point lies on the finding is measured on phantoms by tests/benchmarks/po
 from __future__ import annotations
 
 import difflib
-import gzip
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, count
@@ -33,7 +31,7 @@ from ctclip.data.inflate import GzipFile
 from ctclip.data.windows import Window, display_window
 from ctclip.evaluation.figures import GREY, INK, SOFTWARE, new_figure, write_figure
 from ctclip.fileio import check_replaceable, replacing
-from ctclip.inference.scans import PredictionError
+from ctclip.inference.scans import HEAT_MAP_DESCRIPTION, PredictionError, nifti_description
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, slice_triplets
 
 if TYPE_CHECKING:
@@ -51,7 +49,6 @@ PANEL = (WIDTH - 2 * LEFT - SHOWN * GAP) / (SHOWN + 1)
 NUMBER_POINTS = 8.0
 OUTLINE = "#4dd2ff"
 UNSAFE = re.compile(r"[^\w.-]+")  # in a file's name
-DESCRIPTION = "Logits per token"  # how the description in a heat map's header begins
 LONGEST_NAME = 80  # bytes of a label in a file's name, which ends at 255 on most disks
 OUTSIDE_SHARE = 0.03  # share of the contributions outside the scan above which the caption gives it
 
@@ -219,7 +216,7 @@ def _nifti_header(placement: Placement, slope: float, highest: float, label: str
     header.set_xyzt_units("mm")
     header.set_slope_inter(slope, 0)
     header["cal_max"], header["vox_offset"] = highest, header.single_vox_offset
-    header["descrip"] = f"{DESCRIPTION}: {label}".encode("ascii", "replace")[:79]
+    header["descrip"] = f"{HEAT_MAP_DESCRIPTION}: {label}".encode("ascii", "replace")[:79]
     return header
 
 
@@ -455,11 +452,7 @@ def check_heat_maps(folder: Path, names: Sequence[str], labels: Sequence[str]) -
 
 
 def _is_heat_map(path: Path) -> bool:
-    try:
-        with gzip.open(path) as file:
-            return DESCRIPTION.encode() in file.read(348)  # NIfTI's header
-    except (OSError, EOFError, zlib.error):
-        return False
+    return HEAT_MAP_DESCRIPTION.encode() in nifti_description(path)
 
 
 def _is_picture(path: Path) -> bool:

@@ -17,8 +17,7 @@ from ctclip.errors import UserError
 from ctclip.formatting import comma_separated, plural
 
 HEAT_MAP_FOLDER = "explain"  # ends the name of the folder
-DESCRIPTION = slice(148, 228)  # descrip in a NIfTI-1 header
-HEAT_MAP_DESCRIPTION = b"logits per token"  # what ctclip.inference.heat_maps writes there, beside the label
+HEAT_MAP_DESCRIPTION = "Logits per token"  # how the description in a heat map's header begins
 
 
 class PredictionError(UserError):
@@ -176,7 +175,12 @@ def _is_heat_map(path: Path, beside: Sequence[str]) -> bool:
     stem = path.name.removesuffix(".nii.gz")
     if stem == path.name or not (f"{stem}.png" in beside or path.parent.name.endswith(HEAT_MAP_FOLDER)):
         return False
-    return HEAT_MAP_DESCRIPTION in (inflated(beginning(path)) or b"")[DESCRIPTION].lower()
+    return HEAT_MAP_DESCRIPTION.lower().encode() in nifti_description(path).lower()  # earlier versions ended so
+
+
+def nifti_description(path: Path) -> bytes:
+    """descrip in the NIfTI-1 header of a .nii.gz file; b"" of another file."""
+    return (inflated(beginning(path)) or b"")[148:228]
 
 
 def _series_in(folder: Path, base: str | Path, on_note: Callable[[str], object]) -> Iterator[Scan]:
