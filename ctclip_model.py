@@ -98,6 +98,7 @@ ABNORMALITIES = (
     "Interlobular septal thickening",
 )
 N_LABELS = len(ABNORMALITIES)
+UNKNOWN = -1  # a label that nobody stated: left out of losses and metrics
 
 CLASSFINE_PATH = "models/ctclip_classfine.pt"
 _HERE = Path(__file__).resolve().parent

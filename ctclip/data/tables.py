@@ -10,7 +10,7 @@ import unicodedata
 import zipfile
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -29,6 +29,7 @@ ID_COLUMNS = (PATIENT_COLUMN, SCAN_COLUMN)
 KNOWN_COLUMNS = {NAME_COLUMN, *ID_COLUMNS, *GEOMETRY_COLUMNS, *SUBGROUP_COLUMNS, WARNING_COLUMN, "", "Unnamed: 0"}
 FORMULA_SIGNS = ("=", "+", "-", "@")
 LONGEST_NAME = 255  # characters, of a volume
+EMPTY = float("-inf")  # CsvTable.numbers, where a cell has nothing in it
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 SIGNATURES = (  # first bytes of what is named .csv and is none
     (b"\x1f\x8b", "a gzip file", "unpack it"), (b"BZh", "a bzip2 file", "unpack it"),
@@ -49,8 +50,8 @@ class CohortError(UserError):
 class CsvTable:
     """The rows of a table by volume, each volume once, in the order of the file.
 
-    `place` {volume: i}; of row i, `numbers[i]` has the numeric columns (N, K) (NaN for text that is no number),
-    `texts[i]` the stripped cells of the columns `columns`, `lines[i]` the line of the file, from 1.
+    `place` {volume: i}; of row i, `numbers[i]` has the columns `numeric` (N, K) (EMPTY for an empty cell, NaN for text
+    that is no number), `texts[i]` the stripped cells of the columns `columns`, `lines[i]` the line of the file, from 1.
 
     Identical repetitions count once (`repeated` says where); a volume with two different rows is contradictory and has
     none. Rows that are too short are filled up with empty cells. `faults` has a line of text for each row that is
@@ -59,6 +60,7 @@ class CsvTable:
 
     path: Path
     columns: tuple[str, ...] = ()
+    numeric: tuple[str, ...] = ()
     place: dict[str, int] = field(default_factory=dict)
     numbers: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     texts: list[tuple[str, ...]] = field(default_factory=list)
@@ -75,15 +77,16 @@ class CsvTable:
 
 def read_table(
     path: str | Path,
-    numeric: Sequence[str] = (),
+    numeric: Sequence[str] | Callable[[Sequence[str]], Sequence[str]] = (),
     required: Sequence[str] = (),
     optional: Sequence[str] = (),
-    expected: str = "VolumeName and the 18 abnormalities",
+    expected: str = "VolumeName and a column for each finding",
     error: type[UserError] = CohortError,
 ) -> CsvTable:
     """VolumeName, the numeric columns, and as text the required ones and those of the optional ones that there are.
 
-    Columns are found by name. A table that trains must also evaluate: both read it here. A comma at the end of every
+    Columns are found by name; a function chooses the numeric ones of a header. A table that trains must also evaluate:
+    both read it here. A comma at the end of every
     row is no cell; any other cell beyond the header's may have shifted the columns, and is an error. Raises `error`,
     with what was `expected`, where the file is no CSV, or a column is missing or there twice.
     """
@@ -133,17 +136,20 @@ def _without_nul(handle: TextIO) -> Iterator[str]:
 
 
 def _read_rows(
-    path: Path, handle: TextIO, numeric: Sequence[str], required: Sequence[str], optional: Sequence[str],
-    expected: str, error: type[UserError], remedy: str,
+    path: Path, handle: TextIO, choose: Sequence[str] | Callable[[Sequence[str]], Sequence[str]],
+    required: Sequence[str], optional: Sequence[str], expected: str, error: type[UserError], remedy: str,
 ) -> CsvTable:
     reader = csv.reader(_without_nul(handle), strict=True, skipinitialspace=True)
     header = [column_name(cell) for cell in next((record for record in reader if any(map(str.strip, record))), [])]
     if not header:
         raise error(f"{path}: found an empty file, expected a header and a row per volume; {remedy}")
     columns = (*required, *(column for column in optional if column in header))
+    _check_header(path, header, (NAME_COLUMN,), expected, error)
+    numeric = tuple(choose(header) if callable(choose) else choose)
     wanted = (NAME_COLUMN, *numeric, *columns)
     _check_header(path, header, wanted, expected, error)
-    table = CsvTable(path, columns, others=tuple(column for column in header if column and column not in wanted))
+    others = tuple(column for column in header if column and column not in wanted)
+    table = CsvTable(path, columns, numeric, others=others)
     name_at, width, longest = header.index(NAME_COLUMN), len(header), 0
     numbers_at, texts_at = [header.index(name) for name in numeric], [header.index(name) for name in columns]
     names: dict[str, int] = {}  # of all rows that count, contradictory ones too
@@ -219,7 +225,7 @@ def _check_header(
 def _numbers(cells: list[str]) -> list[float]:
     """`number` of each cell, ten times as fast where all are numbers."""
     text = "".join(cells)
-    if text.isascii() and "_" not in text:
+    if text.isascii() and not {"_", "n", "N"} & {*text}:  # neither 1_0 nor nan and inf
         try:
             return [*map(float, cells)]
         except ValueError:
@@ -228,11 +234,12 @@ def _numbers(cells: list[str]) -> list[float]:
 
 
 def number(cell: str) -> float:
-    """NaN where the text is no number; infinity stays, to be named."""
+    """EMPTY where there is no text, NaN where it is no number; infinity stays, to be named."""
     try:
-        return float(cell) if cell.isascii() and "_" not in cell else float("nan")
+        value = float(cell) if cell.isascii() and "_" not in cell else float("nan")
     except ValueError:
-        return float("nan")
+        return float("nan") if cell.strip() else EMPTY
+    return value if value != EMPTY else float("nan")
 
 
 def number_text(value: float) -> str:

@@ -1,0 +1,109 @@
+"""Which findings a table of labels or predictions is about, and its numbers: the one rule, for training and evaluation.
+
+The findings are the table's own: the 18 of CT-RATE where all of them are columns; otherwise those of the 18 that are,
+in their order, and every other column whose cells are all valid (labels: 0, 1 or empty), in the header's order. An
+empty cell of a label is unknown.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ctclip.data.tables import EMPTY, ID_COLUMNS, KNOWN_COLUMNS, CohortError, CsvTable, read_table, unknown_columns
+from ctclip.errors import UserError
+from ctclip_model import ABNORMALITIES, UNKNOWN
+
+ALIKE = 0.85  # two names of which one may be a mistyped other (difflib's ratio)
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Of a `table`, its `findings`, their `values` (N, L) and the columns that nothing uses.
+
+    Values are as they stand, valid or not: EMPTY for an empty cell, NaN for text that is no number.
+    """
+
+    table: CsvTable
+    findings: tuple[str, ...]
+    values: np.ndarray
+    unused: tuple[str, ...]
+
+
+def is_label(values: np.ndarray) -> np.ndarray:
+    """Which of LabelTable.values are 0, 1 or unknown."""
+    return np.isin(values, (0, 1, EMPTY))
+
+
+def is_probability(values: np.ndarray) -> np.ndarray:
+    """Which of LabelTable.values are in [0, 1]."""
+    return (values >= 0) & (values <= 1)
+
+
+def with_unknown(values: np.ndarray) -> np.ndarray:
+    """Valid values of labels as int8, with UNKNOWN for the empty cells."""
+    return np.where(values == EMPTY, UNKNOWN, values).astype(np.int8)
+
+
+def read_label_table(
+    path: str | Path, findings: Sequence[str] | None = None, minus_one: bool = False,
+    error: type[UserError] = CohortError,
+) -> LabelTable:
+    """A table of labels. `findings`: the columns that are wanted, by default those of the rule above. With `minus_one`,
+    -1 is read as an empty cell."""
+    return _read(path, findings, is_label, error, minus_one)
+
+
+def read_probability_table(
+    path: str | Path, findings: Sequence[str] | None = None, error: type[UserError] = CohortError
+) -> LabelTable:
+    """A table of predictions; `findings` as in read_label_table."""
+    return _read(path, findings, is_probability, error)
+
+
+def _read(
+    path: str | Path, findings: Sequence[str] | None, valid: Callable[[np.ndarray], np.ndarray],
+    error: type[UserError], minus_one: bool = False,
+) -> LabelTable:
+    def candidates(header: Sequence[str]) -> Sequence[str]:
+        return _candidates(path, header, error)
+
+    table = read_table(path, findings or candidates, optional=ID_COLUMNS, error=error)
+    values = np.where(table.numbers == -1, EMPTY, table.numbers) if minus_one else table.numbers
+    if findings is None:
+        chosen = _are_findings(table.numeric, values, valid)
+        findings, values = [name for name, own in zip(table.numeric, chosen, strict=True) if own], values[:, chosen]
+        if not findings:
+            raise error(f"{path}: found no column of findings, expected VolumeName and a column for each, such as "
+                        f"{ABNORMALITIES[0]!r}; name them in the header")
+    others = [column for column in (*table.numeric, *table.others) if column not in findings]
+    return LabelTable(table, tuple(findings), values, tuple(unknown_columns(others)))
+
+
+def _candidates(path: str | Path, header: Sequence[str], error: type[UserError]) -> list[str]:
+    """Columns of a header that may be findings. Raises `error` for one that looks like one of the 18, mistyped."""
+    named = [name for name in ABNORMALITIES if name in header]
+    missing = [name for name in ABNORMALITIES if name not in header]
+    if not missing:
+        return named
+    others = [column for column in header if column not in KNOWN_COLUMNS and column not in ABNORMALITIES]
+    for column in others:
+        folded = {name.casefold(): name for name in missing}
+        if near := difflib.get_close_matches(" ".join(column.casefold().split()), folded, 1, ALIKE):
+            raise error(f"{path}: found column {column!r}, expected {folded[near[0]]!r} or a name that is unlike it; "
+                        "check the spelling, or name the columns that count with --findings")
+    return [*named, *dict.fromkeys(others)]
+
+
+def _are_findings(
+    names: Sequence[str], values: np.ndarray, valid: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """(K,) mask: columns that say something and, of other names than the 18, in valid cells only."""
+    if not len(values):
+        return np.isin(names, ABNORMALITIES)
+    says_something = ((values != EMPTY) & ~np.isnan(values)).any(axis=0)
+    return says_something & (np.isin(names, ABNORMALITIES) | valid(values).all(axis=0))
