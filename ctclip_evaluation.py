@@ -92,7 +92,8 @@ def check_flags(args: argparse.Namespace) -> None:
     source = ("apply" if args.apply else "example" if args.example else "tables" if any(tables.values()) else "run")
     uses = {
         "--predictions": ("an evaluation of tables, or --apply,", source in ("tables", "apply")),
-        **dict.fromkeys(list(tables)[1:], ("an evaluation of tables", source == "tables")),
+        **dict.fromkeys((*list(tables)[1:], "--findings", "--minus-one-is-unknown"),
+                        ("an evaluation of tables", source == "tables")),
         **dict.fromkeys(("--checkpoint", "--device", "--workers"), ("an evaluation of a run", source == "run")),
         "--data-dir": ("an evaluation of a run or of tables", source in ("run", "tables")),
         "--patients": ("an evaluation of a run or of tables, or --apply,", source != "example"),
@@ -113,6 +114,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path, str]:
     """(inputs, output folder, what to do next) of what the flags name: the example, tables, or a run."""
+    from ctclip.data.label_table import listed_findings
     from ctclip.evaluation.command import EXAMPLE_TABLES, check_shared, example_inputs, next_step
     from ctclip.evaluation.run_folder import RESULT_FILES, check_output_folder, newest_run, results_folder, run_record
     from ctclip.evaluation.tables import EvaluationInputs, patients_of, read_labels, read_predictions
@@ -126,11 +128,13 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path, str]:
         return example_inputs(make_folder(folder, "change --output-dir")), folder, next_step(folder, "example")
     if args.predictions:
         data_dir, given, tuning = Path(args.data_dir) if args.data_dir else None, Path(args.predictions), None
+        labels = read_labels(args.labels, listed_findings(args.findings), args.minus_one_is_unknown)
+        predictions = read_predictions(given, labels.findings)
         if args.tuning_predictions:
-            tuning = read_predictions(args.tuning_predictions), read_labels(args.tuning_labels)
+            tuning = (read_predictions(args.tuning_predictions, labels.findings),
+                      read_labels(args.tuning_labels, labels.findings, args.minus_one_is_unknown))
         phantom = bool(run_record(given.parent).get("phantom"))  # a phantom run's tables are about phantoms anywhere
         phantom = phantom or (data_dir is not None and is_phantom_cohort(data_dir))
-        predictions, labels = read_predictions(given), read_labels(args.labels)
         folder = Path(args.output_dir or Path("results", "evaluation"))
         is_own = given.name == "predictions.csv"
         replaced = [] if is_own and given.parent.resolve() == folder.resolve() else ["predictions.csv"]

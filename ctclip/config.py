@@ -409,11 +409,18 @@ def training_parser(description: str) -> OneLineParser:
 
 def evaluation_parser() -> OneLineParser:
     """Of ctclip_evaluation.py."""
-    parser = OneLineParser(USUAL_EVALUATION_FLAGS, description="Evaluate predictions for CT-RATE's 18 abnormalities.")
+    parser = OneLineParser(USUAL_EVALUATION_FLAGS, description="Evaluate predictions of findings in chest CT.")
     source = parser.add_argument_group("what to evaluate (default: the newest run under results/)")
     source.add_argument("--checkpoint", metavar="RUN", help="run folder; its tables, thresholds' patients and log")
-    source.add_argument("--predictions", metavar="CSV", help="VolumeName and 18 probabilities; needs --labels")
-    source.add_argument("--labels", metavar="CSV", help="CT-RATE's label table, of the same volumes")
+    source.add_argument("--predictions", metavar="CSV",
+                        help="VolumeName and a probability for each finding; needs --labels")
+    source.add_argument("--labels", metavar="CSV",
+                        help="table of labels of the same volumes, whose findings are evaluated; an empty cell is "
+                        "unknown, and left out")
+    source.add_argument("--findings", metavar="NAME[,NAME]",
+                        help="columns of --labels that are evaluated (default: CT-RATE's 18 where all are there, else "
+                        "every column of 0, 1 and empty cells)")
+    source.add_argument("--minus-one-is-unknown", action="store_true", help="-1 in --labels means an empty cell")
     source.add_argument("--tuning-predictions", metavar="CSV",
                         help="other patients to fit on; without them, everything is cross-fitted by patient")
     source.add_argument("--tuning-labels", metavar="CSV", help="labels of the tuning patients")

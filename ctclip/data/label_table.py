@@ -34,6 +34,16 @@ class LabelTable:
     unused: tuple[str, ...]
 
 
+def listed_findings(text: str | None) -> list[str] | None:
+    """The names of --findings, commas between; None without it. Raises CohortError for none, or one that is twice."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or len(set(names)) < len(names):
+        raise CohortError(f"found --findings {text!r}, expected columns, each once, commas between; correct it")
+    return names
+
+
 def is_label(values: np.ndarray) -> np.ndarray:
     """Which of LabelTable.values are 0, 1 or unknown."""
     return np.isin(values, (0, 1, EMPTY))
@@ -77,11 +87,25 @@ def _read(
     if findings is None:
         chosen = _are_findings(table.numeric, values, valid)
         findings, values = [name for name, own in zip(table.numeric, chosen, strict=True) if own], values[:, chosen]
-        if not findings:
-            raise error(f"{path}: found no column of findings, expected VolumeName and a column for each, such as "
-                        f"{ABNORMALITIES[0]!r}; name them in the header")
+        _check_some(path, findings, error)
     others = [column for column in (*table.numeric, *table.others) if column not in findings]
     return LabelTable(table, tuple(findings), values, tuple(unknown_columns(others)))
+
+
+def table_findings(
+    source: str, header: Sequence[str], is_finding: Callable[[str], bool], error: type[UserError]
+) -> list[str]:
+    """The findings of a table in memory, by the same rule; `is_finding` says whether all cells of a column are valid
+    and one says something."""
+    findings = [name for name in _candidates(source, header, error) if name in ABNORMALITIES or is_finding(name)]
+    _check_some(source, findings, error)
+    return findings
+
+
+def _check_some(path: str | Path, findings: Sequence[str], error: type[UserError]) -> None:
+    if not findings:
+        raise error(f"{path}: found no column of findings, expected VolumeName and a column for each, such as "
+                    f"{ABNORMALITIES[0]!r}; name them in the header")
 
 
 def _candidates(path: str | Path, header: Sequence[str], error: type[UserError]) -> list[str]:
@@ -92,11 +116,17 @@ def _candidates(path: str | Path, header: Sequence[str], error: type[UserError])
         return named
     others = [column for column in header if column not in KNOWN_COLUMNS and column not in ABNORMALITIES]
     for column in others:
-        folded = {name.casefold(): name for name in missing}
-        if near := difflib.get_close_matches(" ".join(column.casefold().split()), folded, 1, ALIKE):
-            raise error(f"{path}: found column {column!r}, expected {folded[near[0]]!r} or a name that is unlike it; "
-                        "check the spelling, or name the columns that count with --findings")
+        if near := mistyped(column, missing):
+            raise error(f"{path}: found column {column!r}, expected {near!r} or a name that is unlike it; check the "
+                        "spelling, or name the columns that count with --findings")
     return [*named, *dict.fromkeys(others)]
+
+
+def mistyped(name: str, names: Sequence[str] = ABNORMALITIES) -> str | None:
+    """Which of `names` a name may be meant for that is none of them."""
+    folded = {other.casefold(): other for other in names}
+    near = difflib.get_close_matches(" ".join(name.casefold().split()), folded, 1, ALIKE)
+    return folded[near[0]] if near and name not in names else None
 
 
 def _are_findings(
@@ -105,5 +135,5 @@ def _are_findings(
     """(K,) mask: columns that say something and, of other names than the 18, in valid cells only."""
     if not len(values):
         return np.isin(names, ABNORMALITIES)
-    says_something = ((values != EMPTY) & ~np.isnan(values)).any(axis=0)
+    says_something = (values != EMPTY).any(axis=0)
     return says_something & (np.isin(names, ABNORMALITIES) | valid(values).all(axis=0))

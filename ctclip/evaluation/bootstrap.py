@@ -15,7 +15,7 @@ import numpy as np
 
 from ctclip.config import RESAMPLES
 from ctclip.evaluation.metrics import EvaluationError, Resamples, bin_indices, calibration_errors
-from ctclip_model import ABNORMALITIES
+from ctclip_model import UNKNOWN
 
 LEVEL = 0.95
 ROUNDING = 1e-12  # smaller differences are rounding
@@ -37,19 +37,25 @@ def draw(patients: Sequence[str] | np.ndarray, resamples: int = RESAMPLES, seed:
 def resampled_brier(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> np.ndarray:
     """Brier scores (1 + B, L). Calibration errors are not resampled: noise in a bin counts as error, so an estimate
     lies above the truth and resamples above the estimate; see ece_if_calibrated."""
-    sums = resamples.sums(np.column_stack([(probabilities - labels) ** 2, np.ones(len(labels))]))
-    return sums[:, :-1] / sums[:, -1:]
+    known = labels != UNKNOWN
+    sums = resamples.sums(np.column_stack([np.where(known, (probabilities - labels) ** 2, 0), known]))
+    errors, counts = np.split(sums, 2, axis=1)
+    return np.divide(errors, counts, out=np.full(errors.shape, np.nan), where=counts > 0)
 
 
-def ece_if_calibrated(probabilities: np.ndarray, group: np.ndarray, draws: int = 100, seed: int = 0) -> float:
+def ece_if_calibrated(
+    probabilities: np.ndarray, known: np.ndarray, group: np.ndarray, draws: int = 100, seed: int = 0
+) -> float:
     """The macro calibration error that these probabilities (N, L) would show if they meant exactly what they say.
 
     Labels are drawn from the probabilities, `draws` times, one random number for all of a patient's rows (`group`,
-    (N,)). What an observed error is to be compared with: it is never 0 on a finite table.
+    (N,)); `known` (N, L) masks those that there are. What an observed error is to be compared with: it is never 0 on a
+    finite table.
     """
-    rng, bins = np.random.default_rng(seed), bin_indices(probabilities)
+    rng, bins = np.random.default_rng(seed), bin_indices(probabilities, known)
     drawn = (rng.random((group.max() + 1, probabilities.shape[1]))[group] < probabilities for _ in range(draws))
-    return float(np.mean([calibration_errors(labels, probabilities, bins).mean() for labels in drawn]))
+    errors = [calibration_errors(np.where(known, labels, UNKNOWN), probabilities, bins) for labels in drawn]
+    return float(np.nanmean(errors))
 
 
 def interval(values: np.ndarray) -> list[float] | None:
@@ -66,10 +72,9 @@ def intervals(values: Mapping[str, np.ndarray]) -> dict[str, list[float] | None]
     return {key: interval(of_one) for key, of_one in values.items()}
 
 
-def label_intervals(columns: Mapping[str, np.ndarray]) -> dict[str, dict]:
+def label_intervals(columns: Mapping[str, np.ndarray], findings: Sequence[str]) -> dict[str, dict]:
     """{label: {metric: interval}} of {metric: (1 + B, L)}."""
-    return {name: intervals({key: column[:, j] for key, column in columns.items()})
-            for j, name in enumerate(ABNORMALITIES)}
+    return {name: intervals({key: column[:, j] for key, column in columns.items()}) for j, name in enumerate(findings)}
 
 
 def enough_cases(labels: np.ndarray, patients: np.ndarray) -> np.ndarray:
@@ -92,13 +97,13 @@ def difference(resampled: np.ndarray) -> dict:
     return {"difference": float(resampled[0]), "interval": bounds, "p": p}
 
 
-def label_differences(resampled: np.ndarray) -> dict[str, dict]:
+def label_differences(resampled: np.ndarray, findings: Sequence[str]) -> dict[str, dict]:
     """{label: as from `difference`, and p_corrected} for differences (1 + B, L).
 
     p_corrected is Holm's over the labels (Scandinavian Journal of Statistics 1979): below 0.05 for any label at all in
     about 5 % of comparisons of equals.
     """
-    rows = {name: difference(resampled[:, j]) for j, name in enumerate(ABNORMALITIES)}
+    rows = {name: difference(resampled[:, j]) for j, name in enumerate(findings)}
     corrected = holm([row["p"] for row in rows.values()])
     return {name: row | {"p_corrected": p} for (name, row), p in zip(rows.items(), corrected, strict=True)}
 

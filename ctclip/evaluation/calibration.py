@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,19 @@ from scipy.special import expit, log_expit, logit
 
 from ctclip.config import CALIBRATION_FILE, METHODS, UNITS, Settings
 from ctclip.data.ct_rate import PREVALENCE
-from ctclip.evaluation.metrics import EvaluationError, checked, undefined_labels
+from ctclip.data.label_table import mistyped
+from ctclip.data.tables import some
+from ctclip.evaluation.metrics import EvaluationError, checked, lacks_a_class, masked_mean, names_where
 from ctclip.evaluation.tables import Rows, VolumeTable, check_no_overlap, tuning_rows
-from ctclip.evaluation.thresholds import rescale_to_half, target_rates, tune_global_threshold, tune_label_thresholds
+from ctclip.evaluation.thresholds import (
+    label_rates,
+    rescale_to_half,
+    target_rates,
+    tune_global_threshold,
+    tune_label_thresholds,
+)
 from ctclip.fileio import read_json, replacing
-from ctclip_model import ABNORMALITIES, check_written
+from ctclip_model import ABNORMALITIES, UNKNOWN, check_written
 
 FOLDS = 5
 TUNING, CROSS_FITTED = "tuning patients", "cross-fitted by patient"  # FittedThresholds.fitted_on
@@ -46,14 +54,14 @@ def compressed_logit(probabilities: np.ndarray) -> np.ndarray:
 
 
 def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Mean over all decisions, nats."""
-    p = np.clip(probabilities, LOG_LOSS_CLIP, 1 - LOG_LOSS_CLIP)
-    return float(-np.where(labels == 1, np.log(p), np.log1p(-p)).mean())
+    """Mean over all known decisions, nats."""
+    p = np.clip(probabilities, LOG_LOSS_CLIP, 1 - LOG_LOSS_CLIP)[labels != UNKNOWN]
+    return float(-np.where(labels[labels != UNKNOWN] == 1, np.log(p), np.log1p(-p)).mean())
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Fitted on tuning patients, per label (L,): calibrated logit = slope * logit + intercept + shift.
+    """Fitted on tuning patients, for each of `findings` (L,): calibrated logit = slope * logit + intercept + shift.
 
     The logit is compressed_logit's; with the method "none", the plain one, so that only the shift changes anything.
 
@@ -62,6 +70,7 @@ class Calibration:
     `unit` says what a row was (tables.UNITS).
     """
 
+    findings: tuple[str, ...]
     method: str
     slope: np.ndarray
     intercept: np.ndarray
@@ -92,13 +101,22 @@ class Calibration:
         """(N, L) probabilities -> values that a threshold of 0.5 divides as `thresholds` do."""
         return rescale_to_half(probabilities, self.thresholds)
 
+    def select(self, findings: Sequence[str]) -> Calibration:
+        """The same of these findings, in their order; EvaluationError where it was fitted without one of them."""
+        if missing := [name for name in findings if name not in self.findings]:
+            raise EvaluationError(f"found a calibration without {some(missing)}, expected one of all {len(findings)} "
+                                  "findings; evaluate again to have it written")
+        at = [self.findings.index(name) for name in findings]
+        columns = {key: getattr(self, key)[at] for key in ("slope", "intercept", "shift", "thresholds")}
+        return replace(self, findings=tuple(findings), **columns)
+
     def content(self) -> dict:
         """What calibration.json holds."""
         columns = {"slope": self.slope, "intercept": self.intercept, "shift": self.shift, "threshold": self.thresholds}
         return {
             "method": self.method,
             "per_label": {
-                name: {key: float(column[j]) for key, column in columns.items()} for j, name in enumerate(ABNORMALITIES)
+                name: {key: float(column[j]) for key, column in columns.items()} for j, name in enumerate(self.findings)
             },
             "global_threshold": self.global_threshold,
             "objective": self.objective,
@@ -119,8 +137,8 @@ def load_calibration(path: str | Path) -> Calibration:
     try:
         content = read_json(path)
         rows = content["per_label"]
-        if list(rows) != list(ABNORMALITIES):
-            raise ValueError("its labels are not the 18 abnormalities in their order")
+        if not rows or ({*rows} == {*ABNORMALITIES} and tuple(rows) != ABNORMALITIES):
+            raise ValueError("its labels are none, or the 18 abnormalities in another order")
         slope, intercept, shift, thresholds = columns = np.array([
             [_number(row[key]) for row in rows.values()] for key in ("slope", "intercept", "shift", "threshold")
         ])
@@ -134,7 +152,7 @@ def load_calibration(path: str | Path) -> Calibration:
         if not all(0 <= threshold <= np.nextafter(1, 2) for threshold in (*thresholds, common)):
             raise ValueError("a threshold in it is not in [0, 1]")
         return Calibration(
-            content["method"], slope, intercept, shift, thresholds, common, content["objective"],
+            tuple(rows), content["method"], slope, intercept, shift, thresholds, common, content["objective"],
             {str(key): _number(value) for key, value in content["cross_validated_log_loss"].items()},
             n_rows, n_patients, content["unit"],
         )
@@ -154,8 +172,10 @@ def _number(value: object) -> float:
 def fit_calibration(
     labels: np.ndarray, probabilities: np.ndarray, patients: Sequence[str] | np.ndarray, method: str = "auto",
     objective: str = "prevalence", prevalence: Mapping[str, float] | None = None, unit: str = "volume",
+    findings: Sequence[str] = ABNORMALITIES,
 ) -> Calibration:
-    """Calibration and thresholds from (N, L) labels and probabilities of tuning patients.
+    """Calibration and thresholds from (N, L) labels (UNKNOWN: left out) and probabilities of tuning patients, of the
+    `findings` that name the L columns.
 
     `method`: "platt" (slope and intercept per label), "temperature" (slope only: cannot cure over-prediction), "none",
     or "auto", the one with the lowest cross-validated log loss (five folds of patients).
@@ -166,21 +186,36 @@ def fit_calibration(
     n_patients = len(np.unique(np.asarray(patients)))
     if method not in ("auto", *METHODS):
         raise EvaluationError(f"found calibration {method!r}, expected auto, {', '.join(METHODS)}")
-    losses = {}
+    if len(findings) != labels.shape[1]:
+        raise EvaluationError(f"found {labels.shape[1]} columns and {len(findings)} names of findings, expected as "
+                              "many; pass `findings`")
+    losses, wanted = {}, rates_asked_for(prevalence, findings)
     if method == "auto":  # a single patient leaves nothing to choose by
         losses = _cross_validated_losses(labels, probabilities, np.asarray(patients)) if n_patients > 1 else {}
         method = min(losses, key=losses.__getitem__, default="none")
     slope, intercept = _fit_slopes(labels, probabilities, n_patients, method)
-    rates = target_rates(labels, prevalence)
+    rates = target_rates(labels, wanted)
     # Elkan, IJCAI 2001; Saerens, Latinne & Decaestecker, Neural Computation 2002
-    fitted_rates = _targets(labels, n_patients).mean(axis=0)  # what Platt's calibrated probabilities come to on average
-    shift = np.zeros(labels.shape[1]) if prevalence is None else logit(rates) - logit(fitted_rates)
+    # what Platt's calibrated probabilities come to on average; 1/2 where nothing is known
+    fitted_rates = np.nan_to_num(masked_mean(_targets(labels, n_patients), labels != UNKNOWN), nan=0.5)
+    shift = np.zeros(labels.shape[1]) if wanted is None else logit(rates) - logit(fitted_rates)
     return Calibration(
-        method, slope, intercept, shift,
-        tune_label_thresholds(labels, probabilities, objective, prevalence),
-        tune_global_threshold(labels, probabilities, objective, prevalence),
+        tuple(findings), method, slope, intercept, shift,
+        tune_label_thresholds(labels, probabilities, objective, wanted),
+        tune_global_threshold(labels, probabilities, objective, wanted),
         objective, losses, len(labels), n_patients, unit,
     )
+
+
+def rates_asked_for(prevalence: Mapping[str, float] | None, findings: Sequence[str]) -> np.ndarray | None:
+    """(L,) rates of `prevalence`, NaN for the findings that it does not name. Raises EvaluationError for a name that is
+    neither one of the findings nor one of the 18."""
+    if prevalence is None:
+        return None
+    if unknown := [name for name in prevalence if name not in findings and name not in ABNORMALITIES]:
+        raise EvaluationError(f"--prevalence: found {unknown[0]!r}, expected one of the findings ({some(findings)}); "
+                              "correct the name")
+    return np.array([prevalence.get(name, np.nan) for name in findings])
 
 
 def _cross_validated_losses(labels: np.ndarray, probabilities: np.ndarray, patients: np.ndarray) -> dict[str, float]:
@@ -202,8 +237,9 @@ def _logits(probabilities: np.ndarray, method: str, slope: np.ndarray, intercept
 
 def _targets(labels: np.ndarray, n_patients: int) -> np.ndarray:
     """(N, L) labels as Platt (1999) fits them: a little inside 0 and 1, the further the fewer patients there are."""
-    positives = n_patients * labels.mean(axis=0)
-    return np.where(labels == 1, (positives + 1) / (positives + 2), 1 / (n_patients - positives + 2))
+    patients = n_patients * (labels != UNKNOWN).mean(axis=0)
+    positives = patients * label_rates(labels)
+    return np.where(labels == 1, (positives + 1) / (positives + 2), 1 / (patients - positives + 2))
 
 
 def _fit_slopes(
@@ -219,36 +255,40 @@ def _fit_slopes(
     n_labels = labels.shape[1]
     if method == "none":
         return np.ones(n_labels), np.zeros(n_labels)
-    weight, targets, x = n_patients / len(labels), _targets(labels, n_patients), compressed_logit(probabilities)
+    known, x = labels != UNKNOWN, compressed_logit(probabilities)
+    weight, targets = known * (n_patients / len(labels)), _targets(labels, n_patients)
     free = method == "platt"
-    mean = x.mean(axis=0) if free else np.zeros(n_labels)  # centred, slope and intercept hardly depend on each other
+    # centred, slope and intercept hardly depend on each other
+    mean = np.nan_to_num(masked_mean(x, known)) if free else np.zeros(n_labels)
     x = x - mean
     common, intercept = _minimise_log_loss(x, targets, weight, free, 0.0, np.zeros(n_labels), COMMON_SLOPE_PRIOR_SD)
-    fits = [
-        _minimise_log_loss(x[:, [j]], targets[:, [j]], weight, free, common, intercept[[j]], SLOPE_PRIOR_SD)
-        for j in range(n_labels)
-    ]
+    fits = []
+    for j, own in enumerate(known.T):
+        one = x[own, j, None], targets[own, j, None], weight[own, j, None]
+        fits.append(_minimise_log_loss(*one, free, common, intercept[[j]], SLOPE_PRIOR_SD))
     slope, intercept = np.exp([log_slope for log_slope, _ in fits]), np.concatenate([own for _, own in fits])
     return slope, intercept - slope * mean
 
 
 def _minimise_log_loss(
-    x: np.ndarray, targets: np.ndarray, weight: float, free: bool, prior_mean: float, start: np.ndarray, prior_sd: float
+    x: np.ndarray, targets: np.ndarray, weight: np.ndarray, free: bool, prior_mean: float, start: np.ndarray,
+    prior_sd: float,
 ) -> tuple[float, np.ndarray]:
     """(log slope that all columns of x (N, K) share, intercepts (K,)) that minimise
-    weight * cross entropy + (log slope - prior_mean)^2 / (2 prior_sd^2). Intercepts begin at `start`, and stay there
-    unless `free`."""
+    weight * cross entropy + (log slope - prior_mean)^2 / (2 prior_sd^2), `weight` (N, K). Intercepts begin at `start`,
+    and stay there unless `free`."""
 
     def loss_and_gradient(unknowns: np.ndarray) -> tuple[float, np.ndarray]:
         scaled, intercept = np.exp(unknowns[0]) * x, unknowns[1:] if free else start
         z, offset = scaled + intercept, unknowns[0] - prior_mean
         error = weight * (expit(z) - targets)
-        loss = -weight * (log_expit(-z) + targets * z).sum() + offset**2 / (2 * prior_sd**2)
+        loss = -(weight * (log_expit(-z) + targets * z)).sum() + offset**2 / (2 * prior_sd**2)
         by_intercept = error.sum(axis=0) if free else []
         return loss, np.append((error * scaled).sum() + offset / prior_sd**2, by_intercept)
 
     first = np.append(prior_mean, start if free else [])
-    unknowns = minimize(loss_and_gradient, first, jac=True, method="BFGS", options={"gtol": 1e-8 * weight * len(x)}).x
+    tolerance = 1e-8 * weight.max(initial=0) * len(x)
+    unknowns = minimize(loss_and_gradient, first, jac=True, method="BFGS", options={"gtol": tolerance}).x
     return unknowns[0], unknowns[1:] if free else start
 
 
@@ -294,23 +334,25 @@ def fit_thresholds(rows: Rows, tuning: tuple[VolumeTable, VolumeTable] | None, s
     """Calibration and thresholds from tuning patients, or cross-fitted by patient where there are none."""
     source, fitted_on, folds = rows, CROSS_FITTED, cross_folds(rows.patients)
     if tuning is not None:
-        source, fitted_on = tuning_rows(tuning, settings.unit, settings.allow_partial, rows.ids), TUNING
+        selected = tuning[0].select(rows.findings), tuning[1].select(rows.findings)
+        source, fitted_on = tuning_rows(selected, settings.unit, settings.allow_partial, rows.ids), TUNING
         check_no_overlap(rows.patients, source.patients, tuning[0].source)
         folds = iter([(np.ones(len(source), bool), np.ones(len(rows), bool))])  # one, of everybody
 
     def fit(chosen: np.ndarray | slice) -> Calibration:
         return fit_calibration(source.labels[chosen], source.probabilities[chosen], source.patients[chosen],
-                               settings.calibration, settings.objective, settings.prevalence, settings.unit)
+                               settings.calibration, settings.objective, settings.prevalence, settings.unit,
+                               rows.findings)
 
-    calibration, without_own = fit(slice(None)), set(undefined_labels(source.labels))
+    calibration, without_own = fit(slice(None)), lacks_a_class(source.labels)
     applied = np.empty((4, *rows.labels.shape))
     for others, own in folds:
         fitted = calibration if tuning is not None else fit(others)
-        without_own |= set(undefined_labels(source.labels[others]))
+        without_own = without_own | lacks_a_class(source.labels[others])
         applied[0, own] = fitted.apply(rows.probabilities[own])
         applied[1, own], applied[2, own] = fitted.thresholds, fitted.calibrated_thresholds
         applied[3, own] = fitted.global_threshold
-    used_global = [name for name in ABNORMALITIES if name in without_own]
+    used_global = names_where(rows.findings, without_own)
     return FittedThresholds(calibration, fitted_on, source.n_volumes, used_global, source.skipped, *applied)
 
 
@@ -322,11 +364,11 @@ def read_prevalence(source: str) -> dict[str, float]:
         rates = read_json(source)
         if not isinstance(rates, dict) or not rates:
             raise ValueError("it names no label")
-        unknown = [name for name in rates if name not in ABNORMALITIES]
         wrong = [f"{name}: {rate!r}" for name, rate in rates.items()
                  if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not RAREST <= rate <= 1 - RAREST]
-        if unknown or wrong:
-            raise ValueError(wrong[0] if wrong else f"it names {unknown[0]!r}, which is none of the 18 abnormalities")
+        wrong += [f"{name!r}, which may be {near!r}" for name in rates if (near := mistyped(name))]
+        if wrong:
+            raise ValueError(wrong[0])
     except (OSError, ValueError) as error:
         found = f"readable file ({error.strerror})" if isinstance(error, OSError) else f"rates ({error})"
         raise EvaluationError(f"--prevalence {source}: found no {found}, expected ct-rate or a JSON object of label "

@@ -23,7 +23,6 @@ from ctclip.evaluation.calibration import FittedThresholds
 from ctclip.evaluation.figures import import_matplotlib
 from ctclip.evaluation.tables import Rows, row_keys
 from ctclip.formatting import BAR
-from ctclip_model import ABNORMALITIES
 
 LISTED = 3  # volumes of each label and kind
 PICTURE_SHAPE = (200, 200, 200)  # voxels of 1.8 mm over the 360 mm cube; a slice is as many pixels
@@ -48,7 +47,7 @@ def worst_cases(rows: Rows, fitted: FittedThresholds) -> list[Case]:
     positive, calibrated = rows.probabilities >= fitted.thresholds, fitted.calibrated
     thresholds = np.broadcast_to(fitted.calibrated_thresholds, calibrated.shape)
     cases = []
-    for j, label in enumerate(ABNORMALITIES):
+    for j, label in enumerate(rows.findings):
         for kind, wrong, order in (
             ("false negative", (rows.labels[:, j] == 1) & ~positive[:, j], calibrated[:, j]),
             ("false positive", (rows.labels[:, j] == 0) & positive[:, j], -calibrated[:, j]),

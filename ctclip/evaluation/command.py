@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,15 +74,15 @@ def settings_from_flags(args: argparse.Namespace) -> Settings:
     )
 
 
-def read_baseline(path: str) -> VolumeTable:
-    """`--baseline`: a table of predictions, or a run's folder, whose own is taken."""
+def read_baseline(path: str, findings: Sequence[str] | None = None) -> VolumeTable:
+    """`--baseline`: a table of predictions (of `findings`), or a run's folder, whose own is taken."""
     if not Path(path).is_dir():
-        return read_predictions(path)
+        return read_predictions(path, findings)
     table = Path(path, TABLES[0])
     if not table.is_file():
         raise UserError(f"--baseline {path}: found no {table.name} in this folder, expected an evaluated run; evaluate "
                         f"it first: python {script('ctclip_evaluation.py')} --checkpoint {shlex.quote(path)}")
-    return read_predictions(table)
+    return read_predictions(table, findings)
 
 
 def check_shared(volumes: Collection[str], baseline: str | None, metadata: str | None) -> None:
@@ -103,7 +103,7 @@ def evaluate_and_write(
     each label and kind are shown as slices on the page. `verbose` prints the whole report before the summary.
     """
     check_shared(inputs.predictions.frame.index, baseline, metadata)
-    other = read_baseline(baseline) if baseline else None
+    other = read_baseline(baseline, inputs.labels.findings) if baseline else None
     groups = read_metadata(metadata) if metadata else run_metadata(inputs.data_dir)
     evaluation = evaluate_tables(inputs, settings, other, groups)
     with alone_in(make_folder(output_dir, ELSEWHERE)):
@@ -152,7 +152,7 @@ def apply_calibration(source: str, predictions: str, output_dir: Path, patients:
     """`--apply`: other predictions, calibrated and rescaled by a stored calibration, as two tables in `output_dir`."""
     path = Path(source)
     calibration = load_calibration(path / CALIBRATION_FILE if path.is_dir() else path)
-    table = read_predictions(predictions)
+    table = read_predictions(predictions, calibration.findings)
     names = list(table.frame.index)
     ids = merge_ids([(predictions, table.ids), ("--patients", patients_of(patients, table))], names)
     rows = rows_of(table.frame, None, names, calibration.unit, ids=ids)

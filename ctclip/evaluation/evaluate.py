@@ -25,7 +25,14 @@ from ctclip.data.patients import StatedIds, merge_ids, stated_ids, without_patie
 from ctclip.data.tables import ID_COLUMNS
 from ctclip.evaluation import bootstrap, figures, render, report, subgroups, summary, tables, thresholds
 from ctclip.evaluation import metrics as measure
-from ctclip.evaluation.calibration import CROSS_FITTED, TUNING, Calibration, FittedThresholds, fit_thresholds
+from ctclip.evaluation.calibration import (
+    CROSS_FITTED,
+    TUNING,
+    Calibration,
+    FittedThresholds,
+    fit_thresholds,
+    rates_asked_for,
+)
 from ctclip.evaluation.cases import Case, worst_cases
 from ctclip.evaluation.run_folder import (
     APPLIED_FILES,
@@ -40,7 +47,7 @@ from ctclip.evaluation.run_folder import (
 from ctclip.evaluation.tables import EvaluationInputs, Rows, VolumeTable
 from ctclip.fileio import make_folder, replacing
 from ctclip.formatting import decimal, percent
-from ctclip_model import ABNORMALITIES
+from ctclip_model import ABNORMALITIES, UNKNOWN
 
 NEED_CASES = ("auroc", "average_precision", "precision", "recall", "f1")  # no interval without enough cases
 TABLE_THRESHOLDS = np.arange(1, 20) / 20  # 0.05 to 0.95
@@ -87,8 +94,9 @@ def evaluate(
 ) -> dict:
     """Everything format_report prints and metrics.json holds; with `output_dir` also writes the files and figures.
 
-    Tables are those of load_predictions and load_labels, or any DataFrame with the 18 columns whose index, or column
-    VolumeName, names the volumes; a column PatientID, and ScanID, says whose they are. `tuning` is (predictions,
+    Tables are those of load_predictions and load_labels, or any DataFrame with a column for each finding whose index,
+    or column VolumeName, names the volumes; a column PatientID, and ScanID, says whose they are. The findings are those
+    of `labels`; NaN or UNKNOWN (-1) there is left out. `tuning` is (predictions,
     labels) of patients who do not occur in `predictions`; without it everything fitted is cross-fitted by patient.
     `baseline` holds other predictions for the same volumes. `history` is log.jsonl's list of epochs. `metadata` is
     {volume: row of text cells}, for subgroups. `settings` are those of Settings.
@@ -109,11 +117,13 @@ def evaluate_tables(
     metadata: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Evaluation:
     """`evaluate` without files: nothing is written."""
+    findings = inputs.labels.findings
     of = {"predictions": inputs.predictions, "labels": inputs.labels}
-    of = tables.joined(of | ({} if baseline is None else {"baseline": baseline}))
+    of |= {} if baseline is None else {"baseline": baseline}
+    of = tables.joined({what: table.select(findings) for what, table in of.items()})
     volumes, skipped = tables.common_volumes(of, settings.allow_partial)
     predictions, labels = of["predictions"].frame, of["labels"].frame
-    if np.array_equal(predictions.to_numpy(), labels.to_numpy()):
+    if np.array_equal(*(table[list(findings)].to_numpy() for table in (predictions, labels))):
         raise measure.EvaluationError(
             f"found the same numbers for {len(predictions)} volumes as predictions and as labels, expected "
             "probabilities; name a table of predictions"
@@ -147,7 +157,7 @@ def evaluate_tables(
         if inputs.tuning is not None:  # the baseline has none, so both are cross-fitted
             scores = score_decisions(rows, fit_thresholds(rows, None, settings), resamples)
         theirs = score_decisions(others, fit_thresholds(others, None, settings), resamples)
-        metrics["baseline"] = {"source": baseline.source} | _comparison(scores, theirs)
+        metrics["baseline"] = {"source": baseline.source} | _comparison(scores, theirs, findings)
     metrics["success_criteria"] = success_criteria(metrics)
     return Evaluation(metrics, rows, fitted, inputs)
 
@@ -167,7 +177,8 @@ def _measured(
         "per_label": per_label,
         "thresholds": _thresholds(fitted),
         "optimism": _optimism(rows, scores, settings),
-        "undefined_auroc": measure.undefined_labels(y),
+        "undefined_auroc": measure.names_where(rows.findings, measure.lacks_a_class(y)),
+        "unknown_labels": {"decisions": int((y == UNKNOWN).sum()), "volumes": rows.unlabelled},
         "unit": {"name": rows.unit, "how": UNITS[rows.unit], "conflicting_labels": rows.conflicts},
         "n_rows": len(rows),
         "n_volumes": rows.n_volumes,
@@ -187,9 +198,11 @@ def _measured(
 def _per_label(rows: Rows, fitted: FittedThresholds, scores: Mapping[str, Scores]) -> tuple[dict, dict]:
     """({label: its metrics}, {label: their intervals}); what depends on thresholds is repeated at 0.5."""
     half = scores["at_0.5"].columns
-    metrics = measure.per_label_metrics(rows.labels, rows.probabilities, fitted.thresholds)
-    intervals, half_intervals = (bootstrap.label_intervals(scores[name].columns) for name in ("tuned", "at_0.5"))
-    for j, name in enumerate(ABNORMALITIES):
+    metrics = measure.per_label_metrics(rows.labels, rows.probabilities, fitted.thresholds, rows.findings)
+    intervals, half_intervals = (
+        bootstrap.label_intervals(scores[name].columns, rows.findings) for name in ("tuned", "at_0.5")
+    )
+    for j, name in enumerate(rows.findings):
         metrics[name]["at_0.5"] = measure.plain({key: column[:, j] for key, column in half.items()})
         intervals[name]["at_0.5"] = half_intervals[name]
     return metrics, intervals
@@ -200,8 +213,8 @@ def _thresholds(fitted: FittedThresholds) -> dict[str, Any]:
     stored = fitted.calibration
     return {
         "global": stored.global_threshold,
-        "per_label": dict(zip(ABNORMALITIES, stored.thresholds.tolist(), strict=True)),
-        "per_label_calibrated": dict(zip(ABNORMALITIES, stored.calibrated_thresholds.tolist(), strict=True)),
+        "per_label": dict(zip(stored.findings, stored.thresholds.tolist(), strict=True)),
+        "per_label_calibrated": dict(zip(stored.findings, stored.calibrated_thresholds.tolist(), strict=True)),
         "objective": stored.objective,
         "fitted_on": fitted.fitted_on,
         "n_rows": stored.n_rows,
@@ -258,38 +271,40 @@ def _calibration(rows: Rows, fitted: FittedThresholds, resamples: measure.Resamp
     content: dict[str, Any] = {}
     for when, values in (("before", rows.probabilities), ("after", fitted.calibrated)):
         errors = measure.calibration_columns(rows.labels, values)
-        content[when] = {key: float(column.mean()) for key, column in errors.items()}
-        content[when]["ece_if_calibrated"] = bootstrap.ece_if_calibrated(values, resamples.group)
+        content[when] = {key: float(measure.nanmean(column)) for key, column in errors.items()}
+        known = rows.labels != UNKNOWN
+        content[when]["ece_if_calibrated"] = bootstrap.ece_if_calibrated(values, known, resamples.group)
         for j, row in enumerate(per_label.values()):
-            row |= {f"{key}_{when}": float(column[j]) for key, column in errors.items()}
+            row |= measure.plain({f"{key}_{when}": column[[j]] for key, column in errors.items()})
         columns[f"brier_{when}"] = brier = bootstrap.resampled_brier(rows.labels, values, resamples)
-        intervals[when] = {"brier": bootstrap.interval(brier.mean(axis=1))}
+        intervals[when] = {"brier": bootstrap.interval(measure.nanmean(brier))}
     content |= {"method": calibration.method, "cross_validated_log_loss": dict(calibration.losses),
                 "per_label": per_label}
-    return content, intervals, bootstrap.label_intervals(columns)
+    return content, intervals, bootstrap.label_intervals(columns, rows.findings)
 
 
 def _optimism(rows: Rows, scores: Mapping[str, Scores], settings: Settings) -> dict:
     """Held-out metrics ("honest") beside apparent ones ("claimed"): thresholds searched on the reported patients."""
     y, p, result = rows.labels, rows.probabilities, {}
     for name, tune in (("tuned", thresholds.tune_label_thresholds), ("tuned_global", thresholds.tune_global_threshold)):
-        apparent = measure.decision_metrics(y, p >= tune(y, p, settings.objective, settings.prevalence))
+        wanted = rates_asked_for(settings.prevalence, rows.findings)
+        apparent = measure.decision_metrics(y, p >= tune(y, p, settings.objective, wanted))
         held_out = scores[name].summary
         result[name] = {"claimed": {key: apparent[key] for key in OPTIMISM_METRICS},
                         "honest": {key: held_out[key] for key in OPTIMISM_METRICS}}
     return result
 
 
-def _comparison(this: Mapping[str, Scores], other: Mapping[str, Scores]) -> dict:
+def _comparison(this: Mapping[str, Scores], other: Mapping[str, Scores], findings: Sequence[str]) -> dict:
     """Every difference (this - baseline) on the same draws of patients."""
     theirs = other["tuned"].columns
     differences = {
         name: {key: bootstrap.difference(values - other[name].values[key]) for key, values in this[name].values.items()}
         for name in COMPARED
     }
-    differences["per_label"] = {key: bootstrap.label_differences(column - theirs[key])
+    differences["per_label"] = {key: bootstrap.label_differences(column - theirs[key], findings)
                                 for key, column in this["tuned"].columns.items() if key != "label_rate"}
-    auroc = {name: theirs["auroc"][:, j] for j, name in enumerate(ABNORMALITIES)}
+    auroc = {name: theirs["auroc"][:, j] for j, name in enumerate(findings)}
     return {
         "fitted_on": CROSS_FITTED,
         **{name: other[name].summary for name in COMPARED},
@@ -304,7 +319,9 @@ def success_criteria(metrics: dict) -> list[dict]:
     half, tuned = metrics["at_0.5"], metrics["tuned"]
     both = (("tuned", tuned), ("at 0.5", half))
     published = {f" ({name} on CT-RATE, as published)": goal for name, goal in PUBLISHED_AUROC.items()}
-    goals = {"": PHANTOM_AUROC} if metrics["phantom"] else {} if metrics["note"] else published
+    if metrics["note"] or tuple(metrics["per_label"]) != ABNORMALITIES:
+        published = {}
+    goals = {"": PHANTOM_AUROC} if metrics["phantom"] else published
     auroc, hamming, all_negative = half["auroc_macro"], tuned["hamming_accuracy"], 1 - half["label_rate"]
     rows = [
         *((f"Positive rate within {100 * RATE_TOLERANCE:.0f} points of the label rate, {name}",
@@ -357,8 +374,9 @@ def write_pictures(output_dir: str | Path, evaluation: Evaluation, cases: Sequen
 def write_calibrated(folder: Path, calibration: Calibration, rows: Rows) -> None:
     """APPLIED_FILES: the probabilities calibrated, and rescaled so that 0.5 decides as the tuned thresholds do."""
     calibrated, rescaled = APPLIED_FILES
-    tables.write_table(folder / calibrated, rows.names, calibration.apply(rows.probabilities), rows.row_ids)
-    tables.write_table(folder / rescaled, rows.names, calibration.rescale_to_half(rows.probabilities), rows.row_ids)
+    for name, values in ((calibrated, calibration.apply(rows.probabilities)),
+                         (rescaled, calibration.rescale_to_half(rows.probabilities))):
+        tables.write_table(folder / name, rows.names, values, rows.row_ids, calibration.findings)
 
 
 def _holds(path: Path, predictions: pd.DataFrame) -> bool:

@@ -8,11 +8,11 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from ctclip.errors import UserError
 from ctclip.evaluation.metrics import bin_index, threshold_sweep
 from ctclip.fileio import replacing
 from ctclip.formatting import percent
-from ctclip_model import ABNORMALITIES
+from ctclip_model import UNKNOWN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,11 +119,16 @@ EVALUATION_FIGURES = (*(f"{key}.png" for key in LABEL_PLOTS), "threshold_sweep.p
 def label_figure(
     plot: LabelPlot, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray, captions: Mapping[str, str]
 ) -> Figure:
-    """All labels in 3 x 6 panels; arrays (N, 18). A label without a curve says its caption instead."""
-    figure = new_figure(13, 7.4, layout=None)  # solving the layout of 18 panels takes a second; this one is fixed
-    axes = figure.subplots(3, 6, sharex=True, sharey=True)
-    figure.subplots_adjust(left=0.055, right=0.99, bottom=0.075, top=0.92, wspace=0.2, hspace=0.42)
-    for ax, name, *arrays in zip(axes.flat, ABNORMALITIES, labels.T, probabilities.T, calibrated.T, strict=True):
+    """All labels in panels, six in a row; arrays (N, L), names by `captions`. A label without a curve says its caption
+    instead."""
+    lines = -(-len(captions) // 6)
+    height = 0.9 + 2.17 * lines
+    figure = new_figure(13, height, layout=None)  # solving the layout of 18 panels takes a second; this one is fixed
+    axes = figure.subplots(lines, 6, sharex=True, sharey=True, squeeze=False)
+    figure.subplots_adjust(left=0.055, right=0.99, bottom=0.56 / height, top=1 - 0.59 / height, wspace=0.2, hspace=0.42)
+    for ax in axes.flat[len(captions) :]:
+        ax.remove()
+    for ax, (name, *arrays) in zip(axes.flat, known_columns(captions, labels, probabilities, calibrated), strict=False):
         if has_curve(plot, arrays[0]):
             plot.draw(ax, *arrays)
         ax.set_title(f"{_two_lines(name)}\n{plot.metric} {captions[name]}", fontsize=8.5)
@@ -133,6 +138,13 @@ def label_figure(
     figure.supxlabel(plot.xlabel, fontsize=10, y=0.012)
     figure.supylabel(plot.ylabel, fontsize=10, x=0.008)
     return figure
+
+
+def known_columns(findings: Iterable[str], labels: np.ndarray, *others: np.ndarray) -> Iterator[tuple[Any, ...]]:
+    """(name, labels (n,), others (n,)...) of each finding: the rows of (N, L) whose label is known."""
+    for name, own, *columns in zip(findings, labels.T, *(other.T for other in others), strict=True):
+        known = own != UNKNOWN
+        yield name, own[known], *(column[known] for column in columns)
 
 
 def label_svg(plot: LabelPlot, name: str, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray) -> str:
@@ -146,7 +158,7 @@ def label_svg(plot: LabelPlot, name: str, labels: np.ndarray, probabilities: np.
 
 
 def has_curve(plot: LabelPlot, labels: np.ndarray) -> bool:
-    return plot.one_class or 0 < labels.sum() < len(labels)
+    return 0 < labels.sum() < len(labels) or (plot.one_class and len(labels) > 0)
 
 
 def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -163,8 +175,8 @@ def sweep_figure(
     thresholds: np.ndarray, sweep: Mapping[str, np.ndarray], metrics: Mapping, size: tuple[float, float] = (8.5, 4.5),
     page: bool = False,
 ) -> Figure:
-    """What one threshold (T,) for all labels does to each metric, (T, 19) of threshold_sweep. For the page: without a
-    legend, and with names by which its script finds the curves."""
+    """What one threshold (T,) for all labels does to each metric, (T, 1 + L) of threshold_sweep. For the page: without
+    a legend, and with names by which its script finds the curves."""
     figure = new_figure(*size, layout=None if page else "constrained")
     left, right = (0.4 / size[0], 0.1 / size[0])  # inches, as report.html has them for its slider
     ax = figure.add_axes((left, 0.3 / size[1], 1 - left - right, 1 - 0.4 / size[1])) if page else figure.subplots()
@@ -188,15 +200,14 @@ def sweep_figure(
     return figure
 
 
-def rate_figure(metrics: Mapping, size: tuple[float, float] = (9, 6)) -> Figure:
+def rate_figure(metrics: Mapping, narrow: bool = False) -> Figure:
     """Per label: how often it is present, and how often it is predicted at 0.5 and with tuned thresholds. On a narrow
     figure names stand above their row."""
-    narrow = size[0] < 6
     names, rows = list(metrics["per_label"])[::-1], list(metrics["per_label"].values())[::-1]
     places = np.arange(len(rows))
     truth, half, tuned = 100 * np.array([
         (row["label_rate"], row["at_0.5"]["positive_rate"], row["positive_rate"]) for row in rows]).T
-    figure = new_figure(*size)
+    figure = new_figure(*((4.2, 1.06 + 0.43 * len(rows)) if narrow else (9, 1.14 + 0.27 * len(rows))))
     ax = figure.subplots()
     ax.hlines(places, truth, half, color=LIGHT, linewidth=2, zorder=1)
     ax.plot(truth, places, "|", markersize=10 if narrow else 13, markeredgewidth=2.6, color=INK, label="Label rate")

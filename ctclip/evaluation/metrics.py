@@ -1,9 +1,11 @@
 """Labels and probabilities -> numbers, each defined here once: for a single table and for a thousand resamples of it.
 
-Legend: N rows (volumes, scans or patients), L labels, P patients, B resamples.
+Legend: N rows (volumes, scans or patients), L labels, P patients, B resamples. Labels are 0, 1 or UNKNOWN: what nobody
+stated is left out, decision by decision.
 
 - A decision is positive where `probability >= threshold`. The challenge's threshold is 0.5.
-- Precision, recall and F1 are computed per label with 0/0 = 0 and averaged over the labels, as the challenge does.
+- Precision, recall and F1 are computed per label with 0/0 = 0 and averaged over the labels, as the challenge does; a
+  label of which nothing is known has none of them.
 - AUROC macro is the mean over labels with both classes present; the others are named, never counted as 0 or 0.5.
 """
 
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ctclip.errors import UserError
-from ctclip_model import ABNORMALITIES, N_LABELS
+from ctclip_model import ABNORMALITIES, UNKNOWN
 
 ECE_BINS = 10
 RANKING_CHUNK = 2**18  # numbers of a (B, rows) array worked on at a time: 2 MB, which stay in the processor's cache
@@ -32,6 +34,10 @@ class Resamples:
     group: np.ndarray
     counts: np.ndarray
 
+    def of(self, rows: np.ndarray) -> Resamples:
+        """Of a part of the rows, a mask (N,)."""
+        return Resamples(self.group[rows], self.counts)
+
     def sums(self, summands: np.ndarray) -> np.ndarray:
         """(N, K) -> (B, K): sums over the rows drawn."""
         by_patient = np.zeros((self.counts.shape[1], summands.shape[1]))
@@ -44,14 +50,22 @@ def drawn_once(labels: np.ndarray) -> Resamples:
     return Resamples(np.zeros(len(labels), np.int64), np.ones((1, 1)))
 
 
-def undefined_labels(labels: np.ndarray) -> list[str]:
-    """Names of the labels of (N, L) that hold one class only: no AUROC, and no threshold of their own."""
-    positives = np.asarray(labels).sum(axis=0)
-    return [name for name, count in zip(ABNORMALITIES, positives, strict=True) if count in (0, len(labels))]
+def class_counts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """((L,) negatives, (L,) positives) of (N, L)."""
+    return (labels == 0).sum(axis=0), (labels == 1).sum(axis=0)
+
+
+def lacks_a_class(labels: np.ndarray) -> np.ndarray:
+    """(L,) mask of the labels of (N, L) without negatives or without positives: no AUROC, no threshold of their own."""
+    return np.min(class_counts(np.asarray(labels)), axis=0) == 0
+
+
+def names_where(findings: Sequence[str], mask: np.ndarray) -> list[str]:
+    return [name for name, chosen in zip(findings, mask, strict=True) if chosen]
 
 
 def compute_metrics(labels: np.ndarray, probabilities: np.ndarray, thresholds: float | np.ndarray = 0.5) -> dict:
-    """The dictionary M of metrics.json for (N, L) labels in {0, 1} and probabilities in [0, 1].
+    """The dictionary M of metrics.json for (N, L) labels in {0, 1, UNKNOWN} and probabilities in [0, 1].
 
     `thresholds` is one for all, (L,), or (N, L): one per decision; positive means probability >= threshold.
     Every value is a plain float, or None where it is undefined. AUROC does not depend on `thresholds`.
@@ -66,32 +80,45 @@ def decision_metrics(labels: np.ndarray, decisions: np.ndarray) -> dict:
     return plain(resampled_decisions(labels, decisions, drawn_once(labels))[0])
 
 
-def per_label_metrics(labels: np.ndarray, probabilities: np.ndarray, thresholds: float | np.ndarray = 0.5) -> dict:
+def per_label_metrics(
+    labels: np.ndarray, probabilities: np.ndarray, thresholds: float | np.ndarray = 0.5,
+    findings: Sequence[str] = ABNORMALITIES,
+) -> dict:
     """{label: auroc and average_precision (None where undefined), precision, recall, f1, accuracy, positive_rate,
-    label_rate, threshold, positives}; `thresholds` as in compute_metrics, and with (N, L) of them `threshold` is the
-    column's median."""
+    label_rate, threshold, positives, known (number of rows)}; `thresholds` as in compute_metrics, and with (N, L) of
+    them `threshold` is the column's median. `findings` names the L columns."""
     labels, probabilities = checked(labels, probabilities)
     once = drawn_once(labels)
     columns = ranking_columns(labels, probabilities, once)
     columns |= resampled_decisions(labels, probabilities >= thresholds, once)[1]
     columns["threshold"] = np.median(np.broadcast_to(thresholds, labels.shape), axis=0, keepdims=True)
-    positives = labels.sum(axis=0, dtype=np.int64)
+    negatives, positives = class_counts(labels)
+    counts = [{"positives": int(own), "known": int(own + other)}
+              for own, other in zip(positives, negatives, strict=True)]
     return {
-        name: plain({key: column[:, j] for key, column in columns.items()}) | {"positives": int(positives[j])}
-        for j, name in enumerate(ABNORMALITIES)
+        name: plain({key: column[:, j] for key, column in columns.items()}) | counts[j]
+        for j, name in enumerate(_named(findings, labels))
     }
 
 
+def _named(findings: Sequence[str], labels: np.ndarray) -> Sequence[str]:
+    if len(findings) != labels.shape[1]:
+        raise EvaluationError(f"found {labels.shape[1]} columns of labels and {len(findings)} names, expected one name "
+                              "for each; pass them as `findings`")
+    return findings
+
+
 def threshold_sweep(labels: np.ndarray, probabilities: np.ndarray, thresholds: np.ndarray) -> dict[str, np.ndarray]:
-    """Each metric of decision_metrics but exact_match at each of T thresholds, (T, 19): of all labels together, then of
-    each label alone. NaN where undefined."""
+    """Each metric of decision_metrics but exact_match at each of T thresholds, (T, 1 + L): of all labels together, then
+    of each label alone. NaN where undefined."""
     labels, probabilities = checked(labels, probabilities)
     fp, tp = np.ascontiguousarray(positives_at(labels, probabilities, thresholds).swapaxes(1, 2))
-    positives, n = labels.sum(axis=0, dtype=np.int64), len(labels)
-    ends = np.broadcast_to((np.nan, n), (len(thresholds), 2))
-    sums = np.concatenate([tp, fp, np.broadcast_to(positives, tp.shape), ends], axis=1)
+    negatives, positives = class_counts(labels)
+    ends = np.broadcast_to((np.nan, len(labels)), (len(thresholds), 2))
+    known = positives + negatives
+    sums = np.concatenate([tp, fp, *(np.broadcast_to(each, tp.shape) for each in (positives, known)), ends], axis=1)
     together, columns = metrics_from_counts(sums)
-    alone = {key: columns[own] for key, own in MEAN_OF.items()} | {"crg": _crg(tp, fp, positives, np.float64(n))}
+    alone = {key: columns[own] for key, own in SUMMARY_OF.items()} | {"crg": _crg(tp, fp, positives, known)}
     return {key: np.column_stack([together[key], column]) for key, column in alone.items()}
 
 
@@ -106,11 +133,12 @@ def positives_at(labels: np.ndarray, probabilities: np.ndarray, thresholds: np.n
 
 def calibration_columns(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, np.ndarray]:
     """{"brier", "ece", "mean": (L,)}: Brier score (mean squared difference of probability and label; Monthly Weather
-    Review 1950), expected calibration error, mean probability."""
+    Review 1950), expected calibration error, mean probability. NaN for a label of which nothing is known."""
+    known = labels != UNKNOWN
     return {
-        "brier": ((probabilities - labels) ** 2).mean(axis=0),
-        "ece": calibration_errors(labels, probabilities, bin_indices(probabilities)),
-        "mean": probabilities.mean(axis=0),
+        "brier": masked_mean((probabilities - labels) ** 2, known),
+        "ece": calibration_errors(labels, probabilities, bin_indices(probabilities, known)),
+        "mean": masked_mean(probabilities, known),
     }
 
 
@@ -119,33 +147,42 @@ def calibration_errors(labels: np.ndarray, probabilities: np.ndarray, bins: np.n
 
     `bins` are those of bin_indices. Nixon et al., CVPR Workshops 2019, call bins of equal size adaptive.
     """
-    n_labels = labels.shape[1]
-    gaps = np.bincount(bins.ravel(), (probabilities - labels).ravel(), n_labels * ECE_BINS)
-    return np.abs(gaps).reshape(n_labels, ECE_BINS).sum(axis=1) / len(labels)
+    n_labels, known = labels.shape[1], labels != UNKNOWN
+    gaps = np.bincount(bins.ravel(), np.where(known, probabilities - labels, 0).ravel(), n_labels * ECE_BINS)
+    return _ratio(np.abs(gaps).reshape(n_labels, ECE_BINS).sum(axis=1), known.sum(axis=0), np.nan)
 
 
-def bin_indices(probabilities: np.ndarray) -> np.ndarray:
-    """(N, L) -> the bin of each, numbered through all labels."""
-    return np.apply_along_axis(bin_index, 0, probabilities) + ECE_BINS * np.arange(probabilities.shape[1])
+def bin_indices(probabilities: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """(N, L) and the mask of what is known of them -> the bin of each, numbered through all labels."""
+    bins = np.zeros(probabilities.shape, np.int64)
+    for j, own in enumerate(known.T):
+        bins[own, j] = bin_index(probabilities[own, j])
+    return bins + ECE_BINS * np.arange(probabilities.shape[1])
 
 
 def bin_index(probabilities: np.ndarray) -> np.ndarray:
     """(N,) -> the bin of each, 0 to ECE_BINS - 1. Bins hold equal numbers of rows (edges are quantiles; equal
     probabilities share one): after a focal loss all probabilities lie in a few bins of equal width."""
+    if not len(probabilities):
+        return np.zeros(0, np.int64)
     edges = np.quantile(probabilities, np.arange(1, ECE_BINS) / ECE_BINS)
     return np.searchsorted(edges, probabilities, side="right")
 
 
 def checked(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(labels int8, probabilities float64), both (N, L); EvaluationError where they are not what they should be."""
+    """(labels int8, probabilities float64), both (N, L), NaN in labels as UNKNOWN; EvaluationError where they are not
+    what they should be."""
     labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
-    if labels.shape != probabilities.shape or labels.ndim != 2 or labels.shape[1] != N_LABELS or not len(labels):
+    if labels.shape != probabilities.shape or labels.ndim != 2 or not labels.size:
         raise EvaluationError(
-            f"found labels {labels.shape} and probabilities {probabilities.shape}, expected both (N, {N_LABELS}) "
-            "with N at least 1; pass one row per volume and one column per abnormality"
+            f"found labels {labels.shape} and probabilities {probabilities.shape}, expected both (N, L), with N and L "
+            "at least 1; pass one row per volume and one column per finding"
         )
-    if not np.isin(labels, (0, 1)).all():
-        raise EvaluationError("found labels other than 0 and 1, expected 0 or 1; binarise the labels first")
+    if labels.dtype.kind == "f":
+        labels = np.where(np.isnan(labels), UNKNOWN, labels)
+    if not ((labels == 0) | (labels == 1) | (labels == UNKNOWN)).all():
+        raise EvaluationError(f"found labels other than 0 and 1, expected 0 or 1, or {UNKNOWN} where it is unknown; "
+                              "binarise the labels first")
     if not ((probabilities >= 0) & (probabilities <= 1)).all():  # NaN fails both comparisons
         raise EvaluationError("found probabilities outside [0, 1] or NaN; pass sigmoid outputs, not logits")
     return labels.astype(np.int8), probabilities
@@ -154,6 +191,11 @@ def checked(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, 
 def plain(values: Mapping[str, np.ndarray]) -> dict[str, float | None]:
     """The first of each (B,) as a float for JSON, None for NaN."""
     return {key: None if np.isnan(value[0]) else float(value[0]) for key, value in values.items()}
+
+
+def masked_mean(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of what is in the mask; NaN where nothing is."""
+    return _ratio(np.where(mask, values, 0).sum(axis=0), mask.sum(axis=0), np.nan)
 
 
 def nanmean(values: np.ndarray) -> np.ndarray:
@@ -186,36 +228,40 @@ def resampled_ranking(labels: np.ndarray, probabilities: np.ndarray, resamples: 
 
 
 def confusion_counts(labels: np.ndarray, decisions: np.ndarray) -> np.ndarray:
-    """(N, 3 L + 2): true positives, false positives, positives of each label; whether all L are right; 1."""
-    labels, decisions = labels.astype(bool), np.asarray(decisions, bool)
-    right = (labels == decisions).all(axis=1, keepdims=True)
-    parts = [labels & decisions, ~labels & decisions, labels, right, np.ones_like(right)]
+    """(N, 4 L + 2): true positives, false positives, positives, known ones of each label; whether all known labels are
+    right; 1."""
+    positive, known, decisions = labels == 1, labels != UNKNOWN, np.asarray(decisions, bool)
+    right = ((positive == decisions) | ~known).all(axis=1, keepdims=True)
+    parts = [positive & decisions, known & ~positive & decisions, positive, known, right, np.ones_like(right)]
     return np.concatenate(parts, axis=1).astype(np.float64)
 
 
-MEAN_OF = {  # metric of M: the per-label metric of which it is the mean
+SUMMARY_OF = {  # metric of M: the per-label metric that it summarises
     "f1_macro": "f1", "precision_macro": "precision", "recall_macro": "recall", "hamming_accuracy": "accuracy",
     "positive_rate": "positive_rate", "label_rate": "label_rate",
 }
 
 
 def metrics_from_counts(sums: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Sums (..., 3 L + 2) of confusion_counts -> (the part of M that depends on decisions (...), per-label metrics
-    (..., L)); NaN: undefined."""
-    labels = (sums.shape[-1] - 2) // 3
-    tp, fp, positives, right, n = np.split(sums, [labels, 2 * labels, 3 * labels, 3 * labels + 1], axis=-1)
-    columns = {
-        "precision": _ratio(tp, tp + fp),
-        "recall": _ratio(tp, positives),
-        "f1": _ratio(2 * tp, tp + fp + positives),
-        "accuracy": (n - fp - positives + tp) / n,
-        "positive_rate": (tp + fp) / n,
-        "label_rate": positives / n,
+    """Sums (..., 4 L + 2) of confusion_counts -> (the part of M that depends on decisions (...), per-label metrics
+    (..., L)); NaN: undefined. Macro metrics are means over the labels, rates are of all known decisions."""
+    labels = (sums.shape[-1] - 2) // 4
+    tp, fp, positives, known, ends = np.split(sums, np.arange(1, 5) * labels, axis=-1)
+    ratios = {
+        "precision": (tp, tp + fp),
+        "recall": (tp, positives),
+        "f1": (2 * tp, tp + fp + positives),
+        "accuracy": (known - fp - positives + tp, known),
+        "positive_rate": (tp + fp, known),
+        "label_rate": (positives, known),
     }
-    summary = {key: columns[own].mean(axis=-1) for key, own in MEAN_OF.items()}
+    columns = {key: np.where(known > 0, _ratio(*parts), np.nan) for key, parts in ratios.items()}
+    of_all = {key: _ratio(ratios[key][0].sum(axis=-1), ratios[key][1].sum(axis=-1), np.nan)
+              for key in ("accuracy", "positive_rate", "label_rate")}
+    summary = {key: of_all[own] if own in of_all else nanmean(columns[own]) for key, own in SUMMARY_OF.items()}
     rates = {key: summary.pop(key) for key in ("positive_rate", "label_rate")}  # shown after exact_match
-    crg = _crg(tp.sum(axis=-1), fp.sum(axis=-1), positives.sum(axis=-1), labels * n[..., 0])
-    return summary | {"exact_match": (right / n)[..., 0]} | rates | {"crg": crg}, columns
+    crg = _crg(*(part.sum(axis=-1) for part in (tp, fp, positives, known)))
+    return summary | {"exact_match": ends[..., 0] / ends[..., 1]} | rates | {"crg": crg}, columns
 
 
 def crg_exchange(positives: float | np.ndarray, decisions: float | np.ndarray) -> float | np.ndarray:
@@ -241,6 +287,8 @@ def auroc_and_ap(labels: np.ndarray, scores: np.ndarray, resamples: Resamples) -
     labels, scores: (N,). Ties count half in the AUROC and are one step of average precision, as in scikit-learn. The
     AUROC's sums are of integers and halves below 2**53: exact. The order is found once for all resamples.
     """
+    if not len(scores):
+        return np.full(len(resamples.counts), np.nan), np.full(len(resamples.counts), np.nan)
     order = np.argsort(-scores, kind="stable")
     scores, positive, group = scores[order], labels[order] == 1, resamples.group[order]
     ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # last row of each run of ties
@@ -267,15 +315,17 @@ def auroc_and_ap(labels: np.ndarray, scores: np.ndarray, resamples: Resamples) -
 
 def ranking_columns(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> dict[str, np.ndarray]:
     """"auroc" and "average_precision" of each label in B resamples, (B, L) each; see auroc_and_ap."""
-    areas = [auroc_and_ap(labels[:, j], probabilities[:, j], resamples) for j in range(labels.shape[1])]
+    areas = [auroc_and_ap(labels[own, j], probabilities[own, j], resamples.of(own))
+             for j, own in enumerate((labels != UNKNOWN).T)]
     return {key: np.stack(columns, axis=1)
             for key, columns in zip(("auroc", "average_precision"), zip(*areas, strict=True), strict=True)}
 
 
 def pooled_auroc(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> np.ndarray:
     """AUROC of all N x L decisions as one ranking ("micro"), in B resamples (B,)."""
-    every = Resamples(np.repeat(resamples.group, labels.shape[1]), resamples.counts)
-    return auroc_and_ap(labels.ravel(), probabilities.ravel(), every)[0]
+    known = labels != UNKNOWN
+    every = Resamples(np.broadcast_to(resamples.group[:, None], labels.shape)[known], resamples.counts)
+    return auroc_and_ap(labels[known], probabilities[known], every)[0]
 
 
 def auroc_difference(
@@ -293,16 +343,16 @@ def auroc_difference(
     """
     labels, first = checked(labels, first)
     labels, second = checked(labels, second)
-    undefined = undefined_labels(labels)
-    defined = [j for j, name in enumerate(ABNORMALITIES) if name not in undefined]
+    defined = np.flatnonzero(~lacks_a_class(labels))
     unique, patient = np.unique(np.asarray(groups), return_inverse=True)
-    if not defined or len(unique) < 2:
+    if not len(defined) or len(unique) < 2:
         return None
     difference, influence = 0.0, np.zeros(len(labels))
     for j in defined:
-        (auroc, of_first), (other, of_second) = (_auroc_influence(labels[:, j], p[:, j]) for p in (first, second))
+        own = labels[:, j] != UNKNOWN
+        (auroc, of_first), (other, of_second) = (_auroc_influence(labels[own, j], p[own, j]) for p in (first, second))
         difference += (auroc - other) / len(defined)
-        influence += (of_first - of_second) / len(defined)
+        influence[own] += (of_first - of_second) / len(defined)
     by_patient = np.bincount(patient, weights=influence)
     variance = (by_patient**2).sum() * len(unique) / (len(unique) - 1)
     return float(difference), float(np.sqrt(variance))

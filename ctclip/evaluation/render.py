@@ -109,7 +109,7 @@ def write_page(
     path: Path, metrics: Mapping, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray,
     history: list[dict] | None, record: Mapping, cases: Sequence[Case],
 ) -> None:
-    """Writes report.html, whole or not at all. Arrays (N, 18) as evaluated. `history` is log.jsonl's list of epochs,
+    """Writes report.html, whole or not at all. Arrays (N, L) as evaluated. `history` is log.jsonl's list of epochs,
     `record` the content of a run's run.json, {} without a run."""
     data = report.data_name(record)
     sections = report.report_sections(metrics)

@@ -17,10 +17,11 @@ from ctclip.data.tables import some
 from ctclip.evaluation import figures
 from ctclip.evaluation.bootstrap import MIN_CASES
 from ctclip.evaluation.calibration import CROSS_FITTED, TUNING
+from ctclip.evaluation.figures import known_columns
 from ctclip.evaluation.metrics import threshold_sweep
 from ctclip.evaluation.subgroups import MIN_PATIENTS
 from ctclip.formatting import change_text, decimal, interval_text, metric_text, percent
-from ctclip_model import ABNORMALITIES, N_LABELS
+from ctclip_model import ABNORMALITIES
 
 AUROCS = (("AUROC macro", "auroc_macro"), ("AUROC micro", "auroc_micro"))
 METRIC_ROWS = (  # of the dictionary M, in the order they are shown
@@ -125,20 +126,21 @@ def _data(metrics: Mapping) -> Section:
 
 def data_facts(metrics: Mapping) -> list[tuple[str, str]]:
     half, p, unit, rows = metrics["at_0.5"], metrics["probabilities"], metrics["unit"], metrics["n_rows"]
+    decisions = rows * len(metrics["per_label"]) - unknown_labels(metrics)["decisions"]
     facts = [
         ("Samples", f"{metrics['n_volumes']:,} volumes of {metrics['n_patients']:,} patients"),
         ("Unit", f"{unit['name']}: {unit['how']} ({rows:,} rows)"),
     ]
     return facts + notices(metrics) + [
         ("Probabilities", f"{p['min']:.4f} to {p['max']:.4f}, mean {p['mean']:.4f}"),
-        ("At or above 0.5", f"{percent(half['positive_rate'])} of {rows * N_LABELS:,} decisions "
+        ("At or above 0.5", f"{percent(half['positive_rate'])} of {decisions:,} decisions "
                             f"(truly positive: {percent(half['label_rate'])})"),
     ]
 
 
 def notices(metrics: Mapping) -> list[tuple[str, str]]:
     """What a reader of any of the numbers should know of the data."""
-    found = []
+    found = _findings_notices(metrics)
     if differ := metrics["unit"]["conflicting_labels"]:
         found.append(("", f"labels differ within {differ:,} of the rows: a label of any volume counts"))
     if unnamed := metrics["volumes_without_patient"]:
@@ -146,9 +148,28 @@ def notices(metrics: Mapping) -> list[tuple[str, str]]:
     if metrics["n_patients"] < MIN_CASES:
         found.append(("", f"{NO_INTERVALS}: they would be far too short"))
     for source, columns in metrics.get("unused_columns", {}).items():
-        found.append(("Not used", f"{some(columns)} of {source}: none of the 18 findings"))
+        found.append(("Not used", f"{some(columns)} of {source}: not among the findings that are evaluated"))
     for source, count in metrics["left_out"].items():
         found.append(("Skipped", f"{count:,} rows of the {source}, absent from the other tables (--allow-partial)"))
+    return found
+
+
+def unknown_labels(metrics: Mapping) -> Mapping[str, int]:
+    """How many decisions have an unknown label, and how many volumes have no known one; before 0.8 none might."""
+    return metrics.get("unknown_labels", {"decisions": 0, "volumes": 0})
+
+
+def _findings_notices(metrics: Mapping) -> list[tuple[str, str]]:
+    """Which findings are evaluated where they are not the 18, and how much of their labels is unknown."""
+    found, findings, unknown = [], tuple(metrics["per_label"]), unknown_labels(metrics)
+    if findings != ABNORMALITIES:
+        of_the_18 = sum(name in ABNORMALITIES for name in findings)
+        found.append(("Findings", f"{len(findings)}, {of_the_18} of them among CT-RATE's 18: {', '.join(findings)}"))
+    if unknown["decisions"]:
+        total = metrics["n_rows"] * len(findings)
+        found.append(("Unknown labels", f"{unknown['decisions']:,} of {total:,} are left out"))
+    if unknown["volumes"]:
+        found.append(("Skipped", f"{unknown['volumes']:,} volumes without a known label"))
     return found
 
 
@@ -171,7 +192,7 @@ def _headline(metrics: Mapping) -> Section:
     }
     rows: list[TableRow] = [
         ("Macro AUROC", _value(half, intervals["at_0.5"], "auroc_macro", 3),
-         f"mean of {N_LABELS - len(metrics['undefined_auroc'])} labels; needs no threshold"),
+         f"mean of {len(metrics['per_label']) - len(metrics['undefined_auroc'])} labels; needs no threshold"),
         *((f"{title}, tuned", _value(tuned, intervals["tuned"], key, 3), beside[key])
           for title, key in METRIC_ROWS if key in beside),
         ("Brier score", brier, "before and after calibration; lower is better"),
@@ -288,14 +309,14 @@ def _calibration(metrics: Mapping) -> Section:
     rows = [
         (name, f"{row['slope']:.2f}", *(percent(row[f"mean_{when}"]) for when in WHEN),
          percent(metrics["per_label"][name]["label_rate"]),
-         *(f"{row[f'{key}_{when}']:.3f}" for key in ("brier", "ece") for when in WHEN))
+         *(decimal(row[f"{key}_{when}"], 3) for key in ("brier", "ece") for when in WHEN))
         for name, row in calibration["per_label"].items()
     ]
     columns = ("Label", "Slope", "Mean p before", "Mean p after", "Label rate", "Brier before", "Brier after",
                "ECE before", "ECE after")
     return _section(
         "calibration", "Calibration", lead,
-        Table("Calibration", ("Mean of the 18 labels", "Uncalibrated", "Calibrated"), overall),
+        Table("Calibration", ("Mean of the labels", "Uncalibrated", "Calibrated"), overall),
         Table("Calibration per label", columns, rows, sortable=True),
     )
 
@@ -347,7 +368,7 @@ def _baseline(metrics: Mapping) -> Section:
         "baseline", "Comparison with the baseline",
         f"Baseline: {base['source']}. Thresholds of both are {base['fitted_on']}. Differences are this - baseline"
         + (f". {NO_INTERVALS}." if metrics["n_patients"] < MIN_CASES else
-           " on the same bootstrap resamples: 95 % interval, two-sided p; per label also corrected for 18 labels "
+           " on the same bootstrap resamples: 95 % interval, two-sided p; per label also corrected for all labels "
            "(Holm). F1 at the tuned thresholds. Undefined: only one class, here or in too many resamples."),
         Table("Differences", ("Metric", "Baseline", "This", "Difference (95 % CI)", "p"), rows),
         Table("Differences per label", columns, per_label, sortable=True),
@@ -411,16 +432,16 @@ def figure_sections(
     metrics: Mapping, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray,
     history: list[dict] | None,
 ) -> dict[str, Section]:
-    """The sections of plots by key; arrays (N, 18). "sweep" is as it stands at 0.5: the page's script moves it."""
+    """The sections of plots by key; arrays (N, L). "sweep" is as it stands at 0.5: the page's script moves it."""
     made, captions, sweep = [], figure_captions(metrics), threshold_sweep(labels, probabilities, STOPS)
     for key, plot in figures.LABEL_PLOTS.items():
         panels = [
             Panel(name, captions[key][name],
                   (figures.label_svg(plot, f"{key} {name}", *arrays),) if figures.has_curve(plot, arrays[0]) else ())
-            for name, *arrays in zip(ABNORMALITIES, labels.T, probabilities.T, calibrated.T, strict=True)
+            for name, *arrays in known_columns(metrics["per_label"], labels, probabilities, calibrated)
         ]
         made.append(_section(key, plot.title, plot.lead, Figure(panels, plot.legend)))
-    rates = [figures.svg(figures.rate_figure(metrics, size), f"rates {size}") for size in ((9, 6), (4.2, 8.8))]
+    rates = [figures.svg(figures.rate_figure(metrics, narrow), f"rates {narrow}") for narrow in (False, True)]
     made.append(_section(
         "rates", "Positive rate against label rate",
         "How often each label is predicted, beside how often it is present; the nearer to the mark, the better.",
@@ -443,7 +464,7 @@ def figure_sections(
 
 def slider_data(metrics: Mapping, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray) -> dict:
     """What the slider shows: of each kind of probabilities the metrics of SWEEP_CURVES at each of STOPS, for all labels
-    together and for each alone, as base64 of deflated uint16 (metrics, 19, stops): ten-thousandths, UNDEFINED where
+    together and for each alone, as base64 of deflated uint16 (metrics, 1 + L, stops): ten-thousandths, UNDEFINED where
     there is no value. Tuned thresholds in the same order of labels."""
     thresholds, keys, values = metrics["thresholds"], [key for key, _, _ in figures.SWEEP_CURVES], {}
     tuned = {"uncalibrated": [thresholds["global"], *thresholds["per_label"].values()],
@@ -454,5 +475,5 @@ def slider_data(metrics: Mapping, labels: np.ndarray, probabilities: np.ndarray,
         coded = np.where(np.isnan(stacked), UNDEFINED, np.round(10_000 * np.nan_to_num(stacked))).astype("<u2")
         values[name] = base64.b64encode(zlib.compress(coded.tobytes(), 9)).decode()
     rates = [metrics["at_0.5"]["label_rate"], *(row["label_rate"] for row in metrics["per_label"].values())]
-    return {"labels": list(ABNORMALITIES), "metrics": keys, "stops": len(STOPS), "undefined": UNDEFINED,
+    return {"labels": list(metrics["per_label"]), "metrics": keys, "stops": len(STOPS), "undefined": UNDEFINED,
             "values": values, "tuned": tuned, "label_rates": rates}

@@ -232,14 +232,15 @@ def run_calibration(run: Path) -> Calibration | None:
     if (tuning := run_tuning(run)) is None:
         return None
     rows, objective = tuning_rows(tuning), stored.objective if stored else DEFAULT_OBJECTIVE
-    return fit_calibration(rows.labels, rows.probabilities, rows.patients, objective=objective)
+    return fit_calibration(rows.labels, rows.probabilities, rows.patients, objective=objective, findings=rows.findings)
 
 
 def run_tuning(run: Path) -> tuple[VolumeTable, VolumeTable] | None:
     """(predictions, labels) of a run's tuning patients, or None."""
     if not (run / "tuning_predictions.csv").is_file():
         return None
-    return read_predictions(run / "tuning_predictions.csv"), read_labels(run / "tuning_labels.csv")
+    predictions = read_predictions(run / "tuning_predictions.csv")
+    return predictions, read_labels(run / "tuning_labels.csv", predictions.findings)
 
 
 def run_metadata(data_dir: str | Path | None) -> dict[str, dict[str, str]] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,15 @@ import pandas as pd
 
 from ctclip.config import UNITS
 from ctclip.data.ct_rate import volume_name
+from ctclip.data.label_table import (
+    LabelTable,
+    is_label,
+    is_probability,
+    read_label_table,
+    read_probability_table,
+    table_findings,
+    with_unknown,
+)
 from ctclip.data.patients import (
     StatedIds,
     id_columns,
@@ -22,31 +31,46 @@ from ctclip.data.patients import (
     stated_ids,
 )
 from ctclip.data.tables import (
+    EMPTY,
     ID_COLUMNS,
     NAME_COLUMN,
     column_name,
     how_names_differ,
     join,
     number_text,
-    read_table,
     shown,
     some,
     unknown_columns,
 )
 from ctclip.evaluation.metrics import EvaluationError, checked
 from ctclip.fileio import replacing
-from ctclip_model import ABNORMALITIES, check_written
+from ctclip_model import ABNORMALITIES, UNKNOWN, check_written
 
 
 @dataclass(frozen=True)
 class VolumeTable:
-    """Numbers by VolumeName and label, and PatientID and ScanID where they are stated; where they were read, the line
-    of each row in that file, and the columns there that nothing uses."""
+    """Numbers by VolumeName and finding, and PatientID and ScanID where they are stated; where they were read, the line
+    of each row in that file, and the columns there that nothing uses. Labels are 0, 1 or UNKNOWN."""
 
     frame: pd.DataFrame
     source: str = "a table given in memory"
     lines: Sequence[int] = ()
     unused: Sequence[str] = ()
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        return tuple(column for column in self.frame if column not in ID_COLUMNS)
+
+    def select(self, findings: Sequence[str]) -> VolumeTable:
+        """The table with these findings, in their order; EvaluationError where it lacks one."""
+        if missing := [name for name in findings if name not in self.frame]:
+            raise EvaluationError(
+                f"{self.source}: found no column {some(missing)}, expected all {len(findings)} findings that are "
+                "evaluated; add the column, or name those that are in all tables with --findings"
+            )
+        ids = [column for column in ID_COLUMNS if column in self.frame]
+        others = [name for name in self.findings if name not in findings]
+        return replace(self, frame=self.frame[[*findings, *ids]], unused=(*self.unused, *others))
 
     @property
     def ids(self) -> StatedIds:
@@ -80,8 +104,8 @@ class EvaluationInputs:
 
 
 def load_predictions(path: str | Path) -> pd.DataFrame:
-    """Probabilities indexed by VolumeName, the 18 columns in ABNORMALITIES' order (matched by name), then PatientID and
-    ScanID where the file has them.
+    """Probabilities indexed by VolumeName, a column for each finding (the 18 in ABNORMALITIES' order where they are
+    there; see ctclip/data/label_table.py), then PatientID and ScanID where the file has them.
 
     Any fault of the file raises EvaluationError naming file, line and remedy.
     """
@@ -89,60 +113,74 @@ def load_predictions(path: str | Path) -> pd.DataFrame:
 
 
 def load_labels(path: str | Path) -> pd.DataFrame:
-    """Labels 0/1 (int8) from a CSV with CT-RATE's header; otherwise like load_predictions. Identical rows of a volume
+    """Labels 0/1 (int8), UNKNOWN (-1) for an empty cell; otherwise like load_predictions. Identical rows of a volume
     count once, as in training."""
     return read_labels(path).frame
 
 
-def read_predictions(path: str | Path) -> VolumeTable:
-    """`load_predictions` with the table's origin, for messages."""
-    return _read(path, lambda values: (values >= 0) & (values <= 1), "a probability in [0, 1]",
-                 "write sigmoid outputs, not logits")
+def read_predictions(path: str | Path, findings: Sequence[str] | None = None) -> VolumeTable:
+    """`load_predictions` with the table's origin, for messages; of `findings`, by default the table's own."""
+    check_written(Path(path))
+    found = read_probability_table(path, findings, EvaluationError)
+    return _whole(found, found.values, is_probability(found.values), "a probability in [0, 1]",
+                  "write sigmoid outputs, not logits", found.table.repeated)
 
 
-def read_labels(path: str | Path) -> VolumeTable:
-    """`load_labels` with the table's origin, for messages."""
-    table = _read(path, lambda values: np.isin(values, (0, 1)), "0 or 1", "correct the label or remove the row", True)
-    return replace(table, frame=table.frame.astype(dict.fromkeys(ABNORMALITIES, np.int8)))
+def read_labels(
+    path: str | Path, findings: Sequence[str] | None = None, minus_one_is_unknown: bool = False
+) -> VolumeTable:
+    """`load_labels` with the table's origin, for messages; of `findings`, by default the table's own. With
+    `minus_one_is_unknown`, -1 means the same as an empty cell."""
+    check_written(Path(path))
+    found = read_label_table(path, findings, minus_one_is_unknown, EvaluationError)
+    valid = is_label(found.values)
+    remedy = "correct the label or remove the row"
+    if (found.values == -1).any():
+        remedy = "empty the cells that are unknown, or say so with --minus-one-is-unknown"
+    return _whole(found, with_unknown(np.where(valid, found.values, 0)), valid, "0, 1 or an empty cell", remedy)
 
 
-def _read(
-    path: str | Path, valid: Callable[[np.ndarray], np.ndarray], expected: str, remedy: str, repeats: bool = False
+def _whole(
+    found: LabelTable, values: np.ndarray, valid: np.ndarray, expected: str, remedy: str, repeated: Sequence[str] = ()
 ) -> VolumeTable:
     """A table in which every row is whole. Training skips the others; here they would change what is measured."""
-    check_written(Path(path))
-    table = read_table(path, ABNORMALITIES, optional=ID_COLUMNS, error=EvaluationError)
-    if faults := table.faults or (not repeats and table.repeated):
+    table, path = found.table, found.table.path
+    if faults := [*table.faults, *repeated]:
         raise EvaluationError(faults[0])
     if not table.place:
         raise EvaluationError(f"{path}: found no rows below the header, expected at least one volume; add them")
-    values, bad = table.numbers, ~valid(table.numbers)
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
-        found = "no number" if np.isnan(values[row, column]) else number_text(values[row, column])
-        more = f" ({bad.sum()} such values)" if bad.sum() > 1 else ""
-        raise EvaluationError(f"{path}, line {table.lines[row]}: found {found} for {ABNORMALITIES[column]} of "
+    if not valid.all():
+        row, column = np.argwhere(~valid)[0]
+        value = found.values[row, column]
+        said = "no number" if np.isnan(value) or value == EMPTY else number_text(value)
+        more = f" ({(~valid).sum()} such values)" if (~valid).sum() > 1 else ""
+        raise EvaluationError(f"{path}, line {table.lines[row]}: found {said} for {found.findings[column]} of "
                               f"{list(table.place)[row]}{more}, expected {expected}; {remedy}")
     ids_in_table(table)  # raises where a cell is empty
     columns = {column: [row[at] for row in table.texts] for at, column in enumerate(table.columns)}
-    frame = _frame(list(table.place), values, columns)
-    return VolumeTable(frame, str(path), table.lines, unknown_columns(table.others))
+    frame = _frame(list(table.place), values, found.findings, columns)
+    return VolumeTable(frame, str(path), table.lines, found.unused)
 
 
 def _frame(
-    names: Sequence[str] | np.ndarray, values: np.ndarray, columns: Mapping[str, Sequence[str]] | None = None
+    names: Sequence[str] | np.ndarray, values: np.ndarray, findings: Sequence[str],
+    columns: Mapping[str, Sequence[str]] | None = None,
 ) -> pd.DataFrame:
-    frame = pd.DataFrame(values, copy=False, index=pd.Index(names, name=NAME_COLUMN), columns=list(ABNORMALITIES))
+    frame = pd.DataFrame(values, copy=False, index=pd.Index(names, name=NAME_COLUMN), columns=list(findings))
     return frame.assign(**columns) if columns else frame
 
 
 def write_table(
-    path: str | Path, names: Sequence[str] | np.ndarray, values: np.ndarray, ids: StatedIds | None = None
+    path: str | Path, names: Sequence[str] | np.ndarray, values: np.ndarray, ids: StatedIds | None = None,
+    findings: Sequence[str] = ABNORMALITIES,
 ) -> None:
-    """VolumeName and the 18 columns, as predictions (probabilities) and labels (0/1) files have them, and PatientID and
-    ScanID where `ids` states them."""
+    """VolumeName and a column for each finding, as predictions (probabilities) and labels (whole numbers: 0, 1, and
+    UNKNOWN, an empty cell) files have them, and PatientID and ScanID where `ids` states them."""
+    frame = _frame(names, values, findings, id_columns(names, ids or {}))
+    if np.issubdtype(np.asarray(values).dtype, np.integer) and (np.asarray(values) == UNKNOWN).any():
+        frame = frame.replace({name: {UNKNOWN: ""} for name in findings})
     with replacing(path) as temporary:
-        _frame(names, values, id_columns(names, ids or {})).to_csv(temporary)
+        frame.to_csv(temporary)
 
 
 def as_table(table: Any) -> VolumeTable:
@@ -158,18 +196,25 @@ def as_table(table: Any) -> VolumeTable:
     if other := [name for name in names if not isinstance(name, str)]:
         raise EvaluationError(f"found {other[0]!r} as the name of a volume in a DataFrame, expected text; put the "
                               f"names into a column {NAME_COLUMN}, or into its index")
-    missing = [column for column in ABNORMALITIES if column not in frame]
-    if missing or not frame.columns.is_unique:
-        found = f"no column {some(missing)}" if missing else "a column twice"
-        raise EvaluationError(f"found {found} in a DataFrame, expected the 18 abnormalities once; check its columns")
-    wrong = [column for column in ABNORMALITIES if not pd.api.types.is_numeric_dtype(frame[column])]
-    if wrong:
+    if not frame.columns.is_unique:
+        raise EvaluationError("found a column twice in a DataFrame, expected each finding once; check its columns")
+    named = [str(column) for column in frame if isinstance(column, str)]
+    findings = table_findings("a DataFrame", named, lambda column: _in_range(frame[column]), EvaluationError)
+    if wrong := [column for column in findings if not pd.api.types.is_numeric_dtype(frame[column])]:
         raise EvaluationError(f"found text in column {some(wrong)} of a DataFrame, expected numbers; convert it")
-    unused = unknown_columns(str(column) for column in frame if column not in ABNORMALITIES)
+    unused = unknown_columns(str(column) for column in frame if column not in findings)
     ids = {column: ["" if pd.isna(cell) else str(cell).strip() for cell in frame[column]]
            for column in ID_COLUMNS if column in frame}
     index = pd.Index([volume_name(name) for name in names], name=NAME_COLUMN)
-    return VolumeTable(frame[list(ABNORMALITIES)].set_axis(index).assign(**ids), unused=unused)
+    return VolumeTable(frame[list(findings)].set_axis(index).assign(**ids), unused=unused)
+
+
+def _in_range(column: pd.Series) -> bool:
+    """Whether a DataFrame's column may be a finding's: numbers from 0 to 1, or unknown."""
+    if not pd.api.types.is_numeric_dtype(column):
+        return False
+    known = column[column.notna() & (column != UNKNOWN)]
+    return bool(len(known) and known.between(0, 1).all())
 
 
 def joined(tables: Mapping[str, VolumeTable]) -> dict[str, VolumeTable]:
@@ -184,20 +229,24 @@ def joined(tables: Mapping[str, VolumeTable]) -> dict[str, VolumeTable]:
 
 @dataclass(frozen=True)
 class Rows:
-    """What is evaluated, row by row: names and patients (N,), labels (N, 18) int8, probabilities (N, 18) float64.
+    """What is evaluated, row by row: names and patients (N,), labels (N, L) int8, probabilities (N, L) float64, of the
+    `findings` (L,).
 
     Made of `n_volumes` volumes. `unit` is a key of UNITS. `skipped` counts, by table, the volumes that others lack
-    (only where that was allowed); `conflicts` the rows whose volumes were merged though their labels differ (a finding
-    counts if any of them has it). `ids`: what tables state of the volumes' patients and scans.
+    (only where that was allowed), `unlabelled` those without a known label, which are no rows; `conflicts` the rows
+    whose volumes were merged though their labels differ (a finding counts if any of them has it). `ids`: what tables
+    state of the volumes' patients and scans.
     """
 
     names: np.ndarray
     patients: np.ndarray
     labels: np.ndarray
     probabilities: np.ndarray
+    findings: tuple[str, ...]
     n_volumes: int
     unit: str = "volume"
     skipped: dict[str, int] = field(default_factory=dict)
+    unlabelled: int = 0
     conflicts: int = 0
     ids: StatedIds = field(default_factory=dict)
 
@@ -252,17 +301,24 @@ def rows_of(
     predictions: pd.DataFrame, labels: pd.DataFrame | None, names: Sequence[str], unit: str = "volume",
     skipped: dict[str, int] | None = None, ids: StatedIds | None = None,
 ) -> Rows:
-    """The named volumes of both tables, merged to `unit`; without `labels`, all of them are 0. Patients as `ids` states
-    them, by default the predictions' own columns."""
-    columns = list(ABNORMALITIES)
+    """The named volumes of both tables, merged to `unit`; without `labels`, all of them are 0. Findings are those of
+    the labels, else of the predictions; patients as `ids` states them, by default the predictions' own columns."""
+    findings = VolumeTable(predictions if labels is None else labels).findings
+    columns = list(findings)
     p = predictions.loc[names, columns].to_numpy()
     y, p = checked(np.zeros(p.shape) if labels is None else labels.loc[names, columns].to_numpy(), p)
+    labelled = (y != UNKNOWN).any(axis=1)
+    if not labelled.any():
+        raise EvaluationError(f"found no known label of any of the {len(names)} volumes, expected some; fill in the "
+                              "table of labels")
     ids = VolumeTable(predictions).ids if ids is None else ids
-    rows = Rows(np.array(names), row_keys(names, "patient", ids), y, p, len(names), skipped=skipped or {}, ids=ids)
+    of = np.array(names)[labelled]
+    rows = Rows(of, row_keys(of, "patient", ids), y[labelled], p[labelled], findings, len(of),
+                skipped=skipped or {}, unlabelled=int((~labelled).sum()), ids=ids)
     if unit not in UNITS:
         raise EvaluationError(f"found unit {unit!r}, expected one of {', '.join(UNITS)}")
     if unit != "volume":
-        rows = _merged(rows, row_keys(names, "scan", ids), "scan")
+        rows = _merged(rows, row_keys(of, "scan", ids), "scan")
     return _merged(rows, rows.patients, "patient") if unit == "patient" else rows
 
 
@@ -281,17 +337,22 @@ def tuning_rows(
 
 def _merged(rows: Rows, keys: np.ndarray, unit: str) -> Rows:
     """One row per scan or patient, which `keys` (N,) name, in order of first appearance; probabilities by their mean
-    over a scan's volumes, the maximum over a patient's scans, labels by any."""
+    over a scan's volumes, the maximum over a patient's scans, labels by any. Where none is positive, a scan's label is
+    0 if any of its volumes is, as they show the same; a patient's is unknown if any of the scans' is."""
     where = pd.factorize(keys)[0]
     _, first, sizes = np.unique(where, return_index=True, return_counts=True)
     probabilities = np.zeros((len(first), rows.labels.shape[1]))
     positives = np.zeros_like(probabilities)
-    np.add.at(positives, where, rows.labels)
+    negatives = np.zeros_like(positives)
+    np.add.at(positives, where, rows.labels == 1)
+    np.add.at(negatives, where, rows.labels == 0)
     (np.add if unit == "scan" else np.maximum).at(probabilities, where, rows.probabilities)
     if unit == "scan":
         probabilities /= sizes[:, None]
-    differ = ((positives > 0) & (positives < sizes[:, None])).any(axis=1)
-    return replace(rows, names=keys[first], patients=rows.patients[first], labels=(positives > 0).astype(np.int8),
+    differ = ((positives > 0) & (negatives > 0)).any(axis=1)
+    negative = negatives > 0 if unit == "scan" else negatives == sizes[:, None]
+    labels = np.select([positives > 0, negative], [1, 0], UNKNOWN).astype(np.int8)
+    return replace(rows, names=keys[first], patients=rows.patients[first], labels=labels,
                    probabilities=probabilities, unit=unit, conflicts=rows.conflicts + int(differ.sum()))
 
 

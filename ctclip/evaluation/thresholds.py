@@ -1,39 +1,39 @@
 """Labels and probabilities -> thresholds: exhaustive search for the best one by an objective; the map onto 0.5.
 
-Thresholds are for probabilities as the model gives them, before calibration. `prevalence` weighs positives and
-negatives so that each label has the rate asked for.
+Thresholds are for probabilities as the model gives them, before calibration. `prevalence` (L,), NaN where nothing is
+asked for, weighs positives and negatives so that each label has the rate asked for.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 
 from ctclip.config import DEFAULT_OBJECTIVE, OBJECTIVES
-from ctclip.evaluation.metrics import EvaluationError, checked, crg_exchange, positives_at, undefined_labels
-from ctclip_model import ABNORMALITIES
+from ctclip.evaluation.metrics import EvaluationError, checked, class_counts, crg_exchange, lacks_a_class, positives_at
+from ctclip_model import UNKNOWN
 
-# Each objective scores all candidates at once: tp and fp are (L, T) for L labels and T thresholds, positives is (L, 1),
-# n the number of rows and rate the share of positives among the labels' n x L values. It returns (T,) scores to
+# Each objective scores all candidates at once: tp and fp are (L, T) for L labels and T thresholds, positives and the
+# number of known rows n are (L, 1), rate is the share of positives among all known labels. It returns (T,) scores to
 # maximise, so that one label (L = 1) and one global threshold for all labels are the same search.
 
 
-def _score_f1(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
+def _score_f1(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: np.ndarray, rate: float) -> np.ndarray:
     predicted_and_true = tp + fp + positives
     return (2 * tp / np.where(predicted_and_true > 0, predicted_and_true, 1)).mean(axis=0)
 
 
-def _score_crg(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float) -> np.ndarray:
+def _score_crg(tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: np.ndarray, rate: float) -> np.ndarray:
     """CRG grows with this sum over the labels, so its best thresholds are found label by label, at the pooled rate."""
     r = crg_exchange(rate, 1)
-    return (r * tp - r * (positives - tp) - fp).sum(axis=0) / n
+    return (r * tp - r * (positives - tp) - fp).sum(axis=0) / n.sum()
 
 
 def _score_youden(
-    tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: int, rate: float, floor: float | None = None
+    tp: np.ndarray, fp: np.ndarray, positives: np.ndarray, n: np.ndarray, rate: float, floor: float | None = None
 ) -> np.ndarray:
     """Sensitivity + specificity - 1, means over the labels with both classes; with `floor`, the most specific threshold
     that finds at least that share of the positives."""
@@ -47,9 +47,9 @@ def _score_youden(
 
 
 OBJECTIVE_SCORES: dict[str, Callable[..., np.ndarray]] = {  # in OBJECTIVES' order
-    "prevalence": lambda tp, fp, positives, n, rate: -np.abs((tp + fp - positives).sum(axis=0)) / (n * len(tp)),
+    "prevalence": lambda tp, fp, positives, n, rate: -np.abs((tp + fp - positives).sum(axis=0)) / n.sum(),
     "f1": _score_f1,
-    "hamming": lambda tp, fp, positives, n, rate: 1 - (positives - tp + fp).mean(axis=0) / n,
+    "hamming": lambda tp, fp, positives, n, rate: 1 - (positives - tp + fp).sum(axis=0) / n.sum(),
     "youden": _score_youden,
     "crg": _score_crg,
 }
@@ -71,50 +71,51 @@ def objective_score(objective: str) -> Callable[..., np.ndarray]:
 
 def tune_global_threshold(
     labels: np.ndarray, probabilities: np.ndarray, objective: str = DEFAULT_OBJECTIVE,
-    prevalence: Mapping[str, float] | None = None,
+    prevalence: np.ndarray | None = None,
 ) -> float:
     """The one threshold for all labels that maximises `objective` (macro F1, pooled rate, pooled accuracy, mean Youden,
-    CRG, or mean specificity at a mean sensitivity). `prevalence` as in fit_calibration."""
+    CRG, or mean specificity at a mean sensitivity)."""
     return _best_threshold(labels, probabilities, objective, prevalence, slice(None))
 
 
 def tune_label_thresholds(
     labels: np.ndarray, probabilities: np.ndarray, objective: str = DEFAULT_OBJECTIVE,
-    prevalence: Mapping[str, float] | None = None,
+    prevalence: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(L,) thresholds, each maximising `objective` on its own label. `prevalence` as in fit_calibration.
+    """(L,) thresholds, each maximising `objective` on its own label.
 
-    A label without both classes here (named by undefined_labels) has nothing to tune on and takes the global threshold.
+    A label without both classes here (lacks_a_class) has nothing to tune on and takes the global threshold.
     """
-    undefined = undefined_labels(labels)
-    own = [slice(None) if name in undefined else slice(j, j + 1) for j, name in enumerate(ABNORMALITIES)]
+    own = [slice(None) if lacks else slice(j, j + 1) for j, lacks in enumerate(lacks_a_class(labels))]
     return np.array([_best_threshold(labels, probabilities, objective, prevalence, which) for which in own])
 
 
-def _class_weights(labels: np.ndarray, prevalence: Mapping[str, float] | None) -> tuple[np.ndarray, np.ndarray]:
+def _class_weights(labels: np.ndarray, prevalence: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """(L,) weights of each label's positives and negatives that give it the rate asked for; 1 with one class."""
-    rates, wanted = labels.mean(axis=0), target_rates(labels, prevalence)
+    rates, wanted = label_rates(labels), target_rates(labels, prevalence)
     two = (rates > 0) & (rates < 1)
     safe = np.where(two, rates, 0.5)
     return np.where(two, wanted / safe, 1), np.where(two, (1 - wanted) / (1 - safe), 1)
 
 
 def _best_threshold(
-    labels: np.ndarray, probabilities: np.ndarray, objective: str, prevalence: Mapping[str, float] | None, which: slice
+    labels: np.ndarray, probabilities: np.ndarray, objective: str, prevalence: np.ndarray | None, which: slice
 ) -> float:
     """Exhaustive search over candidate_thresholds for the labels in `which`. Of equally good ones, the one whose
     positive rate is nearest to the label rate, then the highest."""
     labels, probabilities = checked(labels, probabilities)
     score_of = objective_score(objective)
     of_positive, of_negative = (column[:, None] for column in _class_weights(labels, prevalence))
-    all_positives = of_positive * labels.sum(axis=0, dtype=np.int64)[:, None]
-    rate = np.clip(all_positives.sum() / labels.size, 1e-12, 1)
-    positives, candidates = all_positives[which], candidate_thresholds(probabilities[:, which])
+    negatives, positives = (count[:, None] for count in class_counts(labels))
+    known, positives = (negatives + positives)[which], of_positive * positives
+    rate = np.clip(positives.sum() / max(np.sum(labels != UNKNOWN), 1), 1e-12, 1)
+    positives = positives[which]
+    candidates = candidate_thresholds(probabilities[:, which][labels[:, which] != UNKNOWN])
     scores, gaps = [], []
     for part in np.array_split(candidates, len(candidates) // 2**15 + 1):  # bounds the memory on a large cohort
         fp, tp = positives_at(labels[:, which], probabilities[:, which], part)
         tp, fp = of_positive[which] * tp, of_negative[which] * fp
-        scores.append(score_of(tp, fp, positives, len(labels), rate))
+        scores.append(score_of(tp, fp, positives, known, rate))
         gaps.append(np.abs((tp + fp - positives).sum(axis=0)))
     score, gap = np.concatenate(scores), np.concatenate(gaps)
     best = np.flatnonzero(score >= score.max() - 1e-12)
@@ -146,8 +147,15 @@ def rescale_to_half(probabilities: np.ndarray, thresholds: np.ndarray) -> np.nda
     return np.where(above, high, low)
 
 
-def target_rates(labels: np.ndarray, prevalence: Mapping[str, float] | None) -> np.ndarray:
-    """(L,) rates to calibrate for: `prevalence` where it names the label, else those of `labels`, with those of
-    one-class labels moved half a row away from 0 and 1."""
-    rates = np.clip(labels.mean(axis=0), 0.5 / len(labels), 1 - 0.5 / len(labels))
-    return np.array([(prevalence or {}).get(name, rate) for name, rate in zip(ABNORMALITIES, rates, strict=True)])
+def label_rates(labels: np.ndarray) -> np.ndarray:
+    """(L,) shares of positives among the known labels; 0 where none is known."""
+    negatives, positives = class_counts(labels)
+    return positives / np.maximum(negatives + positives, 1)
+
+
+def target_rates(labels: np.ndarray, prevalence: np.ndarray | None) -> np.ndarray:
+    """(L,) rates to calibrate for: `prevalence` where it is a number, else those of `labels`, with those of one-class
+    labels moved half a row away from 0 and 1."""
+    half = 0.5 / np.maximum((labels != UNKNOWN).sum(axis=0), 1)
+    rates = np.clip(label_rates(labels), half, 1 - half)
+    return rates if prevalence is None else np.where(np.isnan(prevalence), rates, prevalence)

@@ -61,7 +61,8 @@ def run_inputs(
     record = run_record(run)
     phantom = bool(record.get("phantom", False)) if data_dir is None else is_phantom_cohort(data_dir)
     cohort = data_dir or from_working_folder(record, record.get("data_dir"))
-    predictions, labels = read_predictions(tables / "predictions.csv"), read_labels(tables / "labels.csv")
+    predictions = read_predictions(tables / "predictions.csv")
+    labels = read_labels(tables / "labels.csv", predictions.findings)
     history = read_history(run / "log.jsonl")
     folder = Path(cohort) if cohort else None
     stated = patients_of(patients, predictions)

@@ -38,7 +38,7 @@ from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.loading import Batch, micro_batch_size, notes_of
 from ctclip.data.tables import CohortError
 from ctclip.distributed import Ranks
-from ctclip.evaluation.metrics import undefined_labels
+from ctclip.evaluation.metrics import lacks_a_class, names_where
 from ctclip.evaluation.run_folder import (
     LOCK,
     foreign_files,
@@ -408,7 +408,7 @@ def label_notes(job: TrainingJob) -> list[str]:
     lines = []
     for split, kind, so in ((job.train, "training", "they cannot be learned"),
                             (job.validation, "validation", "their AUROC is undefined")):  # fmt: skip
-        if names := undefined_labels(split.labels.numpy()):
+        if names := names_where(ABNORMALITIES, lacks_a_class(split.labels.numpy())):
             which = f"{len(names)} of {len(ABNORMALITIES)} findings are all 0 or all 1"
             lines.append(f"{which} in the {len(split.volumes)} {kind} volumes; {so}: {', '.join(names)}")
     return lines

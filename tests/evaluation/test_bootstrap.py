@@ -67,8 +67,9 @@ def test_the_calibration_error_that_a_finite_table_shows_of_itself(copies):
     group = np.repeat(np.arange(150), copies)
     observed = [cm.calibration_columns((rng.random((150, 18))[group] < p).astype(np.int8), p)["ece"].mean()
                 for _ in range(100)]
-    assert boot.ece_if_calibrated(p, group) == pytest.approx(np.mean(observed), rel=0.03)
-    assert boot.ece_if_calibrated(np.repeat(p, 10, axis=0), np.arange(1500 * copies)) < 0.5 * np.mean(observed)
+    assert boot.ece_if_calibrated(p, np.ones(p.shape, bool), group) == pytest.approx(np.mean(observed), rel=0.03)
+    many = np.repeat(p, 10, axis=0)
+    assert boot.ece_if_calibrated(many, np.ones(many.shape, bool), np.arange(1500 * copies)) < 0.5 * np.mean(observed)
 
 
 def test_patients_are_drawn_not_volumes():
@@ -118,7 +119,7 @@ def test_interval_by_hand_and_where_it_is_undefined():
     values[1:61] = np.nan
     assert boot.interval(values) is None
     assert boot.intervals({"a": values}) == {"a": None}
-    assert boot.label_intervals({"c": np.zeros((6, 18))}) == {name: {"c": [0, 0]} for name in NAMES}
+    assert boot.label_intervals({"c": np.zeros((6, 18))}, NAMES) == {name: {"c": [0, 0]} for name in NAMES}
 
 
 def test_difference_by_hand():
@@ -157,7 +158,7 @@ def test_holm_by_hand():
     assert boot.holm([0.01, 0.04, 0.03, None]) == pytest.approx([0.03, 0.06, 0.06, None])
     assert boot.holm([0.5, 0.9]) == [1, 1]
     assert boot.holm([None]) == [None]
-    rows = boot.label_differences(np.full((1000, 18), 0.1))
+    rows = boot.label_differences(np.full((1000, 18), 0.1), NAMES)
     assert all(row["p_corrected"] == pytest.approx(18 * 2 / 1000) for row in rows.values()) and list(rows) == NAMES
 
 

@@ -23,7 +23,7 @@ def rows_with(labels, probabilities, names=None):
     y, p = np.zeros((len(labels), 18), np.int8), np.zeros((len(labels), 18))
     y[:, 0], p[:, 0] = labels, probabilities
     names = np.array(names or [f"valid_{i}_a_1.nii.gz" for i in range(len(labels))])
-    return Rows(names, np.array([name[:7] for name in names]), y, p, len(names))
+    return Rows(names, np.array([name[:7] for name in names]), y, p, ABNORMALITIES, len(names))
 
 
 def fitted(calibrated, threshold, calibrated_threshold):

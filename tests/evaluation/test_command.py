@@ -124,8 +124,10 @@ BAD = {
     "not a CSV": ("p.csv", lambda f: f.write_bytes(bytes(range(256)) * 9), "not text in columns"),
     "open quote": ("p.csv", lambda f: f.write_text(f.read_text() + '"open'), "not text in columns"),
     "label not binary": ("l.csv", lambda f: edit(f, 5, 4, "2"),
-                         "l.csv, line 5: found 2 for Pericardial effusion of valid_2_a_2.nii.gz, expected 0 or 1"),
-    "label missing": ("l.csv", lambda f: edit(f, 5, 4, ""), "line 5: found no number"),
+                         "l.csv, line 5: found 2 for Pericardial effusion of valid_2_a_2.nii.gz, expected 0, 1 or"),
+    "label that is no number": ("l.csv", lambda f: edit(f, 5, 4, "n/a"), "line 5: found no number"),
+    "label -1": ("l.csv", lambda f: edit(f, 5, 4, "-1"), "say so with --minus-one-is-unknown"),
+    "prediction missing": ("p.csv", lambda f: edit(f, 5, 4, ""), "line 5: found no number"),
     "prediction without label": ("l.csv", lambda f: drop_line(f, 2), "l.csv: found no row for 1 of the 24 volumes in "
                                  "p.csv, first valid_1_a_1.nii.gz (line 2), expected the same volumes"),
     "label without prediction": ("p.csv", lambda f: drop_line(f, 3), "p.csv: found no row for 1 of the 24 volumes in "

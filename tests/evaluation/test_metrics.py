@@ -23,7 +23,7 @@ def test_metrics_by_hand():
     y[:, 2], p[:, 2] = 0, (0.7, 0.1, 0.2)
     m = cm.compute_metrics(y, p)
     assert set(m) == M_KEYS
-    assert cm.undefined_labels(y) == list(ABNORMALITIES[1:])
+    assert cm.lacks_a_class(y).tolist() == [False, *[True] * 17]
     assert m["auroc_macro"] == 0.5  # label 0 only: .9 beats .5, .4 does not
     # label 0: precision 1/2, recall 1/2, F1 1/2; label 1: 1, 1/3, 1/2; label 2 and the rest: 0
     assert m["precision_macro"] == pytest.approx(1.5 / 18)
@@ -43,7 +43,8 @@ def test_metrics_by_hand():
     assert rows["Medical material"] == {
         "auroc": 0.5, "average_precision": pytest.approx((1 + 2 / 3) / 2),
         "precision": 0.5, "recall": 0.5, "f1": 0.5, "accuracy": pytest.approx(1 / 3),
-        "positive_rate": pytest.approx(2 / 3), "label_rate": pytest.approx(2 / 3), "threshold": 0.5, "positives": 2}
+        "positive_rate": pytest.approx(2 / 3), "label_rate": pytest.approx(2 / 3), "threshold": 0.5, "positives": 2,
+        "known": 3}
     assert rows["Arterial wall calcification"]["auroc"] is None and rows["Cardiomegaly"]["auroc"] is None
 
 
@@ -59,7 +60,7 @@ def test_one_class_truth_is_undefined_not_zero(labels):
     m = cm.compute_metrics(y, np.full((4, 18), 0.9))
     assert m["auroc_macro"] is None and m["auroc_micro"] is None and m["crg"] is None
     assert m["hamming_accuracy"] == labels and m["f1_macro"] == labels and m["label_rate"] == labels
-    assert cm.undefined_labels(y) == list(ABNORMALITIES)
+    assert cm.lacks_a_class(y).all()
     json.dumps(m, allow_nan=False)
 
 
@@ -93,7 +94,7 @@ def test_metrics_equal_scikit_learn_with_ties(seed):
             "precision": sk.precision_score(y[:, j], d, zero_division=0),
             "recall": sk.recall_score(y[:, j], d), "f1": sk.f1_score(y[:, j], d),
             "accuracy": sk.accuracy_score(y[:, j], d), "positive_rate": d.mean(), "label_rate": y[:, j].mean(),
-            "threshold": label_cuts[j], "positives": y[:, j].sum()}
+            "threshold": label_cuts[j], "positives": y[:, j].sum(), "known": len(y)}
         assert row == pytest.approx(expected, abs=1e-12)
 
 
@@ -104,8 +105,8 @@ def test_metrics_are_plain_numbers():
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda y, p: (y[:, :17], p[:, :17]), "expected both"),
-    (lambda y, p: (y[:0], p[:0]), "N at least 1"),
+    (lambda y, p: (y[:, :17], p), "expected both"),
+    (lambda y, p: (y[:0], p[:0]), "N and L at least 1"),
     (lambda y, p: (y * 2, p), "other than 0 and 1"),
     (lambda y, p: (y, p * 3 - 1), "outside"),
     (lambda y, p: (y, np.where(p == 0.5, np.nan, p)), "NaN"),

@@ -26,7 +26,8 @@ DEEP = [b"[" * 200_000, b'{"a":' * 200_000 + b"1" + b"}" * 200_000, b"[" * 900 +
 def calibration(tmp_path):
     column = np.full(len(ABNORMALITIES), 0.5)
     path = tmp_path / "calibration.json"
-    Calibration("platt", column, column, column, column, 0.5, "prevalence", {"platt": 0.4}, 8, 4).save(path)
+    columns = [column] * 4
+    Calibration(ABNORMALITIES, "platt", *columns, 0.5, "prevalence", {"platt": 0.4}, 8, 4).save(path)
     return path
 
 
