@@ -3,6 +3,7 @@
     python ctclip_evaluation.py                                        the newest run under results/
     python ctclip_evaluation.py --checkpoint results/RUN
     python ctclip_evaluation.py --predictions P.csv --labels L.csv [--baseline B.csv]
+    python ctclip_evaluation.py --predictions A.csv B.csv --labels L.csv    their mean; also --checkpoint RUN1 RUN2
     python ctclip_evaluation.py --apply results/RUN --predictions NEW.csv
     python ctclip_evaluation.py --example                              a simulated classifier that over-predicts
 
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     check_flags(args)
-    from ctclip.evaluation.command import apply_calibration, evaluate_and_write, settings_from_flags
+    from ctclip.evaluation.command import apply_calibration, check_ensemble, evaluate_and_write, settings_from_flags
     from ctclip.evaluation.render import check_report_parts
 
     if args.apply:
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
         return
     settings = settings_from_flags(args)
     check_report_parts()
+    check_ensemble(args.ensemble, args.predictions or args.checkpoint)
     inputs, folder, following = read_inputs(args)
     evaluate_and_write(inputs, folder, settings, args.baseline, args.metadata, args.pictures, args.verbose)
     print(f"Evaluation took {time.perf_counter() - started:.1f} s\n{following}")
@@ -110,49 +112,48 @@ def check_flags(args: argparse.Namespace) -> None:
         if source == "tables" and bool(tables[one]) != bool(tables[other]):
             has, lacks = (one, other) if tables[one] else (other, one)
             raise UserError(f"found {has} without {lacks}, expected both; add {lacks} FILE.csv")
+    if args.tuning_predictions and args.ensemble == "pooled":
+        raise UserError("found --tuning-predictions with --ensemble pooled, expected none, as tuning patients of one "
+                        "fold are reported of another; leave them out to cross-fit")
+    if args.tuning_predictions and len(args.tuning_predictions) != len(args.predictions):
+        raise UserError(f"found {len(args.tuning_predictions)} --tuning-predictions for {len(args.predictions)} "
+                        "--predictions, expected one for each, in the same order; add what is missing")
 
 
 def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path, str]:
-    """(inputs, output folder, what to do next) of what the flags name: the example, tables, or a run."""
-    from ctclip.data.label_table import listed_findings
-    from ctclip.evaluation.command import EXAMPLE_TABLES, check_shared, example_inputs, next_step
-    from ctclip.evaluation.run_folder import RESULT_FILES, check_output_folder, newest_run, results_folder, run_record
-    from ctclip.evaluation.tables import EvaluationInputs, patients_of, read_labels, read_predictions
+    """(inputs, output folder, what to do next) of what the flags name: the example, tables, or runs."""
+    from ctclip.evaluation.command import (
+        EXAMPLE_TABLES,
+        check_shared,
+        ensemble_folder,
+        example_inputs,
+        next_step,
+        table_inputs,
+    )
+    from ctclip.evaluation.run_folder import RESULT_FILES, check_output_folder, newest_run, results_folder
     from ctclip.fileio import make_folder
-    from ctclip.inference.run_predictions import run_inputs
-    from ctclip.phantoms.cohort import is_phantom_cohort
+    from ctclip.inference.run_predictions import ensemble_of_runs, run_inputs
 
     if args.example:
         folder = Path(args.output_dir or Path("results", "example"))
         check_output_folder(folder, *RESULT_FILES, *EXAMPLE_TABLES)
         return example_inputs(make_folder(folder, "change --output-dir")), folder, next_step(folder, "example")
     if args.predictions:
-        data_dir, given, tuning = Path(args.data_dir) if args.data_dir else None, Path(args.predictions), None
-        labels = read_labels(args.labels, listed_findings(args.findings), args.minus_one_is_unknown)
-        predictions = read_predictions(given, labels.findings)
-        if args.tuning_predictions:
-            tuning = (read_predictions(args.tuning_predictions, labels.findings),
-                      read_labels(args.tuning_labels, labels.findings, args.minus_one_is_unknown))
-        phantom = bool(run_record(given.parent).get("phantom"))  # a phantom run's tables are about phantoms anywhere
-        phantom = phantom or (data_dir is not None and is_phantom_cohort(data_dir))
-        folder = Path(args.output_dir or Path("results", "evaluation"))
-        is_own = given.name == "predictions.csv"
-        replaced = [] if is_own and given.parent.resolve() == folder.resolve() else ["predictions.csv"]
-        check_output_folder(folder, *RESULT_FILES, *replaced, own=given.parent if is_own else None)
-        patients = patients_of(args.patients, predictions)
-        return EvaluationInputs(
-            predictions, labels, tuning, phantom=phantom, data_dir=data_dir, patients=patients
-        ), folder, next_step(folder, "tables")
-    run = Path(args.checkpoint) if args.checkpoint else newest_run()
+        inputs, folder = table_inputs(args)
+        return inputs, folder, next_step(folder, "tables", inputs.ensemble)
+    runs = [Path(run) for run in args.checkpoint or [newest_run()]]
     if not args.checkpoint:
-        print(f"Evaluating the newest run, {run} (choose another with --checkpoint)")
-    folder = Path(args.output_dir or results_folder(run, args.data_dir))
-    if run.is_dir():
-        check_output_folder(folder, *RESULT_FILES, own=None if args.data_dir else run)
-
+        print(f"Evaluating the newest run, {runs[0]} (choose another with --checkpoint)")
     check = partial(check_shared, baseline=args.baseline, metadata=args.metadata)
-    inputs = run_inputs(run, args.data_dir, args.device, args.workers, folder, args.patients, check)
-    return inputs, folder, next_step(run)
+    source = args.data_dir, args.device, args.workers
+    if len(runs) > 1:
+        folder = ensemble_folder(args.output_dir, args.ensemble)
+        inputs = ensemble_of_runs(runs, args.ensemble, args.allow_partial, *source, args.patients, check)
+        return inputs, folder, next_step(folder, "tables", inputs.ensemble)
+    folder = Path(args.output_dir or results_folder(runs[0], args.data_dir))
+    if runs[0].is_dir():
+        check_output_folder(folder, *RESULT_FILES, own=None if args.data_dir else runs[0])
+    return run_inputs(runs[0], *source, folder, args.patients, check), folder, next_step(runs[0])
 
 
 if __name__ == "__main__":

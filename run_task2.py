@@ -67,12 +67,23 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("found torchrun with run_task2.py, expected ctclip_training.py; evaluate afterwards")
     task = "export" if args.export else args.task
     refuse_unused(args.given, task_flag_uses(task, args.plan))
-    from ctclip.evaluation.command import check_shared, evaluate_and_write, next_step, settings_from_flags
+    from ctclip.evaluation.command import (
+        check_ensemble,
+        check_shared,
+        ensemble_folder,
+        evaluate_and_write,
+        next_step,
+        settings_from_flags,
+    )
     from ctclip.evaluation.render import check_report_parts  # torch takes two seconds
     from ctclip.evaluation.run_folder import RESULT_FILES, check_output_folder, newest_run, results_folder
     from ctclip.inference.commands import export_command, predict_command
-    from ctclip.inference.run_predictions import run_inputs
+    from ctclip.inference.run_predictions import ensemble_of_runs, run_inputs
 
+    if task != "evaluate" and len(args.checkpoint or ()) > 1:
+        raise UserError(f"found {len(args.checkpoint)} runs after --checkpoint, expected one; only --mode evaluate "
+                        "takes several")
+    check_ensemble(args.ensemble, args.checkpoint)
     settings = settings_from_flags(args)  # what is wrong with them is said before any work
     if task in ("predict", "export"):
         (predict_command if task == "predict" else export_command)(args)
@@ -81,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         check_report_parts()
     data_dir = patients = None
     if task == "evaluate":
-        folder = Path(args.checkpoint or newest_run())
+        folder = Path(args.checkpoint[0] if args.checkpoint else newest_run())
         data_dir, patients = getattr(args, "data_dir", None), getattr(args, "patients", None)
     else:
         trained = train_run(args)
@@ -90,14 +101,18 @@ def run(args: argparse.Namespace) -> None:
         folder = trained
     following = f"Next: python {script('ctclip_evaluation.py')} --checkpoint {shlex.quote(str(folder))}"
     if task != "train":  # predicts the unseen split, or that of another cohort, where that was not done yet
-        results = results_folder(folder, data_dir)
-        if folder.is_dir():
-            check_output_folder(results, *RESULT_FILES, own=folder)
-
         check = partial(check_shared, baseline=args.baseline, metadata=args.metadata)
-        inputs = run_inputs(folder, data_dir, args.device, args.workers, results, patients, check)
+        source = data_dir, args.device, args.workers
+        if several := task == "evaluate" and len(args.checkpoint or ()) > 1:
+            folder = results = ensemble_folder(None, args.ensemble)
+            inputs = ensemble_of_runs(args.checkpoint, args.ensemble, args.allow_partial, *source, patients, check)
+        else:
+            results = results_folder(folder, data_dir)
+            if folder.is_dir():
+                check_output_folder(results, *RESULT_FILES, own=folder)
+            inputs = run_inputs(folder, *source, results, patients, check)
         evaluate_and_write(inputs, results, settings, args.baseline, args.metadata, args.pictures, args.verbose)
-        following = next_step(folder)
+        following = next_step(folder, "tables", inputs.ensemble) if several else next_step(folder)
     print(f"Done in {time.perf_counter() - started:.0f} s: {folder}\n{following}")
 
 

@@ -250,6 +250,11 @@ def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
 OBJECTIVES = ("prevalence", "f1", "hamming", "youden", "crg")
 DEFAULT_OBJECTIVE = "prevalence"  # the only one that neither over- nor under-predicts with a weak model (LOG.md)
 METHODS = ("none", "temperature", "platt")  # from the simplest to the richest
+ENSEMBLES = {
+    "mean": "mean of the logits",
+    "stacked": "mean weighted for each finding, fitted on tuning patients of all",
+    "pooled": "folds, each of which predicts patients of its own, put together",
+}
 UNITS = {
     "volume": "every reconstruction by itself, as the challenge counts",
     "scan": "mean of a scan's reconstructions",
@@ -363,9 +368,12 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of Settings, and --baseline, --metadata, --pictures and --verbose."""
+    """The flags of Settings, and --ensemble, --baseline, --metadata, --pictures and --verbose."""
     _add_settings(parser, Settings, suppress=False)
     counted = next(group for group in parser._action_groups if group.title == COUNTED)
+    ways = "; ".join(f"{name}: {how}" for name, how in ENSEMBLES.items())
+    counted.add_argument("--ensemble", choices=ENSEMBLES,
+                         help=f"how several predictions or runs are evaluated like one (default mean); {ways}")
     counted.add_argument("--baseline", metavar="CSV|RUN",
                          help="other predictions for the same volumes, or the run that made them, compared here")
     counted.add_argument("--metadata", metavar="CSV",
@@ -411,9 +419,11 @@ def evaluation_parser() -> OneLineParser:
     """Of ctclip_evaluation.py."""
     parser = OneLineParser(USUAL_EVALUATION_FLAGS, description="Evaluate predictions of findings in chest CT.")
     source = parser.add_argument_group("what to evaluate (default: the newest run under results/)")
-    source.add_argument("--checkpoint", metavar="RUN", help="run folder; its tables, thresholds' patients and log")
-    source.add_argument("--predictions", metavar="CSV",
-                        help="VolumeName and a probability for each finding; needs --labels")
+    source.add_argument("--checkpoint", metavar="RUN", nargs="+",
+                        help="run folder; its tables, thresholds' patients and log; of several, see --ensemble")
+    source.add_argument("--predictions", metavar="CSV", nargs="+",
+                        help="VolumeName and a probability for each finding; needs --labels; of several, see "
+                        "--ensemble")
     source.add_argument("--labels", metavar="CSV",
                         help="table of labels of the same volumes, whose findings are evaluated; an empty cell is "
                         "unknown, and left out")
@@ -421,7 +431,7 @@ def evaluation_parser() -> OneLineParser:
                         help="columns of --labels that are evaluated (default: CT-RATE's 18 where all are there, else "
                         "every column of 0, 1 and empty cells)")
     source.add_argument("--minus-one-is-unknown", action="store_true", help="-1 in --labels means an empty cell")
-    source.add_argument("--tuning-predictions", metavar="CSV",
+    source.add_argument("--tuning-predictions", metavar="CSV", nargs="+",
                         help="other patients to fit on; without them, everything is cross-fitted by patient")
     source.add_argument("--tuning-labels", metavar="CSV", help="labels of the tuning patients")
     source.add_argument("--data-dir", metavar="DIR",
@@ -460,7 +470,8 @@ def task_parser(description: str) -> OneLineParser:
     task.add_argument("--mode", dest="task", choices=MODES, default="full", help=modes)
     task.add_argument("--export", choices=["onnx"], help="encoder and head as an ONNX graph, checked against the model")
     group = parser.add_argument_group("evaluate and predict")
-    group.add_argument("--checkpoint", metavar="RUN", help="run folder, or for predict a CT-CLIP file")
+    group.add_argument("--checkpoint", metavar="RUN", nargs="+",
+                       help="run folder, or for predict a CT-CLIP file; evaluate takes several, see --ensemble")
     group.add_argument("--input", metavar="PATH",
                        help="scan to predict (.nii, .nii.gz, .mha, DICOM series), or a folder of scans, nested or not")
     group.add_argument("--output", metavar="FILE",

@@ -54,7 +54,7 @@ def row(action: argparse.Action) -> str:
     value = ""
     if action.option_strings and action.nargs != 0:
         choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper()
-        value = str(action.metavar or choices)
+        value = str(action.metavar or choices) + (" ..." if action.nargs == "+" else "")
     text = (action.help or "") % {"default": action.default, "prog": ""}
     cell = f"`{name} {value}`" if value else f"`{name}`"
     return f"| {cell.replace('|', chr(92) + '|')} | {text.replace('|', chr(92) + '|')} |"

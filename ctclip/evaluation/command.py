@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,13 @@ import numpy as np
 from ctclip.config import CALIBRATION_FILE, Settings
 from ctclip.data.cohort import read_metadata
 from ctclip.data.ct_rate import PREVALENCE
+from ctclip.data.label_table import listed_findings
 from ctclip.data.patients import merge_ids, read_patients
 from ctclip.data.tables import CohortError, join
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import load_calibration, read_prevalence
 from ctclip.evaluation.cases import with_pictures, worst_cases
+from ctclip.evaluation.ensemble import combined_inputs, combined_table, stored_ensemble
 from ctclip.evaluation.evaluate import Evaluation, evaluate_tables, write_calibrated, write_pictures, write_tables
 from ctclip.evaluation.render import format_report
 from ctclip.evaluation.run_folder import (
@@ -26,16 +28,20 @@ from ctclip.evaluation.run_folder import (
     ELSEWHERE,
     PAGE,
     REPORT_TEXT,
+    RESULT_FILES,
     TABLES,
     alone_in,
     check_output_folder,
     run_metadata,
+    run_record,
     writing,
 )
 from ctclip.evaluation.summary import format_summary
 from ctclip.evaluation.tables import (
     EvaluationInputs,
     VolumeTable,
+    common_volumes,
+    joined,
     patients_of,
     read_labels,
     read_predictions,
@@ -44,8 +50,9 @@ from ctclip.evaluation.tables import (
 )
 from ctclip.evaluation.thresholds import objective_score
 from ctclip.fileio import make_folder, naming
-from ctclip.formatting import percent
+from ctclip.formatting import percent, plural
 from ctclip.paths import script
+from ctclip.phantoms.cohort import is_phantom_cohort
 
 RESAMPLES_BETWEEN = 100, 10_000  # fewer say nothing, more need more memory than they are worth
 EXAMPLE_NOTE = "Simulated predictions, neither patients nor a model: AUROC 0.75, and 97 % of all decisions positive."
@@ -123,12 +130,56 @@ def evaluate_and_write(
     print(f"Report: {output_dir / PAGE} (as text: {REPORT_TEXT}; beside it metrics.json, tables, figures)")
 
 
-def next_step(folder: Path, source: str = "run") -> str:
-    """What to do after an evaluation, in `folder`, of a "run", of "tables", or of the "example"."""
-    there = shlex.quote(str(folder))
+def check_ensemble(method: str | None, sources: Sequence[str] | None) -> None:
+    """Raises UserError for --ensemble where there is a single table or run."""
+    if method and len(sources or ()) < 2:
+        raise UserError(f"found --ensemble {method} with one source, expected several; name more runs "
+                        "(--checkpoint) or tables (--predictions), or leave it out")
+
+
+def ensemble_folder(output_dir: str | None, method: str | None) -> Path:
+    """Where several predictions are evaluated: in a folder that is no run's."""
+    folder = Path(output_dir or Path("results", f"ensemble_{method or 'mean'}"))
+    check_output_folder(folder, *RESULT_FILES, TABLES[0])
+    return folder
+
+
+def table_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
+    """(inputs, output folder) of --predictions with --labels; of several predictions, those of all together."""
+    data_dir, given = Path(args.data_dir) if args.data_dir else None, [Path(path) for path in args.predictions]
+    labels = read_labels(args.labels, listed_findings(args.findings), args.minus_one_is_unknown)
+    tuning_labels, findings = None, labels.findings
+    if args.tuning_labels:
+        tuning_labels = read_labels(args.tuning_labels, findings, args.minus_one_is_unknown)
+    # a phantom run's tables are about phantoms anywhere
+    phantom = any(run_record(path.parent).get("phantom") for path in given)
+    phantom = phantom or (data_dir is not None and is_phantom_cohort(data_dir))
+    members = []
+    for place, path in enumerate(given):
+        predictions, tuning = read_predictions(path, findings), None
+        if tuning_labels:
+            tuning = read_predictions(args.tuning_predictions[place], findings), tuning_labels
+        patients = patients_of(args.patients, predictions)
+        members.append(EvaluationInputs(predictions, labels, tuning, phantom=phantom, data_dir=data_dir,
+                                        patients=patients))
+    if len(members) > 1:
+        folder = ensemble_folder(args.output_dir, args.ensemble)
+        return combined_inputs(members, args.ensemble or "mean", args.allow_partial), folder
+    folder = Path(args.output_dir or Path("results", "evaluation"))
+    is_own = given[0].name == TABLES[0]
+    replaced = [] if is_own and given[0].parent.resolve() == folder.resolve() else [TABLES[0]]
+    check_output_folder(folder, *RESULT_FILES, *replaced, own=given[0].parent if is_own else None)
+    return members[0], folder
+
+
+def next_step(folder: Path, source: str = "run", ensemble: Mapping | None = None) -> str:
+    """What to do after an evaluation, in `folder`, of a "run", of "tables" (of an `ensemble`), or of the "example"."""
+    there, new = shlex.quote(str(folder)), ["NEW.csv"]
+    if ensemble and ensemble["method"] != "pooled":
+        new = [f"NEW{place}.csv" for place in range(1, 1 + len(ensemble["sources"]))]
     steps = {
         "run": f"{script('run_task2.py')} --mode predict --checkpoint {there} --input SCANS",
-        "tables": f"{script('ctclip_evaluation.py')} --apply {there} --predictions NEW.csv",
+        "tables": f"{script('ctclip_evaluation.py')} --apply {there} --predictions {' '.join(new)}",
         "example": f"{script('ctclip_evaluation.py')} --predictions PREDICTIONS.csv --labels LABELS.csv",
     }
     return f"Next: python {steps[source]}"
@@ -148,13 +199,31 @@ def draw(output_dir: Path, evaluation: Evaluation, pictures: int) -> list[tuple[
     return unread
 
 
-def apply_calibration(source: str, predictions: str, output_dir: Path, patients: str | None = None) -> None:
+def read_applied(folder: Path, predictions: Sequence[str], findings: Sequence[str]) -> VolumeTable:
+    """The table to which the calibration of that folder is applied; of an ensemble's, the members' combined."""
+    sources, weights = stored_ensemble(folder / "metrics.json", findings)
+    if len(predictions) != len(sources or [""]):
+        expected = f"{len(sources)}, those of {', '.join(sources)} in this order" if sources else "one"
+        raise UserError(f"found {plural(len(predictions), 'table')} of predictions, expected {expected}, as {folder} "
+                        "was evaluated; name them after --predictions")
+    tables = [read_predictions(path, findings) for path in predictions]
+    if not sources:
+        return tables[0]
+    tables = list(joined({table.source: table for table in tables}).values())
+    volumes, _ = common_volumes({table.source: table for table in tables})
+    ids = merge_ids([(table.source, table.ids) for table in tables], volumes)
+    return combined_table(tables, volumes, findings, weights, ids)
+
+
+def apply_calibration(
+    source: str, predictions: Sequence[str], output_dir: Path, patients: str | None = None
+) -> None:
     """`--apply`: other predictions, calibrated and rescaled by a stored calibration, as two tables in `output_dir`."""
     path = Path(source)
     calibration = load_calibration(path / CALIBRATION_FILE if path.is_dir() else path)
-    table = read_predictions(predictions, calibration.findings)
+    table = read_applied(path if path.is_dir() else path.parent, predictions, calibration.findings)
     names = list(table.frame.index)
-    ids = merge_ids([(predictions, table.ids), ("--patients", patients_of(patients, table))], names)
+    ids = merge_ids([(table.source, table.ids), ("--patients", patients_of(patients, table))], names)
     rows = rows_of(table.frame, None, names, calibration.unit, ids=ids)
     check_output_folder(output_dir, *APPLIED_FILES)
     with writing(make_folder(output_dir, ELSEWHERE), *APPLIED_FILES):

@@ -34,6 +34,7 @@ from ctclip.evaluation.calibration import (
     rates_asked_for,
 )
 from ctclip.evaluation.cases import Case, worst_cases
+from ctclip.evaluation.ensemble import COMPARED_WITH_MEMBERS, mean_and_spread
 from ctclip.evaluation.run_folder import (
     APPLIED_FILES,
     ELSEWHERE,
@@ -148,6 +149,8 @@ def evaluate_tables(
     unused = {table.source: list(table.unused) for table in (*of.values(), *(inputs.tuning or ())) if table.unused}
     if unused:
         metrics["unused_columns"] = unused
+    if inputs.members:
+        metrics["ensemble"] = {**inputs.ensemble, **_members(inputs, settings, ids)}
     if metadata is not None:
         groups = subgroups.row_attributes(rows, volumes, metadata)
         decisions = rows.probabilities >= fitted.thresholds
@@ -293,6 +296,21 @@ def _optimism(rows: Rows, scores: Mapping[str, Scores], settings: Settings) -> d
         result[name] = {"claimed": {key: apparent[key] for key in OPTIMISM_METRICS},
                         "honest": {key: held_out[key] for key in OPTIMISM_METRICS}}
     return result
+
+
+def _members(inputs: EvaluationInputs, settings: Settings, ids: StatedIds) -> dict[str, Any]:
+    """Every member evaluated alone as the ensemble is, without intervals; the mean and the spread of all."""
+    members: list[dict] = []
+    for member in inputs.members:
+        of = {"predictions": member.predictions, "labels": member.labels}
+        of = tables.joined({what: table.select(inputs.labels.findings) for what, table in of.items()})
+        volumes, _ = tables.common_volumes(of, allow_partial=True)  # pooled members have a part of the labels
+        rows = tables.rows_of(of["predictions"].frame, of["labels"].frame, volumes, settings.unit, ids=ids)
+        scores = score_decisions(rows, fit_thresholds(rows, member.tuning, settings), measure.drawn_once(rows.labels))
+        found = {key: scores[name].summary[key] for name, key in COMPARED_WITH_MEMBERS}
+        members.append({"n_volumes": rows.n_volumes, "n_patients": rows.n_patients, **found})
+    return {"members": members} | {key: mean_and_spread([member[key] for member in members])
+                                   for _, key in COMPARED_WITH_MEMBERS}
 
 
 def _comparison(this: Mapping[str, Scores], other: Mapping[str, Scores], findings: Sequence[str]) -> dict:

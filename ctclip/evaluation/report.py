@@ -95,6 +95,7 @@ def report_sections(metrics: Mapping) -> dict[str, Section]:
     """The sections of text and tables by key, from the content of metrics.json."""
     parts: list[Callable[[Mapping], Section]] = [
         _data, _headline, _criteria, _comparison, _thresholds, _threshold_table, _per_label, _calibration,
+        *([_ensemble] if "ensemble" in metrics else []),
         *([_subgroups] if metrics["subgroups"] else []), *([_baseline] if metrics["baseline"] else []),
     ]
     return {section.key: section for section in (part(metrics) for part in parts)}
@@ -136,6 +137,50 @@ def data_facts(metrics: Mapping) -> list[tuple[str, str]]:
         ("At or above 0.5", f"{percent(half['positive_rate'])} of {decisions:,} decisions "
                             f"(truly positive: {percent(half['label_rate'])})"),
     ]
+
+
+def ensemble_text(ensemble: Mapping) -> str:
+    """How several predictions became one, of metrics.json's "ensemble"."""
+    count, some_only = len(ensemble["sources"]), ensemble["tuning_patients_of_some"]
+    text = {
+        "mean": f"mean of the logits of {count} predictions of the same volumes",
+        "stacked": f"mean of the logits of {count} predictions of the same volumes, weighted for each finding as "
+                   f"fitted on {ensemble['tuning_patients']:,} tuning patients",
+        "pooled": f"{count} predictions put together, each of patients that no other one predicts",
+    }[ensemble["method"]]
+    if some_only:
+        text += (f"; {some_only:,} patients are tuning patients of some only, so thresholds and calibration are "
+                 "cross-fitted")
+    return text
+
+
+def _ensemble(metrics: Mapping) -> Section:
+    ensemble = metrics["ensemble"]
+    keys = [(title, key) for title, key in (*AUROCS, *METRIC_ROWS) if key in ensemble]
+
+    def row(name: str, volumes: str, values: Mapping) -> TableRow:
+        return name, volumes, *(metric_text(values[key], key) for _, key in keys)
+
+    members = [row(f"{place} {source}", f"{member['n_volumes']:,}", member)
+               for place, (source, member) in enumerate(zip(ensemble["sources"], ensemble["members"], strict=True), 1)]
+    spread = [row(title, "", {key: ensemble[key][what] for _, key in keys})
+              for title, what in (("Mean", "mean"), ("Standard deviation (n - 1)", "sd"))]
+    together = metrics["tuned"] | {"auroc_macro": metrics["at_0.5"]["auroc_macro"]}
+    blocks: list[str | Block] = [Table(
+        "Members", ("", "Volumes", *(title for title, _ in keys)),
+        [*members, *spread, row("All together", f"{metrics['n_volumes']:,}", together)],
+    )]
+    if ensemble["weights"]:
+        rows = [(name, *(decimal(weight, 3) for weight in weights)) for name, weights in ensemble["weights"].items()]
+        blocks.append(Table("Weights", ("Label", *map(str, range(1, 1 + len(members)))), rows, sortable=True))
+    skipped = "".join(f" Skipped: {count:,} volumes of {source}, absent from another (--allow-partial)."
+                      for source, count in ensemble["left_out"].items())
+    text = ensemble_text(ensemble)
+    return _section(
+        "ensemble", "Several predictions",
+        f"{text[0].upper()}{text[1:]}.{skipped} Each alone is evaluated in the same way; F1, positive rate and CRG are "
+        "at tuned thresholds.", *blocks,
+    )
 
 
 def notices(metrics: Mapping) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from html import escape
 
 from ctclip.evaluation.calibration import TUNING
-from ctclip.evaluation.report import WHEN, notices
+from ctclip.evaluation.report import WHEN, ensemble_text, notices
 from ctclip.formatting import TIED, change_text, decimal, metric_text, percent, plural
 
 COLUMN, LINE_WIDTH = 24, 120
@@ -29,6 +29,7 @@ def format_summary(metrics: Mapping) -> str:
     rows = [
         ("PREDICTION ANALYSIS", _analysis(metrics)),
         *((f"  {name or 'Note'}", text) for name, text in notices(metrics)),
+        *_ensemble(metrics),
         ("OPTIMAL THRESHOLD", _threshold(metrics)),
         ("PERFORMANCE COMPARISON", "at 0.5 -> tuned"),
         *_comparison(metrics),
@@ -50,6 +51,15 @@ def _analysis(metrics: Mapping) -> str:
         f"{p['max']:.2f}]; at or above 0.5: {percent(half['positive_rate'])} (truly positive: "
         f"{percent(half['label_rate'])})"
     )
+
+
+def _ensemble(metrics: Mapping) -> list[tuple[str, str]]:
+    if not (ensemble := metrics.get("ensemble")):
+        return []
+    alone, together = ensemble["auroc_macro"], metrics["at_0.5"]["auroc_macro"]
+    return [("ENSEMBLE", ensemble_text(ensemble)),
+            ("", f"AUROC macro {decimal(alone['mean'], 3)} alone (mean; SD {decimal(alone['sd'], 3)}), "
+                 f"{decimal(together, 3)} together")]
 
 
 def _threshold(metrics: Mapping) -> str:

@@ -89,7 +89,8 @@ class EvaluationInputs:
     `tuning` is (predictions, labels) of patients who do not occur in `predictions`. `history` is log.jsonl's list of
     epochs. `data_dir` is the cohort's folder, where volumes and metadata are looked up; `record` is a run's run.json.
     `note` is a disclaimer shown with the results, where they are not of phantoms. `patients` is what the table of
-    --patients states.
+    --patients states. `members` are the inputs that these were made of, where they are several models' (ensemble.py),
+    and `ensemble` says how.
     """
 
     predictions: VolumeTable
@@ -101,6 +102,8 @@ class EvaluationInputs:
     record: Mapping = field(default_factory=dict)
     note: str | None = None
     patients: StatedIds = field(default_factory=dict)
+    members: Sequence[EvaluationInputs] = ()
+    ensemble: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_predictions(path: str | Path) -> pd.DataFrame:

@@ -35,7 +35,7 @@ def predict_command(args: argparse.Namespace) -> None:
     if not args.input:
         raise PredictionError("--mode predict needs --input, a scan (.nii, .nii.gz, .mha, a DICOM series) or a folder")
     prompts = read_prompts(args.prompts) if args.prompts else None
-    checkpoint, output = Path(args.checkpoint) if args.checkpoint else newest_run(), Path(args.output or PREDICTIONS)
+    checkpoint, output = Path(args.checkpoint[0]) if args.checkpoint else newest_run(), Path(args.output or PREDICTIONS)
     labels = prompts.names if prompts else labels_of(checkpoint)
     check_output(output, labels)
     explain_dir = output.parent / f"{output.stem}_explain"
@@ -92,7 +92,7 @@ def print_predictions(predictions: Predictions, output: Path, checkpoint: Path) 
 
 def export_command(args: argparse.Namespace) -> None:
     """`--export onnx`: encoder and head as one graph, compared with the model."""
-    checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run()
+    checkpoint = Path(args.checkpoint[0]) if args.checkpoint else newest_run()
     default = checkpoint / "model.onnx" if checkpoint.is_dir() else checkpoint.with_suffix(".onnx")
     output = Path(args.output or default)
     check_onnx_path(output)

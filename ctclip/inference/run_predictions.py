@@ -13,6 +13,7 @@ from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.loading import Batch, count_notes, notes_of
 from ctclip.data.tables import CohortError, some
+from ctclip.evaluation.ensemble import combined_inputs
 from ctclip.evaluation.run_folder import (
     ELSEWHERE,
     TABLES,
@@ -51,9 +52,7 @@ def run_inputs(
     `data_dir` they are made anew on that cohort, and kept in the folder `tables`, apart from the run's own. `patients`
     is a table as of `read_patients`. `check` is called with the names of the volumes before any is predicted.
     """
-    run = Path(run_dir)
-    if not run.is_dir():
-        raise RunError(f"{run}: found no such folder, expected a run folder; list results/ for its name")
+    run = existing_run(run_dir)
     tables = run if data_dir is None else Path(tables or results_folder(run, data_dir))
     present = (tables / "predictions.csv").is_file() and (tables / "labels.csv").is_file()
     if data_dir is not None or not present:
@@ -67,6 +66,24 @@ def run_inputs(
     folder = Path(cohort) if cohort else None
     stated = patients_of(patients, predictions)
     return EvaluationInputs(predictions, labels, run_tuning(run), history, phantom, folder, record, patients=stated)
+
+
+def existing_run(run_dir: str | Path) -> Path:
+    """The folder; RunError where there is none."""
+    if not Path(run_dir).is_dir():
+        raise RunError(f"{run_dir}: found no such folder, expected a run folder; list results/ for its name")
+    return Path(run_dir)
+
+
+def ensemble_of_runs(
+    runs: Sequence[str | Path], method: str | None, allow_partial: bool, data_dir: str | Path | None,
+    device: str | None, workers: int | None, patients: str | None, check: Callable[[Sequence[str]], None],
+) -> EvaluationInputs:
+    """The inputs of an evaluation of several runs together (`combined_inputs`; by default the mean of their logits);
+    each run's own predictions are read or made as in `run_inputs`, and stay in its folder."""
+    folders = [existing_run(run) for run in runs]  # all of them before any work
+    members = [run_inputs(run, data_dir, device, workers, None, patients, check) for run in folders]
+    return combined_inputs(members, method or "mean", allow_partial, of_runs=True)
 
 
 def unseen_names(config: TrainingConfig) -> list[str]:
