@@ -40,7 +40,6 @@ from ctclip.evaluation.summary import format_summary
 from ctclip.evaluation.tables import (
     EvaluationInputs,
     VolumeTable,
-    common_volumes,
     joined,
     patients_of,
     read_labels,
@@ -209,8 +208,11 @@ def read_applied(folder: Path, predictions: Sequence[str], findings: Sequence[st
     tables = [read_predictions(path, findings) for path in predictions]
     if not sources:
         return tables[0]
-    tables = list(joined({table.source: table for table in tables}).values())
-    volumes, _ = common_volumes({table.source: table for table in tables})
+    tables = list(joined({str(place): table for place, table in enumerate(tables)}).values())
+    volumes = list(tables[0].frame.index)
+    if other := [table.source for table in tables if set(table.frame.index) != set(volumes)]:
+        raise UserError(f"{other[0]}: found other volumes than in {tables[0].source}, expected the same; predict with "
+                        "all members of the ensemble")
     ids = merge_ids([(table.source, table.ids) for table in tables], volumes)
     return combined_table(tables, volumes, findings, weights, ids)
 

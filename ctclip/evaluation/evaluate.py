@@ -300,7 +300,7 @@ def _optimism(rows: Rows, scores: Mapping[str, Scores], settings: Settings) -> d
 
 def _members(inputs: EvaluationInputs, settings: Settings, ids: StatedIds) -> dict[str, Any]:
     """Every member evaluated alone as the ensemble is, without intervals; the mean and the spread of all."""
-    members: list[dict] = []
+    members, settings = list[dict](), replace(settings, calibration="none")  # thresholds do not depend on it
     for member in inputs.members:
         of = {"predictions": member.predictions, "labels": member.labels}
         of = tables.joined({what: table.select(inputs.labels.findings) for what, table in of.items()})

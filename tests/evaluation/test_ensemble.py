@@ -265,7 +265,7 @@ def tables(cohort, tmp_path, monkeypatch):
 TUNING = ["--tuning-predictions", "ta.csv", "tb.csv", "--tuning-labels", "tl.csv"]
 
 
-def test_script_on_several_tables(tables):
+def test_script_on_several_tables(tables, capsys):
     """Stacked, reported and applied to new predictions, in processes of their own."""
     argv = ["--predictions", "a.csv", "b.csv", "--labels", "l.csv", *TUNING, "--ensemble", "stacked",
             "--resamples", "100"]
@@ -287,6 +287,9 @@ def test_script_on_several_tables(tables):
     assert ctclip_evaluation.main(applied) == 0
     for name in ("predictions_calibrated.csv", "predictions_mapped.csv"):
         assert np.array_equal(load_predictions(f"new/{name}"), load_predictions(folder / name))
+    load_predictions("b.csv").iloc[1:].to_csv("b.csv")
+    assert ctclip_evaluation.main(applied) == 2
+    assert "b.csv: found other volumes than in a.csv" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("main", [ctclip_evaluation.main, lambda argv: run_task2.main(["--mode", "evaluate", *argv])])
