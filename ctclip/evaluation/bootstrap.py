@@ -30,8 +30,10 @@ def draw(patients: Sequence[str] | np.ndarray, resamples: int = RESAMPLES, seed:
         raise EvaluationError(f"found {resamples} resamples, expected at least 1; 1000 are usual")
     unique, group = np.unique(np.asarray(patients), return_inverse=True)
     n = len(unique)
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)
-    return Resamples(group, np.vstack([np.ones(n), counts]))
+    rng, shares, counts = np.random.default_rng(seed), np.full(n, 1 / n), np.ones((1 + resamples, n), np.int16)
+    for row in counts[1:]:
+        row[:] = rng.multinomial(n, shares)
+    return Resamples(group, counts)
 
 
 def resampled_brier(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> np.ndarray:

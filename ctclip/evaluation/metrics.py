@@ -13,14 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from ctclip.errors import UserError
 from ctclip_model import ABNORMALITIES, UNKNOWN
 
 ECE_BINS = 10
-RANKING_CHUNK = 2**18  # numbers of a (B, rows) array worked on at a time: 2 MB, which stay in the processor's cache
+RANKING_CHUNK = 2**17  # numbers of an array worked on at a time: 1 MB, which stay in the processor's cache
+SUMS_CHUNK = 64  # resamples whose counts are made floats at a time
 
 
 class EvaluationError(UserError):
@@ -29,7 +32,7 @@ class EvaluationError(UserError):
 
 @dataclass(frozen=True)
 class Resamples:
-    """`counts` (B, P) float: how often each patient is drawn. `group` (N,): the patient of each row."""
+    """`counts` (B, P) whole numbers: how often each patient is drawn. `group` (N,): the patient of each row."""
 
     group: np.ndarray
     counts: np.ndarray
@@ -42,12 +45,13 @@ class Resamples:
         """(N, K) -> (B, K): sums over the rows drawn."""
         by_patient = np.zeros((self.counts.shape[1], summands.shape[1]))
         np.add.at(by_patient, self.group, summands)
-        return self.counts @ by_patient
+        parts = range(0, len(self.counts), SUMS_CHUNK)
+        return np.concatenate([self.counts[at : at + SUMS_CHUNK].astype(np.float64) @ by_patient for at in parts])
 
 
 def drawn_once(labels: np.ndarray) -> Resamples:
     """The one resample that is the table itself."""
-    return Resamples(np.zeros(len(labels), np.int64), np.ones((1, 1)))
+    return Resamples(np.zeros(len(labels), np.int64), np.ones((1, 1), np.int16))
 
 
 def class_counts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -281,35 +285,70 @@ def _crg(tp: np.ndarray, fp: np.ndarray, a: np.ndarray, x: np.ndarray) -> np.nda
     return np.where(two, _ratio(u, 2 * u - score, np.nan), np.nan)
 
 
-def auroc_and_ap(labels: np.ndarray, scores: np.ndarray, resamples: Resamples) -> tuple[np.ndarray, np.ndarray]:
-    """(AUROC (B,), average precision (B,)) of one ranking in B resamples; NaN where one class is absent.
+class _Ranking(NamedTuple):
+    """One ranking by the runs of equal scores that hold a positive, from the highest score down: C runs, P patients.
+
+    `positives` (C, P) and `tied` (C, P, None where no negative is tied with a positive) count each patient's rows in a
+    run, `between` (C + 1, P) its negatives before the first run, between two, and after the last.
+    """
+
+    positives: csr_array
+    between: csr_array
+    tied: csr_array | None
+
+    @classmethod
+    def of(cls, labels: np.ndarray, scores: np.ndarray, group: np.ndarray, patients: int) -> _Ranking:
+        order = np.argsort(-scores, kind="stable")
+        scores, positive, group = scores[order], labels[order] == 1, group[order]
+        run = np.cumsum(np.append(False, scores[1:] != scores[:-1]))
+        has_positive = np.zeros(run[-1] + 1, bool)
+        has_positive[run[positive]] = True
+        earlier = np.cumsum(has_positive) - has_positive  # runs with a positive above each run
+        tied, count = ~positive & has_positive[run], has_positive.sum()
+
+        def counts(rows: np.ndarray, size: int) -> csr_array:
+            place = earlier[run[rows]], group[rows]
+            return csr_array((np.ones(rows.sum()), place), shape=(size, patients))
+
+        between = counts(~positive & ~tied, count + 1)
+        return cls(counts(positive, count), between, counts(tied, count) if tied.any() else None)
+
+
+def auroc_and_ap(
+    labels: np.ndarray, scores: np.ndarray, resamples: Resamples, ap: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """(AUROC (B,), average precision (B,), NaN unless `ap`) of one ranking in B resamples; NaN where one class is
+    absent.
 
     labels, scores: (N,). Ties count half in the AUROC and are one step of average precision, as in scikit-learn. The
-    AUROC's sums are of integers and halves below 2**53: exact. The order is found once for all resamples.
+    AUROC's sums are of integers and halves below 2**53: exact. The order is found once for all resamples, and what is
+    summed over is the positives, which are few.
     """
-    if not len(scores):
-        return np.full(len(resamples.counts), np.nan), np.full(len(resamples.counts), np.nan)
-    order = np.argsort(-scores, kind="stable")
-    scores, positive, group = scores[order], labels[order] == 1, resamples.group[order]
-    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # last row of each run of ties
-    tied = len(ends) < len(scores)
-    auroc, average_precision = np.full((2, len(resamples.counts)), np.nan)
-    step = max(1, RANKING_CHUNK // len(scores))
+    size, patients = resamples.counts.shape
+    auroc, average_precision = np.full((2, size), np.nan)
+    positives = np.count_nonzero(labels == 1)
+    if positives in (0, len(labels)):
+        return auroc, average_precision
+    ranking = _Ranking.of(labels, scores, resamples.group, patients)
+    step = max(1, RANKING_CHUNK // ranking.between.shape[0])
     # the first alone: a table's own average precision is then summed in one order, resampled or not
-    for rows in (slice(1), *(slice(start, start + step) for start in range(1, len(auroc), step))):
-        drawn = resamples.counts[rows][:, group]
-        tp = np.cumsum(drawn * positive, axis=1)
-        called = np.cumsum(drawn, axis=1)
-        if tied:
-            tp, called = tp[:, ends], called[:, ends]
-        gain, negatives = tp[:, -1], called[:, -1] - tp[:, -1]
-        found = np.diff(tp, axis=1, prepend=0)
-        behind = negatives[:, None] - (called - tp)  # negatives ranked lower than this run
-        alarms = np.diff(called, axis=1, prepend=0) - found
+    for rows in (slice(1), *(slice(start, start + step) for start in range(1, size, step))):
+        drawn = np.ascontiguousarray(resamples.counts[rows].T, np.float64)
+        found = ranking.positives @ drawn
+        above = np.cumsum(ranking.between @ drawn, axis=0)
+        higher, negatives = above[:-1], above[-1]
+        level: np.ndarray | float = 0.0
+        if ranking.tied is not None:
+            level = ranking.tied @ drawn
+            ties = np.cumsum(level, axis=0)
+            higher, negatives = higher + ties, negatives + ties[-1]
+        gain = found.sum(axis=0)
         pairs = gain * negatives
-        auroc[rows] = _ratio((found * (behind + alarms / 2)).sum(axis=1), pairs, np.nan)
-        precision_sum = (found * tp / np.maximum(called, 1)).sum(axis=1)
-        average_precision[rows] = np.where(pairs > 0, _ratio(precision_sum, gain, np.nan), np.nan)
+        auroc[rows] = _ratio((found * (negatives - higher + level / 2)).sum(axis=0), pairs, np.nan)
+        if ap:
+            tp = np.cumsum(found, axis=0)
+            precision_sum = (found * tp / np.maximum(tp + higher, 1)).sum(axis=0)
+            average_precision[rows] = np.where(pairs > 0, _ratio(precision_sum, gain, np.nan), np.nan)
     return auroc, average_precision
 
 
@@ -325,7 +364,7 @@ def pooled_auroc(labels: np.ndarray, probabilities: np.ndarray, resamples: Resam
     """AUROC of all N x L decisions as one ranking ("micro"), in B resamples (B,)."""
     known = labels != UNKNOWN
     every = Resamples(np.broadcast_to(resamples.group[:, None], labels.shape)[known], resamples.counts)
-    return auroc_and_ap(labels[known], probabilities[known], every)[0]
+    return auroc_and_ap(labels[known], probabilities[known], every, ap=False)[0]
 
 
 def auroc_difference(

@@ -199,7 +199,8 @@ def check_comparison(found, y, p, q, patients, draws):
     names = np.array([f"{patient}_a_{k % 2}" for k, patient in enumerate(patients)])
     sides = {}
     for side, values in (("this", p), ("base", q)):
-        judged = cal.fit_thresholds(Rows(names, patients, y, values, ABNORMALITIES, len(y)), None, settings(objective="f1"))
+        made = Rows(names, patients, y, values, ABNORMALITIES, len(y))
+        judged = cal.fit_thresholds(made, None, settings(objective="f1"))
         sides[side] = values, judged.calibrated, judged.thresholds
     rows = {side: [sets_reference(y[i], values[i], after[i], cuts[i], 0.5) for i in (slice(None), *draws)]
             for side, (values, after, cuts) in sides.items()}
