@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import expit, log_expit, logit
+from scipy.special import expit, logit
 
 from ctclip.config import CALIBRATION_FILE, METHODS, UNITS, Settings
 from ctclip.data.ct_rate import PREVALENCE
@@ -255,41 +254,73 @@ def _fit_slopes(
     n_labels = labels.shape[1]
     if method == "none":
         return np.ones(n_labels), np.zeros(n_labels)
-    known, x = labels != UNKNOWN, compressed_logit(probabilities)
-    weight, targets = known * (n_patients / len(labels)), _targets(labels, n_patients)
-    free = method == "platt"
+    free, targets, x = method == "platt", _targets(labels, n_patients), compressed_logit(probabilities)
+    known = [np.flatnonzero(own) for own in (labels != UNKNOWN).T]
+    columns = [(x[own, j], targets[own, j]) for j, own in enumerate(known)]
     # centred, slope and intercept hardly depend on each other
-    mean = np.nan_to_num(masked_mean(x, known)) if free else np.zeros(n_labels)
-    x = x - mean
-    common, intercept = _minimise_log_loss(x, targets, weight, free, 0.0, np.zeros(n_labels), COMMON_SLOPE_PRIOR_SD)
-    fits = []
-    for j, own in enumerate(known.T):
-        one = x[own, j, None], targets[own, j, None], weight[own, j, None]
-        fits.append(_minimise_log_loss(*one, free, common, intercept[[j]], SLOPE_PRIOR_SD))
+    mean = np.array([values.mean() if free and len(values) else 0.0 for values, _ in columns])
+    columns = [(values - centre, target) for (values, target), centre in zip(columns, mean, strict=True)]
+    weight = n_patients / len(labels)
+    common, intercept = _minimise_log_loss(columns, weight, free, 0.0, np.zeros(n_labels), COMMON_SLOPE_PRIOR_SD)
+    fits = [_minimise_log_loss([column], weight, free, common, start[None], SLOPE_PRIOR_SD)
+            for column, start in zip(columns, intercept, strict=True)]
     slope, intercept = np.exp([log_slope for log_slope, _ in fits]), np.concatenate([own for _, own in fits])
     return slope, intercept - slope * mean
 
 
 def _minimise_log_loss(
-    x: np.ndarray, targets: np.ndarray, weight: np.ndarray, free: bool, prior_mean: float, start: np.ndarray,
-    prior_sd: float,
+    columns: Sequence[tuple[np.ndarray, np.ndarray]], weight: float, free: bool, prior_mean: float,
+    intercept: np.ndarray, prior_sd: float,
 ) -> tuple[float, np.ndarray]:
-    """(log slope that all columns of x (N, K) share, intercepts (K,)) that minimise
-    weight * cross entropy + (log slope - prior_mean)^2 / (2 prior_sd^2), `weight` (N, K). Intercepts begin at `start`,
-    and stay there unless `free`."""
+    """(log slope that all K columns (x, targets) share, intercepts (K,)) that minimise
+    weight * cross entropy + (log slope - prior_mean)^2 / (2 prior_sd^2). Intercepts begin at `intercept`, and stay
+    there unless `free`.
 
-    def loss_and_gradient(unknowns: np.ndarray) -> tuple[float, np.ndarray]:
-        scaled, intercept = np.exp(unknowns[0]) * x, unknowns[1:] if free else start
-        z, offset = scaled + intercept, unknowns[0] - prior_mean
-        error = weight * (expit(z) - targets)
-        loss = -(weight * (log_expit(-z) + targets * z)).sum() + offset**2 / (2 * prior_sd**2)
-        by_intercept = error.sum(axis=0) if free else []
-        return loss, np.append((error * scaled).sum() + offset / prior_sd**2, by_intercept)
+    Newton's method, with the step halved until the loss falls. Of the second derivatives, those of the exponential are
+    left out: what stays is positive.
+    """
 
-    first = np.append(prior_mean, start if free else [])
-    tolerance = 1e-8 * weight.max(initial=0) * len(x)
-    unknowns = minimize(loss_and_gradient, first, jac=True, method="BFGS", options={"gtol": tolerance}).x
-    return unknowns[0], unknowns[1:] if free else start
+    def evaluated(log_slope: float, intercept: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, float]:
+        """(loss; gradient by log slope and intercepts; what a Newton step adds to them; the fall that it promises)"""
+        slope, sums, loss = np.exp(log_slope), np.empty((5, len(columns))), 0.0
+        for k, (x, targets) in enumerate(columns):
+            z = slope * x + intercept[k]
+            tail = np.exp(-np.abs(z))
+            p = np.where(z < 0, tail, 1) / (1 + tail)
+            loss += (np.maximum(z, 0) + np.log1p(tail) - targets * z).sum()
+            error, spread = p - targets, p * (1 - p)
+            steep = spread * x
+            # not `@`, whose threads wait for each other for longer than these vectors take
+            sums[:, k] = error.sum(), (error * x).sum(), spread.sum(), steep.sum(), (steep * x).sum()
+        offset = log_slope - prior_mean
+        by_intercept, by_slope, spread, cross, square = weight * sums
+        by_slope, cross = slope * by_slope.sum() + offset / prior_sd**2, slope * cross
+        curvature, spread = slope**2 * square.sum() + 1 / prior_sd**2, np.maximum(spread, 1e-12)
+        if not free:
+            by_intercept, cross = np.zeros_like(by_intercept), np.zeros_like(cross)
+        step = -(by_slope - (cross * by_intercept / spread).sum()) / (curvature - (cross**2 / spread).sum())
+        gradient = np.append(by_slope, by_intercept)
+        steps = np.append(step, -(by_intercept + cross * step) / spread)
+        return weight * loss + offset**2 / (2 * prior_sd**2), gradient, steps, -float(gradient @ steps)
+
+    unknowns, tolerance = np.append(prior_mean, intercept), 1e-9 * weight * max(len(x) for x, _ in columns)
+    loss, gradient, steps, fall = evaluated(unknowns[0], unknowns[1:])
+    while np.abs(gradient).max() > tolerance:
+        share = 1.0
+        while share > 1e-6:
+            new = evaluated(*_parts(unknowns + share * steps))
+            if new[0] <= loss - 1e-4 * share * fall:
+                break
+            share /= 2
+        else:  # as exact as floats allow
+            break
+        unknowns = unknowns + share * steps
+        loss, gradient, steps, fall = new
+    return unknowns[0], unknowns[1:]
+
+
+def _parts(unknowns: np.ndarray) -> tuple[float, np.ndarray]:
+    return unknowns[0], unknowns[1:]
 
 
 def cross_folds(patients: Sequence[str] | np.ndarray, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
