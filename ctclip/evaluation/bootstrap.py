@@ -30,7 +30,8 @@ def draw(patients: Sequence[str] | np.ndarray, resamples: int = RESAMPLES, seed:
         raise EvaluationError(f"found {resamples} resamples, expected at least 1; 1000 are usual")
     unique, group = np.unique(np.asarray(patients), return_inverse=True)
     n = len(unique)
-    rng, shares, counts = np.random.default_rng(seed), np.full(n, 1 / n), np.ones((1 + resamples, n), np.int16)
+    rng, shares = np.random.default_rng(seed), np.full(n, 1 / n)
+    counts = np.ones((n, 1 + resamples), np.int16).T  # a patient's counts lie together: rankings need them so
     for row in counts[1:]:
         row[:] = rng.multinomial(n, shares)
     return Resamples(group, counts)

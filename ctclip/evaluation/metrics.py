@@ -22,7 +22,7 @@ from ctclip.errors import UserError
 from ctclip_model import ABNORMALITIES, UNKNOWN
 
 ECE_BINS = 10
-RANKING_CHUNK = 2**17  # numbers of an array worked on at a time: 1 MB, which stay in the processor's cache
+RANKING_CHUNK = 2**18  # numbers of an array worked on at a time: 2 MB, which stay in the processor's cache
 SUMS_CHUNK = 64  # resamples whose counts are made floats at a time
 
 
@@ -38,8 +38,11 @@ class Resamples:
     counts: np.ndarray
 
     def of(self, rows: np.ndarray) -> Resamples:
-        """Of a part of the rows, a mask (N,)."""
-        return Resamples(self.group[rows], self.counts)
+        """Of a part of the rows, a mask (N,), and of their patients."""
+        if rows.all():
+            return self
+        patients, group = np.unique(self.group[rows], return_inverse=True)
+        return Resamples(group, self.counts[:, patients])
 
     def sums(self, summands: np.ndarray) -> np.ndarray:
         """(N, K) -> (B, K): sums over the rows drawn."""
@@ -352,12 +355,14 @@ def auroc_and_ap(
     return auroc, average_precision
 
 
-def ranking_columns(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> dict[str, np.ndarray]:
+def ranking_columns(
+    labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples, ap: bool = True
+) -> dict[str, np.ndarray]:
     """"auroc" and "average_precision" of each label in B resamples, (B, L) each; see auroc_and_ap."""
-    areas = [auroc_and_ap(labels[own, j], probabilities[own, j], resamples.of(own))
-             for j, own in enumerate((labels != UNKNOWN).T)]
-    return {key: np.stack(columns, axis=1)
-            for key, columns in zip(("auroc", "average_precision"), zip(*areas, strict=True), strict=True)}
+    columns = np.empty((2, len(resamples.counts), labels.shape[1]))
+    for j, own in enumerate((labels != UNKNOWN).T):
+        columns[:, :, j] = auroc_and_ap(labels[own, j], probabilities[own, j], resamples.of(own), ap)
+    return dict(zip(("auroc", "average_precision"), columns, strict=True))
 
 
 def pooled_auroc(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> np.ndarray:

@@ -94,13 +94,14 @@ def _one_group(
     rows: Rows, decisions: np.ndarray, chosen: np.ndarray, resamples: Resamples, overall: np.ndarray
 ) -> dict:
     labels, patients = rows.labels[chosen], rows.patients[chosen]
-    count = {"n_rows": len(labels), "n_patients": len(np.unique(patients)), "n_positives": int(labels.sum())}
+    count = {"n_rows": len(labels), "n_patients": len(np.unique(patients)), "n_positives": int((labels == 1).sum())}
     if count["n_patients"] < MIN_PATIENTS:
         return count | {"too_small": True}
-    own, counted = Resamples(resamples.group[chosen], resamples.counts), enough_cases(labels, patients)
-    auroc = ranking_columns(labels, rows.probabilities[chosen], own)["auroc"]
+    own, counted = resamples.of(chosen), enough_cases(labels, patients)
+    of_counted = labels[:, counted], rows.probabilities[chosen][:, counted]
+    auroc = nanmean(ranking_columns(*of_counted, own, ap=False)["auroc"])
     values, _ = resampled_decisions(labels, decisions[chosen], own)
     values = {key: values[key] for key in GROUP_METRICS}
-    point = {"auroc_macro": nanmean(auroc[:1, counted]), "auroc_everyone": nanmean(overall[:, counted])} | values
+    point = {"auroc_macro": auroc[:1], "auroc_everyone": nanmean(overall[:, counted])} | values
     return count | {"too_small": False, "auroc_labels": int(counted.sum()), **plain(point),
-                    "intervals": intervals({"auroc_macro": nanmean(auroc[:, counted])} | values)}
+                    "intervals": intervals({"auroc_macro": auroc} | values)}
