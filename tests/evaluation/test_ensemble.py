@@ -188,6 +188,23 @@ def test_weights_thresholds_and_calibration_come_from_tuning_patients(cohort):
     assert metrics["ensemble"]["tuning_patients"] == 24 and metrics["ensemble"]["tuning_patients_of_some"] == 0
 
 
+def test_other_findings_and_unknown_labels(cohort):
+    """Two findings that the labels name, one of them not one of the 18; a fifth of their cells unknown."""
+    names = {ABNORMALITIES[4]: ABNORMALITIES[4], ABNORMALITIES[2]: "Nodule above 8 mm"}
+    tables = [(p.rename(columns=names), y.rename(columns=names)[list(names.values())]) for p, y in cohort]
+    for _, labels in tables:
+        labels[:] = np.where(np.random.default_rng(0).random(labels.shape) < 0.2, UNKNOWN, labels)
+    inputs = combined_inputs(two(tables), "stacked")
+    assert inputs.predictions.findings == tuple(inputs.ensemble["weights"]) == tuple(names.values())
+    p = np.stack([each.tuning[0].frame[list(names.values())].to_numpy() for each in two(tables)])
+    weights = fit_weights(tables[1][1].to_numpy(), p, np.arange(48) // 2)
+    assert np.array_equal(list(inputs.ensemble["weights"].values()), weights.T)
+    metrics = evaluate_tables(inputs, Settings(resamples=100)).metrics
+    assert list(metrics["per_label"]) == list(names.values()) and metrics["unknown_labels"]["decisions"] > 0
+    alone = evaluate(tables[0][0][list(names.values())], tables[0][1], resamples=100)
+    assert metrics["ensemble"]["members"][0]["auroc_macro"] == alone["at_0.5"]["auroc_macro"]
+
+
 def test_runs_with_other_tuning_patients_share_those_of_all(cohort):
     """12 and 18 of 24, of whom 6 are the same: weights are fitted on these, thresholds cross-fitted, which is said."""
     fitted, truth = cohort[1]
