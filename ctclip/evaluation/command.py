@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ctclip.config import CALIBRATION_FILE, Settings
 from ctclip.data.cohort import read_metadata
@@ -111,7 +112,8 @@ def evaluate_and_write(
     check_shared(inputs.predictions.frame.index, baseline, metadata)
     other = read_baseline(baseline, inputs.labels.findings) if baseline else None
     groups = read_metadata(metadata) if metadata else run_metadata(inputs.data_dir)
-    evaluation = evaluate_tables(inputs, settings, other, groups)
+    with threadpool_limits(1):  # of BLAS, whose threads would wait for each other longer than they work
+        evaluation = evaluate_tables(inputs, settings, other, groups)
     with alone_in(make_folder(output_dir, ELSEWHERE)):
         write_tables(output_dir, evaluation)
         with naming("standard output"):

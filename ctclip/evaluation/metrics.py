@@ -119,7 +119,7 @@ def threshold_sweep(labels: np.ndarray, probabilities: np.ndarray, thresholds: n
     """Each metric of decision_metrics but exact_match at each of T thresholds, (T, 1 + L): of all labels together, then
     of each label alone. NaN where undefined."""
     labels, probabilities = checked(labels, probabilities)
-    fp, tp = np.ascontiguousarray(positives_at(labels, probabilities, thresholds).swapaxes(1, 2))
+    fp, tp = np.ascontiguousarray(positives_at(sorted_by_class(labels, probabilities), thresholds).swapaxes(1, 2))
     negatives, positives = class_counts(labels)
     ends = np.broadcast_to((np.nan, len(labels)), (len(thresholds), 2))
     known = positives + negatives
@@ -129,13 +129,14 @@ def threshold_sweep(labels: np.ndarray, probabilities: np.ndarray, thresholds: n
     return {key: np.column_stack([together[key], column]) for key, column in alone.items()}
 
 
-def positives_at(labels: np.ndarray, probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """(2, L, T): false and true positives of each label at each of T thresholds."""
-    columns = list(zip(labels.T, probabilities.T, strict=True))
-    return np.array([
-        [np.sum(y == truth) - np.searchsorted(np.sort(p[y == truth]), thresholds) for y, p in columns]
-        for truth in (0, 1)
-    ])
+def sorted_by_class(labels: np.ndarray, probabilities: np.ndarray) -> list[list[np.ndarray]]:
+    """[negatives', positives'] probabilities of each of L labels, ascending."""
+    return [[np.sort(p[y == truth]) for y, p in zip(labels.T, probabilities.T, strict=True)] for truth in (0, 1)]
+
+
+def positives_at(by_class: Sequence[Sequence[np.ndarray]], thresholds: np.ndarray) -> np.ndarray:
+    """(2, L, T): false and true positives of each label of sorted_by_class at each of T thresholds."""
+    return np.array([[len(p) - np.searchsorted(p, thresholds) for p in of_class] for of_class in by_class])
 
 
 def calibration_columns(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, np.ndarray]:

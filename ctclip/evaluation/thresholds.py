@@ -13,7 +13,15 @@ from functools import partial
 import numpy as np
 
 from ctclip.config import DEFAULT_OBJECTIVE, OBJECTIVES
-from ctclip.evaluation.metrics import EvaluationError, checked, class_counts, crg_exchange, lacks_a_class, positives_at
+from ctclip.evaluation.metrics import (
+    EvaluationError,
+    checked,
+    class_counts,
+    crg_exchange,
+    lacks_a_class,
+    positives_at,
+    sorted_by_class,
+)
 from ctclip_model import UNKNOWN
 
 # Each objective scores all candidates at once: tp and fp are (L, T) for L labels and T thresholds, positives and the
@@ -111,9 +119,10 @@ def _best_threshold(
     rate = np.clip(positives.sum() / max(np.sum(labels != UNKNOWN), 1), 1e-12, 1)
     positives = positives[which]
     candidates = candidate_thresholds(probabilities[:, which][labels[:, which] != UNKNOWN])
+    by_class = sorted_by_class(labels[:, which], probabilities[:, which])
     scores, gaps = [], []
     for part in np.array_split(candidates, len(candidates) // 2**15 + 1):  # bounds the memory on a large cohort
-        fp, tp = positives_at(labels[:, which], probabilities[:, which], part)
+        fp, tp = positives_at(by_class, part)
         tp, fp = of_positive[which] * tp, of_negative[which] * fp
         scores.append(score_of(tp, fp, positives, known, rate))
         gaps.append(np.abs((tp + fp - positives).sum(axis=0)))
