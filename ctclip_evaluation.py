@@ -4,7 +4,7 @@
     python ctclip_evaluation.py --checkpoint results/RUN
     python ctclip_evaluation.py --predictions P.csv --labels L.csv [--baseline B.csv]
     python ctclip_evaluation.py --predictions A.csv B.csv --labels L.csv    their mean; also --checkpoint RUN1 RUN2
-    python ctclip_evaluation.py --apply results/RUN --predictions NEW.csv
+    python ctclip_evaluation.py --apply results/RUN --predictions NEW.csv [--results-json results.json]
     python ctclip_evaluation.py --example                              a simulated classifier that over-predicts
 
 In a script of your own: `from ctclip_evaluation import evaluate, fit_calibration, load_labels, load_predictions`.
@@ -71,10 +71,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    check_flags(args)
+    source = check_flags(args)
     from ctclip.evaluation.command import apply_calibration, check_ensemble, evaluate_and_write, settings_from_flags
     from ctclip.evaluation.render import check_report_parts
 
+    if args.results_json:
+        from ctclip.inference.results_json import check_results_json, check_thresholds, results_from_evaluation
+
+        check_results_json(args.results_json)
+        if source in ("apply", "map"):
+            print(results_of_table(args))
+            return
     if args.apply:
         output_dir = Path(args.output_dir or Path("results", "applied"))
         apply_calibration(args.apply, args.predictions, output_dir, args.patients)
@@ -83,24 +90,41 @@ def run(args: argparse.Namespace) -> None:
     check_report_parts()
     check_ensemble(args.ensemble, args.predictions or args.checkpoint)
     inputs, folder, following = read_inputs(args)
-    evaluate_and_write(inputs, folder, settings, args.baseline, args.metadata, args.pictures, args.verbose)
+    if args.results_json:
+        check_thresholds(inputs, settings)
+    evaluation = evaluate_and_write(
+        inputs, folder, settings, args.baseline, args.metadata, args.pictures, args.verbose
+    )
+    if args.results_json:
+        print(results_from_evaluation(args.results_json, evaluation))
     print(f"Evaluation took {time.perf_counter() - started:.1f} s\n{following}")
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Raises UserError for flags that the chosen source does not use, and for tables that lack their counterpart."""
+def check_flags(args: argparse.Namespace) -> str:
+    """The source that the flags name: "apply", "map" (tables without labels, for --results-json alone), "example",
+    "tables" or "run". Raises UserError for flags that it does not use, and for tables that lack their counterpart."""
     tables = {"--predictions": args.predictions, "--labels": args.labels,
               "--tuning-predictions": args.tuning_predictions, "--tuning-labels": args.tuning_labels}
-    source = ("apply" if args.apply else "example" if args.example else "tables" if any(tables.values()) else "run")
+    maps = args.results_json and args.predictions and not args.labels
+    source = ("apply" if args.apply else "example" if args.example else "map" if maps else
+              "tables" if any(tables.values()) else "run")
+    evaluates, only_json = source not in ("apply", "map"), bool(args.results_json) and source in ("apply", "map")
+    fits = only_json and bool(args.apply or args.tuning_predictions)
     uses = {
-        "--predictions": ("an evaluation of tables, or --apply,", source in ("tables", "apply")),
-        **dict.fromkeys((*list(tables)[1:], "--findings", "--minus-one-is-unknown"),
-                        ("an evaluation of tables", source == "tables")),
+        "--predictions": ("an evaluation of tables, or --apply,", source in ("tables", "apply", "map")),
+        **dict.fromkeys(("--labels", "--findings"), ("an evaluation of tables", source == "tables")),
+        **dict.fromkeys(("--tuning-predictions", "--tuning-labels", "--minus-one-is-unknown"),
+                        ("an evaluation of tables", source in ("tables", "map"))),
         **dict.fromkeys(("--checkpoint", "--device", "--workers"), ("an evaluation of a run", source == "run")),
         "--data-dir": ("an evaluation of a run or of tables", source in ("run", "tables")),
-        "--patients": ("an evaluation of a run or of tables, or --apply,", source != "example"),
+        "--patients": ("an evaluation of a run or of tables, or --apply without --results-json,",
+                       source != "example" and not only_json),
         "--example": ("an evaluation", source == "example"),
-        **dict.fromkeys(evaluation_flags(), ("an evaluation", source != "apply")),
+        "--results-json": ("an evaluation of a run or of tables, or --apply,", source != "example"),
+        "--output-dir": ("an evaluation, or --apply without --results-json,", not only_json),
+        **dict.fromkeys(evaluation_flags(), ("an evaluation", evaluates)),
+        **dict.fromkeys(("--objective", "--prevalence"),
+                        ("an evaluation, or thresholds fitted for --results-json,", evaluates or fits)),
         "--pictures": ("an evaluation of a run or of tables", source in ("run", "tables")),
     }
     refuse_unused(args.given, uses)
@@ -108,8 +132,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("found --apply without --predictions, expected both; add --predictions FILE.csv")
     if args.tuning_predictions and args.tuning_labels and not args.predictions:
         raise UserError("found tuning tables only, expected --predictions and --labels too; add them")
-    for one, other in (("--predictions", "--labels"), ("--tuning-predictions", "--tuning-labels")):
-        if source == "tables" and bool(tables[one]) != bool(tables[other]):
+    pairs = (("--predictions", "--labels"), ("--tuning-predictions", "--tuning-labels"))
+    for one, other in {"tables": pairs, "map": pairs[1:]}.get(source, ()):
+        if bool(tables[one]) != bool(tables[other]):
             has, lacks = (one, other) if tables[one] else (other, one)
             raise UserError(f"found {has} without {lacks}, expected both; add {lacks} FILE.csv")
     if args.tuning_predictions and args.ensemble == "pooled":
@@ -118,6 +143,29 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.tuning_predictions and len(args.tuning_predictions) != len(args.predictions):
         raise UserError(f"found {len(args.tuning_predictions)} --tuning-predictions for {len(args.predictions)} "
                         "--predictions, expected one for each, in the same order; add what is missing")
+    return source
+
+
+def results_of_table(args: argparse.Namespace) -> str:
+    """--results-json of a table of predictions without labels; -> what to print."""
+    from ctclip.evaluation.command import chosen_from_flags, read_applied
+    from ctclip.evaluation.tables import read_labels, read_predictions
+    from ctclip.inference.results_json import results_from_table, stored_thresholds, tuned_thresholds
+    from ctclip_model import ABNORMALITIES
+
+    chosen = chosen_from_flags(args)
+    if args.apply:
+        calibration = stored_thresholds(args.apply, chosen)
+        table = read_applied(args.apply, args.predictions, ABNORMALITIES)
+        return results_from_table(args.results_json, table, calibration)
+    if len(args.predictions) > 1:
+        raise UserError(f"found {len(args.predictions)} --predictions with --results-json alone, expected one; "
+                        "evaluate the ensemble with --labels first, then name its folder with --apply")
+    table, fitted = read_predictions(args.predictions[0], ABNORMALITIES), None
+    if args.tuning_predictions:
+        labels = read_labels(args.tuning_labels, ABNORMALITIES, args.minus_one_is_unknown)
+        fitted = tuned_thresholds((read_predictions(args.tuning_predictions[0], ABNORMALITIES), labels), chosen)
+    return results_from_table(args.results_json, table, fitted)
 
 
 def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path, str]:

@@ -263,6 +263,7 @@ UNITS = {
 RESAMPLES = 1000
 FITTED, COUNTED = "calibration and thresholds, fitted on tuning patients", "what is counted, and compared"
 CALIBRATION_FILE = "calibration.json"
+CHOSEN_AT_PREDICTION = ("--objective", "--calibration", "--prevalence")  # default: as for the run's evaluation
 
 
 @dataclass(frozen=True)
@@ -399,7 +400,7 @@ USUAL_TRAINING_FLAGS = (
 )  # fmt: skip
 USUAL_EVALUATION_FLAGS = (
     "--checkpoint", "--predictions", "--labels", "--tuning-predictions", "--tuning-labels", "--data-dir", "--apply",
-    "--example", "--objective", "--baseline", "--output-dir",
+    "--results-json", "--example", "--objective", "--baseline", "--output-dir",
 )  # fmt: skip
 
 
@@ -444,6 +445,9 @@ def evaluation_parser() -> OneLineParser:
     source.add_argument("--apply", metavar="RUN|JSON",
                         help=f"no evaluation: write --predictions calibrated, and mapped for a cut at 0.5, by a run's "
                              f"{CALIBRATION_FILE}")
+    source.add_argument("--results-json", metavar="JSON",
+                        help="also write the challenge's results.json, with tuned thresholds at 0.5; without --labels "
+                        "nothing else, by the thresholds of --apply or of the tuning tables")
     source.add_argument("--example", action="store_true",
                         help="a simulated classifier that says positive 97 %% of the time, and what becomes of it")
     add_evaluation_flags(parser)
@@ -502,6 +506,7 @@ def task_flag_uses(task: str, plan: bool = False) -> dict[str, tuple[str, bool]]
     training = (*settings, "--output-dir", "--resume", "--plan", "--config")
     modes: dict[str, tuple[str, ...]] = dict.fromkeys(training, ("full", "train"))
     modes |= dict.fromkeys(evaluation_flags(), ("full", "evaluate"))
+    modes |= dict.fromkeys(CHOSEN_AT_PREDICTION, ("full", "evaluate", "predict"))
     predicting = ("--input", "--assume-hu", "--prompts", "--explain", "--map-thresholds", "--uncalibrated")
     modes |= dict.fromkeys(predicting, ("predict",))
     modes |= {

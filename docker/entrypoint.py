@@ -40,7 +40,7 @@ def answer_all() -> None:
     form = "uncalibrated" if run_calibration(MODEL) is None else "mapped"
     files: list[ResultsFile] = []
 
-    def on_start(scans: list[Scan]) -> None:
+    def on_start(scans: list[Scan], scale: str) -> None:
         files.append(ResultsFile(OUTPUT, scans, prevalence(MODEL)))
 
     # A thread reads ahead: the container's shared memory holds no volume.
@@ -50,7 +50,7 @@ def answer_all() -> None:
             on_scan=lambda name, row: files[0].answer(name, row),
         )  # fmt: skip
     except PredictionError:  # no scan: nothing is the right answer, and the line says so
-        on_start([])
+        on_start([], form)
         raise
     files[0].close()
     print(f"Wrote {OUTPUT}: {len(predictions.scans)} scans; {predictions.description}")

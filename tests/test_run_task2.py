@@ -124,12 +124,15 @@ def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, ph
     highest = table[list(ABNORMALITIES)].mean().idxmax()
     following = f"--mode predict --checkpoint results/run --input {scans} --explain '{highest}'"
     assert done.stdout.splitlines()[-1].startswith("Next: python ") and done.stdout.endswith(f"{following}\n")
+    assert set(table.pop("Scale")) == {calibration.calibrated_scale}
+    assert load_calibration(folder / "out" / "p.calibration.json").content() == calibration.content()
     assert abs(table.loc[both].to_numpy() - expected).max() < 1e-4
     (scans / files[0].name).write_bytes(files[0].read_bytes()[:3000])
     done = call(folder, "run_task2.py", *flags, "--map-thresholds")
     assert done.returncode == 2 and files[0].name in done.stderr and "1 of 3 scans could not be read" in done.stderr
     mapped = pd.read_csv(folder / "out" / "p.csv", index_col=0)
     assert len(mapped) == 2 and "tuned thresholds (prevalence) lie at 0.5" in done.stdout
+    assert set(mapped.pop("Scale")) == {"mapped"} and not (folder / "out" / "p.calibration.json").exists()
     both = mapped.index.intersection(reported.index)
     assert abs(mapped.loc[both].to_numpy() - calibration.rescale_to_half(reported.loc[both].to_numpy())).max() < 1e-4
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ctclip.data.tables import EMPTY, ID_COLUMNS, KNOWN_COLUMNS, CohortError, CsvTable, read_table, unknown_columns
+from ctclip.data.tables import EMPTY, KNOWN_COLUMNS, STATED_COLUMNS, CohortError, CsvTable, read_table, unknown_columns
 from ctclip.errors import UserError
 from ctclip_model import ABNORMALITIES, UNKNOWN
 
@@ -82,7 +82,7 @@ def _read(
     def candidates(header: Sequence[str]) -> Sequence[str]:
         return _candidates(path, header, error)
 
-    table = read_table(path, findings or candidates, optional=ID_COLUMNS, error=error)
+    table = read_table(path, findings or candidates, optional=STATED_COLUMNS, error=error)
     values = np.where(table.numbers == -1, EMPTY, table.numbers) if minus_one else table.numbers
     if findings is None:
         chosen = _are_findings(table.numeric, values, valid)

@@ -23,10 +23,15 @@ from ctclip.formatting import plural
 
 NAME_COLUMN = "VolumeName"
 WARNING_COLUMN = "Warning"  # the last one of a prediction's table, where a scan has a warning
+# What the numbers of a prediction's table are, in each row: "uncalibrated", the model's own; "calibrated", with the
+# name of the calibration; "mapped", rescaled to be cut at 0.5. A table without this column has the model's own.
+SCALE_COLUMN = "Scale"
+SCALES = UNCALIBRATED, CALIBRATED, MAPPED = "uncalibrated", "calibrated", "mapped"
 PATIENT_COLUMN, SCAN_COLUMN = "PatientID", "ScanID"
 ID_COLUMNS = (PATIENT_COLUMN, SCAN_COLUMN)
+STATED_COLUMNS = (*ID_COLUMNS, SCALE_COLUMN)  # text that a table of labels or predictions may have and that is read
 # Columns that a table of labels or predictions may have beside its own; "" and "Unnamed: 0" are row numbers.
-KNOWN_COLUMNS = {NAME_COLUMN, *ID_COLUMNS, *GEOMETRY_COLUMNS, *SUBGROUP_COLUMNS, WARNING_COLUMN, "", "Unnamed: 0"}
+KNOWN_COLUMNS = {NAME_COLUMN, *STATED_COLUMNS, *GEOMETRY_COLUMNS, *SUBGROUP_COLUMNS, WARNING_COLUMN, "", "Unnamed: 0"}
 FORMULA_SIGNS = ("=", "+", "-", "@")
 LONGEST_NAME = 255  # characters, of a volume
 EMPTY = float("-inf")  # CsvTable.numbers, where a cell has nothing in it

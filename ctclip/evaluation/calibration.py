@@ -1,15 +1,18 @@
 """Tuning patients -> a calibration of the probabilities, stored together with the thresholds fitted on them.
 
 Calibration increases with the probability of a label, so no AUROC of a label changes. It is fitted on patients other
-than those reported; `cross_folds` is for tables without such patients. Thresholds are for uncalibrated probabilities.
+than those reported; `cross_folds` is for tables without such patients. Thresholds are searched on uncalibrated
+probabilities, and stored on both scales.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.special import expit, logit
@@ -17,7 +20,7 @@ from scipy.special import expit, logit
 from ctclip.config import CALIBRATION_FILE, METHODS, UNITS, Settings
 from ctclip.data.ct_rate import PREVALENCE
 from ctclip.data.label_table import mistyped
-from ctclip.data.tables import some
+from ctclip.data.tables import CALIBRATED, SCALES, UNCALIBRATED, some
 from ctclip.evaluation.metrics import EvaluationError, checked, lacks_a_class, masked_mean, names_where
 from ctclip.evaluation.tables import Rows, VolumeTable, check_no_overlap, tuning_rows
 from ctclip.evaluation.thresholds import (
@@ -37,6 +40,7 @@ COMMON_SLOPE_PRIOR_SD = 2.0  # the same for the slope all labels share: next to 
 LOGIT_LIMIT = 12.0  # calibrated logits are compressed beyond: float64 rounds to 1 from 37 on, and ranks would be lost
 RAREST = 1e-6  # of --prevalence: one patient in a million; what is below is no rate that anybody has counted
 LARGEST = 1e6  # slope or intercept of a calibration; fitted ones are below 1000
+SAME_THRESHOLD = 1e-9  # a stored calibrated threshold differs by rounding only from the uncalibrated one, calibrated
 LOG_LOSS_CLIP = 1e-7  # a log loss keeps probabilities this far from 0 and 1
 LOGIT_KNEE = 7.0  # logits beyond (0.1 %, 99.9 %) are compressed into one more unit before anything is fitted
 
@@ -65,8 +69,8 @@ class Calibration:
     The logit is compressed_logit's; with the method "none", the plain one, so that only the shift changes anything.
 
     `thresholds` (L,) and `global_threshold` are for uncalibrated probabilities (they may be just above 1: nothing is
-    positive). `shift` moves to another prevalence. `losses` is the cross-validated log loss of each method tried;
-    `unit` says what a row was (tables.UNITS).
+    positive). `shift` moves to another prevalence, `prevalence` as in fit_calibration. `losses` is the cross-validated
+    log loss of each method tried; `unit` says what a row was (tables.UNITS), `scale` what its numbers were (SCALES).
     """
 
     findings: tuple[str, ...]
@@ -81,6 +85,8 @@ class Calibration:
     n_rows: int
     n_patients: int
     unit: str = "volume"
+    prevalence: Mapping[str, float] | None = None
+    scale: str = UNCALIBRATED
 
     def apply(self, probabilities: np.ndarray) -> np.ndarray:
         """(N, L) probabilities -> calibrated ones; increasing in each column, so that no order changes.
@@ -90,6 +96,21 @@ class Calibration:
         logits = _logits(probabilities, self.method, self.slope, self.intercept) + self.shift
         over = np.maximum(np.abs(logits) - LOGIT_LIMIT, 0)
         return expit(np.sign(logits) * (np.minimum(np.abs(logits), LOGIT_LIMIT) + np.log1p(over)))
+
+    @property
+    def calibrated_scale(self) -> str:
+        """What tables calibrated by this have in SCALE_COLUMN: "calibrated", and a name for the map. Fitted on another
+        scale than the model's own, it changes nothing, and they stay on that scale."""
+        if self.scale != UNCALIBRATED:
+            return self.scale
+        numbers = [self.method, *(column.tolist() for column in (self.slope, self.intercept, self.shift))]
+        return f"{CALIBRATED} {hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:8]}"
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What fit_calibration was asked for, to fit another one alike."""
+        method = "auto" if self.losses else self.method  # several were compared
+        return {"method": method, "objective": self.objective, "prevalence": self.prevalence}
 
     @property
     def calibrated_thresholds(self) -> np.ndarray:
@@ -111,16 +132,19 @@ class Calibration:
 
     def content(self) -> dict:
         """What calibration.json holds."""
-        columns = {"slope": self.slope, "intercept": self.intercept, "shift": self.shift, "threshold": self.thresholds}
+        columns = {"slope": self.slope, "intercept": self.intercept, "shift": self.shift,
+                   "threshold_uncalibrated": self.thresholds, "threshold_calibrated": self.calibrated_thresholds}
         return {
             "method": self.method,
             "per_label": {
                 name: {key: float(column[j]) for key, column in columns.items()} for j, name in enumerate(self.findings)
             },
-            "global_threshold": self.global_threshold,
+            "global_threshold_uncalibrated": self.global_threshold,
             "objective": self.objective,
+            "prevalence": None if self.prevalence is None else dict(self.prevalence),
             "cross_validated_log_loss": dict(self.losses),
             "unit": self.unit,
+            "scale": self.scale,
             "n_rows": self.n_rows,
             "n_patients": self.n_patients,
         }
@@ -138,23 +162,37 @@ def load_calibration(path: str | Path) -> Calibration:
         rows = content["per_label"]
         if not rows or ({*rows} == {*ABNORMALITIES} and tuple(rows) != ABNORMALITIES):
             raise ValueError("its labels are none, or the 18 abnormalities in another order")
+        earlier = "global_threshold" in content  # up to 0.7.0: thresholds are for uncalibrated probabilities, unnamed
+        of_uncalibrated = "" if earlier else f"_{UNCALIBRATED}"
         slope, intercept, shift, thresholds = columns = np.array([
-            [_number(row[key]) for row in rows.values()] for key in ("slope", "intercept", "shift", "threshold")
+            [_number(row[key]) for row in rows.values()]
+            for key in ("slope", "intercept", "shift", f"threshold{of_uncalibrated}")
         ])
-        common, n_rows, n_patients = _number(content["global_threshold"]), content["n_rows"], content["n_patients"]
+        common, n_rows, n_patients = (content[key] for key in
+                                      (f"global_threshold{of_uncalibrated}", "n_rows", "n_patients"))
         if not (np.abs(columns) < LARGEST).all() or (slope <= 0).any():
             raise ValueError(f"a number in it is not below {LARGEST:g}, or a slope not above 0")
         if content["method"] not in METHODS or content["unit"] not in UNITS or type(content["objective"]) is not str:
             raise ValueError("its method, unit or objective is none of ours")
         if not all(type(count) is int and count > 0 for count in (n_rows, n_patients)):
             raise ValueError("a number of rows or patients in it is none")
-        if not all(0 <= threshold <= np.nextafter(1, 2) for threshold in (*thresholds, common)):
+        if not all(0 <= threshold <= np.nextafter(1, 2) for threshold in (*thresholds, _number(common))):
             raise ValueError("a threshold in it is not in [0, 1]")
-        return Calibration(
-            tuple(rows), content["method"], slope, intercept, shift, thresholds, common, content["objective"],
+        prevalence, scale = content.get("prevalence"), content.get("scale", UNCALIBRATED)
+        if prevalence is not None:
+            check_rates(prevalence)
+        if type(scale) is not str or scale.partition(" ")[0] not in SCALES:
+            raise ValueError("its scale is none of ours")
+        calibration = Calibration(
+            tuple(rows), content["method"], slope, intercept, shift, thresholds, float(common), content["objective"],
             {str(key): _number(value) for key, value in content["cross_validated_log_loss"].items()},
-            n_rows, n_patients, content["unit"],
+            n_rows, n_patients, content["unit"], prevalence, scale,
         )
+        if not earlier:
+            stored = [_number(row["threshold_calibrated"]) for row in rows.values()]
+            if (np.abs(calibration.calibrated_thresholds - stored) > SAME_THRESHOLD).any():
+                raise ValueError("a calibrated threshold in it is another one than the uncalibrated one, calibrated")
+        return calibration
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # of a list where an object belongs
         found = f"readable file ({error.strerror})" if isinstance(error, OSError) else f"calibration ({error})"
         raise EvaluationError(f"{path}: found no {found}, expected {CALIBRATION_FILE} as an evaluation writes it; "
@@ -171,7 +209,7 @@ def _number(value: object) -> float:
 def fit_calibration(
     labels: np.ndarray, probabilities: np.ndarray, patients: Sequence[str] | np.ndarray, method: str = "auto",
     objective: str = "prevalence", prevalence: Mapping[str, float] | None = None, unit: str = "volume",
-    findings: Sequence[str] = ABNORMALITIES,
+    findings: Sequence[str] = ABNORMALITIES, scale: str = UNCALIBRATED,
 ) -> Calibration:
     """Calibration and thresholds from (N, L) labels (UNKNOWN: left out) and probabilities of tuning patients, of the
     `findings` that name the L columns.
@@ -202,7 +240,7 @@ def fit_calibration(
         tuple(findings), method, slope, intercept, shift,
         tune_label_thresholds(labels, probabilities, objective, wanted),
         tune_global_threshold(labels, probabilities, objective, wanted),
-        objective, losses, len(labels), n_patients, unit,
+        objective, losses, len(labels), n_patients, unit, prevalence, scale,
     )
 
 
@@ -361,8 +399,11 @@ class FittedThresholds:
     global_thresholds: np.ndarray
 
 
-def fit_thresholds(rows: Rows, tuning: tuple[VolumeTable, VolumeTable] | None, settings: Settings) -> FittedThresholds:
-    """Calibration and thresholds from tuning patients, or cross-fitted by patient where there are none."""
+def fit_thresholds(
+    rows: Rows, tuning: tuple[VolumeTable, VolumeTable] | None, settings: Settings, scale: str = UNCALIBRATED
+) -> FittedThresholds:
+    """Calibration and thresholds from tuning patients, or cross-fitted by patient where there are none. `scale` says
+    what the probabilities are (VolumeTable.scale)."""
     source, fitted_on, folds = rows, CROSS_FITTED, cross_folds(rows.patients)
     if tuning is not None:
         selected = tuning[0].select(rows.findings), tuning[1].select(rows.findings)
@@ -373,7 +414,7 @@ def fit_thresholds(rows: Rows, tuning: tuple[VolumeTable, VolumeTable] | None, s
     def fit(chosen: np.ndarray | slice) -> Calibration:
         return fit_calibration(source.labels[chosen], source.probabilities[chosen], source.patients[chosen],
                                settings.calibration, settings.objective, settings.prevalence, settings.unit,
-                               rows.findings)
+                               rows.findings, scale)
 
     calibration, without_own = fit(slice(None)), lacks_a_class(source.labels)
     applied = np.empty((4, *rows.labels.shape))
@@ -393,16 +434,21 @@ def read_prevalence(source: str) -> dict[str, float]:
         return dict(PREVALENCE)
     try:
         rates = read_json(source)
-        if not isinstance(rates, dict) or not rates:
-            raise ValueError("it names no label")
-        wrong = [f"{name}: {rate!r}" for name, rate in rates.items()
-                 if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not RAREST <= rate <= 1 - RAREST]
-        wrong += [f"{name!r}, which may be {near!r}" for name in rates if (near := mistyped(name))]
-        if wrong:
-            raise ValueError(wrong[0])
+        check_rates(rates)
     except (OSError, ValueError) as error:
         found = f"readable file ({error.strerror})" if isinstance(error, OSError) else f"rates ({error})"
         raise EvaluationError(f"--prevalence {source}: found no {found}, expected ct-rate or a JSON object of label "
                               f'and rate from {RAREST:f} to {1 - RAREST:f}, such as {{"Lung nodule": 0.45}}; correct '
                               "it") from error
     return {name: float(rate) for name, rate in rates.items()}
+
+
+def check_rates(rates: Any) -> None:
+    """Raises ValueError where something read from a file is not {label: rate}, with all rates possible ones."""
+    if not isinstance(rates, dict) or not rates:
+        raise ValueError("it names no label")
+    wrong = [f"{name}: {rate!r}" for name, rate in rates.items()
+             if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not RAREST <= rate <= 1 - RAREST]
+    wrong += [f"{name!r}, which may be {near!r}" for name in rates if (near := mistyped(name))]
+    if wrong:
+        raise ValueError(wrong[0])

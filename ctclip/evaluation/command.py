@@ -8,6 +8,7 @@ import argparse
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -21,7 +22,7 @@ from ctclip.data.tables import CohortError, join
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import load_calibration, read_prevalence
 from ctclip.evaluation.cases import with_pictures, worst_cases
-from ctclip.evaluation.ensemble import combined_inputs, combined_table, stored_ensemble
+from ctclip.evaluation.ensemble import check_uncalibrated, combined_inputs, combined_table, stored_ensemble
 from ctclip.evaluation.evaluate import Evaluation, evaluate_tables, write_calibrated, write_pictures, write_tables
 from ctclip.evaluation.render import format_report
 from ctclip.evaluation.run_folder import (
@@ -103,7 +104,7 @@ def check_shared(volumes: Collection[str], baseline: str | None, metadata: str |
 def evaluate_and_write(
     inputs: EvaluationInputs, output_dir: Path, settings: Settings, baseline: str | None, metadata: str | None,
     pictures: int, verbose: bool = False,
-) -> None:
+) -> Evaluation:
     """Evaluates, writes the tables, prints the summary, draws: a full disk under the log loses none of the tables.
 
     `baseline` is a file or a run's folder, `metadata` a file; `pictures` says how many of the most wrong volumes of
@@ -129,6 +130,7 @@ def evaluate_and_write(
         more = f", and {len(unread) - 1} more" if len(unread) > 1 else ""
         print(f"No picture of {unread[0][0]}: {unread[0][1]}{more}")
     print(f"Report: {output_dir / PAGE} (as text: {REPORT_TEXT}; beside it metrics.json, tables, figures)")
+    return evaluation
 
 
 def check_ensemble(method: str | None, sources: Sequence[str] | None) -> None:
@@ -200,8 +202,9 @@ def draw(output_dir: Path, evaluation: Evaluation, pictures: int) -> list[tuple[
     return unread
 
 
-def read_applied(folder: Path, predictions: Sequence[str], findings: Sequence[str]) -> VolumeTable:
-    """The table to which the calibration of that folder is applied; of an ensemble's, the members' combined."""
+def read_applied(source: str, predictions: Sequence[str], findings: Sequence[str]) -> VolumeTable:
+    """The table to which the calibration of --apply's `source` is applied; of an ensemble's, the members' combined."""
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
     sources, weights = stored_ensemble(folder / "metrics.json", findings)
     if len(predictions) != len(sources or [""]):
         expected = f"{len(sources)}, those of {', '.join(sources)} in this order" if sources else "one"
@@ -210,6 +213,7 @@ def read_applied(folder: Path, predictions: Sequence[str], findings: Sequence[st
     tables = [read_predictions(path, findings) for path in predictions]
     if not sources:
         return tables[0]
+    check_uncalibrated(tables)
     tables = list(joined({str(place): table for place, table in enumerate(tables)}).values())
     volumes = list(tables[0].frame.index)
     if other := [table.source for table in tables if set(table.frame.index) != set(volumes)]:
@@ -225,7 +229,10 @@ def apply_calibration(
     """`--apply`: other predictions, calibrated and rescaled by a stored calibration, as two tables in `output_dir`."""
     path = Path(source)
     calibration = load_calibration(path / CALIBRATION_FILE if path.is_dir() else path)
-    table = read_applied(path if path.is_dir() else path.parent, predictions, calibration.findings)
+    table = read_applied(source, predictions, calibration.findings)
+    if table.scale != calibration.scale:
+        raise UserError(f"{table.source}: found predictions that are {table.scale}, expected {calibration.scale} ones, "
+                        "as the calibration was fitted on; predict with --uncalibrated")
     names = list(table.frame.index)
     ids = merge_ids([(table.source, table.ids), ("--patients", patients_of(patients, table))], names)
     rows = rows_of(table.frame, None, names, calibration.unit, ids=ids)
@@ -237,6 +244,19 @@ def apply_calibration(
           f"positive rate {percent((rows.probabilities >= 0.5).mean())} at 0.5 uncalibrated, {percent(positive)} tuned")
     print(f"Wrote {output_dir}: {APPLIED_FILES[0]} (calibrated probabilities), {APPLIED_FILES[1]} (tuned thresholds "
           "rescaled to 0.5)")
+
+
+def chosen_from_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line names of the method, objective and prevalence of a calibration, for `run_calibration`."""
+    chosen: dict[str, Any] = {}
+    if "--calibration" in args.given:
+        chosen["method"] = args.calibration
+    if "--objective" in args.given:
+        objective_score(args.objective)
+        chosen["objective"] = args.objective
+    if "--prevalence" in args.given:
+        chosen["prevalence"] = read_prevalence(args.prevalence)
+    return chosen
 
 
 def example_inputs(folder: Path) -> EvaluationInputs:

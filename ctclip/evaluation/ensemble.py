@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logit
 
 from ctclip.data.patients import StatedIds, id_columns, merge_ids
-from ctclip.data.tables import NAME_COLUMN, shown
+from ctclip.data.tables import NAME_COLUMN, UNCALIBRATED, shown
 from ctclip.evaluation.calibration import COMMON_SLOPE_PRIOR_SD, compressed_logit
 from ctclip.evaluation.metrics import EvaluationError, lacks_a_class, masked_mean
 from ctclip.evaluation.tables import (
@@ -115,6 +115,8 @@ def combined_inputs(
         if set(member.labels.findings) != set(findings):
             raise EvaluationError(f"{member.labels.source}: found other findings than in {members[0].labels.source}, "
                                   "expected the same; name those that are in all with --findings")
+    tables = [table for member in members for table in (member.predictions, *(member.tuning or ())[:1])]
+    check_uncalibrated(tables)
     paths = [Path(member.predictions.source).resolve() for member in members]
     if twice := [path for place, path in enumerate(paths) if path in paths[:place]]:
         raise EvaluationError(f"found {twice[0]} twice, expected predictions of different models; name it once")
@@ -192,6 +194,14 @@ def combined_table(
     values = combine(_probabilities(tables, names, findings), weights)
     frame = pd.DataFrame(values, pd.Index(names, name=NAME_COLUMN), list(findings))
     return VolumeTable(frame.assign(**id_columns(names, ids)), _together(tables))
+
+
+def check_uncalibrated(tables: Sequence[VolumeTable]) -> None:
+    """Raises EvaluationError for predictions that say that they are calibrated or mapped: their logits have scales of
+    their own."""
+    if others := [table for table in tables if table.scale != UNCALIBRATED]:
+        raise EvaluationError(f"{others[0].source}: found predictions that are {others[0].scale}, expected "
+                              "uncalibrated ones to combine; predict with --uncalibrated")
 
 
 def _probabilities(tables: Sequence[VolumeTable], names: Sequence[str], findings: Sequence[str]) -> np.ndarray:

@@ -22,7 +22,7 @@ import pandas as pd
 from ctclip import __version__
 from ctclip.config import CALIBRATION_FILE, SYNTHETIC_NOTE, UNITS, Settings
 from ctclip.data.patients import StatedIds, merge_ids, stated_ids, without_patient
-from ctclip.data.tables import ID_COLUMNS
+from ctclip.data.tables import ID_COLUMNS, MAPPED, UNCALIBRATED
 from ctclip.evaluation import bootstrap, figures, render, report, subgroups, summary, tables, thresholds
 from ctclip.evaluation import metrics as measure
 from ctclip.evaluation.calibration import (
@@ -129,21 +129,24 @@ def evaluate_tables(
             f"found the same numbers for {len(predictions)} volumes as predictions and as labels, expected "
             "probabilities; name a table of predictions"
         )
-    ids = _stated_ids(inputs, of, metadata)
+    ids, own_settings = _stated_ids(inputs, of, metadata), _for_scale(inputs.predictions, settings)
+    if inputs.tuning is not None:
+        _check_tuning_scale(inputs.predictions, inputs.tuning[0])
     rows = tables.rows_of(predictions, labels, volumes, settings.unit, skipped, ids)
-    fitted = fit_thresholds(rows, inputs.tuning, settings)
+    fitted = fit_thresholds(rows, inputs.tuning, own_settings, inputs.predictions.scale)
     resamples = bootstrap.draw(rows.patients, settings.resamples, settings.seed)
     if rows.n_patients < bootstrap.MIN_CASES:  # no intervals: they would be far too short
         resamples = replace(resamples, counts=resamples.counts[:1])
     scores = score_decisions(rows, fitted, resamples)
     metrics = {
-        **_measured(rows, fitted, scores, resamples, settings),
+        **_measured(rows, fitted, scores, resamples, own_settings),
+        "scale": inputs.predictions.scale,
         "volumes_without_patient": without_patient(volumes, ids),
         "subgroups": None,
         "baseline": None,
         "phantom": inputs.phantom,
         "note": SYNTHETIC_NOTE if inputs.phantom else inputs.note,
-        "settings": asdict(settings),
+        "settings": asdict(own_settings),
         "versions": {"ctclip": __version__, "python": platform.python_version(), "numpy": np.__version__},
     }
     unused = {table.source: list(table.unused) for table in (*of.values(), *(inputs.tuning or ())) if table.unused}
@@ -158,11 +161,33 @@ def evaluate_tables(
     if baseline is not None:
         others = tables.rows_of(of["baseline"].frame, labels, volumes, settings.unit, ids=ids)
         if inputs.tuning is not None:  # the baseline has none, so both are cross-fitted
-            scores = score_decisions(rows, fit_thresholds(rows, None, settings), resamples)
-        theirs = score_decisions(others, fit_thresholds(others, None, settings), resamples)
+            scores = score_decisions(rows, fit_thresholds(rows, None, own_settings), resamples)
+        theirs = score_decisions(others, fit_thresholds(others, None, _for_scale(baseline, settings)), resamples)
         metrics["baseline"] = {"source": baseline.source} | _comparison(scores, theirs, findings)
     metrics["success_criteria"] = success_criteria(metrics)
     return Evaluation(metrics, rows, fitted, inputs)
+
+
+def _for_scale(predictions: VolumeTable, settings: Settings) -> Settings:
+    """`settings`, with which a table that says that it is calibrated, or mapped, is not calibrated again. Raises
+    EvaluationError where they ask for that."""
+    if predictions.scale == UNCALIBRATED:
+        return settings
+    if settings.calibration not in ("auto", "none") or settings.prevalence is not None:
+        raise measure.EvaluationError(
+            f"{predictions.source}: found predictions that are {predictions.scale}, expected uncalibrated ones for "
+            "--calibration and --prevalence; predict with --uncalibrated, or leave these flags out"
+        )
+    return replace(settings, calibration="none")
+
+
+def _check_tuning_scale(predictions: VolumeTable, tuning: VolumeTable) -> None:
+    """Raises EvaluationError where thresholds would be fitted on another scale than they are used on."""
+    if tuning.scale != predictions.scale:
+        raise measure.EvaluationError(
+            f"{tuning.source}: found tuning predictions that are {tuning.scale}, expected {predictions.scale} as in "
+            f"{predictions.source}; predict both with --uncalibrated"
+        )
 
 
 def _measured(
@@ -205,7 +230,9 @@ def _per_label(rows: Rows, fitted: FittedThresholds, scores: Mapping[str, Scores
     intervals, half_intervals = (
         bootstrap.label_intervals(scores[name].columns, rows.findings) for name in ("tuned", "at_0.5")
     )
+    calibrated_thresholds = np.median(np.broadcast_to(fitted.calibrated_thresholds, rows.labels.shape), axis=0)
     for j, name in enumerate(rows.findings):
+        metrics[name]["threshold_calibrated"] = float(calibrated_thresholds[j])
         metrics[name]["at_0.5"] = measure.plain({key: column[:, j] for key, column in half.items()})
         intervals[name]["at_0.5"] = half_intervals[name]
     return metrics, intervals
@@ -391,10 +418,10 @@ def write_pictures(output_dir: str | Path, evaluation: Evaluation, cases: Sequen
 
 def write_calibrated(folder: Path, calibration: Calibration, rows: Rows) -> None:
     """APPLIED_FILES: the probabilities calibrated, and rescaled so that 0.5 decides as the tuned thresholds do."""
-    calibrated, rescaled = APPLIED_FILES
-    for name, values in ((calibrated, calibration.apply(rows.probabilities)),
-                         (rescaled, calibration.rescale_to_half(rows.probabilities))):
-        tables.write_table(folder / name, rows.names, values, rows.row_ids, calibration.findings)
+    calibrated, mapped = calibration.apply(rows.probabilities), calibration.rescale_to_half(rows.probabilities)
+    for name, values, scale in zip(APPLIED_FILES, (calibrated, mapped), (calibration.calibrated_scale, MAPPED),
+                                   strict=True):
+        tables.write_table(folder / name, rows.names, values, rows.row_ids, calibration.findings, scale)
 
 
 def _holds(path: Path, predictions: pd.DataFrame) -> bool:

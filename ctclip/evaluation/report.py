@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ctclip.data.patients import own_patient_note
-from ctclip.data.tables import some
+from ctclip.data.tables import UNCALIBRATED, some
 from ctclip.evaluation import figures
 from ctclip.evaluation.bootstrap import MIN_CASES
 from ctclip.evaluation.calibration import CROSS_FITTED, TUNING
@@ -192,6 +192,9 @@ def notices(metrics: Mapping) -> list[tuple[str, str]]:
         found.append(("", own_patient_note(unnamed, metrics["n_volumes"])))
     if metrics["n_patients"] < MIN_CASES:
         found.append(("", f"{NO_INTERVALS}: they would be far too short"))
+    if (scale := metrics.get("scale", UNCALIBRATED)) != UNCALIBRATED:
+        found.append(("Scale", f"the predictions say that they are {scale}, not the model's own: they are not "
+                               "calibrated again, and what is called uncalibrated is the table as it is"))
     for source, columns in metrics.get("unused_columns", {}).items():
         found.append(("Not used", f"{some(columns)} of {source}: not among the findings that are evaluated"))
     for source, count in metrics["left_out"].items():

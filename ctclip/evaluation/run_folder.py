@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from ctclip.config import CALIBRATION_FILE, DEFAULT_OBJECTIVE, mistyped
+from ctclip.config import CALIBRATION_FILE, mistyped
 from ctclip.data.cohort import read_metadata
 from ctclip.data.ct_rate import metadata_path
 from ctclip.errors import UserError
@@ -222,17 +223,28 @@ def _fits_history(key: str, value: object) -> bool:
     return value is None or (isinstance(value, (int, float)) and not abs(value) > 1e300)
 
 
-def run_calibration(run: Path) -> Calibration | None:
-    """The calibration stored with a run; fitted now on its tuning patients where there is none yet; None where it has
-    no tuning patients. One that was fitted on merged scans or patients (`--unit`) is not for single volumes: it is
-    fitted anew, with the same objective."""
-    stored = load_calibration(run / CALIBRATION_FILE) if (run / CALIBRATION_FILE).is_file() else None
-    if stored and stored.unit == "volume":
+def run_calibration(run: Path, **chosen: Any) -> Calibration | None:
+    """The calibration stored with a run, for single volumes; None where it has neither one nor tuning patients.
+
+    It is fitted now, on the run's tuning patients, where there is none yet, where the stored one is for merged scans
+    or patients (`--unit`), and where `chosen` names a method, objective or prevalence, as in fit_calibration; what is
+    not chosen now is as it was chosen for the stored one. Raises RunError where that cannot be done.
+    """
+    path = run / CALIBRATION_FILE
+    stored = load_calibration(path) if path.is_file() else None
+    if stored and stored.unit == "volume" and not chosen:
         return stored
     if (tuning := run_tuning(run)) is None:
+        if chosen:
+            raise RunError(f"{run}: found no tuning_predictions.csv, expected the tuning patients of a run to fit "
+                           f"{', '.join(chosen)} on; name the run where it was trained")
         return None
-    rows, objective = tuning_rows(tuning), stored.objective if stored else DEFAULT_OBJECTIVE
-    return fit_calibration(rows.labels, rows.probabilities, rows.patients, objective=objective, findings=rows.findings)
+    kept = stored.chosen if stored else {}
+    if stored and stored.prevalence is None and stored.shift.any() and "prevalence" not in chosen:
+        raise RunError(f"{path}: found a calibration for another prevalence that an earlier version did not store, "
+                       "expected it to fit thresholds anew; evaluate the run again")
+    rows = tuning_rows(tuning)
+    return fit_calibration(rows.labels, rows.probabilities, rows.patients, findings=rows.findings, **(kept | chosen))
 
 
 def run_tuning(run: Path) -> tuple[VolumeTable, VolumeTable] | None:

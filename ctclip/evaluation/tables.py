@@ -34,6 +34,10 @@ from ctclip.data.tables import (
     EMPTY,
     ID_COLUMNS,
     NAME_COLUMN,
+    SCALE_COLUMN,
+    SCALES,
+    STATED_COLUMNS,
+    UNCALIBRATED,
     column_name,
     how_names_differ,
     join,
@@ -49,8 +53,8 @@ from ctclip_model import ABNORMALITIES, UNKNOWN, check_written
 
 @dataclass(frozen=True)
 class VolumeTable:
-    """Numbers by VolumeName and finding, and PatientID and ScanID where they are stated; where they were read, the line
-    of each row in that file, and the columns there that nothing uses. Labels are 0, 1 or UNKNOWN."""
+    """Numbers by VolumeName and finding, and PatientID, ScanID and Scale where they are stated; where they were read,
+    the line of each row in that file, and the columns there that nothing uses. Labels are 0, 1 or UNKNOWN."""
 
     frame: pd.DataFrame
     source: str = "a table given in memory"
@@ -59,7 +63,7 @@ class VolumeTable:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        return tuple(column for column in self.frame if column not in ID_COLUMNS)
+        return tuple(column for column in self.frame if column not in STATED_COLUMNS)
 
     def select(self, findings: Sequence[str]) -> VolumeTable:
         """The table with these findings, in their order; EvaluationError where it lacks one."""
@@ -68,14 +72,27 @@ class VolumeTable:
                 f"{self.source}: found no column {some(missing)}, expected all {len(findings)} findings that are "
                 "evaluated; add the column, or name those that are in all tables with --findings"
             )
-        ids = [column for column in ID_COLUMNS if column in self.frame]
+        stated = [column for column in STATED_COLUMNS if column in self.frame]
         others = [name for name in self.findings if name not in findings]
-        return replace(self, frame=self.frame[[*findings, *ids]], unused=(*self.unused, *others))
+        return replace(self, frame=self.frame[[*findings, *stated]], unused=(*self.unused, *others))
 
     @property
     def ids(self) -> StatedIds:
         columns = {column: self.frame[column].tolist() for column in ID_COLUMNS if column in self.frame}
         return stated_ids(self.frame.index, columns, self.source)
+
+    @property
+    def scale(self) -> str:
+        """What the numbers are: the column Scale where it is there, UNCALIBRATED without it. Raises EvaluationError
+        where rows are on different scales, or on one that is none of SCALES."""
+        stated = list(dict.fromkeys(self.frame[SCALE_COLUMN])) if SCALE_COLUMN in self.frame else [UNCALIBRATED]
+        if len(stated) > 1:
+            raise EvaluationError(f"{self.source}: found rows with {stated[0]!r} and rows with {stated[1]!r} in the "
+                                  f"column {SCALE_COLUMN}, expected one scale; put them into two tables")
+        if stated[0].partition(" ")[0] not in SCALES:
+            raise EvaluationError(f"{self.source}: found {stated[0]!r} in the column {SCALE_COLUMN}, expected "
+                                  f"{', '.join(SCALES)}; correct it, or give another column another name")
+        return stated[0]
 
     def where(self, name: str) -> str:
         """" (line 3)", where that is known."""
@@ -108,7 +125,7 @@ class EvaluationInputs:
 
 def load_predictions(path: str | Path) -> pd.DataFrame:
     """Probabilities indexed by VolumeName, a column for each finding (the 18 in ABNORMALITIES' order where they are
-    there; see ctclip/data/label_table.py), then PatientID and ScanID where the file has them.
+    there; see ctclip/data/label_table.py), then PatientID, ScanID and Scale where the file has them.
 
     Any fault of the file raises EvaluationError naming file, line and remedy.
     """
@@ -175,11 +192,13 @@ def _frame(
 
 def write_table(
     path: str | Path, names: Sequence[str] | np.ndarray, values: np.ndarray, ids: StatedIds | None = None,
-    findings: Sequence[str] = ABNORMALITIES,
+    findings: Sequence[str] = ABNORMALITIES, scale: str | None = None,
 ) -> None:
     """VolumeName and a column for each finding, as predictions (probabilities) and labels (whole numbers: 0, 1, and
-    UNKNOWN, an empty cell) files have them, and PatientID and ScanID where `ids` states them."""
-    frame = _frame(names, values, findings, id_columns(names, ids or {}))
+    UNKNOWN, an empty cell) files have them, PatientID and ScanID where `ids` states them, and Scale where it is
+    given."""
+    stated = {} if scale is None else {SCALE_COLUMN: [scale] * len(names)}
+    frame = _frame(names, values, findings, id_columns(names, ids or {}) | stated)
     if np.issubdtype(np.asarray(values).dtype, np.integer) and (np.asarray(values) == UNKNOWN).any():
         frame = frame.replace({name: {UNKNOWN: ""} for name in findings})
     with replacing(path) as temporary:
@@ -207,7 +226,7 @@ def as_table(table: Any) -> VolumeTable:
         raise EvaluationError(f"found text in column {some(wrong)} of a DataFrame, expected numbers; convert it")
     unused = unknown_columns(str(column) for column in frame if column not in findings)
     ids = {column: ["" if pd.isna(cell) else str(cell).strip() for cell in frame[column]]
-           for column in ID_COLUMNS if column in frame}
+           for column in STATED_COLUMNS if column in frame}
     index = pd.Index([volume_name(name) for name in names], name=NAME_COLUMN)
     return VolumeTable(frame[list(findings)].set_axis(index).assign(**ids), unused=unused)
 

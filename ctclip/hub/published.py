@@ -22,10 +22,10 @@ class CardError(UserError):
 PUBLIC = ("status", "phantom", "labels", "device", "processes", "precision", "micro_batch", "gradient_checkpointing",
           "volumes", "patients", "read_as", "versions", "history")
 PUBLIC_WORDS = ("mode", "model", "head", "init_head", "use_attention", "loss_type")  # texts; numbers all are
-PUBLIC_METRICS = ("at_0.5", "calibrated", "tuned", "tuned_global", "calibration", "per_label", "thresholds", "optimism",
-                  "undefined_auroc", "unit", "n_rows", "n_volumes", "n_patients", "volumes_without_patient", "left_out",
-                  "probabilities", "threshold_table", "intervals", "subgroups", "baseline", "phantom", "note",
-                  "settings", "versions", "success_criteria")
+PUBLIC_METRICS = ("at_0.5", "calibrated", "tuned", "tuned_global", "calibration", "per_label", "thresholds",
+                  "optimism", "undefined_auroc", "unit", "n_rows", "n_volumes", "n_patients",
+                  "volumes_without_patient", "left_out", "unknown_labels", "probabilities", "scale", "threshold_table",
+                  "intervals", "subgroups", "baseline", "phantom", "note", "settings", "versions", "success_criteria")
 
 
 def published_record(record: Mapping, history: list[dict] | None = None) -> dict:

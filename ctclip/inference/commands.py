@@ -9,8 +9,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ctclip.cli import refuse_unused
 from ctclip.config import PREDICTIONS
-from ctclip.data.tables import formula_note
+from ctclip.data.tables import CALIBRATED, MAPPED, UNCALIBRATED, formula_note
+from ctclip.evaluation.command import chosen_from_flags
 from ctclip.evaluation.figures import check_matplotlib
 from ctclip.evaluation.run_folder import list_names, newest_run
 from ctclip.fileio import check_writable
@@ -23,6 +25,7 @@ from ctclip.inference.predictions import (
     check_output,
     labels_of,
     predict_scans,
+    thresholds_beside,
     write_predictions,
 )
 from ctclip.inference.prompts import read_prompts
@@ -34,10 +37,11 @@ def predict_command(args: argparse.Namespace) -> None:
     """`--mode predict`: a table of probabilities; scans that cannot be read are listed, and named by the exit code."""
     if not args.input:
         raise PredictionError("--mode predict needs --input, a scan (.nii, .nii.gz, .mha, a DICOM series) or a folder")
-    prompts = read_prompts(args.prompts) if args.prompts else None
+    prompts, chosen = read_prompts(args.prompts) if args.prompts else None, chosen_from_flags(args)
     checkpoint, output = Path(args.checkpoint[0]) if args.checkpoint else newest_run(), Path(args.output or PREDICTIONS)
     labels = prompts.names if prompts else labels_of(checkpoint)
     check_output(output, labels)
+    _check_chosen(args, output)
     explain_dir = output.parent / f"{output.stem}_explain"
     if args.explain:
         check_matplotlib()
@@ -47,13 +51,17 @@ def predict_command(args: argparse.Namespace) -> None:
         predictions = predict_scans(
             args.input,
             checkpoint,
-            form="mapped" if args.map_thresholds else "uncalibrated" if args.uncalibrated else "calibrated",
+            form=MAPPED if args.map_thresholds else UNCALIBRATED if args.uncalibrated else CALIBRATED,
+            objective=chosen.get("objective"),
+            calibration=chosen.get("method"),
+            prevalence=chosen.get("prevalence"),
             prompts=prompts,
             explain=args.explain,
             explain_dir=explain_dir,
             device=args.device,
             workers=args.workers,
             assume_hu=args.assume_hu,
+            on_start=part.start,
             on_scan=part.append,
             on_note=print_warning,
         )
@@ -67,6 +75,17 @@ def predict_command(args: argparse.Namespace) -> None:
         print(f"Next: python {script('run_task2.py')} --mode predict {flags}")
 
 
+def _check_chosen(args: argparse.Namespace, output: Path) -> None:
+    """Raises UserError for flags on calibration and thresholds that would change nothing of what is written."""
+    calibrated, table = not (args.map_thresholds or args.uncalibrated), output.suffix == ".csv"
+    used = args.map_thresholds or (calibrated and table)
+    refuse_unused(args.given, {
+        "--objective": ("--map-thresholds, or a table of calibrated probabilities,", used),
+        "--calibration": ("calibrated probabilities (no --map-thresholds, no --uncalibrated)", calibrated),
+        "--prevalence": ("calibrated probabilities or --map-thresholds", not args.uncalibrated),
+    })  # fmt: skip
+
+
 def print_warning(note: str) -> None:
     """On stderr, above a progress bar."""
     tqdm.write(f"warning: {note}", file=sys.stderr)
@@ -77,6 +96,8 @@ def print_predictions(predictions: Predictions, output: Path, checkpoint: Path) 
     json, failures = output.suffix == ".json", predictions.failures
     rows = len(predictions.scans) if json else len(predictions.table)
     print(f"Wrote {output}: {plural(rows, 'scan')}, model {checkpoint}; {predictions.description}")
+    if not json and predictions.scale not in (MAPPED, UNCALIBRATED):
+        print(f"Wrote {thresholds_beside(output)}: its calibration, and thresholds on both scales")
     if predictions.note:
         print(predictions.note)
     if predictions.heat_maps:

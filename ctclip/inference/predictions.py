@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
@@ -25,14 +26,17 @@ import pandas as pd
 import torch
 
 from ctclip.cli import OUT_OF_MEMORY
-from ctclip.config import SYNTHETIC_NOTE
+from ctclip.config import CALIBRATION_FILE, SYNTHETIC_NOTE
 from ctclip.data.cohort import Volume
 from ctclip.data.ct_rate import PREVALENCE
 from ctclip.data.geometry import place_volume
 from ctclip.data.loading import Batch, notes_of
-from ctclip.data.tables import NAME_COLUMN, WARNING_COLUMN
-from ctclip.evaluation.calibration import Calibration
+from ctclip.data.tables import CALIBRATED, MAPPED, NAME_COLUMN, SCALE_COLUMN, SCALES, UNCALIBRATED, WARNING_COLUMN
+from ctclip.evaluation.calibration import Calibration, load_calibration
+from ctclip.evaluation.metrics import EvaluationError
 from ctclip.evaluation.run_folder import newest_run, run_calibration, run_record, run_tuning
+from ctclip.evaluation.tables import VolumeTable
+from ctclip.evaluation.thresholds import label_rates
 from ctclip.fileio import check_replaceable, naming, replacing
 from ctclip.inference.heat_maps import check_heat_maps, parse_labels, write_scan_heat_maps
 from ctclip.inference.predictor import load_model, predict_volumes
@@ -41,7 +45,6 @@ from ctclip.memory import out_of_memory
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, Prompts, saved_config
 
 TRAINED_ON_PHANTOMS = f"Model trained on phantoms. {SYNTHETIC_NOTE}"
-FORMS = ("calibrated", "uncalibrated", "mapped")
 Transform = Callable[[np.ndarray], np.ndarray]  # the model's probabilities (N, labels) -> the answers
 
 
@@ -55,6 +58,8 @@ class Predictions:
     warnings: dict[str, str]  # {name: what a reader of its answer should know}, of scans that were read
     heat_maps: list[Path]  # files that were written: .nii.gz and .png
     description: str  # what the numbers are
+    scale: str  # what SCALE_COLUMN says of them
+    calibration: Calibration | None  # by which they were made of the model's own
     note: str | None  # disclaimer to show with them
 
 
@@ -77,14 +82,17 @@ def predict_scans(
     scans: str | Path | Sequence[str | Path],
     checkpoint: str | Path | None = None,
     *,
-    form: str = "calibrated",
+    form: str = CALIBRATED,
+    objective: str | None = None,
+    calibration: str | None = None,
+    prevalence: Mapping[str, float] | None = None,
     prompts: Prompts | None = None,
     explain: str | None = None,
     explain_dir: str | Path = "results/explain",
     device: str | None = None,
     workers: int | None = None,
     assume_hu: bool = False,
-    on_start: Callable[[list[Scan]], object] = lambda scans: None,
+    on_start: Callable[[list[Scan], str], object] = lambda scans, scale: None,
     on_scan: Callable[[str, np.ndarray], object] = lambda name, row: None,
     on_note: Callable[[str], object] = lambda note: None,
 ) -> Predictions:
@@ -96,35 +104,39 @@ def predict_scans(
         checkpoint: a run's folder (default: the newest under results/), or a CT-CLIP file with a head or a text tower.
         form: "calibrated" (the run's calibration, where it has one), "uncalibrated", or "mapped" (not probabilities:
             rescaled so that the run's tuned thresholds lie at 0.5; the order of scans is kept).
+        objective, calibration, prevalence: of Settings, where thresholds and calibration are to be fitted anew on the
+            run's tuning patients; None: as they were chosen for the run's evaluation.
         prompts: findings of your own (`ctclip.inference.prompts.read_prompts`), for a CT-CLIP file with its text tower.
         explain: labels separated by commas, or "all": heat maps of them go to `explain_dir`.
         device: cpu, cuda, cuda:1, ...; default cuda where there is one.
         workers: threads that read ahead.
         assume_hu: take voxels for HU by the header, whatever they look like.
-        on_start: called with all scans once the model is loaded.
+        on_start: called with all scans, and what SCALE_COLUMN says of their answers, once the model is loaded.
         on_scan: called with each scan's name and row as soon as there is one.
         on_note: called with a line for each scan that has a warning, and for what was skipped in folders.
 
     Raises:
         UserError, CheckpointError, PromptError, FileNotFoundError: one line each, before anything is computed.
     """
-    if form not in FORMS:
-        raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
+    if form not in SCALES:
+        raise ValueError(f"form is {form!r}, expected one of {', '.join(SCALES)}")
     failures: list[tuple[str, str]] = []
     found = find_scans(scans, on_note, lambda folder, reason: failures.append((folder, reason)))
     checkpoint = Path(checkpoint) if checkpoint else newest_run()
-    calibration = _calibration_for(form, checkpoint)
+    chosen = {"objective": objective, "method": calibration, "prevalence": prevalence}
+    fitted = _calibration_for(form, checkpoint, {key: value for key, value in chosen.items() if value is not None})
     model = load_model(checkpoint, device, prompts)
     labels = [] if explain is None else parse_labels(explain, model.labels)
     check_heat_maps(Path(explain_dir), [scan.stem for scan in found], labels)
     note = TRAINED_ON_PHANTOMS if checkpoint.is_dir() and run_record(checkpoint).get("phantom") else None
-    answers = _AnswerForm.of(form, calibration if model.labels == ABNORMALITIES else None)
+    answers = _AnswerForm.of(form, fitted if model.labels == ABNORMALITIES else None)
     heat_maps = _HeatMaps(model, labels, Path(explain_dir), answers.shown, note)
     predictor = _ScanPredictor(found, assume_hu, answers.transform, heat_maps, on_scan, on_note, failures)
-    on_start(found)
+    on_start(found, answers.scale)
     predictor.predict(model, workers)
     table = rows_table(predictor.rows, model.labels)
-    return Predictions(table, found, failures, predictor.warnings, heat_maps.files, answers.description, note)
+    return Predictions(table, found, failures, predictor.warnings, heat_maps.files, answers.description, answers.scale,
+                       answers.calibration, note)
 
 
 def rows_table(rows: Mapping[str, np.ndarray], labels: Sequence[str]) -> pd.DataFrame:
@@ -133,34 +145,35 @@ def rows_table(rows: Mapping[str, np.ndarray], labels: Sequence[str]) -> pd.Data
     return pd.DataFrame(values, index=pd.Index(list(rows), name=NAME_COLUMN), columns=list(labels))
 
 
-def _calibration_for(form: str, checkpoint: Path) -> Calibration | None:
-    calibration = run_calibration(checkpoint) if checkpoint.is_dir() else None
-    if form == "mapped" and calibration is None:
-        raise PredictionError(
-            f"{checkpoint}: found no tuning patients, expected some to fit the thresholds that --map-thresholds puts "
-            "at 0.5; name a run, or leave the flag out"
-        )
+def _calibration_for(form: str, checkpoint: Path, chosen: Mapping[str, Any]) -> Calibration | None:
+    calibration = run_calibration(checkpoint, **chosen) if checkpoint.is_dir() else None
+    if calibration is None and (form == MAPPED or chosen):
+        flag = "--map-thresholds" if form == MAPPED else "--objective, --calibration and --prevalence"
+        raise PredictionError(f"{checkpoint}: found no tuning patients, expected some to fit calibration and "
+                              f"thresholds on; name a run, or leave {flag} out")
     return calibration
 
 
 class _AnswerForm(NamedTuple):
-    """What makes the answers of the model's probabilities, what the answers are, and what makes those that heat maps
-    show, which are never rescaled."""
+    """What makes the answers of the model's probabilities, what the answers are, for people and for SCALE_COLUMN, what
+    makes those that heat maps show, which are never rescaled, and the calibration that all is taken from."""
 
     transform: Transform
     description: str
+    scale: str
     shown: Transform
+    calibration: Calibration | None
 
     @classmethod
     def of(cls, form: str, calibration: Calibration | None) -> _AnswerForm:
-        if calibration is None or form == "uncalibrated":
-            return cls(_unchanged, "uncalibrated probabilities", _unchanged)
-        if form == "mapped":
+        if calibration is None or form == UNCALIBRATED:
+            return cls(_unchanged, "uncalibrated probabilities", UNCALIBRATED, _unchanged, None)
+        if form == MAPPED:
             thresholds = f"tuned thresholds ({calibration.objective})"
             description = f"not probabilities: rescaled so that the {thresholds} lie at 0.5"
-            return cls(calibration.rescale_to_half, description, calibration.apply)
+            return cls(calibration.rescale_to_half, description, MAPPED, calibration.apply, calibration)
         description = f"calibrated probabilities ({calibration.method}, {calibration.n_patients} tuning patients)"
-        return cls(calibration.apply, description, calibration.apply)
+        return cls(calibration.apply, description, calibration.calibrated_scale, calibration.apply, calibration)
 
 
 def _unchanged(probabilities: np.ndarray) -> np.ndarray:
@@ -269,6 +282,19 @@ def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> Non
                               "folder of yours; name another")
     is_ours = _is_results_file if path.suffix == ".json" else partial(_is_table, labels=labels)
     check_replaceable(path, is_ours, "name another output, or remove it")
+    if path.suffix == ".csv":
+        check_replaceable(thresholds_beside(path), _is_calibration, "name another output, or remove it")
+
+
+def thresholds_beside(table: Path) -> Path:
+    """The file of the calibration and thresholds of a table of calibrated probabilities."""
+    return table.with_name(f"{table.stem}.{CALIBRATION_FILE}")
+
+
+def _is_calibration(path: Path) -> bool:
+    with suppress(EvaluationError):
+        return bool(load_calibration(path))
+    return False
 
 
 def _is_results_file(path: Path) -> bool:
@@ -282,7 +308,8 @@ def _is_table(path: Path, labels: Sequence[str]) -> bool:
         rows = csv.reader(file)
         header, first = next(rows, []), next(rows, None)
     columns = [NAME_COLUMN, *labels]
-    return header in (columns, [*columns, WARNING_COLUMN]) and (
+    more = [[*scale, *warning] for scale in ([], [SCALE_COLUMN]) for warning in ([], [WARNING_COLUMN])]
+    return header[: len(columns)] == columns and header[len(columns) :] in more and (
         first is None or not {*first[1 : len(columns)]} <= {"0", "1", "0.0", "1.0"}
     )
 
@@ -295,12 +322,18 @@ class PartialTable:
     def __init__(self, path: Path, labels: Sequence[str], advice: str = "predict the others by themselves"):
         numbered = (path.with_name(f"{path.stem}{number}{path.suffix}") for number in count(2))
         self.path = next(name for name in chain([path], numbered) if not name.exists())
-        self.labels, self.rows, self.advice = labels, 0, advice
+        self.labels, self.rows, self.advice, self.scale = labels, 0, advice, UNCALIBRATED
+
+    def start(self, scans: Sequence[Scan], scale: str) -> None:
+        """`on_start` of `predict_scans`."""
+        self.scale = scale
 
     def append(self, name: str, row: np.ndarray) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with naming(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
-            rows_table({name: row}, self.labels).to_csv(file, header=self.rows == 0)
+            rows_table({name: row}, self.labels).assign(**{SCALE_COLUMN: self.scale}).to_csv(
+                file, header=self.rows == 0
+            )
             file.flush()
             os.fsync(file.fileno())
         self.rows += 1
@@ -321,7 +354,8 @@ class PartialTable:
 
 
 def write_predictions(path: str | Path, predictions: Predictions, checkpoint: str | Path) -> None:
-    """A CSV of the scans that could be read, with their warnings where there are any, or a results.json of all."""
+    """A CSV of the scans that could be read, with their scale, their warnings where there are any, and the thresholds
+    for calibrated ones in a file beside it; or a results.json of all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     table = predictions.table
@@ -330,8 +364,13 @@ def write_predictions(path: str | Path, predictions: Predictions, checkpoint: st
         ResultsFile(path, predictions.scans, prevalence(Path(checkpoint)), answers).close()
         return
     told = pd.Series([predictions.warnings.get(name, "") for name in table.index], table.index, name=WARNING_COLUMN)
+    table = table.assign(**{SCALE_COLUMN: predictions.scale})
     with replacing(path) as temporary:
         (pd.concat([table, told], axis=1) if told.any() else table).to_csv(temporary)
+    if predictions.calibration is not None and predictions.scale != MAPPED:
+        predictions.calibration.save(thresholds_beside(path))
+    else:
+        thresholds_beside(path).unlink(missing_ok=True)  # of an earlier table of that name
 
 
 class ResultsFile:
@@ -386,4 +425,9 @@ def prevalence(checkpoint: Path) -> np.ndarray:
     """(18,) share of positive volumes among a run's tuning patients, who are drawn like its training patients; without
     them, and for a weights file, in CT-RATE's train split."""
     tuning = run_tuning(checkpoint) if checkpoint.is_dir() else None
-    return np.array(list(PREVALENCE.values())) if tuning is None else tuning[1].frame.to_numpy().mean(axis=0)
+    return np.array(list(PREVALENCE.values())) if tuning is None else known_rates(tuning[1])
+
+
+def known_rates(labels: VolumeTable) -> np.ndarray:
+    """(18,) share of positive volumes among those whose label is known."""
+    return label_rates(labels.select(ABNORMALITIES).frame[list(ABNORMALITIES)].to_numpy())

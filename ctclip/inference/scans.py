@@ -106,11 +106,16 @@ def _each_once(scans: list[Scan]) -> list[Scan]:
     names: set[str] = set()
     stems: set[str] = set()
     scans = [replace(scan, name=_free(names, scan.name)) for scan in scans]
-    of_path = {
-        scan.path: _free(stems, _without_suffix(scan.name), scan.name)
+    of_name = {
+        scan.name: _free(stems, _without_suffix(scan.name), scan.name)
         for scan in sorted(scans, key=lambda scan: not scan.name.lower().endswith(META_SUFFIX))  # the challenge's own
     }
-    return [replace(scan, stem=of_path[scan.path]) for scan in scans]
+    return [replace(scan, stem=of_name[scan.name]) for scan in scans]
+
+
+def scans_of_table(names: Sequence[str]) -> list[Scan]:
+    """Scans that only a table names, each once, with stems as `find_scans` gives them."""
+    return _each_once([Scan(name, Path(name)) for name in names])
 
 
 def _free(taken: set[str], *wanted: str) -> str:

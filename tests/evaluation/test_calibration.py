@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from ctclip.config import Settings
 from ctclip.evaluation import calibration as cal
 from ctclip.evaluation import evaluate as ev
+from ctclip.evaluation import tables as tables_module
 from ctclip.evaluation import thresholds as th
 from ctclip.evaluation.metrics import (
     ABNORMALITIES,
@@ -249,14 +250,45 @@ def test_a_calibration_is_read_back_as_it_was_written(tmp_path):
         assert np.array_equal(getattr(read, key), value), key
 
 
+def test_decisions_are_the_same_on_both_scales_of_the_file(tmp_path):
+    """Probabilities calibrated and then written as text, against the calibrated thresholds of the JSON file."""
+    tuning, (unseen, _) = simulate(60, seed=0, shift=2.2), simulate(200, seed=1, shift=2.2, first=900)
+    calibration = fitted(*tuning, method="platt", objective="f1", prevalence={"Emphysema": 0.05})
+    calibration.save(tmp_path / "calibration.json")
+    rows = json.loads((tmp_path / "calibration.json").read_text())["per_label"]
+    uncalibrated, calibrated = (np.array([row[f"threshold_{scale}"] for row in rows.values()])
+                                for scale in ("uncalibrated", "calibrated"))
+    tables_module.write_table(tmp_path / "p.csv", unseen.index, calibration.apply(unseen.to_numpy()))
+    values = tables_module.load_predictions(tmp_path / "p.csv").to_numpy()
+    decisions = unseen.to_numpy() >= uncalibrated
+    assert np.array_equal(values >= calibrated, decisions)
+    assert (decisions != (values >= uncalibrated)).mean() > 0.05, "nothing would show a mistaken scale"
+
+
+def test_a_calibration_of_an_earlier_version_is_read(tmp_path):
+    calibration = fitted(*simulate(20, seed=0), method="platt")
+    content = calibration.content()
+    for key in ("scale", "prevalence"):
+        del content[key]
+    content["global_threshold"] = content.pop("global_threshold_uncalibrated")
+    for row in content["per_label"].values():
+        row["threshold"] = row.pop("threshold_uncalibrated")
+        del row["threshold_calibrated"]
+    (tmp_path / "calibration.json").write_text(json.dumps(content))
+    read = cal.load_calibration(tmp_path / "calibration.json")
+    for key, value in calibration.__dict__.items():
+        assert np.array_equal(getattr(read, key), value), key
+    assert np.array_equal(read.calibrated_thresholds, calibration.calibrated_thresholds)
+
+
 @pytest.mark.parametrize("spoil, message", [
     (lambda c: c.pop("per_label"), "found no calibration"),
     (lambda c: c["per_label"].update(Emphysema=c["per_label"].pop("Emphysema")), "18 abnormalities in another order"),
     (lambda c: c["per_label"].clear(), "its labels are none"),
     (lambda c: c["per_label"]["Emphysema"].update(slope=-1), "slope not above 0"),
     (lambda c: c["per_label"]["Emphysema"].update(intercept="x"), "found no calibration"),
-    (lambda c: c["per_label"]["Emphysema"].update(threshold=-5), "threshold in it is not in"),
-    (lambda c: c.update(global_threshold=2), "threshold in it is not in"),
+    (lambda c: c["per_label"]["Emphysema"].update(threshold_uncalibrated=-5), "threshold in it is not in"),
+    (lambda c: c.update(global_threshold_uncalibrated=2), "threshold in it is not in"),
     (lambda c: c.clear(), "found no calibration"),
 ])
 def test_a_spoiled_calibration_is_refused_in_one_line(spoil, message, tmp_path):

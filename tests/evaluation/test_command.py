@@ -27,7 +27,7 @@ from ctclip.inference import run_predictions
 from ctclip.inference.run_predictions import run_inputs
 from ctclip.paths import script
 from ctclip.training import run as training_run
-from ctclip_model import CTCLIPMultiAbnormalityModel
+from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 
 SCRIPT = Path(__file__).resolve().parents[2] / "ctclip_evaluation.py"
 
@@ -51,8 +51,9 @@ def test_the_example_goes_from_97_percent_to_honest(tmp_path, monkeypatch, capsy
     before, after = metrics["calibration"]["before"], metrics["calibration"]["after"]
     assert after["ece"] < 0.05 < 0.5 < before["ece"] and after["ece"] < 2 * after["ece_if_calibrated"]
     y = tables_module.load_labels(folder / "labels.csv").to_numpy()
-    given, calibrated, mapped = (tables_module.load_predictions(folder / f"predictions{kind}.csv").to_numpy()
-                                 for kind in ("", "_calibrated", "_mapped"))
+    given, calibrated, mapped = (
+        tables_module.load_predictions(folder / f"predictions{kind}.csv")[list(ABNORMALITIES)].to_numpy()
+        for kind in ("", "_calibrated", "_mapped"))
     for j in range(18):
         auroc = sk.roc_auc_score(y[:, j], given[:, j])
         assert sk.roc_auc_score(y[:, j], calibrated[:, j]) == sk.roc_auc_score(y[:, j], mapped[:, j]) == auroc
@@ -185,7 +186,8 @@ def test_wrong_usage_is_one_line_and_exit_code_2(argv, message, tables, capsys):
     (["--example", "--predictions", "p.csv"], "--predictions", "an evaluation of tables, or --apply,"),
     (["--example", "--data-dir", "d"], "--data-dir", "an evaluation of a run or of tables"),
     (["--apply", "c.json", "--predictions", "p.csv", "--labels", "l.csv"], "--labels", "an evaluation of tables"),
-    (["--apply", "c.json", "--predictions", "p.csv", "--objective", "f1"], "--objective", "an evaluation"),
+    (["--apply", "c.json", "--predictions", "p.csv", "--objective", "f1"], "--objective",
+     "an evaluation, or thresholds fitted for --results-json,"),
     (["--apply", "c.json", "--predictions", "p.csv", "--example"], "--example", "an evaluation"),
     (["--predictions", "p.csv", "--labels", "l.csv", "--device", "cuda:9"], "--device", "an evaluation of a run"),
 ])
@@ -357,6 +359,8 @@ def test_applying_a_stored_calibration(tmp_path, monkeypatch, capsys):
     for name, function in (("calibrated", calibration.apply), ("mapped", calibration.rescale_to_half)):
         written = tables_module.load_predictions(f"out/predictions_{name}.csv")
         assert list(written.index) == list(new.index)
+        scales = {"calibrated": calibration.calibrated_scale, "mapped": "mapped"}
+        assert written.pop("Scale").unique().tolist() == [scales[name]]
         assert np.array_equal(written.to_numpy(), function(new.to_numpy()))
     assert (written.to_numpy() >= 0.5).mean() == (new.to_numpy() >= calibration.thresholds).mean()
 

@@ -134,6 +134,7 @@ def test_every_number_of_metrics_json():
         at_half = without_ranking(label_reference(y, p, half, j))
         per_label[name] = label_reference(y, p, tuned, j) | {
             "threshold": cuts[j], "positives": y[:, j].sum(), "known": len(y),
+            "threshold_calibrated": cal.expit(calibration.slope[j] * cal.logit(cuts[j]) + calibration.intercept[j]),
             "at_0.5": at_half}
         cases = [len(set(patients[y[:, j] == value])) for value in (0, 1)]
         given = [key for key in again[0][0] if min(cases) >= 10 or key in ("accuracy", "positive_rate", "label_rate")]
@@ -171,7 +172,7 @@ def test_every_number_of_metrics_json():
         "probabilities": {"min": p.min(), "max": p.max(), "mean": p.mean()},
         "threshold_table": [{"threshold": c / 20} | {key: decided(y, (p >= c / 20).astype(int))[key] for key in keys}
                             for c in range(1, 20)],
-        "phantom": False, "note": None,
+        "scale": "uncalibrated", "phantom": False, "note": None,
         "settings": {"objective": "f1", "calibration": "auto", "unit": "volume", "prevalence": None, "resamples": 5,
                      "seed": 0, "allow_partial": True},
     }

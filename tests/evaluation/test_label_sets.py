@@ -243,7 +243,7 @@ def test_a_table_of_findings_of_ones_own_is_evaluated_and_applied(tmp_path, caps
     names = [str(tmp_path / name) for name in ("out", "p.csv", "new")]
     assert not ctclip_evaluation.main(["--apply", names[0], "--predictions", names[1], "--output-dir", names[2]])
     applied = read_predictions(tmp_path / "new/predictions_calibrated.csv").frame
-    assert list(applied) == order
+    assert set(applied.pop("Scale")) == {calibration.calibrated_scale} and list(applied) == order
     np.testing.assert_allclose(applied.to_numpy(), calibration.apply(predictions[order].to_numpy()))
 
 

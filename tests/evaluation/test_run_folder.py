@@ -55,8 +55,13 @@ EDITS = {
     "infinitely many rows": lambda c: c.update(n_rows=float("inf")),
     "no patients": lambda c: c.update(n_patients=0),
     "half a patient": lambda c: c.update(n_patients=3.5),
-    "no threshold": lambda c: c["per_label"]["Emphysema"].pop("threshold"),
-    "a global threshold of text": lambda c: c.update(global_threshold="0.5"),
+    "no threshold": lambda c: c["per_label"]["Emphysema"].pop("threshold_uncalibrated"),
+    "no calibrated threshold": lambda c: c["per_label"]["Emphysema"].pop("threshold_calibrated"),
+    "a calibrated threshold of another calibration": lambda c: c["per_label"]["Emphysema"].update(
+        threshold_calibrated=0.6),
+    "a global threshold of text": lambda c: c.update(global_threshold_uncalibrated="0.5"),
+    "a prevalence that is a number": lambda c: c.update(prevalence=0.5),
+    "a scale that is none": lambda c: c.update(scale="percent"),
 }
 
 

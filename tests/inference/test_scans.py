@@ -138,7 +138,8 @@ def test_unreadable_scans_are_named_at_the_end_and_the_others_written(mixed, tmp
     assert call("--input", mixed, "--output", tmp_path / "out" / "p.csv") == 2
     out, err = capsys.readouterr()
     table = pd.read_csv(tmp_path / "out" / "p.csv", index_col="VolumeName")
-    assert list(table.index) == ["one.mha", "three.mha"] and list(table.columns) == list(ABNORMALITIES)
+    assert list(table.index) == ["one.mha", "three.mha"] and list(table.columns) == [*ABNORMALITIES, "Scale"]
+    assert set(table.pop("Scale")) == {"uncalibrated"}
     assert ((table > 0) & (table < 1)).all().all() and "2 scans" in out
     for name in ("two.mha", "four.nii.gz", "five"):
         assert f"skipped: {name}: found " in err
@@ -222,7 +223,7 @@ def test_a_saved_model_with_findings_of_its_own_writes_a_table_and_no_results_js
     model.save_pretrained(tmp_path / "own")
     flags = ["--mode", "predict", "--checkpoint", str(tmp_path / "own"), "--input", str(stored / "c.mha")]
     assert run_task2.main([*flags, "--output", str(tmp_path / "p.csv")]) == 0
-    assert list(pd.read_csv(tmp_path / "p.csv").columns) == ["VolumeName", "Hernia", "Lung nodules"]
+    assert list(pd.read_csv(tmp_path / "p.csv").columns) == ["VolumeName", "Hernia", "Lung nodules", "Scale"]
     capsys.readouterr()
     assert run_task2.main([*flags, "--output", str(tmp_path / "p.json")]) == 2
     assert "found labels of your own" in capsys.readouterr().err and not (tmp_path / "p.json").exists()
@@ -346,15 +347,17 @@ def test_a_scan_that_may_be_no_chest_is_answered_with_a_warning(tmp_path, capsys
     assert call("--input", tmp_path / "in", "--output", tmp_path / "p.csv") == 0
     assert warnings_in(capsys) == [f"warning: abdomen.mha: {told}"]
     table = pd.read_csv(tmp_path / "p.csv", index_col="VolumeName", keep_default_na=False)
-    assert list(table.columns) == [*ABNORMALITIES, "Warning"] and list(table.Warning) == [told, ""]
+    assert list(table.columns) == [*ABNORMALITIES, "Scale", "Warning"] and list(table.Warning) == [told, ""]
     with pytest.warns(UserWarning, match="is this a chest"):
         alone = predict(tmp_path / "in", MODEL, device="cpu")
-    np.testing.assert_allclose(load_predictions(tmp_path / "p.csv").to_numpy(), alone.to_numpy(), atol=1e-6)
+    assert list(alone.columns) == list(ABNORMALITIES)
+    read = load_predictions(tmp_path / "p.csv")[list(ABNORMALITIES)]
+    np.testing.assert_allclose(read.to_numpy(), alone.to_numpy(), atol=1e-6)
     assert not capsys.readouterr().err, "evaluation has nothing against the column"
     assert call("--input", tmp_path / "in", "--output", tmp_path / "r.json") == 0
     assert "Warning" not in (tmp_path / "r.json").read_text()
     assert call("--input", tmp_path / "in" / "chest.mha", "--output", tmp_path / "q.csv") == 0
-    assert list(pd.read_csv(tmp_path / "q.csv", index_col=0).columns) == list(ABNORMALITIES)
+    assert list(pd.read_csv(tmp_path / "q.csv", index_col=0).columns) == [*ABNORMALITIES, "Scale"]
 
 
 def test_other_dicom_objects_and_unequal_slices_are_told_with_the_answer(tmp_path, capsys):
@@ -500,7 +503,7 @@ def test_an_error_in_one_scan_costs_only_that_one(tmp_path, monkeypatch, capsys,
     err = capsys.readouterr().err
     assert "skipped: b.mha: " in err and "1 of 3 scans" in err and "Traceback" not in err
     table = pd.read_csv(tmp_path / "p.csv", index_col=0)
-    assert list(table.index) == ["a.mha", "c.mha"]
+    assert list(table.index) == ["a.mha", "c.mha"] and list(table.pop("Scale")) == ["uncalibrated"] * 2
     np.testing.assert_allclose(table, expected.loc[["a.mha", "c.mha"]], atol=1e-6)
 
 
@@ -643,6 +646,7 @@ def test_write_predictions_by_ending(tmp_path):
     predictions = predict_scans(tmp_path / "a.nii.gz", MODEL, device="cpu")
     write_predictions(tmp_path / "p.csv", predictions, MODEL)
     written = pd.read_csv(tmp_path / "p.csv", index_col=0)
+    assert list(written.pop("Scale")) == ["uncalibrated"]
     pd.testing.assert_frame_equal(written, predictions.table, check_dtype=False, atol=1e-6)
 
 
@@ -763,6 +767,7 @@ def test_what_is_done_when_ctrl_c_comes_is_kept(stored, tmp_path, monkeypatch, c
     line = f"Interrupted: kept in {tmp_path / 'p.part.csv'}: {len(table)} scans; predict the others by themselves"
     assert line in capsys.readouterr().err
     assert not (tmp_path / "p.csv").exists()
+    assert set(table.pop("Scale")) == {"uncalibrated"}
     np.testing.assert_allclose(table.iloc[0], predict(stored / read[0], MODEL, device="cpu").iloc[0], atol=1e-6)
 
 
@@ -781,7 +786,7 @@ def test_what_is_done_when_the_process_is_killed_is_kept(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, path], cwd=root, capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
     table = pd.read_csv(path, index_col="VolumeName")
-    assert list(table.index) == ["one", "two, too"] and table.loc["one"].tolist() == [0.25, 0.1]
+    assert list(table.index) == ["one", "two, too"] and table.loc["one"].tolist() == [0.25, 0.1, "uncalibrated"]
     with PartialTable(path, ["a", "b"]) as part:
         part.append("three", np.float32([0, 1]))
         assert list(pd.read_csv(part.path).VolumeName) == ["three"], "of this run, not of the one before"
