@@ -76,9 +76,11 @@ def run(args: argparse.Namespace) -> None:
     from ctclip.evaluation.render import check_report_parts
 
     if args.results_json:
+        from ctclip.evaluation.run_folder import newest_run
         from ctclip.inference.results_json import check_results_json, check_thresholds, results_from_evaluation
 
-        check_results_json(args.results_json)
+        runs = (args.checkpoint or [newest_run()]) if source == "run" else []
+        check_results_json(args.results_json, args.unit, runs)
         if source in ("apply", "map"):
             print(results_of_table(args))
             return
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     check_ensemble(args.ensemble, args.predictions or args.checkpoint)
     inputs, folder, following = read_inputs(args)
     if args.results_json:
-        check_thresholds(inputs, settings)
+        check_thresholds(inputs)
     evaluation = evaluate_and_write(
         inputs, folder, settings, args.baseline, args.metadata, args.pictures, args.verbose
     )

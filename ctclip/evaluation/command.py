@@ -34,6 +34,7 @@ from ctclip.evaluation.run_folder import (
     TABLES,
     alone_in,
     check_output_folder,
+    own_files,
     run_metadata,
     run_record,
     writing,
@@ -226,9 +227,10 @@ def read_applied(source: str, predictions: Sequence[str], findings: Sequence[str
 def apply_calibration(
     source: str, predictions: Sequence[str], output_dir: Path, patients: str | None = None
 ) -> None:
-    """`--apply`: other predictions, calibrated and rescaled by a stored calibration, as two tables in `output_dir`."""
-    path = Path(source)
-    calibration = load_calibration(path / CALIBRATION_FILE if path.is_dir() else path)
+    """`--apply`: other predictions, calibrated and rescaled by a stored calibration, as two tables in `output_dir`,
+    with the calibration and its thresholds beside them."""
+    path = Path(source, CALIBRATION_FILE) if Path(source).is_dir() else Path(source)
+    calibration = load_calibration(path)
     table = read_applied(source, predictions, calibration.findings)
     if table.scale != calibration.scale:
         raise UserError(f"{table.source}: found predictions that are {table.scale}, expected {calibration.scale} ones, "
@@ -236,14 +238,20 @@ def apply_calibration(
     names = list(table.frame.index)
     ids = merge_ids([(table.source, table.ids), ("--patients", patients_of(patients, table))], names)
     rows = rows_of(table.frame, None, names, calibration.unit, ids=ids)
-    check_output_folder(output_dir, *APPLIED_FILES)
-    with writing(make_folder(output_dir, ELSEWHERE), *APPLIED_FILES):
+    files = (*APPLIED_FILES, CALIBRATION_FILE)
+    check_output_folder(output_dir, *files)
+    copy = output_dir / CALIBRATION_FILE
+    if "metrics.json" in own_files(output_dir) and not (copy.exists() and copy.samefile(path)):
+        raise UserError(f"{output_dir}: found an evaluation, whose tables and calibration others would replace, "
+                        f"expected another folder; {ELSEWHERE}")
+    with writing(make_folder(output_dir, ELSEWHERE), *files):
         write_calibrated(output_dir, calibration, rows)
+        calibration.save(copy)
     positive = (rows.probabilities >= calibration.thresholds).mean()
     print(f"{len(rows):,} {rows.unit}s; calibration {calibration.method}, thresholds for {calibration.objective}: "
           f"positive rate {percent((rows.probabilities >= 0.5).mean())} at 0.5 uncalibrated, {percent(positive)} tuned")
     print(f"Wrote {output_dir}: {APPLIED_FILES[0]} (calibrated probabilities), {APPLIED_FILES[1]} (tuned thresholds "
-          "rescaled to 0.5)")
+          f"rescaled to 0.5), {CALIBRATION_FILE}")
 
 
 def chosen_from_flags(args: argparse.Namespace) -> dict[str, Any]:

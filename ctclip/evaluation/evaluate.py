@@ -163,7 +163,8 @@ def evaluate_tables(
         if inputs.tuning is not None:  # the baseline has none, so both are cross-fitted
             scores = score_decisions(rows, fit_thresholds(rows, None, own_settings), resamples)
         theirs = score_decisions(others, fit_thresholds(others, None, _for_scale(baseline, settings)), resamples)
-        metrics["baseline"] = {"source": baseline.source} | _comparison(scores, theirs, findings)
+        of_baseline = {"source": baseline.source, "scale": baseline.scale}
+        metrics["baseline"] = of_baseline | _comparison(scores, theirs, findings)
     metrics["success_criteria"] = success_criteria(metrics)
     return Evaluation(metrics, rows, fitted, inputs)
 

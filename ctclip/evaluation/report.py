@@ -192,9 +192,10 @@ def notices(metrics: Mapping) -> list[tuple[str, str]]:
         found.append(("", own_patient_note(unnamed, metrics["n_volumes"])))
     if metrics["n_patients"] < MIN_CASES:
         found.append(("", f"{NO_INTERVALS}: they would be far too short"))
-    if (scale := metrics.get("scale", UNCALIBRATED)) != UNCALIBRATED:
-        found.append(("Scale", f"the predictions say that they are {scale}, not the model's own: they are not "
-                               "calibrated again, and what is called uncalibrated is the table as it is"))
+    for what, holder in (("predictions", metrics), ("baseline's predictions", metrics["baseline"] or {})):
+        if (scale := holder.get("scale", UNCALIBRATED)) != UNCALIBRATED:
+            found.append(("Scale", f"the {what} say that they are {scale}, not the model's own: they are not "
+                                   "calibrated again, and what is called uncalibrated is the table as it is"))
     for source, columns in metrics.get("unused_columns", {}).items():
         found.append(("Not used", f"{some(columns)} of {source}: not among the findings that are evaluated"))
     for source, count in metrics["left_out"].items():

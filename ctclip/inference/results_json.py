@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ctclip.config import Settings
 from ctclip.data.tables import MAPPED, join
 from ctclip.evaluation.calibration import Calibration, fit_calibration, load_calibration
 from ctclip.evaluation.evaluate import Evaluation
-from ctclip.evaluation.run_folder import run_calibration
+from ctclip.evaluation.run_folder import run_calibration, run_tuning
 from ctclip.evaluation.tables import EvaluationInputs, VolumeTable, tuning_rows
 from ctclip.evaluation.thresholds import rescale_to_half
 from ctclip.formatting import plural
@@ -23,18 +22,22 @@ from ctclip_model import ABNORMALITIES
 NEEDS_TUNING = "expected some to fit thresholds on; add --tuning-predictions and --tuning-labels, or --apply RUN"
 
 
-def check_results_json(path: str) -> None:
-    """Raises PredictionError, before anything is computed, for a place or name that cannot be written."""
+def check_results_json(path: str, unit: str = "volume", runs: Sequence[str | Path] = ()) -> None:
+    """Raises PredictionError, before anything is computed, for a place or name that cannot be written, for thresholds
+    of merged scans or patients, and for runs that are to be evaluated and have no tuning patients."""
     if Path(path).suffix != ".json":
         raise PredictionError(f"--results-json {path}: found another ending, expected .json; rename it")
     check_output(path)
+    if unit != "volume":
+        raise PredictionError(f"found --unit {unit} with --results-json, expected volume, as the challenge counts; "
+                              "evaluate by the other unit without --results-json")
+    if bare := [run for run in runs if Path(run).is_dir() and run_tuning(Path(run)) is None]:
+        raise PredictionError(f"{bare[0]}: found no tuning_predictions.csv, expected the tuning patients of a run for "
+                              "--results-json; name the run where it was trained")
 
 
-def check_thresholds(inputs: EvaluationInputs, settings: Settings) -> None:
-    """Raises PredictionError for an evaluation that has no thresholds for single volumes of the 18 findings."""
-    if settings.unit != "volume":
-        raise PredictionError(f"found --unit {settings.unit} with --results-json, expected volume, as the challenge "
-                              "counts; evaluate by the other unit without --results-json")
+def check_thresholds(inputs: EvaluationInputs) -> None:
+    """Raises PredictionError for an evaluation that has no thresholds of other patients for the 18 findings."""
     if inputs.tuning is None:
         raise PredictionError(f"found --results-json and no tuning patients, {NEEDS_TUNING}")
     if inputs.labels.findings != ABNORMALITIES:

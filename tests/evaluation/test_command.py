@@ -356,6 +356,7 @@ def test_applying_a_stored_calibration(tmp_path, monkeypatch, capsys):
     new.to_csv("new.csv")
     assert ctclip_evaluation.main(["--apply", "run", "--predictions", "new.csv", "--output-dir", "out"]) == 0
     assert "18 volumes; calibration" in capsys.readouterr().out
+    assert Path("out/calibration.json").read_bytes() == Path("run/calibration.json").read_bytes()
     for name, function in (("calibrated", calibration.apply), ("mapped", calibration.rescale_to_half)):
         written = tables_module.load_predictions(f"out/predictions_{name}.csv")
         assert list(written.index) == list(new.index)

@@ -105,7 +105,8 @@ USERS = ("predictions.csv", "labels.csv", "tuning_labels.csv", "metrics.json", "
 @pytest.mark.parametrize("name", USERS)
 @pytest.mark.parametrize("source", ["tables", "example", "apply"])
 def test_an_evaluation_replaces_no_file_of_the_user(source, name, tables, capsys):
-    written = {"apply": ("predictions_mapped.csv",), "tables": set(USERS) - {"labels.csv", "tuning_labels.csv"}}
+    written = {"apply": ("predictions_mapped.csv", "calibration.json"),
+               "tables": set(USERS) - {"labels.csv", "tuning_labels.csv"}}
     if name not in written.get(source, USERS):
         pytest.skip("not among what it writes")
     assert ctclip_evaluation.main([*tables, "--output-dir", "earlier"]) == 0

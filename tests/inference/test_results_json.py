@@ -3,6 +3,7 @@ writes them from the scans; and the scale that tables of predictions state, so t
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -216,6 +217,7 @@ REFUSED = [
     (["--predictions", "p.csv", "--results-json", "r.json", "--objective", "f1"], "found --objective, which goes with"),
     (["--predictions", "p.csv", "tuning_p.csv", "--results-json", "r.json"], "found 2 --predictions"),
     (["--predictions", "p.csv", "--labels", "y.csv", "--results-json", "r.json"], "found --results-json and no tuning"),
+    (["--checkpoint", "nothing", "--results-json", "r.json"], "nothing: found no tuning_predictions.csv, expected the"),
     (["{tables}", "--unit", "scan", "--results-json", "r.json"], "found --unit scan with --results-json"),
     (["{tables}", "--findings", "Emphysema,Hiatal hernia", "--results-json", "r.json"], "and 2 findings, expected the"),
     (["--example", "--results-json", "r.json"], "found --results-json, which goes with an evaluation of a run or"),
@@ -268,6 +270,23 @@ def test_a_table_that_says_it_is_calibrated_is_not_called_uncalibrated_without_a
     assert "p.csv: found predictions that are uncalibrated, expected calibrated 01234567" in capsys.readouterr().err
     assert ctclip_evaluation.main(["--predictions", "p.csv", *tables[2:], "--allow-partial"]) == 0
     assert "Scale" not in capsys.readouterr().out
+    with_baseline = ["--allow-partial", "--baseline", "cal.csv"]
+    assert ctclip_evaluation.main(["--predictions", "p.csv", *tables[2:], *with_baseline]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "Scale the baseline's predictions say that they are calibrated 01234567" in words
+    assert json.loads(Path("out/metrics.json").read_text())["baseline"]["scale"] == "calibrated 01234567"
+
+
+def test_another_evaluation_s_calibration_is_not_replaced(tables, capsys):
+    assert ctclip_evaluation.main([*tables, "--allow-partial"]) == 0
+    shutil.copytree("out", "other")
+    kept = Path("other/calibration.json").read_bytes()
+    apply = ["--apply", "out", "--predictions", "p.csv", "--output-dir"]
+    assert ctclip_evaluation.main([*apply, "other"]) == 2
+    assert "other: found an evaluation, whose tables and calibration others would replace" in capsys.readouterr().err
+    assert ctclip_evaluation.main([*apply, "new"]) == ctclip_evaluation.main([*apply, "out"]) == 0
+    assert {path.read_bytes() for path in Path().glob("*/calibration.json")} == {kept}
+    assert ctclip_evaluation.main(["--apply", "new", "--predictions", "p.csv", "--results-json", "r.json"]) == 0
 
 
 UNUSED = [
@@ -299,3 +318,16 @@ def test_a_file_of_the_user_beside_the_table_is_not_replaced(scans, run, capsys)
     assert run_task2.main(argv) == 2
     assert "p.calibration.json: found a file that this command did not write" in capsys.readouterr().err
     assert Path("p.calibration.json").read_text() == '{"mine": true}' and not Path("p.csv").exists()
+
+
+def test_an_ensemble_writes_one_and_its_folder_the_same_from_new_tables(tables):
+    for prefix in ("", "tuning_"):
+        p = load_predictions(f"{prefix}p.csv")
+        write_table(f"{prefix}q.csv", p.index, np.sqrt(p.to_numpy()))
+    several = ["--predictions", "p.csv", "q.csv", *tables[2:4], "--tuning-predictions", "tuning_p.csv", "tuning_q.csv"]
+    made("r.json", *several, *tables[6:], "--allow-partial")
+    made("s.json", "--apply", "out", "--predictions", "p.csv", "q.csv")
+    found = answers("s.json")
+    assert len(found) == 47 and found.items() <= answers("r.json").items()
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    assert (np.array([*found.values()]) >= 0.5).mean() == pytest.approx(metrics["tuned"]["positive_rate"], abs=1e-12)
