@@ -17,8 +17,9 @@ Shapes   volume (B, 1, D, H, W)  ->  patches (B, T, h, w, C)  ->  spatial transf
          transformer over T  ->  nearest codebook rows (B, T, h, w, C)  ->  mean over T, one linear map  ->
          latent (B, L), L2-normalised  ->  ReLU, dropout, linear  ->  logits (B, 18).
          Head "mlp" adds a small network to the last step. Head "attention" does not use the latent: each label pools
-         the codebook rows (B, T, h, w, C) by an attention of its own  ->  logits (B, 18). Head "prompts", computed by
-         the text tower (see there), takes the latent without ReLU  ->  logits (B, n) of n findings.
+         the codebook rows (B, T, h, w, C), or a slice backbone's tokens (B, S, h, w, C), by an attention of its own  ->
+         logits (B, 18). Head "prompts", computed by the text tower (see there), takes the latent without ReLU  ->
+         logits (B, n) of n findings.
          Published size: (B, 1, 240, 480, 480) -> T = h = w = 24, C = 512, N = 8, K = 32, 8192 codes, L = 512.
 
 Attribute names of the tower (`visual_transformer`, `enc_spatial_transformer`, `layers.0.1.to_q`, `vq._codebook.embed`,
@@ -627,21 +628,23 @@ class AttentionHead(nn.Module):
         self.row = nn.Parameter(torch.zeros(outputs, rows))
         self.column = nn.Parameter(torch.zeros(outputs, columns))
 
-    def forward(self, x: Tensor, codebook: Tensor) -> Tensor:
+    def forward(self, x: Tensor, codebook: Tensor | None = None) -> Tensor:
         """Code ids (B, T, h, w), int32 or int64, with the codebook (codes, C); or tokens (B, T, h, w, C)."""
         attention, evidence = self.attend(x, codebook)
         return (attention * evidence).sum((2, 3, 4)) + self.evidence.bias
 
-    def attend(self, x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, codebook: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`forward`'s input -> attention and evidence, (B, 18, T, h, w) each; attention sums to 1 over T*h*w.
 
         In float32 whatever the surrounding precision: half precision has too few digits for 13,824 shares of 1.
         """
         with torch.autocast(x.device.type, enabled=False):
-            on_tokens = x.is_floating_point()
-            table = self._table(x.float()) if on_tokens else F.embedding(x, self._table(codebook.float()))
+            if codebook is None or x.is_floating_point():
+                table = self._table(x.float())
+            else:
+                table = F.embedding(x, self._table(codebook.float()))
             score, evidence = table.chunk(2, dim=-1)  # (B, T, h, w, 18) each
-            score = score + self._position(x.shape[1])
+            score = score + self._position(*x.shape[1:4])
             attention = score.flatten(1, 3).softmax(1).view_as(score)  # labels stay last, as the gather lays them out
             return attention.movedim(-1, 1), evidence.movedim(-1, 1)
 
@@ -656,16 +659,44 @@ class AttentionHead(nn.Module):
         hidden = hidden / math.sqrt(self.hidden.out_features)
         return F.linear(self.dropout(hidden), torch.cat([self.query.weight, self.evidence.weight]))
 
-    def _position(self, T: int) -> Tensor:
-        """(T, h, w, 18). Another depth is taken as the same extent in other steps."""
-        depth: Tensor = self.depth
-        if depth.shape[1] != T:
-            depth = F.interpolate(depth[None], T, mode="linear")[0]
-        row, column = self.row.T[:, None], self.column.T  # (h, 1, 18), (w, 18)
-        return depth.T[:, None, None] + row + column
+    def _position(self, T: int, h: int, w: int) -> Tensor:
+        """(T, h, w, 18). Another number of tokens is taken as the same extent in other steps."""
+        sides = ((self.depth, T), (self.row, h), (self.column, w))
+        depth, row, column = (
+            (side if side.shape[1] == n else F.interpolate(side[None], n, mode="linear")[0]).T for side, n in sides
+        )  # (T, 18), (h, 18), (w, 18)
+        return depth[:, None, None] + row[:, None] + column
+
+
+class QueryHead(AttentionHead):
+    """AttentionHead for a slice backbone's tokens (B, S, h, w, C), without a hidden layer between token and score:
+
+        attention = softmax over the S*h*w tokens of (token . query / sqrt(C) + position),
+        logit = bias + weight . sum(attention * token).
+
+    At the start every token counts the same: what is trained first is the linear head on the tokens' mean.
+    """
+
+    def __init__(self, dim: int, grid: tuple[int, int, int], dropout: float = 0.3, outputs: int = N_LABELS):
+        nn.Module.__init__(self)
+        self.dropout = nn.Dropout(dropout)
+        self.query = nn.Linear(dim, outputs, bias=False)
+        nn.init.zeros_(self.query.weight)
+        self.evidence = zero_linear(dim, outputs)
+        self.depth, self.row, self.column = (nn.Parameter(torch.zeros(outputs, n), n > 1) for n in grid)
+
+    def _table(self, tokens: Tensor) -> Tensor:
+        """(B, S, h, w, C) -> scores and evidence, (B, S, h, w, 2 * 18). Dropout takes the same channels of all of a
+        volume's tokens, as it takes those of their mean in the linear head."""
+        kept = self.dropout(torch.ones_like(tokens[:, :1, :1, :1]))
+        score = F.linear(tokens, self.query.weight) / math.sqrt(tokens.shape[-1])
+        return torch.cat([score, F.linear(tokens * kept, self.evidence.weight)], dim=-1)
 
 
 HEADS = ("linear", "mlp", "attention", "prompts")
+SLICE_HEADS = ("linear", "attention")  # of slice backbones
+SLICE_TOKENS = ("slice", "patch")
+PLACES = 8  # in plane, along each axis, at which a head on patches knows where it is: 45 mm
 
 
 def create_head(name: str, sizes: TowerSizes, dropout: float, outputs: int = N_LABELS) -> nn.Module:
@@ -1592,15 +1623,34 @@ class SliceBackbone(nn.Module):
         fixed = self.net.pretrained_cfg.get("fixed_input_size", False)
         self.size = self.net.pretrained_cfg["input_size"][-1] if fixed else None
 
+    @property
+    def has_class_token(self) -> bool:
+        return getattr(self.net, "cls_token", None) is not None and self.net.num_prefix_tokens > 0
+
     def forward(self, slices: Tensor) -> Tensor:
+        return self.map_of(self.forward_features(slices))
+
+    def forward_features(self, slices: Tensor) -> Tensor:
+        """What the backbone's own does: a feature map, or (B, tokens, C)."""
         if self.size and slices.shape[-2:] != (self.size, self.size):
             slices = F.interpolate(slices, (self.size, self.size), mode="bilinear", antialias=True)
-        features = self.net.forward_features(((slices + 1) / 2 - self.mean) / self.std)
+        return self.net.forward_features(((slices + 1) / 2 - self.mean) / self.std)
+
+    def map_of(self, features: Tensor) -> Tensor:
+        """-> (B, C, h, w)"""
         if features.ndim == 3:  # (B, tokens, C), class tokens first
-            tokens = features[:, getattr(self.net, "num_prefix_tokens", 0) :].transpose(1, 2)
-            side = math.isqrt(tokens.shape[-1])
-            return tokens.unflatten(-1, (side, -1))
+            patches = features[:, getattr(self.net, "num_prefix_tokens", 0) :].transpose(1, 2)
+            side = math.isqrt(patches.shape[-1])
+            return patches.unflatten(-1, (side, -1))
         return features if features.shape[1] == self.dim else features.movedim(-1, 1)  # some are channels-last
+
+    def tokens(self, slices: Tensor, kind: str) -> Tensor:
+        """(B, 3, H, W) -> (B, h, w, C): of kind "patch" the feature map, of kind "slice" (B, 1, 1, C) the class token,
+        or the map's mean where the backbone has none."""
+        features = self.forward_features(slices)
+        if kind == "slice" and self.has_class_token:
+            return features[:, None, :1]
+        return as_tokens(self.map_of(features), kind)
 
 
 def slice_triplets(volume: Tensor, count: int) -> Tensor:
@@ -1616,6 +1666,11 @@ def slice_triplets(volume: Tensor, count: int) -> Tensor:
 def _pool(maps: Tensor) -> Tensor:
     """(B, S, C, h, w) -> (B, C)"""
     return maps.mean((3, 4)).mean(1)
+
+
+def as_tokens(maps: Tensor, kind: str) -> Tensor:
+    """(..., C, h, w) -> (..., h, w, C), or of kind "slice" their mean (..., 1, 1, C)."""
+    return (maps.mean((-2, -1), keepdim=True) if kind == "slice" else maps).movedim(-3, -1)
 
 
 # -- The model ---------------------------------------------------------------------------------------------------------
@@ -1689,10 +1744,10 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         n_slices: number of slice triplets that the slice variant takes from a volume (cost and memory grow with it).
         dropout: in the head, in training.
         sizes: of a CT-CLIP tower with random weights, for `from_pretrained` and for training one from scratch.
-        head: of a CT-CLIP variant; a slice backbone has "linear" only. None: the head that the file has, else the
-            prompt head. Where that cannot be made (see `load_report.no_prompts_reason`), and with "linear"
-            for such a file, the head is new and its logits are exactly 0. "attention" is always new; "mlp" starts with
-            the linear head's logits.
+        head: of a slice backbone "linear" (default), on the mean over slices, or "attention" (QueryHead). Of a CT-CLIP
+            variant: None: the head that the file has, else the prompt head. Where that cannot be made (see
+            `load_report.no_prompts_reason`), and with "linear" for such a file, the head is new and its logits are
+            exactly 0. "attention" is always new; "mlp" starts with the linear head's logits.
 
             | head      | takes           | parameters | step     | when                                               |
             |-----------|-----------------|------------|----------|----------------------------------------------------|
@@ -1707,6 +1762,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         labels: names of the logits, in order; default: the prompts' names, or ABNORMALITIES. Other names than these 18
             need head="prompts".
         new_head: leave a file's head aside, such as one for other findings, and start with a new one.
+        tokens: what a slice backbone's attention head pools: "slice", one token of each slice triplet (its class token,
+            or the mean of its feature map), or "patch", every place of the map.
 
     Raises:
         FileNotFoundError: `ctclip_path` does not exist. It is never replaced by random weights.
@@ -1717,7 +1774,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     # What tells kinds of backbones apart, set where one is built.
     input_shape: tuple[int, int, int]  # (D, H, W) of the volumes that preprocessing should produce for this model
-    cache_format: str  # what `encode_for_cache` gives: "codes", "pooled" or "maps"
+    cache_format: str  # what `encode_for_cache` gives: "codes", "pooled", "tokens" or "maps"
     backbone_modules: tuple[str, ...]  # what unfreezing trains: the encoder, and what follows it
     layered_module: str  # whose parameters timm groups into layers
     _hub_mixin_config: dict[str, Any]
@@ -1736,20 +1793,24 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         labels: Sequence[str] | None = None,
         new_head: bool = False,
         backbone_weights: str | os.PathLike | None = None,
+        tokens: str = "slice",
     ):
         super().__init__()
         is_ctclip = ctclip_path is not None or sizes is not None
         if head not in (None, *HEADS):
             raise ValueError(f"head='{head}' is not known; expected one of {', '.join(HEADS)}")
-        if head not in (None, "linear") and not is_ctclip:
-            raise ValueError(f"head='{head}' is for CT-CLIP; a slice backbone (ctclip_path=None) takes head='linear'")
+        if head not in (None, *SLICE_HEADS) and not is_ctclip:
+            takes = " or ".join(repr(name) for name in SLICE_HEADS)
+            raise ValueError(f"head='{head}' is for CT-CLIP; a slice backbone (ctclip_path=None) takes head={takes}")
+        if tokens not in SLICE_TOKENS:
+            raise ValueError(f"tokens='{tokens}' is not known; expected one of {', '.join(SLICE_TOKENS)}")
         if attention is not None and is_ctclip:
             raise ValueError(f"attention='{attention}' is for slice backbones (ctclip_path=None), not for CT-CLIP")
         if backbone_weights is not None and is_ctclip:
             raise ValueError("backbone_weights are for slice backbones (ctclip_path=None); CT-CLIP's are ctclip_path")
         self.labels = _label_names(head, prompts, labels)
         self.dropout = nn.Dropout(dropout)
-        self.head_name = head or "linear"
+        self.head_name, self.tokens = head or "linear", tokens
         self.scale_check = ScaleCheck()
         self.sizes: TowerSizes | None = None
         self.load_report: LoadReport | None = None
@@ -1771,6 +1832,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             "n_slices": n_slices,
             "dropout": dropout,
             "head": self.head_name,
+            "tokens": tokens,
             "labels": list(self.labels),
         }
 
@@ -1831,10 +1893,20 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         if weights is not None:
             self.load_report = load_backbone(self.backbone.net, backbone, Path(weights))
         self.attention = nn.Identity() if attention is None else create_attn(attention, self.backbone.dim)
-        self.classifier = zero_linear(self.backbone.dim)
+        self.classifier = self._new_head(N_LABELS)
         self.derived_from = "other" if weights is not None else "imagenet" if pretrained else None
-        self.input_shape, self.cache_format = SLICE_INPUT_SHAPE, "pooled" if attention is None else "maps"
+        self.input_shape = SLICE_INPUT_SHAPE
+        self.cache_format = "maps" if attention else "pooled" if self.head_name == "linear" else "tokens"
         self.backbone_modules, self.layered_module = ("backbone",), "backbone.net"
+
+    def _new_head(self, outputs: int) -> nn.Module:
+        """Its logits are exactly 0."""
+        if self.sizes is not None:
+            return create_head(self.head_name, self.sizes, self.dropout.p, outputs)
+        if self.head_name == "linear":
+            return zero_linear(self.backbone.dim, outputs)
+        places = PLACES if self.tokens == "patch" else 1
+        return QueryHead(self.backbone.dim, (self.n_slices, places, places), self.dropout.p, outputs)
 
     # -- what it is ----------------------------------------------------------------------------------------------------
 
@@ -1946,11 +2018,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         if not names:
             raise ValueError("found no class, expected at least one; features without a head are features(x)")
         old = next(self.classifier.parameters())
-        if self.sizes is None:
-            head: nn.Module = zero_linear(self.backbone.dim, len(names))
-        else:
-            head = create_head(self.head_name, self.sizes, self.dropout.p, len(names))
-        self.classifier, self.labels = head.to(old.device, old.dtype), names
+        self.classifier, self.labels = self._new_head(len(names)).to(old.device, old.dtype), names
         self._hub_mixin_config["labels"] = list(names)
         if self.load_report is not None:
             self.load_report = replace(self.load_report, head=f"{self.head_name}, new")
@@ -2063,7 +2131,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         """The head's input; constant for a frozen backbone, so it is computed once per volume.
 
         CT-CLIP: latents (B, L); with head "attention" code ids (B, T, h, w) int64, or quantised tokens (B, T, h, w, C)
-        where a gradient reaches them. Slice variant: pooled (B, C), with cbam maps (B, S, C, h, w).
+        where a gradient reaches them. Slice variant: pooled (B, C), with head "attention" tokens (B, S, h, w, C), with
+        cbam maps (B, S, C, h, w).
         """
         if not self.is_ctclip:
             return self._slice_features(x)
@@ -2074,13 +2143,17 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     def _slice_features(self, x: Tensor) -> Tensor:
         slices = slice_triplets(x, self.n_slices) if self._is_volume(x) else x[:, None]  # (B, S, 3, H, W)
-        maps = self.backbone(slices.flatten(0, 1)).unflatten(0, slices.shape[:2])  # (B, S, C, h, w)
+        flat, by_volume = slices.flatten(0, 1), slices.shape[:2]
+        if self.cache_format == "tokens":
+            return self.backbone.tokens(flat, self.tokens).unflatten(0, by_volume)  # (B, S, h, w, C)
+        maps = self.backbone(flat).unflatten(0, by_volume)  # (B, S, C, h, w)
         return maps if self.cache_format == "maps" else _pool(maps)
 
     def head(self, features: Tensor) -> Tensor:
         """Output of `features`, or of `features_from_cache`, -> logits (B, 18), with prompts (B, n)."""
         if self.head_name == "attention":
-            return self.classifier(features, self.codebook)
+            codebook = self.codebook if self.is_ctclip else None
+            return self.classifier(features if self.is_ctclip else self._pooled(features), codebook)
         if self.is_ctclip:
             # ClassFine applies a ReLU; prompts compare signed latents.
             features = features if self.head_name == "prompts" else features.relu()
@@ -2088,10 +2161,11 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         return self.classifier(self.dropout(self._pooled(features)))
 
     def _pooled(self, features: Tensor) -> Tensor:
-        """Slice variant: pooled (B, C), of the feature maps too that cbam takes."""
+        """Slice variant: what the classifier takes, (B, C) or tokens; of the feature maps too that cbam takes."""
         if self.cache_format != "maps":
             return features
-        return _pool(self.attention(features.flatten(0, 1)).unflatten(0, features.shape[:2]))
+        maps = self.attention(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        return _pool(maps) if self.head_name == "linear" else as_tokens(maps, self.tokens)
 
     @torch.no_grad()
     def encode_for_cache(self, x: Tensor) -> Tensor:

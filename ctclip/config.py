@@ -69,8 +69,13 @@ class TrainingConfig:
         metavar="FILE")
     head: str = _flag(
         "linear", "model",
-        "linear: ClassFine's; mlp: with a hidden layer; attention: pools the token grid per label, for small findings",
+        "linear: ClassFine's, of a slice backbone on the mean over slices; mlp: with a hidden layer, CT-CLIP only; "
+        "attention: a learned query per label pools the tokens, for small findings",
         choices=("linear", "mlp", "attention"))
+    tokens: str = _flag(
+        "slice", "model", "what --head attention pools of a slice backbone; slice: one token of each (class token, or "
+        "mean of the feature map); patch: every place of the map, in a cache as many times as large",
+        choices=("slice", "patch"))
     init_head: str = _flag(
         "file", "model",
         "start of the head; file: the checkpoint's, or zeros; new: zeros, whatever head the file has; prompts: of the "
@@ -156,7 +161,7 @@ class TrainingConfig:
         for name, (good, expected) in bounds.items():
             if not good:
                 raise TrainingError(f"{flag_of(name)} is {getattr(self, name)}, expected {expected}")
-        of_model = ("ctclip_path", "head", "init_head", "use_attention", "backbone_weights")
+        of_model = ("ctclip_path", "head", "tokens", "init_head", "use_attention", "backbone_weights")
         changed = [name for name in of_model if getattr(self, name) != getattr(TrainingConfig, name)]
         refuse_unused([flag_of(name) for name in changed], training_flag_uses(self))
         if self.backbone_weights and not Path(self.backbone_weights).is_file():  # said before phantoms are made
@@ -230,7 +235,9 @@ def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
     flags = {
         ("the built-in cohort (no --data-dir)", config.data_dir is None): ("--train-volumes", "--valid-volumes"),
         ("a cohort of your own (--data-dir)", config.data_dir is not None): ("--patients",),
-        ("--model ctclip", is_ctclip): ("--ctclip-path", "--head"),
+        ("--model ctclip", is_ctclip): ("--ctclip-path",),
+        ("--model ctclip, where it is mlp,", is_ctclip or config.head != "mlp"): ("--head",),
+        ("a slice backbone and --head attention", not is_ctclip and config.head == "attention"): ("--tokens",),
         ("--model ctclip and --head linear", is_ctclip and (is_linear or config.init_head == "new")): ("--init-head",),
         ("a slice backbone (--model efficientnet_b0, ...)", not is_ctclip): ("--use-attention", "--backbone-weights"),
         ("a slice backbone without --backbone-weights", not (is_ctclip or config.backbone_weights)): (

@@ -100,10 +100,9 @@ def test_half_a_linear_head_is_an_error_for_the_mlp_too(tmp_path):
 def test_unknown_heads_and_heads_on_slice_backbones_are_refused():
     with pytest.raises(ValueError, match="head='tree' is not known; expected one of linear, mlp, attention"):
         CTCLIPMultiAbnormalityModel(CLIP, head="tree")
-    for head in ("mlp", "attention"):
-        with pytest.raises(ValueError, match="is for CT-CLIP") as error:
-            CTCLIPMultiAbnormalityModel(None, "resnet10t", pretrained=False, head=head)
-        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="is for CT-CLIP") as error:
+        CTCLIPMultiAbnormalityModel(None, "resnet10t", pretrained=False, head="mlp")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -192,7 +191,7 @@ def test_attend_gives_shares_and_evidence_that_add_up_to_the_logits():
 @torch.no_grad()
 def test_another_depth_interpolates_the_depth_table():
     head, codebook = attention_head()
-    doubled = head._position(6) - head.row.T[:, None] - head.column.T  # (6, h, w, 18), the depth's part
+    doubled = head._position(6, 4, 5) - head.row.T[:, None] - head.column.T  # (6, h, w, 18), the depth's part
     expected = F.interpolate(head.depth[None], 6, mode="linear")[0].T
     torch.testing.assert_close(doubled[:, 0, 0], expected)
     torch.testing.assert_close(doubled[:, 3, 4], expected)

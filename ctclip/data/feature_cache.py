@@ -1,8 +1,9 @@
 """What a frozen encoder makes of each volume, kept on disk: encoded once, read by every epoch and every later run.
 
 CT-CLIP's tower ends in a vector quantiser, so in evaluation its token grid is `codebook[code_ids]`: 24 x 24 x 24 ids in
-uint16, 27.6 KB per volume, are a lossless cache of 28 MB of tokens. Slice backbones keep pooled features (float32) or,
-where an attention follows, feature maps (float16).
+uint16, 27.6 KB per volume, are a lossless cache of 28 MB of tokens. Slice backbones keep pooled features (float32), for
+the attention head tokens (float16: 2 bytes x slices x width, 20 KB for 8 slices of EfficientNet-B0, 131 KB for 64 of a
+ViT-L; 1.0 MB for 8 x 7 x 7 patches of the former), or feature maps where CBAM follows (float16, as many as patches).
 
     <cache_dir>/<kind>-<12 hex of the key's hash>/
         key.json      what the records are a function of, beside the volume: encoder, input shape, preprocessing
@@ -127,7 +128,7 @@ def record_format(model: CTCLIPMultiAbnormalityModel) -> tuple[str, tuple[int, .
     device = next(model.parameters()).device
     with encoding(model, device):  # only the backbone knows its width and its map's size
         blank = model.encode_for_cache(torch.zeros(1, 1, *model.input_shape, device=device))
-    return "float16" if model.cache_format == "maps" else "float32", tuple(blank.shape[1:])
+    return "float32" if model.cache_format == "pooled" else "float16", tuple(blank.shape[1:])
 
 
 @contextmanager
@@ -258,7 +259,7 @@ class FeatureCache:
         return self.rows_of(keys), damaged
 
     def load(self, rows: Sequence[int]) -> Tensor:
-        """(n, *shape), as stored: uint16 or int32 codes, float16 maps, float32 pooled features.
+        """(n, *shape), as stored: uint16 or int32 codes, float16 maps or tokens, float32 pooled features.
 
         The CRC of a record is compared the first time; CacheError where it is wrong. `verify` finds that out before.
         """

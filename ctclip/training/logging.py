@@ -121,7 +121,7 @@ def print_setup(job: TrainingJob) -> None:
     )
     stages = f"{config.frozen_epochs} frozen, {config.epochs - config.frozen_epochs} unfrozen"
     processes = f"{run.ranks.world} processes, " if run.ranks.world > 1 else ""
-    kind = f"{config.model}, head {model.head_name}" if model.is_ctclip else config.model
+    kind = f"{config.model}, head {model.head_name}"
     run.log(job.cohort.summary())
     run.log(f"Split by patient: {counted}")
     for note in label_notes(job):

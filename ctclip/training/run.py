@@ -439,7 +439,7 @@ def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormality
     try:
         return CTCLIPMultiAbnormalityModel(
             None, config.model, attention=attention, pretrained=config.pretrained, dropout=config.dropout,
-            backbone_weights=config.backbone_weights,
+            backbone_weights=config.backbone_weights, head=config.head, tokens=config.tokens,
         )  # fmt: skip
     except CheckpointError:
         raise

@@ -633,10 +633,13 @@ def test_a_rewritten_file_is_encoded_again_and_its_old_entry_returns(tiny_classf
     assert cache.rows([volume]) == [first]
 
 
-@pytest.mark.parametrize("attention", [None, "cbam"])
-def test_slice_backbones_keep_pooled_features_or_maps(volumes, tmp_path, attention):
+@pytest.mark.parametrize(("kind", "attention"), [("pooled", None), ("maps", "cbam"), ("tokens", None)])
+def test_slice_backbones_keep_pooled_features_tokens_or_maps(volumes, tmp_path, kind, attention):
     torch.manual_seed(0)
-    model = CTCLIPMultiAbnormalityModel(None, "test_resnet", attention=attention, pretrained=False, n_slices=2)
+    head = "attention" if kind == "tokens" else "linear"
+    model = CTCLIPMultiAbnormalityModel(
+        None, "test_resnet", attention=attention, pretrained=False, n_slices=2, head=head
+    )
     model.train()
     running = {name: value.clone() for name, value in model.named_buffers()}
     cache, rows = run(model, tmp_path, volumes[:2])
@@ -646,11 +649,11 @@ def test_slice_backbones_keep_pooled_features_or_maps(volumes, tmp_path, attenti
     with torch.no_grad():
         expected = model.eval().features(x)
         logits, again = model(x), model.head(model.features_from_cache(features.float()))
-    assert features.shape == expected.shape and features.ndim == (2 if attention is None else 5)
-    assert features.dtype == (torch.float32 if attention is None else torch.float16)
+    assert features.shape == expected.shape and features.ndim == (2 if kind == "pooled" else 5)
+    assert features.dtype == (torch.float32 if kind == "pooled" else torch.float16)
     assert torch.allclose(features.float(), expected, rtol=1e-3, atol=1e-4)
     assert (logits - again).abs().max() < 1e-3
-    assert cache.key["backbone"] == "test_resnet" and cache.folder.name.startswith(("pooled-", "maps-"))
+    assert cache.key["backbone"] == "test_resnet" and cache.folder.name.startswith(f"{kind}-")
 
 
 def test_backbones_with_the_same_tensors_do_not_share_entries(tmp_path):

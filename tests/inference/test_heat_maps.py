@@ -31,15 +31,18 @@ import pointing_game
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 ALL = range(18)
-EXACT = ("linear", "attention", "prompts", "resnet10t", "resnet10t cbam")  # those whose remainder is the bias
+QUERY = ("resnet10t query", "resnet10t query patch", "resnet10t query cbam", "test_vit query", "test_vit query patch")
+EXACT = ("linear", "attention", "prompts", "resnet10t", "resnet10t cbam", *QUERY)  # those whose remainder is the bias
 
 
 def model_of(name: str) -> CTCLIPMultiAbnormalityModel:
     """A small model with that head, or on that backbone; its head away from zero so that every parameter matters."""
     torch.manual_seed(7)
-    if name.startswith("resnet10t"):
-        cbam = "cbam" if name.endswith("cbam") else None
-        model = CTCLIPMultiAbnormalityModel(None, "resnet10t", attention=cbam, pretrained=False, n_slices=3)
+    if name.startswith(("resnet10t", "test_vit")):
+        model = CTCLIPMultiAbnormalityModel(
+            None, name.split()[0], attention="cbam" if "cbam" in name else None, pretrained=False, n_slices=3,
+            head="attention" if "query" in name else None, tokens="patch" if "patch" in name else "slice",
+        )  # fmt: skip
     elif name == "prompts":  # a text tower makes it, and is not here
         model = CTCLIPMultiAbnormalityModel(sizes=asdict(OTHER_SIZES), head=name)
     else:
@@ -69,7 +72,7 @@ def cube(shape=(96, 80, 70)) -> Placement:
 
 
 @pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("name", [*HEADS, "resnet10t", "resnet10t cbam"])
+@pytest.mark.parametrize("name", [*HEADS, "resnet10t", "resnet10t cbam", *QUERY])
 def test_the_parts_add_up_to_the_logit(name, smooth):
     model = model_of(name)
     volume = volume_for(model)
@@ -81,7 +84,7 @@ def test_the_parts_add_up_to_the_logit(name, smooth):
     np.testing.assert_allclose(found.values.sum((1, 2, 3)) + found.remainder, logits, atol=1e-5)
     assert np.abs(found.values).min((1, 2, 3)).max() < np.abs(found.values).max()  # not the same everywhere
     if name in EXACT:
-        bias = model.classifier.evidence.bias if name == "attention" else model.classifier.bias
+        bias = model.classifier.evidence.bias if model.head_name == "attention" else model.classifier.bias
         np.testing.assert_allclose(found.remainder, bias.detach().numpy(), atol=1e-5)
 
 

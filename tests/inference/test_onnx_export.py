@@ -107,12 +107,14 @@ def test_every_head_answers_alike_for_any_batch(onnx_is_here, tmp_path, head, re
                 assert np.abs(found["latents"] - model.encode(volume).numpy()).max() < 1e-5
 
 
-@pytest.mark.parametrize("attention", [None, "cbam"])
-def test_a_slice_variant_answers_alike(onnx_is_here, tmp_path, attention, monkeypatch):
+@pytest.mark.parametrize(("head", "attention"), [("linear", None), ("linear", "cbam"), ("attention", None)])
+def test_a_slice_variant_answers_alike(onnx_is_here, tmp_path, head, attention, monkeypatch):
     monkeypatch.setattr("ctclip_model.SLICE_INPUT_SHAPE", (12, 64, 64))
     torch.manual_seed(0)
-    model = CTCLIPMultiAbnormalityModel(None, "resnet18", attention=attention, pretrained=False, n_slices=2)
-    nn.init.normal_(model.classifier.weight)
+    name = "resnet18" if head == "linear" else "test_vit"
+    model = CTCLIPMultiAbnormalityModel(None, name, attention=attention, pretrained=False, n_slices=2, head=head)
+    for parameter in model.classifier.parameters():
+        nn.init.normal_(parameter)
     export = export_onnx(model, tmp_path / "model.onnx")
     assert export.outputs == ("logits",) and export.parity.same_codes is None
     volume = torch.cat(check_volumes(model.input_shape))

@@ -943,7 +943,7 @@ def test_flags_become_settings(flags):
         (["--ctclip-path", "nothing.pt"], "CT-CLIP model not found: run python ctclip_setup.py first"),
         (["--use_attention", "cbam"], "found --use-attention, which goes with a slice backbone"),
         (["--model", "resnet18", "--ctclip_path", "x.pt"], "goes with --model ctclip only"),
-        (["--model", "resnet18", "--head", "mlp"], "--head, which goes with --model ctclip only"),
+        (["--model", "resnet18", "--head", "mlp"], "--head, which goes with --model ctclip, where it is mlp, only"),
         (["--model", "dla46_c", "--no-pretrained", "--gradient-checkpointing", "on"], "dla46_c has no such mode"),
         (["--resume", "nowhere"], "no run.json in nowhere"),
         (["--resume", "nowhere", "--output-dir", "run"], "leave it out"),

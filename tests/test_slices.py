@@ -1,0 +1,191 @@
+"""Slice backbones: pooling by a learned query per label, against its definition written out token by token; class
+tokens against timm's own; what a cache keeps, what is saved, exported and drawn. Small timm networks with random weights."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ctclip.data.feature_cache import encoder_digest, record_format
+from ctclip_model import CTCLIPMultiAbnormalityModel, QueryHead, slice_triplets
+
+VIT, CONV = "test_vit", "test_resnet"  # timm's for tests: 371 and 469 thousand parameters, 160 x 160 pixels
+
+
+def model_of(backbone: str, tokens: str = "slice", head: str = "attention", n_slices: int = 4, scattered: bool = True,
+             **options) -> CTCLIPMultiAbnormalityModel:  # fmt: skip
+    """In evaluation mode, its head away from zero so that every parameter matters."""
+    torch.manual_seed(7)
+    model = CTCLIPMultiAbnormalityModel(
+        None, backbone, pretrained=False, head=head, tokens=tokens, n_slices=n_slices, **options
+    )
+    with torch.no_grad():
+        for parameter in model.head_parameters() if scattered else ():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def volume_of(size: int = 64, count: int = 2) -> torch.Tensor:
+    return torch.rand(count, 1, 8, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+# -- the head --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_query_head_equals_its_definition():
+    torch.manual_seed(0)
+    head = QueryHead(6, (4, 3, 2)).eval()
+    for parameter in head.parameters():
+        parameter.normal_()
+    x = torch.randn(2, 4, 3, 2, 6)
+    logits = head(x)
+    for label in (0, 17):
+        scores, tokens = [], []
+        for s in range(4):
+            for i in range(3):
+                for j in range(2):
+                    tokens.append(x[:, s, i, j])
+                    place = head.depth[label, s] + head.row[label, i] + head.column[label, j]
+                    scores.append(x[:, s, i, j] @ head.query.weight[label] / math.sqrt(6) + place)
+        share = torch.stack(scores, 1).softmax(1)
+        pooled = (share[..., None] * torch.stack(tokens, 1)).sum(1)
+        expected = pooled @ head.evidence.weight[label] + head.evidence.bias[label]
+        torch.testing.assert_close(logits[:, label], expected, rtol=0, atol=1e-5)
+    assert logits.sum().item() == pytest.approx(2.6190, abs=1e-3)
+    attention, evidence = head.attend(x)
+    assert attention.shape == evidence.shape == (2, 18, 4, 3, 2)
+    torch.testing.assert_close(attention.sum((2, 3, 4)), torch.ones(2, 18))
+
+
+@pytest.mark.parametrize("tokens", ["slice", "patch"])
+@pytest.mark.parametrize("backbone", [VIT, CONV])
+@torch.no_grad()
+def test_a_new_head_gives_exactly_zero_and_begins_as_the_linear_head_on_the_mean(backbone, tokens):
+    model = model_of(backbone, tokens, scattered=False)
+    x = volume_of(160)
+    assert torch.equal(model(x), torch.zeros(2, 18)) and torch.equal(model(x[:, 0, :3]), torch.zeros(2, 18))
+    model.classifier.evidence.weight.normal_()
+    mean = model.features(x).mean((1, 2, 3))
+    torch.testing.assert_close(model(x), F.linear(mean, model.classifier.evidence.weight), rtol=0, atol=1e-4)
+    torch.manual_seed(3)  # the same channels are dropped from every token: the mean's dropout
+    dropped = model.train().classifier(torch.ones(2, 4, 1, 1, model.num_features))
+    torch.manual_seed(3)
+    kept = F.dropout(torch.ones(2, 1, 1, 1, model.num_features), 0.3)[:, 0, 0, 0]
+    torch.testing.assert_close(dropped, F.linear(kept, model.classifier.evidence.weight), rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_tokens_are_class_tokens_means_of_maps_or_places():
+    x = volume_of(160)
+    triplets = slice_triplets(x, 4).flatten(0, 1)
+    vit, conv = model_of(VIT), model_of(CONV)
+    assert vit.backbone.has_class_token and not conv.backbone.has_class_token
+    inside = vit.backbone.net.forward_features(((triplets + 1) / 2 - vit.backbone.mean) / vit.backbone.std)
+    assert torch.equal(vit.features(x).flatten(0, 3), inside[:, 0])
+    maps = conv.backbone(triplets)
+    assert torch.equal(conv.features(x).flatten(0, 3), maps.mean((2, 3)))
+    patches = model_of(CONV, "patch").features(x)
+    assert patches.shape == (2, 4, 5, 5, conv.num_features)
+    assert torch.equal(patches.flatten(0, 1), maps.movedim(1, -1))
+    assert torch.equal(model_of(VIT, "patch").features(x).flatten(0, 1).flatten(1, 2), inside[:, 1:])
+
+
+@torch.no_grad()
+def test_cbam_before_the_query():
+    for tokens in ("slice", "patch"):
+        model, x = model_of(CONV, tokens, attention="cbam"), volume_of()
+        features = model.features(x)
+        assert model.cache_format == "maps" and features.ndim == 5
+        maps = model.attention(features.flatten(0, 1))
+        expected = maps.mean((2, 3), keepdim=True) if tokens == "slice" else maps
+        torch.testing.assert_close(
+            model(x), model.classifier(expected.movedim(1, -1).unflatten(0, (2, 4))), rtol=0, atol=1e-5
+        )
+
+
+def test_only_heads_of_slice_backbones_are_taken():
+    for head in ("mlp", "prompts"):
+        with pytest.raises(ValueError, match="takes head='linear' or 'attention'"):
+            CTCLIPMultiAbnormalityModel(None, CONV, pretrained=False, head=head)
+    with pytest.raises(ValueError, match="tokens='all' is not known; expected one of slice, patch"):
+        CTCLIPMultiAbnormalityModel(None, CONV, pretrained=False, head="attention", tokens="all")
+
+
+# -- the cache -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "per_volume"), [("slice", 4), ("patch", 4 * 7 * 7)])
+@torch.no_grad()
+def test_a_cache_keeps_tokens_in_half_precision(tokens, per_volume):
+    model = model_of(CONV, tokens)
+    dtype, shape = record_format(model)
+    assert (model.cache_format, dtype) == ("tokens", "float16")
+    assert math.prod(shape) == per_volume * model.num_features
+    x = volume_of(224)
+    stored = model.encode_for_cache(x).half()
+    assert stored.shape[1:] == shape
+    torch.testing.assert_close(model.head(model.features_from_cache(stored.float())), model(x), rtol=0, atol=2e-3)
+    assert encoder_digest(model) == encoder_digest(model_of(CONV, head="linear"))  # kinds have folders of their own
+
+
+# -- saving, layers, gradients, export, heat maps --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", ["slice", "patch"])
+@torch.no_grad()
+def test_save_load_and_reset(tmp_path, tokens):
+    model, x = model_of(CONV, tokens), volume_of()
+    model.save_pretrained(tmp_path)
+    again = CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path)
+    assert (again.head_name, again.tokens) == ("attention", tokens) and torch.equal(again(x), model(x))
+    again.reset_classifier(labels=["one", "two"])
+    assert torch.equal(again(x), torch.zeros(2, 2)) and isinstance(again.classifier, QueryHead)
+    again.save_pretrained(tmp_path / "two")
+    assert CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "two").labels == ("one", "two")
+
+
+def test_gradients_reach_the_head_alone_or_the_backbone_too():
+    model, x = model_of(VIT), volume_of(160)
+    groups = model.parameter_groups(1e-2)
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    found = {}
+    for name, change in (("frozen", model.freeze_backbone), ("all", model.unfreeze_backbone)):
+        change()
+        model.zero_grad()
+        model(x).square().sum().backward()
+        found[name] = {key for key, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    places = {"classifier.row", "classifier.column"}  # with one place in plane they say nothing
+    assert not any(model.get_parameter(name).requires_grad for name in places)
+    assert found["frozen"] == {name for name, _ in model.named_parameters() if name.startswith("classifier.")} - places
+    assert "backbone.net.cls_token" in found["all"] - found["frozen"]
+    gradient = model.backbone.net.cls_token.grad.clone()
+    model.set_gradient_checkpointing()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(model.backbone.net.cls_token.grad, gradient)
+
+
+def test_a_query_finds_a_slice_that_the_mean_drowns():
+    """One token of 32 says whether the finding is there; 300 cases to learn it from, 200 to show it."""
+    torch.manual_seed(0)
+    tokens = torch.randn(500, 32, 1, 1, 24)
+    labels = (torch.arange(500) % 2).float()
+    tokens[torch.arange(500), torch.randint(0, 32, (500,)), 0, 0, :4] += 4 * labels[:, None]
+    area = {}
+    for name in ("query", "mean"):
+        head = QueryHead(24, (32, 1, 1), dropout=0.0, outputs=1)
+        head.query.weight.requires_grad_(name == "query")
+        head.depth.requires_grad_(name == "query")
+        optimizer = torch.optim.AdamW(head.parameters(), lr=3e-2)
+        for _ in range(150):
+            loss = F.binary_cross_entropy_with_logits(head(tokens[:300])[:, 0], labels[:300])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            logits = head(tokens[300:])[:, 0]
+        positive, negative = logits[labels[300:] > 0], logits[labels[300:] == 0]
+        area[name] = (positive[:, None] > negative).float().mean().item()
+    assert area["query"] > 0.95 and area["mean"] < area["query"] - 0.05, area
