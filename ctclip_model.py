@@ -2023,6 +2023,28 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         if self.load_report is not None:
             self.load_report = replace(self.load_report, head=f"{self.head_name}, new")
 
+    @torch.no_grad()
+    def select_labels(self, labels: Sequence[str]) -> list[str]:
+        """The head for these labels, in their order: as it is for those that the model has, its logits exactly 0 for
+        the others, which are returned. Make the optimizer after it. A prompt head has those of its prompts only."""
+        old, had = self.classifier.state_dict(), list(self.labels)
+        new = [name for name in labels if name not in had]
+        if new and self.head_name == "prompts":
+            raise ValueError(f"found no prompt for {', '.join(new)}, expected labels of the prompts; make the head of "
+                             "Prompts.from_names(labels)")
+        self.reset_classifier(labels=labels)
+        rows = [(i, had.index(name)) for i, name in enumerate(labels) if name in had]
+        for name, value in self.classifier.state_dict().items():
+            if name.startswith("hidden."):  # of all labels together
+                value.copy_(old[name])
+            else:
+                for i, j in rows:
+                    value[i] = old[name][j]
+        if self.load_report is not None and rows:
+            kept = f"{len(rows)} of {len(labels)} labels from the file" if new else "of these labels, from the file"
+            self.load_report = replace(self.load_report, head=f"{self.head_name}, {kept}")
+        return new
+
     def forward_features(self, x: Tensor) -> Tensor:
         """`features`."""
         return self.features(x)
@@ -2395,11 +2417,28 @@ def _replacing(path: Path) -> Iterator[Path]:
 MOST_GAMMA = 100  # 2^(gamma + 1) times a logit of 100 is still a float32
 
 
+def _mean_of_known(values: Tensor, known: Tensor) -> Tensor:
+    """Mean of what is known; 0, with gradients of 0, where nothing is."""
+    return torch.where(known, values, 0).sum() / known.sum().clamp(min=1)
+
+
+class KnownLabelsLoss(nn.Module):
+    """The mean of an element-wise loss (its `reduction` "none") over the labels that are not UNKNOWN (-1)."""
+
+    def __init__(self, loss: nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return _mean_of_known(self.loss(logits, labels.clamp(min=0)), labels != UNKNOWN)
+
+
 class AggressiveFocalLoss(nn.Module):
     """Focal loss whose `alpha` weighs the *negatives*: raising it pushes predictions down (fewer positives).
 
     Per element, with p = sigmoid(logit) and label y in {0, 1}:
     2^(gamma + 1) * [(1 - alpha) * y * (1 - p)^gamma * -log p + alpha * (1 - y) * p^gamma * -log(1 - p)]; then the mean.
+    Elements whose label is UNKNOWN (-1) are left out of it.
     The factor makes an undecided model on balanced labels score ln 2 = 0.6931 whatever alpha and gamma.
 
     Args:
@@ -2425,12 +2464,12 @@ class AggressiveFocalLoss(nn.Module):
         if logits.shape != labels.shape:
             raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ in shape")
         with torch.autocast(logits.device.type, enabled=False):
-            logits, labels = logits.float(), labels.float()
+            known, logits, labels = labels != UNKNOWN, logits.float(), labels.float()
             log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
             positive = (1 - self.alpha) * labels * torch.exp(self.gamma * log_not_p) * -log_p
             negative = self.alpha * (1 - labels) * torch.exp(self.gamma * log_p) * -log_not_p
             loss = positive + negative if self.weight is None else (positive + negative) * self.weight
-            return 2.0 ** (self.gamma + 1) * loss.mean()
+            return 2.0 ** (self.gamma + 1) * _mean_of_known(loss, known)
 
 
 def create_balanced_loss(alpha: float = 0.85, gamma: float = 4.0) -> AggressiveFocalLoss:
@@ -2441,7 +2480,7 @@ def create_balanced_loss(alpha: float = 0.85, gamma: float = 4.0) -> AggressiveF
 def create_loss(
     kind: str = "focal", alpha: float = 0.85, gamma: float = 4.0, label_weights: Tensor | None = None
 ) -> nn.Module:
-    """The loss that `kind` names, a mean over volumes and labels. Move it to the logits' device.
+    """The loss that `kind` names, a mean over volumes and labels but UNKNOWN (-1) ones. Move it to the logits' device.
 
     Args:
         kind: "focal" (AggressiveFocalLoss with `alpha` and `gamma`), "bce" (cross-entropy: probabilities that fit the
@@ -2451,21 +2490,22 @@ def create_loss(
     if kind == "focal":
         return AggressiveFocalLoss(alpha, gamma, label_weights)
     if kind == "bce":
-        return nn.BCEWithLogitsLoss(weight=label_weights)
+        return KnownLabelsLoss(nn.BCEWithLogitsLoss(weight=label_weights, reduction="none"))
     if kind != "asl":
         raise ValueError(f"loss '{kind}' is not known; expected focal, bce or asl")
     from timm.loss import AsymmetricLossMultiLabel
 
-    return AsymmetricLossMultiLabel(reduction="mean", weight=label_weights)
+    return KnownLabelsLoss(AsymmetricLossMultiLabel(reduction="none", weight=label_weights))
 
 
 def balanced_label_weights(labels: Tensor) -> Tensor:
-    """Weights for `create_loss` from the training labels (n, 18): inverse frequency of each label's rarer class.
+    """Weights for `create_loss` from the training labels (n, L): inverse frequency of each label's rarer class.
 
     At most ten times the smallest, and 1 on average; a label with only one class gets the smallest. Positives and
     negatives of a label have the same weight: unlike a weight on positives, this moves no probability up or down.
     """
-    rate = labels.float().mean(0)
+    known = (labels != UNKNOWN).sum(0).clamp(min=1)
+    rate = (labels == 1).sum(0) / known
     rarer = torch.minimum(rate, 1 - rate)
     weights = 1 / torch.where(rarer > 0, rarer, rarer.max()).clamp(min=1 / len(labels))
     weights = weights.clamp(max=10 * weights.min())

@@ -51,6 +51,10 @@ class TrainingConfig:
     patients: str | None = _flag(
         None, "data", "table of VolumeName and PatientID (and ScanID), where names are not like CT-RATE's and labels "
         "and metadata have no such column", metavar="CSV")
+    findings: str | None = _flag(
+        None, "data", "columns of the label tables that are trained (default: CT-RATE's 18 where all are there, else "
+        "every column of 0, 1 and empty cells; an empty cell is unknown)", metavar="NAME[,NAME]")
+    minus_one_is_unknown: bool = _flag(False, "data", "-1 in the label tables means an empty cell")
     train_volumes: int = _flag(600, "data", "built-in cohort: number of training volumes")
     valid_volumes: int = _flag(250, "data", "built-in cohort: number of test volumes (other patients)")
     limit: int | None = _flag(None, "data", "use only the first N volumes of the training split")
@@ -234,7 +238,9 @@ def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
     is_ctclip, is_linear = config.model == "ctclip", config.head == "linear"
     flags = {
         ("the built-in cohort (no --data-dir)", config.data_dir is None): ("--train-volumes", "--valid-volumes"),
-        ("a cohort of your own (--data-dir)", config.data_dir is not None): ("--patients",),
+        ("a cohort of your own (--data-dir)", config.data_dir is not None): (
+            "--patients", "--findings", "--minus-one-is-unknown",
+        ),
         ("--model ctclip", is_ctclip): ("--ctclip-path",),
         ("--model ctclip, where it is mlp,", is_ctclip or config.head != "mlp"): ("--head",),
         ("a slice backbone and --head attention", not is_ctclip and config.head == "attention"): ("--tokens",),

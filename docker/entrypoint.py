@@ -32,11 +32,11 @@ def answer_all() -> None:
     from ctclip.evaluation.run_folder import run_calibration
     from ctclip.fileio import make_folder
     from ctclip.inference.commands import print_warning
-    from ctclip.inference.predictions import ResultsFile, check_output, predict_scans, prevalence
+    from ctclip.inference.predictions import ResultsFile, check_output, labels_of, predict_scans, prevalence
     from ctclip.inference.scans import PredictionError
 
     make_folder(OUTPUT.parent, "mount a folder there that can be written")
-    check_output(OUTPUT)
+    check_output(OUTPUT, labels_of(MODEL))
     form = "uncalibrated" if run_calibration(MODEL) is None else "mapped"
     files: list[ResultsFile] = []
 

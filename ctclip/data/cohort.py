@@ -15,6 +15,7 @@ import numpy as np
 from ctclip.data import ct_rate
 from ctclip.data.ct_rate import GEOMETRY_COLUMNS, SUBGROUP_COLUMNS, VOLUME_SUFFIX, no_chest_path, volume_path
 from ctclip.data.geometry import geometry_from_metadata
+from ctclip.data.label_table import is_label, read_label_table, with_unknown
 from ctclip.data.patients import (
     StatedIds,
     ids_in_table,
@@ -24,17 +25,18 @@ from ctclip.data.patients import (
     read_patients,
     without_patient,
 )
-from ctclip.data.tables import ID_COLUMNS, CohortError, CsvTable, join, read_table, shown, some, unknown_columns
+from ctclip.data.tables import EMPTY, ID_COLUMNS, CohortError, CsvTable, join, read_table, shown, some
 from ctclip.data.volume_file import VolumeError
 from ctclip.formatting import plural
-from ctclip_model import ABNORMALITIES
+from ctclip_model import ABNORMALITIES, UNKNOWN
 
 METADATA_COLUMNS = f"VolumeName, {', '.join(GEOMETRY_COLUMNS)}"
 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """One reconstruction: file, 18 labels (float32, 0 or 1) and its metadata row (None if there is no usable one).
+    """One reconstruction: file, labels (L,) (float32, 0, 1 or UNKNOWN) and its metadata row (None if there is no usable
+    one).
 
     `signature` is set where the file was streamed and is not on the disk any more: its size and its last 8 bytes in
     hex, by which `feature_cache.cache_key` finds what was encoded of it. `path` is then where the file would be.
@@ -71,9 +73,11 @@ class Streamed(NamedTuple):
 
 @dataclass
 class Cohort:
-    """Usable volumes; those skipped as (name, reason); and remarks about the tables as a whole."""
+    """Usable volumes, with labels of the `findings`; those skipped as (name, reason); and remarks about the tables as a
+    whole."""
 
     volumes: list[Volume]
+    findings: tuple[str, ...] = ABNORMALITIES
     skipped: list[tuple[str, str]] = field(default_factory=list)
     not_on_disk: int = 0
     folder: str = "dataset"  # where volumes were looked for
@@ -91,6 +95,11 @@ class Cohort:
         """A few lines of text: counts, what was skipped by reason with its first names, remarks."""
         scans, patients = {v.scan for v in self.volumes}, {v.patient for v in self.volumes}
         lines = [f"{len(self)} volumes, {len(scans)} scans, {len(patients)} patients"]
+        if self.findings != ABNORMALITIES:
+            lines.append(f"findings: {len(self.findings)} ({', '.join(self.findings)})")
+        if unknown := sum(int((volume.labels == UNKNOWN).sum()) for volume in self.volumes):
+            total = len(self) * len(self.findings)
+            lines.append(f"unknown labels: {unknown:,} of {total:,}, left out of loss and metrics")
         if self.not_on_disk:
             lines.append(f"not on disk: {self.not_on_disk} (listed in the labels, no file in {self.folder})")
         streamed = sum(volume.signature is not None for volume in self.volumes)
@@ -164,10 +173,15 @@ def read_streamed(data_dir: str | Path, split: str) -> dict[tuple[str, bool], St
 class CohortBuilder:
     """Joins label rows, metadata rows, the no-chest list, the disk and the manifest, one volume at a time."""
 
-    def __init__(self, data_dir: Path, split: str, patients: str | Path | None = None):
-        self.data_dir, self.split, self.cohort = data_dir, split, Cohort([], folder=f"dataset/{split}_fixed or {split}")
+    def __init__(
+        self, data_dir: Path, split: str, patients: str | Path | None = None, findings: Sequence[str] | None = None,
+        minus_one_is_unknown: bool = False,
+    ):
+        self.data_dir, self.split = data_dir, split
+        label_table = read_label_table(data_dir / ct_rate.labels_path(split), findings, minus_one_is_unknown)
+        self.cohort = Cohort([], label_table.findings, folder=f"dataset/{split}_fixed or {split}")
         notes = self.cohort.notes
-        self.labels = read_table(data_dir / ct_rate.labels_path(split), ABNORMALITIES, optional=ID_COLUMNS)
+        self.labels, self.label_values = label_table.table, label_table.values
         metadata_file = data_dir / ct_rate.metadata_path(split)
         if metadata_file.exists():
             self.metadata = read_table(metadata_file, (), GEOMETRY_COLUMNS, (*ct_rate.OPTIONAL_COLUMNS, *ID_COLUMNS),
@@ -186,8 +200,8 @@ class CohortBuilder:
                 notes.append(f"duplicate {what} rows with the same content, counted once: {len(table.repeated)}")
             if table.faults:
                 notes.append(f"{plural(len(table.faults), f'faulty {what} row')}: {table.faults[0]}")
-        if unknown := unknown_columns(self.labels.others):
-            notes.append(f"not used: {some(unknown)} of {self.labels.path.name}, none of the 18 findings")
+        if unused := label_table.unused:
+            notes.append(f"not used: {some(unused)} of {self.labels.path.name}, not among the findings")
         self.labelled = [*self.labels.place, *sorted(self.labels.contradictory)]
         if hidden := [name for name in (*self.labels.place, *self.metadata.place) if not name.isprintable()]:
             notes.append(f"names with a letter that cannot be seen, which may match no file: {len(hidden)}, first "
@@ -230,14 +244,15 @@ class CohortBuilder:
     def add(self, name: str, path: Path, fixed: bool, streamed: Streamed | None) -> None:
         """Adds the volume, or its name and the reason for skipping it."""
         known = name in self.labels.place
-        labels = self.labels.numbers[self.labels.place[name]] if known else np.zeros(0)
+        labels = self.label_values[self.labels.place[name]] if known else np.zeros(0)
         row, missing = self._metadata_row(name)
         reasons = (  # the first that holds
             (streamed is not None and streamed.reason is not None, f"quarantined: {streamed and streamed.reason}"),
             (name in self.no_chest, "not a chest (no-chest list)"),
             (name in self.labels.contradictory, "contradictory label rows"),
             (not known, "no label row"),
-            (not np.isin(labels, (0, 1)).all(), "labels other than 0 and 1"),
+            (not is_label(labels).all(), "labels other than 0 and 1"),
+            ((labels == EMPTY).all(), "no known label"),
             (missing and not fixed, f"{missing} (needed by a version-1 file)"),
         )
         reason = next((reason for holds, reason in reasons if holds), None)
@@ -249,7 +264,7 @@ class CohortBuilder:
                                   "one row; remove the other")
             signature = (streamed.size, streamed.tail) if streamed else None
             self.cohort.volumes.append(Volume(
-                name, path, labels.astype(np.float32), row, signature, ids=self.ids.get(name)
+                name, path, with_unknown(labels).astype(np.float32), row, signature, ids=self.ids.get(name)
             ))
 
     def _metadata_row(self, name: str) -> tuple[dict[str, Any] | None, str | None]:
@@ -271,14 +286,16 @@ class CohortBuilder:
 
 
 def load_cohort(
-    data_dir: str | Path, split: str, limit: int | None = None, patients: str | Path | None = None
+    data_dir: str | Path, split: str, limit: int | None = None, patients: str | Path | None = None,
+    findings: Sequence[str] | None = None, minus_one_is_unknown: bool = False,
 ) -> Cohort:
     """Volumes of one split in the hub's layout under data_dir, in the order of the label table.
 
     Joins labels, metadata and the no-chest list by VolumeName; a volume present in both versions is taken from the
     `_fixed` folder, one present in neither from the manifest of streamed ones, with its `signature`. `limit` stops
-    after that many usable volumes. `patients` is a table as of `read_patients`. Paths are built from names, the tree is
-    never listed. Raises CohortError where a table or a column is missing or nothing usable is left.
+    after that many usable volumes. `patients` is a table as of `read_patients`. `findings` are the columns of the label
+    table that count, by default those of label_table.py. Paths are built from names, the tree is never listed. Raises
+    CohortError where a table or a column is missing or nothing usable is left.
     """
     data_dir = Path(data_dir)
     if split not in ct_rate.SPLITS:
@@ -288,7 +305,7 @@ def load_cohort(
     if not (data_dir / "dataset").is_dir():
         raise CohortError(f"found no folder {data_dir / 'dataset'}, expected the cohort's tables and volumes in it; "
                           "name the folder above it with --data-dir")
-    builder = CohortBuilder(data_dir, split, patients)
+    builder = CohortBuilder(data_dir, split, patients, findings, minus_one_is_unknown)
     cohort = builder.cohort
     labelled = dict.fromkeys(builder.labelled)
     for name in [*labelled, *builder.unlabelled]:
@@ -330,7 +347,7 @@ def split_by_patient(volumes: Sequence[Volume], fraction: float, seed: int) -> t
         raise CohortError(f"found {found}, expected at least 2 patients and a fraction in (0, 1); change either")
     patients = sorted(groups)
     # Per patient: positives per label, volumes, and 1, each scaled so that all of them weigh alike.
-    rows = np.array([[*np.sum([v.labels for v in groups[p]], axis=0), len(groups[p]), 1] for p in patients])
+    rows = np.array([[*np.sum([v.labels == 1 for v in groups[p]], axis=0), len(groups[p]), 1] for p in patients])
     rows = rows / np.sqrt(np.maximum((rows**2).sum(axis=0), 1))
     count = min(max(round(fraction * len(patients)), 1), len(patients) - 1)
     share, generator, best, held_out = count / len(rows), np.random.default_rng(seed), np.inf, set[str]()

@@ -23,7 +23,6 @@ from ctclip.data.hounsfield import HuDecision
 from ctclip.data.preprocessing import read_volume
 from ctclip.data.volume_file import VolumeError
 from ctclip.formatting import plural
-from ctclip_model import ABNORMALITIES
 
 
 @dataclass
@@ -92,7 +91,7 @@ class VolumeDataset(Dataset):
             volumes = torch.stack([item[1] for item in good]) if good else torch.empty(0, 1, *self.shape)
         return Batch(
             volumes=volumes,
-            labels=torch.stack([item[2] for item in good]) if good else torch.empty(0, len(ABNORMALITIES)),
+            labels=torch.stack([item[2] for item in good]) if good else torch.empty(0, len(self.volumes[0].labels)),
             index=torch.tensor([item[0] for item in good], dtype=torch.int64),
             failures=failures,
             decisions=[item[3] for item in good],

@@ -180,6 +180,8 @@ def _read_rows(
                 table.faults.append(f"{path}, line {reader.line_num}: found {found}, expected one; name the volume")
             continue
         values = _numbers([record[at] for at in numbers_at])
+        if count < width:  # what is not there is no empty cell
+            values = [value if at < count else float("nan") for value, at in zip(values, numbers_at, strict=True)]
         texts = tuple([record[at].strip() for at in texts_at]) if texts_at else ()
         if name not in names:
             names[name] = len(lines)

@@ -23,7 +23,7 @@ from ctclip.evaluation.report import Paragraph, decision_table, report_sections
 from ctclip.formatting import decimal
 from ctclip.hub.client import REPOSITORY
 from ctclip.hub.published import CardError, Facts
-from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, published_name
+from ctclip_model import CTCLIPMultiAbnormalityModel, published_name
 
 CT_CLIP_LICENCE = "cc-by-nc-sa-4.0"
 HUB_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", CT_CLIP_LICENCE)  # its names for them
@@ -146,7 +146,7 @@ def card_text(model: CTCLIPMultiAbnormalityModel, facts: Facts, repo_id: str | N
             cohort=cohort,
             front_matter=_front_matter(model, facts, licence, repo_id, cohort),
             results=_results(facts.metrics) if facts.metrics else None,
-            decisions=markdown([decision_table(ABNORMALITIES, c.thresholds, c.calibrated_thresholds)]) if c else None,
+            decisions=markdown([decision_table(c.findings, c.thresholds, c.calibrated_thresholds)]) if c else None,
             best_auroc=decimal(history["tuning_auroc_macro"], 3) if history else None,
             backbone_parameters=sum(p.numel() for p in model.backbone_parameters()),
             head_parameters=sum(p.numel() for p in model.head_parameters()),

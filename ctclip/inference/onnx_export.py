@@ -36,7 +36,7 @@ from ctclip.fileio import check_replaceable, check_writable, replacing
 from ctclip.formatting import size_text
 from ctclip.inference.predictor import load_model
 from ctclip.phantoms.reference import fixed_phantom
-from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
+from ctclip_model import CTCLIPMultiAbnormalityModel
 
 NEEDED = ("onnx", "onnxscript")
 OLDEST_TORCH = (2, 8)  # the first whose exporter takes these models; all else runs with requirements.txt's
@@ -255,8 +255,9 @@ def _metadata(model: CTCLIPMultiAbnormalityModel, calibration: Calibration | Non
         "use": "research only; not a medical device, not for diagnosis",
     }
     if calibration is not None:
+        calibration = calibration.select(model.labels)
         for name, values in (("", calibration.thresholds), ("_calibrated", calibration.calibrated_thresholds)):
-            metadata[f"thresholds{name}"] = json.dumps(dict(zip(ABNORMALITIES, values.tolist(), strict=True)))
+            metadata[f"thresholds{name}"] = json.dumps(dict(zip(model.labels, values.tolist(), strict=True)))
         metadata["calibration"] = json.dumps(calibration.content())
     return metadata
 

@@ -129,7 +129,7 @@ def predict_scans(
     labels = [] if explain is None else parse_labels(explain, model.labels)
     check_heat_maps(Path(explain_dir), [scan.stem for scan in found], labels)
     note = TRAINED_ON_PHANTOMS if checkpoint.is_dir() and run_record(checkpoint).get("phantom") else None
-    answers = _AnswerForm.of(form, fitted if model.labels == ABNORMALITIES else None)
+    answers = _AnswerForm.of(form, None if fitted is None or prompts else fitted.select(model.labels))
     heat_maps = _HeatMaps(model, labels, Path(explain_dir), answers.shown, note)
     predictor = _ScanPredictor(found, assume_hu, answers.transform, heat_maps, on_scan, on_note, failures)
     on_start(found, answers.scale)

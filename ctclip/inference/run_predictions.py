@@ -11,6 +11,7 @@ from ctclip.config import TrainingConfig
 from ctclip.data.cohort import Cohort, ids_of, load_cohort
 from ctclip.data.ct_rate import FETCH_COMMAND
 from ctclip.data.feature_cache import FeatureCache
+from ctclip.data.label_table import listed_findings
 from ctclip.data.loading import Batch, count_notes, notes_of
 from ctclip.data.tables import CohortError, some
 from ctclip.evaluation.ensemble import combined_inputs
@@ -61,7 +62,7 @@ def run_inputs(
     phantom = bool(record.get("phantom", False)) if data_dir is None else is_phantom_cohort(data_dir)
     cohort = data_dir or from_working_folder(record, record.get("data_dir"))
     predictions = read_predictions(tables / "predictions.csv")
-    labels = read_labels(tables / "labels.csv", predictions.findings)
+    labels = read_labels(tables / "labels.csv", predictions.findings if data_dir is None else None)
     history = read_history(run / "log.jsonl")
     folder = Path(cohort) if cohort else None
     stated = patients_of(patients, predictions)
@@ -90,7 +91,9 @@ def unseen_names(config: TrainingConfig) -> list[str]:
     """Names of the volumes that a run will be evaluated on; the built-in cohort's are known before it is written."""
     if config.data_dir is None:
         return [plan.name for plan in plan_split("valid", config.valid_volumes, 0)]
-    return [volume.name for volume in load_cohort(config.data_dir, "valid", patients=config.patients).volumes]
+    findings = listed_findings(config.findings)
+    cohort = load_cohort(config.data_dir, "valid", None, config.patients, findings, config.minus_one_is_unknown)
+    return [volume.name for volume in cohort.volumes]
 
 
 def check_unseen(cohort: Cohort, trained: Cohort) -> None:
@@ -121,19 +124,28 @@ def predict_run(
         )
     check_output_folder(tables, *TABLES, own=run)
     patients = patients or from_working_folder(record, record.get("config", {}).get("patients"))
-    cohort = load_cohort(data_dir, "valid", patients=patients)
+    stored = record.get("config", {})
+    minus_one = bool(stored.get("minus_one_is_unknown", False))
+    findings = record.get("labels") if own_cohort else None
+    cohort = load_cohort(data_dir, "valid", None, patients, findings, minus_one)
     check([volume.name for volume in cohort.volumes])
     if own_cohort:
         try:
-            trained = load_cohort(data_dir, "train", record.get("config", {}).get("limit"), patients)
+            trained = load_cohort(data_dir, "train", stored.get("limit"), patients, findings, minus_one)
         except CohortError as error:
             print(f"{UNSEEN_NOT_CHECKED}: {error}")
         else:
             check_unseen(cohort, trained)
     model = load_model(run, device)
+    common = [name for name in cohort.findings if name in model.labels]
+    if not common:
+        raise RunError(f"{data_dir}: found none of the run's findings ({some(model.labels)}) in its label table, "
+                       "expected at least one; name the columns as the run's")
     print(f"Predicting the unseen split of {data_dir}\n{cohort.summary()}")
-    stored = record.get("config", {}).get("cache_dir", TrainingConfig.cache_dir)
-    cache_dir = Path(from_working_folder(record, stored) or stored)
+    if others := [name for name in cohort.findings if name not in common]:
+        print(f"Not evaluated, as the model does not predict it: {', '.join(others)}")
+    cache = stored.get("cache_dir", TrainingConfig.cache_dir)
+    cache_dir = Path(from_working_folder(record, cache) or cache)
     cache = FeatureCache(cache_dir, model) if cache_dir.is_dir() else None
     volumes = cohort.volumes
     streamed = all(volume.signature is not None for volume in volumes)
@@ -162,6 +174,8 @@ def predict_run(
         if not read:
             raise RunError(f"{data_dir}: none of the {len(cohort)} volumes of its valid split could be read")
         names, ids = [volumes[i].name for i in read], ids_of(volumes)
+        chosen = [cohort.findings.index(name) for name in common]
+        labels = np.stack([volumes[i].labels for i in read])[:, chosen].astype(int)
         with writing(tables, *TABLES):
-            write_table(tables / "labels.csv", names, np.stack([volumes[i].labels for i in read]).astype(int), ids)
-            write_table(tables / "predictions.csv", names, logits.sigmoid().numpy(), ids)
+            write_table(tables / "labels.csv", names, labels, ids, common)
+            write_table(tables / "predictions.csv", names, logits.sigmoid().numpy(), ids, model.labels)

@@ -34,7 +34,7 @@ from ctclip.evaluation.tables import write_table
 from ctclip.fileio import DISK_FULL, replacing
 from ctclip.training.optimization import TrainableParameters, rng_state, set_rng_state, swapped_in
 from ctclip.training.run import TrainingJob
-from ctclip_model import ABNORMALITIES, check_written
+from ctclip_model import check_written
 
 KEEP = 2  # states: the one before the newest serves when the newest turns out damaged
 STATE_NAME = re.compile(r"\d{4}-\d{6}\.pt")
@@ -160,7 +160,7 @@ class Progress:
     epoch: int = 0
     step: int = 0  # of this epoch
     loss_sum: float = 0.0
-    seen: int = 0  # volumes
+    known: int = 0  # labels that they are of
     skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
     skipped_names: list[str] = field(default_factory=list)  # volumes of these
@@ -177,7 +177,7 @@ class BestEpoch:
     score: float = -math.inf
     epoch: int = 0
     names: list[str] = field(default_factory=list)
-    logits: Tensor = field(default_factory=lambda: torch.zeros(0, len(ABNORMALITIES)))  # of these validation volumes
+    logits: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # of these validation volumes
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -207,7 +207,7 @@ def save_checkpoint(job: TrainingJob, state: TrainingState) -> None:
     file that the run began with."""
     run, trainable, progress = job.run, state.trainable, state.progress
     progress.seconds = time.perf_counter() - state.epoch_start
-    loss_sum, seen = run.ranks.all_reduce_sum(progress.loss_sum, progress.seen)
+    loss_sum, known = run.ranks.all_reduce_sum(progress.loss_sum, progress.known)
     rng_states = run.ranks.all_gather(rng_state(run.device))
     run.exchange_records()
     if run.ranks.is_main:
@@ -215,7 +215,7 @@ def save_checkpoint(job: TrainingJob, state: TrainingState) -> None:
             "format": FORMAT,
             "initial_encoder_digest": state.initial_encoder_digest,
             "sources": state.sources,
-            "progress": asdict(progress) | {"loss_sum": loss_sum, "seen": seen},
+            "progress": asdict(progress) | {"loss_sum": loss_sum, "known": known},
             "best": dict(vars(state.best)),
             "history": state.history,
             "unfrozen_for_epoch": trainable.epoch,
@@ -309,7 +309,7 @@ def restore(content: dict, job: TrainingJob, state: TrainingState) -> None:
         run.enable_checkpointing(job.model)
     run.failures, run.readings = content["failures"], content["readings"]
     if not run.ranks.is_main:  # the sums of the epoch in progress are those of all ranks
-        state.progress.loss_sum, state.progress.seen = 0.0, 0
+        state.progress.loss_sum, state.progress.known = 0.0, 0
 
 
 def _restore_split(volumes: dict[str, list[str]], job: TrainingJob) -> None:
@@ -344,5 +344,5 @@ def save_best(job: TrainingJob, best: BestEpoch) -> None:
         discard_card(folder)
         with swapped_in(model, tensors):
             model._save_pretrained(folder)
-        write_table(folder / "tuning_labels.csv", best.names, table, ids)
-        write_table(folder / "tuning_predictions.csv", best.names, best.logits.sigmoid().numpy(), ids)
+        for name, values in (("tuning_labels.csv", table), ("tuning_predictions.csv", best.logits.sigmoid().numpy())):
+            write_table(folder / name, best.names, values, ids, findings=model.labels)

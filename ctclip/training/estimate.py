@@ -36,7 +36,7 @@ from ctclip.memory import (
 from ctclip.training.checkpoint import KEEP
 from ctclip.training.optimization import TrainableParameters
 from ctclip.training.run import TrainingJob, prepare
-from ctclip.training.steps import CACHED_MICRO_BATCH, MicroBatch, accumulate_gradients
+from ctclip.training.steps import CACHED_MICRO_BATCH, MicroBatch, accumulate_gradients, known_labels
 
 MOST_VOLUMES, READING_SECONDS = 8, 15  # read so many, at least 2, and stop after so long
 LONG = 5  # seconds: what takes longer needs no warm-up
@@ -233,7 +233,7 @@ class Plan:
         micro_batch = MicroBatch(inputs, labels[:size].to(self.device), [], cached=True, last=True)
 
         def step() -> None:
-            accumulate_gradients(self.job, iter([micro_batch]), size)
+            accumulate_gradients(self.job, iter([micro_batch]), known_labels(micro_batch.labels))
             trainable.set_learning_rates(0.0)
             trainable.clip_and_step()
 
@@ -293,7 +293,7 @@ class Plan:
             volumes = torch.stack([reading.volume] * size).to(self.device)
             labels = torch.stack([reading.labels] * size).to(self.device)
             micro_batch = MicroBatch(volumes, labels, [reading.name], cached=False, last=True)
-            if accumulate_gradients(self.job, iter([micro_batch]), size).not_finite:
+            if accumulate_gradients(self.job, iter([micro_batch]), known_labels(micro_batch.labels)).not_finite:
                 raise TrainingError(f"{reading.name}: found a loss that is not finite, expected a number; see the scan")
 
         try:

@@ -122,7 +122,8 @@ def train_epoch(job: TrainingJob, state: TrainingState) -> float | None:
     a signal, saves and raises Interrupted.
     """
     run, trainable, progress = job.run, state.trainable, state.progress
-    batches = steps.shuffled_batches(job.train, run.config, progress.epoch)
+    batches, labels = steps.shuffled_batches(job.train, run.config, progress.epoch), job.train.labels
+    known = [steps.known_labels(labels[batch]) for batch in batches]
     micro_batches = None
     job.model.train()
     with tqdm(
@@ -135,7 +136,7 @@ def train_epoch(job: TrainingJob, state: TrainingState) -> float | None:
             snapshot = trainable.snapshot()
             trainable.set_learning_rates(progress.epoch + (progress.step + 0.5) / len(batches))
             try:
-                result = steps.accumulate_gradients(job, micro_batches, len(batches[progress.step]))
+                result = steps.accumulate_gradients(job, micro_batches, known[progress.step])
             except (RuntimeError, MemoryError) as error:
                 result = StepResult(out_of_memory=out_of_memory(error))
                 # The signal that stops this process may have ended a reading process as well.
@@ -170,7 +171,7 @@ def train_epoch(job: TrainingJob, state: TrainingState) -> float | None:
         run.stop.number = int(stopping)
         run.stop.check(f"saved after step {progress.step} of {len(batches)} of epoch {progress.epoch + 1}")
     run.ranks.broadcast(job.model.buffers())  # running statistics of slice backbones
-    loss_sum, seen = run.ranks.all_reduce_sum(progress.loss_sum, progress.seen)
+    loss_sum, seen = run.ranks.all_reduce_sum(progress.loss_sum, progress.known)
     if not seen and not progress.skipped:
         raise TrainingError("none of the training volumes could be read; see the lines above")
     return loss_sum / seen if seen else None
@@ -182,7 +183,7 @@ def count_step(job: TrainingJob, state: TrainingState, result: StepResult, finit
     run, progress = job.run, state.progress
     if finite:
         progress.loss_sum += result.loss_sum
-        progress.seen += result.seen
+        progress.known += result.known
         state.trained_volumes += result.seen
         progress.skipped_in_a_row, progress.skipped_names = 0, []
         return

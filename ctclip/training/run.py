@@ -35,6 +35,7 @@ from ctclip.config import (
 from ctclip.data.cohort import Cohort, Volume, load_cohort, split_by_patient
 from ctclip.data.ct_rate import FETCH_COMMAND, labels_path
 from ctclip.data.feature_cache import FeatureCache
+from ctclip.data.label_table import listed_findings
 from ctclip.data.loading import Batch, micro_batch_size, notes_of
 from ctclip.data.tables import CohortError
 from ctclip.distributed import Ranks
@@ -56,8 +57,10 @@ from ctclip_model import (
     ABNORMALITIES,
     CLASSFINE_PATH,
     DEMO_PATH,
+    UNKNOWN,
     CheckpointError,
     CTCLIPMultiAbnormalityModel,
+    Prompts,
     balanced_label_weights,
     create_loss,
     existing_weights,
@@ -368,16 +371,17 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
     if built_in and run.ranks.is_main:
         write_phantom_cohort(data_dir, config.train_volumes, config.valid_volumes)
     run.ranks.barrier()
-    cohort = load_cohort(data_dir, "train", limit=config.limit, patients=config.patients)
+    cohort = load_training_cohort(config, data_dir)
     check_patients(run, data_dir, cohort)
+    model = with_head_for(config, phantom, model, cohort.findings)
     model.to(run.device)
     check_voxels_available(config, data_dir, cohort.volumes)
     train, validation = (Split(side) for side in split_by_patient(cohort.volumes, config.tuning_fraction, config.seed))
     if config.mode == "quick_test":
         for split, count in zip((train, validation), QUICK_TEST_VOLUMES, strict=True):
             split.volumes = split.volumes[:count]
-    if len(train.labels.unique()) == 1:
-        every = f"{int(train.labels[0, 0])} for every finding of all {plural(len(train.volumes), 'training volume')}"
+    if len(values := train.labels[train.labels != UNKNOWN].unique()) == 1:
+        every = f"{int(values)} for every finding of all {plural(len(train.volumes), 'training volume')}"
         raise TrainingError(f"{data_dir}: found the label {every}, expected both 0 and 1; correct the label table")
     weights = balanced_label_weights(train.labels) if config.class_weights else None
     criterion = create_loss(config.loss_type, config.alpha, config.gamma, weights).to(run.device)
@@ -391,12 +395,32 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
     return TrainingJob(run, data_dir, phantom, cohort, train, validation, model, criterion)
 
 
+def load_training_cohort(config: TrainingConfig, data_dir: Path) -> Cohort:
+    """The cohort's training split, with the findings that the run trains."""
+    findings = listed_findings(config.findings)
+    return load_cohort(data_dir, "train", config.limit, config.patients, findings, config.minus_one_is_unknown)
+
+
+def with_head_for(
+    config: TrainingConfig, phantom: bool, model: CTCLIPMultiAbnormalityModel, findings: tuple[str, ...]
+) -> CTCLIPMultiAbnormalityModel:
+    """The model with a head for these findings: rows of the file's where it has them, new ones for the others; with
+    `--init-head prompts`, the zero-shot weights of their names."""
+    if findings == model.labels:
+        return model
+    if model.head_name == "prompts" or config.init_head == "prompts":
+        return build_model(config, phantom, findings)
+    model.select_labels(findings)
+    return model
+
+
 def check_patients(run: Run, data_dir: Path, cohort: Cohort) -> None:
     """Raises RunError where the run would train on patients of the cohort's unseen split, if it has one."""
     if not (data_dir / labels_path("valid")).is_file():
         return
     try:
-        unseen = load_cohort(data_dir, "valid", patients=run.config.patients)
+        unseen = load_cohort(data_dir, "valid", patients=run.config.patients, findings=cohort.findings,
+                             minus_one_is_unknown=run.config.minus_one_is_unknown)
     except CohortError as error:
         run.log(f"{UNSEEN_NOT_CHECKED}: {error}")
     else:
@@ -408,8 +432,8 @@ def label_notes(job: TrainingJob) -> list[str]:
     lines = []
     for split, kind, so in ((job.train, "training", "they cannot be learned"),
                             (job.validation, "validation", "their AUROC is undefined")):  # fmt: skip
-        if names := names_where(ABNORMALITIES, lacks_a_class(split.labels.numpy())):
-            which = f"{len(names)} of {len(ABNORMALITIES)} findings are all 0 or all 1"
+        if names := names_where(job.model.labels, lacks_a_class(split.labels.numpy())):
+            which = f"{len(names)} of {len(job.model.labels)} findings are all 0 or all 1"
             lines.append(f"{which} in the {len(split.volumes)} {kind} volumes; {so}: {', '.join(names)}")
     return lines
 
@@ -421,8 +445,11 @@ def check_places(run: Run) -> None:
         check_writable(run.config.cache_dir, "change --cache-dir")
 
 
-def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormalityModel:
-    """The model that `--model` names: CT-CLIP from its checkpoint, or a timm slice backbone.
+def build_model(
+    config: TrainingConfig, phantom: bool, findings: Sequence[str] = ABNORMALITIES
+) -> CTCLIPMultiAbnormalityModel:
+    """The model that `--model` names: CT-CLIP from its checkpoint, or a timm slice backbone. `findings` are those of a
+    prompt head; other heads have the 18.
 
     `--init-head prompts` starts the head as the zero-shot classifier, `new` leaves the file's head aside.
     """
@@ -431,7 +458,8 @@ def build_model(config: TrainingConfig, phantom: bool) -> CTCLIPMultiAbnormality
         head = "prompts" if config.init_head == "prompts" else config.head
         new = config.init_head == "new"
         try:
-            return CTCLIPMultiAbnormalityModel(path, head=head, dropout=config.dropout, new_head=new)
+            prompts = Prompts.from_names(findings) if head == "prompts" else None
+            return CTCLIPMultiAbnormalityModel(path, head=head, dropout=config.dropout, new_head=new, prompts=prompts)
         except FileNotFoundError as error:
             remedy = f"or name another file with --ctclip-path ({DEMO_PATH} tries the pipeline)"
             raise TrainingError(f"{error}; {remedy}") from error

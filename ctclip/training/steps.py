@@ -21,7 +21,7 @@ from ctclip.evaluation.metrics import auroc_difference, compute_metrics
 from ctclip.inference.predictor import chunks, predict_volumes
 from ctclip.memory import out_of_memory
 from ctclip.training.run import SPLIT_NAMES, Run, Split, TrainingJob
-from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
+from ctclip_model import UNKNOWN, CTCLIPMultiAbnormalityModel
 
 CACHED_CHUNK = 64  # volumes whose cached features are in memory at once
 CACHED_MICRO_BATCH = 32  # times as many volumes: cached features take less than this fraction of an encoder's memory
@@ -104,10 +104,11 @@ class MicroBatch(NamedTuple):
 
 @dataclass
 class StepResult:
-    """What a rank saw in one step: the sum of its losses, of how many volumes, and the volumes whose loss is not
-    finite."""
+    """What a rank saw in one step: the sum of its losses, of how many known labels of how many volumes, and the volumes
+    whose loss is not finite."""
 
     loss_sum: float = 0.0
+    known: int = 0
     seen: int = 0
     not_finite: list[str] = field(default_factory=list)
     out_of_memory: bool = False
@@ -153,8 +154,12 @@ def read_micro_batches(job: TrainingJob, batches: Sequence[list[int]], epoch: in
         yield MicroBatch(volumes, labels, names, False, is_last)
 
 
-def accumulate_gradients(job: TrainingJob, micro_batches: Iterator[MicroBatch], batch_size: int) -> StepResult:
-    """Adds up this rank's gradients of one step, of `batch_size` volumes over all ranks."""
+def known_labels(labels: Tensor) -> int:
+    return int((labels != UNKNOWN).sum())
+
+
+def accumulate_gradients(job: TrainingJob, micro_batches: Iterator[MicroBatch], known: int) -> StepResult:
+    """Adds up this rank's gradients of one step, of volumes with `known` labels over all ranks."""
     run, result = job.run, StepResult()
     for inputs, labels, names, cached, last in micro_batches:
         if len(labels):
@@ -167,9 +172,10 @@ def accumulate_gradients(job: TrainingJob, micro_batches: Iterator[MicroBatch], 
             value = loss.item()
             if math.isfinite(value):
                 # Gradients are averaged over ranks, and each rank only has its share of the step.
-                share = len(labels) / batch_size * run.ranks.world
-                run.scaler.scale(loss * share).backward()
-                result.loss_sum += value * len(labels)
+                own = known_labels(labels)
+                run.scaler.scale(loss * (own / known * run.ranks.world)).backward()
+                result.loss_sum += value * own
+                result.known += own
                 result.seen += len(labels)
             else:
                 finite = logits.isfinite().all(1).tolist()
@@ -213,7 +219,7 @@ def predict_validation(job: TrainingJob, indices: list[int]) -> dict[int, Tensor
         run.record("tuning", volumes, batch)
         run.stop.check("the epoch's steps are saved")
 
-    read, logits = mine, torch.zeros(0, len(ABNORMALITIES))
+    read, logits = mine, torch.zeros(0, len(model.labels))
     if mine and split.rows is not None:
         inputs = (frozen_inputs(run, model, split, chunk) for chunk in chunks(mine, CACHED_CHUNK))
         logits = torch.cat([model.head(chunk).float().cpu() for chunk in inputs])

@@ -13,6 +13,7 @@ from helpers_data import HEADER, META_HEADER, A, B, C, label_line, meta_line, ta
 from ctclip.data.cohort import load_cohort, read_metadata
 from ctclip.data.ct_rate import labels_path, metadata_path, no_chest_path, volume_path
 from ctclip.data.tables import CohortError
+from ctclip_model import UNKNOWN
 
 
 def names(cohort):
@@ -52,7 +53,6 @@ def test_columns_are_matched_by_name(data_dir):
     ("path", "column"),
     [
         (labels_path("valid"), "VolumeName"),
-        (labels_path("valid"), "Cardiomegaly"),
         (metadata_path("valid"), "VolumeName"),
         (metadata_path("valid"), "ZSpacing"),
     ],
@@ -95,7 +95,7 @@ def test_bad_rows_are_skipped_with_their_reason(data_dir):
     bad(10, "contradictory label rows", good, label_line("NAME", (3,)))
     bad(11, "labels other than 0 and 1", good.replace("0,0", "0,0.5", 1))
     bad(12, "labels other than 0 and 1", good.replace("0,0", "0,yes", 1))
-    bad(13, "labels other than 0 and 1", good.replace("0,0", "0,", 1))
+    bad(13, "labels other than 0 and 1", good.replace("0,0", "0,-1", 1))
     bad(14, "labels other than 0 and 1", "NAME,1")
     bad(15, "no label row", meta=meta_line("NAME"))
     needed = "(needed by a version-1 file)"
@@ -162,6 +162,28 @@ def test_metadata_rows_for_subgroups(tmp_path):
     with pytest.raises(CohortError, match="found none of PatientSex.*expected at least one") as error:
         read_metadata(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_finding_that_is_mistyped_is_named(data_dir):
+    path = data_dir / labels_path("valid")
+    path.write_text(path.read_text().replace("Cardiomegaly", "Cardiomegalie", 1))
+    with pytest.raises(CohortError, match="found column 'Cardiomegalie', expected 'Cardiomegaly'"):
+        load_cohort(data_dir, "valid")
+
+
+def test_findings_are_the_label_table_s_and_empty_cells_unknown(data_dir):
+    header = "VolumeName,Rib fracture,Emphysema,Comment"
+    rows = [header, f"{A},1,,x", f"{B},,0,y", f"{C},,,z", "valid_9_a_1.nii.gz,-1,0,"]
+    metadata = [META_HEADER, *map(meta_line, (A, B, C))]
+    cohort = load_cohort(tables(data_dir, rows, metadata), "valid")
+    assert cohort.findings == ("Emphysema",)  # the other column has a cell that is no label
+    cohort = load_cohort(data_dir, "valid", findings=["Rib fracture", "Emphysema"])
+    assert [volume.labels.tolist() for volume in cohort.volumes] == [[1, UNKNOWN], [UNKNOWN, 0]]
+    assert cohort.skipped == [(C, "no known label")]
+    summary = cohort.summary()
+    assert "findings: 2 (Rib fracture, Emphysema)" in summary and "not used: 'Comment' of" in summary
+    assert "unknown labels: 2 of 4, left out of loss and metrics" in summary
+    assert load_cohort(data_dir, "valid", minus_one_is_unknown=True).findings == ("Emphysema", "Rib fracture")
 
 
 def test_rows_that_can_be_no_volume_are_said(data_dir):
