@@ -2027,7 +2027,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
     def select_labels(self, labels: Sequence[str]) -> list[str]:
         """The head for these labels, in their order: as it is for those that the model has, its logits exactly 0 for
         the others, which are returned. Make the optimizer after it. A prompt head has those of its prompts only."""
-        old, had = self.classifier.state_dict(), list(self.labels)
+        old, had, report = self.classifier.state_dict(), list(self.labels), self.load_report
         new = [name for name in labels if name not in had]
         if new and self.head_name == "prompts":
             raise ValueError(f"found no prompt for {', '.join(new)}, expected labels of the prompts; make the head of "
@@ -2040,9 +2040,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             else:
                 for i, j in rows:
                     value[i] = old[name][j]
-        if self.load_report is not None and rows:
-            kept = f"{len(rows)} of {len(labels)} labels from the file" if new else "of these labels, from the file"
-            self.load_report = replace(self.load_report, head=f"{self.head_name}, {kept}")
+        if report is not None and rows and not report.head.endswith("new"):
+            self.load_report = replace(report, head=f"{report.head}: {len(rows)} of {len(labels)} labels")
         return new
 
     def forward_features(self, x: Tensor) -> Tensor:
