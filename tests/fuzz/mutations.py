@@ -27,6 +27,7 @@ from pydicom import dcmread
 from pydicom.uid import RLELossless
 from safetensors.torch import save_file
 
+from ctclip.evaluation.calibration import Calibration
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 
 SPACING = (8.0, 8.0, 12.0)
@@ -285,7 +286,9 @@ OTHER_CONTENT: dict[str, Callable[[bytes], bytes]] = {
 
 ODD_VALUES: tuple[Any, ...] = (None, True, -1, 0, 1e999, float("nan"), 10**400, "", "x", "1_0", [], {}, [1], {"a": 1},
                                "x" * 5000, 10**6, [[[]]])  # fmt: skip
-PER_LABEL = {"slope": 1.2, "intercept": -0.3, "shift": 0.0, "threshold": 0.4}
+COLUMNS = [np.full(len(ABNORMALITIES), value) for value in (1.2, -0.3, 0.0, 0.4)]
+CALIBRATION = Calibration(ABNORMALITIES, "platt", *COLUMNS, 0.4, "prevalence", {"platt": 0.4}, 8, 4,
+                          prevalence={"Emphysema": 0.2}).content()  # fmt: skip
 LINE = {"epoch": 1, "stage": "frozen", "open_layers": 0, "train_loss": 0.5, "tuning_loss": 0.6, "best": True,
         "tuning_auroc_macro": 0.7, "positive_rate": 0.2, "label_rate": 0.2, "learning_rate": 1e-3, "skipped_steps": 0,
         "seconds": 2.5}  # fmt: skip
@@ -306,10 +309,7 @@ def run_files(folder: Path, rng: np.random.Generator) -> tuple[Path, str]:
     """A run's folder with one of its JSON files edited."""
     for name, content in saved_model().items():
         (folder / name).write_bytes(content)
-    calibration = {"method": "platt", "per_label": {name: dict(PER_LABEL) for name in ABNORMALITIES},
-                   "global_threshold": 0.4, "objective": "prevalence", "cross_validated_log_loss": {"platt": 0.4},
-                   "unit": "volume", "n_rows": 8, "n_patients": 4}  # fmt: skip
-    (folder / "calibration.json").write_text(json.dumps(calibration))
+    (folder / "calibration.json").write_text(json.dumps(CALIBRATION))
     (folder / "run.json").write_text(json.dumps(RECORD))
     (folder / "log.jsonl").write_text("".join(json.dumps(LINE | {"epoch": epoch}) + "\n" for epoch in (1, 2, 3)))
     victim = folder / str(rng.choice(["calibration.json", "run.json", "log.jsonl", "config.json"]))
