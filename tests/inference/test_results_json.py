@@ -331,3 +331,18 @@ def test_an_ensemble_writes_one_and_its_folder_the_same_from_new_tables(tables):
     assert len(found) == 47 and found.items() <= answers("r.json").items()
     metrics = json.loads(Path("out/metrics.json").read_text())
     assert (np.array([*found.values()]) >= 0.5).mean() == pytest.approx(metrics["tuned"]["positive_rate"], abs=1e-12)
+
+
+def test_an_evaluation_of_a_run_writes_its_unseen_split(run, monkeypatch, capsys):
+    monkeypatch.setattr(command, "write_pictures", lambda *args: None)
+    p, y = simulate(12, 2)
+    write_table(run / "predictions.csv", p.index, p.to_numpy())
+    write_table(run / "labels.csv", p.index, y.to_numpy().astype(int))
+    made("r.json", "--checkpoint", "run", "--resamples", "100", "--prevalence", "ct-rate")
+    assert "Wrote r.json: 24 scans; tuned thresholds (prevalence) lie at 0.5" in capsys.readouterr().out
+    found = answers("r.json")
+    assert list(found) == [name.removesuffix(".nii.gz") for name in p.index]
+    thresholds = load_calibration(run / "calibration.json").thresholds
+    assert np.array_equal(np.array([*found.values()]) >= 0.5, p.to_numpy() >= thresholds)
+    check = made("s.json", "--apply", "run", "--predictions", run / "predictions.csv")
+    assert answers(check) == found, "the stored calibration keeps the prevalence"
