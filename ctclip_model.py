@@ -2018,7 +2018,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         if not names:
             raise ValueError("found no class, expected at least one; features without a head are features(x)")
         old = next(self.classifier.parameters())
-        self.classifier, self.labels = self._new_head(len(names)).to(old.device, old.dtype), names
+        self.classifier = self._new_head(len(names)).to(old.device, old.dtype).train(self.training)
+        self.labels = names
         self._hub_mixin_config["labels"] = list(names)
         if self.load_report is not None:
             self.load_report = replace(self.load_report, head=f"{self.head_name}, new")

@@ -1,5 +1,6 @@
 """Slice backbones: pooling by a learned query per label, against its definition written out token by token; class
-tokens against timm's own; what a cache keeps, what is saved, exported and drawn. Small timm networks, random weights."""
+tokens against timm's own; what a cache keeps, what is saved, exported and drawn. Small timm networks.
+"""
 
 import math
 
