@@ -1653,14 +1653,33 @@ class SliceBackbone(nn.Module):
         return as_tokens(self.map_of(features), kind)
 
 
-def slice_triplets(volume: Tensor, count: int) -> Tensor:
-    """(B, 1, D, H, W) -> (B, S, 3, H, W): `count` evenly spaced slices, each between its two neighbours."""
+def slice_triplets(volume: Tensor, count: int, chosen: Tensor | None = None) -> Tensor:
+    """(B, 1, D, H, W) -> (B, S, 3, H, W): `count` evenly spaced slices, each between its two neighbours; of these those
+    that are `chosen`, (B, N) -> (B, N, 3, H, W)."""
     depth = volume.shape[2]
     if depth < 3:
         raise ValueError(f"a volume of {depth} slices has no three adjacent ones; expected (B, 1, D, H, W) with D >= 3")
     centres = ((torch.arange(count) + 0.5) * depth / count).long().clamp(1, depth - 2)
-    index = (centres[:, None] + torch.tensor([-1, 0, 1])).to(volume.device)
-    return volume[:, 0, index]
+    neighbours = torch.tensor([-1, 0, 1])
+    if chosen is None:
+        return volume[:, 0, (centres[:, None] + neighbours).to(volume.device)]
+    index = (centres[chosen][..., None] + neighbours).to(volume.device)  # (B, N, 3)
+    return volume[torch.arange(len(volume), device=volume.device)[:, None, None], 0, index]
+
+
+def random_slices(batch: int, count: int, most: int) -> Tensor:
+    """(B, N) numbers of slices below `count`, ascending: for each volume a random one from each of N = `most` equal
+    parts, so that a head's position terms, interpolated to N, hold to within a part."""
+    drawn = (torch.arange(most) + torch.rand(batch, most)) * count / most
+    return drawn.long().clamp(max=count - 1)
+
+
+def _forward_on_meta(net: Any, size: tuple[int, int]) -> None:
+    """A forward pass without numbers, for its hooks."""
+    state = {name: value.to("meta") for name, value in (*net.named_parameters(), *net.named_buffers())}
+    x = torch.zeros(1, net.pretrained_cfg["input_size"][0], *size, device="meta")
+    with torch.no_grad():
+        torch.func.functional_call(net, state, x)
 
 
 def _pool(maps: Tensor) -> Tensor:
@@ -1671,6 +1690,79 @@ def _pool(maps: Tensor) -> Tensor:
 def as_tokens(maps: Tensor, kind: str) -> Tensor:
     """(..., C, h, w) -> (..., h, w, C), or of kind "slice" their mean (..., 1, 1, C)."""
     return (maps.mean((-2, -1), keepdim=True) if kind == "slice" else maps).movedim(-3, -1)
+
+
+# -- Adapters ----------------------------------------------------------------------------------------------------------
+
+LORA_TARGETS = ("attn.qkv", "attn.proj", "patch_embed.proj")  # ends of the names of a vision transformer's layers
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with a low-rank change (Hu et al. 2021): W x + b + alpha / rank * B A dropout(x). B starts at 0,
+    so that at the start nothing has changed; W and b keep their names."""
+
+    lora_a: nn.Parameter  # (rank, inputs)
+    lora_b: nn.Parameter  # (outputs, rank)
+    lora_dropout: nn.Dropout
+    lora_scale: float
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        _adapt(self, base, rank, alpha, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(self.lora_dropout(x), self.lora_a)
+        return super().forward(x) + self.lora_scale * F.linear(low, self.lora_b)
+
+    def merged(self) -> nn.Linear:
+        return _merged(self, nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"))
+
+
+class LoRAConv2d(nn.Conv2d):
+    """LoRALinear for a convolution, such as a patch embedding: A has the kernel, B mixes channels."""
+
+    lora_a: nn.Parameter  # (rank, inputs, h, w)
+    lora_b: nn.Parameter  # (outputs, rank)
+    lora_dropout: nn.Dropout
+    lora_scale: float
+
+    def __init__(self, base: nn.Conv2d, rank: int, alpha: float, dropout: float):
+        super().__init__(**_of_convolution(base))
+        _adapt(self, base, rank, alpha, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = self._conv_forward(self.lora_dropout(x), self.lora_a, None)
+        return super().forward(x) + self.lora_scale * F.conv2d(low, self.lora_b[:, :, None, None])
+
+    def merged(self) -> nn.Conv2d:
+        return _merged(self, nn.Conv2d(**_of_convolution(self)))
+
+
+ADAPTED: dict[type, Any] = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
+
+
+def _of_convolution(layer: nn.Conv2d) -> dict[str, Any]:
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
+    return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None, "device": "meta"}
+
+
+def _adapt(layer: Any, base: Any, rank: int, alpha: float, dropout: float) -> None:
+    layer.weight, layer.bias = base.weight, base.bias
+    layer.lora_a = nn.Parameter(base.weight.new_empty(rank, *base.weight.shape[1:]))
+    layer.lora_b = nn.Parameter(base.weight.new_zeros(len(base.weight), rank))
+    nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))
+    layer.lora_dropout, layer.lora_scale = nn.Dropout(dropout), alpha / rank
+
+
+@torch.no_grad()
+def merged_weight(layer: Any) -> Tensor:
+    """W + alpha / rank * B A"""
+    return layer.weight + layer.lora_scale * (layer.lora_b @ layer.lora_a.flatten(1)).view_as(layer.weight)
+
+
+def _merged(layer: Any, plain: Any) -> Any:
+    plain.weight, plain.bias = nn.Parameter(merged_weight(layer), layer.weight.requires_grad), layer.bias
+    return plain.train(layer.training)
 
 
 # -- The model ---------------------------------------------------------------------------------------------------------
@@ -1889,6 +1981,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         if type(n_slices) is not int or n_slices < 1:
             raise ValueError(f"n_slices is {n_slices!r}, expected a whole number of at least 1")
         self.n_slices = n_slices
+        self.train_slices: int | None = None  # in training mode, so many random ones of each volume (random_slices)
         self.backbone = SliceBackbone(backbone, pretrained and weights is None)
         if weights is not None:
             self.load_report = load_backbone(self.backbone.net, backbone, Path(weights))
@@ -1924,16 +2017,19 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
     def encoder_state(self) -> dict[str, Tensor]:
         """Every tensor that `encode_for_cache` depends on, by name; a cache of its output is keyed by these."""
         encoder = f"{self.backbone_modules[0]}."
-        state = {key: value for key, value in self.state_dict().items() if key.startswith(encoder)}
+        state = {key: value for key, value in self.merged_state().items() if key.startswith(encoder)}
         if self.is_ctclip:
             return state
         fixed = {"mean": self.backbone.mean, "std": self.backbone.std, "n_slices": torch.tensor(self.n_slices)}
+        if self.cache_format == "tokens":
+            fixed["patches"] = torch.tensor(self.tokens == "patch")
         return state | {f"backbone.{key}": value for key, value in fixed.items()}
 
     def layers(self) -> list[list[str]]:
         """Names of the backbone's parameters in layers, from input to output; each name once.
 
-        timm's grouping. CT-CLIP: patch embedding and spatial bias, each spatial layer, each temporal layer.
+        timm's grouping. CT-CLIP: patch embedding and spatial bias, each spatial layer, each temporal layer. Adapters
+        are the last layer, so that `unfreeze_backbone(1)` trains these alone.
         """
         from timm.models import group_parameters
 
@@ -1943,7 +2039,9 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             # What no pattern matches (a last norm; parts of timm's own classifier, unused here) joins the last layer.
             matcher = matcher | {"rest": [(".", (99999,))]}
         groups = group_parameters(body, matcher).values()
-        layers = [[f"{self.layered_module}.{name}" for name in names] for names in groups]
+        layers = [[f"{self.layered_module}.{name}" for name in names if ".lora_" not in name] for names in groups]
+        if adapters := [name for name, _ in self.named_parameters() if ".lora_" in name]:
+            layers.append(adapters)
         if "to_visual_latent" in self.backbone_modules:
             layers[-1].append("to_visual_latent.weight")
         return layers
@@ -1954,6 +2052,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         backbone_lr: float = 3e-5,
         layer_decay: float = 0.8,
         weight_decay: float = 0.01,
+        adapter_lr: float = 5e-4,
     ) -> list[dict[str, Any]]:
         """Groups for an optimizer of your own, such as torch.optim.AdamW: the head, then the backbone's layers from the
         output to the input. All are in it from the start, so that one optimizer serves before and after
@@ -1965,6 +2064,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
                 a slice backbone.
             backbone_lr: rate of the layer nearest to the output; each layer below has `layer_decay` times the rate of
                 the one above.
+            adapter_lr: rate of adapters (`add_lora`), which are layer 1; the backbone's own layers follow.
             weight_decay: of matrices; vectors (biases, norms, scales) get none.
         """
         if head_lr is None:
@@ -1972,7 +2072,10 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         parameters = dict(self.named_parameters())
         head = [name for name in parameters if name.startswith(HEAD_PREFIXES)]
         rates = [(head, head_lr)]
-        rates += [(names, backbone_lr * layer_decay**below) for below, names in enumerate(reversed(self.layers()))]
+        layers = self.layers()
+        if self.adapters():
+            rates.append((layers.pop(), adapter_lr))
+        rates += [(names, backbone_lr * layer_decay**below) for below, names in enumerate(reversed(layers))]
         groups = []
         for layer, (names, rate) in enumerate(rates):
             for decay, is_matrix in ((weight_decay, True), (0.0, False)):
@@ -2120,6 +2223,61 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
                     module.eval()
         return self
 
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    def add_lora(
+        self, rank: int = 8, alpha: float = 16.0, dropout: float = 0.1, targets: Sequence[str] = LORA_TARGETS
+    ) -> None:
+        """Adapters (LoRALinear) on a slice backbone's layers whose names end in `targets`; trained are these and the
+        head, everything else is frozen. Outputs are the same until they are trained; a saved model has them merged.
+
+        Raises ValueError where a target names no linear layer or convolution, as in convolutional networks, or the
+        backbone does not call such a layer (BEiT reads the weights of its own), and for CT-CLIP.
+        """
+        if self.is_ctclip:
+            raise ValueError("LoRA is for slice backbones (ctclip_path=None), not for CT-CLIP; use unfreeze_backbone()")
+        if self.adapters():
+            raise ValueError("found adapters already, expected none; merge_lora() merges them into the weights")
+        net, name = self.backbone.net, self._hub_mixin_config["backbone"]
+        layers = {
+            place: layer for place, layer in net.named_modules()
+            if type(layer) in ADAPTED and getattr(layer, "groups", 1) == 1
+            and f".{place}".endswith(tuple(f".{target}" for target in targets))
+        }  # fmt: skip
+        missing = [target for target in targets if not any(f".{place}".endswith(f".{target}") for place in layers)]
+        if missing or not layers:
+            expected = "expected a vision transformer's; name others (--lora-targets, targets=), or unfreeze layers"
+            raise ValueError(f"found no layer {' and no '.join(missing)} in '{name}', {expected}")
+        called: set[str] = set()
+        for place, layer in layers.items():
+            adapter = ADAPTED[type(layer)](layer, rank, alpha, dropout).train(layer.training)
+            adapter.register_forward_hook(lambda *_, place=place: called.add(place))
+            net.set_submodule(place, adapter)
+        _forward_on_meta(net, self.input_shape[1:] if self.backbone.size is None else (self.backbone.size,) * 2)
+        for place in layers:
+            net.get_submodule(place)._forward_hooks.clear()
+        if idle := [place for place in layers if place not in called]:
+            self.merge_lora()
+            raise ValueError(f"'{name}' does not call {_first_five(idle)}, expected layers that it calls; name others "
+                             "(--lora-targets, targets=), or unfreeze layers")  # fmt: skip
+        self.unfreeze_backbone(1)
+
+    def adapters(self) -> dict[str, Any]:
+        return {name: layer for name, layer in self.named_modules() if isinstance(layer, (LoRALinear, LoRAConv2d))}
+
+    def merge_lora(self) -> None:
+        """Adds the adapters to the weights that they change and removes them; outputs are equal but for rounding."""
+        for name, layer in self.adapters().items():
+            self.set_submodule(name, layer.merged())
+
+    def merged_state(self) -> dict[str, Tensor]:
+        """`state_dict` as after `merge_lora`."""
+        state: dict[str, Tensor] = self.state_dict()
+        for name, layer in self.adapters().items():
+            state[f"{name}.weight"] = merged_weight(layer)
+            del state[f"{name}.lora_a"], state[f"{name}.lora_b"]
+        return state
+
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Unfrozen training in less memory: activations inside a layer are recomputed in the backward pass, which takes
         a third more time.
@@ -2164,7 +2322,10 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         return quantizer(tokens) if tokens.requires_grad else quantizer.code_ids(tokens)
 
     def _slice_features(self, x: Tensor) -> Tensor:
-        slices = slice_triplets(x, self.n_slices) if self._is_volume(x) else x[:, None]  # (B, S, 3, H, W)
+        chosen = None
+        if self._is_volume(x) and self.training and self.train_slices:
+            chosen = random_slices(len(x), self.n_slices, self.train_slices)
+        slices = slice_triplets(x, self.n_slices, chosen) if self._is_volume(x) else x[:, None]  # (B, S, 3, H, W)
         flat, by_volume = slices.flatten(0, 1), slices.shape[:2]
         if self.cache_format == "tokens":
             return self.backbone.tokens(flat, self.tokens).unflatten(0, by_volume)  # (B, S, h, w, C)
@@ -2270,7 +2431,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with _replacing(folder / SAVED_WEIGHTS) as path:
-            tensors = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
+            tensors = {key: value.detach().contiguous() for key, value in self.merged_state().items()}
             save_file(tensors, path, metadata={"format": "pt"})
         with _replacing(folder / "config.json") as path:
             path.write_text(json.dumps(self._hub_mixin_config | {"derived_from": self.derived_from}, indent=2))
@@ -2386,9 +2547,9 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         return model.to(map_location).eval()
 
 
-def has_tensors_of(model: nn.Module, file: Path) -> bool:
+def has_tensors_of(model: CTCLIPMultiAbnormalityModel, file: Path) -> bool:
     """Whether a .safetensors file holds the model's tensors, to the bit."""
-    state = model.state_dict()
+    state = model.merged_state()
     try:
         with safe_open(file, framework="pt") as saved:
             return set(saved.keys()) == set(state) and all(

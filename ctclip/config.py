@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -94,6 +95,19 @@ class TrainingConfig:
     epochs: int = _flag(22, "optimization", "passes over the training volumes, frozen and unfrozen")
     freeze_epochs: int = _flag(20, "optimization", "first epochs, with a frozen backbone (fast: features are cached)")
     freeze_backbone: bool = _flag(False, "optimization", "keep the backbone frozen in every epoch")
+    adapt: str | None = _flag(
+        None, "optimization", "what of the backbone is trained after the frozen epochs, all at once; none: nothing, as "
+        "--freeze-backbone; lora: low-rank adapters of a vision transformer, its own weights stay; last:N: the last N "
+        "layers; full: all (default: more layers with each epoch, --unfreeze-layers)", metavar="none|lora|last:N|full")
+    lora_rank: int = _flag(8, "optimization", "LoRA: rank of the adapters")
+    lora_alpha: float = _flag(16.0, "optimization", "LoRA: alpha; adapters are scaled by alpha / rank")
+    lora_dropout: float = _flag(0.1, "optimization", "LoRA: dropout rate of what the adapters take")
+    lora_targets: str = _flag(
+        "attn.qkv,attn.proj,patch_embed.proj", "optimization", "LoRA: ends of the names of layers that get adapters",
+        metavar="NAMES")
+    train_slices: int | None = _flag(
+        None, "optimization", "slice backbone that encodes volumes in training: N random slices of each per step, one "
+        "from each of N equal parts (default: all); validation takes all")
     unfreeze_layers: int = _flag(
         2, "optimization", "layers unfrozen with each epoch after the frozen ones, from the output down; more take "
         "more memory and time; 0: all at once")
@@ -105,6 +119,7 @@ class TrainingConfig:
         None, "optimization", "peak learning rate of the head (default "
         f"{', '.join(f'{rate:g} for {kind}' for kind, rate in HEAD_LEARNING_RATE.items())})")
     backbone_learning_rate: float = _flag(3e-5, "optimization", "peak learning rate of the layer nearest to the output")
+    adapter_learning_rate: float = _flag(5e-4, "optimization", "peak learning rate of adapters (--adapt lora)")
     layer_decay: float = _flag(0.8, "optimization", "factor on the learning rate per layer further from the output")
     weight_decay: float = _flag(0.01, "optimization", "AdamW's weight decay, on matrices only (not norms and biases)")
     warmup_fraction: float = _flag(0.05, "optimization", "share of the epochs with rising rates, before a cosine to 0")
@@ -128,12 +143,19 @@ class TrainingConfig:
 
     @property
     def frozen_epochs(self) -> int:
-        return self.epochs if self.freeze_backbone else min(self.freeze_epochs, self.epochs)
+        return self.epochs if self.stays_frozen else min(self.freeze_epochs, self.epochs)
+
+    @property
+    def stays_frozen(self) -> bool:
+        return self.freeze_backbone or self.adapt == "none"
 
     def unfrozen_layers(self, epoch: int, layers: int) -> int:
-        """How many of the backbone's layers, counted from the output, are trained in this epoch."""
+        """How many of the backbone's layers, counted from the output, are trained in this epoch; adapters are the last
+        layer."""
         if epoch < self.frozen_epochs:
             return 0
+        if self.adapt is not None:
+            return {"lora": 1, "full": layers}.get(self.adapt) or min(layers, int(self.adapt.removeprefix("last:")))
         return min(layers, self.unfreeze_layers * (epoch - self.frozen_epochs + 1)) if self.unfreeze_layers else layers
 
     def check(self) -> None:
@@ -141,12 +163,19 @@ class TrainingConfig:
         bounds = {
             "epochs": (self.epochs >= 1, "at least 1"),
             "freeze_epochs": (self.freeze_epochs >= 0, "at least 0"),
+            "adapt": (re.fullmatch("none|lora|last:0*[1-9][0-9]{0,5}|full", self.adapt or "none") is not None,
+                      "none, lora, last:N or full, such as last:2"),
+            "lora_rank": (self.lora_rank >= 1, "at least 1"),
+            "lora_alpha": (0 < self.lora_alpha < math.inf, "above 0, and finite"),
+            "lora_dropout": (0 <= self.lora_dropout < 1, "at least 0 and below 1"),
+            "train_slices": (self.train_slices is None or self.train_slices >= 1, "at least 1"),
             "unfreeze_layers": (self.unfreeze_layers >= 0, "at least 0 (0: all layers at once)"),
             "patience": (self.patience >= 1, "at least 1"),
             "batch_size": (1 <= self.batch_size < 2**31, "at least 1 and below 2^31"),
             "dropout": (0 <= self.dropout < 1, "at least 0 and below 1"),
             "learning_rate": (0 < self.head_learning_rate < math.inf, "above 0, and finite"),
             "backbone_learning_rate": (0 <= self.backbone_learning_rate < math.inf, "at least 0, and finite"),
+            "adapter_learning_rate": (0 <= self.adapter_learning_rate < math.inf, "at least 0, and finite"),
             "layer_decay": (0 < self.layer_decay <= 1, "above 0 and at most 1"),
             "ema_decay": (0 <= self.ema_decay < 1, "at least 0 (off) and below 1"),
             "tuning_fraction": (0 < self.tuning_fraction < 1, "between 0 and 1"),
@@ -165,6 +194,12 @@ class TrainingConfig:
         for name, (good, expected) in bounds.items():
             if not good:
                 raise TrainingError(f"{flag_of(name)} is {getattr(self, name)}, expected {expected}")
+        if self.freeze_backbone and self.adapt is not None:
+            raise TrainingError(f"found --freeze-backbone and --adapt {self.adapt}, expected one of them, because each "
+                                "says what of the backbone is trained; leave one out")
+        if self.adapt == "lora" and self.model == "ctclip":
+            raise TrainingError("found --adapt lora with --model ctclip, expected a vision transformer (--model "
+                                "vit_...); take --adapt last:N or full")
         of_model = ("ctclip_path", "head", "tokens", "init_head", "use_attention", "backbone_weights")
         changed = [name for name in of_model if getattr(self, name) != getattr(TrainingConfig, name)]
         refuse_unused([flag_of(name) for name in changed], training_flag_uses(self))
@@ -236,6 +271,7 @@ def flag_of(name: str) -> str:
 def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
     """Flag -> (what it goes with, whether `config` has that), for `refuse_unused`. All other flags always count."""
     is_ctclip, is_linear = config.model == "ctclip", config.head == "linear"
+    unfrozen = config.frozen_epochs < config.epochs
     flags = {
         ("the built-in cohort (no --data-dir)", config.data_dir is None): ("--train-volumes", "--valid-volumes"),
         ("a cohort of your own (--data-dir)", config.data_dir is not None): (
@@ -250,9 +286,18 @@ def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
             "--no-pretrained",
         ),
         ("frozen epochs (--freeze-epochs above 0)", config.frozen_epochs > 0): ("--cache-dir",),
-        ("a backbone that is unfrozen later (no --freeze-backbone)", not config.freeze_backbone): ("--freeze-epochs",),
-        ("unfrozen epochs (--epochs above --freeze-epochs)", config.frozen_epochs < config.epochs): (
-            "--unfreeze-layers", "--patience", "--backbone-learning-rate", "--layer-decay", "--gradient-checkpointing",
+        ("a backbone that is unfrozen later (no --freeze-backbone)", not config.stays_frozen): ("--freeze-epochs",),
+        ("unfrozen epochs (--epochs above --freeze-epochs)", unfrozen): ("--patience", "--gradient-checkpointing"),
+        ("unfrozen epochs, or as none,", unfrozen or config.stays_frozen): ("--adapt",),
+        ("unfrozen epochs without --adapt", unfrozen and config.adapt is None): ("--unfreeze-layers",),
+        ("unfrozen epochs of the backbone's own layers (no --adapt lora)", unfrozen and config.adapt != "lora"): (
+            "--backbone-learning-rate", "--layer-decay",
+        ),
+        ("--adapt lora", config.adapt == "lora"): (
+            "--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--adapter-learning-rate",
+        ),
+        ("a slice backbone with unfrozen epochs or --augment", not is_ctclip and (unfrozen or config.augment)): (
+            "--train-slices",
         ),
         ("--loss-type focal", config.loss_type == "focal"): ("--alpha", "--gamma"),
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """Slice backbones: pooling by a learned query per label, against its definition written out token by token; class
-tokens against timm's own; what a cache keeps, what is saved, exported and drawn. Small timm networks.
-"""
+tokens against timm's own; adapters against the merged weights; what a cache keeps and what is saved. Small timm
+networks with random weights."""
 
 import math
 
@@ -128,7 +128,6 @@ def test_a_cache_keeps_tokens_in_half_precision(tokens, per_volume):
     stored = model.encode_for_cache(x).half()
     assert stored.shape[1:] == shape
     torch.testing.assert_close(model.head(model.features_from_cache(stored.float())), model(x), rtol=0, atol=2e-3)
-    assert encoder_digest(model) == encoder_digest(model_of(CONV, head="linear"))  # kinds have folders of their own
 
 
 # -- saving, layers, gradients, export, heat maps --------------------------------------------------------------------
@@ -190,3 +189,157 @@ def test_a_query_finds_a_slice_that_the_mean_drowns():
         positive, negative = logits[labels[300:] > 0], logits[labels[300:] == 0]
         area[name] = (positive[:, None] > negative).float().mean().item()
     assert area["query"] > 0.95 and area["mean"] < area["query"] - 0.05, area
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+def adapted(backbone: str = VIT, spread: float = 0.1, **options) -> CTCLIPMultiAbnormalityModel:
+    model = model_of(backbone)
+    model.add_lora(4, 8, **options)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for layer in model.adapters().values():
+            layer.lora_b.normal_(std=spread) if spread else None
+    return model.eval()
+
+
+@pytest.mark.parametrize("backbone", [VIT, "swin_tiny_patch4_window7_224"])
+@torch.no_grad()
+def test_adapters_change_nothing_at_first_and_merge_to_equal_outputs(backbone, tmp_path):
+    size = 160 if backbone == VIT else 224
+    x = volume_of(size, 1)
+    model = model_of(backbone)
+    before, state = model(x), {key: value.clone() for key, value in model.state_dict().items()}
+    model.add_lora()
+    assert torch.equal(model(x), before)
+    names = set(model.adapters())
+    assert {name.rpartition(".")[2] for name in names} == {"qkv", "proj"}
+    assert "backbone.net.patch_embed.proj" in names
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    for layer in model.adapters().values():
+        layer.lora_b.normal_(std=0.1)
+    changed = model(x)
+    assert (changed - before).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    merged = model.merged_state()
+    assert merged.keys() == state.keys()
+    model.merge_lora()
+    assert not model.adapters() and all(torch.equal(model.state_dict()[key], merged[key]) for key in merged)
+    torch.testing.assert_close(model(x), changed, rtol=0, atol=1e-4)
+    assert torch.equal(CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path)(x), model(x))
+
+
+@torch.no_grad()
+def test_an_adapter_equals_its_definition():
+    model = adapted()
+    linear, patch = (model.get_submodule(f"backbone.net.{name}") for name in ("blocks.0.attn.qkv", "patch_embed.proj"))
+    x = torch.randn(3, 5, linear.in_features)
+    change = 8 / 4 * linear.lora_b @ linear.lora_a
+    torch.testing.assert_close(linear(x), x @ (linear.weight + change).T + linear.bias, rtol=0, atol=1e-5)
+    images = torch.randn(2, 3, 32, 32)
+    kernel = patch.weight + 2 * (patch.lora_b @ patch.lora_a.flatten(1)).view_as(patch.weight)
+    expected = F.conv2d(images, kernel, patch.bias, patch.stride)
+    torch.testing.assert_close(patch(images), expected, rtol=0, atol=1e-5)
+    assert linear.train()(x).isnan().any().item() is False and not torch.equal(linear(x), linear.eval()(x))  # dropout
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_moves_adapters_and_head_and_not_a_bit_of_anything_else(checkpointing):
+    model, x = adapted(), volume_of(160)
+    model.set_gradient_checkpointing(checkpointing)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameter_groups(1e-2))
+    model.train()(x).square().sum().backward()
+    optimizer.step()
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    adapters = {f"{name}.lora_{part}" for name in model.adapters() for part in "ab"}
+    head = {"classifier.query.weight", "classifier.evidence.weight", "classifier.evidence.bias", "classifier.depth"}
+    assert moved == adapters | head and len(adapters) == 26
+
+
+def test_checkpointing_gives_adapters_the_same_gradients():
+    model, x = adapted(dropout=0.0), volume_of(160)
+    found = []
+    for enabled in (False, True):
+        model.set_gradient_checkpointing(enabled)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and any(".lora_a" in name for name in found[0])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=0, atol=1e-5)
+
+
+def test_head_adapters_and_backbone_have_rates_of_their_own():
+    model = adapted()
+    assert model.layers()[-1] == [f"{name}.lora_{part}" for name in model.adapters() for part in "ab"]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = model.parameter_groups(1e-2, 1e-4, layer_decay=0.5, weight_decay=0.1, adapter_lr=5e-3)
+    found = {names[id(p)]: (group["lr"], group["layer"]) for group in groups for p in group["params"]}
+    assert found.keys() == set(names.values())
+    assert {found[name] for name in found if ".lora_" in name} == {(5e-3, 1)}
+    assert {found[name] for name in found if name.startswith("classifier.")} == {(1e-2, 0)}
+    assert found["backbone.net.norm.weight"] == (1e-4, 2)
+    assert model.group_matcher()(model.layers()[-1][0]) == len(model.layers()) - 1
+    model.freeze_backbone()
+    assert not any(p.requires_grad for p in model.backbone_parameters())
+    model.unfreeze_backbone()
+    assert all(p.requires_grad for p in model.parameters() if p.shape[-1] > 1)
+
+
+def test_the_cache_is_keyed_by_adapters_and_by_what_is_pooled():
+    plain, fresh, other = model_of(VIT), adapted(spread=0), adapted()
+    assert encoder_digest(plain) == encoder_digest(fresh) != encoder_digest(other)
+    merged = adapted()
+    merged.merge_lora()
+    assert encoder_digest(merged) == encoder_digest(other)
+    assert encoder_digest(plain) != encoder_digest(model_of(VIT, "patch"))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "targets", "line"),
+    [
+        (CONV, ("attn.qkv", "patch_embed.proj"), "found no layer attn.qkv and no patch_embed.proj in 'test_resnet'"),
+        (VIT, ("attn.qkv", "q_proj"), "found no layer q_proj in 'test_vit'"),
+        ("eva02_tiny_patch14_224", ("attn.qkv",), "'eva02_tiny_patch14_224' does not call blocks.0.attn.qkv, "),
+    ],
+)
+def test_layers_that_cannot_be_adapted_are_refused(backbone, targets, line):
+    model = model_of(backbone)
+    with pytest.raises(ValueError, match=line) as error:
+        model.add_lora(targets=targets)
+    assert "\n" not in str(error.value) and not model.adapters()
+
+
+def test_a_convolution_of_a_convolutional_network_may_be_named():
+    model = model_of(CONV)
+    model.add_lora(targets=("conv2",))
+    assert model.adapters() and {name.rpartition(".")[2] for name in model.adapters()} == {"conv2"}
+
+
+# -- random slices ---------------------------------------------------------------------------------------------------
+
+
+def test_training_takes_a_random_slice_of_each_part():
+    model = model_of(CONV, n_slices=6)
+    model.freeze_backbone()
+    x = torch.arange(12.0).view(1, 1, 12, 1, 1).expand(2, 1, 12, 32, 32) / 12 - 0.5
+    seen, encode = [], model.backbone.tokens
+    model.backbone.tokens = lambda slices, kind: seen.append(slices) or encode(slices, kind)
+    model.train_slices = 3
+    torch.manual_seed(0)
+    for _ in range(20):
+        model.train()(x)
+    middle = torch.stack([(slices[:, 1, 0, 0].view(2, 3) + 0.5) * 12 for slices in seen]).round().long()  # (20, 2, 3)
+    centres = [1, 3, 5, 7, 9, 10]  # each has two neighbours
+    for part in range(3):
+        assert set(middle[..., part].flatten().tolist()) == set(centres[2 * part : 2 * part + 2])
+    assert (middle[:, 0] != middle[:, 1]).any()  # each volume has its own
+    seen.clear()
+    model.eval()(x)
+    assert seen[0].shape[0] == 12  # all of them
+    torch.manual_seed(4)
+    first = model.train()(x)
+    torch.manual_seed(4)
+    assert torch.equal(model(x), first)

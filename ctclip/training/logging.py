@@ -89,12 +89,16 @@ def write_run_file(job: TrainingJob, status: str) -> None:
     _write(run, "run.json", "The run's record", json.dumps(content, indent=2))
 
 
+ADAPTERS = "adapters trained"  # a stage
+
+
 def epoch_record(state: TrainingState, train_loss: float | None, validation: Validation, seconds: float) -> dict:
     """The epoch's line of log.jsonl."""
     metrics = validation.metrics
+    unfrozen = ADAPTERS if state.trainable.config.adapt == "lora" else "unfrozen"
     return {
         "epoch": state.progress.epoch + 1,
-        "stage": "frozen" if state.trainable.backbone_frozen else "unfrozen",
+        "stage": "frozen" if state.trainable.backbone_frozen else unfrozen,
         "open_layers": state.trainable.unfrozen,
         "train_loss": train_loss,
         "tuning_loss": metrics["loss"],
@@ -145,7 +149,7 @@ def print_finished(run: Run) -> None:
 def epoch_line(record: dict, epochs: int) -> str:
     auroc, loss = decimal(record["tuning_auroc_macro"], 3), decimal(record["train_loss"])
     unfrozen = plural(record["open_layers"], "layer")
-    stage = "backbone frozen" if record["stage"] == "frozen" else f"{unfrozen} unfrozen"
+    stage = {"frozen": "backbone frozen", ADAPTERS: ADAPTERS}.get(record["stage"], f"{unfrozen} unfrozen")
     return (
         f"epoch {record['epoch']:>2}/{epochs}  {stage:<18}  train loss {loss}  "
         f"validation loss {record['tuning_loss']:.4f}  AUROC {auroc}  "

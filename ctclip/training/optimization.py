@@ -86,7 +86,8 @@ class TrainableParameters:
         head = {id(parameter) for parameter in model.head_parameters()}
         self.parameters = {name: value for name, value in self.every_parameter.items() if id(value) in head}
         rates = self.config.head_learning_rate, self.config.backbone_learning_rate
-        self.groups = model.parameter_groups(*rates, self.config.layer_decay, self.config.weight_decay)
+        decay = self.config.layer_decay, self.config.weight_decay
+        self.groups = model.parameter_groups(*rates, *decay, self.config.adapter_learning_rate)
         # One operation in place of ten per tensor: most of what a step of a small head on the CPU takes.
         self.optimizer = torch.optim.AdamW(self._groups_of(0, 0), fused=True if run.device.type == "cpu" else None)
 

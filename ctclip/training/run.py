@@ -465,7 +465,7 @@ def build_model(
             raise TrainingError(f"{error}; {remedy}") from error
     attention = None if config.use_attention == "none" else config.use_attention
     try:
-        return CTCLIPMultiAbnormalityModel(
+        model = CTCLIPMultiAbnormalityModel(
             None, config.model, attention=attention, pretrained=config.pretrained, dropout=config.dropout,
             backbone_weights=config.backbone_weights, head=config.head, tokens=config.tokens,
         )  # fmt: skip
@@ -473,6 +473,16 @@ def build_model(
         raise
     except ValueError as error:
         raise TrainingError(f"--model: {error}; or 'ctclip'") from error
+    if config.adapt == "lora":
+        targets = [name.strip() for name in config.lora_targets.split(",")]
+        try:
+            model.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout, targets)
+        except ValueError as error:
+            raise TrainingError(f"--adapt lora: {error}, such as --adapt last:2") from error
+    if (wanted := config.train_slices) is not None and wanted > model.n_slices:
+        raise TrainingError(f"--train-slices is {wanted}, expected at most {model.n_slices}, which a volume has")
+    model.train_slices = wanted
+    return model
 
 
 def check_voxels_available(config: TrainingConfig, data_dir: Path, volumes: Sequence[Volume]) -> None:

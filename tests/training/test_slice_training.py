@@ -2,13 +2,19 @@
 bit; what a run saves; how it goes on. References: the weights before, a run that was not interrupted."""
 
 import json
+import os
+import signal
 
 import pytest
-from helpers_training import history, one_line
+import torch
+from helpers_training import history, one_line, weights
 
 import ctclip_model
 from ctclip.config import TrainingConfig
+from ctclip.training.checkpoint import states
 from ctclip.training.loop import train
+from ctclip.training.optimization import TrainableParameters
+from ctclip.training.run import build_model
 from ctclip_model import CTCLIPMultiAbnormalityModel
 from ctclip_training import main
 
@@ -43,9 +49,94 @@ def test_a_query_head_is_trained_frozen_and_unfrozen(config, tmp_path, tokens):
     assert json.loads((folder / "run.json").read_text())["config"]["tokens"] == tokens
 
 
+def tensors_of(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def moved_between(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("adapt", ["none", "lora", "last:1", "full"])
+def test_what_is_adapted_moves_and_nothing_else_does(config, tmp_path, adapt):
+    """The new backbone of the same seed is the one that the run began with; lora's saved weights are merged."""
+    settings = config(adapt=adapt, epochs=2, freeze_epochs=1, tokens="patch", lora_rank=2)
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, phantom=True)
+    start = {name: value.clone() for name, value in model.merged_state().items()}
+    folder = train(settings, tmp_path / "run")
+    backbone = {name for name in moved_between(start, weights(folder)) if name.startswith("backbone.")}
+    saved = [record["stage"] for record in history(folder) if record["best"]][-1]
+    if adapt == "none":
+        assert [record["stage"] for record in history(folder)] == ["frozen", "frozen"] and not backbone
+        return
+    assert [record["open_layers"] for record in history(folder)] == [0, len(model.layers()) if adapt == "full" else 1]
+    content = torch.load(states(folder)[-1], weights_only=True)
+    trained = {name for name in content["tensors"] if name.startswith("backbone.")}
+    parts = {name for names in (model.layers() if adapt == "full" else model.layers()[-1:]) for name in names}
+    assert trained == parts and (saved == "frozen" or backbone)
+    moved = {name for name in trained & start.keys() if not torch.equal(content["tensors"][name], start[name])}
+    assert adapt == "lora" or len(moved) > len(parts) / 2
+    assert all(torch.equal(start[name], weights(folder)[name]) for name in start.keys() & (start.keys() - trained)
+               if name.startswith("backbone.") and adapt != "lora")  # fmt: skip
+    if adapt == "lora":
+        adapted = {name.rpartition(".")[0] + ".weight" for name in trained}
+        assert backbone <= adapted and not any("lora" in name for name in weights(folder))
+        assert history(folder)[-1]["stage"] == "adapters trained"
+        assert max(v.abs().max() for k, v in content["tensors"].items() if k.endswith(".lora_b")) > 0
+
+
+@pytest.mark.parametrize("adapt", ["lora", "last:1"])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(config, tmp_path, adapt, monkeypatch):
+    settings = config(adapt=adapt, epochs=2, freeze_epochs=1, train_slices=3, ema_decay=0.9)
+    whole = train(settings, tmp_path / "whole")
+    step, steps = TrainableParameters.clip_and_step, []
+
+    def interrupted(trainable):
+        steps.append(1)
+        done = step(trainable)
+        if len(steps) == 4:  # the first unfrozen step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainableParameters, "clip_and_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, tmp_path / "run")
+    assert 0 < len(steps) < 6
+    again = train(settings, tmp_path / "run")
+    a, b = weights(whole), weights(again)
+    assert a.keys() == b.keys() and not moved_between(a, b)
+    states_of = [torch.load(states(folder)[-1], weights_only=True)["tensors"] for folder in (whole, again)]
+    assert not moved_between(*states_of)
+
+
+def test_adapters_share_the_cache_of_the_backbone_that_they_begin_with(config, tmp_path):
+    cache = tmp_path / "cache"
+    for name, changes in (("one", {"adapt": "none"}), ("two", {"adapt": "lora", "epochs": 2, "freeze_epochs": 1})):
+        train(config(cache_dir=str(cache), **changes), tmp_path / name)
+    assert len(list(cache.iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
+        (["--freeze-backbone", "--adapt", "full"], "found --freeze-backbone and --adapt full, expected one of them"),
+        (["--adapt", "full", "--unfreeze-layers", "3"], "--unfreeze-layers, which goes with unfrozen epochs without"),
+        (["--adapt", "none", "--freeze-epochs", "3"], "--freeze-epochs, which goes with a backbone that is unfrozen"),
+        (["--adapt", "last:2", "--freeze-epochs", "22"], "found --adapt, which goes with unfrozen epochs"),
+        (["--adapt", "last"], "--adapt is last, expected none, lora, last:N or full"),
+        (["--adapt", "last:0"], "--adapt is last:0, expected none, lora"),
+        (["--adapt", "lora"], "found --adapt lora with --model ctclip, expected a vision transformer"),
+        (["--lora-rank", "4"], "found --lora-rank, which goes with --adapt lora"),
+        (["--adapter-learning-rate", "4"], "found --adapter-learning-rate, which goes with --adapt lora"),
+        (["--model", "test_vit", "--adapt", "lora", "--layer-decay", "1"], "found --layer-decay, which goes with"),
+        (["--model", "test_vit", "--adapt", "lora", "--lora-dropout", "1"], "--lora-dropout is 1.0, expected at least"),
+        (["--model", "test_vit", "--train-slices", "0"], "--train-slices is 0, expected at least 1"),
+        (["--model", "test_vit", "--no-pretrained", "--train-slices", "9"], "--train-slices is 9, expected at most 8"),
+        (["--train-slices", "4"], "found --train-slices, which goes with a slice backbone"),
+        (["--model", "test_resnet", "--no-pretrained", "--adapt", "lora"], "--adapt lora: found no layer attn.qkv"),
         (["--tokens", "patch"], "found --tokens, which goes with a slice backbone and --head attention only"),
         (["--head", "attention", "--tokens", "patch"], "found --tokens, which goes with a slice backbone and"),
         (["--model", "test_vit", "--tokens", "patch"], "found --tokens, which goes with a slice backbone and"),
