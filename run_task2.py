@@ -7,6 +7,7 @@
     python run_task2.py --mode predict --input SCANS --output results.json --map-thresholds       for the challenge
     python run_task2.py --mode predict --input SCAN --explain "Pleural effusion"                  where it is seen
     python run_task2.py --mode predict --checkpoint models/ctclip_zeroshot.pt --prompts my.txt --input SCANS
+    python run_task2.py --mode runs --sort auroc                                                   all runs in results/
     python run_task2.py --export onnx --checkpoint results/RUN --output model.onnx
 
 In a script of your own: `from run_task2 import predict` (ctclip/inference/predictions.py says what it takes).
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
     )
     from ctclip.evaluation.render import check_report_parts  # torch takes two seconds
     from ctclip.evaluation.run_folder import RESULT_FILES, check_output_folder, newest_run, results_folder
+    from ctclip.evaluation.runs import runs_command
     from ctclip.inference.commands import export_command, predict_command
     from ctclip.inference.run_predictions import ensemble_of_runs, run_inputs
 
@@ -85,6 +87,9 @@ def run(args: argparse.Namespace) -> None:
                         "takes several")
     check_ensemble(args.ensemble, args.checkpoint)
     settings = settings_from_flags(args)  # what is wrong with them is said before any work
+    if task == "runs":
+        runs_command(args.input, args.output, args.sort)
+        return
     if task in ("predict", "export"):
         (predict_command if task == "predict" else export_command)(args)
         return
@@ -120,6 +125,7 @@ def train_run(args: argparse.Namespace) -> Path | None:
     """The folder of the run that is now trained; None with --plan, which only says what it would take, and where
     --resume names a run that is finished and evaluated, if no flag asks for another evaluation."""
     from ctclip.data.cohort import load_cohort
+    from ctclip.data.label_table import listed_findings
     from ctclip.evaluation.command import check_shared
     from ctclip.evaluation.run_folder import PAGE, RESULT_FILES, check_output_folder, is_finished
     from ctclip.inference.run_predictions import unseen_names
@@ -128,7 +134,9 @@ def train_run(args: argparse.Namespace) -> Path | None:
     from ctclip.training.run import run_from_flags
 
     if args.task == "full" and hasattr(args, "data_dir"):
-        load_cohort(args.data_dir, "valid", limit=1)  # there must be something to evaluate on
+        findings, minus_one = listed_findings(vars(args).get("findings")), hasattr(args, "minus_one_is_unknown")
+        # there must be something to evaluate on
+        load_cohort(args.data_dir, "valid", limit=1, findings=findings, minus_one_is_unknown=minus_one)
     run = run_from_flags(args)
     if args.baseline or args.metadata:
         check_shared(unseen_names(run[0]), args.baseline, args.metadata)

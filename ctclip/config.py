@@ -377,6 +377,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """
     group = parser.add_argument_group("run")
     group.add_argument("--output-dir", metavar="DIR", help="folder of the run (default results/<time>_<model>)")
+    group.add_argument("--name", metavar="NAME", help="name of the run, whose folder is then results/NAME")
     group.add_argument("--resume", nargs="?", const="", metavar="DIR",
                        help="continue an earlier run (default: the newest)")
     group.add_argument("--config", metavar="RUN|JSON",
@@ -520,7 +521,10 @@ MODES = {
     "train": "fine-tune only",
     "evaluate": "evaluate the run named by --checkpoint, or the newest",
     "predict": "probabilities for the scans named by --input",
+    "runs": "list all runs of results/, and compare them on a page",
 }
+RUN_COLUMNS = ("name", "date", "status", "data", "model", "head", "loss", "epochs", "auroc", "f1", "positive_rate",
+               "crg")  # fmt: skip
 
 
 def task_parser(description: str) -> OneLineParser:
@@ -535,10 +539,14 @@ def task_parser(description: str) -> OneLineParser:
     group.add_argument("--checkpoint", metavar="RUN", nargs="+",
                        help="run folder, or for predict a CT-CLIP file; evaluate takes several, see --ensemble")
     group.add_argument("--input", metavar="PATH",
-                       help="scan to predict (.nii, .nii.gz, .mha, DICOM series), or a folder of scans, nested or not")
+                       help="predict: scan (.nii, .nii.gz, .mha, DICOM series), or a folder of scans, nested or not; "
+                       "runs: folder of the runs (default results)")
+    group.add_argument("--sort", choices=RUN_COLUMNS, default="date",
+                       help="runs: order of the list, the highest or newest first (default %(default)s)")
     group.add_argument("--output", metavar="FILE",
                        help=f"predict: .csv, a table (default {PREDICTIONS}), or .json, the challenge's results.json "
-                       "with an answer for every input; export: the .onnx file")
+                       "with an answer for every input; export: the .onnx file; runs: the page (default index.html "
+                       "among the runs)")
     group.add_argument("--explain", metavar="LABEL[,LABEL]",
                        help="heat maps of these findings, or all: NIfTI on the scan's grid and PNG, beside the output; "
                        "doubles the time")
@@ -561,20 +569,22 @@ def task_flag_uses(task: str, plan: bool = False) -> dict[str, tuple[str, bool]]
     A flag that every mode looks at is not in it.
     """
     settings = (flag_of(item.name) for item in (*fields(TrainingConfig), *fields(Machine)))
-    training = (*settings, "--output-dir", "--resume", "--plan", "--config")
+    training = (*settings, "--output-dir", "--name", "--resume", "--plan", "--config")
     modes: dict[str, tuple[str, ...]] = dict.fromkeys(training, ("full", "train"))
     modes |= dict.fromkeys(evaluation_flags(), ("full", "evaluate"))
     modes |= dict.fromkeys(CHOSEN_AT_PREDICTION, ("full", "evaluate", "predict"))
-    predicting = ("--input", "--assume-hu", "--prompts", "--explain", "--map-thresholds", "--uncalibrated")
+    predicting = ("--assume-hu", "--prompts", "--explain", "--map-thresholds", "--uncalibrated")
     modes |= dict.fromkeys(predicting, ("predict",))
     modes |= {
-        "--output": ("predict", "export"),
+        "--input": ("predict", "runs"),
+        "--sort": ("runs",),
+        "--output": ("predict", "export", "runs"),
         "--checkpoint": ("evaluate", "predict", "export"),
         **dict.fromkeys(("--data-dir", "--patients"), ("full", "train", "evaluate")),
         "--workers": ("full", "train", "evaluate", "predict"),
     }
-    for flag in ("--mode", "--device"):
-        del modes[flag]
+    modes["--device"] = tuple(mode for mode in (*MODES, "export") if mode != "runs")
+    del modes["--mode"]
     spelled = {mode: f"--mode {mode}" for mode in MODES} | {"export": "--export onnx"}
     uses = {flag: (" or ".join(spelled[mode] for mode in those), task in those) for flag, those in modes.items()}
     if plan:  # which stops before there is anything to evaluate

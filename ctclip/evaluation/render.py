@@ -124,7 +124,7 @@ def write_page(
     if data:
         facts.insert(0, ("Data", data))
     by_label = {label: list(own) for label, own in groupby(cases, attrgetter("label"))}  # they are in that order
-    text = _template().render(
+    text = page_template(TEMPLATE.name).render(
         title=f"CT-CLIP evaluation{f', {data}' if data else ''}", facts=Table("Data", (), facts), note=metrics["note"],
         sections=[sections[key] for key in PAGE_SECTIONS if key in sections], cases=by_label,
         curves=[(key, name, metric_text(metrics["at_0.5"][key], key)) for key, name, _ in SWEEP_CURVES],
@@ -141,7 +141,8 @@ def check_report_parts() -> None:
     check_matplotlib()
 
 
-def _template() -> jinja2.Template:
+def page_template(name: str) -> jinja2.Template:
+    """A page of this folder, with the filters that it may use."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -153,7 +154,8 @@ def _template() -> jinja2.Template:
         "base64": lambda content: base64.b64encode(content).decode(),
         "drawing": Markup,  # figures.svg's text, in which matplotlib has escaped names
     }
-    return environment.get_template(TEMPLATE.name)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
+    return environment.get_template(name)
 
 
 def _typeset(cell: Cell) -> Markup | str:

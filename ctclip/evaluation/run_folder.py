@@ -54,7 +54,7 @@ class RunError(UserError):
 def newest_run() -> Path:
     """The run folder under results/ that was written to last, by the times of its log.jsonl and run.json. What another
     program calls run.json makes no run."""
-    runs = [path.parent for path in Path("results").glob("*/run.json") if _is_run(path.parent)]
+    runs = [path.parent for path in Path("results").glob("*/run.json") if is_run(path.parent)]
     written = [run / name for run in runs for name in RECORDS if (run / name).is_file()]
     if not written:
         raise RunError("results: found no run, expected a folder with run.json; train one with "
@@ -63,7 +63,7 @@ def newest_run() -> Path:
     return max(written, key=lambda path: path.stat().st_mtime).parent
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """Whether its run.json is training's: listed as such or, before 0.7, with keys that all versions wrote."""
     if "run.json" in written_files(folder):
         return True

@@ -308,7 +308,7 @@ def run_from_flags(args: argparse.Namespace) -> tuple[TrainingConfig, Path | Non
     """
     if args.resume is None:
         config = config_from_flags(args)
-        folder = Path(args.output_dir) if args.output_dir else None
+        folder = named_folder(args)
         if folder is not None:
             if (folder / "run.json").is_file():
                 raise TrainingError(_holds_a_run(folder))
@@ -320,9 +320,23 @@ def run_from_flags(args: argparse.Namespace) -> tuple[TrainingConfig, Path | Non
     return config, folder, machine_from_flags(args)
 
 
-def _earlier_run(args: argparse.Namespace) -> tuple[TrainingConfig, Path]:
+def named_folder(args: argparse.Namespace) -> Path | None:
+    """The folder that --output-dir or --name asks for; None for one named by time and model."""
+    if args.name is None:
+        return Path(args.output_dir) if args.output_dir else None
     if args.output_dir:
-        raise TrainingError("--resume goes on in the run's own folder, found --output-dir too; leave it out")
+        raise TrainingError("found --name and --output-dir, expected one of them; --name NAME is --output-dir "
+                            "results/NAME")
+    if not args.name.strip() or args.name[0] == "." or Path(args.name).name != args.name or "\\" in args.name:
+        raise TrainingError(f"found --name {args.name!r}, expected a name without slashes that begins with no dot; "
+                            "change it")
+    return Path("results", args.name)
+
+
+def _earlier_run(args: argparse.Namespace) -> tuple[TrainingConfig, Path]:
+    for flag, given in (("--output-dir", args.output_dir), ("--name", args.name)):
+        if given:
+            raise TrainingError(f"--resume goes on in the run's own folder, found {flag} too; leave it out")
     if args.config:
         raise TrainingError("--resume goes on with the run's own settings, found --config too; leave one of them out")
     folder = newest_run() if args.resume == "" else Path(args.resume)

@@ -1,0 +1,125 @@
+"""The list of runs: what stands in it and in which order, against the runs' own files; what is no run; the page."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from helpers_evaluation import simulate
+
+import run_task2
+from ctclip.config import SYNTHETIC_NOTE, TrainingConfig
+from ctclip.errors import UserError
+from ctclip.evaluation import evaluate as ev
+from ctclip.evaluation.runs import format_runs, list_runs, write_index
+
+
+def make_run(folder: Path, seed: int | None = 0, status: str = "finished", phantom: bool = False, **changes) -> None:
+    """A run's folder; without a seed, one that was not evaluated."""
+    folder.mkdir(parents=True)
+    record = {"config": vars(TrainingConfig(**changes)), "data_dir": "/home/jane/cohort", "phantom": phantom,
+              "status": status, "labels": []}
+    (folder / "run.json").write_text(json.dumps(record))
+    if seed is not None:
+        metrics = ev.evaluate(*simulate(30, seed=seed), resamples=100)
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        (folder / "report.html").write_text("report")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("runs") / "results"
+    make_run(root / "first", 0, loss_type="bce", epochs=4)
+    make_run(root / "second", 1, model="resnet18")
+    make_run(root / "begun", None, status="running")
+    make_run(root / "trained", None, phantom=True)
+    other = ev.evaluate(*simulate(20, seed=5), resamples=100)
+    (root / "first" / "on_elsewhere").mkdir()
+    (root / "first" / "on_elsewhere" / "metrics.json").write_text(json.dumps(other))
+    (root / "damaged").mkdir()
+    (root / "damaged" / "run.json").write_text(json.dumps({"config": {}, "phantom": 3}))
+    (root / "of_another_program").mkdir()
+    (root / "of_another_program" / "run.json").write_text('{"id": 1}')
+    return root
+
+
+def test_runs_are_listed_with_what_their_files_say(results):
+    runs = {run.name: run for run in list_runs(results)}
+    assert set(runs) == {"first", "first/on_elsewhere", "second", "begun", "trained", "damaged"}
+    metrics = json.loads((results / "first" / "metrics.json").read_text())
+    cells = runs["first"].cells()
+    low, high = metrics["intervals"]["at_0.5"]["auroc_macro"]
+    assert cells["auroc"] == f"{metrics['at_0.5']['auroc_macro']:.3f} ({low:.3f}-{high:.3f})"
+    assert cells["f1"] == f"{metrics['tuned']['f1_macro']:.3f}" and cells["crg"] == f"{metrics['tuned']['crg']:.3f}"
+    assert (cells["loss"], cells["epochs"], cells["data"], cells["head"]) == ("bce", "4", "cohort", "linear")
+    assert {name: run.status for name, run in runs.items()} == {
+        "first": "evaluated", "first/on_elsewhere": "evaluated", "second": "evaluated", "begun": "not finished",
+        "trained": "not evaluated", "damaged": "unreadable"}
+    assert runs["first/on_elsewhere"].data == "elsewhere"
+    assert runs["first"].compared_on == runs["second"].compared_on != runs["first/on_elsewhere"].compared_on
+
+
+@pytest.mark.parametrize("key", ["auroc", "f1", "crg", "name", "epochs"])
+def test_runs_are_sorted_and_those_without_the_value_come_last(results, key):
+    values = [run.value(key) for run in list_runs(results, key)]
+    known = [value for value in values if value is not None]
+    assert values[: len(known)] == known == sorted(known, reverse=key in ("auroc", "f1", "crg")) and len(known) >= 3
+
+
+def test_the_text_names_faults_and_phantoms(results):
+    text = format_runs(list_runs(results))
+    assert "damaged: " in text and "found a value of another kind for phantom" in text
+    assert text.endswith(SYNTHETIC_NOTE) and "AUROC (95 % CI)" in text.splitlines()[0]
+
+
+def test_the_page_holds_every_run_and_can_be_written_again(results, tmp_path, capsys):
+    page = tmp_path / "index.html"
+    for _ in range(2):
+        assert run_task2.main(["--mode", "runs", "--input", str(results), "--output", str(page)]) == 0
+    assert "first/on_elsewhere" in capsys.readouterr().out
+    text = page.read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    runs = {row["name"]: row for row in data}
+    assert runs["first"]["report"].endswith("results/first/report.html") and runs["begun"]["report"] is None
+    assert list(runs["first"]["results"])[:4] == ["Volumes", "Patients", "Label rate", "AUROC macro"]
+    assert runs["first"]["kind"] == runs["second"]["kind"] != runs["first/on_elsewhere"]["kind"]
+    assert SYNTHETIC_NOTE in text and "http" not in text.replace("http-equiv", "")
+    assert "/home/jane" not in json.dumps([row["cells"] for row in data])
+
+
+def test_what_is_the_users_is_not_replaced(results, tmp_path, capsys):
+    page = tmp_path / "index.html"
+    page.write_text("<h1>mine</h1>")
+    assert run_task2.main(["--mode", "runs", "--input", str(results), "--output", str(page)]) == 2
+    assert "found a file that this command did not write" in capsys.readouterr().err and "mine" in page.read_text()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--mode", "runs", "--input", "nowhere"], "nowhere: found no run, expected folders with run.json"),
+    (["--mode", "runs", "--output", "runs.pdf"], "expected .html"),
+    (["--mode", "runs", "--epochs", "3"], "found --epochs, which goes with --mode full or --mode train only"),
+    (["--mode", "train", "--sort", "f1"], "found --sort, which goes with --mode runs only"),
+    (["--name", "a/b"], "found --name 'a/b', expected a name without slashes"),
+    (["--name", ".."], "found --name '..'"),
+    (["--name", "a", "--output-dir", "b"], "found --name and --output-dir, expected one of them"),
+    (["--resume", "r", "--name", "a"], "found --name too"),
+])  # fmt: skip
+def test_wrong_usage_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_task2.main(flags) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err, err
+
+
+def test_no_run_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="found no run"):
+        list_runs(tmp_path)
+
+
+def test_paths_of_the_page_lead_to_the_reports(results):
+    write_index(results / "index.html", list_runs(results))
+    text = (results / "index.html").read_text()
+    assert 'href="first/report.html"' in text
+    (results / "index.html").unlink()
+
+
