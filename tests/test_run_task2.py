@@ -144,7 +144,7 @@ WRONG_USAGE = [
     (["--mode", "evaluate", "--map-thresholds"], "found --map-thresholds, which goes with --mode predict only"),
     (["--objective", "auroc"], "found objective 'auroc'"),
     (["--data-dir", "nowhere", "--model", "ctclip"], "found no folder nowhere"),
-    (["--input", "scans"], "found --input, which goes with --mode predict only"),
+    (["--input", "scans"], "found --input, which goes with --mode predict or --mode runs only"),
     (["--mode", "evaluate", "--output-dir", "x"], "found --output-dir, which goes with --mode full or"),
     (["--mode", "predict", "--input", "x", "--epochs", "2"], "found --epochs, which goes with --mode full or"),
     (["--mode", "evaluate", "--report-to", "wandb"], "found --report-to, which goes with --mode full or --mode train"),
@@ -161,7 +161,7 @@ WRONG_USAGE = [
 def test_every_flag_goes_with_named_modes_or_with_all():
     """A flag that no mode names would be ignored by some without a word."""
     flags = {option for action in task_parser("")._actions for option in action.option_strings if option[:2] == "--"}
-    with_all = {"--help", "--help-all", "--version", "--mode", "--export", "--device"}
+    with_all = {"--help", "--help-all", "--version", "--mode", "--export"}
     assert flags - with_all == set(task_flag_uses("full")) and with_all < flags
 
 
