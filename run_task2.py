@@ -124,20 +124,16 @@ def run(args: argparse.Namespace) -> None:
 def train_run(args: argparse.Namespace) -> Path | None:
     """The folder of the run that is now trained; None with --plan, which only says what it would take, and where
     --resume names a run that is finished and evaluated, if no flag asks for another evaluation."""
-    from ctclip.data.cohort import load_cohort
-    from ctclip.data.label_table import listed_findings
     from ctclip.evaluation.command import check_shared
     from ctclip.evaluation.run_folder import PAGE, RESULT_FILES, check_output_folder, is_finished
-    from ctclip.inference.run_predictions import unseen_names
+    from ctclip.inference.run_predictions import unseen_cohort, unseen_names
     from ctclip.training.estimate import print_estimate
     from ctclip.training.loop import train
     from ctclip.training.run import run_from_flags
 
-    if args.task == "full" and hasattr(args, "data_dir"):
-        findings, minus_one = listed_findings(vars(args).get("findings")), hasattr(args, "minus_one_is_unknown")
-        # there must be something to evaluate on
-        load_cohort(args.data_dir, "valid", limit=1, findings=findings, minus_one_is_unknown=minus_one)
     run = run_from_flags(args)
+    if args.task == "full" and hasattr(args, "data_dir"):
+        unseen_cohort(run[0], args.data_dir, limit=1)  # there must be something to evaluate on
     if args.baseline or args.metadata:
         check_shared(unseen_names(run[0]), args.baseline, args.metadata)
     if args.task == "full" and run[1] is not None and run[1].is_dir():

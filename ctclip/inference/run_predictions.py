@@ -91,9 +91,14 @@ def unseen_names(config: TrainingConfig) -> list[str]:
     """Names of the volumes that a run will be evaluated on; the built-in cohort's are known before it is written."""
     if config.data_dir is None:
         return [plan.name for plan in plan_split("valid", config.valid_volumes, 0)]
-    findings = listed_findings(config.findings)
-    cohort = load_cohort(config.data_dir, "valid", None, config.patients, findings, config.minus_one_is_unknown)
-    return [volume.name for volume in cohort.volumes]
+    return [volume.name for volume in unseen_cohort(config, config.data_dir).volumes]
+
+
+def unseen_cohort(config: TrainingConfig, data_dir: str | Path, limit: int | None = None) -> Cohort:
+    """The split that a run on `data_dir` will be evaluated on, with the findings that it will train."""
+    named, minus_one = listed_findings(config.findings), config.minus_one_is_unknown
+    findings = load_cohort(data_dir, "train", 1, config.patients, named, minus_one).findings
+    return load_cohort(data_dir, "valid", limit, config.patients, findings, minus_one)
 
 
 def check_unseen(cohort: Cohort, trained: Cohort) -> None:

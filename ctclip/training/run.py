@@ -385,7 +385,7 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
     if built_in and run.ranks.is_main:
         write_phantom_cohort(data_dir, config.train_volumes, config.valid_volumes)
     run.ranks.barrier()
-    cohort = load_training_cohort(config, data_dir)
+    cohort = load_training_cohort(run, data_dir)
     check_patients(run, data_dir, cohort)
     model = with_head_for(config, phantom, model, cohort.findings)
     model.to(run.device)
@@ -409,9 +409,10 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
     return TrainingJob(run, data_dir, phantom, cohort, train, validation, model, criterion)
 
 
-def load_training_cohort(config: TrainingConfig, data_dir: Path) -> Cohort:
-    """The cohort's training split, with the findings that the run trains."""
-    findings = listed_findings(config.findings)
+def load_training_cohort(run: Run, data_dir: Path) -> Cohort:
+    """The cohort's training split, with the findings that the run trains: of one that has begun, those that it has."""
+    config, record = run.config, run_record(run.folder) if run.folder else {}
+    findings = record.get("labels") or listed_findings(config.findings)
     return load_cohort(data_dir, "train", config.limit, config.patients, findings, config.minus_one_is_unknown)
 
 

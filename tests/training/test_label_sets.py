@@ -2,9 +2,12 @@
 predicted and explained. References: the file's own head, a loss of the known labels alone, another run.
 """
 
+import io
 import json
 import os
 import shutil
+import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from ctclip.data.cohort import load_cohort
 from ctclip.data.ct_rate import SPLITS, labels_path
 from ctclip.evaluation.calibration import load_calibration
 from ctclip.evaluation.tables import read_labels, read_predictions
+from ctclip.training import steps
 from ctclip_model import (
     ABNORMALITIES,
     UNKNOWN,
@@ -181,6 +185,51 @@ def test_a_run_on_partly_known_labels_goes_on_as_if_nothing_had_stopped_it(
     assert ctclip_evaluation.main(["--checkpoint", str(whole), "--resamples", "100"]) == 0
     metrics = json.loads((whole / "metrics.json").read_text())
     assert metrics["unknown_labels"]["decisions"] > 0
+
+
+def test_an_interrupted_run_keeps_its_findings_and_ends_as_an_undisturbed_one(
+    phantoms, tiny_classfine, tmp_path, cache, monkeypatch, capsys
+):
+    own = partial(pd.DataFrame.rename, columns=OWN)
+    data_dir = cohort_of(phantoms, tmp_path / "cohort", lambda labels: with_holes(own(labels[list(OWN)])))
+    assert train(data_dir, tmp_path / "whole", tiny_classfine, cache) == 0
+    run, calls, accumulate = tmp_path / "run", iter(range(100)), steps.accumulate_gradients
+
+    def killed(*args):
+        if next(calls) == 5:  # a step of the second epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return accumulate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "accumulate_gradients", killed)
+        assert train(data_dir, run, tiny_classfine, cache) == 128 + signal.SIGTERM
+    table = data_dir / labels_path("train")
+    text = table.read_text()
+    table.write_text(text.replace("Large heart", "Small heart", 1))
+    capsys.readouterr()
+    assert ctclip_training.main(["--resume", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and "found no column 'Large heart'" in err
+    pd.read_csv(io.StringIO(text), index_col=0).assign(Later=1).to_csv(table)  # a column that the run knows nothing of
+    assert ctclip_training.main(["--resume", str(run)]) == 0
+    first, second = weights(tmp_path / "whole"), weights(run)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_a_whole_task_wants_its_findings_of_the_unseen_split_before_it_trains(
+    phantoms, tiny_classfine, tmp_path, cache, capsys
+):
+    data_dir = cohort_of(phantoms, tmp_path / "cohort", lambda labels: labels[list(OWN)].rename(columns=OWN))
+    table = data_dir / labels_path("valid")
+    table.write_text(table.read_text().replace("Large heart", "Big heart", 1))
+    flags = ["--data-dir", str(data_dir), "--ctclip-path", tiny_classfine, "--cache-dir", cache, "--epochs", "1",
+             "--freeze-epochs", "1", "--output-dir", str(tmp_path / "run")]  # fmt: skip
+    assert run_task2.main(flags) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and "found no column 'Large heart'" in err and not (tmp_path / "run").exists()
+    table.write_text(table.read_text().replace("Emphysema", "Emphysem", 1))  # not wanted: named are others
+    assert run_task2.main([*flags, "--resamples", "100", "--findings", "Nodule or mass,Airspace disease"]) == 0
+    assert list(json.loads((tmp_path / "run" / "metrics.json").read_text())["per_label"])[0] == "Nodule or mass"
 
 
 def test_labels_hidden_from_a_run_change_nothing_in_it(phantoms, tiny_classfine, tmp_path, cache):
