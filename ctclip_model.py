@@ -168,8 +168,11 @@ NEW_HEAD_FLAG = "--init-head new"
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")  # of snapshot_download
 
-# Volumes for slice backbones: 360 mm cubed at 3 x 1.6 x 1.6 mm, so that a slice has 224 x 224 pixels.
-SLICE_INPUT_SHAPE = (120, 224, 224)
+FIELD_OF_VIEW_MM = 360.0  # edge of the cube that every volume covers, whatever its number of voxels
+SLICE_INPUT_SHAPE = (120, 224, 224)  # volumes for slice backbones: 3 x 1.6 x 1.6 mm, unless they are told otherwise
+WINDOWS = {"lung": (-600, 1500), "mediastinum": (40, 400), "bone": (400, 1800)}  # level and width in HU
+HUB_SOURCES = ("hf-hub", "hf_hub")  # timm's, before the colon of a name
+TIMM_WEIGHTS = (SAVED_WEIGHTS, "pytorch_model.bin")  # beside the config.json of a folder in timm's layout
 
 
 class ModelError(Exception):
@@ -191,7 +194,7 @@ class PromptError(ModelError, ValueError):
 
 
 class PretrainedWeightsError(ModelError, RuntimeError):
-    """ImageNet weights of a slice backbone that cannot be had; the message names the way on."""
+    """Weights of a slice backbone that cannot be had; the message names the way on."""
 
 
 def _first_sentence(error: BaseException) -> str:
@@ -1501,19 +1504,91 @@ def _cached_weights(name: str) -> str | None:
     return next((path for path in found if isinstance(path, str)), None)
 
 
-def create_backbone(name: str, pretrained: bool) -> nn.Module:
-    """A timm model without pooling and classifier. Raises ValueError for a name that timm does not know and
-    PretrainedWeightsError when ImageNet weights are asked for and cannot be had."""
+def timm_folder(name: str, pretrained: bool) -> Path | None:
+    """The folder in timm's layout (config.json, weights) that `name` stands for: a path, or hf-hub:OWNER/NAME, fetched
+    into the hub client's cache, with the weights where `pretrained`. None for timm's own names. Raises ValueError and
+    PretrainedWeightsError."""
+    import timm
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.utils import logging as hub_logging
+
+    source, _, place = name.partition(":")
+    if source not in HUB_SOURCES:
+        folder = Path(place if source == "local-dir" else name)
+        known = source != "local-dir" and timm.is_model(name.split(".")[0])
+        return folder if folder.is_dir() and not known else None
+    repository, _, revision = place.partition("@")
+    offline = constants.HF_HUB_OFFLINE or not _hub_answers()
+    fetch = partial(hf_hub_download, repository, revision=revision or None, local_files_only=offline)
+    try:
+        with _errors_only(hub_logging):
+            folder = Path(fetch("config.json")).parent
+            if pretrained:
+                try:
+                    fetch(TIMM_WEIGHTS[0])
+                except EntryNotFoundError:
+                    fetch(TIMM_WEIGHTS[1])
+    except Exception as error:  # no network, no access, no such repository, or a login page in its place
+        raise PretrainedWeightsError(
+            f"'{name}' could not be fetched ({type(error).__name__}: {_first_sentence(error)}). Connect to the network "
+            "(and accept its terms on the hub where it has any), or name a folder of its config.json and weights"
+        ) from error
+    return folder
+
+
+def read_timm_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder in timm's layout -> architecture, its arguments, and what its weights were trained with.
+    Raises ValueError."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+        trained = content.get("pretrained_cfg", content)  # timm once wrote both as one
+        kept = ("mean", "std", "input_size", "fixed_input_size", "classifier", "first_conv")
+        return {
+            "architecture": str(content["architecture"]),
+            "model_args": {key: value for key, value in (content.get("model_args") or {}).items()
+                           if key not in ("num_classes", "global_pool")},
+            "pretrained_cfg": {key: trained[key] for key in kept if trained.get(key) is not None},
+        }  # fmt: skip
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {_first_sentence(error)}"
+        raise ValueError(f"{folder}: found no config.json of timm's ({reason}), expected one that names the "
+                         "architecture; copy it from where the weights are") from error
+
+
+def weights_in(folder: Path) -> Path:
+    """The weights of a folder in timm's layout. Raises CheckpointError."""
+    check_no_other_folder(folder)
+    found = next((folder / name for name in TIMM_WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        missing = f"{folder}: found no {' and no '.join(TIMM_WEIGHTS)}"
+        raise CheckpointError(f"{missing}, expected weights in timm's layout; copy them there, or name a file of them "
+                              "(--backbone-weights, backbone_weights=)")
+    return found
+
+
+def create_backbone(
+    name: str, pretrained: bool, config: dict[str, Any] | None = None, size: int | None = None
+) -> nn.Module:
+    """A timm model without pooling and classifier; as `config` (`read_timm_config`) says; for images of `size` where
+    it takes one size only. Raises ValueError for a name that timm does not know and PretrainedWeightsError when
+    ImageNet weights are asked for and cannot be had."""
     import timm
     from huggingface_hub import constants
     from huggingface_hub.utils import logging as hub_logging
+    from timm.models import PretrainedCfg
 
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         close = ", ".join(get_close_matches(architecture, timm.list_models(), n=3)) or "timm.list_models()"
         raise ValueError(f"'{name}' is not a timm model; close names: {close}")
+    options: dict[str, Any] = {}
+    if config is not None:
+        options = {**config["model_args"], "pretrained_cfg_overlay": config["pretrained_cfg"]}
+    trained = asdict(timm.get_pretrained_cfg(name) or PretrainedCfg()) | options.get("pretrained_cfg_overlay", {})
+    if size is not None and trained["fixed_input_size"]:
+        options["img_size"] = size
     try:
-        options: dict[str, Any] = {}
         if pretrained and not constants.HF_HUB_OFFLINE and not _hub_answers():
             # The client would retry every file name for 23 s. Its own switch would hold for other threads too.
             if (file := _cached_weights(name)) is None:
@@ -1522,6 +1597,9 @@ def create_backbone(name: str, pretrained: bool) -> nn.Module:
         with _errors_only(hub_logging):  # not a dozen lines of retries: the one that counts is raised below
             return timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **options)
     except Exception as error:  # no network, no access, no such weights, or a login page in their place
+        if (config or size) and isinstance(error, (TypeError, AssertionError)):  # of timm's constructors
+            asked = f"model_args {config['model_args']}" if config else f"a size of {size}"
+            raise ValueError(f"'{name}' does not take {asked} ({_first_sentence(error)}); correct it") from error
         if not pretrained or isinstance(error, MemoryError):
             raise
         raise PretrainedWeightsError(
@@ -1602,46 +1680,113 @@ def load_backbone(net: Any, name: str, path: Path) -> LoadReport:
     return LoadReport(str(path), len(used), reasons, tuple(counters), "linear, new")
 
 
+def parse_window(text: str) -> tuple[float, float, float | None, float | None]:
+    """"lung" (WINDOWS), "LOW:HIGH" or "LOW:HIGH:MEAN:STD", all in HU -> low, high, and mean and deviation where given.
+    Raises ValueError."""
+    if text in WINDOWS:
+        level, width = WINDOWS[text]
+        return level - width / 2, level + width / 2, None, None
+    try:
+        low, high, *scaling = (float(part) for part in text.split(":"))
+        mean, std = scaling or (None, None)
+        if not -math.inf < low < high < math.inf or (std is not None and not 0 < std < math.inf):
+            raise ValueError
+    except ValueError:
+        names = ", ".join(WINDOWS)
+        raise ValueError(f"found the window {text!r}, expected {names}, LOW:HIGH or LOW:HIGH:MEAN:STD in HU, such as "
+                         "-1000:200; correct it") from None
+    return low, high, mean, std
+
+
 class SliceBackbone(nn.Module):
     """Any timm model as a feature extractor for three adjacent axial slices.
 
-    (B, 3, H, W) in [-1, 1] (HU / 1000) -> feature map (B, C, h, w). Voxels are mapped to the mean and deviation that
-    the backbone was trained with. Transformers' patch tokens are laid out as their square grid.
+    (B, 3, H, W) in [-1, 1] (HU / 1000) -> feature map (B, C, h, w). A backbone of three channels takes the three
+    slices, one of one channel the middle one. From [-1, 1], or from the one window, values go to [0, 1] and then to the
+    mean and deviation that the backbone was trained with, or to those that a window names. Several windows are channels
+    of the middle slice. Transformers' patch tokens are laid out as their grid.
     """
 
     net: Any
     mean: Tensor
     std: Tensor
+    window: Tensor | None  # (4, windows, 1, 1) or (4, C, 1, 1): low and high in HU / 1000, then a factor and a summand
 
-    def __init__(self, name: str, pretrained: bool):
+    def __init__(
+        self, name: str, pretrained: bool, config: dict[str, Any] | None = None, size: int | None = None,
+        windows: Sequence[str] | None = None,
+    ):  # fmt: skip
         super().__init__()
-        self.net = create_backbone(name, pretrained)
+        self.net = create_backbone(name, pretrained, config, size)
         self.dim: int = self.net.num_features
-        mean, std = (torch.tensor(self.net.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
-        fixed = self.net.pretrained_cfg.get("fixed_input_size", False)
-        self.size = self.net.pretrained_cfg["input_size"][-1] if fixed else None
+        trained, arguments = self.net.pretrained_cfg, config["model_args"] if config else {}
+        self.channels = int(arguments.get("in_chans", 3))
+        self.takes_middle = self.channels != 3 or len(windows or ()) > 1
+        self._set_scaling([parse_window(text) for text in windows or ()], trained["mean"], trained["std"])
+        self.size: tuple[int, int] | None = None
+        if trained.get("fixed_input_size", False) and not arguments.get("dynamic_img_size"):
+            given = size or arguments.get("img_size") or trained["input_size"][-2:]
+            self.size = (given, given) if isinstance(given, int) else (given[0], given[1])
+        patch = getattr(getattr(self.net, "patch_embed", None), "patch_size", (1, 1))
+        if size is not None and (size % patch[0] or size % patch[1]):
+            nearest = max(1, round(size / patch[0])) * patch[0]
+            raise ValueError(f"found slices of {size} pixels, expected a multiple of {patch[0]}, the patch of "
+                             f"'{name}'; take {nearest}")
+
+    def _set_scaling(self, windows: list[tuple], mean: Sequence[float], std: Sequence[float]) -> None:
+        """Raises ValueError where windows, mean and deviation do not fit the number of channels."""
+        count = len(windows)
+        if count not in (0, 1, self.channels) or (count == 0 and self.channels not in (1, 3)):
+            ways = {1: "none or one", 3: "none, one or 3"}.get(self.channels, f"one or {self.channels}")
+            raise ValueError(f"found {count} windows for a backbone of {self.channels} channels, expected {ways}")
+        if len({*mean}) == len({*std}) == 1:
+            mean, std = ([values[0]] * self.channels for values in (mean, std))
+        scaled = bool(windows) and all(window[2] is not None for window in windows)
+        if not len(mean) == len(std) == self.channels:
+            if not scaled:
+                raise ValueError(
+                    f"found a mean of {len(mean)} channels for a backbone of {self.channels}, expected one of each; "
+                    "give the windows with their own (LOW:HIGH:MEAN:STD in HU)"
+                )
+            mean, std = [0.0] * self.channels, [1.0] * self.channels
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        rows = []
+        for channel in range(self.channels if windows else 0):
+            low, high, own_mean, own_std = windows[channel % count]
+            if own_mean is None:  # to [0, 1] first
+                own_mean, own_std = low + (high - low) * mean[channel], (high - low) * std[channel]
+            rows.append((low / 1000, high / 1000, 1000 / own_std, -own_mean / own_std))
+        self.register_buffer("window", torch.tensor(rows).T[..., None, None] if rows else None, persistent=False)
+
+    def scaled(self, slices: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> what the backbone takes, (B, channels, H, W)."""
+        if self.takes_middle:
+            slices = slices[:, 1:2]
+        if self.window is None:
+            return ((slices + 1) / 2 - self.mean) / self.std
+        low, high, factor, summand = self.window
+        return torch.minimum(torch.maximum(slices, low), high) * factor + summand
 
     @property
     def has_class_token(self) -> bool:
         return getattr(self.net, "cls_token", None) is not None and self.net.num_prefix_tokens > 0
 
     def forward(self, slices: Tensor) -> Tensor:
-        return self.map_of(self.forward_features(slices))
+        return self.map_of(self.forward_features(slices), slices.shape)
 
     def forward_features(self, slices: Tensor) -> Tensor:
         """What the backbone's own does: a feature map, or (B, tokens, C)."""
-        if self.size and slices.shape[-2:] != (self.size, self.size):
-            slices = F.interpolate(slices, (self.size, self.size), mode="bilinear", antialias=True)
-        return self.net.forward_features(((slices + 1) / 2 - self.mean) / self.std)
+        if self.size and slices.shape[-2:] != self.size:
+            slices = F.interpolate(slices, self.size, mode="bilinear", antialias=True)
+        return self.net.forward_features(self.scaled(slices))
 
-    def map_of(self, features: Tensor) -> Tensor:
-        """-> (B, C, h, w)"""
+    def map_of(self, features: Tensor, shape: Sequence[int]) -> Tensor:
+        """Of slices of `shape` (..., H, W) -> (B, C, h, w)"""
         if features.ndim == 3:  # (B, tokens, C), class tokens first
             patches = features[:, getattr(self.net, "num_prefix_tokens", 0) :].transpose(1, 2)
-            side = math.isqrt(patches.shape[-1])
-            return patches.unflatten(-1, (side, -1))
+            height, width = self.size or shape[-2:]
+            return patches.unflatten(-1, (round(math.sqrt(patches.shape[-1] * height / width)), -1))
         return features if features.shape[1] == self.dim else features.movedim(-1, 1)  # some are channels-last
 
     def tokens(self, slices: Tensor, kind: str) -> Tensor:
@@ -1650,7 +1795,14 @@ class SliceBackbone(nn.Module):
         features = self.forward_features(slices)
         if kind == "slice" and self.has_class_token:
             return features[:, None, :1]
-        return as_tokens(self.map_of(features), kind)
+        return as_tokens(self.map_of(features, slices.shape), kind)
+
+
+def slices_at(spacing: float) -> int:
+    """How many slices a volume has at so many mm. Raises ValueError."""
+    if not 0.5 <= spacing <= FIELD_OF_VIEW_MM / 2:
+        raise ValueError(f"found slices {spacing:g} mm apart, expected 0.5 to {FIELD_OF_VIEW_MM / 2:g}; correct it")
+    return round(FIELD_OF_VIEW_MM / spacing)
 
 
 def slice_triplets(volume: Tensor, count: int, chosen: Tensor | None = None) -> Tensor:
@@ -1674,12 +1826,11 @@ def random_slices(batch: int, count: int, most: int) -> Tensor:
     return drawn.long().clamp(max=count - 1)
 
 
-def _forward_on_meta(net: Any, size: tuple[int, int]) -> None:
+def _forward_on_meta(net: Any, shape: tuple[int, ...]) -> None:
     """A forward pass without numbers, for its hooks."""
     state = {name: value.to("meta") for name, value in (*net.named_parameters(), *net.named_buffers())}
-    x = torch.zeros(1, net.pretrained_cfg["input_size"][0], *size, device="meta")
     with torch.no_grad():
-        torch.func.functional_call(net, state, x)
+        torch.func.functional_call(net, state, torch.zeros(1, *shape, device="meta"))
 
 
 def _pool(maps: Tensor) -> Tensor:
@@ -1821,6 +1972,7 @@ def _label_names(head: str | None, prompts: Prompts | None, labels: Sequence[str
 
 HEAD_PREFIXES = ("attention.", "classifier.")  # of all parameters outside the backbone
 HEAD_LEARNING_RATE = {"ctclip": 3e-2, "slice backbones": 1e-3}  # with the defaults of `parameter_groups`: the scripts'
+SLICES_AT_ONCE = 64  # encoded without gradients
 LATENTS_AT_ONCE = 64  # computed from codes: 75 MB of intermediate values at the published size
 
 
@@ -1829,9 +1981,10 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     Args:
         ctclip_path: a CT-CLIP, VocabFine or ClassFine file, .pt or .safetensors; layout and sizes are read from it.
-        backbone: timm name, used when `ctclip_path` is None.
+        backbone: used when `ctclip_path` is None: a timm name, hf-hub:OWNER/NAME, or a folder in timm's layout
+            (config.json, weights), whose architecture, arguments, mean and deviation it takes.
         attention: None, or "cbam" for channel and spatial attention on the slice backbone's feature map.
-        pretrained: ImageNet weights for the slice backbone.
+        pretrained: ImageNet weights for the slice backbone, or those of its folder.
         backbone_weights: a file of weights for the slice backbone, .pt, .pth or .safetensors, instead of timm's.
         n_slices: number of slice triplets that the slice variant takes from a volume (cost and memory grow with it).
         dropout: in the head, in training.
@@ -1854,6 +2007,12 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         labels: names of the logits, in order; default: the prompts' names, or ABNORMALITIES. Other names than these 18
             need head="prompts".
         new_head: leave a file's head aside, such as one for other findings, and start with a new one.
+        windows: of a slice backbone: HU windows of its channels (`parse_window`). None: HU / 1000 in [-1, 1] as it is.
+        slice_spacing: mm between the slices that a slice backbone takes, over 360 mm, in place of `n_slices`; below 3
+            mm volumes are resampled to as many slices.
+        slice_size: pixels of a slice along each side of 360 mm, in place of 224; position embeddings of a transformer
+            are resampled to it.
+        timm_config: what `read_timm_config` says of a folder, in a saved model.
         tokens: what a slice backbone's attention head pools: "slice", one token of each slice triplet (its class token,
             or the mean of its feature map), or "patch", every place of the map.
 
@@ -1886,6 +2045,10 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         new_head: bool = False,
         backbone_weights: str | os.PathLike | None = None,
         tokens: str = "slice",
+        windows: Sequence[str] | None = None,
+        slice_spacing: float | None = None,
+        slice_size: int | None = None,
+        timm_config: dict[str, Any] | None = None,
     ):
         super().__init__()
         is_ctclip = ctclip_path is not None or sizes is not None
@@ -1913,7 +2076,17 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         elif ctclip_path is not None:
             self._load_ctclip(existing_weights(ctclip_path), head, prompts or Prompts.from_names(self.labels), new_head)
         else:
-            self._build_slice_variant(backbone, attention, pretrained, n_slices, backbone_weights)
+            folder = timm_folder(backbone, pretrained and backbone_weights is None)
+            if folder is not None:
+                timm_config = read_timm_config(folder)
+                backbone = timm_config["architecture"]
+                backbone_weights = backbone_weights or (weights_in(folder) if pretrained else None)
+            if slice_spacing is not None:
+                n_slices = slices_at(slice_spacing)
+            self.input_shape = (max(SLICE_INPUT_SHAPE[0], n_slices if slice_spacing else 0),
+                                *((slice_size,) * 2 if slice_size else SLICE_INPUT_SHAPE[1:]))  # fmt: skip
+            network = partial(SliceBackbone, backbone, config=timm_config, size=slice_size, windows=windows)
+            self._build_slice_variant(backbone, network, attention, pretrained, n_slices, backbone_weights)
         # What `from_pretrained` needs to rebuild the model without the files it came from.
         self._hub_mixin_config = {
             "ctclip_path": None,
@@ -1925,6 +2098,10 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             "dropout": dropout,
             "head": self.head_name,
             "tokens": tokens,
+            "windows": None if windows is None else list(windows),
+            "slice_spacing": slice_spacing,
+            "slice_size": slice_size,
+            "timm_config": timm_config,
             "labels": list(self.labels),
         }
 
@@ -1972,8 +2149,9 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             self.backbone_modules = ("visual_transformer",)
 
     def _build_slice_variant(
-        self, backbone: str, attention: str | None, pretrained: bool, n_slices: int, weights: str | os.PathLike | None
-    ) -> None:
+        self, backbone: str, network: Callable[..., SliceBackbone], attention: str | None, pretrained: bool,
+        n_slices: int, weights: str | os.PathLike | None,
+    ) -> None:  # fmt: skip
         if attention not in (None, "cbam"):
             raise ValueError(f"attention='{attention}' is not known; expected None or 'cbam'")
         from timm.layers import create_attn
@@ -1982,13 +2160,13 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"n_slices is {n_slices!r}, expected a whole number of at least 1")
         self.n_slices = n_slices
         self.train_slices: int | None = None  # in training mode, so many random ones of each volume (random_slices)
-        self.backbone = SliceBackbone(backbone, pretrained and weights is None)
+        self.backbone = network(pretrained=pretrained and weights is None)
         if weights is not None:
-            self.load_report = load_backbone(self.backbone.net, backbone, Path(weights))
+            report = load_backbone(self.backbone.net, backbone, Path(weights))
+            self.load_report = replace(report, head=f"{self.head_name}, new")
         self.attention = nn.Identity() if attention is None else create_attn(attention, self.backbone.dim)
         self.classifier = self._new_head(N_LABELS)
         self.derived_from = "other" if weights is not None else "imagenet" if pretrained else None
-        self.input_shape = SLICE_INPUT_SHAPE
         self.cache_format = "maps" if attention else "pooled" if self.head_name == "linear" else "tokens"
         self.backbone_modules, self.layered_module = ("backbone",), "backbone.net"
 
@@ -2023,6 +2201,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         fixed = {"mean": self.backbone.mean, "std": self.backbone.std, "n_slices": torch.tensor(self.n_slices)}
         if self.cache_format == "tokens":
             fixed["patches"] = torch.tensor(self.tokens == "patch")
+        if self.backbone.window is not None:
+            fixed["window"] = self.backbone.window
         return state | {f"backbone.{key}": value for key, value in fixed.items()}
 
     def layers(self) -> list[list[str]]:
@@ -2253,7 +2433,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             adapter = ADAPTED[type(layer)](layer, rank, alpha, dropout).train(layer.training)
             adapter.register_forward_hook(lambda *_, place=place: called.add(place))
             net.set_submodule(place, adapter)
-        _forward_on_meta(net, self.input_shape[1:] if self.backbone.size is None else (self.backbone.size,) * 2)
+        _forward_on_meta(net, (self.backbone.channels, *(self.backbone.size or self.input_shape[1:])))
         for place in layers:
             net.get_submodule(place)._forward_hooks.clear()
         if idle := [place for place in layers if place not in called]:
@@ -2326,11 +2506,12 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         if self._is_volume(x) and self.training and self.train_slices:
             chosen = random_slices(len(x), self.n_slices, self.train_slices)
         slices = slice_triplets(x, self.n_slices, chosen) if self._is_volume(x) else x[:, None]  # (B, S, 3, H, W)
-        flat, by_volume = slices.flatten(0, 1), slices.shape[:2]
-        if self.cache_format == "tokens":
-            return self.backbone.tokens(flat, self.tokens).unflatten(0, by_volume)  # (B, S, h, w, C)
-        maps = self.backbone(flat).unflatten(0, by_volume)  # (B, S, C, h, w)
-        return maps if self.cache_format == "maps" else _pool(maps)
+        flat, by_volume, of_tokens = slices.flatten(0, 1), slices.shape[:2], self.cache_format == "tokens"
+        encode = partial(self.backbone.tokens, kind=self.tokens) if of_tokens else self.backbone
+        whole = torch.is_grad_enabled() or torch.compiler.is_compiling()  # nor exporting
+        parts = [flat] if whole else flat.split(SLICES_AT_ONCE)
+        found = torch.cat([encode(part) for part in parts]).unflatten(0, by_volume)
+        return _pool(found) if self.cache_format == "pooled" else found  # (B, S, h, w, C) or (B, S, C, h, w)
 
     def head(self, features: Tensor) -> Tensor:
         """Output of `features`, or of `features_from_cache`, -> logits (B, 18), with prompts (B, n)."""

@@ -68,7 +68,9 @@ class TrainingConfig:
         False, "data",
         "shift and rescale the voxels of training volumes, add noise; no cache: every frozen epoch encodes them again")
 
-    model: str = _flag("ctclip", "model", "'ctclip', or a timm slice backbone: efficientnet_b0, ...", metavar="NAME")
+    model: str = _flag(
+        "ctclip", "model", "'ctclip', or a slice backbone: a timm name (efficientnet_b0, ...), hf-hub:OWNER/NAME, or a "
+        "folder of config.json and weights in timm's layout", metavar="NAME")
     ctclip_path: str | None = _flag(
         None, "model", f"CT-CLIP checkpoint (default {CLASSFINE_PATH}; on the built-in cohort the demo's)",
         metavar="FILE")
@@ -90,6 +92,15 @@ class TrainingConfig:
     backbone_weights: str | None = _flag(
         None, "model", "weights for a slice backbone (.pth, .safetensors) instead of timm's from the hub",
         metavar="FILE")
+    windows: str | None = _flag(
+        None, "model", "HU windows of a slice backbone's channels, commas between: lung, mediastinum, bone, LOW:HIGH "
+        "or LOW:HIGH:MEAN:STD (for weights trained on CT); one: of three neighbouring slices; three: of the middle one "
+        "(default: [-1000, 1000])", metavar="NAMES")
+    slice_spacing: float | None = _flag(
+        None, "model", "mm between the slices that a slice backbone takes (default: 8 slices over 360 mm); time and "
+        "memory grow with their number")
+    slice_size: int | None = _flag(
+        None, "model", "pixels along each side of a slice of 360 mm (default 224)")
     pretrained: bool = _flag(True, "model", "random weights for a slice backbone, not ImageNet's: much lower AUROC")
 
     epochs: int = _flag(22, "optimization", "passes over the training volumes, frozen and unfrozen")
@@ -168,6 +179,8 @@ class TrainingConfig:
             "lora_rank": (self.lora_rank >= 1, "at least 1"),
             "lora_alpha": (0 < self.lora_alpha < math.inf, "above 0, and finite"),
             "lora_dropout": (0 <= self.lora_dropout < 1, "at least 0 and below 1"),
+            "slice_spacing": (self.slice_spacing is None or 0.5 <= self.slice_spacing <= 180, "0.5 to 180 mm"),
+            "slice_size": (self.slice_size is None or 16 <= self.slice_size <= 2048, "16 to 2048 pixels"),
             "train_slices": (self.train_slices is None or self.train_slices >= 1, "at least 1"),
             "unfreeze_layers": (self.unfreeze_layers >= 0, "at least 0 (0: all layers at once)"),
             "patience": (self.patience >= 1, "at least 1"),
@@ -200,7 +213,8 @@ class TrainingConfig:
         if self.adapt == "lora" and self.model == "ctclip":
             raise TrainingError("found --adapt lora with --model ctclip, expected a vision transformer (--model "
                                 "vit_...); take --adapt last:N or full")
-        of_model = ("ctclip_path", "head", "tokens", "init_head", "use_attention", "backbone_weights")
+        of_model = ("ctclip_path", "head", "tokens", "init_head", "use_attention", "backbone_weights",
+                    "windows", "slice_spacing", "slice_size")
         changed = [name for name in of_model if getattr(self, name) != getattr(TrainingConfig, name)]
         refuse_unused([flag_of(name) for name in changed], training_flag_uses(self))
         if self.backbone_weights and not Path(self.backbone_weights).is_file():  # said before phantoms are made
@@ -281,7 +295,9 @@ def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
         ("--model ctclip, where it is mlp,", is_ctclip or config.head != "mlp"): ("--head",),
         ("a slice backbone and --head attention", not is_ctclip and config.head == "attention"): ("--tokens",),
         ("--model ctclip and --head linear", is_ctclip and (is_linear or config.init_head == "new")): ("--init-head",),
-        ("a slice backbone (--model efficientnet_b0, ...)", not is_ctclip): ("--use-attention", "--backbone-weights"),
+        ("a slice backbone (--model efficientnet_b0, ...)", not is_ctclip): (
+            "--use-attention", "--backbone-weights", "--windows", "--slice-spacing", "--slice-size",
+        ),
         ("a slice backbone without --backbone-weights", not (is_ctclip or config.backbone_weights)): (
             "--no-pretrained",
         ),

@@ -131,6 +131,13 @@ def record_format(model: CTCLIPMultiAbnormalityModel) -> tuple[str, tuple[int, .
     return "float32" if model.cache_format == "pooled" else "float16", tuple(blank.shape[1:])
 
 
+def backbone_key(model: CTCLIPMultiAbnormalityModel) -> str | list:
+    """The architecture, with its arguments where a folder gave any: they can change what equal tensors compute."""
+    architecture = model.backbone.net.pretrained_cfg["architecture"]
+    config = model._hub_mixin_config["timm_config"]
+    return [architecture, config["model_args"]] if config and config["model_args"] else architecture
+
+
 @contextmanager
 def encoding(model: CTCLIPMultiAbnormalityModel, device: torch.device) -> Iterator[None]:
     """Evaluation mode, no gradients, and float32 throughout, whatever precision the caller trains with.
@@ -177,7 +184,7 @@ class FeatureCache:
             "dtype": dtype,
             "encoder_sha256": encoder_digest(model),
             # timm has architectures that differ in padding or activation and not in a single tensor
-            "backbone": None if model.is_ctclip else model.backbone.net.pretrained_cfg["architecture"],
+            "backbone": None if model.is_ctclip else backbone_key(model),
             "input_shape": list(model.input_shape),
             "preprocessing_version": PREPROCESSING_VERSION,
         }

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 from nibabel.orientations import io_orientation
 
+import ctclip_model
 from ctclip.data.readers import open_volume
 from ctclip.data.volume_file import Header, VolumeError, file_error, shape_text
 from ctclip.formatting import parse_number
 
-FIELD_OF_VIEW_MM = 360.0  # edge of the cube that every input covers, whatever its number of voxels
+FIELD_OF_VIEW_MM = ctclip_model.FIELD_OF_VIEW_MM
 SPACING_MM = 0.05, 20.0  # of neighbouring voxels
 SMALLEST_MM, FEWEST_VOXELS = 30.0, 8  # along every axis; of each but the one with fewest
 SMALL_MM = 80.0  # below which in two directions it is asked whether the spacing is right

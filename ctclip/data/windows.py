@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ctclip_model import ABNORMALITIES
+from ctclip_model import ABNORMALITIES, WINDOWS
 
 
 class Window(NamedTuple):
@@ -18,7 +18,7 @@ class Window(NamedTuple):
         return (self.level - self.width / 2) / unit, (self.level + self.width / 2) / unit
 
 
-LUNG_WINDOW, SOFT_TISSUE_WINDOW = Window(-600, 1500), Window(40, 400)
+LUNG_WINDOW, SOFT_TISSUE_WINDOW = (Window(*WINDOWS[name]) for name in ("lung", "mediastinum"))
 SOFT_TISSUE_LABELS = frozenset((*ABNORMALITIES[:7], "Pleural effusion"))  # devices, vessels, heart, hernia, lymph nodes
 
 

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
+import timm
+
 from ctclip.config import CALIBRATION_FILE
 from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration, load_calibration
 from ctclip.evaluation.run_folder import read_history, run_record
 from ctclip.fileio import read_json
-from ctclip_model import CTCLIPMultiAbnormalityModel, check_written, has_tensors_of, published_name
+from ctclip_model import HUB_SOURCES, CTCLIPMultiAbnormalityModel, check_written, has_tensors_of, published_name
 
 
 class CardError(UserError):
@@ -21,7 +23,8 @@ class CardError(UserError):
 
 PUBLIC = ("status", "phantom", "labels", "device", "processes", "precision", "micro_batch", "gradient_checkpointing",
           "volumes", "patients", "read_as", "versions", "history")
-PUBLIC_WORDS = ("mode", "model", "head", "init_head", "use_attention", "loss_type")  # texts; numbers all are
+PUBLIC_WORDS = ("mode", "model", "head", "tokens", "init_head", "use_attention", "windows", "adapt", "lora_targets",
+                "loss_type")  # texts; numbers all are
 PUBLIC_METRICS = ("at_0.5", "calibrated", "tuned", "tuned_global", "calibration", "per_label", "thresholds",
                   "optimism", "undefined_auroc", "unit", "n_rows", "n_volumes", "n_patients",
                   "volumes_without_patient", "left_out", "unknown_labels", "probabilities", "scale", "threshold_table",
@@ -43,6 +46,9 @@ def published_record(record: Mapping, history: list[dict] | None = None) -> dict
         kept["config"]["ctclip_path"] = "other" if published_name(path) == "other" else PureWindowsPath(str(path)).name
     if config.get("backbone_weights"):
         kept["config"]["backbone_weights"] = "other"
+    model = str(config.get("model", "ctclip"))
+    if model != "ctclip" and not (model.startswith(HUB_SOURCES) or timm.is_model(model.split(".")[0])):  # a folder
+        kept["config"]["model"] = "other"
     left_out = record.get("left_out", 0)
     kept["left_out"] = left_out if isinstance(left_out, int) else len(left_out)
     if history:

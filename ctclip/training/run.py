@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 import threading
@@ -138,7 +139,8 @@ class Run:
 
     def __init__(self, folder: Path | None, config: TrainingConfig, machine: Machine):
         self.is_named = folder is not None
-        self.folder = folder or Path("results", f"{time.strftime('%Y%m%d-%H%M%S')}_{config.model}")
+        name = re.split(r"[/\\:]", config.model.rstrip("/\\"))[-1]  # of a folder or a hub's repository
+        self.folder = folder or Path("results", f"{time.strftime('%Y%m%d-%H%M%S')}_{name}")
         self.config = config
         self.machine = machine
         name = machine.device
@@ -483,6 +485,8 @@ def build_model(
         model = CTCLIPMultiAbnormalityModel(
             None, config.model, attention=attention, pretrained=config.pretrained, dropout=config.dropout,
             backbone_weights=config.backbone_weights, head=config.head, tokens=config.tokens,
+            windows=config.windows and [name.strip() for name in config.windows.split(",")],
+            slice_spacing=config.slice_spacing, slice_size=config.slice_size,
         )  # fmt: skip
     except CheckpointError:
         raise

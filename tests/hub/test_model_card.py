@@ -248,6 +248,12 @@ def test_the_snippet_runs_and_gives_the_calibrated_probabilities(make_run, tmp_p
 # ---- what leaves the machine
 
 
+@pytest.mark.parametrize("model", ["ctclip", "resnet18.a1_in1k", "hf-hub:owner/name", "/home/ann/net", "net"])
+def test_a_folder_that_the_model_came_from_stays_private(model):
+    kept = published_record({"config": {"model": model}})["config"]["model"]
+    assert kept == ("other" if model.endswith("net") else model)
+
+
 def test_nothing_private_is_carried(make_run, tmp_path):
     folder, _ = make_run()
     save_with_card(CTCLIPMultiAbnormalityModel.from_pretrained(folder), tmp_path / "copy")

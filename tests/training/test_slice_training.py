@@ -6,8 +6,10 @@ import os
 import signal
 
 import pytest
+import timm
 import torch
 from helpers_training import history, one_line, weights
+from safetensors.torch import save_file
 
 import ctclip_model
 from ctclip.config import TrainingConfig
@@ -112,6 +114,25 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(config, tmp_path, adapt,
     assert not moved_between(*states_of)
 
 
+def test_a_folder_windows_and_spacing_from_the_command_line(phantoms, tmp_path):
+    net = timm.create_model("test_vit", num_classes=0, in_chans=1)
+    (tmp_path / "net").mkdir()
+    save_file(net.state_dict(), tmp_path / "net" / "model.safetensors")
+    content = {"architecture": "test_vit", "model_args": {"in_chans": 1}, "pretrained_cfg": {}}
+    (tmp_path / "net" / "config.json").write_text(json.dumps(content))
+    flags = ["--data-dir", phantoms, "--limit", 12, "--model", tmp_path / "net", "--windows=-997:888:-142.39:360.97",
+             "--slice-spacing", 60, "--slice-size", 64, "--head", "attention", "--cache-dir", tmp_path / "cache",
+             "--epochs", 2, "--freeze-epochs", 1, "--adapt", "lora", "--lora-targets", "attn.qkv, attn.proj",
+             "--output-dir", tmp_path / "run"]  # fmt: skip
+    assert main([str(flag) for flag in flags]) == 0
+    model = CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "run")
+    assert (model.n_slices, model.input_shape, model.backbone.channels) == (6, (24, 64, 64), 1)
+    low, high, factor, summand = model.backbone.window.flatten().tolist()
+    assert (low, high) == pytest.approx((-0.997, 0.888))
+    assert (factor, summand) == pytest.approx((1000 / 360.97, 142.39 / 360.97))
+    assert torch.equal(model.backbone.net.patch_embed.proj.weight, net.patch_embed.proj.weight)
+
+
 def test_adapters_share_the_cache_of_the_backbone_that_they_begin_with(config, tmp_path):
     cache = tmp_path / "cache"
     for name, changes in (("one", {"adapt": "none"}), ("two", {"adapt": "lora", "epochs": 2, "freeze_epochs": 1})):
@@ -137,6 +158,11 @@ def test_adapters_share_the_cache_of_the_backbone_that_they_begin_with(config, t
         (["--model", "test_vit", "--no-pretrained", "--train-slices", "9"], "--train-slices is 9, expected at most 8"),
         (["--train-slices", "4"], "found --train-slices, which goes with a slice backbone"),
         (["--model", "test_resnet", "--no-pretrained", "--adapt", "lora"], "--adapt lora: found no layer attn.qkv"),
+        (["--windows", "lung"], "found --windows, which goes with a slice backbone"),
+        (["--slice-spacing", "2"], "found --slice-spacing, which goes with a slice backbone"),
+        (["--model", "test_vit", "--slice-spacing", "0.1"], "--slice-spacing is 0.1, expected 0.5 to 180 mm"),
+        (["--model", "test_vit", "--slice-size", "5"], "--slice-size is 5, expected 16 to 2048 pixels"),
+        (["--model", "test_vit", "--no-pretrained", "--windows", "liver"], "found the window 'liver', expected"),
         (["--tokens", "patch"], "found --tokens, which goes with a slice backbone and --head attention only"),
         (["--head", "attention", "--tokens", "patch"], "found --tokens, which goes with a slice backbone and"),
         (["--model", "test_vit", "--tokens", "patch"], "found --tokens, which goes with a slice backbone and"),
