@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers_hub import PUBLIC, Hub
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
@@ -90,6 +91,28 @@ def test_a_repository_of_the_hub_is_read_from_the_clients_cache(tmp_path, monkey
         model_of("hf-hub:Owner/Name")
     assert "\n" not in str(error.value) and "name a folder of its config.json and weights" in str(error.value)
     model_of("hf-hub:Owner/Name", pretrained=False)  # needs its configuration only
+
+
+@torch.no_grad()
+def test_a_repository_is_fetched_once(tmp_path, monkeypatch):
+    """From the tests' own hub, by the real client; weights of either name."""
+    path, _ = write_folder(tmp_path / "net", weights="pytorch_model.bin", trained={"mean": [0.5], "std": [0.5]},
+                           **ONE_CHANNEL)  # fmt: skip
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with Hub({file.name: file.read_bytes() for file in Path(path).iterdir()}) as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        address = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        found = [model_of(f"hf-hub:{PUBLIC}").features(triplet()) for _ in range(2)]
+        assert hub.count("GET", "pytorch_model.bin") == hub.count("GET", "config.json") == 1
+        with pytest.raises(PretrainedWeightsError, match="'hf-hub:Owner/Name' could not be fetched "):
+            model_of("hf-hub:Owner/Name")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers: the cache serves
+    found.append(model_of(f"hf-hub:{PUBLIC}").features(triplet()))
+    assert all(torch.equal(features, model_of(path).features(triplet())) for features in found)
 
 
 def test_a_folder_with_weights_elsewhere_or_none(tmp_path):

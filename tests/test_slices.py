@@ -146,6 +146,15 @@ def test_save_load_and_reset(tmp_path, tokens):
     assert CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "two").labels == ("one", "two")
 
 
+@torch.no_grad()
+def test_labels_that_the_head_has_keep_their_logits():
+    model, x = model_of(CONV, "patch"), volume_of()
+    before, names = model(x), model.labels
+    assert model.select_labels([names[5], "another", names[0]]) == ["another"]
+    torch.testing.assert_close(model(x)[:, [0, 2]], before[:, [5, 0]], rtol=0, atol=1e-5)
+    assert not model(x)[:, 1].any()
+
+
 def test_gradients_reach_the_head_alone_or_the_backbone_too():
     model, x = model_of(VIT), volume_of(160)
     groups = model.parameter_groups(1e-2)

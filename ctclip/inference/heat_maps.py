@@ -32,7 +32,13 @@ from ctclip.data.windows import Window, display_window
 from ctclip.evaluation.figures import GREY, INK, SOFTWARE, new_figure, write_figure
 from ctclip.fileio import check_replaceable, replacing
 from ctclip.inference.scans import HEAT_MAP_DESCRIPTION, PredictionError, nifti_description
-from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, as_tokens, slice_triplets
+from ctclip_model import (
+    ABNORMALITIES,
+    SLICES_AT_ONCE,
+    CTCLIPMultiAbnormalityModel,
+    as_tokens,
+    slice_triplets,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -160,7 +166,8 @@ def _slice_contributions(model: CTCLIPMultiAbnormalityModel, volume: Tensor, ind
         tokens = model.features(volume)  # (1, S, 1, 1, C)
         attention, evidence = head.attend(tokens)
         return (attention * evidence)[0, index], model.head(tokens)[0, index]
-    maps = model.attention(model.backbone(slice_triplets(volume, model.n_slices)[0]))  # (S, C, h, w)
+    parts = slice_triplets(volume, model.n_slices)[0].split(SLICES_AT_ONCE)
+    maps = model.attention(torch.cat([model.backbone(part) for part in parts]))  # (S, C, h, w)
     if model.head_name == "attention":
         tokens = as_tokens(maps, model.tokens)[None]  # (1, S, h, w, C); a slice's is the mean of its places
         attention, _ = head.attend(tokens)

@@ -67,6 +67,7 @@ from ctclip_model import (
     existing_weights,
 )
 
+SLICES = 128  # of a micro-batch to begin with
 SPLIT_NAMES = {"train": "training", "tuning": "validation"}  # as in files -> in words
 
 # ------------------------------------------------------------------ signals, which end a run early
@@ -402,6 +403,8 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
     weights = balanced_label_weights(train.labels) if config.class_weights else None
     criterion = create_loss(config.loss_type, config.alpha, config.gamma, weights).to(run.device)
     run.micro_batch = machine.micro_batch or micro_batch_size(model.input_shape, config.batch_size)
+    if not (machine.micro_batch or model.is_ctclip):
+        run.micro_batch = max(1, min(run.micro_batch, SLICES // (model.train_slices or model.n_slices)))
     choice = machine.gradient_checkpointing
     enabled = choice == "on" or (choice == "auto" and run.device.type == "cuda")
     if enabled and not run.enable_checkpointing(model):

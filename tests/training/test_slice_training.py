@@ -12,11 +12,11 @@ from helpers_training import history, one_line, weights
 from safetensors.torch import save_file
 
 import ctclip_model
-from ctclip.config import TrainingConfig
+from ctclip.config import Machine, TrainingConfig
 from ctclip.training.checkpoint import states
 from ctclip.training.loop import train
 from ctclip.training.optimization import TrainableParameters
-from ctclip.training.run import build_model
+from ctclip.training.run import build_model, prepare
 from ctclip_model import CTCLIPMultiAbnormalityModel
 from ctclip_training import main
 
@@ -131,6 +131,22 @@ def test_a_folder_windows_and_spacing_from_the_command_line(phantoms, tmp_path):
     assert (low, high) == pytest.approx((-0.997, 0.888))
     assert (factor, summand) == pytest.approx((1000 / 360.97, 142.39 / 360.97))
     assert torch.equal(model.backbone.net.patch_embed.proj.weight, net.patch_embed.proj.weight)
+
+
+@pytest.mark.parametrize(
+    ("adapt", "layers"),
+    [(None, [0, 2, 4, 6]), ("none", [0, 0, 0, 0]), ("last:3", [0, 3, 3, 3]), ("last:30", [0, 9, 9, 9]),
+     ("full", [0, 9, 9, 9]), ("lora", [0, 1, 1, 1])],
+)  # fmt: skip
+def test_how_many_of_nine_layers_are_trained(adapt, layers):
+    settings = TrainingConfig(epochs=4, freeze_epochs=1, adapt=adapt)
+    assert [settings.unfrozen_layers(epoch, 9) for epoch in range(4)] == layers
+
+
+def test_a_micro_batch_begins_with_no_more_slices_than_there_are_places_for(config, tmp_path):
+    for changes, size in (({}, 8), ({"slice_spacing": 6.0}, 2), ({"slice_spacing": 6.0, "train_slices": 16}, 8)):
+        job = prepare(config(batch_size=8, **changes), tmp_path / "run", Machine())
+        assert job.run.micro_batch == size
 
 
 def test_adapters_share_the_cache_of_the_backbone_that_they_begin_with(config, tmp_path):
