@@ -1,8 +1,14 @@
-"""Bootstrap intervals and p-values: patients are drawn with replacement, and every metric is computed on each draw.
+"""Intervals and p-values from resamples: patients are drawn with replacement, or left out one after the other.
 
 Patients, not volumes: a patient's volumes are not independent, and drawn one by one they would make every interval too
 short. Thresholds and calibration stay fixed; the intervals are about the sample of reported patients, not about those
 that were fitted on. Two predictions are compared on the same draws, so that what both get right or wrong cancels.
+
+What each metric takes is what held best in tests/benchmarks/coverage.py (LOG.md):
+- metrics of all labels that depend on decisions (macro F1, ...): Student's t with the jackknife's standard error. The
+  bootstrap's distribution of F1 lies below the value and is too narrow where labels are rare.
+- metrics of one label, all shares between 0 and 1: normal on the logit scale with the bootstrap's standard error.
+- AUROC and Brier score of all labels, and differences of labels: the bootstrap's percentiles.
 
 Everywhere the first of the resamples is the table itself: (1 + B,) values are a metric and its B resamples.
 """
@@ -12,14 +18,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.special import expit, logit, ndtri, stdtr, stdtrit
 
 from ctclip.config import RESAMPLES
-from ctclip.evaluation.metrics import EvaluationError, Resamples, bin_indices, calibration_errors
+from ctclip.evaluation.metrics import (
+    EvaluationError,
+    Resamples,
+    bin_indices,
+    calibration_errors,
+    confusion_counts,
+    jackknifed_decisions,
+)
 from ctclip_model import UNKNOWN
 
 LEVEL = 0.95
 ROUNDING = 1e-12  # smaller differences are rounding
+TAIL = (1 - LEVEL) / 2
 MIN_CASES = 10  # patients with and without a finding; with fewer, intervals are too short (LOG.md)
+MIN_CALLED = 3  # patients called positive, of each label; with fewer, those of macro metrics are too short
+MACRO_NEED_CALLED = ("precision_macro", "f1_macro")
 DEFINED = 0.95  # share of the resamples in which a metric must be defined for its interval to be given
 
 
@@ -67,23 +84,66 @@ def interval(values: np.ndarray) -> list[float] | None:
     known = values[1:][~np.isnan(values[1:])]
     if not len(known) or len(known) < DEFINED * (len(values) - 1):
         return None
-    tail = (1 - LEVEL) / 2
-    return [float(x) for x in np.quantile(known, (tail, 1 - tail))]
+    return [float(x) for x in np.quantile(known, (TAIL, 1 - TAIL))]
 
 
-def intervals(values: Mapping[str, np.ndarray]) -> dict[str, list[float] | None]:
-    return {key: interval(of_one) for key, of_one in values.items()}
+def logit_interval(values: np.ndarray) -> list[float] | None:
+    """[low, high] of a share, normal on the logit scale with the spread of (1 + B,). None where the share is 0 or 1, or
+    is so, or undefined, in too many resamples: they cannot show what the sample does not hold."""
+    inside = values[1:][(values[1:] > 0) & (values[1:] < 1)]
+    if not 0 < values[0] < 1 or len(inside) < 2 or len(inside) < DEFINED * (len(values) - 1):
+        return None
+    half = ndtri(1 - TAIL) * logit(inside).std(ddof=1)
+    return [float(x) for x in expit(logit(values[0]) + np.array([-half, half]))]
+
+
+def jackknife_error(left_out: np.ndarray) -> float | None:
+    """Standard error of a metric, from its values (P,) without one patient after the other; None where it is undefined
+    without one of them, or there are too few."""
+    n = len(left_out)
+    if n < MIN_CASES or np.isnan(left_out).any():
+        return None
+    return float(np.sqrt((n - 1) * left_out.var()))
+
+
+def jackknife_interval(value: float, left_out: np.ndarray) -> list[float] | None:
+    """[low, high] within [0, 1] by Student's t (Miller, Biometrika 1974). None as in jackknife_error, or where all
+    patients are alike."""
+    error = jackknife_error(left_out)
+    if error is None or error < ROUNDING:
+        return None
+    half = stdtrit(len(left_out) - 1, 1 - TAIL) * error
+    return [max(0.0, float(value - half)), min(1.0, float(value + half))]
 
 
 def label_intervals(columns: Mapping[str, np.ndarray], findings: Sequence[str]) -> dict[str, dict]:
-    """{label: {metric: interval}} of {metric: (1 + B, L)}."""
-    return {name: intervals({key: column[:, j] for key, column in columns.items()}) for j, name in enumerate(findings)}
+    """{label: {metric: interval}} of {metric: (1 + B, L)}, all of them shares."""
+    return {name: {key: logit_interval(column[:, j]) for key, column in columns.items()}
+            for j, name in enumerate(findings)}
 
 
 def enough_cases(labels: np.ndarray, patients: np.ndarray) -> np.ndarray:
     """(L,) mask: labels that MIN_CASES patients have, and as many lack."""
     counts = [[len(np.unique(patients[labels[:, j] == value])) for j in range(labels.shape[1])] for value in (0, 1)]
     return np.min(counts, axis=0) >= MIN_CASES
+
+
+def left_out_decisions(labels: np.ndarray, decisions: np.ndarray, resamples: Resamples) -> dict[str, np.ndarray]:
+    """jackknifed_decisions, NaN where an interval would not hold: too few patients called positive of any label
+    (MIN_CALLED), too few with a row that is right, or with one that is not (MIN_CASES), no resamples wanted."""
+    left_out = jackknifed_decisions(labels, decisions, resamples)
+    right = confusion_counts(labels, decisions)[:, [-2]]
+    exact = (resamples.by_patient(np.column_stack([right, 1 - right])) > 0).sum(axis=0).min()
+    for keys, enough in ((MACRO_NEED_CALLED, called_patients(decisions, resamples).min() >= MIN_CALLED),
+                         (("exact_match",), exact >= MIN_CASES), (tuple(left_out), len(resamples.counts) > 1)):
+        for key in () if enough else keys:
+            left_out[key] = np.full_like(left_out[key], np.nan)
+    return left_out
+
+
+def called_patients(decisions: np.ndarray, resamples: Resamples) -> np.ndarray:
+    """(L,) patients with a row that is called positive, of (N, L) decisions."""
+    return (resamples.by_patient(decisions.astype(np.float64)) > 0).sum(axis=0)
 
 
 def difference(resampled: np.ndarray) -> dict:
@@ -98,6 +158,21 @@ def difference(resampled: np.ndarray) -> dict:
     tail = min((known <= ROUNDING).sum(), (known >= -ROUNDING).sum())
     p = float(min(1, 2 * (tail + 1) / (len(known) + 1)))
     return {"difference": float(resampled[0]), "interval": bounds, "p": p}
+
+
+def without_test(value: float) -> dict:
+    """A difference of which no interval and no p-value would hold."""
+    return {"difference": None if np.isnan(value) else float(value), "interval": None, "p": None}
+
+
+def jackknife_difference(value: float, left_out: np.ndarray) -> dict:
+    """The same as `difference` by Student's t, from the difference (P,) without one patient after the other."""
+    error = jackknife_error(left_out)
+    if error is None:
+        return without_test(value)
+    half, freedom = stdtrit(len(left_out) - 1, 1 - TAIL) * error, len(left_out) - 1
+    p = 2 * stdtr(freedom, -abs(value) / error) if error > ROUNDING else float(abs(value) <= ROUNDING)
+    return {"difference": float(value), "interval": [float(value - half), float(value + half)], "p": float(p)}
 
 
 def label_differences(resampled: np.ndarray, findings: Sequence[str]) -> dict[str, dict]:

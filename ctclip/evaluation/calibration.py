@@ -42,6 +42,7 @@ RAREST = 1e-6  # of --prevalence: one patient in a million; what is below is no 
 LARGEST = 1e6  # slope or intercept of a calibration; fitted ones are below 1000
 SAME_THRESHOLD = 1e-9  # a stored calibrated threshold differs by rounding only from the uncalibrated one, calibrated
 LOG_LOSS_CLIP = 1e-7  # a log loss keeps probabilities this far from 0 and 1
+FEW_PATIENTS = 50  # with fewer to fit on, rates are missed by 10 points and more (LOG.md)
 LOGIT_KNEE = 7.0  # logits beyond (0.1 %, 99.9 %) are compressed into one more unit before anything is fitted
 
 
@@ -399,6 +400,14 @@ class FittedThresholds:
     global_thresholds: np.ndarray
 
 
+def few_patients_note(n_patients: int) -> str | None:
+    """What to say of calibration and thresholds fitted on so few patients; None where they are enough."""
+    if n_patients >= FEW_PATIENTS:
+        return None
+    return (f"calibration and thresholds are fitted on {n_patients} patients only: with fewer than {FEW_PATIENTS}, "
+            "rates can be wrong by 10 points and more")
+
+
 def fit_thresholds(
     rows: Rows, tuning: tuple[VolumeTable, VolumeTable] | None, settings: Settings, scale: str = UNCALIBRATED
 ) -> FittedThresholds:
@@ -408,6 +417,10 @@ def fit_thresholds(
     if tuning is not None:
         selected = tuning[0].select(rows.findings), tuning[1].select(rows.findings)
         source, fitted_on = tuning_rows(selected, settings.unit, settings.allow_partial, rows.ids), TUNING
+        if source.n_patients < 2:
+            raise EvaluationError(f"{tuning[0].source}: found tuning volumes of 1 patient only ({source.patients[0]}), "
+                                  f"expected at least 2, better {FEW_PATIENTS}; add patients, or give no tuning tables "
+                                  "to cross-fit")
         check_no_overlap(rows.patients, source.patients, tuning[0].source)
         folds = iter([(np.ones(len(source), bool), np.ones(len(rows), bool))])  # one, of everybody
 

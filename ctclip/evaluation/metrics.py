@@ -44,10 +44,15 @@ class Resamples:
         patients, group = np.unique(self.group[rows], return_inverse=True)
         return Resamples(group, self.counts[:, patients])
 
+    def by_patient(self, summands: np.ndarray) -> np.ndarray:
+        """(N, K) -> (P, K): sums over each patient's rows."""
+        sums = np.zeros((self.counts.shape[1], summands.shape[1]))
+        np.add.at(sums, self.group, summands)
+        return sums
+
     def sums(self, summands: np.ndarray) -> np.ndarray:
         """(N, K) -> (B, K): sums over the rows drawn."""
-        by_patient = np.zeros((self.counts.shape[1], summands.shape[1]))
-        np.add.at(by_patient, self.group, summands)
+        by_patient = self.by_patient(summands)
         parts = range(0, len(self.counts), SUMS_CHUNK)
         return np.concatenate([self.counts[at : at + SUMS_CHUNK].astype(np.float64) @ by_patient for at in parts])
 
@@ -228,6 +233,12 @@ def resampled_decisions(labels: np.ndarray, decisions: np.ndarray, resamples: Re
     return metrics_from_counts(resamples.sums(confusion_counts(labels, decisions)))
 
 
+def jackknifed_decisions(labels: np.ndarray, decisions: np.ndarray, resamples: Resamples) -> dict[str, np.ndarray]:
+    """The part of M that depends on decisions, without one of the P patients after the other: (P,) each."""
+    sums = resamples.by_patient(confusion_counts(labels, decisions))
+    return metrics_from_counts(sums.sum(axis=0) - sums)[0]
+
+
 def resampled_ranking(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> tuple[dict, dict]:
     """(the part of M that no threshold can change, per-label columns) in every resample."""
     columns = ranking_columns(labels, probabilities, resamples)
@@ -269,7 +280,7 @@ def metrics_from_counts(sums: np.ndarray) -> tuple[dict[str, np.ndarray], dict[s
     summary = {key: of_all[own] if own in of_all else nanmean(columns[own]) for key, own in SUMMARY_OF.items()}
     rates = {key: summary.pop(key) for key in ("positive_rate", "label_rate")}  # shown after exact_match
     crg = _crg(*(part.sum(axis=-1) for part in (tp, fp, positives, known)))
-    return summary | {"exact_match": ends[..., 0] / ends[..., 1]} | rates | {"crg": crg}, columns
+    return summary | {"exact_match": _ratio(ends[..., 0], ends[..., 1], np.nan)} | rates | {"crg": crg}, columns
 
 
 def crg_exchange(positives: float | np.ndarray, decisions: float | np.ndarray) -> float | np.ndarray:

@@ -15,8 +15,8 @@ import numpy as np
 from ctclip.data.patients import own_patient_note
 from ctclip.data.tables import UNCALIBRATED, some
 from ctclip.evaluation import figures
-from ctclip.evaluation.bootstrap import MIN_CASES
-from ctclip.evaluation.calibration import CROSS_FITTED, TUNING
+from ctclip.evaluation.bootstrap import MIN_CALLED, MIN_CASES
+from ctclip.evaluation.calibration import CROSS_FITTED, TUNING, few_patients_note
 from ctclip.evaluation.figures import known_columns
 from ctclip.evaluation.metrics import threshold_sweep
 from ctclip.evaluation.subgroups import MIN_PATIENTS
@@ -192,6 +192,8 @@ def notices(metrics: Mapping) -> list[tuple[str, str]]:
         found.append(("", own_patient_note(unnamed, metrics["n_volumes"])))
     if metrics["n_patients"] < MIN_CASES:
         found.append(("", f"{NO_INTERVALS}: they would be far too short"))
+    if few := few_patients_note(metrics["thresholds"]["n_patients"]):
+        found.append(("", few))
     for what, holder in (("predictions", metrics), ("baseline's predictions", metrics["baseline"] or {})):
         if (scale := holder.get("scale", UNCALIBRATED)) != UNCALIBRATED:
             found.append(("Scale", f"the {what} say that they are {scale}, not the model's own: they are not "
@@ -223,10 +225,10 @@ def _findings_notices(metrics: Mapping) -> list[tuple[str, str]]:
 
 
 def _resampled(metrics: Mapping, text: str) -> str:
-    """`text` with the number of resamples, or that there are none."""
+    """`text` with how often patients are resampled, or that they are not."""
     if metrics["n_patients"] < MIN_CASES:
         return NO_INTERVALS
-    return text.format(f"{metrics['settings']['resamples']:,} bootstrap resamples")
+    return text.format(f"{metrics['settings']['resamples']:,} bootstrap resamples or the jackknife")
 
 
 def _headline(metrics: Mapping) -> Section:
@@ -274,8 +276,22 @@ def _comparison(metrics: Mapping) -> Section:
         f"Thresholds and calibration: {fitted_on(metrics['thresholds'])}. Tuned: one threshold per label. "
         f"{_resampled(metrics, '95 % CI: {} of the ' + format(metrics['n_patients'], ',') + ' patients')}. "
         "AUROC needs no threshold.",
+        *_rarely_called(metrics),
         Table("Performance comparison", columns, rows),
     )
+
+
+def _rarely_called(metrics: Mapping) -> list[str]:
+    """How many labels have too few patients called positive for intervals; metrics.json of before 0.8 does not say."""
+    counts = [(title, len(metrics.get("rarely_called", {}).get(name, ())))
+              for title, name in (("at 0.5", "at_0.5"), ("calibrated", "calibrated"), ("tuned", "tuned"))]
+    if not any(count for _, count in counts):
+        return []
+    return [f"Labels called positive in fewer than {MIN_CASES} patients: "
+            f"{', '.join(f'{count} {title}' for title, count in counts)}. Their precision, F1 and positive rate have "
+            f"no interval; macro precision and F1 have none where a label is called positive in fewer than {MIN_CALLED}"
+            f". Exact match has none where fewer than {MIN_CASES} patients have a row that is right, or one that is "
+            "not. Cross-fitted, macro metrics of calibrated probabilities have none."]
 
 
 def _thresholds(metrics: Mapping) -> Section:
@@ -333,7 +349,8 @@ def _per_label(metrics: Mapping) -> Section:
         f"All labels: {sum(row['positives'] for row in metrics['per_label'].values()):,} positive, label rate "
         f"{percent(half['label_rate'])}, predicted rate {percent(half['positive_rate'])} at 0.5. AUROC and average "
         "precision (AP) need no threshold; tuned rate, precision, recall and F1 are at the label's threshold. "
-        f"AUROC and F1 with 95 % intervals, where {MIN_CASES} patients have the label and as many lack it.",
+        f"AUROC and F1 with 95 % intervals, where {MIN_CASES} patients have the label and as many lack it, and F1 "
+        "where as many are called positive.",
         *([f"No AUROC, only one class here: {', '.join(undefined)}. A label without positives counts 0 in F1, "
            "precision and recall, as in the challenge."] if undefined else []),
         Table("Per label", columns, rows, sortable=True),
@@ -401,8 +418,9 @@ def _baseline(metrics: Mapping) -> Section:
             if key != "label_rate":
                 row = differences[name][key]
                 change = Value(_difference(this[name], base[name], key), interval_text(row["interval"], key))
+                tests = ("", "") if row["p"] is None else (decimal(row["p"], 3), decimal(row.get("p_corrected"), 3))
                 rows.append((title, metric_text(base[name][key], key), metric_text(this[name][key], key), change,
-                             "" if row["p"] is None else decimal(row["p"], 3)))
+                             *tests))
 
     def of_label(row: Mapping) -> TableRow:
         if row["difference"] is None:
@@ -417,9 +435,12 @@ def _baseline(metrics: Mapping) -> Section:
         "baseline", "Comparison with the baseline",
         f"Baseline: {base['source']}. Thresholds of both are {base['fitted_on']}. Differences are this - baseline"
         + (f". {NO_INTERVALS}." if metrics["n_patients"] < MIN_CASES else
-           " on the same bootstrap resamples: 95 % interval, two-sided p; per label also corrected for all labels "
-           "(Holm). F1 at the tuned thresholds. Undefined: only one class, here or in too many resamples."),
-        Table("Differences", ("Metric", "Baseline", "This", "Difference (95 % CI)", "p"), rows),
+           " on the same patients, drawn again or left out: 95 % interval, two-sided p; corrected (Holm) for all rows "
+           "of the first table, and for all labels of one metric in the second. F1 of labels at the tuned thresholds. "
+           "Undefined: only one class, here or in too many resamples. No interval and no p: as above, too few patients "
+           "are called positive. Calibrated probabilities are not compared: maps fitted to either prediction, and kept "
+           "fixed in resamples, would make equally good ones differ too often."),
+        Table("Differences", ("Metric", "Baseline", "This", "Difference (95 % CI)", "p", "Corrected p"), rows),
         Table("Differences per label", columns, per_label, sortable=True),
     )
 

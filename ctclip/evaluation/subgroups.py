@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ctclip.data.tables import join
-from ctclip.evaluation.bootstrap import enough_cases, intervals
+from ctclip.evaluation.bootstrap import enough_cases, interval, jackknife_interval, left_out_decisions
 from ctclip.evaluation.metrics import Resamples, drawn_once, nanmean, plain, ranking_columns, resampled_decisions
 from ctclip.evaluation.tables import Rows, row_keys
 from ctclip.formatting import parse_number
@@ -102,6 +102,8 @@ def _one_group(
     auroc = nanmean(ranking_columns(*of_counted, own, ap=False)["auroc"])
     values, _ = resampled_decisions(labels, decisions[chosen], own)
     values = {key: values[key] for key in GROUP_METRICS}
+    left_out = left_out_decisions(labels, decisions[chosen], own)
     point = {"auroc_macro": auroc[:1], "auroc_everyone": nanmean(overall[:, counted])} | values
     return count | {"too_small": False, "auroc_labels": int(counted.sum()), **plain(point),
-                    "intervals": intervals({"auroc_macro": auroc} | values)}
+                    "intervals": {"auroc_macro": interval(auroc)} | {
+                        key: jackknife_interval(value[0], left_out[key]) for key, value in values.items()}}

@@ -26,7 +26,7 @@ PUBLIC = ("status", "phantom", "labels", "device", "processes", "precision", "mi
 PUBLIC_WORDS = ("mode", "model", "head", "tokens", "init_head", "use_attention", "windows", "adapt", "lora_targets",
                 "loss_type")  # texts; numbers all are
 PUBLIC_METRICS = ("at_0.5", "calibrated", "tuned", "tuned_global", "calibration", "per_label", "thresholds",
-                  "optimism", "undefined_auroc", "unit", "n_rows", "n_volumes", "n_patients",
+                  "optimism", "undefined_auroc", "rarely_called", "unit", "n_rows", "n_volumes", "n_patients",
                   "volumes_without_patient", "left_out", "unknown_labels", "probabilities", "scale", "threshold_table",
                   "intervals", "subgroups", "baseline", "phantom", "note", "settings", "versions", "success_criteria")
 

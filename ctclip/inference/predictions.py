@@ -32,7 +32,7 @@ from ctclip.data.ct_rate import PREVALENCE
 from ctclip.data.geometry import place_volume
 from ctclip.data.loading import Batch, notes_of
 from ctclip.data.tables import CALIBRATED, MAPPED, NAME_COLUMN, SCALE_COLUMN, SCALES, UNCALIBRATED, WARNING_COLUMN
-from ctclip.evaluation.calibration import Calibration, load_calibration
+from ctclip.evaluation.calibration import Calibration, few_patients_note, load_calibration
 from ctclip.evaluation.metrics import EvaluationError
 from ctclip.evaluation.run_folder import newest_run, run_calibration, run_record, run_tuning
 from ctclip.evaluation.tables import VolumeTable
@@ -113,7 +113,8 @@ def predict_scans(
         assume_hu: take voxels for HU by the header, whatever they look like.
         on_start: called with all scans, and what SCALE_COLUMN says of their answers, once the model is loaded.
         on_scan: called with each scan's name and row as soon as there is one.
-        on_note: called with a line for each scan that has a warning, and for what was skipped in folders.
+        on_note: called with a line for each scan that has a warning, for what was skipped in folders, and for a
+            calibration fitted on few patients.
 
     Raises:
         UserError, CheckpointError, PromptError, FileNotFoundError: one line each, before anything is computed.
@@ -133,6 +134,8 @@ def predict_scans(
     heat_maps = _HeatMaps(model, labels, Path(explain_dir), answers.shown, note)
     predictor = _ScanPredictor(found, assume_hu, answers.transform, heat_maps, on_scan, on_note, failures)
     on_start(found, answers.scale)
+    if answers.calibration is not None and (few := few_patients_note(answers.calibration.n_patients)):
+        on_note(few)
     predictor.predict(model, workers)
     table = rows_table(predictor.rows, model.labels)
     return Predictions(table, found, failures, predictor.warnings, heat_maps.files, answers.description, answers.scale,

@@ -1,10 +1,11 @@
 """Intervals, differences and subgroups: every resample against scikit-learn on rows that are really drawn again; the
-width of intervals against DeLong's; corrected p-values against hand-worked ones.
+width of intervals against DeLong's; the jackknife against scipy's t-tests; corrected p-values against hand-worked ones.
 """
 
 import numpy as np
 import pytest
 from helpers_evaluation import both_classes, decided, rows, simulate, with_ties
+from scipy import stats
 from sklearn import metrics as sk
 
 from ctclip.evaluation import bootstrap as boot
@@ -118,8 +119,78 @@ def test_interval_by_hand_and_where_it_is_undefined():
     assert boot.interval(values) == pytest.approx([40 + 0.025 * 960, 40 + 0.975 * 960])
     values[1:61] = np.nan
     assert boot.interval(values) is None
-    assert boot.intervals({"a": values}) == {"a": None}
-    assert boot.label_intervals({"c": np.zeros((6, 18))}, NAMES) == {name: {"c": [0, 0]} for name in NAMES}
+
+
+def test_the_interval_of_a_share_by_hand():
+    """0.8 has the logit log(4); the spread of these three logits is log(4) - log(2) = log(2)."""
+    values = np.array([0.8, 2 / 3, 0.8, 8 / 9])
+    half = np.log(2) * 1.959964
+    expected = [1 / (1 + np.exp(half) / 4), 1 / (1 + np.exp(-half) / 4)]
+    assert boot.logit_interval(values) == pytest.approx(expected, abs=1e-6)
+    assert boot.label_intervals({"c": np.column_stack([values] * 18)}, NAMES)["Emphysema"]["c"] == pytest.approx(
+        expected, abs=1e-6)
+    many = np.append(0.8, np.tile([2 / 3, 0.8, 8 / 9], 100))
+    assert boot.logit_interval(many) is not None
+    many[1:20] = 1  # one in 16: the sample hardly shows what the metric can be
+    assert boot.logit_interval(many) is None
+    for edge in (0, 1, np.nan):  # and nothing of no width
+        assert boot.logit_interval(np.full(50, edge)) is None
+
+
+def test_the_jackknife_is_students_t_where_each_patient_has_one_row():
+    """Hamming accuracy is then a mean of one value per patient; its difference, a mean of paired differences."""
+    rng = np.random.default_rng(0)
+    y, first, second = (rng.random((30, 18)) < share for share in (0.3, 0.4, 0.4))
+    draws = boot.draw(np.arange(30), 5)
+    own, other = ((y == decisions).mean(axis=1) for decisions in (first, second))
+    left_out = [boot.left_out_decisions(y.astype(np.int8), decisions, draws)["hamming_accuracy"]
+                for decisions in (first, second)]
+    low, high = stats.ttest_1samp(own, 0).confidence_interval(0.95)
+    assert boot.jackknife_interval(own.mean(), left_out[0]) == pytest.approx([low, high])
+    test = stats.ttest_rel(own, other)
+    assert boot.jackknife_difference(own.mean() - other.mean(), left_out[0] - left_out[1]) == {
+        "difference": pytest.approx(own.mean() - other.mean()), "p": pytest.approx(test.pvalue),
+        "interval": pytest.approx(list(test.confidence_interval(0.95)))}
+    same = boot.jackknife_difference(0, left_out[0] - left_out[0])
+    assert same == {"difference": 0, "interval": [0, 0], "p": 1}
+
+
+def test_each_patient_is_left_out_with_all_rows():
+    y, p, patients = cohort()
+    draws = boot.draw(patients, 3)
+    left_out = cm.jackknifed_decisions(y, p >= 0.5, draws)
+    for k, patient in enumerate(np.unique(patients)):
+        rest = patients != patient
+        expected = decided(y[rest], (p[rest] >= 0.5).astype(int))
+        assert {key: values[k] for key, values in left_out.items()} == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_jackknifes_standard_error_by_hand():
+    """Values 1 to 10 without a patient: mean 5.5, sum of squares 82.5; 9 / 10 of it is the variance."""
+    assert boot.jackknife_error(np.arange(1.0, 11)) == pytest.approx(np.sqrt(0.9 * 82.5))
+    assert boot.jackknife_error(np.arange(9.0)) is None  # too few patients
+    assert boot.jackknife_error(np.append(np.arange(10.0), np.nan)) is None
+    assert boot.jackknife_interval(0.5, np.full(10, 0.5)) is None  # nothing of no width
+    assert boot.jackknife_interval(0.99, 0.9 + np.arange(10) / 100)[1] == 1
+    untested = boot.jackknife_difference(0.25, np.full(10, np.nan))
+    assert untested == {"difference": 0.25, "interval": None, "p": None}
+
+
+@pytest.mark.parametrize("called, right, without", [
+    (3, 10, set()), (2, 10, {"f1_macro", "precision_macro"}), (3, 9, {"exact_match"})])
+def test_macro_metrics_of_labels_hardly_ever_called_positive_have_no_interval(called, right, without):
+    patients = np.repeat(np.arange(40), 2)
+    decisions = np.tile(np.arange(80)[:, None] % 4 < 2, (1, 18))
+    decisions[:, 5] = np.isin(patients, np.arange(called)) & (np.arange(80) % 2 == 0)
+    y = decisions.astype(np.int8)
+    y[:, 0] = np.where(patients < right, y[:, 0], 1 - y[:, 0])  # others have no row that is right throughout
+    y[0, 1] = 1 - y[0, 1]
+    draws = boot.draw(patients, 5)
+    assert boot.called_patients(decisions, draws).tolist() == [20] * 5 + [called] + [20] * 12
+    left_out = boot.left_out_decisions(y, decisions, draws)
+    assert {key for key, values in left_out.items() if np.isnan(values).any()} == without
+    alone = boot.left_out_decisions(y, decisions, cm.drawn_once(y))
+    assert all(np.isnan(values).all() for values in alone.values())
 
 
 def test_difference_by_hand():
@@ -234,5 +305,5 @@ def test_subgroups_are_the_metrics_of_their_rows():
             assert low < group[key] < high
     whole = found["Age"][0]
     assert whole["n_rows"] == 240 and whole["positive_rate"] == pytest.approx(decisions.mean())
-    tree, _ = cm.resampled_decisions(r.labels, decisions, draws)
-    assert whole["intervals"]["f1_macro"] == boot.interval(tree["f1_macro"])
+    left_out = boot.left_out_decisions(r.labels, decisions, draws)["f1_macro"]
+    assert whole["intervals"]["f1_macro"] == boot.jackknife_interval(whole["f1_macro"], left_out)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers_evaluation import decided, reference, simulate
+from scipy import special, stats
 from sklearn import metrics as sk
 
 from ctclip.config import SYNTHETIC_NOTE, Settings
@@ -16,8 +17,10 @@ from ctclip.evaluation import evaluate as ev
 from ctclip.evaluation import figures
 from ctclip.evaluation import tables as tables_module
 from ctclip.evaluation import thresholds as th
+from ctclip.evaluation.bootstrap import holm
 from ctclip.evaluation.metrics import ABNORMALITIES, EvaluationError, bin_index
 from ctclip.evaluation.render import format_report
+from ctclip.evaluation.summary import format_summary
 from ctclip.evaluation.tables import Rows, row_keys
 from ctclip.fileio import replacing
 
@@ -42,6 +45,17 @@ def test_reported_labels_never_reach_the_thresholds():
 def test_tuning_patients_among_the_reported_are_refused_by_name():
     with pytest.raises(EvaluationError, match="found 2 tuning patients among the reported ones .'valid_4', 'valid_5'."):
         ev.evaluate(*simulate(5, seed=0), tuning=simulate(5, seed=1, first=4))
+
+
+def test_one_tuning_patient_is_refused_and_few_are_said():
+    reported = simulate(30, seed=0)
+    with pytest.raises(EvaluationError, match="found tuning volumes of 1 patient only .valid_100."):
+        ev.evaluate(*reported, tuning=simulate(1, seed=1, first=100))
+    for patients in (2, cal.FEW_PATIENTS - 1, cal.FEW_PATIENTS):
+        metrics = ev.evaluate(*reported, tuning=simulate(patients, seed=1, first=100), **FEW)
+        for text in (format_report(metrics), format_summary(metrics)):
+            said = f"are fitted on {patients} patients only" in " ".join(text.split())
+            assert said == (patients < cal.FEW_PATIENTS)
 
 
 @pytest.mark.parametrize("with_tuning", [True, False])
@@ -70,6 +84,41 @@ def percentiles(values):
     if len(known) < 0.95 * len(values):
         return None
     return list(np.quantile(known, (0.025, 0.975)))
+
+
+def logit_interval(values):
+    """[low, high] of a share from the share itself and its resamples."""
+    inside = [value for value in values[1:] if value is not None and 0 < value < 1]
+    if values[0] is None or not 0 < values[0] < 1 or len(inside) < max(2, 0.95 * (len(values) - 1)):
+        return None
+    half = stats.norm.ppf(0.975) * np.std(special.logit(inside), ddof=1)
+    return list(special.expit(special.logit(values[0]) + np.array([-half, half])))
+
+
+def patients_left_out(patients):
+    """Row numbers without one patient after the other."""
+    return [np.flatnonzero(patients != patient) for patient in np.unique(patients)]
+
+
+def jackknife(value, left_out):
+    """(value, standard error, [low, high]) by Student's t."""
+    n = len(left_out)
+    error = np.sqrt((n - 1) / n * np.sum((np.array(left_out) - np.mean(left_out)) ** 2))
+    half = stats.t.ppf(0.975, n - 1) * error
+    return value, error, [value - half, value + half]
+
+
+def jackknife_bounds(value, left_out):
+    _, error, (low, high) = jackknife(value, left_out)
+    return None if error < 1e-12 else [max(0, low), min(1, high)]
+
+
+def without_interval(y, decisions, patients):
+    """Metrics of all labels for which too few patients are called positive, or are right throughout."""
+    called = min(len(set(patients[column])) for column in decisions.T)
+    right = (y == decisions).all(axis=1)
+    exact = min(len(set(patients[right])), len(set(patients[~right])))
+    return {*(("f1_macro", "precision_macro") if called < 3 else ()), *(("exact_match",) if exact < 10 else ())}
 
 
 def label_reference(y, p, decisions, j):
@@ -123,9 +172,17 @@ def test_every_number_of_metrics_json():
     draws = drawn_rows(patients, 5)
     expected = sets_reference(y, p, calibrated, cuts, one)
     resampled = [sets_reference(y[i], p[i], calibrated[i], cuts, one) for i in draws]
-    intervals = {name: {key: percentiles([r[name][key] for r in resampled]) for key in row}
-                 for name, row in expected.items()}
+    rest = [sets_reference(y[i], p[i], calibrated[i], cuts, one) for i in patients_left_out(patients)]
     tuned, half = p >= cuts, p >= 0.5
+    decisions = {"at_0.5": half, "calibrated": calibrated >= 0.5, "tuned": tuned, "tuned_global": p >= one}
+    intervals = {name: {key: percentiles([r[name][key] for r in resampled]) if key.startswith("auroc") else
+                        None if key in without_interval(y, decisions[name], patients) else
+                        jackknife_bounds(row[key], [r[name][key] for r in rest]) for key in row}
+                 for name, row in expected.items()}
+    assert any(None in row.values() for row in intervals.values())
+    rarely = {name: [label for label, column in zip(NAMES, made.T, strict=True) if len(set(patients[column])) < 10]
+              for name, made in decisions.items()}
+    assert 0 < len(rarely["tuned"]) < 18
     before, after = errors_reference(y, p), errors_reference(y, calibrated)
     slopes = {"slope": calibration.slope, "intercept": calibration.intercept, "shift": np.zeros(18)}
     per_label, bounds = {}, {}
@@ -137,10 +194,13 @@ def test_every_number_of_metrics_json():
             "threshold_calibrated": cal.expit(calibration.slope[j] * cal.logit(cuts[j]) + calibration.intercept[j]),
             "at_0.5": at_half}
         cases = [len(set(patients[y[:, j] == value])) for value in (0, 1)]
-        given = [key for key in again[0][0] if min(cases) >= 10 or key in ("accuracy", "positive_rate", "label_rate")]
-        bounds[name] = {key: percentiles([row[key] for row, _ in again]) if key in given else None
+        few = ("auroc", "average_precision", "precision", "recall", "f1") if min(cases) < 10 else ()
+        never = ("precision", "f1", "positive_rate")
+        bounds[name] = {key: logit_interval([per_label[name][key], *(row[key] for row, _ in again)])
+                        if key not in few and not (key in never and name in rarely["tuned"]) else None
                         for key in again[0][0]}
-        bounds[name]["at_0.5"] = {key: percentiles([row[key] for _, row in again]) if key in given else None
+        bounds[name]["at_0.5"] = {key: logit_interval([at_half[key], *(row[key] for _, row in again)])
+                                  if key not in few and not (key in never and name in rarely["at_0.5"]) else None
                                   for key in at_half}
     keys = ("hamming_accuracy", "f1_macro", "precision_macro", "recall_macro", "positive_rate")
     claims = {"tuned": th.tune_label_thresholds(y, p, "f1"), "tuned_global": th.tune_global_threshold(y, p, "f1")}
@@ -164,7 +224,7 @@ def test_every_number_of_metrics_json():
         "optimism": {name: {"claimed": {key: reference(y, p, cut)[key] for key in optimism_keys},
                             "honest": {key: expected[name][key] for key in optimism_keys}}
                      for name, cut in claims.items()},
-        "undefined_auroc": ["Bronchiectasis"], "n_rows": 80, "n_volumes": 80, "n_patients": 40,
+        "undefined_auroc": ["Bronchiectasis"], "rarely_called": rarely, "n_rows": 80, "n_volumes": 80, "n_patients": 40,
         "unit": {"name": "volume", "how": "every reconstruction by itself, as the challenge counts",
                  "conflicting_labels": 0},
         "left_out": {"labels": 2, "baseline": 2}, "unknown_labels": {"decisions": 0, "volumes": 0},
@@ -187,7 +247,8 @@ def test_every_number_of_metrics_json():
         again = np.array([errors_reference(y[i], values[i])["brier"] for i in draws])
         assert errors[when]["brier"] == pytest.approx(percentiles(list(again.mean(axis=1))), abs=1e-12)
         for j, name in enumerate(NAMES):
-            assert of_label[name][f"brier_{when}"] == pytest.approx(percentiles(list(again[:, j])), abs=1e-12)
+            expected_bounds = logit_interval([{"before": before, "after": after}[when]["brier"][j], *again[:, j]])
+            assert of_label[name][f"brier_{when}"] == pytest.approx(expected_bounds, abs=1e-12)
     assert len(stored.pop("success_criteria")) == 7 and set(stored.pop("versions")) == {"ctclip", "python", "numpy"}
     baseline, subgroups = stored.pop("baseline"), stored.pop("subgroups")
     assert_same(stored, expected)
@@ -203,15 +264,32 @@ def check_comparison(found, y, p, q, patients, draws):
         made = Rows(names, patients, y, values, ABNORMALITIES, len(y))
         judged = cal.fit_thresholds(made, None, settings(objective="f1"))
         sides[side] = values, judged.calibrated, judged.thresholds
-    rows = {side: [sets_reference(y[i], values[i], after[i], cuts[i], 0.5) for i in (slice(None), *draws)]
+    every = slice(None), *draws, *patients_left_out(patients)
+    rows = {side: [sets_reference(y[i], values[i], after[i], cuts[i], 0.5) for i in every]
             for side, (values, after, cuts) in sides.items()}
+    untested = {name: {key for values, _, cuts in sides.values()
+                       for key in without_interval(y, values >= (0.5 if name == "at_0.5" else cuts), patients)}
+                for name in ("at_0.5", "tuned")}
+    family = []
     for name in ("at_0.5", "calibrated", "tuned"):
         assert_same(found[name], rows["base"][0][name])
         assert_same(found["this"][name], rows["this"][0][name])
         for key, row in found["differences"][name].items():
             gaps = [one[name][key] - other[name][key] for one, other in zip(rows["this"], rows["base"], strict=True)]
-            assert_same(row, difference_reference(gaps), f"{name}/{key}")
+            row, place = dict(row), f"{name}/{key}"
+            if name != "calibrated" and key != "label_rate" and not (name == "tuned" and key.startswith("auroc")):
+                family.append((row["p"], row.pop("p_corrected")))
+            if name == "calibrated" or key in untested[name]:
+                assert_same(row, {"difference": gaps[0], "interval": None, "p": None}, place)
+            elif key.startswith("auroc"):
+                assert_same(row, difference_reference(gaps[:6]), place)
+            else:
+                value, error, bounds = jackknife(gaps[0], gaps[6:])
+                p_value = 2 * stats.t.sf(abs(value) / error, len(gaps) - 7) if error > 1e-12 else 1
+                assert_same(row, {"difference": value, "interval": bounds, "p": p_value}, place)
         assert set(found["differences"][name]) == set(found[name])
+    assert len(family) == 16 and {p for p, _ in family} != {None}
+    assert [corrected for _, corrected in family] == pytest.approx(holm([p for p, _ in family]))
     columns = {side: [[label_reference(y[i], values[i], values[i] >= cuts[i], j) for i in (slice(None), *draws)]
                       for j in range(0, 18, 4)] for side, (values, _, cuts) in sides.items()}
     per_label = found["differences"]["per_label"]
@@ -222,7 +300,9 @@ def check_comparison(found, y, p, q, patients, draws):
             corrected = row.pop("p_corrected")
             pairs = zip(columns["this"][k], columns["base"][k], strict=True)
             gaps = [None if one[key] is None or other[key] is None else one[key] - other[key] for one, other in pairs]
-            if min(len(set(patients[y[:, 4 * k] == value])) for value in (0, 1)) < 10 and key in ev.NEED_CASES:
+            few = min(len(set(patients[y[:, 4 * k] == value])) for value in (0, 1)) < 10 and key in ev.NEED_CASES
+            called = [len(set(patients[values[:, 4 * k] >= cuts[:, 4 * k]])) for values, _, cuts in sides.values()]
+            if few or (min(called) < 10 and key in ev.NEED_CALLED):
                 gaps[1:] = [None] * 5
             assert_same(row, difference_reference(gaps), f"{key}/{name}")
             assert (corrected is None) == (row["p"] is None) and (corrected is None or corrected >= row["p"])
@@ -262,10 +342,13 @@ def test_a_baseline_without_tuning_patients_is_compared_alike():
     predictions, labels = simulate(20, seed=0)
     metrics = ev.evaluate(predictions, labels, baseline=simulate(20, seed=0, distance=0.3)[0], **FEW)
     assert metrics["baseline"]["this"]["tuned"] == metrics["tuned"]
+    assert metrics["intervals"]["calibrated"]["recall_macro"] is None  # the maps follow the reported patients
+    assert metrics["intervals"]["calibrated"]["hamming_accuracy"] is not None
     same = ev.evaluate(predictions, labels, baseline=predictions.sample(frac=1, random_state=0), **FEW)["baseline"]
     assert same["at_0.5"] == same["this"]["at_0.5"]
     for block in ("at_0.5", "calibrated", "tuned"):
-        assert {row["p"] for row in same["differences"][block].values()} == {1}
+        assert {row["p"] for key, row in same["differences"][block].items()} <= {1, None}
+        assert same["differences"][block]["hamming_accuracy"]["p"] == (None if block == "calibrated" else 1)
 
 
 # ------------------------------------------------------------------------------------------------- what is printed

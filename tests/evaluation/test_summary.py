@@ -27,7 +27,7 @@ def rows(text):
 @pytest.fixture(scope="module")
 def metrics():
     predictions, labels = simulate(60, seed=0, shift=1.0)
-    return evaluate(predictions, labels, simulate(40, seed=1, shift=1.0, split="train"), simulate(60, seed=2)[0],
+    return evaluate(predictions, labels, simulate(50, seed=1, shift=1.0, split="train"), simulate(60, seed=2)[0],
                     phantom=True, resamples=100)
 
 
@@ -49,7 +49,7 @@ def test_every_number_of_the_summary_is_that_of_metrics_json(metrics):
     assert f"Brier score {before['brier']:.3f} -> {after['brier']:.3f}" in found["Calibration error"]
     low, high = (pick(thresholds["per_label"].values()) for pick in (min, max))
     assert found["OPTIMAL THRESHOLD"] == (f"{thresholds['global']:.2f} for all findings together; {low:.2f} "
-                                          f"to {high:.2f} one by one (fitted on 40 other patients)")
+                                          f"to {high:.2f} one by one (fitted on 50 other patients)")
     assert text == format_summary(json.loads(json.dumps(metrics)))
 
 
@@ -96,7 +96,9 @@ def test_few_patients_and_findings_of_one_class_are_said():
     predictions, labels = simulate(6, seed=0)
     labels.iloc[:, 3:] = 0
     found = rows(format_summary(evaluate(predictions, labels, resamples=100)))
-    assert found["Note"] == "No intervals with fewer than 10 patients: they would be far too short"
+    assert found["Note"] == (
+        "No intervals with fewer than 10 patients: they would be far too short calibration and thresholds are fitted "
+        "on 6 patients only: with fewer than 50, rates can be wrong by 10 points and more")
     assert "cross-fitted by patient" in found["OPTIMAL THRESHOLD"] and "(" not in found["AUROC macro"]
     assert found["Highest AUROC"].count(",") <= 2
     labels.iloc[:] = 0
