@@ -134,16 +134,16 @@ def left_out_decisions(labels: np.ndarray, decisions: np.ndarray, resamples: Res
     left_out = jackknifed_decisions(labels, decisions, resamples)
     right = confusion_counts(labels, decisions)[:, [-2]]
     exact = (resamples.by_patient(np.column_stack([right, 1 - right])) > 0).sum(axis=0).min()
-    for keys, enough in ((MACRO_NEED_CALLED, called_patients(decisions, resamples).min() >= MIN_CALLED),
+    for keys, enough in ((MACRO_NEED_CALLED, called_patients(labels, decisions, resamples).min() >= MIN_CALLED),
                          (("exact_match",), exact >= MIN_CASES), (tuple(left_out), len(resamples.counts) > 1)):
         for key in () if enough else keys:
             left_out[key] = np.full_like(left_out[key], np.nan)
     return left_out
 
 
-def called_patients(decisions: np.ndarray, resamples: Resamples) -> np.ndarray:
-    """(L,) patients with a row that is called positive, of (N, L) decisions."""
-    return (resamples.by_patient(decisions.astype(np.float64)) > 0).sum(axis=0)
+def called_patients(labels: np.ndarray, decisions: np.ndarray, resamples: Resamples) -> np.ndarray:
+    """(L,) patients with a row that is called positive, of (N, L) decisions whose label is known."""
+    return (resamples.by_patient((decisions & (labels != UNKNOWN)).astype(np.float64)) > 0).sum(axis=0)
 
 
 def difference(resampled: np.ndarray) -> dict:

@@ -300,7 +300,7 @@ def score_decisions(rows: Rows, fitted: FittedThresholds, resamples: measure.Res
     def scores(ranking: Mapping, decisions: np.ndarray, ranked: Mapping | None = None) -> Scores:
         values, columns = measure.resampled_decisions(y, decisions, resamples)
         columns |= ranked or {}
-        rarely = bootstrap.called_patients(decisions, resamples) < bootstrap.MIN_CASES
+        rarely = bootstrap.called_patients(y, decisions, resamples) < bootstrap.MIN_CASES
         for keys, too_few in ((NEED_CASES, few), (NEED_CALLED, rarely)):
             for key in columns.keys() & keys:
                 columns[key][1:, too_few] = np.nan

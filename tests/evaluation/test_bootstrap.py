@@ -186,7 +186,7 @@ def test_macro_metrics_of_labels_hardly_ever_called_positive_have_no_interval(ca
     y[:, 0] = np.where(patients < right, y[:, 0], 1 - y[:, 0])  # others have no row that is right throughout
     y[0, 1] = 1 - y[0, 1]
     draws = boot.draw(patients, 5)
-    assert boot.called_patients(decisions, draws).tolist() == [20] * 5 + [called] + [20] * 12
+    assert boot.called_patients(y, decisions, draws).tolist() == [20] * 5 + [called] + [20] * 12
     left_out = boot.left_out_decisions(y, decisions, draws)
     assert {key for key, values in left_out.items() if np.isnan(values).any()} == without
     alone = boot.left_out_decisions(y, decisions, cm.drawn_once(y))
