@@ -169,6 +169,17 @@ class TrainingConfig:
             return {"lora": 1, "full": layers}.get(self.adapt) or min(layers, int(self.adapt.removeprefix("last:")))
         return min(layers, self.unfreeze_layers * (epoch - self.frozen_epochs + 1)) if self.unfreeze_layers else layers
 
+    def less_memory(self) -> list[str]:
+        """What to change where unfrozen epochs take too much memory; the last way has none."""
+        flag, least = ("--unfreeze-layers 1", self.unfreeze_layers == 1)
+        if self.adapt is not None:
+            flag, least = ("--adapt last:1", self.adapt in ("lora", "last:1"))
+        ways = [] if least else [f"unfreeze fewer layers ({flag})"]
+        if self.model != "ctclip" and self.train_slices != 1:
+            ways.append("encode fewer slices per step (--train-slices)")
+        frozen = "--freeze-backbone" if self.adapt is None else "--adapt none"
+        return [*ways, f"keep the backbone frozen ({frozen})"]
+
     def check(self) -> None:
         """Raises UserError for a value out of range, and for a choice of model or head that would be ignored."""
         bounds = {

@@ -118,6 +118,10 @@ class Plan:
         run.ranks.world = 1  # the steps measured here must not wait for the other processes
 
     @property
+    def trained(self) -> str:
+        return "adapters" if self.config.adapt == "lora" else f"{self.unfrozen} of {self.layers} layers unfrozen"
+
+    @property
     def readers(self) -> int:
         """Processes that read at the same time, for each rank; the main one where there are no others."""
         return max(1, min(self.workers, int(self.cpus)))
@@ -309,11 +313,10 @@ class Plan:
         """The one line for too little memory."""
         what, remedies = "the frozen backbone", ["use a device with more"]
         if unfrozen:
-            what = f"one volume at a time with {self.unfrozen} of {self.layers} layers unfrozen"
-            remedies = ["unfreeze fewer layers (--unfreeze-layers 1)"] if self.config.unfreeze_layers != 1 else []
+            what, remedies = f"one volume at a time with {self.trained}", self.config.less_memory()
             if not self.run.checkpointing and self.run.enable_checkpointing(self.model):  # not every model can
-                remedies.append("add --gradient-checkpointing on")
-            remedies += ["keep the backbone frozen (--freeze-backbone)", "use a larger GPU"]
+                remedies.insert(-1, "add --gradient-checkpointing on")
+            remedies.append("use a larger GPU")
         found = f"{in_bytes(self.available)} of memory" if isfinite(self.available) else "too little memory"
         expected = in_bytes(need) if isfinite(need) else "more"
         return TrainingError(f"{self.device}: found {found}, expected {expected} for {what}; {', or '.join(remedies)}")
@@ -334,8 +337,8 @@ class Plan:
             frozen = f"{config.frozen_epochs} epochs x {duration(self.frozen_epoch)}{before}"
         if self.unfrozen_epochs:
             unfrozen = (
-                f"{self.unfrozen_epochs} epochs x {duration(self.unfrozen_epoch)}, {self.unfrozen} of {self.layers} "
-                f"layers unfrozen at the end, batch {config.batch_size}, micro-batch {self.micro_batch}, accumulation "
+                f"{self.unfrozen_epochs} epochs x {duration(self.unfrozen_epoch)}, {self.trained} at the end, "
+                f"batch {config.batch_size}, micro-batch {self.micro_batch}, accumulation "
                 f"{ceil(self.rank_batch / self.micro_batch)}, checkpointing {'on' if self.run.checkpointing else 'off'}"
             )
             if self.micro_batch < self.wanted:

@@ -211,8 +211,8 @@ class Run:
         else:
             tried = "one volume at a time" + (" and gradient checkpointing" if self.checkpointing else "")
             raise TrainingError(
-                f"out of memory on {self.device} with {tried}; unfreeze fewer layers (--unfreeze-layers 1), keep the "
-                "backbone frozen (--freeze-backbone), or use a larger device"
+                f"out of memory on {self.device} with {tried}; {', or '.join(self.config.less_memory())}, or use a "
+                "larger device"
             )
         self.log(f"Out of memory on {self.device}: going on with {what}; a step still sees {self.config.batch_size}")
 

@@ -4,6 +4,7 @@ bit; what a run saves; how it goes on. References: the weights before, a run tha
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import timm
@@ -141,6 +142,19 @@ def test_a_folder_windows_and_spacing_from_the_command_line(phantoms, tmp_path):
 def test_how_many_of_nine_layers_are_trained(adapt, layers):
     settings = TrainingConfig(epochs=4, freeze_epochs=1, adapt=adapt)
     assert [settings.unfrozen_layers(epoch, 9) for epoch in range(4)] == layers
+
+
+def test_what_needs_less_memory_contradicts_no_flag():
+    frozen, slices = "keep the backbone frozen", "encode fewer slices per step (--train-slices)"
+    vit = TrainingConfig(model="vit_tiny_patch16_224")
+    for settings, ways in (
+        (TrainingConfig(), ["unfreeze fewer layers (--unfreeze-layers 1)", f"{frozen} (--freeze-backbone)"]),
+        (TrainingConfig(unfreeze_layers=1), [f"{frozen} (--freeze-backbone)"]),
+        (replace(vit, adapt="full"), ["unfreeze fewer layers (--adapt last:1)", slices, f"{frozen} (--adapt none)"]),
+        (replace(vit, adapt="lora"), [slices, f"{frozen} (--adapt none)"]),
+        (replace(vit, adapt="lora", train_slices=1), [f"{frozen} (--adapt none)"]),
+    ):
+        assert settings.less_memory() == ways
 
 
 def test_a_micro_batch_begins_with_no_more_slices_than_there_are_places_for(config, tmp_path):
