@@ -53,7 +53,7 @@ def test_full_run_prints_the_blocks_and_writes_the_folder(job):
     tables = {"predictions.csv", "labels.csv", "tuning_predictions.csv", "tuning_labels.csv", "per_label.csv"}
     tables |= {"predictions_calibrated.csv", "predictions_mapped.csv"}
     figures = {"roc.png", "threshold_sweep.png", "positive_rate.png", "training_curves.png"}
-    figures |= {"precision_recall.png", "reliability.png", "report.html"}
+    figures |= {"precision_recall.png", "reliability.png", "net_benefit.png", "report.html"}
     weights = {"model.safetensors", "config.json", "state"}
     listed = tables | figures | weights | {"run.json", "log.jsonl", "metrics.json", "report.txt", "calibration.json"}
     assert listed | {"files.jsonl"} == written and set(own_files(run)) == listed - {"state"}

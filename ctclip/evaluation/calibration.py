@@ -386,7 +386,7 @@ class FittedThresholds:
     probability >= `thresholds` or, with one for all labels, `global_thresholds`; both broadcast to (N, L).
     `calibrated_thresholds` are `thresholds` on the calibrated scale. `fitted_on` is TUNING or CROSS_FITTED, `n_volumes`
     the number of volumes fitted on. `used_global_threshold` names the labels with one class there; `skipped` counts
-    the volumes of the tuning tables that one of them lacks.
+    the volumes of the tuning tables that one of them lacks. `source` are the rows fitted on.
     """
 
     calibration: Calibration
@@ -398,6 +398,7 @@ class FittedThresholds:
     thresholds: np.ndarray
     calibrated_thresholds: np.ndarray
     global_thresholds: np.ndarray
+    source: Rows | None = None
 
 
 def few_patients_note(n_patients: int) -> str | None:
@@ -438,7 +439,9 @@ def fit_thresholds(
         applied[1, own], applied[2, own] = fitted.thresholds, fitted.calibrated_thresholds
         applied[3, own] = fitted.global_threshold
     used_global = names_where(rows.findings, without_own)
-    return FittedThresholds(calibration, fitted_on, source.n_volumes, used_global, source.skipped, *applied)
+    calibrated, thresholds, on_calibrated, global_thresholds = applied
+    return FittedThresholds(calibration, fitted_on, source.n_volumes, used_global, source.skipped, calibrated,
+                            thresholds, on_calibrated, global_thresholds, source)
 
 
 def read_prevalence(source: str) -> dict[str, float]:

@@ -95,6 +95,16 @@ def draw_reliability(ax: Axes, labels: np.ndarray, probabilities: np.ndarray, ca
         ax.plot(dots.ravel(), np.repeat(y, 3), color=colour, linewidth=4, solid_capstyle="round")
 
 
+def draw_net_benefit(ax: Axes, labels: np.ndarray, _: np.ndarray, calibrated: np.ndarray) -> None:
+    """As a share of the label rate, the most there is to be had; below 0 it is cut off."""
+    rate, thresholds = labels.mean(), np.arange(1, 100) / 100
+    odds = thresholds / (1 - thresholds)
+    ax.plot(thresholds, np.clip(1 - (1 - rate) / rate * odds, 0, 1), color=GREY, linewidth=1, linestyle="--")
+    called = calibrated[:, None] >= thresholds
+    benefit = (called & (labels == 1)[:, None]).mean(axis=0) - odds * (called & (labels == 0)[:, None]).mean(axis=0)
+    ax.plot(thresholds, np.clip(benefit / rate, 0, 1), color=BLUE, linewidth=1.4)
+
+
 LABEL_PLOTS = {
     "roc": LabelPlot(
         draw_roc, "False positive rate", "True positive rate", "AUROC", "ROC curves",
@@ -112,6 +122,13 @@ LABEL_PLOTS = {
         "calibrated. The value is the mean distance from it, expected calibration error (ECE), before and after "
         "calibration.",
         (("dot orange", "uncalibrated"), ("dot blue", "calibrated"), ("line strong", "perfectly calibrated")), True),
+    "net_benefit": LabelPlot(
+        draw_net_benefit, "Threshold probability", "Net benefit / label rate", "", "Net benefit",
+        "Net benefit of acting on the calibrated probability (up, 1: every positive is found and nothing else) against "
+        "the probability from which one would act (across): the odds there are how many false positives one true "
+        "positive is worth. Worth using where the curve lies above both 0, acting on nobody, and the dashed line, "
+        "acting on everybody.",
+        (("line blue", "acting on the model"), ("line dashed muted", "acting on everybody"))),
 }
 EVALUATION_FIGURES = (*(f"{key}.png" for key in LABEL_PLOTS), "threshold_sweep.png", "positive_rate.png")
 

@@ -367,6 +367,33 @@ def auroc_and_ap(
     return auroc, average_precision
 
 
+def sensitivities_at(
+    labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples, specificities: Sequence[float]
+) -> np.ndarray:
+    """(S, B, L): of each label, the highest sensitivity at which specificity is at least each of S; NaN where one class
+    is absent."""
+    found = np.full((len(specificities), len(resamples.counts), labels.shape[1]), np.nan)
+    for j in np.flatnonzero(~lacks_a_class(labels)):
+        own = labels[:, j] != UNKNOWN
+        part = resamples.of(own)
+        ranking = _Ranking.of(labels[own, j], probabilities[own, j], part.group, part.counts.shape[1])
+        step = max(1, RANKING_CHUNK // ranking.between.shape[0])
+        for rows in (slice(start, start + step) for start in range(0, len(part.counts), step)):
+            drawn = np.ascontiguousarray(part.counts[rows].T, np.float64)
+            above = np.cumsum(ranking.between @ drawn, axis=0)
+            alarms, negatives = above[:-1], above[-1]
+            if ranking.tied is not None:
+                ties = np.cumsum(ranking.tied @ drawn, axis=0)
+                alarms, negatives = alarms + ties, negatives + ties[-1]
+            tp = np.cumsum(ranking.positives @ drawn, axis=0)
+            for i, specificity in enumerate(specificities):
+                last = (alarms <= (1 - specificity) * negatives + 1e-9).sum(axis=0)
+                hits = np.where(last > 0, tp[np.maximum(last, 1) - 1, np.arange(tp.shape[1])], 0)
+                defined = (tp[-1] > 0) & (negatives > 0)
+                found[i, rows, j] = np.where(defined, _ratio(hits, tp[-1]), np.nan)
+    return found
+
+
 def ranking_columns(
     labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples, ap: bool = True
 ) -> dict[str, np.ndarray]:

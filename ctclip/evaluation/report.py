@@ -23,6 +23,13 @@ from ctclip.evaluation.subgroups import MIN_PATIENTS
 from ctclip.formatting import change_text, decimal, interval_text, metric_text, percent
 from ctclip_model import ABNORMALITIES
 
+DECISIONS = (("sensitivity", "Sensitivity"), ("specificity", "Specificity"), ("ppv", "PPV"), ("npv", "NPV"))
+AT_SPECIFICITY = "sensitivity_at_specificity_"
+ON_REPORTED = (  # calibration on the reported patients: key of metrics.json's "clinical", title
+    ("calibration_slope_calibrated", "Slope"), ("calibration_intercept_calibrated", "Intercept"),
+    ("calibration_in_the_large_calibrated", "In the large"), ("observed_expected_calibrated", "O/E"),
+    ("observed_expected_uncalibrated", "O/E uncalibrated"),
+)
 AUROCS = (("AUROC macro", "auroc_macro"), ("AUROC micro", "auroc_micro"))
 METRIC_ROWS = (  # of the dictionary M, in the order they are shown
     ("Positive rate", "positive_rate"), ("Label rate", "label_rate"), ("Hamming accuracy", "hamming_accuracy"),
@@ -94,9 +101,11 @@ def _section(key: str, title: str, *blocks: str | Block) -> Section:
 def report_sections(metrics: Mapping) -> dict[str, Section]:
     """The sections of text and tables by key, from the content of metrics.json."""
     parts: list[Callable[[Mapping], Section]] = [
-        _data, _headline, _criteria, _comparison, _thresholds, _threshold_table, _per_label, _calibration,
+        _data, _headline, _criteria, _comparison, _thresholds, _threshold_table, _per_label,
+        *([_clinical] if metrics.get("clinical") else []), _calibration,
         *([_ensemble] if "ensemble" in metrics else []),
         *([_subgroups] if metrics["subgroups"] else []), *([_baseline] if metrics["baseline"] else []),
+        *([_limits] if metrics.get("reference_standard") else []),
     ]
     return {section.key: section for section in (part(metrics) for part in parts)}
 
@@ -357,6 +366,54 @@ def _per_label(metrics: Mapping) -> Section:
     )
 
 
+def _clinical(metrics: Mapping) -> Section:
+    clinical, per_label = metrics["clinical"], metrics["clinical"]["per_label"]
+    bounds, label_bounds = clinical["intervals"]["per_label"], metrics["intervals"]["per_label"]
+    decisions, rankings = [], []
+    for name, row in per_label.items():
+        threshold = metrics["thresholds"]["per_label"][name]
+        spread = Value(_threshold(threshold), "-".join(map(_threshold, row["threshold_range"] or ())))
+        decisions.append((name, spread, *(f"{row[key]:,}" for key in ("tp", "fp", "fn", "tn")),
+                          *(_value(row, bounds[name], key, 3) for key, _ in DECISIONS)))
+        own = metrics["per_label"][name]
+        rankings.append((name, _value(own, label_bounds[name], "average_precision", 3), decimal(own["label_rate"], 3),
+                         *(_value(row, bounds[name], key, 3) for key in row if key.startswith(AT_SPECIFICITY))))
+    at = [f"Sensitivity at {key.removeprefix(AT_SPECIFICITY)}" for key in next(iter(per_label.values()))
+          if key.startswith(AT_SPECIFICITY)]
+    macro, micro = (flat(_value(clinical["summary"], clinical["intervals"]["summary"], key, 3))
+                    for key in ("specificity_macro", "f1_micro"))
+    return _section(
+        "clinical", "Decisions and ranking per label",
+        f"At the tuned thresholds; 95 % intervals where {MIN_CASES} patients have the label, as many lack it and, for "
+        "predictive values, as many are called so. Beside a threshold (uncalibrated): where 95 % of those lie that "
+        f"are fitted on resamples of the same tuning patients. Macro specificity {macro}, micro F1 {micro}.",
+        Table("Decisions at the tuned thresholds",
+              ("Label", "Threshold", "TP", "FP", "FN", "TN", *(title for _, title in DECISIONS)), decisions,
+              sortable=True),
+        "Average precision (AUPRC) beside its chance level, the label rate; the highest sensitivity at a specificity "
+        "of at least the one named.",
+        Table("Ranking", ("Label", "Average precision", "Chance", *at), rankings, sortable=True),
+    )
+
+
+def _threshold(threshold: float) -> str:
+    return f"{threshold:.3f}" if threshold <= 1 else "above 1"
+
+
+def _limits(metrics: Mapping) -> Section:
+    unknown = metrics["volumes_without_patient"]
+    limits = [
+        f"{metrics['n_patients']:,} patients of the tables given, not a sample that anybody drew for this purpose.",
+        "One data set: nothing here says how the model does in another hospital, with other scanners or another "
+        "prevalence; predictive values and calibration change with the prevalence.",
+        f"Thresholds and calibration: {fitted_on(metrics['thresholds'])}.",
+        *(["Patients are told apart by names that say nothing of them: intervals may be too short."]
+          if unknown else []),
+        "Research use only; not a medical device.",
+    ]
+    return _section("limits", "Reference standard and limits", metrics["reference_standard"], *limits)
+
+
 def _calibration(metrics: Mapping) -> Section:
     calibration, intervals = metrics["calibration"], metrics["intervals"]["calibration"]
     losses = ", ".join(f"{name} {loss:.4f}" for name, loss in calibration["cross_validated_log_loss"].items())
@@ -378,33 +435,58 @@ def _calibration(metrics: Mapping) -> Section:
          *(decimal(row[f"{key}_{when}"], 3) for key in ("brier", "ece") for when in WHEN))
         for name, row in calibration["per_label"].items()
     ]
-    columns = ("Label", "Slope", "Mean p before", "Mean p after", "Label rate", "Brier before", "Brier after",
-               "ECE before", "ECE after")
+    columns = ("Label", "Slope of the map", "Mean p before", "Mean p after", "Label rate", "Brier before",
+               "Brier after", "ECE before", "ECE after")
     return _section(
         "calibration", "Calibration", lead,
         Table("Calibration", ("Mean of the labels", "Uncalibrated", "Calibrated"), overall),
         Table("Calibration per label", columns, rows, sortable=True),
+        *_calibration_on_reported(metrics),
     )
+
+
+def _calibration_on_reported(metrics: Mapping) -> list[str | Table]:
+    if not (clinical := metrics.get("clinical")):
+        return []
+    rows = [(name, *(_value(row, clinical["intervals"]["per_label"][name], key, 2) for key, _ in ON_REPORTED))
+            for name, row in clinical["per_label"].items()]
+    return [
+        "On the reported patients: logistic regression of the label on the calibrated probability's logit (slope 1 "
+        "and intercept 0 are perfect; a slope below 1: too extreme), its intercept with the slope held at 1 (in the "
+        "large), and observed positives over expected ones (O/E, 1 is perfect).",
+        Table("Calibration on the reported patients", ("Label", *(title for _, title in ON_REPORTED)), rows,
+              sortable=True),
+    ]
 
 
 def _subgroups(metrics: Mapping) -> Section:
     def of_group(group: Mapping) -> TableRow:
         start = (group["group"][:24], f"{group['n_patients']:,}")
         if group["too_small"]:
-            return *start, "too few patients", *[""] * 5
+            return *start, "too few patients", *[""] * 6
         return (*start, _value(group, group["intervals"], "auroc_macro", 3), str(group["auroc_labels"]),
-                decimal(group["auroc_everyone"], 3), percent(group["positive_rate"]), percent(group["label_rate"]),
-                decimal(group["f1_macro"], 3))
+                decimal(group["auroc_everyone"], 3), _against_largest(group), percent(group["positive_rate"]),
+                percent(group["label_rate"]), decimal(group["f1_macro"], 3))
 
     rows = [row for attribute, groups in metrics["subgroups"].items() for row in ((attribute,), *map(of_group, groups))]
-    columns = ("Group", "Patients", "AUROC (95 % CI)", "Labels", "AUROC, all", "Positive rate", "Label rate", "F1")
+    columns = ("Group", "Patients", "AUROC (95 % CI)", "Labels", "AUROC, all", "Difference (95 % CI)", "Positive rate",
+               "Label rate", "F1")
     return _section(
         "subgroups", "Subgroups",
         f"AUROC: macro over the labels that at least {MIN_CASES} patients of the group have and as many lack (their "
         "number beside it), and that of all patients over the same labels. Rates and F1: tuned thresholds. Groups of "
-        f"fewer than {MIN_PATIENTS} patients are too small to evaluate.",
+        f"fewer than {MIN_PATIENTS} patients are too small to evaluate. Difference: of the AUROC from that of the "
+        "attribute's largest group over the labels of both, on the same resamples, not corrected for how many there "
+        "are.",
         Table("Subgroups", columns, rows),
     )
+
+
+def _against_largest(group: Mapping) -> Cell:
+    found = group.get("auroc_difference")
+    if not found or found["difference"] is None:
+        return ""
+    return Value(change_text(found["difference"], "", 3), interval_text(found["interval"], "", 3))
 
 
 def _baseline(metrics: Mapping) -> Section:
@@ -488,8 +570,10 @@ def figure_captions(metrics: Mapping) -> dict[str, dict[str, str]]:
                for name, row in metrics["per_label"].items()}
         for plot, key in (("roc", "auroc"), ("precision_recall", "average_precision"))
     }
-    ece = {name: f"{row['ece_before']:.3f} -> {row['ece_after']:.3f}" for name, row in errors.items()}
-    return areas | {"reliability": ece}
+    ece = {name: f"{decimal(row['ece_before'], 3)} -> {decimal(row['ece_after'], 3)}" for name, row in errors.items()}
+    rates = {name: "" if row["label_rate"] is None else f"label rate {percent(row['label_rate'])}"
+             for name, row in metrics["per_label"].items()}
+    return areas | {"reliability": ece, "net_benefit": rates}
 
 
 def flat(cell: Cell) -> str:

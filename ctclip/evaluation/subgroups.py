@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ctclip.data.tables import join
-from ctclip.evaluation.bootstrap import enough_cases, interval, jackknife_interval, left_out_decisions
+from ctclip.evaluation.bootstrap import difference, enough_cases, interval, jackknife_interval, left_out_decisions
 from ctclip.evaluation.metrics import Resamples, drawn_once, nanmean, plain, ranking_columns, resampled_decisions
 from ctclip.evaluation.tables import Rows, row_keys
 from ctclip.formatting import parse_number
@@ -73,7 +73,9 @@ def subgroup_metrics(
 
     `groups` gives each row's attributes. A group's macro AUROC counts the findings with enough_cases in it,
     `auroc_labels` of them; groups differ in which, so `auroc_everyone` is the whole cohort's over the same findings.
-    Below MIN_PATIENTS patients nothing is computed. Attributes that no row states are skipped.
+    Below MIN_PATIENTS patients nothing is computed. Attributes that no row states are skipped. `auroc_difference` is a
+    group's macro AUROC minus that of the attribute's largest group, over the findings counted in both, on the same
+    resamples.
     """
     overall = ranking_columns(rows.labels, rows.probabilities, drawn_once(rows.labels))["auroc"]
     result: dict[str, list[dict]] = {}
@@ -83,27 +85,33 @@ def subgroup_metrics(
         if list(known) == [UNKNOWN]:
             continue
         size = dict(zip(known.tolist(), sizes.tolist(), strict=True))
-        result[attribute] = [
-            {"group": group} | _one_group(rows, decisions, member == group, resamples, overall)
-            for group in sorted(size, key=lambda group: (BANDS.index(group) if group in BANDS else -1, -size[group]))
-        ]
+        ordered = sorted(size, key=lambda group: (BANDS.index(group) if group in BANDS else -1, -size[group]))
+        found = [_one_group(rows, decisions, member == group, resamples, overall) for group in ordered]
+        largest = max(range(len(ordered)), key=lambda at: found[at][0]["n_patients"])
+        for at, (values, auroc) in enumerate(found):
+            if at != largest and auroc is not None and (reference := found[largest][1]) is not None:
+                values["auroc_difference"] = difference(nanmean(auroc - reference)) | {"from": ordered[largest]}
+        result[attribute] = [{"group": group} | values for group, (values, _) in zip(ordered, found, strict=True)]
     return result
 
 
 def _one_group(
     rows: Rows, decisions: np.ndarray, chosen: np.ndarray, resamples: Resamples, overall: np.ndarray
-) -> dict:
+) -> tuple[dict, np.ndarray | None]:
+    """(its metrics, AUROCs (1 + B, L) of the findings that are counted, NaN for the others)"""
     labels, patients = rows.labels[chosen], rows.patients[chosen]
     count = {"n_rows": len(labels), "n_patients": len(np.unique(patients)), "n_positives": int((labels == 1).sum())}
     if count["n_patients"] < MIN_PATIENTS:
-        return count | {"too_small": True}
+        return count | {"too_small": True}, None
     own, counted = resamples.of(chosen), enough_cases(labels, patients)
     of_counted = labels[:, counted], rows.probabilities[chosen][:, counted]
-    auroc = nanmean(ranking_columns(*of_counted, own, ap=False)["auroc"])
+    columns = np.full((len(own.counts), len(counted)), np.nan)
+    columns[:, counted] = ranking_columns(*of_counted, own, ap=False)["auroc"]
+    auroc = nanmean(columns)
     values, _ = resampled_decisions(labels, decisions[chosen], own)
     values = {key: values[key] for key in GROUP_METRICS}
     left_out = left_out_decisions(labels, decisions[chosen], own)
     point = {"auroc_macro": auroc[:1], "auroc_everyone": nanmean(overall[:, counted])} | values
     return count | {"too_small": False, "auroc_labels": int(counted.sum()), **plain(point),
                     "intervals": {"auroc_macro": interval(auroc)} | {
-                        key: jackknife_interval(value[0], left_out[key]) for key, value in values.items()}}
+                        key: jackknife_interval(value[0], left_out[key]) for key, value in values.items()}}, columns

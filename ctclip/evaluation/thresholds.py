@@ -15,6 +15,7 @@ import numpy as np
 from ctclip.config import DEFAULT_OBJECTIVE, OBJECTIVES
 from ctclip.evaluation.metrics import (
     EvaluationError,
+    Resamples,
     checked,
     class_counts,
     crg_exchange,
@@ -130,6 +131,32 @@ def _best_threshold(
     best = np.flatnonzero(score >= score.max() - 1e-12)
     best = best[gap[best] <= gap[best].min() + 1e-9]
     return float(candidates[best[-1]])
+
+
+def resampled_thresholds(
+    labels: np.ndarray, probabilities: np.ndarray, objective: str, prevalence: np.ndarray | None, resamples: Resamples
+) -> np.ndarray:
+    """(B, L): each label's threshold in B resamples; NaN where a label lacks a class. Of equally good ones, the
+    highest."""
+    score_of, (of_positive, of_negative) = objective_score(objective), _class_weights(labels, prevalence)
+    rate = np.clip(label_rates(labels).mean(), 1e-12, 1)
+    found = np.full((len(resamples.counts), labels.shape[1]), np.nan)
+    for j in np.flatnonzero(~lacks_a_class(labels)):
+        own = np.flatnonzero(labels[:, j] != UNKNOWN)
+        order = own[np.argsort(-probabilities[own, j], kind="stable")]
+        p, positive = probabilities[order, j], labels[order, j] == 1
+        ends = np.flatnonzero(np.append(p[1:] != p[:-1], True))  # last row of each run of ties
+        below = np.append(p[ends[1:]], 0.0)  # halfway to the next lower probability, as in candidate_thresholds
+        cuts = np.append(np.nextafter(p[0], 2), np.minimum((p[ends] + below) / 2, p[ends]))
+        for b, counts in enumerate(resamples.counts):
+            drawn = counts[resamples.group[order]].astype(np.float64)
+            tp, fp = (np.append(0, np.cumsum(drawn * which)[ends]) for which in (positive, ~positive))
+            if tp[-1] and fp[-1]:
+                tp, fp = of_positive[j] * tp, of_negative[j] * fp
+                counted = np.array([[tp[-1] + fp[-1]]])
+                score = score_of(tp[None], fp[None], np.array([[tp[-1]]]), counted, rate)
+                found[b, j] = cuts[np.flatnonzero(score >= score.max() - 1e-12)[0]]
+    return found
 
 
 def candidate_thresholds(probabilities: np.ndarray) -> np.ndarray:

@@ -240,6 +240,8 @@ def test_every_number_of_metrics_json():
     errors = found.pop("calibration")
     of_label = {name: {key: found["per_label"][name].pop(key) for key in
                        ("brier_before", "brier_after")} for name in NAMES}
+    assert stored.pop("clinical")["per_label"].keys() == set(ABNORMALITIES)  # its values: test_clinical.py
+    assert "CT-RATE" in stored.pop("reference_standard")
     noise = {when: stored["calibration"][when].pop("ece_if_calibrated") for when in ("before", "after")}
     assert 0 < noise["after"] < stored["calibration"]["after"]["ece"]  # its value is checked in test_bootstrap
     assert_same(found, intervals | {"per_label": bounds})
@@ -426,9 +428,9 @@ def test_files_are_written_whole_and_read_back(tmp_path):
     out = tmp_path / "new" / "folder"
     metrics = ev.evaluate(predictions, labels, output_dir=out, history=history, **FEW)
     assert sorted(path.name for path in out.iterdir()) == [
-        "calibration.json", "files.jsonl", "metrics.json", "per_label.csv", "positive_rate.png", "precision_recall.png",
-        "predictions.csv", "reliability.png", "report.html", "report.txt", "roc.png", "threshold_sweep.png",
-        "training_curves.png"]
+        "calibration.json", "files.jsonl", "metrics.json", "net_benefit.png", "per_label.csv", "positive_rate.png",
+        "precision_recall.png", "predictions.csv", "reliability.png", "report.html", "report.txt", "roc.png",
+        "threshold_sweep.png", "training_curves.png"]
     assert json.loads((out / "metrics.json").read_text()) == metrics
     pd.testing.assert_frame_equal(tables_module.load_predictions(out / "predictions.csv"), predictions)
     table = pd.read_csv(out / "per_label.csv", index_col="label")

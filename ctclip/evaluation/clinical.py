@@ -1,0 +1,193 @@
+"""What reporting guidelines ask for beside the challenge's metrics (TRIPOD+AI, BMJ 2024; CLAIM 2024): sensitivity,
+specificity and predictive values at the tuned thresholds, sensitivity at fixed specificities, calibration on the
+reported patients, net benefit, and how far the thresholds would move with other tuning patients.
+
+Legend as in metrics.py: N rows, L labels, B resamples, the first of which is the table itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import expit, logit
+
+from ctclip.config import Settings
+from ctclip.evaluation import bootstrap
+from ctclip.evaluation.calibration import FittedThresholds, rates_asked_for
+from ctclip.evaluation.metrics import Resamples, confusion_counts, masked_mean, nanmean, plain, sensitivities_at
+from ctclip.evaluation.tables import Rows
+from ctclip.evaluation.thresholds import resampled_thresholds
+from ctclip_model import UNKNOWN
+
+SPECIFICITIES = (0.80, 0.90, 0.95)
+DECISION_METRICS = ("sensitivity", "specificity", "ppv", "npv")
+NET_BENEFIT_AT = (0.05, 0.10, 0.20, 0.30, 0.50)  # threshold probabilities that are stored; the figure has all
+THRESHOLD_RESAMPLES = 200
+LOGIT_EDGE = 1e-6  # a probability of 0 or 1 has no logit
+NEWTON_STEPS = 50
+
+
+def clinical_metrics(rows: Rows, fitted: FittedThresholds, resamples: Resamples, settings: Settings) -> dict[str, Any]:
+    """metrics.json's "clinical": {"summary": {...}, "per_label": {label: {...}}, "intervals": {the same keys}}."""
+    y, p, calibrated = rows.labels, rows.probabilities, fitted.calibrated
+    decisions = p >= fitted.thresholds
+    counts = _confusion(resamples.sums(confusion_counts(y, decisions)))
+    columns = _decision_columns(counts)
+    few = ~bootstrap.enough_cases(y, rows.patients)
+    hide = dict.fromkeys(columns, few) | {
+        "ppv": few | _few_patients(decisions, rows.patients), "npv": few | _few_patients(~decisions, rows.patients)}
+    at = sensitivities_at(y, p, resamples, SPECIFICITIES)
+    columns |= {f"sensitivity_at_specificity_{s:.2f}": at[i] for i, s in enumerate(SPECIFICITIES)}
+    for when, values in (("uncalibrated", p), ("calibrated", calibrated)):
+        columns |= {f"{key}_{when}": column for key, column in _calibration_columns(y, values, resamples).items()}
+    for key, column in columns.items():
+        column[1:, hide.get(key, few)] = np.nan
+    low, high = _threshold_spread(fitted, settings)
+    benefit = net_benefit(y, calibrated, np.array(NET_BENEFIT_AT))
+    per_label = {}
+    for j, name in enumerate(rows.findings):
+        per_label[name] = plain({key: column[:, j] for key, column in columns.items()}) | {
+            key: int(count[0, j]) for key, count in counts.items()
+        } | {
+            "threshold_range": None if np.isnan(low[j]) else [float(low[j]), float(high[j])],
+            "net_benefit": {f"{t:.2f}": value for t, value in zip(NET_BENEFIT_AT, _floats(benefit[:, j]), strict=True)},
+        }  # fmt: skip
+    summary = _summary(counts, columns)
+    return {
+        "summary": plain(summary),
+        "per_label": per_label,
+        "intervals": {"summary": {key: bootstrap.interval(values) for key, values in summary.items()},
+                      "per_label": _label_intervals(columns, rows.findings)},
+    }
+
+
+def _label_intervals(columns: Mapping[str, np.ndarray], findings: Sequence[str]) -> dict[str, dict]:
+    """Of shares as bootstrap.py has them; of slopes, intercepts and ratios, which are none, by percentiles."""
+    shares = bootstrap.label_intervals({key: column for key, column in columns.items() if _is_share(key)}, findings)
+    others = {key: column for key, column in columns.items() if not _is_share(key)}
+    return {name: shares[name] | {key: bootstrap.interval(column[:, j]) for key, column in others.items()}
+            for j, name in enumerate(findings)}
+
+
+def _is_share(key: str) -> bool:
+    return key in DECISION_METRICS or key.startswith("sensitivity_at")
+
+
+def _floats(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+def _confusion(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """{"tp", "fp", "fn", "tn": (B, L)} from the sums of confusion_counts."""
+    labels = (sums.shape[1] - 2) // 4
+    tp, fp, positives, known = np.split(sums[:, : 4 * labels], 4, axis=1)
+    return {"tp": tp, "fp": fp, "fn": positives - tp, "tn": known - positives - fp}
+
+
+def _decision_columns(counts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """DECISION_METRICS (B, L); NaN for 0 / 0, where the challenge counts 0."""
+    tp, fp, fn, tn = (counts[key] for key in ("tp", "fp", "fn", "tn"))
+    parts = {"sensitivity": (tp, tp + fn), "specificity": (tn, tn + fp), "ppv": (tp, tp + fp), "npv": (tn, tn + fn)}
+    return {key: np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom > 0)
+            for key, (top, bottom) in parts.items()}
+
+
+def _summary(counts: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Micro F1 and macro specificity, (B,) each; macro sensitivity is the recall of all metrics."""
+    tp, wrong = counts["tp"].sum(axis=1), (counts["fp"] + counts["fn"]).sum(axis=1)
+    micro = np.divide(2 * tp, 2 * tp + wrong, out=np.full(len(tp), np.nan), where=tp + wrong > 0)
+    specificity = nanmean(columns["specificity"])
+    if np.isnan(columns["specificity"][1:]).all(axis=0).any():  # a label without an interval: none of the mean either
+        specificity[1:] = np.nan
+    return {"f1_micro": micro, "specificity_macro": specificity}
+
+
+def _few_patients(mask: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    """(L,) whether fewer than MIN_CASES patients have a row in the mask (N, L)."""
+    return np.array([len(np.unique(patients[own])) < bootstrap.MIN_CASES for own in mask.T])
+
+
+# ------------------------------------------------------------------ calibration on the reported patients
+
+
+def _calibration_columns(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> dict[str, np.ndarray]:
+    """(B, L) each, of the patients that are reported: "calibration_slope" and "calibration_intercept" of the logistic
+    regression of the label on the probability's logit (1 and 0 are perfect), "calibration_in_the_large" (its intercept
+    with the slope held at 1; Cox, Biometrika 1958), "observed_expected" (label rate / mean probability)."""
+    known = labels != UNKNOWN
+    x = logit(np.clip(probabilities, LOGIT_EDGE, 1 - LOGIT_EDGE))
+    y = np.where(known, labels, 0)
+    observed, expected = np.split(resamples.sums(np.column_stack([y, np.where(known, probabilities, 0)])), 2, axis=1)
+    ratio = np.divide(observed, expected, out=np.full(observed.shape, np.nan), where=expected > 0)
+    slope, intercept, large = np.full((3, *observed.shape), np.nan)
+    for j, own in enumerate(known.T):
+        if 0 < y[own, j].sum() < own.sum():
+            part = resamples.of(own)
+            intercept[:, j], slope[:, j] = _logistic_fits(x[own, j], y[own, j], part, True)
+            large[:, j], _ = _logistic_fits(x[own, j], y[own, j], part, False)
+    return {"calibration_slope": slope, "calibration_intercept": intercept, "calibration_in_the_large": large,
+            "observed_expected": ratio}
+
+
+def _logistic_fits(x: np.ndarray, y: np.ndarray, resamples: Resamples, free: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(intercepts (B,), slopes (B,)) of y on x, slopes held at 1 unless `free`; NaN where the fit does not converge.
+
+    Of the table itself by Newton's method; of a resample by one more step from there with its weights, which is as
+    exact as the resamples are many (Moulton & Zeger, Computational Statistics & Data Analysis 1991).
+    """
+    theta = np.array([logit(np.clip(y.mean(), LOGIT_EDGE, 1 - LOGIT_EDGE)), 0.0]) if free else np.array([0.0, 1.0])
+    design = np.column_stack([np.ones(len(x)), x])
+
+    def terms(theta: np.ndarray) -> np.ndarray:
+        mean = expit(design @ theta)
+        error, spread = y - mean, mean * (1 - mean)
+        return np.column_stack([error, error * x, spread, spread * x, spread * x**2])
+
+    for _ in range(NEWTON_STEPS):
+        step = _newton_step(terms(theta).sum(axis=0)[None], free)[0]
+        theta = theta + step
+        if not np.isfinite(theta).all():
+            break
+        if np.abs(step).max() < 1e-10:
+            steps = _newton_step(resamples.sums(terms(theta)), free)
+            steps[0] = 0
+            return theta[0] + steps[:, 0], theta[1] + steps[:, 1]
+    return np.full(len(resamples.counts), np.nan), np.full(len(resamples.counts), np.nan)
+
+
+def _newton_step(sums: np.ndarray, free: bool) -> np.ndarray:
+    """(B, 2) steps of (intercept, slope) from sums (B, 5) of `terms`."""
+    g0, g1, h00, h01, h11 = sums.T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if not free:
+            return np.column_stack([g0 / h00, np.zeros(len(g0))])
+        determinant = h00 * h11 - h01**2
+        return np.column_stack([(h11 * g0 - h01 * g1) / determinant, (h00 * g1 - h01 * g0) / determinant])
+
+
+# ------------------------------------------------------------------ decisions
+
+
+def net_benefit(labels: np.ndarray, probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """(T, L): true positives - false positives * odds of the threshold, per known row (Vickers & Elkin, Medical
+    Decision Making 2006); `probabilities` (N, L) are calibrated ones. NaN where nothing is known."""
+    known, odds = labels != UNKNOWN, thresholds / (1 - thresholds)
+    called = [probabilities >= threshold for threshold in thresholds]
+    return np.array([masked_mean(np.where(decided, np.where(labels == 1, 1.0, -weight), 0.0), known)
+                     for decided, weight in zip(called, odds, strict=True)])
+
+
+def _threshold_spread(fitted: FittedThresholds, settings: Settings) -> np.ndarray:
+    """(2, L): 2.5 and 97.5 % percentiles of each label's threshold, fitted on resamples of the tuning patients; NaN for
+    a label that lacks a class there."""
+    source = fitted.source
+    assert source is not None
+    resamples = bootstrap.draw(source.patients, THRESHOLD_RESAMPLES, settings.seed)
+    wanted = rates_asked_for(settings.prevalence, source.findings)
+    found = resampled_thresholds(source.labels, source.probabilities, settings.objective, wanted, resamples)
+    spread = np.full((2, found.shape[1]), np.nan)
+    defined = ~np.isnan(found[1:]).all(axis=0)
+    spread[:, defined] = np.nanquantile(found[1:, defined], (0.025, 0.975), axis=0)
+    return spread
