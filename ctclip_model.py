@@ -172,6 +172,8 @@ FIELD_OF_VIEW_MM = 360.0  # edge of the cube that every volume covers, whatever 
 SLICE_INPUT_SHAPE = (120, 224, 224)  # volumes for slice backbones: 3 x 1.6 x 1.6 mm, unless they are told otherwise
 WINDOWS = {"lung": (-600, 1500), "mediastinum": (40, 400), "bone": (400, 1800)}  # level and width in HU
 HUB_SOURCES = ("hf-hub", "hf_hub")  # timm's, before the colon of a name
+NOT_OF_ARCHITECTURES = ("num_classes", "global_pool", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
+                        "checkpoint_path", "cache_dir")  # among a folder's arguments; some read other files
 TIMM_WEIGHTS = (SAVED_WEIGHTS, "pytorch_model.bin")  # beside the config.json of a folder in timm's layout
 
 
@@ -1546,8 +1548,7 @@ def read_timm_config(folder: Path) -> dict[str, Any]:
         kept = ("mean", "std", "input_size", "fixed_input_size", "classifier", "first_conv")
         return {
             "architecture": str(content["architecture"]),
-            "model_args": {key: value for key, value in (content.get("model_args") or {}).items()
-                           if key not in ("num_classes", "global_pool")},
+            "model_args": dict(content.get("model_args") or {}),
             "pretrained_cfg": {key: trained[key] for key in kept if trained.get(key) is not None},
         }  # fmt: skip
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -1584,7 +1585,8 @@ def create_backbone(
         raise ValueError(f"'{name}' is not a timm model; close names: {close}")
     options: dict[str, Any] = {}
     if config is not None:
-        options = {**config["model_args"], "pretrained_cfg_overlay": config["pretrained_cfg"]}
+        options = {key: value for key, value in config["model_args"].items() if key not in NOT_OF_ARCHITECTURES}
+        options["pretrained_cfg_overlay"] = config["pretrained_cfg"]
     trained = asdict(timm.get_pretrained_cfg(name) or PretrainedCfg()) | options.get("pretrained_cfg_overlay", {})
     if size is not None and trained["fixed_input_size"]:
         options["img_size"] = size

@@ -125,6 +125,14 @@ def test_a_folder_with_weights_elsewhere_or_none(tmp_path):
     assert model_of(path, pretrained=False).load_report is None
 
 
+def test_arguments_that_would_read_other_files_are_passed_over(tmp_path):
+    path, _ = write_folder(tmp_path / "net")
+    config = json.loads((tmp_path / "net" / "config.json").read_text())
+    config["model_args"] = {"num_classes": 5, "checkpoint_path": str(tmp_path / "x.pth"), "pretrained": True}
+    (tmp_path / "net" / "config.json").write_text(json.dumps(config))
+    assert model_of(path).backbone.net.num_classes == 0
+
+
 def test_folders_that_cannot_be_used_are_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     bad, _ = write_folder(tmp_path / "bad")

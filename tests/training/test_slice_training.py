@@ -1,10 +1,11 @@
 """Fine-tuning of slice backbones on a small phantom cohort, slices of 64 x 64: what is trained and what is not, to the
 bit; what a run saves; how it goes on. References: the weights before, a run that was not interrupted."""
 
+import inspect
 import json
 import os
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import timm
@@ -132,6 +133,21 @@ def test_a_folder_windows_and_spacing_from_the_command_line(phantoms, tmp_path):
     assert (low, high) == pytest.approx((-0.997, 0.888))
     assert (factor, summand) == pytest.approx((1000 / 360.97, 142.39 / 360.97))
     assert torch.equal(model.backbone.net.patch_embed.proj.weight, net.patch_embed.proj.weight)
+
+
+def test_defaults_and_choices_are_the_models():
+    """The configuration is read before torch is imported, so that it has its own."""
+    settings, choices = TrainingConfig(), {item.name: item.metadata.get("choices") for item in fields(TrainingConfig)}
+    own = inspect.signature(CTCLIPMultiAbnormalityModel.add_lora).parameters
+    assert tuple(settings.lora_targets.split(",")) == own["targets"].default == ctclip_model.LORA_TARGETS
+    for name in ("rank", "alpha", "dropout"):
+        assert getattr(settings, f"lora_{name}") == own[name].default
+    rates = inspect.signature(CTCLIPMultiAbnormalityModel.parameter_groups).parameters
+    assert settings.adapter_learning_rate == rates["adapter_lr"].default
+    assert choices["tokens"] == ctclip_model.SLICE_TOKENS
+    for spacing in (0.5, 180.0):
+        replace(settings, model="test_vit", slice_spacing=spacing).check()
+        assert ctclip_model.slices_at(spacing) == 360 / spacing
 
 
 @pytest.mark.parametrize(
