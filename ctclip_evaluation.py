@@ -193,7 +193,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path, str]:
         return inputs, folder, next_step(folder, "tables", inputs.ensemble)
     runs = [Path(run) for run in args.checkpoint or [newest_run()]]
     if not args.checkpoint:
-        print(f"Evaluating the newest run, {runs[0]} (choose another with --checkpoint)")
+        print(f"Evaluating the newest run in results/, {runs[0]} (choose another with --checkpoint)")
     check = partial(check_shared, baseline=args.baseline, metadata=args.metadata)
     source = args.data_dir, args.device, args.workers
     if len(runs) > 1:

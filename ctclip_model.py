@@ -105,9 +105,10 @@ CLASSFINE_PATH = "models/ctclip_classfine.pt"
 _HERE = Path(__file__).resolve().parent
 # Comes with the code: in models/ of a checkout, in the package where that is installed (pyproject.toml).
 DEMO_PATH = str(_HERE / ("ctclip/demo" if (_HERE / "ctclip" / "demo").is_dir() else "models") / "ctclip_demo.pt")
+PHANTOM_WEIGHTS = "ctclip_demo"  # CTCLIPMultiAbnormalityModel.derived_from, where the tower was trained on phantoms
 # Names that may be written into a saved model as its origin; any other name or path may be private.
 PUBLISHED_FILES = (
-    "ctclip_demo", "ctclip_classfine", "ctclip_vocabfine", "ctclip_zeroshot",
+    PHANTOM_WEIGHTS, "ctclip_classfine", "ctclip_vocabfine", "ctclip_zeroshot",
     "CT_LiPro_v2", "CT_VocabFine_v2", "CT-CLIP_v2",
 )  # fmt: skip
 
@@ -818,6 +819,12 @@ def saved_config(folder: Path) -> dict:
         raise CheckpointError(f"{path}: found other labels than a list of different names, expected those that the "
                               f"model was saved with; {remedy}")  # fmt: skip
     return config
+
+
+def is_demo(path: str | os.PathLike) -> bool:
+    """Whether a file is the demo's, whatever its name: its tower was trained on phantoms."""
+    demo, path = Path(DEMO_PATH), Path(path)
+    return demo.is_file() and path.stat().st_size == demo.stat().st_size and sha256_of(path) == sha256_of(demo)
 
 
 def published_name(path: str | os.PathLike) -> str:
@@ -2135,7 +2142,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             report = replace(report, dropped=report.dropped | {f"no tensors ({_first_five(settings)})": len(settings)})
         patch = f"; patches of {sizes.temporal_patch} x {sizes.patch} x {sizes.patch} voxels assumed"
         self.load_report = report if FIRST_FRAME in state else replace(report, assumed=patch)
-        self.derived_from = published_name(path)
+        self.derived_from = PHANTOM_WEIGHTS if is_demo(path) else published_name(path)
 
     def _build_tower(self, sizes: TowerSizes, head: str, device: torch.device | None = None) -> None:
         """The image tower, on `device`, and its head."""

@@ -22,6 +22,9 @@ from ctclip.paths import CLASSFINE_PATH
 # Printed with every result on phantoms, and kept with it: metrics.json, reports, figures, model cards, manifests.
 SYNTHETIC_NOTE = "Synthetic data: not clinical performance."
 
+# The same where the patients' data are real and the encoder was the demo's.
+PHANTOM_ENCODER_NOTE = "The encoder was trained on phantoms (the demo's weights): it has seen no CT scan."
+
 # Printed where a run was interrupted.
 RESUME_HINT = "what was saved last, if anything, is kept; a run that has begun goes on with --resume"
 

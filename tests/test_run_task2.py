@@ -80,7 +80,7 @@ def test_evaluation_script_finds_the_newest_run_and_takes_a_baseline(job):
     flags = ["--baseline", "results/run", "--output-dir", "results/again"]
     done = call(folder, "ctclip_evaluation.py", *flags)
     assert done.returncode == 0, done.stderr
-    assert "Evaluating the newest run, results/run" in done.stdout
+    assert "Evaluating the newest run in results/, results/run" in done.stdout
     metrics = json.loads((folder / "results" / "again" / "metrics.json").read_text())
     first = json.loads((folder / "results" / "run" / "metrics.json").read_text())
     assert metrics["tuned"] == first["tuned"] and metrics["baseline"] is not None

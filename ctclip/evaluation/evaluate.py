@@ -45,6 +45,7 @@ from ctclip.evaluation.run_folder import (
     REPORT_TEXT,
     RESULT_FILES,
     alone_in,
+    encoder_note,
     writing,
 )
 from ctclip.evaluation.tables import EvaluationInputs, Rows, VolumeTable
@@ -161,6 +162,7 @@ def evaluate_tables(
         **_measured(rows, fitted, scores, resamples, own_settings),
         "scale": inputs.predictions.scale,
         "clinical": clinical_metrics(rows, fitted, resamples, settings),
+        "encoder_note": encoder_note(inputs.record),
         "reference_standard": _reference_standard(inputs, rows),
         "volumes_without_patient": without_patient(volumes, ids),
         "subgroups": None,

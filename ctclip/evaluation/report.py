@@ -194,7 +194,8 @@ def _ensemble(metrics: Mapping) -> Section:
 
 def notices(metrics: Mapping) -> list[tuple[str, str]]:
     """What a reader of any of the numbers should know of the data."""
-    found = _findings_notices(metrics)
+    found = [("Encoder", note)] if (note := metrics.get("encoder_note")) else []
+    found += _findings_notices(metrics)
     if differ := metrics["unit"]["conflicting_labels"]:
         found.append(("", f"labels differ within {differ:,} of the rows: a label of any volume counts"))
     if unnamed := metrics["volumes_without_patient"]:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ctclip.config import CALIBRATION_FILE, mistyped
+from ctclip.config import CALIBRATION_FILE, PHANTOM_ENCODER_NOTE, mistyped
 from ctclip.data.cohort import read_metadata
 from ctclip.data.ct_rate import metadata_path
 from ctclip.errors import UserError
@@ -42,8 +42,9 @@ LOCK = ".lock"  # held by the process that trains, or writes an evaluation
 
 
 RECORD_TYPES = {
-    "config": (dict,), "data_dir": (str, type(None)), "phantom": (bool,), "published": (bool,), "volumes": (dict,),
-    "patients": (dict,), "versions": (dict,), "read_as": (dict,), "left_out": (int, list),
+    "config": (dict,), "data_dir": (str, type(None)), "phantom": (bool,), "phantom_encoder": (bool,),
+    "published": (bool,), "volumes": (dict,), "patients": (dict,), "versions": (dict,), "read_as": (dict,),
+    "left_out": (int, list),
 }  # fmt: skip
 
 
@@ -172,6 +173,11 @@ def run_record(run: Path) -> dict:
         found = f"{path}: found a value of another kind for {wrong[0]}"
         raise RunError(f"{found}, expected what training wrote; restore it")
     return record
+
+
+def encoder_note(record: Mapping) -> str | None:
+    """What to say of a run whose encoder was trained on phantoms, on data that are none."""
+    return PHANTOM_ENCODER_NOTE if record.get("phantom_encoder") and not record.get("phantom") else None
 
 
 def is_finished(run: Path) -> bool:

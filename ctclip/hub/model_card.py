@@ -20,6 +20,7 @@ from ctclip.data.geometry import FIELD_OF_VIEW_MM
 from ctclip.data.hounsfield import HU_MAX, HU_MIN
 from ctclip.evaluation.render import markdown
 from ctclip.evaluation.report import Paragraph, decision_table, report_sections
+from ctclip.evaluation.run_folder import encoder_note
 from ctclip.formatting import decimal
 from ctclip.hub.client import REPOSITORY
 from ctclip.hub.published import CardError, Facts
@@ -141,6 +142,7 @@ def card_text(model: CTCLIPMultiAbnormalityModel, facts: Facts, repo_id: str | N
         return _TEMPLATES.get_template("model_card.md").render(
             model=model,
             facts=facts,
+            encoder_note=encoder_note(facts.record),
             licence=licence,
             repo_id=repo_id,
             cohort=cohort,

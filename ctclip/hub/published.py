@@ -21,14 +21,15 @@ class CardError(UserError):
     """A card that cannot be written. One line: what was found, what was expected, what to do."""
 
 
-PUBLIC = ("status", "phantom", "labels", "device", "processes", "precision", "micro_batch", "gradient_checkpointing",
-          "volumes", "patients", "read_as", "versions", "history")
+PUBLIC = ("status", "phantom", "phantom_encoder", "labels", "device", "processes", "precision", "micro_batch",
+          "gradient_checkpointing", "volumes", "patients", "read_as", "versions", "history")
 PUBLIC_WORDS = ("mode", "model", "head", "tokens", "init_head", "use_attention", "windows", "adapt", "lora_targets",
                 "loss_type")  # texts; numbers all are
 PUBLIC_METRICS = ("at_0.5", "calibrated", "tuned", "tuned_global", "calibration", "per_label", "thresholds",
                   "optimism", "undefined_auroc", "rarely_called", "unit", "n_rows", "n_volumes", "n_patients",
                   "volumes_without_patient", "left_out", "unknown_labels", "probabilities", "scale", "threshold_table",
-                  "intervals", "subgroups", "baseline", "phantom", "note", "settings", "versions", "success_criteria")
+                  "intervals", "subgroups", "baseline", "phantom", "note", "settings", "versions", "success_criteria",
+                  "clinical", "encoder_note", "reference_standard")
 
 
 def published_record(record: Mapping, history: list[dict] | None = None) -> dict:

@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 
 from ctclip.cli import OUT_OF_MEMORY
-from ctclip.config import CALIBRATION_FILE, SYNTHETIC_NOTE
+from ctclip.config import CALIBRATION_FILE, PHANTOM_ENCODER_NOTE, SYNTHETIC_NOTE
 from ctclip.data.cohort import Volume
 from ctclip.data.ct_rate import PREVALENCE
 from ctclip.data.geometry import place_volume
@@ -34,7 +34,7 @@ from ctclip.data.loading import Batch, notes_of
 from ctclip.data.tables import CALIBRATED, MAPPED, NAME_COLUMN, SCALE_COLUMN, SCALES, UNCALIBRATED, WARNING_COLUMN
 from ctclip.evaluation.calibration import Calibration, few_patients_note, load_calibration
 from ctclip.evaluation.metrics import EvaluationError
-from ctclip.evaluation.run_folder import newest_run, run_calibration, run_record, run_tuning
+from ctclip.evaluation.run_folder import encoder_note, newest_run, run_calibration, run_record, run_tuning
 from ctclip.evaluation.tables import VolumeTable
 from ctclip.evaluation.thresholds import label_rates
 from ctclip.fileio import check_replaceable, naming, replacing
@@ -42,7 +42,7 @@ from ctclip.inference.heat_maps import check_heat_maps, parse_labels, write_scan
 from ctclip.inference.predictor import load_model, predict_volumes
 from ctclip.inference.scans import PredictionError, Scan, find_scans
 from ctclip.memory import out_of_memory
-from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel, Prompts, saved_config
+from ctclip_model import ABNORMALITIES, PHANTOM_WEIGHTS, CTCLIPMultiAbnormalityModel, Prompts, saved_config
 
 TRAINED_ON_PHANTOMS = f"Model trained on phantoms. {SYNTHETIC_NOTE}"
 Transform = Callable[[np.ndarray], np.ndarray]  # the model's probabilities (N, labels) -> the answers
@@ -129,7 +129,9 @@ def predict_scans(
     model = load_model(checkpoint, device, prompts)
     labels = [] if explain is None else parse_labels(explain, model.labels)
     check_heat_maps(Path(explain_dir), [scan.stem for scan in found], labels)
-    note = TRAINED_ON_PHANTOMS if checkpoint.is_dir() and run_record(checkpoint).get("phantom") else None
+    record = run_record(checkpoint) if checkpoint.is_dir() else {}
+    of_demo = PHANTOM_ENCODER_NOTE if model.derived_from == PHANTOM_WEIGHTS else None
+    note = TRAINED_ON_PHANTOMS if record.get("phantom") else encoder_note(record) or of_demo
     answers = _AnswerForm.of(form, None if fitted is None or prompts else fitted.select(model.labels))
     heat_maps = _HeatMaps(model, labels, Path(explain_dir), answers.shown, note)
     predictor = _ScanPredictor(found, assume_hu, answers.transform, heat_maps, on_scan, on_note, failures)

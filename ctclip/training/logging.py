@@ -13,7 +13,7 @@ import timm
 import torch
 
 from ctclip import __version__
-from ctclip.config import SYNTHETIC_NOTE
+from ctclip.config import PHANTOM_ENCODER_NOTE, SYNTHETIC_NOTE
 from ctclip.data.loading import count_notes
 from ctclip.errors import UserError
 from ctclip.evaluation.figures import TRAINING_CURVES, write_training_figure
@@ -25,6 +25,7 @@ from ctclip.paths import script
 from ctclip.training.checkpoint import TrainingState, full_disk_explained
 from ctclip.training.run import SPLIT_NAMES, Run, TrainingJob, label_notes
 from ctclip.training.steps import Validation
+from ctclip_model import PHANTOM_WEIGHTS
 
 SMALL = 10**6  # bytes; more than a run's record, log and curves take
 
@@ -68,6 +69,7 @@ def write_run_file(job: TrainingJob, status: str) -> None:
         "data_dir": str(job.data_dir),
         "working_folder": str(Path.cwd()),  # from which relative paths are seen
         "phantom": job.phantom,
+        "phantom_encoder": job.model.derived_from == PHANTOM_WEIGHTS,
         "labels": list(job.model.labels),
         "device": str(run.device),
         "processes": run.ranks.world,
@@ -133,6 +135,8 @@ def print_setup(job: TrainingJob) -> None:
     run.log(f"Model:    {kind}; backbone {backbone:,} parameters, head {head:,}, input {model.input_shape}")
     if model.load_report:
         run.log(f"Weights:  {model.load_report!r}")
+    if model.derived_from == PHANTOM_WEIGHTS and not job.phantom:
+        run.log(PHANTOM_ENCODER_NOTE)
     run.log(f"Training: {config.epochs} epochs ({stages}), batch {config.batch_size}, loss {config.loss_type}{focal}")
     run.log(f"Device:   {processes}{run.device} ({run.precision}), {run.workers} reading processes")
     run.log(f"Cache:    {config.cache_dir}")

@@ -322,7 +322,7 @@ def test_newest_run_is_evaluated_and_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "label_figure", lambda *args: figures.new_figure(1, 1))  # drawn elsewhere
     assert ctclip_evaluation.main([]) == 0
     printed = capsys.readouterr().out
-    assert printed.splitlines()[0].startswith(f"Evaluating the newest run, {Path('results/new')}")
+    assert printed.splitlines()[0].startswith(f"Evaluating the newest run in results/, {Path('results/new')}")
     report = Path("results/new/report.txt").read_text()
     assert SYNTHETIC_NOTE in printed and "other patients" in printed and "none of them reported here" in report
     assert printed.splitlines()[-1] == f"Next: python {script('run_task2.py')} --mode predict --checkpoint " \

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers_evaluation import simulate
 
-from ctclip.config import SYNTHETIC_NOTE
+from ctclip.config import PHANTOM_ENCODER_NOTE, SYNTHETIC_NOTE
 from ctclip.evaluation import render
 from ctclip.evaluation.cases import Case
 from ctclip.evaluation.evaluate import Settings, evaluate_tables
@@ -24,7 +24,9 @@ from ctclip.evaluation.figures import MOST_POINTS, new_figure, svg, thinned
 from ctclip.evaluation.metrics import compute_metrics, per_label_metrics
 from ctclip.evaluation.render import format_report, markdown, write_page
 from ctclip.evaluation.report import Figure, Paragraph, Table, Value, figure_sections, report_sections
-from ctclip.evaluation.tables import EvaluationInputs, VolumeTable
+from ctclip.evaluation.run_folder import encoder_note
+from ctclip.evaluation.summary import format_summary
+from ctclip.evaluation.tables import EvaluationInputs, VolumeTable, as_table
 from ctclip_model import ABNORMALITIES
 
 HOSTILE = """<img src=x onerror=alert(1)>"'&.nii.gz"""
@@ -381,3 +383,12 @@ def test_reads_without_script(browser, path):
     assert page.locator("input, select, button").count() == 0
     assert page.locator("#per_label tbody tr").count() == 18 and page.locator("#sweep svg path").count() > 6
     context.close()
+
+
+def test_results_of_an_encoder_trained_on_phantoms_say_so():
+    predictions, labels = (as_table(table) for table in simulate(30, seed=0))
+    record = {"phantom": False, "phantom_encoder": True}
+    metrics = evaluate_tables(EvaluationInputs(predictions, labels, record=record), Settings(resamples=100)).metrics
+    for text in (format_report(metrics), format_summary(metrics)):
+        assert PHANTOM_ENCODER_NOTE in " ".join(text.split())
+    assert encoder_note(record | {"phantom": True}) is None  # there the stronger note is said

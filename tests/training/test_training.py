@@ -31,7 +31,7 @@ import run_task2
 from ctclip import __version__
 from ctclip import config as config_module
 from ctclip.cli import OneLineParser, run_cli
-from ctclip.config import QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig
+from ctclip.config import PHANTOM_ENCODER_NOTE, QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig
 from ctclip.data.cohort import Volume, load_cohort, split_by_patient
 from ctclip.data.ct_rate import labels_path
 from ctclip.data.loading import micro_batch_size
@@ -49,6 +49,7 @@ from ctclip.training.optimization import EMA, TrainableParameters, schedule
 from ctclip.training.run import build_model, label_notes, prepare
 from ctclip_model import (
     ABNORMALITIES,
+    DEMO_PATH,
     WRITTEN,
     CTCLIPMultiAbnormalityModel,
     balanced_label_weights,
@@ -1006,3 +1007,13 @@ def test_folders_may_have_moved_when_a_run_goes_on(config, tmp_path, monkeypatch
     assert not (tmp_path / "cache").exists()
     assert json.loads((folder / "run.json").read_text())["config"]["cache_dir"] == str(moved)
     assert_close(expected, folder, atol=0)
+
+
+def test_a_run_on_the_demo_s_encoder_says_so(config, tmp_path, monkeypatch, capsys):
+    """A renamed copy of the demo's weights, on a cohort that is not phantoms."""
+    monkeypatch.setattr(run_module, "is_phantom_cohort", lambda folder: False)
+    weights_file = shutil.copy(DEMO_PATH, tmp_path / "mine.pt")
+    folder = train(config(ctclip_path=str(weights_file), epochs=1, freeze_epochs=1, limit=8), tmp_path / "run")
+    assert PHANTOM_ENCODER_NOTE in capsys.readouterr().out
+    assert json.loads((folder / "run.json").read_text())["phantom_encoder"] is True
+    assert json.loads((folder / "config.json").read_text())["derived_from"] == "ctclip_demo"
