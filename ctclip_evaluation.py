@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
             return
     if args.apply:
         output_dir = Path(args.output_dir or Path("results", "applied"))
-        apply_calibration(args.apply, args.predictions, output_dir, args.patients)
+        apply_calibration(args.apply, args.predictions, output_dir, args.patients, args.label_map)
         return
     settings = settings_from_flags(args)
     check_report_parts()
@@ -115,6 +115,8 @@ def check_flags(args: argparse.Namespace) -> str:
     uses = {
         "--predictions": ("an evaluation of tables, or --apply,", source in ("tables", "apply", "map")),
         **dict.fromkeys(("--labels", "--findings"), ("an evaluation of tables", source == "tables")),
+        "--label-map": ("an evaluation of tables, or --apply without --results-json,",
+                        source == "tables" or (source == "apply" and not only_json)),
         **dict.fromkeys(("--tuning-predictions", "--tuning-labels", "--minus-one-is-unknown"),
                         ("an evaluation of tables", source in ("tables", "map"))),
         **dict.fromkeys(("--checkpoint", "--device", "--workers"), ("an evaluation of a run", source == "run")),
@@ -190,7 +192,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path, str]:
         return example_inputs(make_folder(folder, "change --output-dir")), folder, next_step(folder, "example")
     if args.predictions:
         inputs, folder = table_inputs(args)
-        return inputs, folder, next_step(folder, "tables", inputs.ensemble)
+        return inputs, folder, next_step(folder, "tables", inputs.ensemble, inputs.label_map)
     runs = [Path(run) for run in args.checkpoint or [newest_run()]]
     if not args.checkpoint:
         print(f"Evaluating the newest run in results/, {runs[0]} (choose another with --checkpoint)")

@@ -38,7 +38,8 @@ from typing import NoReturn, Sequence  # noqa: UP035  (3.8 must get as far as ch
 FOLDER = Path(__file__).resolve().parent
 STAMP = "ctclip/bundle.txt"  # version and digest of a bundle, which tells it from a folder of somebody's own
 BUNDLED = re.compile(
-    r"ctclip/(\w+/)*\w+\.(py|html|md|txt)|(ctclip_\w+|run_task2)\.py|models/ctclip_demo\.pt|requirements\.txt|LICENSE",
+    r"ctclip/(\w+/)*[\w-]+\.(py|html|json|md|txt)|(ctclip_\w+|run_task2)\.py|models/ctclip_demo\.pt|"
+    r"requirements\.txt|LICENSE",
     re.ASCII,
 )
 MOST_BYTES = 100_000_000  # of a bundle, unpacked; ours has 4 million

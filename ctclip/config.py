@@ -521,6 +521,9 @@ def evaluation_parser() -> OneLineParser:
                         help="columns of --labels that are evaluated (default: CT-RATE's 18 where all are there, else "
                         "every column of 0, 1 and empty cells)")
     source.add_argument("--minus-one-is-unknown", action="store_true", help="-1 in --labels means an empty cell")
+    source.add_argument("--label-map", metavar="NAME|JSON",
+                        help="labels of another data set, brought with the predictions to findings that both have: "
+                        "rad-chestct (16 findings), or a file of your own (docs/evaluation.md)")
     source.add_argument("--tuning-predictions", metavar="CSV", nargs="+",
                         help="other patients to fit on; without them, everything is cross-fitted by patient")
     source.add_argument("--tuning-labels", metavar="CSV", help="labels of the tuning patients")

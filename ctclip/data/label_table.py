@@ -68,6 +68,16 @@ def read_label_table(
     return _read(path, findings, is_label, error, minus_one)
 
 
+def read_label_columns(
+    path: str | Path, columns: Callable[[Sequence[str]], Sequence[str]], name_column: str, minus_one: bool,
+    error: type[UserError],
+) -> LabelTable:
+    """A table of labels of another data set: what `columns` chooses of its header; `name_column` names the volumes."""
+    expected = f"{name_column} and the columns of the label map"
+    table = read_table(path, columns, (), STATED_COLUMNS, expected, error, name_column)
+    return LabelTable(table, table.numeric, _values(table, minus_one), ())
+
+
 def read_probability_table(
     path: str | Path, findings: Sequence[str] | None = None, error: type[UserError] = CohortError
 ) -> LabelTable:
@@ -83,13 +93,17 @@ def _read(
         return _candidates(path, header, error)
 
     table = read_table(path, findings or candidates, optional=STATED_COLUMNS, error=error)
-    values = np.where(table.numbers == -1, EMPTY, table.numbers) if minus_one else table.numbers
+    values = _values(table, minus_one)
     if findings is None:
         chosen = _are_findings(table.numeric, values, valid)
         findings, values = [name for name, own in zip(table.numeric, chosen, strict=True) if own], values[:, chosen]
         _check_some(path, findings, error)
     others = [column for column in (*table.numeric, *table.others) if column not in findings]
     return LabelTable(table, tuple(findings), values, tuple(unknown_columns(others)))
+
+
+def _values(table: CsvTable, minus_one: bool) -> np.ndarray:
+    return np.where(table.numbers == -1, EMPTY, table.numbers) if minus_one else table.numbers
 
 
 def table_findings(

@@ -87,8 +87,10 @@ def read_table(
     optional: Sequence[str] = (),
     expected: str = "VolumeName and a column for each finding",
     error: type[UserError] = CohortError,
+    name_column: str = NAME_COLUMN,
 ) -> CsvTable:
-    """VolumeName, the numeric columns, and as text the required ones and those of the optional ones that there are.
+    """The volumes' names (`name_column`), the numeric columns, and as text the required ones and those of the optional
+    ones that there are.
 
     Columns are found by name; a function chooses the numeric ones of a header. A table that trains must also evaluate:
     both read it here. A comma at the end of every
@@ -103,7 +105,7 @@ def read_table(
         if kind := _other_format(Path(path)):
             raise error(f"{path}: found {kind[0]}, expected a CSV; {kind[1]}")
         with open(path, newline="", encoding="utf-8-sig") as handle:  # -sig: spreadsheets put a byte order mark first
-            return _read_rows(Path(path), handle, numeric, required, optional, expected, error, remedy)
+            return _read_rows(Path(path), handle, numeric, required, optional, expected, error, remedy, name_column)
     except OSError as fault:
         raise error(f"{path}: found no readable file ({fault.strerror}), expected a CSV; {remedy}") from fault
     except (UnicodeDecodeError, csv.Error) as fault:
@@ -143,19 +145,20 @@ def _without_nul(handle: TextIO) -> Iterator[str]:
 def _read_rows(
     path: Path, handle: TextIO, choose: Sequence[str] | Callable[[Sequence[str]], Sequence[str]],
     required: Sequence[str], optional: Sequence[str], expected: str, error: type[UserError], remedy: str,
+    name_column: str,
 ) -> CsvTable:
     reader = csv.reader(_without_nul(handle), strict=True, skipinitialspace=True)
     header = [column_name(cell) for cell in next((record for record in reader if any(map(str.strip, record))), [])]
     if not header:
         raise error(f"{path}: found an empty file, expected a header and a row per volume; {remedy}")
     columns = (*required, *(column for column in optional if column in header))
-    _check_header(path, header, (NAME_COLUMN,), expected, error)
+    _check_header(path, header, (name_column,), expected, error, name_column)
     numeric = tuple(choose(header) if callable(choose) else choose)
-    wanted = (NAME_COLUMN, *numeric, *columns)
-    _check_header(path, header, wanted, expected, error)
+    wanted = (name_column, *numeric, *columns)
+    _check_header(path, header, wanted, expected, error, name_column)
     others = tuple(column for column in header if column and column not in wanted)
     table = CsvTable(path, columns, numeric, others=others)
-    name_at, width, longest = header.index(NAME_COLUMN), len(header), 0
+    name_at, width, longest = header.index(name_column), len(header), 0
     numbers_at, texts_at = [header.index(name) for name in numeric], [header.index(name) for name in columns]
     names: dict[str, int] = {}  # of all rows that count, contradictory ones too
     flat, lines = array("d"), array("q")
@@ -176,7 +179,7 @@ def _read_rows(
         name = volume_name(record[name_at])
         if not name or len(name) > LONGEST_NAME or "\n" in name or "\r" in name:
             if any(map(str.strip, record)):
-                found = "a VolumeName of several lines or without end" if name else "no VolumeName"
+                found = f"a {name_column} of several lines or without end" if name else f"no {name_column}"
                 table.faults.append(f"{path}, line {reader.line_num}: found {found}, expected one; name the volume")
             continue
         values = _numbers([record[at] for at in numbers_at])
@@ -209,19 +212,19 @@ def _read_rows(
 
 
 def _check_header(
-    path: Path, header: list[str], wanted: Sequence[str], expected: str, error: type[UserError]
+    path: Path, header: list[str], wanted: Sequence[str], expected: str, error: type[UserError], name_column: str
 ) -> None:
     missing = [column for column in wanted if column not in header]
-    if missing and NAME_COLUMN in missing:
+    if missing and name_column in missing:
         for mark, kind in SEPARATORS.items():
-            if NAME_COLUMN in (cell.strip(' "') for cell in ",".join(header).split(mark)):
+            if name_column in (cell.strip(' "') for cell in ",".join(header).split(mark)):
                 raise error(f"{path}: found columns separated by {kind}, expected {expected}; save it so that commas "
                             "separate the columns and points the decimals")
     if missing:
         alike = {_seen(column).casefold(): column for column in header}
         near = alike.get(_seen(missing[0]).casefold())
         found = f"no column {some(missing)}" + (f" (but {near!r})" if near else "")
-        start = f" (the header begins with {header[0][:40]!r})" if NAME_COLUMN in missing and not near else ""
+        start = f" (the header begins with {header[0][:40]!r})" if name_column in missing and not near else ""
         raise error(f"{path}: found {found}, expected {expected}; check the spelling{start} and that commas separate "
                     "the columns")
     twice = [column for column in wanted if header.count(column) > 1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from ctclip.config import CALIBRATION_FILE, Settings
 from ctclip.data.cohort import read_metadata
 from ctclip.data.ct_rate import PREVALENCE
+from ctclip.data.label_map import LabelMap, read_label_map
 from ctclip.data.label_table import listed_findings
 from ctclip.data.patients import merge_ids, read_patients
 from ctclip.data.tables import CohortError, join
@@ -83,15 +85,17 @@ def settings_from_flags(args: argparse.Namespace) -> Settings:
     )
 
 
-def read_baseline(path: str, findings: Sequence[str] | None = None) -> VolumeTable:
+def read_baseline(
+    path: str, findings: Sequence[str] | None = None, label_map: LabelMap | None = None
+) -> VolumeTable:
     """`--baseline`: a table of predictions (of `findings`), or a run's folder, whose own is taken."""
     if not Path(path).is_dir():
-        return read_predictions(path, findings)
+        return read_predictions(path, findings, label_map)
     table = Path(path, TABLES[0])
     if not table.is_file():
         raise UserError(f"--baseline {path}: found no {table.name} in this folder, expected an evaluated run; evaluate "
                         f"it first: python {script('ctclip_evaluation.py')} --checkpoint {shlex.quote(path)}")
-    return read_predictions(table, findings)
+    return read_predictions(table, findings, label_map)
 
 
 def check_shared(volumes: Collection[str], baseline: str | None, metadata: str | None) -> None:
@@ -112,7 +116,7 @@ def evaluate_and_write(
     each label and kind are shown as slices on the page. `verbose` prints the whole report before the summary.
     """
     check_shared(inputs.predictions.frame.index, baseline, metadata)
-    other = read_baseline(baseline, inputs.labels.findings) if baseline else None
+    other = read_baseline(baseline, inputs.labels.findings, inputs.label_map) if baseline else None
     groups = read_metadata(metadata) if metadata else run_metadata(inputs.data_dir)
     with threadpool_limits(1):  # of BLAS, whose threads would wait for each other longer than they work
         evaluation = evaluate_tables(inputs, settings, other, groups)
@@ -151,24 +155,26 @@ def ensemble_folder(output_dir: str | None, method: str | None) -> Path:
 def table_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
     """(inputs, output folder) of --predictions with --labels; of several predictions, those of all together."""
     data_dir, given = Path(args.data_dir) if args.data_dir else None, [Path(path) for path in args.predictions]
-    labels = read_labels(args.labels, listed_findings(args.findings), args.minus_one_is_unknown)
+    label_map = read_label_map(args.label_map) if args.label_map else None
+    labels = read_labels(args.labels, listed_findings(args.findings), args.minus_one_is_unknown, label_map)
     tuning_labels, findings = None, labels.findings
     if args.tuning_labels:
-        tuning_labels = read_labels(args.tuning_labels, findings, args.minus_one_is_unknown)
+        tuning_labels = read_labels(args.tuning_labels, findings, args.minus_one_is_unknown, label_map)
     # a phantom run's tables are about phantoms anywhere
     phantom = any(run_record(path.parent).get("phantom") for path in given)
     phantom = phantom or (data_dir is not None and is_phantom_cohort(data_dir))
     members = []
     for place, path in enumerate(given):
-        predictions, tuning = read_predictions(path, findings), None
+        predictions, tuning = read_predictions(path, findings, label_map), None
         if tuning_labels:
-            tuning = read_predictions(args.tuning_predictions[place], findings), tuning_labels
+            tuning = read_predictions(args.tuning_predictions[place], findings, label_map), tuning_labels
         patients = patients_of(args.patients, predictions)
         members.append(EvaluationInputs(predictions, labels, tuning, phantom=phantom, data_dir=data_dir,
-                                        patients=patients))
+                                        patients=patients, label_map=label_map))
     if len(members) > 1:
         folder = ensemble_folder(args.output_dir, args.ensemble)
-        return combined_inputs(members, args.ensemble or "mean", args.allow_partial), folder
+        together = combined_inputs(members, args.ensemble or "mean", args.allow_partial)
+        return replace(together, label_map=label_map), folder
     folder = Path(args.output_dir or Path("results", "evaluation"))
     is_own = given[0].name == TABLES[0]
     replaced = [] if is_own and given[0].parent.resolve() == folder.resolve() else [TABLES[0]]
@@ -176,14 +182,18 @@ def table_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path]:
     return members[0], folder
 
 
-def next_step(folder: Path, source: str = "run", ensemble: Mapping | None = None) -> str:
-    """What to do after an evaluation, in `folder`, of a "run", of "tables" (of an `ensemble`), or of the "example"."""
+def next_step(
+    folder: Path, source: str = "run", ensemble: Mapping | None = None, label_map: LabelMap | None = None
+) -> str:
+    """What to do after an evaluation, in `folder`, of a "run", of "tables" (of an `ensemble`, by a `label_map`), or of
+    the "example"."""
     there, new = shlex.quote(str(folder)), ["NEW.csv"]
     if ensemble and ensemble["method"] != "pooled":
         new = [f"NEW{place}.csv" for place in range(1, 1 + len(ensemble["sources"]))]
     steps = {
         "run": f"{script('run_task2.py')} --mode predict --checkpoint {there} --input SCANS",
-        "tables": f"{script('ctclip_evaluation.py')} --apply {there} --predictions {' '.join(new)}",
+        "tables": f"{script('ctclip_evaluation.py')} --apply {there} --predictions {' '.join(new)}"
+                  + (f" --label-map {shlex.quote(label_map.name)}" if label_map else ""),
         "example": f"{script('ctclip_evaluation.py')} --predictions PREDICTIONS.csv --labels LABELS.csv",
     }
     return f"Next: python {steps[source]}"
@@ -203,7 +213,9 @@ def draw(output_dir: Path, evaluation: Evaluation, pictures: int) -> list[tuple[
     return unread
 
 
-def read_applied(source: str, predictions: Sequence[str], findings: Sequence[str]) -> VolumeTable:
+def read_applied(
+    source: str, predictions: Sequence[str], findings: Sequence[str], label_map: LabelMap | None = None
+) -> VolumeTable:
     """The table to which the calibration of --apply's `source` is applied; of an ensemble's, the members' combined."""
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     sources, weights = stored_ensemble(folder / "metrics.json", findings)
@@ -211,7 +223,7 @@ def read_applied(source: str, predictions: Sequence[str], findings: Sequence[str
         expected = f"{len(sources)}, those of {', '.join(sources)} in this order" if sources else "one"
         raise UserError(f"found {plural(len(predictions), 'table')} of predictions, expected {expected}, as {folder} "
                         "was evaluated; name them after --predictions")
-    tables = [read_predictions(path, findings) for path in predictions]
+    tables = [read_predictions(path, findings, label_map) for path in predictions]
     if not sources:
         return tables[0]
     check_uncalibrated(tables)
@@ -225,13 +237,15 @@ def read_applied(source: str, predictions: Sequence[str], findings: Sequence[str
 
 
 def apply_calibration(
-    source: str, predictions: Sequence[str], output_dir: Path, patients: str | None = None
+    source: str, predictions: Sequence[str], output_dir: Path, patients: str | None = None,
+    label_map: str | None = None,
 ) -> None:
     """`--apply`: other predictions, calibrated and rescaled by a stored calibration, as two tables in `output_dir`,
     with the calibration and its thresholds beside them."""
     path = Path(source, CALIBRATION_FILE) if Path(source).is_dir() else Path(source)
     calibration = load_calibration(path)
-    table = read_applied(source, predictions, calibration.findings)
+    maps = read_label_map(label_map) if label_map else None
+    table = read_applied(source, predictions, calibration.findings, maps)
     if table.scale != calibration.scale:
         raise UserError(f"{table.source}: found predictions that are {table.scale}, expected {calibration.scale} ones, "
                         "as the calibration was fitted on; predict with --uncalibrated")

@@ -175,6 +175,8 @@ def evaluate_tables(
     unused = {table.source: list(table.unused) for table in (*of.values(), *(inputs.tuning or ())) if table.unused}
     if unused:
         metrics["unused_columns"] = unused
+    if inputs.label_map:
+        metrics["label_map"] = inputs.label_map.content(findings)
     if inputs.members:
         metrics["ensemble"] = {**inputs.ensemble, **_members(inputs, settings, ids)}
     if metadata is not None:

@@ -226,6 +226,11 @@ def _findings_notices(metrics: Mapping) -> list[tuple[str, str]]:
     if findings != ABNORMALITIES:
         of_the_18 = sum(name in ABNORMALITIES for name in findings)
         found.append(("Findings", f"{len(findings)}, {of_the_18} of them among CT-RATE's 18: {', '.join(findings)}"))
+    if label_map := metrics.get("label_map"):
+        made = [f"; {name} has the highest probability of {', '.join(how['predictions'])}"
+                for name, how in label_map["findings"].items() if how["predictions"] != [name]]
+        found.append(("Label map", f"{label_map['name']} (source: metrics.json): positive where any of a finding's "
+                                   f"columns is{''.join(made)}"))
     if unknown["decisions"]:
         total = metrics["n_rows"] * len(findings)
         found.append(("Unknown labels", f"{unknown['decisions']:,} of {total:,} are left out"))

@@ -12,10 +12,12 @@ import pandas as pd
 
 from ctclip.config import UNITS
 from ctclip.data.ct_rate import volume_name
+from ctclip.data.label_map import LabelMap, any_label
 from ctclip.data.label_table import (
     LabelTable,
     is_label,
     is_probability,
+    read_label_columns,
     read_label_table,
     read_probability_table,
     table_findings,
@@ -107,7 +109,7 @@ class EvaluationInputs:
     epochs. `data_dir` is the cohort's folder, where volumes and metadata are looked up; `record` is a run's run.json.
     `note` is a disclaimer shown with the results, where they are not of phantoms. `patients` is what the table of
     --patients states. `members` are the inputs that these were made of, where they are several models' (ensemble.py),
-    and `ensemble` says how.
+    and `ensemble` says how. `label_map` is what made the findings of all tables.
     """
 
     predictions: VolumeTable
@@ -121,6 +123,7 @@ class EvaluationInputs:
     patients: StatedIds = field(default_factory=dict)
     members: Sequence[EvaluationInputs] = ()
     ensemble: Mapping[str, Any] = field(default_factory=dict)
+    label_map: LabelMap | None = None
 
 
 def load_predictions(path: str | Path) -> pd.DataFrame:
@@ -138,26 +141,56 @@ def load_labels(path: str | Path) -> pd.DataFrame:
     return read_labels(path).frame
 
 
-def read_predictions(path: str | Path, findings: Sequence[str] | None = None) -> VolumeTable:
-    """`load_predictions` with the table's origin, for messages; of `findings`, by default the table's own."""
+def read_predictions(
+    path: str | Path, findings: Sequence[str] | None = None, label_map: LabelMap | None = None
+) -> VolumeTable:
+    """`load_predictions` with the table's origin, for messages; of `findings`, by default the table's own. With
+    `label_map`, its findings: the highest probability of those that make one."""
     check_written(Path(path))
+    if label_map:
+        findings = label_map.chosen(findings, EvaluationError)
+        groups = {name: list(label_map.predictions[name]) for name in findings}
+        table = read_predictions(path, list(dict.fromkeys(name for group in groups.values() for name in group)))
+        return _mapped(table, {name: table.frame[group].max(axis=1) for name, group in groups.items()})
     found = read_probability_table(path, findings, EvaluationError)
     return _whole(found, found.values, is_probability(found.values), "a probability in [0, 1]",
                   "write sigmoid outputs, not logits", found.table.repeated)
 
 
 def read_labels(
-    path: str | Path, findings: Sequence[str] | None = None, minus_one_is_unknown: bool = False
+    path: str | Path, findings: Sequence[str] | None = None, minus_one_is_unknown: bool = False,
+    label_map: LabelMap | None = None,
 ) -> VolumeTable:
     """`load_labels` with the table's origin, for messages; of `findings`, by default the table's own. With
-    `minus_one_is_unknown`, -1 means the same as an empty cell."""
+    `minus_one_is_unknown`, -1 means the same as an empty cell. With `label_map`, its findings, of its columns (see
+    any_label); the table's other columns are not named as unused."""
     check_written(Path(path))
-    found = read_label_table(path, findings, minus_one_is_unknown, EvaluationError)
+    groups: dict[str, list[str]] = {}
+    if label_map:
+        names = label_map.chosen(findings, EvaluationError)
+
+        def columns(header: Sequence[str]) -> list[str]:
+            groups.update(zip(names, label_map.label_columns(header, names, path, EvaluationError), strict=True))
+            return list(dict.fromkeys(column for group in groups.values() for column in group))
+
+        found = read_label_columns(path, columns, label_map.name_column, minus_one_is_unknown, EvaluationError)
+    else:
+        found = read_label_table(path, findings, minus_one_is_unknown, EvaluationError)
     valid = is_label(found.values)
     remedy = "correct the label or remove the row"
     if (found.values == -1).any():
         remedy = "empty the cells that are unknown, or say so with --minus-one-is-unknown"
-    return _whole(found, with_unknown(np.where(valid, found.values, 0)), valid, "0, 1 or an empty cell", remedy)
+    table = _whole(found, with_unknown(np.where(valid, found.values, 0)), valid, "0, 1 or an empty cell", remedy)
+    if label_map:
+        made = {name: any_label(table.frame[group].to_numpy()) for name, group in groups.items()}
+        return replace(_mapped(table, made), unused=())
+    return table
+
+
+def _mapped(table: VolumeTable, made: Mapping[str, Any]) -> VolumeTable:
+    """The table with these columns instead of its findings."""
+    stated = [column for column in STATED_COLUMNS if column in table.frame]
+    return replace(table, frame=pd.DataFrame(made, index=table.frame.index).join(table.frame[stated]))
 
 
 def _whole(
