@@ -1546,6 +1546,10 @@ def timm_folder(name: str, pretrained: bool) -> Path | None:
     return folder
 
 
+def architecture_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in arguments.items() if key not in NOT_OF_ARCHITECTURES}
+
+
 def read_timm_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder in timm's layout -> architecture, its arguments, and what its weights were trained with.
     Raises ValueError."""
@@ -1555,9 +1559,9 @@ def read_timm_config(folder: Path) -> dict[str, Any]:
         kept = ("mean", "std", "input_size", "fixed_input_size", "classifier", "first_conv")
         return {
             "architecture": str(content["architecture"]),
-            "model_args": dict(content.get("model_args") or {}),
+            "model_args": architecture_arguments(content.get("model_args") or {}),
             "pretrained_cfg": {key: trained[key] for key in kept if trained.get(key) is not None},
-        }  # fmt: skip
+        }
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {_first_sentence(error)}"
         raise ValueError(f"{folder}: found no config.json of timm's ({reason}), expected one that names the "
@@ -1592,8 +1596,7 @@ def create_backbone(
         raise ValueError(f"'{name}' is not a timm model; close names: {close}")
     options: dict[str, Any] = {}
     if config is not None:
-        options = {key: value for key, value in config["model_args"].items() if key not in NOT_OF_ARCHITECTURES}
-        options["pretrained_cfg_overlay"] = config["pretrained_cfg"]
+        options = architecture_arguments(config["model_args"]) | {"pretrained_cfg_overlay": config["pretrained_cfg"]}
     trained = asdict(timm.get_pretrained_cfg(name) or PretrainedCfg()) | options.get("pretrained_cfg_overlay", {})
     if size is not None and trained["fixed_input_size"]:
         options["img_size"] = size

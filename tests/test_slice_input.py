@@ -130,7 +130,10 @@ def test_arguments_that_would_read_other_files_are_passed_over(tmp_path):
     config = json.loads((tmp_path / "net" / "config.json").read_text())
     config["model_args"] = {"num_classes": 5, "checkpoint_path": str(tmp_path / "x.pth"), "pretrained": True}
     (tmp_path / "net" / "config.json").write_text(json.dumps(config))
-    assert model_of(path).backbone.net.num_classes == 0
+    model = model_of(path)
+    assert model.backbone.net.num_classes == 0
+    model.save_pretrained(tmp_path / "saved")
+    assert "x.pth" not in (tmp_path / "saved" / "config.json").read_text()
 
 
 def test_folders_that_cannot_be_used_are_refused_in_one_line(tmp_path):
