@@ -221,8 +221,9 @@ def test_out_of_memory_while_predicting_is_one_line_without_resume(job, phantoms
     monkeypatch.setattr("ctclip.inference.predictions.predict_volumes", full)
     scan = str(next(phantoms.glob("dataset/valid_fixed/*/*/*.nii.gz")))
     assert run_task2.main(["--mode", "predict", "--checkpoint", "results/run", "--input", scan]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: out of memory; ") and error.count("\n") == 1 and "--resume" not in error
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: out of memory; ") and "--resume" not in error
+    assert len(warnings) == 1 and "fitted on 6 patients only" in warnings[0]
 
 
 def test_damaged_weights_are_named(job, tmp_path):

@@ -33,15 +33,10 @@ def clinical_metrics(rows: Rows, fitted: FittedThresholds, resamples: Resamples,
     """metrics.json's "clinical": {"summary": {...}, "per_label": {label: {...}}, "intervals": {the same keys}}."""
     y, p, calibrated = rows.labels, rows.probabilities, fitted.calibrated
     decisions = p >= fitted.thresholds
-    counts = _confusion(resamples.sums(confusion_counts(y, decisions)))
-    columns = _decision_columns(counts)
+    counts, columns = resampled_columns(y, p, calibrated, decisions, resamples)
     few = ~bootstrap.enough_cases(y, rows.patients)
     hide = dict.fromkeys(columns, few) | {
         "ppv": few | _few_patients(decisions, rows.patients), "npv": few | _few_patients(~decisions, rows.patients)}
-    at = sensitivities_at(y, p, resamples, SPECIFICITIES)
-    columns |= {f"sensitivity_at_specificity_{s:.2f}": at[i] for i, s in enumerate(SPECIFICITIES)}
-    for when, values in (("uncalibrated", p), ("calibrated", calibrated)):
-        columns |= {f"{key}_{when}": column for key, column in _calibration_columns(y, values, resamples).items()}
     for key, column in columns.items():
         column[1:, hide.get(key, few)] = np.nan
     low, high = _threshold_spread(fitted, settings)
@@ -54,13 +49,27 @@ def clinical_metrics(rows: Rows, fitted: FittedThresholds, resamples: Resamples,
             "threshold_range": None if np.isnan(low[j]) else [float(low[j]), float(high[j])],
             "net_benefit": {f"{t:.2f}": value for t, value in zip(NET_BENEFIT_AT, _floats(benefit[:, j]), strict=True)},
         }  # fmt: skip
-    summary = _summary(counts, columns)
+    summary = resampled_summary(counts, columns)
     return {
         "summary": plain(summary),
         "per_label": per_label,
         "intervals": {"summary": {key: bootstrap.interval(values) for key, values in summary.items()},
                       "per_label": _label_intervals(columns, rows.findings)},
     }
+
+
+def resampled_columns(
+    labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray, decisions: np.ndarray, resamples: Resamples
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(confusion counts, metrics of each label) in every resample, (B, L) each; arrays (N, L)."""
+    counts = _confusion(resamples.sums(confusion_counts(labels, decisions)))
+    columns = _decision_columns(counts)
+    at = sensitivities_at(labels, probabilities, resamples, SPECIFICITIES)
+    columns |= {f"sensitivity_at_specificity_{s:.2f}": at[i] for i, s in enumerate(SPECIFICITIES)}
+    for when, values in (("uncalibrated", probabilities), ("calibrated", calibrated)):
+        of_those = _calibration_columns(labels, values, resamples)
+        columns |= {f"{key}_{when}": column for key, column in of_those.items()}
+    return counts, columns
 
 
 def _label_intervals(columns: Mapping[str, np.ndarray], findings: Sequence[str]) -> dict[str, dict]:
@@ -94,7 +103,7 @@ def _decision_columns(counts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
             for key, (top, bottom) in parts.items()}
 
 
-def _summary(counts: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def resampled_summary(counts: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Micro F1 and macro specificity, (B,) each; macro sensitivity is the recall of all metrics."""
     tp, wrong = counts["tp"].sum(axis=1), (counts["fp"] + counts["fn"]).sum(axis=1)
     micro = np.divide(2 * tp, 2 * tp + wrong, out=np.full(len(tp), np.nan), where=tp + wrong > 0)

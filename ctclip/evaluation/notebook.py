@@ -15,21 +15,25 @@ import pandas as pd
 
 from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import PAGE
+from ctclip.evaluation.runs import INDEX
 from ctclip.paths import script
 
 MOST_SCANS = 10  # columns that fit beside each other
 
 
 def show(results: str | Path | pd.DataFrame, height: int = 800) -> None:
-    """Displays the report of a run or of an evaluation's folder, `height` pixels high, or the table that `predict`
-    returns, turned on its side. Outside of a notebook it prints where the report is, or the table.
+    """Displays the report of a run or of an evaluation's folder, or the page of `--mode runs`, `height` pixels high, or
+    the table that `predict` returns, turned on its side. Outside of a notebook it prints where the page is, or the
+    table.
 
     Raises UserError where the folder has no report.
     """
     if isinstance(results, pd.DataFrame):
         _show_table(results)
         return
-    page = Path(results, PAGE) if Path(results).is_dir() else Path(results)
+    page = Path(results)
+    if page.is_dir():
+        page = page / (INDEX if (page / INDEX).is_file() and not (page / PAGE).is_file() else PAGE)
     if not page.is_file():
         raise UserError(f"{page}: found no such file, expected a report; evaluate the run first: "
                         f"python {script('ctclip_evaluation.py')} --checkpoint {results}")

@@ -24,8 +24,9 @@ INDEX = "index.html"
 GENERATOR = "ctclip runs"  # in the page, by which it is known as ours
 HIGHEST_FIRST = ("auroc", "f1", "crg", "date")
 TITLES = ("Run", "Date", "Status", "Data", "Model", "Head", "Loss", "Epochs", "AUROC (95 % CI)", "F1",
-          "Positive rate (labels)", "CRG")  # fmt: skip
+          "Positive (labels)", "CRG")  # fmt: skip
 COLUMNS = dict(zip(RUN_COLUMNS, TITLES, strict=True))
+COMMON = ("data", "model", "head", "loss", "epochs")  # of the text, said once where all runs have the same
 UNKNOWN_CELL = "-"
 
 
@@ -61,8 +62,10 @@ class RunSummary:
 
     @property
     def compared_on(self) -> tuple:
-        """What two evaluations have in common that can be compared: data, number of volumes, findings."""
-        return self.data, self.metrics.get("n_volumes"), tuple(self.metrics.get("per_label", ()))
+        """What two evaluations have in common that can be compared: volumes and labels, by how many there are of each
+        finding; and whether they are phantoms."""
+        labels = tuple((name, row["positives"], row.get("known")) for name, row in self.metrics["per_label"].items())
+        return self.metrics["n_volumes"], self.metrics["n_patients"], self.metrics["phantom"], labels
 
     def value(self, key: str) -> Any:
         """What --sort compares; None where there is nothing."""
@@ -127,15 +130,20 @@ def _summary(name: str, folder: Path, run: Path) -> RunSummary:
 
 
 def format_runs(runs: Sequence[RunSummary]) -> str:
-    """A table, columns that say nothing left out; faults and the note on phantoms below."""
+    """A table; below it what all runs have in common, faults, and the note on phantoms."""
     rows = [run.cells() for run in runs]
-    keys = [key for key in COLUMNS if any(row[key] != UNKNOWN_CELL for row in rows)]
+    for run, row in zip(runs, rows, strict=True):  # to fit beside each other: the status where there are no results
+        row["date"] = row["date"].partition(" ")[0]
+        row["auroc"] = row["auroc"] if run.metrics else row["status"]
+    common = [key for key in COMMON if len(runs) > 1 and len({row[key] for row in rows}) == 1]
+    keys = [key for key in COLUMNS if key not in (*common, "status")]
     lines = [[COLUMNS[key] for key in keys], *([row[key] for key in keys] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     faults = [f"{run.name}: {run.fault}" for run in runs if run.fault]
     notes = [f"Runs on phantoms are among them. {SYNTHETIC_NOTE}"] if any(_of_phantoms(run) for run in runs) else []
-    return "\n".join([*table, *faults, *notes])
+    same = [f"All: {', '.join(f'{COLUMNS[key].lower()} {rows[0][key]}' for key in common)}"] if common else []
+    return "\n".join([*table, *same, *faults, *notes])
 
 
 def _of_phantoms(run: RunSummary) -> bool:
@@ -150,7 +158,7 @@ def check_index(path: Path) -> None:
 
 def write_index(path: Path, runs: Sequence[RunSummary]) -> None:
     """The page, whole or not at all: a table that can be sorted, links to reports, two runs beside each other."""
-    kinds = list(dict.fromkeys(run.compared_on for run in runs))
+    kinds = list(dict.fromkeys(run.compared_on for run in runs if run.metrics))
     content = [
         {
             "name": run.name, "cells": list(run.cells().values()), "fault": run.fault,
@@ -180,7 +188,8 @@ def _results(run: RunSummary) -> dict[str, str]:
     for title, values, bounds, key in rows:
         interval = interval_text(bounds[key], key)
         found[title] = metric_text(values[key], key) + (f" ({interval})" if interval else "")
-    return {"Volumes": str(run.metrics["n_volumes"]), "Patients": str(run.metrics["n_patients"]), **found}
+    data = f"{run.data} (phantoms)" if run.metrics["phantom"] else run.data
+    return {"Data": data, "Volumes": str(run.metrics["n_volumes"]), "Patients": str(run.metrics["n_patients"]), **found}
 
 
 def _text(value: object) -> str:

@@ -38,7 +38,7 @@ from ctclip_model import check_written
 
 KEEP = 2  # states: the one before the newest serves when the newest turns out damaged
 STATE_NAME = re.compile(r"\d{4}-\d{6}\.pt")
-FORMAT = 2  # of the states
+FORMAT = 3  # of the states
 
 # CRC-32 of anything followed by its own CRC-32, least significant byte first. States end in theirs.
 INTACT = 0x2144DF1C
@@ -283,7 +283,7 @@ def restore(content: dict, job: TrainingJob, state: TrainingState) -> None:
             "(--ctclip-path names it); or start a new run"
         )
     state.progress, state.best = Progress(**content["progress"]), BestEpoch(**content["best"])
-    state.sources = content.get("sources", {})  # states of before 0.7 have none
+    state.sources = content["sources"]
     if state.best.epoch and not state.best.tensors and not (run.folder / BEST_FILES[0]).is_file():
         raise StateError(
             f"{run.folder}: found no {BEST_FILES[0]}, expected the weights of epoch {state.best.epoch}, the best so "

@@ -37,7 +37,7 @@ from scipy.stats import norm  # noqa: E402
 
 from ctclip.config import Settings  # noqa: E402
 from ctclip.data.ct_rate import PREVALENCE  # noqa: E402
-from ctclip.evaluation import calibration, metrics  # noqa: E402
+from ctclip.evaluation import calibration, clinical, metrics  # noqa: E402
 from ctclip.evaluation.evaluate import evaluate_tables  # noqa: E402
 from ctclip.evaluation.tables import EvaluationInputs, VolumeTable  # noqa: E402
 from ctclip_model import ABNORMALITIES  # noqa: E402
@@ -115,6 +115,8 @@ def truths(fits: Sequence[calibration.Calibration]) -> tuple[dict[str, dict], di
         values[way] = ranking | own
         columns[way] |= ranked
     values["calibrated"] = values["calibrated"] | {"auroc_micro": metrics.pooled_auroc(y, calibrated, once)}
+    counts, columns["clinical"] = clinical.resampled_columns(y, p, calibrated, decisions["tuned"], once)
+    values["clinical"] = clinical.resampled_summary(counts, columns["clinical"])
     for when, numbers in (("before", p), ("after", calibrated)):
         columns[when] = {"brier": metrics.calibration_columns(y, numbers)["brier"][None]}
         values[when] = {"brier": columns[when]["brier"].mean(axis=1)}
@@ -140,7 +142,7 @@ def one_cohort(resamples: int, patients: int, seed: int) -> list[Found]:
         with mock.patch.object(calibration, "fit_calibration", partial(_kept, fits, calibration.fit_calibration)):
             evaluation = evaluate_tables(EvaluationInputs(first, labels, fitted_on), settings, baseline).metrics
         # of the cross-fitted, the first is for new patients, then come the folds'; those of the baseline follow
-        found += held(patients, kind, evaluation["intervals"], *truths(fits[:1] if fitted_on else fits[1:6]))
+        found += held(patients, kind, evaluation, *truths(fits[:1] if fitted_on else fits[1:6]))
     return found + list(told_apart(patients, evaluation["baseline"]["differences"]))
 
 
@@ -149,7 +151,9 @@ def _kept(fits: list, fit: Callable, *args: object, **kwargs: object) -> calibra
     return fits[-1]
 
 
-def held(patients: int, kind: str, intervals: Mapping, values: Mapping, columns: Mapping) -> Iterator[Found]:
+def held(patients: int, kind: str, evaluation: Mapping, values: Mapping, columns: Mapping) -> Iterator[Found]:
+    intervals, of_clinical = evaluation["intervals"], evaluation["clinical"]["intervals"]
+
     def compared(way: str, metric: str, bounds: Sequence[float] | None, truth: float, what: str = "") -> Found:
         right = bounds is not None and bounds[0] <= truth <= bounds[1]
         return Found(patients, f"{what}{kind}", way, metric, bounds is not None, right)
@@ -157,6 +161,11 @@ def held(patients: int, kind: str, intervals: Mapping, values: Mapping, columns:
     for way in WAYS:
         for metric, bounds in intervals[way].items():
             yield compared(way, metric, bounds, values[way][metric][0])
+    for metric, bounds in of_clinical["summary"].items():
+        yield compared("clinical", metric, bounds, values["clinical"][metric][0])
+    for j, own in enumerate(of_clinical["per_label"].values()):
+        for metric, bounds in own.items():
+            yield compared("clinical", metric, bounds, columns["clinical"][metric][0, j], "each label, ")
     for when in ("before", "after"):
         yield compared(when, "brier", intervals["calibration"][when]["brier"], values[when]["brier"][0])
     for j, own in enumerate(intervals["per_label"].values()):

@@ -30,6 +30,7 @@ def make_run(folder: Path, seed: int | None = 0, status: str = "finished", phant
 def results(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("runs") / "results"
     make_run(root / "first", 0, loss_type="bce", epochs=4)
+    make_run(root / "again", 0, epochs=9)
     make_run(root / "second", 1, model="resnet18")
     make_run(root / "begun", None, status="running")
     make_run(root / "trained", None, phantom=True)
@@ -45,7 +46,7 @@ def results(tmp_path_factory) -> Path:
 
 def test_runs_are_listed_with_what_their_files_say(results):
     runs = {run.name: run for run in list_runs(results)}
-    assert set(runs) == {"first", "first/on_elsewhere", "second", "begun", "trained", "damaged"}
+    assert set(runs) == {"first", "again", "first/on_elsewhere", "second", "begun", "trained", "damaged"}
     metrics = json.loads((results / "first" / "metrics.json").read_text())
     cells = runs["first"].cells()
     low, high = metrics["intervals"]["at_0.5"]["auroc_macro"]
@@ -53,10 +54,10 @@ def test_runs_are_listed_with_what_their_files_say(results):
     assert cells["f1"] == f"{metrics['tuned']['f1_macro']:.3f}" and cells["crg"] == f"{metrics['tuned']['crg']:.3f}"
     assert (cells["loss"], cells["epochs"], cells["data"], cells["head"]) == ("bce", "4", "cohort", "linear")
     assert {name: run.status for name, run in runs.items()} == {
-        "first": "evaluated", "first/on_elsewhere": "evaluated", "second": "evaluated", "begun": "not finished",
-        "trained": "not evaluated", "damaged": "unreadable"}
+        "first": "evaluated", "again": "evaluated", "first/on_elsewhere": "evaluated", "second": "evaluated",
+        "begun": "not finished", "trained": "not evaluated", "damaged": "unreadable"}
     assert runs["first/on_elsewhere"].data == "elsewhere"
-    assert runs["first"].compared_on == runs["second"].compared_on != runs["first/on_elsewhere"].compared_on
+    assert len({runs[name].compared_on for name in ("first", "second", "first/on_elsewhere")}) == 3  # other labels
 
 
 @pytest.mark.parametrize("key", ["auroc", "f1", "crg", "name", "epochs"])
@@ -70,6 +71,12 @@ def test_the_text_names_faults_and_phantoms(results):
     text = format_runs(list_runs(results))
     assert "damaged: " in text and "found a value of another kind for phantom" in text
     assert text.endswith(SYNTHETIC_NOTE) and "AUROC (95 % CI)" in text.splitlines()[0]
+    assert "not evaluated" in text and max(map(len, text.splitlines()[:6])) <= 130
+
+
+def test_what_all_runs_have_in_common_is_said_once(results):
+    text = format_runs([run for run in list_runs(results) if run.name in ("first", "trained")])
+    assert "All: data cohort, model ctclip, head linear" in text and "Model" not in text.splitlines()[0]
 
 
 def test_the_page_holds_every_run_and_can_be_written_again(results, tmp_path, capsys):
@@ -81,8 +88,8 @@ def test_the_page_holds_every_run_and_can_be_written_again(results, tmp_path, ca
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
     runs = {row["name"]: row for row in data}
     assert runs["first"]["report"].endswith("results/first/report.html") and runs["begun"]["report"] is None
-    assert list(runs["first"]["results"])[:4] == ["Volumes", "Patients", "Label rate", "AUROC macro"]
-    assert runs["first"]["kind"] == runs["second"]["kind"] != runs["first/on_elsewhere"]["kind"]
+    assert list(runs["first"]["results"])[:4] == ["Data", "Volumes", "Patients", "Label rate"]
+    assert runs["first"]["kind"] == runs["again"]["kind"] != runs["second"]["kind"] and runs["begun"]["kind"] is None
     assert SYNTHETIC_NOTE in text and "http" not in text.replace("http-equiv", "")
     assert "/home/jane" not in json.dumps([row["cells"] for row in data])
 

@@ -157,7 +157,7 @@ def test_states_of_another_format_are_one_line_and_exit_code_2(config, tmp_path,
     save_state(folder, 1, 0, content)
     assert main(["--resume", str(folder)]) == 2
     err = capsys.readouterr().err
-    assert one_line(err) and "found states of format 1, expected 2" in err and "start a new one" in err
+    assert one_line(err) and "found states of format 1, expected 3" in err and "start a new one" in err
 
 
 def test_interrupted_while_encoding_keeps_what_is_encoded(config, undisturbed, tmp_path, monkeypatch, capsys):
