@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 
 from ctclip.config import Settings
 from ctclip.evaluation import bootstrap
-from ctclip.evaluation.calibration import FittedThresholds, rates_asked_for
+from ctclip.evaluation.calibration import CROSS_FITTED, FittedThresholds, rates_asked_for
 from ctclip.evaluation.metrics import Resamples, confusion_counts, masked_mean, nanmean, plain, sensitivities_at
 from ctclip.evaluation.tables import Rows
 from ctclip.evaluation.thresholds import resampled_thresholds
@@ -37,6 +37,8 @@ def clinical_metrics(rows: Rows, fitted: FittedThresholds, resamples: Resamples,
     few = ~bootstrap.enough_cases(y, rows.patients)
     hide = dict.fromkeys(columns, few) | {
         "ppv": few | _few_patients(decisions, rows.patients), "npv": few | _few_patients(~decisions, rows.patients)}
+    if fitted.fitted_on == CROSS_FITTED:  # of five maps: their intervals are too short (LOG.md)
+        hide |= dict.fromkeys(("calibration_slope_calibrated", "calibration_intercept_calibrated"), np.ones_like(few))
     for key, column in columns.items():
         column[1:, hide.get(key, few)] = np.nan
     low, high = _threshold_spread(fitted, settings)

@@ -158,7 +158,10 @@ def test_no_intervals_with_few_cases_nor_for_predictive_values_of_few_calls(meas
     intervals = metrics["clinical"]["intervals"]
     assert all(value is None for value in intervals["per_label"]["Emphysema"].values())
     assert intervals["per_label"]["Lung nodule"]["ppv"] is None
-    assert intervals["per_label"]["Atelectasis"]["ppv"] is not None
+    known = intervals["per_label"]["Atelectasis"]
+    assert known["ppv"] is not None and known["calibration_slope_calibrated"] is not None
+    cross_fitted = ev.evaluate(predictions, labels, resamples=100)["clinical"]["intervals"]["per_label"]["Atelectasis"]
+    assert cross_fitted["calibration_slope_calibrated"] is None is not cross_fitted["calibration_slope_uncalibrated"]
     assert intervals["summary"]["specificity_macro"] is None and intervals["summary"]["f1_micro"] is not None
 
 
