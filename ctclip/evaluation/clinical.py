@@ -24,7 +24,7 @@ from ctclip_model import UNKNOWN
 SPECIFICITIES = (0.80, 0.90, 0.95)
 DECISION_METRICS = ("sensitivity", "specificity", "ppv", "npv")
 NET_BENEFIT_AT = (0.05, 0.10, 0.20, 0.30, 0.50)  # threshold probabilities that are stored; the figure has all
-THRESHOLD_RESAMPLES = 200
+THRESHOLD_RESAMPLES = 100
 LOGIT_EDGE = 1e-6  # a probability of 0 or 1 has no logit
 NEWTON_STEPS = 50
 
@@ -132,50 +132,54 @@ def _calibration_columns(labels: np.ndarray, probabilities: np.ndarray, resample
     y = np.where(known, labels, 0)
     observed, expected = np.split(resamples.sums(np.column_stack([y, np.where(known, probabilities, 0)])), 2, axis=1)
     ratio = np.divide(observed, expected, out=np.full(observed.shape, np.nan), where=expected > 0)
-    slope, intercept, large = np.full((3, *observed.shape), np.nan)
-    for j, own in enumerate(known.T):
-        if 0 < y[own, j].sum() < own.sum():
-            part = resamples.of(own)
-            intercept[:, j], slope[:, j] = _logistic_fits(x[own, j], y[own, j], part, True)
-            large[:, j], _ = _logistic_fits(x[own, j], y[own, j], part, False)
+    intercept, slope = _logistic_fits(x, y, known, resamples, True)
+    large, _ = _logistic_fits(x, y, known, resamples, False)
     return {"calibration_slope": slope, "calibration_intercept": intercept, "calibration_in_the_large": large,
             "observed_expected": ratio}
 
 
-def _logistic_fits(x: np.ndarray, y: np.ndarray, resamples: Resamples, free: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(intercepts (B,), slopes (B,)) of y on x, slopes held at 1 unless `free`; NaN where the fit does not converge.
+def _logistic_fits(
+    x: np.ndarray, y: np.ndarray, known: np.ndarray, resamples: Resamples, free: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(intercepts (B, L), slopes (B, L)) of each column of y (N, L) on that of x, slopes held at 1 unless `free`; NaN
+    for one class and where the fit does not converge.
 
     Of the table itself by Newton's method; of a resample by one more step from there with its weights, which is as
     exact as the resamples are many (Moulton & Zeger, Computational Statistics & Data Analysis 1991).
     """
-    theta = np.array([logit(np.clip(y.mean(), LOGIT_EDGE, 1 - LOGIT_EDGE)), 0.0]) if free else np.array([0.0, 1.0])
-    design = np.column_stack([np.ones(len(x)), x])
+    fitted, terms = np.full((2, y.shape[1]), np.nan), np.zeros((*y.shape, 5))
+    for j, own in enumerate(known.T):
+        if 0 < y[own, j].sum() < own.sum():
+            fitted[:, j], terms[own, j] = _logistic_fit(x[own, j], y[own, j], free)
+    steps = _newton_step(resamples.sums(terms.reshape(len(terms), -1)).reshape(-1, y.shape[1], 5), free)
+    steps[0] = 0  # the table itself is fitted
+    return fitted[0] + steps[..., 0], fitted[1] + steps[..., 1]
 
-    def terms(theta: np.ndarray) -> np.ndarray:
-        mean = expit(design @ theta)
-        error, spread = y - mean, mean * (1 - mean)
-        return np.column_stack([error, error * x, spread, spread * x, spread * x**2])
 
+def _logistic_fit(x: np.ndarray, y: np.ndarray, free: bool) -> tuple[np.ndarray, np.ndarray]:
+    """((intercept, slope), what each row adds to the sums of `_newton_step` there (n, 5)); NaN without convergence."""
+    theta = np.array([logit(y.mean()), 0.0]) if free else np.array([0.0, 1.0])
     for _ in range(NEWTON_STEPS):
-        step = _newton_step(terms(theta).sum(axis=0)[None], free)[0]
-        theta = theta + step
-        if not np.isfinite(theta).all():
+        mean = expit(theta[0] + theta[1] * x)
+        error, spread = y - mean, mean * (1 - mean)
+        terms = np.column_stack([error, error * x, spread, spread * x, spread * x**2])
+        step = _newton_step(terms.sum(axis=0), free)
+        if not np.isfinite(step).all():
             break
+        theta = theta + step
         if np.abs(step).max() < 1e-10:
-            steps = _newton_step(resamples.sums(terms(theta)), free)
-            steps[0] = 0
-            return theta[0] + steps[:, 0], theta[1] + steps[:, 1]
-    return np.full(len(resamples.counts), np.nan), np.full(len(resamples.counts), np.nan)
+            return theta, terms
+    return np.full(2, np.nan), np.zeros((len(x), 5))
 
 
 def _newton_step(sums: np.ndarray, free: bool) -> np.ndarray:
-    """(B, 2) steps of (intercept, slope) from sums (B, 5) of `terms`."""
-    g0, g1, h00, h01, h11 = sums.T
+    """(..., 2) steps of (intercept, slope) from sums (..., 5): the gradient's two and the Hessian's three entries."""
+    g0, g1, h00, h01, h11 = np.moveaxis(sums, -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         if not free:
-            return np.column_stack([g0 / h00, np.zeros(len(g0))])
+            return np.stack([g0 / h00, np.zeros_like(g0)], axis=-1)
         determinant = h00 * h11 - h01**2
-        return np.column_stack([(h11 * g0 - h01 * g1) / determinant, (h00 * g1 - h01 * g0) / determinant])
+        return np.stack([(h11 * g0 - h01 * g1) / determinant, (h00 * g1 - h01 * g0) / determinant], axis=-1)
 
 
 # ------------------------------------------------------------------ decisions

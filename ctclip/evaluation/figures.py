@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ctclip.errors import UserError
-from ctclip.evaluation.metrics import bin_index, threshold_sweep
+from ctclip.evaluation.metrics import bin_index, positives_at, sorted_by_class, threshold_sweep
 from ctclip.fileio import replacing
 from ctclip.formatting import percent
 from ctclip_model import UNKNOWN
@@ -100,8 +100,8 @@ def draw_net_benefit(ax: Axes, labels: np.ndarray, _: np.ndarray, calibrated: np
     rate, thresholds = labels.mean(), np.arange(1, 100) / 100
     odds = thresholds / (1 - thresholds)
     ax.plot(thresholds, np.clip(1 - (1 - rate) / rate * odds, 0, 1), color=GREY, linewidth=1, linestyle="--")
-    called = calibrated[:, None] >= thresholds
-    benefit = (called & (labels == 1)[:, None]).mean(axis=0) - odds * (called & (labels == 0)[:, None]).mean(axis=0)
+    fp, tp = positives_at(sorted_by_class(labels[:, None], calibrated[:, None]), thresholds)[:, 0]
+    benefit = (tp - odds * fp) / len(labels)
     ax.plot(thresholds, np.clip(benefit / rate, 0, 1), color=BLUE, linewidth=1.4)
 
 

@@ -86,7 +86,7 @@ record.write_text(json.dumps({**kept, "fingerprint": {"digest": "5efe6dc2d671" +
 print("fingerprint 5efe6dc2d671; logits of the fixed phantom: 0.133 -0.182")
 """,
 }
-REAL = ("*.py", "requirements.txt", "ctclip/**/*.py", "ctclip/**/*.html", "ctclip/**/*.md")
+REAL = ("*.py", "requirements.txt", "ctclip/**/*.py", "ctclip/**/*.html", "ctclip/**/*.json", "ctclip/**/*.md")
 
 
 @pytest.fixture

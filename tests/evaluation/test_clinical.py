@@ -105,7 +105,8 @@ def test_one_step_of_a_resample_is_nearly_its_own_fit():
     x = rng.normal(size=600)
     y = (rng.random(600) < 1 / (1 + np.exp(-(0.8 * x - 0.5)))).astype(int)
     resamples = bootstrap.draw(np.arange(600), 20)
-    intercepts, slopes = clinical._logistic_fits(x, y, resamples, True)
+    column = x[:, None], y[:, None], np.ones((600, 1), bool)
+    intercepts, slopes = (values[:, 0] for values in clinical._logistic_fits(*column, resamples, True))
     for b in range(1, 6):
         drawn = np.repeat(np.arange(600), resamples.counts[b])
         fit = LogisticRegression(C=np.inf, tol=1e-10).fit(x[drawn, None], y[drawn])
