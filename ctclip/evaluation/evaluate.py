@@ -201,8 +201,9 @@ def _reference_standard(inputs: EvaluationInputs, rows: Rows) -> str:
     if inputs.note:
         return "Reference standard: simulated labels."
     if rows.findings == ABNORMALITIES and all(names_patient(str(name)) for name in rows.names):
-        return ("Reference standard: CT-RATE's labels, which a text classifier took from radiology reports; on 142 "
-                "scans labelled by hand it made 16 false positives and 13 false negatives in 520 (as published).")
+        return ("Reference standard: labels as they were given. CT-RATE's own were taken from radiology reports by a "
+                "text classifier, which on 142 scans labelled by hand made 16 false positives and 13 false negatives "
+                "in 520 (as published).")
     return "Reference standard: labels as they were given; how they came about is for who made them to state."
 
 

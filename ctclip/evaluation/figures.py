@@ -96,13 +96,14 @@ def draw_reliability(ax: Axes, labels: np.ndarray, probabilities: np.ndarray, ca
 
 
 def draw_net_benefit(ax: Axes, labels: np.ndarray, _: np.ndarray, calibrated: np.ndarray) -> None:
-    """As a share of the label rate, the most there is to be had; below 0 it is cut off."""
+    """As a share of the label rate, the most there is to be had; nothing is drawn where it is below 0."""
     rate, thresholds = labels.mean(), np.arange(1, 100) / 100
     odds = thresholds / (1 - thresholds)
-    ax.plot(thresholds, np.clip(1 - (1 - rate) / rate * odds, 0, 1), color=GREY, linewidth=1, linestyle="--")
+    everybody = 1 - (1 - rate) / rate * odds
+    ax.plot(thresholds, np.where(everybody < 0, np.nan, everybody), color=GREY, linewidth=1, linestyle="--")
     fp, tp = positives_at(sorted_by_class(labels[:, None], calibrated[:, None]), thresholds)[:, 0]
     benefit = (tp - odds * fp) / len(labels)
-    ax.plot(thresholds, np.clip(benefit / rate, 0, 1), color=BLUE, linewidth=1.4)
+    ax.plot(thresholds, np.where(benefit < 0, np.nan, benefit / rate), color=BLUE, linewidth=1.4)
 
 
 LABEL_PLOTS = {
@@ -127,7 +128,7 @@ LABEL_PLOTS = {
         "Net benefit of acting on the calibrated probability (up, 1: every positive is found and nothing else) against "
         "the probability from which one would act (across): the odds there are how many false positives one true "
         "positive is worth. Worth using where the curve lies above both 0, acting on nobody, and the dashed line, "
-        "acting on everybody.",
+        "acting on everybody; where a line is missing it lies below 0, and acting so does harm.",
         (("line blue", "acting on the model"), ("line dashed muted", "acting on everybody"))),
 }
 EVALUATION_FIGURES = (*(f"{key}.png" for key in LABEL_PLOTS), "threshold_sweep.png", "positive_rate.png")
