@@ -28,6 +28,7 @@ from ctclip.evaluation.metrics import (
     calibration_errors,
     confusion_counts,
     jackknifed_decisions,
+    ratio,
 )
 from ctclip_model import UNKNOWN
 
@@ -60,7 +61,7 @@ def resampled_brier(labels: np.ndarray, probabilities: np.ndarray, resamples: Re
     known = labels != UNKNOWN
     sums = resamples.sums(np.column_stack([np.where(known, (probabilities - labels) ** 2, 0), known]))
     errors, counts = np.split(sums, 2, axis=1)
-    return np.divide(errors, counts, out=np.full(errors.shape, np.nan), where=counts > 0)
+    return ratio(errors, counts, np.nan)
 
 
 def ece_if_calibrated(

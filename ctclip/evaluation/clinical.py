@@ -16,7 +16,7 @@ from scipy.special import expit, logit
 from ctclip.config import Settings
 from ctclip.evaluation import bootstrap
 from ctclip.evaluation.calibration import CROSS_FITTED, FittedThresholds, rates_asked_for
-from ctclip.evaluation.metrics import Resamples, confusion_counts, masked_mean, nanmean, plain, sensitivities_at
+from ctclip.evaluation.metrics import Resamples, confusion_counts, masked_mean, nanmean, plain, ratio, sensitivities_at
 from ctclip.evaluation.tables import Rows
 from ctclip.evaluation.thresholds import resampled_thresholds
 from ctclip_model import UNKNOWN
@@ -36,11 +36,12 @@ def clinical_metrics(rows: Rows, fitted: FittedThresholds, resamples: Resamples,
     counts, columns = resampled_columns(y, p, calibrated, decisions, resamples)
     few = ~bootstrap.enough_cases(y, rows.patients)
     hide = dict.fromkeys(columns, few) | {
-        "ppv": few | _few_patients(decisions, rows.patients), "npv": few | _few_patients(~decisions, rows.patients)}
+        key: few | (bootstrap.called_patients(y, made, resamples) < bootstrap.MIN_CASES)
+        for key, made in (("ppv", decisions), ("npv", ~decisions))}
     if fitted.fitted_on == CROSS_FITTED:  # of five maps: their intervals are too short (LOG.md)
         hide |= dict.fromkeys(("calibration_slope_calibrated", "calibration_intercept_calibrated"), np.ones_like(few))
     for key, column in columns.items():
-        column[1:, hide.get(key, few)] = np.nan
+        column[1:, hide[key]] = np.nan
     low, high = _threshold_spread(fitted, settings)
     benefit = net_benefit(y, calibrated, np.array(NET_BENEFIT_AT))
     per_label = {}
@@ -101,23 +102,17 @@ def _decision_columns(counts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     """DECISION_METRICS (B, L); NaN for 0 / 0, where the challenge counts 0."""
     tp, fp, fn, tn = (counts[key] for key in ("tp", "fp", "fn", "tn"))
     parts = {"sensitivity": (tp, tp + fn), "specificity": (tn, tn + fp), "ppv": (tp, tp + fp), "npv": (tn, tn + fn)}
-    return {key: np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom > 0)
-            for key, (top, bottom) in parts.items()}
+    return {key: ratio(top, bottom, np.nan) for key, (top, bottom) in parts.items()}
 
 
 def resampled_summary(counts: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Micro F1 and macro specificity, (B,) each; macro sensitivity is the recall of all metrics."""
     tp, wrong = counts["tp"].sum(axis=1), (counts["fp"] + counts["fn"]).sum(axis=1)
-    micro = np.divide(2 * tp, 2 * tp + wrong, out=np.full(len(tp), np.nan), where=tp + wrong > 0)
+    micro = ratio(2 * tp, 2 * tp + wrong, np.nan)
     specificity = nanmean(columns["specificity"])
     if np.isnan(columns["specificity"][1:]).all(axis=0).any():  # a label without an interval: none of the mean either
         specificity[1:] = np.nan
     return {"f1_micro": micro, "specificity_macro": specificity}
-
-
-def _few_patients(mask: np.ndarray, patients: np.ndarray) -> np.ndarray:
-    """(L,) whether fewer than MIN_CASES patients have a row in the mask (N, L)."""
-    return np.array([len(np.unique(patients[own])) < bootstrap.MIN_CASES for own in mask.T])
 
 
 # ------------------------------------------------------------------ calibration on the reported patients
@@ -131,11 +126,10 @@ def _calibration_columns(labels: np.ndarray, probabilities: np.ndarray, resample
     x = logit(np.clip(probabilities, LOGIT_EDGE, 1 - LOGIT_EDGE))
     y = np.where(known, labels, 0)
     observed, expected = np.split(resamples.sums(np.column_stack([y, np.where(known, probabilities, 0)])), 2, axis=1)
-    ratio = np.divide(observed, expected, out=np.full(observed.shape, np.nan), where=expected > 0)
     intercept, slope = _logistic_fits(x, y, known, resamples, True)
     large, _ = _logistic_fits(x, y, known, resamples, False)
     return {"calibration_slope": slope, "calibration_intercept": intercept, "calibration_in_the_large": large,
-            "observed_expected": ratio}
+            "observed_expected": ratio(observed, expected, np.nan)}
 
 
 def _logistic_fits(

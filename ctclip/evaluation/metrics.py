@@ -11,9 +11,9 @@ stated is left out, decision by decision.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -162,7 +162,7 @@ def calibration_errors(labels: np.ndarray, probabilities: np.ndarray, bins: np.n
     """
     n_labels, known = labels.shape[1], labels != UNKNOWN
     gaps = np.bincount(bins.ravel(), np.where(known, probabilities - labels, 0).ravel(), n_labels * ECE_BINS)
-    return _ratio(np.abs(gaps).reshape(n_labels, ECE_BINS).sum(axis=1), known.sum(axis=0), np.nan)
+    return ratio(np.abs(gaps).reshape(n_labels, ECE_BINS).sum(axis=1), known.sum(axis=0), np.nan)
 
 
 def bin_indices(probabilities: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -208,16 +208,16 @@ def plain(values: Mapping[str, np.ndarray]) -> dict[str, float | None]:
 
 def masked_mean(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Mean over the first axis of what is in the mask; NaN where nothing is."""
-    return _ratio(np.where(mask, values, 0).sum(axis=0), mask.sum(axis=0), np.nan)
+    return ratio(np.where(mask, values, 0).sum(axis=0), mask.sum(axis=0), np.nan)
 
 
 def nanmean(values: np.ndarray) -> np.ndarray:
     """Mean over the last axis of what is not NaN; NaN where nothing is left."""
     known = ~np.isnan(values)
-    return _ratio(np.where(known, values, 0).sum(axis=-1), known.sum(axis=-1), np.nan)
+    return ratio(np.where(known, values, 0).sum(axis=-1), known.sum(axis=-1), np.nan)
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray, empty: float = 0.0) -> np.ndarray:
+def ratio(numerator: np.ndarray, denominator: np.ndarray, empty: float = 0.0) -> np.ndarray:
     """numerator / denominator, `empty` for 0 / 0."""
     numerator, denominator = np.broadcast_arrays(np.asarray(numerator, np.float64), denominator)
     return np.divide(numerator, denominator, out=np.full(numerator.shape, empty), where=denominator != 0)
@@ -274,13 +274,13 @@ def metrics_from_counts(sums: np.ndarray) -> tuple[dict[str, np.ndarray], dict[s
         "positive_rate": (tp + fp, known),
         "label_rate": (positives, known),
     }
-    columns = {key: np.where(known > 0, _ratio(*parts), np.nan) for key, parts in ratios.items()}
-    of_all = {key: _ratio(ratios[key][0].sum(axis=-1), ratios[key][1].sum(axis=-1), np.nan)
+    columns = {key: np.where(known > 0, ratio(*parts), np.nan) for key, parts in ratios.items()}
+    of_all = {key: ratio(ratios[key][0].sum(axis=-1), ratios[key][1].sum(axis=-1), np.nan)
               for key in ("accuracy", "positive_rate", "label_rate")}
     summary = {key: of_all[own] if own in of_all else nanmean(columns[own]) for key, own in SUMMARY_OF.items()}
     rates = {key: summary.pop(key) for key in ("positive_rate", "label_rate")}  # shown after exact_match
     crg = _crg(*(part.sum(axis=-1) for part in (tp, fp, positives, known)))
-    return summary | {"exact_match": _ratio(ends[..., 0], ends[..., 1], np.nan)} | rates | {"crg": crg}, columns
+    return summary | {"exact_match": ratio(ends[..., 0], ends[..., 1], np.nan)} | rates | {"crg": crg}, columns
 
 
 def crg_exchange(positives: float | np.ndarray, decisions: float | np.ndarray) -> float | np.ndarray:
@@ -297,7 +297,7 @@ def _crg(tp: np.ndarray, fp: np.ndarray, a: np.ndarray, x: np.ndarray) -> np.nda
     r = crg_exchange(np.where(two, a, 1), x)
     u = (x - a) / 2
     score = r * tp - r * (a - tp) - fp
-    return np.where(two, _ratio(u, 2 * u - score, np.nan), np.nan)
+    return np.where(two, ratio(u, 2 * u - score, np.nan), np.nan)
 
 
 class _Ranking(NamedTuple):
@@ -328,6 +328,20 @@ class _Ranking(NamedTuple):
         between = counts(~positive & ~tied, count + 1)
         return cls(counts(positive, count), between, counts(tied, count) if tied.any() else None)
 
+    def drawn(self, resamples: Resamples) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray, Any]]:
+        """(resamples b, positives of each run (C, b), negatives at or above it (C, b), negatives (b,), those tied with
+        it (C, b) or 0), the first resample alone: a table's own sums then have one order, resampled or not."""
+        size, step = len(resamples.counts), max(1, RANKING_CHUNK // self.between.shape[0])
+        for rows in (slice(1), *(slice(start, start + step) for start in range(1, size, step))):
+            drawn = np.ascontiguousarray(resamples.counts[rows].T, np.float64)
+            above = np.cumsum(self.between @ drawn, axis=0)
+            alarms, negatives, level = above[:-1], above[-1], 0.0
+            if self.tied is not None:
+                level = self.tied @ drawn
+                ties = np.cumsum(level, axis=0)
+                alarms, negatives = alarms + ties, negatives + ties[-1]
+            yield rows, self.positives @ drawn, alarms, negatives, level
+
 
 def auroc_and_ap(
     labels: np.ndarray, scores: np.ndarray, resamples: Resamples, ap: bool = True
@@ -345,25 +359,14 @@ def auroc_and_ap(
     if positives in (0, len(labels)):
         return auroc, average_precision
     ranking = _Ranking.of(labels, scores, resamples.group, patients)
-    step = max(1, RANKING_CHUNK // ranking.between.shape[0])
-    # the first alone: a table's own average precision is then summed in one order, resampled or not
-    for rows in (slice(1), *(slice(start, start + step) for start in range(1, size, step))):
-        drawn = np.ascontiguousarray(resamples.counts[rows].T, np.float64)
-        found = ranking.positives @ drawn
-        above = np.cumsum(ranking.between @ drawn, axis=0)
-        higher, negatives = above[:-1], above[-1]
-        level: np.ndarray | float = 0.0
-        if ranking.tied is not None:
-            level = ranking.tied @ drawn
-            ties = np.cumsum(level, axis=0)
-            higher, negatives = higher + ties, negatives + ties[-1]
+    for rows, found, higher, negatives, level in ranking.drawn(resamples):
         gain = found.sum(axis=0)
         pairs = gain * negatives
-        auroc[rows] = _ratio((found * (negatives - higher + level / 2)).sum(axis=0), pairs, np.nan)
+        auroc[rows] = ratio((found * (negatives - higher + level / 2)).sum(axis=0), pairs, np.nan)
         if ap:
             tp = np.cumsum(found, axis=0)
             precision_sum = (found * tp / np.maximum(tp + higher, 1)).sum(axis=0)
-            average_precision[rows] = np.where(pairs > 0, _ratio(precision_sum, gain, np.nan), np.nan)
+            average_precision[rows] = np.where(pairs > 0, ratio(precision_sum, gain, np.nan), np.nan)
     return auroc, average_precision
 
 
@@ -377,20 +380,13 @@ def sensitivities_at(
         own = labels[:, j] != UNKNOWN
         part = resamples.of(own)
         ranking = _Ranking.of(labels[own, j], probabilities[own, j], part.group, part.counts.shape[1])
-        step = max(1, RANKING_CHUNK // ranking.between.shape[0])
-        for rows in (slice(start, start + step) for start in range(0, len(part.counts), step)):
-            drawn = np.ascontiguousarray(part.counts[rows].T, np.float64)
-            above = np.cumsum(ranking.between @ drawn, axis=0)
-            alarms, negatives = above[:-1], above[-1]
-            if ranking.tied is not None:
-                ties = np.cumsum(ranking.tied @ drawn, axis=0)
-                alarms, negatives = alarms + ties, negatives + ties[-1]
-            tp = np.cumsum(ranking.positives @ drawn, axis=0)
+        for rows, positives, alarms, negatives, _ in ranking.drawn(part):
+            tp = np.cumsum(positives, axis=0)
             for i, specificity in enumerate(specificities):
                 last = (alarms <= (1 - specificity) * negatives + 1e-9).sum(axis=0)
                 hits = np.where(last > 0, tp[np.maximum(last, 1) - 1, np.arange(tp.shape[1])], 0)
                 defined = (tp[-1] > 0) & (negatives > 0)
-                found[i, rows, j] = np.where(defined, _ratio(hits, tp[-1]), np.nan)
+                found[i, rows, j] = np.where(defined, ratio(hits, tp[-1]), np.nan)
     return found
 
 
