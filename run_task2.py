@@ -9,6 +9,7 @@
     python run_task2.py --mode predict --checkpoint models/ctclip_zeroshot.pt --prompts my.txt --input SCANS
     python run_task2.py --mode runs --sort auroc                                                   all runs in results/
     python run_task2.py --export onnx --checkpoint results/RUN --output model.onnx
+    python run_task2.py --export features --checkpoint results/RUN --output features          for other tools
 
 In a script of your own: `from run_task2 import predict` (ctclip/inference/predictions.py says what it takes).
 """
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     if torchrun_number("WORLD_SIZE", 1) > 1:
         raise UserError("found torchrun with run_task2.py, expected ctclip_training.py; evaluate afterwards")
-    task = "export" if args.export else args.task
+    task = args.export or args.task
     refuse_unused(args.given, task_flag_uses(task, args.plan))
     from ctclip.evaluation.command import (
         check_ensemble,
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     from ctclip.evaluation.render import check_report_parts  # torch takes two seconds
     from ctclip.evaluation.run_folder import RESULT_FILES, check_output_folder, newest_run, results_folder
     from ctclip.evaluation.runs import runs_command
-    from ctclip.inference.commands import export_command, predict_command
+    from ctclip.inference.commands import export_features_command, export_onnx_command, predict_command
     from ctclip.inference.run_predictions import ensemble_of_runs, run_inputs
 
     if task != "evaluate" and len(args.checkpoint or ()) > 1:
@@ -90,8 +91,9 @@ def run(args: argparse.Namespace) -> None:
     if task == "runs":
         runs_command(args.input, args.output, args.sort)
         return
-    if task in ("predict", "export"):
-        (predict_command if task == "predict" else export_command)(args)
+    applying = {"predict": predict_command, "onnx": export_onnx_command, "features": export_features_command}
+    if task in applying:
+        applying[task](args)
         return
     if task != "train":
         check_report_parts()

@@ -556,6 +556,11 @@ MODES = {
     "predict": "probabilities for the scans named by --input",
     "runs": "list all runs of results/, and compare them on a page",
 }
+EXPORTS = {
+    "onnx": "encoder and head as an ONNX graph, checked against the model",
+    "features": "latents of a cohort's volumes (--data-dir, or the run's own) or of scans (--input), as safetensors "
+    "files and a table",
+}
 RUN_COLUMNS = ("name", "date", "status", "data", "model", "head", "loss", "epochs", "auroc", "f1", "positive_rate",
                "crg")  # fmt: skip
 
@@ -567,19 +572,24 @@ def task_parser(description: str) -> OneLineParser:
     modes = "; ".join(f"{mode}: {what}" for mode, what in MODES.items())
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--mode", dest="task", choices=MODES, default="full", help=modes)
-    task.add_argument("--export", choices=["onnx"], help="encoder and head as an ONNX graph, checked against the model")
+    task.add_argument("--export", choices=EXPORTS, help="; ".join(f"{name}: {what}" for name, what in EXPORTS.items()))
     group = parser.add_argument_group("evaluate and predict")
     group.add_argument("--checkpoint", metavar="RUN", nargs="+",
-                       help="run folder, or for predict a CT-CLIP file; evaluate takes several, see --ensemble")
+                       help="run folder, or for predict and export a CT-CLIP file; evaluate takes several, see "
+                       "--ensemble")
     group.add_argument("--input", metavar="PATH",
-                       help="predict: scan (.nii, .nii.gz, .mha, DICOM series), or a folder of scans, nested or not; "
-                       "runs: folder of the runs (default results)")
+                       help="predict, export features: scan (.nii, .nii.gz, .mha, DICOM series), or a folder of "
+                       "scans, nested or not; runs: folder of the runs (default results)")
     group.add_argument("--sort", choices=RUN_COLUMNS, default="date",
                        help="runs: order of the list, the highest or newest first (default %(default)s)")
     group.add_argument("--output", metavar="FILE",
                        help=f"predict: .csv, a table (default {PREDICTIONS}), or .json, the challenge's results.json "
-                       "with an answer for every input; export: the .onnx file; runs: the page (default index.html "
-                       "among the runs)")
+                       "with an answer for every input; export: the .onnx file, or the folder of the features (default "
+                       "beside the checkpoint); runs: the page (default index.html among the runs)")
+    group.add_argument("--export-tokens", choices=("codes", "grid", "slice", "patch"),
+                       help="export features: tokens too; of CT-CLIP codes (ids, with their codebook) or grid (the "
+                       "quantised tokens, 28 MB a volume); of a slice backbone, in place of their mean, slice (class "
+                       "token or mean of each slice) or patch (every place of its feature map)")
     group.add_argument("--explain", metavar="LABEL[,LABEL]",
                        help="heat maps of these findings, or all: NIfTI on the scan's grid and PNG, beside the output; "
                        "doubles the time")
@@ -606,19 +616,22 @@ def task_flag_uses(task: str, plan: bool = False) -> dict[str, tuple[str, bool]]
     modes: dict[str, tuple[str, ...]] = dict.fromkeys(training, ("full", "train"))
     modes |= dict.fromkeys(evaluation_flags(), ("full", "evaluate"))
     modes |= dict.fromkeys(CHOSEN_AT_PREDICTION, ("full", "evaluate", "predict"))
-    predicting = ("--assume-hu", "--prompts", "--explain", "--map-thresholds", "--uncalibrated")
+    predicting = ("--prompts", "--explain", "--map-thresholds", "--uncalibrated")
     modes |= dict.fromkeys(predicting, ("predict",))
     modes |= {
-        "--input": ("predict", "runs"),
+        "--assume-hu": ("predict", "features"),
+        "--input": ("predict", "features", "runs"),
         "--sort": ("runs",),
-        "--output": ("predict", "export", "runs"),
-        "--checkpoint": ("evaluate", "predict", "export"),
-        **dict.fromkeys(("--data-dir", "--patients"), ("full", "train", "evaluate")),
-        "--workers": ("full", "train", "evaluate", "predict"),
+        "--output": ("predict", *EXPORTS, "runs"),
+        "--export-tokens": ("features",),
+        "--checkpoint": ("evaluate", "predict", *EXPORTS),
+        **dict.fromkeys(("--data-dir", "--patients"), ("full", "train", "evaluate", "features")),
+        **dict.fromkeys(("--findings", "--minus-one-is-unknown", "--cache-dir"), ("full", "train", "features")),
+        "--workers": ("full", "train", "evaluate", "predict", "features"),
     }
-    modes["--device"] = tuple(mode for mode in (*MODES, "export") if mode != "runs")
+    modes["--device"] = tuple(mode for mode in (*MODES, *EXPORTS) if mode != "runs")
     del modes["--mode"]
-    spelled = {mode: f"--mode {mode}" for mode in MODES} | {"export": "--export onnx"}
+    spelled = {mode: f"--mode {mode}" for mode in MODES} | {name: f"--export {name}" for name in EXPORTS}
     uses = {flag: (" or ".join(spelled[mode] for mode in those), task in those) for flag, those in modes.items()}
     if plan:  # which stops before there is anything to evaluate
         uses |= dict.fromkeys(evaluation_flags(), ("an evaluation, not --plan,", False))

@@ -144,7 +144,7 @@ WRONG_USAGE = [
     (["--mode", "evaluate", "--map-thresholds"], "found --map-thresholds, which goes with --mode predict only"),
     (["--objective", "auroc"], "found objective 'auroc'"),
     (["--data-dir", "nowhere", "--model", "ctclip"], "found no folder nowhere"),
-    (["--input", "scans"], "found --input, which goes with --mode predict or --mode runs only"),
+    (["--input", "scans"], "found --input, which goes with --mode predict or --export features or"),
     (["--mode", "evaluate", "--output-dir", "x"], "found --output-dir, which goes with --mode full or"),
     (["--mode", "predict", "--input", "x", "--epochs", "2"], "found --epochs, which goes with --mode full or"),
     (["--mode", "evaluate", "--report-to", "wandb"], "found --report-to, which goes with --mode full or --mode train"),

@@ -1,22 +1,26 @@
-"""The commands of run_task2.py that apply a model: `--mode predict` and `--export onnx`."""
+"""The commands of run_task2.py that apply a model: `--mode predict`, `--export onnx`, `--export features`."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from ctclip.cli import refuse_unused
 from ctclip.config import PREDICTIONS
+from ctclip.data.label_table import listed_findings
 from ctclip.data.tables import CALIBRATED, MAPPED, UNCALIBRATED, formula_note
 from ctclip.evaluation.command import chosen_from_flags
 from ctclip.evaluation.figures import check_matplotlib
-from ctclip.evaluation.run_folder import list_names, newest_run
+from ctclip.evaluation.run_folder import from_working_folder, list_names, newest_run, run_record
 from ctclip.fileio import check_writable
 from ctclip.formatting import plural
+from ctclip.inference.feature_export import Source, cohort_items, export_features, scan_items
+from ctclip.inference.feature_export import export_lines as feature_lines
 from ctclip.inference.heat_maps import parse_labels
 from ctclip.inference.onnx_export import check_onnx_path, export_lines, export_run
 from ctclip.inference.predictions import (
@@ -29,7 +33,8 @@ from ctclip.inference.predictions import (
     write_predictions,
 )
 from ctclip.inference.prompts import read_prompts
-from ctclip.inference.scans import PredictionError
+from ctclip.inference.run_predictions import cache_folder
+from ctclip.inference.scans import PredictionError, find_scans
 from ctclip.paths import script
 
 
@@ -111,7 +116,7 @@ def print_predictions(predictions: Predictions, output: Path, checkpoint: Path) 
         )
 
 
-def export_command(args: argparse.Namespace) -> None:
+def export_onnx_command(args: argparse.Namespace) -> None:
     """`--export onnx`: encoder and head as one graph, compared with the model."""
     checkpoint = Path(args.checkpoint[0]) if args.checkpoint else newest_run()
     default = checkpoint / "model.onnx" if checkpoint.is_dir() else checkpoint.with_suffix(".onnx")
@@ -121,3 +126,41 @@ def export_command(args: argparse.Namespace) -> None:
         list_names(checkpoint, output.name)
     export = export_run(checkpoint, output, args.device)
     print("\n".join(export_lines(export, checkpoint)))
+
+
+def export_features_command(args: argparse.Namespace) -> None:
+    """`--export features`: of scans, of a cohort, or of the run's own."""
+    checkpoint = Path(args.checkpoint[0]) if args.checkpoint else newest_run()
+    beside = checkpoint.name if checkpoint.is_dir() else checkpoint.stem
+    output = Path(args.output or checkpoint.with_name(f"{beside}_features"))
+    record = run_record(checkpoint) if checkpoint.is_dir() else {}
+    export = export_features(
+        _volumes_to_export(args, record), checkpoint, output, args.export_tokens,
+        getattr(args, "cache_dir", None) or cache_folder(record), args.device, args.workers,
+    )  # fmt: skip
+    print("\n".join(feature_lines(export, checkpoint)))
+    if export.note:
+        print(export.note)
+    if export.failures:
+        total = export.volumes + len(export.failures)
+        raise PredictionError(f"{output}: {len(export.failures)} of {total} volumes could not be read and are not in "
+                              "it; they are named above")  # fmt: skip
+
+
+def _volumes_to_export(args: argparse.Namespace, record: Mapping) -> Source:
+    of_cohort = dict.fromkeys(("--data-dir", "--patients", "--findings", "--minus-one-is-unknown", "--cache-dir"),
+                              ("a cohort (no --input)", not args.input))  # fmt: skip
+    refuse_unused(args.given, {**of_cohort, "--assume-hu": ("--input", bool(args.input))})
+    if args.input:
+        scans = find_scans(args.input, print_warning)
+        return scan_items(scans, args.assume_hu)
+    config, given = record.get("config", {}), vars(args)
+    own = given.get("data_dir") is None
+    data_dir = given.get("data_dir") or from_working_folder(record, record.get("data_dir"))
+    if data_dir is None:
+        raise PredictionError("--export features of a model without a cohort of its own needs --data-dir, a cohort, "
+                              "or --input, scans")  # fmt: skip
+    named = listed_findings(given.get("findings")) or (record.get("labels") if own else None)
+    patients = given.get("patients") or (from_working_folder(record, config.get("patients")) if own else None)
+    unknown = given.get("minus_one_is_unknown") or bool(own and config.get("minus_one_is_unknown"))
+    return cohort_items(data_dir, patients, named, unknown)

@@ -129,9 +129,7 @@ def predict_scans(
     model = load_model(checkpoint, device, prompts)
     labels = [] if explain is None else parse_labels(explain, model.labels)
     check_heat_maps(Path(explain_dir), [scan.stem for scan in found], labels)
-    record = run_record(checkpoint) if checkpoint.is_dir() else {}
-    of_demo = PHANTOM_ENCODER_NOTE if model.derived_from == PHANTOM_WEIGHTS else None
-    note = TRAINED_ON_PHANTOMS if record.get("phantom") else encoder_note(record) or of_demo
+    note = model_note(checkpoint, model.derived_from)
     answers = _AnswerForm.of(form, None if fitted is None or prompts else fitted.select(model.labels))
     heat_maps = _HeatMaps(model, labels, Path(explain_dir), answers.shown, note)
     predictor = _ScanPredictor(found, assume_hu, answers.transform, heat_maps, on_scan, on_note, failures)
@@ -142,6 +140,13 @@ def predict_scans(
     table = rows_table(predictor.rows, model.labels)
     return Predictions(table, found, failures, predictor.warnings, heat_maps.files, answers.description, answers.scale,
                        answers.calibration, note)
+
+
+def model_note(checkpoint: Path, derived_from: str | None) -> str | None:
+    """The disclaimer to show with what a model gives; `derived_from` is the model's."""
+    record = run_record(checkpoint) if checkpoint.is_dir() else {}
+    of_demo = PHANTOM_ENCODER_NOTE if derived_from == PHANTOM_WEIGHTS else None
+    return TRAINED_ON_PHANTOMS if record.get("phantom") else encoder_note(record) or of_demo
 
 
 def rows_table(rows: Mapping[str, np.ndarray], labels: Sequence[str]) -> pd.DataFrame:

@@ -66,6 +66,15 @@ def load_model(
     return model.to(choose_device(device)).eval()
 
 
+def load_encoder(checkpoint: str | Path, device: str | None = None) -> CTCLIPMultiAbnormalityModel:
+    """As `load_model`, of a CT-CLIP file without a head too: whatever head a file has is left out."""
+    path = Path(checkpoint)
+    if path.is_dir():
+        return load_model(path, device)
+    _check_file(path)
+    return CTCLIPMultiAbnormalityModel(path, head="linear", new_head=True).to(choose_device(device)).eval()
+
+
 def _load_run(folder: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityModel:
     if prompts is not None:
         raise PromptError(
@@ -78,9 +87,13 @@ def _load_run(folder: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityMo
     return CTCLIPMultiAbnormalityModel.from_pretrained(folder)
 
 
-def _load_file(path: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityModel:
+def _check_file(path: Path) -> None:
     if not path.suffix and not path.exists():
         raise RunError(f"{path}: found no such folder, expected a run's, or a CT-CLIP file; check --checkpoint")
+
+
+def _load_file(path: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityModel:
+    _check_file(path)
     model = CTCLIPMultiAbnormalityModel(path, head=None if prompts is None else "prompts", prompts=prompts)
     report = model.load_report
     if report is None or not report.new:

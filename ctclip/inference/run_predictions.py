@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +111,12 @@ def check_unseen(cohort: Cohort, trained: Cohort) -> None:
         )
 
 
+def cache_folder(record: Mapping) -> Path:
+    """The folder of a run's feature cache, by its record; {}: the default one."""
+    cache = record.get("config", {}).get("cache_dir", TrainingConfig.cache_dir)
+    return Path(from_working_folder(record, cache) or cache)
+
+
 def predict_run(
     run: Path, data_dir: str | Path | None, device: str | None, workers: int | None, tables: Path,
     patients: str | None = None, check: Callable[[Sequence[str]], None] = lambda volumes: None,
@@ -149,8 +155,7 @@ def predict_run(
     print(f"Predicting the unseen split of {data_dir}\n{cohort.summary()}")
     if others := [name for name in cohort.findings if name not in common]:
         print(f"Not evaluated, as the model does not predict it: {', '.join(others)}")
-    cache = stored.get("cache_dir", TrainingConfig.cache_dir)
-    cache_dir = Path(from_working_folder(record, cache) or cache)
+    cache_dir = cache_folder(record)
     cache = FeatureCache(cache_dir, model) if cache_dir.is_dir() else None
     volumes = cohort.volumes
     streamed = all(volume.signature is not None for volume in volumes)
