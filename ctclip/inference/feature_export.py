@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -332,9 +333,10 @@ def _write_table(export: FeatureExport, shards: Shards, source: Source) -> None:
         raise UserError(f"{export.folder}: none of {plural(len(source.items), 'volume')} could be read, expected at "
                         "least one; see the lines above")
     header = [NAME_COLUMN, PATIENT_COLUMN, "Split", "File", "Row", *source.findings]
-    path = export.folder / TABLE
-    with writing(export.folder, TABLE), replacing(path) as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *lines])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *lines])
+    with writing(export.folder, TABLE), replacing(export.folder / TABLE) as temporary:
+        temporary.write_bytes(text.getvalue().encode())
     export.volumes, export.files = len(lines), sorted(files)
 
 

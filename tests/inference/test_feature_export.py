@@ -5,6 +5,7 @@ three small chests; a tiny CT-CLIP, a tiny vision transformer.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,13 +17,14 @@ from torch import nn
 
 import run_task2
 from ctclip.data.cohort import load_cohort
-from ctclip.data.feature_cache import FeatureCache, encode_missing
+from ctclip.data.feature_cache import CacheError, FeatureCache, encode_missing
 from ctclip.data.preprocessing import read_volume
 from ctclip.distributed import Ranks
 from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import list_names
 from ctclip.inference import feature_export
-from ctclip.inference.feature_export import cohort_items, export_features, export_lines
+from ctclip.inference.feature_export import cohort_items, export_features, export_lines, scan_items
+from ctclip.inference.scans import Scan
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 
 NAMES = [A, B, C]
@@ -180,6 +182,26 @@ def test_what_is_not_its_own_is_never_replaced(cohort, tiny_classfine, slices, t
     shard.write_bytes(before[shard.name][:-1] + b"x")
     with pytest.raises(ValueError, match="found other content than was written"):
         export_features(cohort_items(cohort), tiny_classfine, "out")
+
+
+def test_streamed_volumes_come_from_the_cache_alone(cohort, tiny_classfine, tmp_path):
+    """Their files are gone; without an entry that is one line, before anything is made."""
+    source = cohort_items(cohort)
+    streamed = [item._replace(volume=replace(item.volume, signature=(1, "ab"))) for item in source.items]
+    with pytest.raises(CacheError, match="found features of 0 of 3 volumes that were streamed and have no file"):
+        export_features(source._replace(items=streamed), tiny_classfine, "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dicom_series_is_known_by_all_its_files(tmp_path):
+    (tmp_path / "s").mkdir()
+    for name in ("1.dcm", "2.dcm"):
+        (tmp_path / "s" / name).write_bytes(name.encode())
+    scans = [Scan("s", tmp_path / "s"), Scan("s", tmp_path / "s" / "1.dcm", series="1.2")]
+    keys = [item.key for item in scan_items(scans).items]
+    assert keys == [item.key for item in scan_items(scans).items] and len(set(keys)) == 2
+    (tmp_path / "s" / "2.dcm").write_bytes(b"another slice")
+    assert not {*keys} & {item.key for item in scan_items(scans).items}
 
 
 def test_a_full_disk_is_said_before_anything_is_encoded(cohort, tiny_classfine, monkeypatch):

@@ -299,9 +299,10 @@ def test_what_heat_maps_need_is_missed_before_a_model_is_loaded(missing, tmp_pat
 
 
 def test_flags_of_predict_belong_to_predict(capsys):
-    for flag, *value in (("--explain", "all"), ("--prompts", "x.txt"), ("--assume-hu",)):
+    for also, flag, *value in (("", "--explain", "all"), ("", "--prompts", "x.txt"),
+                               (" or --export features", "--assume-hu")):  # fmt: skip
         assert run_task2.main(["--mode", "train", flag, *value]) == 2
-        assert f"found {flag}, which goes with --mode predict only" in capsys.readouterr().err
+        assert f"found {flag}, which goes with --mode predict{also} only" in capsys.readouterr().err
 
 
 def test_dicom_without_pydicom_is_one_scan_that_cannot_be_read(tmp_path, monkeypatch, capsys):
