@@ -1,4 +1,5 @@
-"""CT-CLIP's two towers (image, text), slice backbones, classification heads, losses and the loading of weights.
+"""CT-CLIP's two towers (image, text), slice backbones, video ResNets, classification heads, losses and the loading of
+weights.
 
 This file works alone: copied into another project it needs torch and timm (which brings huggingface_hub and
 safetensors), and for prompts transformers. It imports nothing else of this project; every script imports it.
@@ -54,6 +55,7 @@ from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from http.client import HTTPException
+from itertools import product
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.error import HTTPError
@@ -176,6 +178,10 @@ HUB_SOURCES = ("hf-hub", "hf_hub")  # timm's, before the colon of a name
 NOT_OF_ARCHITECTURES = ("num_classes", "global_pool", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
                         "checkpoint_path", "cache_dir")  # among a folder's arguments; some read other files
 TIMM_WEIGHTS = (SAVED_WEIGHTS, "pytorch_model.bin")  # beside the config.json of a folder in timm's layout
+VIDEO_MODELS = ("r3d_18", "mc3_18", "r2plus1d_18")  # torchvision's
+VIDEO_SLICES, VIDEO_SIZE = 120, 240  # of their volumes: 3 x 1.5 x 1.5 mm, unless they are told otherwise
+VIDEO_WINDOW = "-1000:200"  # HU
+STEM_STRIDES, TEST_CROPS = (2, 4), (1, 8)
 
 
 class ModelError(Exception):
@@ -197,7 +203,7 @@ class PromptError(ModelError, ValueError):
 
 
 class PretrainedWeightsError(ModelError, RuntimeError):
-    """Weights of a slice backbone that cannot be had; the message names the way on."""
+    """Weights of a backbone that cannot be had; the message names the way on."""
 
 
 def _first_sentence(error: BaseException) -> str:
@@ -727,7 +733,7 @@ class LoadReport:
     new: tuple[str, ...]  # tensors of the model that are neither in the file nor computed by its text tower
     head: str
     no_prompts_reason: str | None = None  # why the text tower could not make the head, where it should have
-    assumed: str = ""  # of the sizes, where the file does not tell them all
+    assumed: str = ""  # what else is to be said: of sizes that the file does not tell, of a new stem
 
     def __str__(self) -> str:
         dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "none"
@@ -1641,10 +1647,14 @@ def _efficientnet_names(net: Any) -> dict[str, str]:
     return names
 
 
+def _unwrapped(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+
+
 def _in_timm_layout(state: dict[str, Tensor], net: Any, name: str) -> dict[str, Tensor]:
     """Tensors under timm's names: what wrappers put before them is removed, and another layout of the family, where
     timm or this module knows it, is converted. Raises ValueError."""
-    state = {".".join(part for part in key.split(".") if part not in WRAPPERS): value for key, value in state.items()}
+    state = {_unwrapped(key): value for key, value in state.items()}
     if "_conv_stem.weight" in state:
         if not name.startswith("tf_efficientnet"):
             raise ValueError(f"weights for TensorFlow's padding, expected those of '{name}', which pads as PyTorch "
@@ -1671,25 +1681,33 @@ def load_backbone(net: Any, name: str, path: Path) -> LoadReport:
         raise
     except ValueError as error:
         raise CheckpointError(f"{path}: found {error}") from error
-    own, classifier = net.state_dict(), net.pretrained_cfg.get("classifier") or ()
+    classifier = net.pretrained_cfg.get("classifier") or ()
     starts = tuple(f"{part}." for part in ((classifier,) if isinstance(classifier, str) else classifier))
-    dropped = [key for key in state if key not in own and key.startswith(starts)]
+    dropped = [key for key in state if key not in net.state_dict() and key.startswith(starts)]
+    return _load_all_but(net, state, {"timm's classifier": dropped}, (), f"timm's '{name}'", path)
+
+
+def _load_all_but(
+    net: nn.Module, state: dict[str, Tensor], dropped: dict[str, list[str]], new: Sequence[str], name: str, path: Path
+) -> LoadReport:
+    """Gives `net` the tensors of a file's `state`: all of its own but `new`, of the file's all but those that are
+    `dropped` ({reason: keys}). Raises CheckpointError; then nothing was loaded."""
+    own, excused = net.state_dict(), {key for keys in dropped.values() for key in keys}
     counters = [key for key in own if key not in state and key.endswith(".num_batches_tracked")]  # torch < 0.4.1
+    used = {key: state[key] for key in own if key in state and key not in excused}
     problems = {
-        "missing": [key for key in own if key not in state and key not in counters],
-        "unexpected": [key for key in state if key not in own and key not in dropped],
-        "wrong shape or type": [
-            f"{key} {misfit}" for key in own.keys() & state.keys() if (misfit := _misfit(state[key], own[key]))
-        ],
+        "missing": [key for key in own if key not in used and key not in counters and key not in new],
+        "unexpected": [key for key in state if key not in own and key not in excused],
+        "wrong shape or type": [f"{key} {misfit}" for key in used if (misfit := _misfit(used[key], own[key]))],
     }
     if listed := [f"{len(keys)} {problem}: {_first_five(sorted(keys))}" for problem, keys in problems.items() if keys]:
-        raise CheckpointError(f"{path} does not fit timm's '{name}' ({'; '.join(listed)}), expected all of its tensors "
-                              "and no more; give weights of that model, in timm's layout")  # fmt: skip
-    used = {key: state[key] for key in own if key in state}
+        raise CheckpointError(f"{path} does not fit {name} ({'; '.join(listed)}), expected all of its tensors "
+                              "and no more; give weights of that model, in its own layout")  # fmt: skip
     check_finite(used, path)
-    net.load_state_dict(used, strict=not counters)
-    reasons = {"timm's classifier": len(dropped)} if dropped else {}
-    return LoadReport(str(path), len(used), reasons, tuple(counters), "linear, new")
+    net.load_state_dict(own | used)
+    reasons = {reason: len(keys) for reason, keys in dropped.items() if keys}
+    counters = [key for key in counters if key not in new]
+    return LoadReport(str(path), len(used), reasons, (*new, *counters), "linear, new")
 
 
 def parse_window(text: str) -> tuple[float, float, float | None, float | None]:
@@ -1838,6 +1856,101 @@ def random_slices(batch: int, count: int, most: int) -> Tensor:
     return drawn.long().clamp(max=count - 1)
 
 
+# -- Video ResNets -----------------------------------------------------------------------------------------------------
+
+
+def kinetics_weights(name: str) -> Path:
+    """torchvision's Kinetics-400 weights of a video ResNet: in torch.hub's cache, fetched where they are not there.
+    Raises PretrainedWeightsError."""
+    from torchvision.models import get_model_weights
+
+    url: str = get_model_weights(name)["KINETICS400_V1"].url
+    file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if file.is_file():
+        return file
+    try:
+        urlopen(url, timeout=5).close()  # what follows would wait for an answer without end
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), file.stem.rpartition("-")[2], progress=False)  # checks the hash
+    except (OSError, HTTPException, RuntimeError) as error:
+        raise PretrainedWeightsError(
+            f"{url} (Kinetics-400 weights of '{name}') could not be fetched ({type(error).__name__}: "
+            f"{_first_sentence(error)}). Connect to the network, name a file of them (--backbone-weights, "
+            "backbone_weights=), or start from random weights on purpose with --no-pretrained (pretrained=False)"
+        ) from error
+    return file
+
+
+class VideoBackbone(nn.Module):
+    """A torchvision video ResNet as a feature extractor: (B, 1, D, H, W), HU / 1000 in [-1, 1] -> (B, 512, T, h, w).
+
+    The first convolution has one channel, a kernel of `stem_stride` voxels along each axis and the same stride (after
+    GreenRFM's stage 1), then batch norm and ReLU as torchvision's has. Values are rounded to whole HU, so that a file
+    and an int16 copy of its volume are one input; then clipped to the window, which goes to [-1, 1], or to the mean and
+    deviation that it names.
+    """
+
+    net: Any
+    window: Tensor  # (4,): low and high in HU, then a factor and a summand
+
+    def __init__(self, name: str, stem_stride: int, window: str):
+        super().__init__()
+        from torchvision.models import get_model
+
+        if stem_stride not in STEM_STRIDES:
+            raise ValueError(f"stem_stride is {stem_stride!r}, expected {' or '.join(map(str, STEM_STRIDES))}")
+        self.net = get_model(name, weights=None)
+        self.dim: int = self.net.fc.in_features
+        del self.net.fc, self.net.avgpool
+        convolution = nn.Conv3d(1, 64, stem_stride, stem_stride, bias=False)
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+        self.net.stem = nn.Sequential(convolution, nn.BatchNorm3d(64), nn.ReLU(inplace=True))
+        low, high, mean, std = parse_window(window)
+        if mean is None or std is None:
+            mean, std = (low + high) / 2, (high - low) / 2
+        self.register_buffer("window", torch.tensor([low, high, 1 / std, -mean / std]), persistent=False)
+        self.checkpointing = False  # keep only the blocks' inputs for the backward pass and recompute the rest
+
+    def scaled(self, volume: Tensor) -> Tensor:
+        hu = volume * 1000
+        hu = hu + (hu.round() - hu).detach()  # exact; with the gradient of `hu`
+        low, high, factor, summand = self.window
+        return torch.minimum(torch.maximum(hu, low), high) * factor + summand
+
+    def forward(self, volume: Tensor) -> Tensor:
+        x = self.net.stem(self.scaled(volume))
+        for stage in (self.net.layer1, self.net.layer2, self.net.layer3, self.net.layer4):
+            for block in stage:
+                again = self.checkpointing and torch.is_grad_enabled() and x.requires_grad
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if again else block(x)
+        return x
+
+    def group_matcher(self) -> dict:
+        """timm's patterns that group parameters into layers, from input to output: the stem, then each block."""
+        return {"stem": r"^net\.stem", "blocks": [(r"^net\.layer(\d)\.(\d)", None)]}
+
+    def load(self, name: str, path: Path) -> LoadReport:
+        """Weights of torchvision's own model, such as Kinetics', for all but the stem, which stays as it is. Raises
+        CheckpointError; then nothing was loaded."""
+        if not path.is_file():
+            raise CheckpointError(f"{path}: found no such file, expected weights of '{name}'; check --backbone-weights")
+        state = {_unwrapped(key): value for key, value in read_tensors(path).items()}
+        dropped = {f"of its {part}": [key for key in state if key.startswith(f"{start}.")]
+                   for start, part in (("stem", "stem"), ("fc", "classifier"))}  # fmt: skip
+        stem = [key for key in self.net.state_dict() if key.startswith("stem.")]
+        report = _load_all_but(self.net, state, dropped, stem, f"torchvision's '{name}'", path)
+        return replace(report, assumed="; stem: new, of one channel")
+
+
+def crop_starts(shape: Sequence[int], crop: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """Where crops of a volume begin: the central one, or those of the eight corners."""
+    room = [max(0, size - edge) for size, edge in zip(shape, crop, strict=True)]
+    return [tuple(size // 2 for size in room)] if count == 1 else list(product(*((0, size) for size in room)))
+
+
+# -- Any backbone ------------------------------------------------------------------------------------------------------
+
+
 def _forward_on_meta(net: Any, shape: tuple[int, ...]) -> None:
     """A forward pass without numbers, for its hooks."""
     state = {name: value.to("meta") for name, value in (*net.named_parameters(), *net.named_buffers())}
@@ -1983,21 +2096,23 @@ def _label_names(head: str | None, prompts: Prompts | None, labels: Sequence[str
 
 
 HEAD_PREFIXES = ("attention.", "classifier.")  # of all parameters outside the backbone
-HEAD_LEARNING_RATE = {"ctclip": 3e-2, "slice backbones": 1e-3}  # with the defaults of `parameter_groups`: the scripts'
+HEAD_LEARNING_RATE = {"ctclip": 3e-2, "others": 1e-3}  # with the defaults of `parameter_groups`: the scripts'
 SLICES_AT_ONCE = 64  # encoded without gradients
 LATENTS_AT_ONCE = 64  # computed from codes: 75 MB of intermediate values at the published size
 
 
 class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
-    """18-label chest CT classifier on CT-CLIP (`ctclip_path` given) or on a timm slice backbone (`ctclip_path=None`).
+    """18-label chest CT classifier on CT-CLIP (`ctclip_path` given), or with `ctclip_path=None` on a slice backbone of
+    timm's or a video ResNet of torchvision's.
 
     Args:
         ctclip_path: a CT-CLIP, VocabFine or ClassFine file, .pt or .safetensors; layout and sizes are read from it.
         backbone: used when `ctclip_path` is None: a timm name, hf-hub:OWNER/NAME, or a folder in timm's layout
-            (config.json, weights), whose architecture, arguments, mean and deviation it takes.
+            (config.json, weights), whose architecture, arguments, mean and deviation it takes; or one of VIDEO_MODELS,
+            which sees crops of a whole volume.
         attention: None, or "cbam" for channel and spatial attention on the slice backbone's feature map.
-        pretrained: ImageNet weights for the slice backbone, or those of its folder.
-        backbone_weights: a file of weights for the slice backbone, .pt, .pth or .safetensors, instead of timm's.
+        pretrained: ImageNet weights for the slice backbone, or those of its folder; Kinetics-400's for a video ResNet.
+        backbone_weights: a file of weights for the backbone, .pt, .pth or .safetensors, instead of these.
         n_slices: number of slice triplets that the slice variant takes from a volume (cost and memory grow with it).
         dropout: in the head, in training.
         sizes: of a CT-CLIP tower with random weights, for `from_pretrained` and for training one from scratch.
@@ -2020,23 +2135,30 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             need head="prompts".
         new_head: leave a file's head aside, such as one for other findings, and start with a new one.
         windows: of a slice backbone: HU windows of its channels (`parse_window`). None: HU / 1000 in [-1, 1] as it is.
+            Of a video ResNet: the one window; None: VIDEO_WINDOW.
         slice_spacing: mm between the slices that a slice backbone takes, over 360 mm, in place of `n_slices`; below 3
-            mm volumes are resampled to as many slices.
-        slice_size: pixels of a slice along each side of 360 mm, in place of 224; position embeddings of a transformer
-            are resampled to it.
+            mm volumes are resampled to as many slices. Of a video ResNet's volumes, in place of 3.
+        slice_size: pixels of a slice along each side of 360 mm, in place of 224 (240 of a video ResNet's); position
+            embeddings of a transformer are resampled to it.
         timm_config: what `read_timm_config` says of a folder, in a saved model.
         tokens: what a slice backbone's attention head pools: "slice", one token of each slice triplet (its class token,
             or the mean of its feature map), or "patch", every place of the map.
+        stem_stride: of a video ResNet: kernel and stride of its first convolution, one of STEM_STRIDES.
+        crop: of a video ResNet: edge of a crop as a share of the volume's. A larger volume is cropped to it: centrally,
+            or with test_crops=8, in evaluation mode, at its corners, and features are the mean of eight. Random crops
+            are ctclip.data.augmentation's.
 
     Raises:
         FileNotFoundError: `ctclip_path` does not exist. It is never replaced by random weights.
         CheckpointError: the file is not, or not only, a CT-CLIP checkpoint; or head="prompts" cannot be made from it;
             or `backbone_weights` are not those of `backbone`.
-        PretrainedWeightsError: ImageNet weights cannot be fetched.
+        PretrainedWeightsError: ImageNet's or Kinetics' weights cannot be fetched.
     """
 
     # What tells kinds of backbones apart, set where one is built.
+    backbone: Any  # SliceBackbone or VideoBackbone; CT-CLIP has none
     input_shape: tuple[int, int, int]  # (D, H, W) of the volumes that preprocessing should produce for this model
+    crop_shape: tuple[int, int, int]  # of a video ResNet: (D, H, W) of what passes through it at once
     cache_format: str  # what `encode_for_cache` gives: "codes", "pooled", "tokens" or "maps"
     backbone_modules: tuple[str, ...]  # what unfreezing trains: the encoder, and what follows it
     layered_module: str  # whose parameters timm groups into layers
@@ -2061,6 +2183,9 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         slice_spacing: float | None = None,
         slice_size: int | None = None,
         timm_config: dict[str, Any] | None = None,
+        stem_stride: int = 2,
+        crop: float = 0.8,
+        test_crops: int = 1,
     ):
         super().__init__()
         is_ctclip = ctclip_path is not None or sizes is not None
@@ -2082,11 +2207,19 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         self.sizes: TowerSizes | None = None
         self.load_report: LoadReport | None = None
         self.folder: Path | None = None  # the run or copy of one that `from_pretrained` loaded
-        self.derived_from: str | None = None  # origin of the weights: "imagenet", one of PUBLISHED_FILES or "other"
+        self.derived_from: str | None = None  # origin: "imagenet", "kinetics400", one of PUBLISHED_FILES or "other"
         if sizes is not None:
             self._build_tower(TowerSizes(**sizes), self.head_name)
         elif ctclip_path is not None:
             self._load_ctclip(existing_weights(ctclip_path), head, prompts or Prompts.from_names(self.labels), new_head)
+        elif backbone in VIDEO_MODELS:
+            if attention is not None or self.head_name != "linear":
+                found = f"head={head!r} and attention={attention!r} with the video ResNet '{backbone}'"
+                raise ValueError(f"found {found}, expected head='linear' (on its mean over a crop) and attention=None")
+            slices = VIDEO_SLICES if slice_spacing is None else slices_at(slice_spacing)
+            self.input_shape = (slices, *((slice_size or VIDEO_SIZE,) * 2))
+            self._set_crops(crop, test_crops, stem_stride)
+            self._build_video_variant(backbone, stem_stride, windows, pretrained, backbone_weights)
         else:
             folder = timm_folder(backbone, pretrained and backbone_weights is None)
             if folder is not None:
@@ -2114,6 +2247,9 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             "slice_spacing": slice_spacing,
             "slice_size": slice_size,
             "timm_config": timm_config,
+            "stem_stride": stem_stride,
+            "crop": crop,
+            "test_crops": test_crops,
             "labels": list(self.labels),
         }
 
@@ -2182,6 +2318,32 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         self.cache_format = "maps" if attention else "pooled" if self.head_name == "linear" else "tokens"
         self.backbone_modules, self.layered_module = ("backbone",), "backbone.net"
 
+    def _set_crops(self, crop: float, test_crops: int, stem_stride: int) -> None:
+        """Raises ValueError."""
+        if not 0 < crop <= 1:
+            raise ValueError(f"crop is {crop}, expected a share above 0 and at most 1")
+        if test_crops not in TEST_CROPS:
+            raise ValueError(f"test_crops is {test_crops!r}, expected {' or '.join(map(str, TEST_CROPS))}")
+        depth, height, width = (round(crop * size) for size in self.input_shape)
+        self.crop_shape, self.test_crops = (depth, height, width), test_crops
+        if min(self.crop_shape) < stem_stride or max(self.crop_shape) <= 8 * stem_stride:  # batch norm needs two places
+            raise ValueError(f"found crops of {' x '.join(map(str, self.crop_shape))} voxels, expected at least "
+                             f"{stem_stride} each way, and more than {8 * stem_stride} along one axis, for which the "
+                             "last feature map has two places; take larger volumes or crops")  # fmt: skip
+
+    def _build_video_variant(
+        self, name: str, stem_stride: int, windows: Sequence[str] | None, pretrained: bool,
+        weights: str | os.PathLike | None,
+    ) -> None:  # fmt: skip
+        if windows is not None and len(windows) != 1:
+            raise ValueError(f"found {len(windows)} windows for a video ResNet, expected one; correct it")
+        self.backbone = VideoBackbone(name, stem_stride, windows[0] if windows else VIDEO_WINDOW)
+        if weights is not None or pretrained:
+            self.load_report = self.backbone.load(name, kinetics_weights(name) if weights is None else Path(weights))
+        self.classifier = self._new_head(N_LABELS)
+        self.derived_from = "other" if weights is not None else "kinetics400" if pretrained else None
+        self.cache_format, self.backbone_modules, self.layered_module = "pooled", ("backbone",), "backbone"
+
     def _new_head(self, outputs: int) -> nn.Module:
         """Its logits are exactly 0."""
         if self.sizes is not None:
@@ -2197,6 +2359,10 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
     def is_ctclip(self) -> bool:
         return self.sizes is not None
 
+    @property
+    def is_video(self) -> bool:
+        return not self.is_ctclip and isinstance(self.backbone, VideoBackbone)
+
     def backbone_parameters(self) -> list[nn.Parameter]:
         return [parameter for name in self.backbone_modules for parameter in self.get_submodule(name).parameters()]
 
@@ -2210,6 +2376,9 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         state = {key: value for key, value in self.merged_state().items() if key.startswith(encoder)}
         if self.is_ctclip:
             return state
+        if self.is_video:
+            crops = torch.tensor([*self.crop_shape, self.test_crops])
+            return state | {"backbone.window": self.backbone.window, "backbone.crops": crops}
         fixed = {"mean": self.backbone.mean, "std": self.backbone.std, "n_slices": torch.tensor(self.n_slices)}
         if self.cache_format == "tokens":
             fixed["patches"] = torch.tensor(self.tokens == "patch")
@@ -2253,14 +2422,14 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
         Args:
             head_lr: default: 0.03 for CT-CLIP, whose latent has length 1, so that its weights have far to go; 0.001 for
-                a slice backbone.
+                the others.
             backbone_lr: rate of the layer nearest to the output; each layer below has `layer_decay` times the rate of
                 the one above.
             adapter_lr: rate of adapters (`add_lora`), which are layer 1; the backbone's own layers follow.
             weight_decay: of matrices; vectors (biases, norms, scales) get none.
         """
         if head_lr is None:
-            head_lr = HEAD_LEARNING_RATE["ctclip" if self.is_ctclip else "slice backbones"]
+            head_lr = HEAD_LEARNING_RATE["ctclip" if self.is_ctclip else "others"]
         parameters = dict(self.named_parameters())
         head = [name for name in parameters if name.startswith(HEAD_PREFIXES)]
         rates = [(head, head_lr)]
@@ -2428,6 +2597,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         """
         if self.is_ctclip:
             raise ValueError("LoRA is for slice backbones (ctclip_path=None), not for CT-CLIP; use unfreeze_backbone()")
+        if self.is_video:
+            raise ValueError("LoRA is for vision transformers, not for video ResNets; use unfreeze_backbone()")
         if self.adapters():
             raise ValueError("found adapters already, expected none; merge_lora() merges them into the weights")
         net, name = self.backbone.net, self._hub_mixin_config["backbone"]
@@ -2474,12 +2645,15 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         """Unfrozen training in less memory: activations inside a layer are recomputed in the backward pass, which takes
         a third more time.
 
-        Gradients are the same. In a slice backbone, running batch statistics are updated twice per step.
+        Gradients are the same. Running batch statistics, where there are any, are updated twice per step.
         Raises ValueError for a slice backbone that has no such mode.
         """
         if self.is_ctclip:
             self.visual_transformer.enc_spatial_transformer.checkpointing = enabled
             self.visual_transformer.enc_temporal_transformer.checkpointing = enabled
+            return
+        if self.is_video:
+            self.backbone.checkpointing = enabled
             return
         try:
             self.backbone.net.set_grad_checkpointing(enabled)
@@ -2491,7 +2665,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         """Volume (B, 1, D, H, W) or three adjacent axial slices (B, 3, H, W), HU / 1000 in [-1, 1] -> logits (B, 18);
-        with prompts for n findings (B, n), columns as in `labels`.
+        with prompts for n findings (B, n), columns as in `labels`. A video ResNet takes volumes only.
 
         In-plane axes are x then y, as `preprocess_volume` gives them: the transpose of the usual image.
         """
@@ -2504,14 +2678,25 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
         CT-CLIP: latents (B, L); with head "attention" code ids (B, T, h, w) int64, or quantised tokens (B, T, h, w, C)
         where a gradient reaches them. Slice variant: pooled (B, C), with head "attention" tokens (B, S, h, w, C), with
-        cbam maps (B, S, C, h, w).
+        cbam maps (B, S, C, h, w). Video ResNet: pooled (B, C), over its crop or crops.
         """
+        if self.is_video:
+            return torch.stack([self.backbone(crop).mean((2, 3, 4)) for crop in self.crops(x)]).mean(0)
         if not self.is_ctclip:
             return self._slice_features(x)
         if self.head_name != "attention":
             return self.encode(x)
         tokens, quantizer = self.visual_transformer(self._as_volume(x)), self.visual_transformer.vq
         return quantizer(tokens) if tokens.requires_grad else quantizer.code_ids(tokens)
+
+    def crops(self, x: Tensor) -> list[Tensor]:
+        """Of a video ResNet's volume (B, 1, D, H, W): what passes through it; a crop as it is."""
+        if not self._is_volume(x):
+            raise ValueError(f"input of shape {tuple(x.shape)}; a video ResNet takes volumes (B, 1, D, H, W): "
+                             "preprocess_volume(path, shape=model.input_shape)")  # fmt: skip
+        starts = crop_starts(x.shape[2:], self.crop_shape, 1 if self.training else self.test_crops)
+        d, h, w = self.crop_shape
+        return [x[:, :, i : i + d, j : j + h, k : k + w] for i, j, k in starts]
 
     def _slice_features(self, x: Tensor) -> Tensor:
         chosen = None
@@ -2736,7 +2921,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
                 "one saved model; copy both again"
             ) from error
         model.folder, origin = folder, config.get("derived_from")
-        model.derived_from = origin if origin in (None, "imagenet") else published_name(str(origin))
+        model.derived_from = origin if origin in (None, "imagenet", "kinetics400") else published_name(str(origin))
         return model.to(map_location).eval()
 
 
@@ -2912,7 +3097,8 @@ def main(argv: list[str] | None = None) -> int:
     description = "Test the model: every variant that is present runs one input."
     parser = _OneLineParser(description=description, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ctclip {__version__}")
-    parser.add_argument("--backbone", default="efficientnet_b0", help="timm model of the slice variant")
+    kinds = f"timm model, or a video ResNet ({', '.join(VIDEO_MODELS)})"
+    parser.add_argument("--backbone", default="efficientnet_b0", help=kinds)
     no_weights = ("--no-pretrained", "--no_pretrained")
     parser.add_argument(*no_weights, action="store_true", help="slice variant from random weights")
     args = parser.parse_args(argv)
@@ -2952,13 +3138,17 @@ def try_weights(name: str, path: str) -> str:
 
 
 def try_backbone(name: str, pretrained: bool) -> str:
-    """Runs a slice backbone of timm; -> why it does not work, "" if it does."""
+    """Runs a slice backbone of timm or a video ResNet; -> why it does not work, "" if it does."""
     try:
         model = CTCLIPMultiAbnormalityModel(None, backbone=name, pretrained=pretrained)
     except PretrainedWeightsError as error:
         cause = _first_sentence(error.__cause__ or error)
-        return f"ImageNet weights not here ({cause}); --no-pretrained tests it without"
-    describe(f"Slice variant {name}", model, torch.rand(2, 3, 224, 224) * 2 - 1)
+        which = "Kinetics" if name in VIDEO_MODELS else "ImageNet"
+        return f"{which} weights not here ({cause}); --no-pretrained tests it without"
+    if model.is_video:
+        describe(f"Video ResNet {name}, a small crop", model, torch.rand(1, 1, 32, 64, 64) * 2 - 1)
+    else:
+        describe(f"Slice variant {name}", model, torch.rand(2, 3, 224, 224) * 2 - 1)
     return ""
 
 

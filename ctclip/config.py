@@ -29,7 +29,9 @@ PHANTOM_ENCODER_NOTE = "The encoder was trained on phantoms (the demo's weights)
 RESUME_HINT = "what was saved last, if anything, is kept; a run that has begun goes on with --resume"
 
 # Peak rate of each head. A CT-CLIP latent has length 1, so its entries are small and the weights have far to go.
-HEAD_LEARNING_RATE = {"ctclip": 3e-2, "slice backbones": 1e-3}
+HEAD_LEARNING_RATE = {"ctclip": 3e-2, "others": 1e-3}
+
+VIDEO_MODELS = ("r3d_18", "mc3_18", "r2plus1d_18")  # torchvision's; every other --model but ctclip is a slice backbone
 
 
 MOST_GAMMA = 100  # as in ctclip_model, for scripts that have not imported torch
@@ -70,10 +72,14 @@ class TrainingConfig:
     augment: bool = _flag(
         False, "data",
         "shift and rescale the voxels of training volumes, add noise; no cache: every frozen epoch encodes them again")
+    window_jitter: float = _flag(
+        0.0, "data", "video ResNet: move both ends of the HU window of training volumes, each by up to X HU; no cache "
+        "in frozen epochs, as with --augment")
 
     model: str = _flag(
         "ctclip", "model", "'ctclip', or a slice backbone: a timm name (efficientnet_b0, ...), hf-hub:OWNER/NAME, or a "
-        "folder of config.json and weights in timm's layout", metavar="NAME")
+        "folder of config.json and weights in timm's layout; or a video ResNet on crops of whole volumes: "
+        f"{', '.join(VIDEO_MODELS)}", metavar="NAME")
     ctclip_path: str | None = _flag(
         None, "model", f"CT-CLIP checkpoint (default {CLASSFINE_PATH}; on the built-in cohort the demo's)",
         metavar="FILE")
@@ -93,18 +99,29 @@ class TrainingConfig:
     dropout: float = _flag(0.3, "model", "dropout rate in the head")
     use_attention: str = _flag("none", "model", "attention on a slice backbone's feature map", choices=("none", "cbam"))
     backbone_weights: str | None = _flag(
-        None, "model", "weights for a slice backbone (.pth, .safetensors) instead of timm's from the hub",
-        metavar="FILE")
+        None, "model", "weights for a slice backbone (.pth, .safetensors) instead of timm's from the hub; for a video "
+        "ResNet, whose stem stays new, instead of torchvision's", metavar="FILE")
     windows: str | None = _flag(
         None, "model", "HU windows of a slice backbone's channels, commas between: lung, mediastinum, bone, LOW:HIGH "
         "or LOW:HIGH:MEAN:STD (for weights trained on CT); one: of three neighbouring slices; three: of the middle one "
-        "(default: [-1000, 1000])", metavar="NAMES")
+        "(default: [-1000, 1000]); video ResNet: one (default -1000:200)", metavar="NAMES")
     slice_spacing: float | None = _flag(
-        None, "model", "mm between the slices that a slice backbone takes (default: 8 slices over 360 mm); time and "
-        "memory grow with their number")
+        None, "model", "mm between the slices that a slice backbone takes (default: 8 slices over 360 mm), or of a "
+        "video ResNet's volumes (default 3); time and memory grow with their number")
     slice_size: int | None = _flag(
-        None, "model", "pixels along each side of a slice of 360 mm (default 224)")
-    pretrained: bool = _flag(True, "model", "random weights for a slice backbone, not ImageNet's: much lower AUROC")
+        None, "model", "pixels along each side of a slice of 360 mm (default 224, of a video ResNet 240)")
+    stem_stride: int = _flag(
+        2, "model", "video ResNet: kernel and stride of the first convolution; 4: an eighth of the time and memory",
+        choices=(2, 4))
+    crop: float = _flag(
+        0.8, "model", "video ResNet: edge of a crop as a share of the volume's; training takes a random crop of each "
+        "volume per epoch, evaluation the central one")
+    test_crops: int = _flag(
+        1, "model", "video ResNet: 8: evaluation takes the mean over crops at all corners, in eight times the time",
+        choices=(1, 8))
+    pretrained: bool = _flag(
+        True, "model", "random weights for a slice backbone or video ResNet, not ImageNet's or Kinetics': much lower "
+        "AUROC")
 
     epochs: int = _flag(22, "optimization", "passes over the training volumes, frozen and unfrozen")
     freeze_epochs: int = _flag(20, "optimization", "first epochs, with a frozen backbone (fast: features are cached)")
@@ -152,12 +169,21 @@ class TrainingConfig:
 
     @property
     def head_learning_rate(self) -> float:
-        kind = "ctclip" if self.model == "ctclip" else "slice backbones"
+        kind = "ctclip" if self.model == "ctclip" else "others"
         return HEAD_LEARNING_RATE[kind] if self.learning_rate is None else self.learning_rate
 
     @property
     def frozen_epochs(self) -> int:
         return self.epochs if self.stays_frozen else min(self.freeze_epochs, self.epochs)
+
+    @property
+    def is_video(self) -> bool:
+        return self.model in VIDEO_MODELS
+
+    @property
+    def changes_voxels(self) -> bool:
+        """Whether training volumes are never twice the same, so that even a frozen backbone encodes them anew."""
+        return self.augment or self.window_jitter > 0
 
     @property
     def stays_frozen(self) -> bool:
@@ -178,7 +204,9 @@ class TrainingConfig:
         if self.adapt is not None:
             flag, least = ("--adapt last:1", self.adapt in ("lora", "last:1"))
         ways = [] if least else [f"unfreeze fewer layers ({flag})"]
-        if self.model != "ctclip" and self.train_slices != 1:
+        if self.is_video and self.stem_stride == 2:
+            ways.append("take a larger stem (--stem-stride 4)")
+        if self.model != "ctclip" and not self.is_video and self.train_slices != 1:
             ways.append("encode fewer slices per step (--train-slices)")
         frozen = "--freeze-backbone" if self.adapt is None else "--adapt none"
         return [*ways, f"keep the backbone frozen ({frozen})"]
@@ -195,6 +223,8 @@ class TrainingConfig:
             "lora_dropout": (0 <= self.lora_dropout < 1, "at least 0 and below 1"),
             "slice_spacing": (self.slice_spacing is None or 0.5 <= self.slice_spacing <= 180, "0.5 to 180 mm"),
             "slice_size": (self.slice_size is None or 16 <= self.slice_size <= 2048, "16 to 2048 pixels"),
+            "crop": (0 < self.crop <= 1, "above 0 and at most 1"),
+            "window_jitter": (0 <= self.window_jitter < math.inf, "at least 0 HU, and finite"),
             "train_slices": (self.train_slices is None or self.train_slices >= 1, "at least 1"),
             "unfreeze_layers": (self.unfreeze_layers >= 0, "at least 0 (0: all layers at once)"),
             "patience": (self.patience >= 1, "at least 1"),
@@ -215,8 +245,8 @@ class TrainingConfig:
             "limit": (self.limit is None or self.limit >= 2, "at least 2 volumes"),
         }
         bounds |= {
-            item.name: (getattr(self, item.name) in item.metadata["choices"], " or ".join(item.metadata["choices"]))
-            for item in fields(self) if "choices" in item.metadata
+            item.name: (getattr(self, item.name) in choices, " or ".join(map(str, choices)))
+            for item in fields(self) if (choices := item.metadata.get("choices"))
         }  # fmt: skip
         for name, (good, expected) in bounds.items():
             if not good:
@@ -224,11 +254,11 @@ class TrainingConfig:
         if self.freeze_backbone and self.adapt is not None:
             raise TrainingError(f"found --freeze-backbone and --adapt {self.adapt}, expected one of them, because each "
                                 "says what of the backbone is trained; leave one out")
-        if self.adapt == "lora" and self.model == "ctclip":
-            raise TrainingError("found --adapt lora with --model ctclip, expected a vision transformer (--model "
+        if self.adapt == "lora" and (self.model == "ctclip" or self.is_video):
+            raise TrainingError(f"found --adapt lora with --model {self.model}, expected a vision transformer (--model "
                                 "vit_...); take --adapt last:N or full")
         of_model = ("ctclip_path", "head", "tokens", "init_head", "use_attention", "backbone_weights",
-                    "windows", "slice_spacing", "slice_size")
+                    "windows", "slice_spacing", "slice_size", "stem_stride", "crop", "test_crops")
         changed = [name for name in of_model if getattr(self, name) != getattr(TrainingConfig, name)]
         refuse_unused([flag_of(name) for name in changed], training_flag_uses(self))
         if self.backbone_weights and not Path(self.backbone_weights).is_file():  # said before phantoms are made
@@ -298,7 +328,8 @@ def flag_of(name: str) -> str:
 
 def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
     """Flag -> (what it goes with, whether `config` has that), for `refuse_unused`. All other flags always count."""
-    is_ctclip, is_linear = config.model == "ctclip", config.head == "linear"
+    is_ctclip, is_linear, is_video = config.model == "ctclip", config.head == "linear", config.is_video
+    is_slices = not (is_ctclip or is_video)
     unfrozen = config.frozen_epochs < config.epochs
     flags = {
         ("the built-in cohort (no --data-dir)", config.data_dir is None): ("--train-volumes", "--valid-volumes"),
@@ -306,14 +337,21 @@ def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
             "--patients", "--findings", "--minus-one-is-unknown",
         ),
         ("--model ctclip", is_ctclip): ("--ctclip-path",),
-        ("--model ctclip, where it is mlp,", is_ctclip or config.head != "mlp"): ("--head",),
-        ("a slice backbone and --head attention", not is_ctclip and config.head == "attention"): ("--tokens",),
+        (
+            "--model ctclip or a slice backbone" if is_video else "--model ctclip, where it is mlp,",
+            is_ctclip or is_linear or (is_slices and config.head != "mlp"),
+        ): ("--head",),
+        ("a slice backbone and --head attention", is_slices and config.head == "attention"): ("--tokens",),
         ("--model ctclip and --head linear", is_ctclip and (is_linear or config.init_head == "new")): ("--init-head",),
-        ("a slice backbone (--model efficientnet_b0, ...)", not is_ctclip): (
-            "--use-attention", "--backbone-weights", "--windows", "--slice-spacing", "--slice-size",
+        ("a slice backbone (--model efficientnet_b0, ...)", is_slices): ("--use-attention",),
+        ("a slice backbone (--model efficientnet_b0, ...) or video ResNet", not is_ctclip): (
+            "--backbone-weights", "--windows", "--slice-spacing", "--slice-size",
         ),
-        ("a slice backbone without --backbone-weights", not (is_ctclip or config.backbone_weights)): (
+        ("a slice backbone or video ResNet without --backbone-weights", not (is_ctclip or config.backbone_weights)): (
             "--no-pretrained",
+        ),
+        (f"a video ResNet (--model {', '.join(VIDEO_MODELS)})", is_video): (
+            "--stem-stride", "--crop", "--test-crops", "--window-jitter",
         ),
         ("frozen epochs (--freeze-epochs above 0)", config.frozen_epochs > 0): ("--cache-dir",),
         ("a backbone that is unfrozen later (no --freeze-backbone)", not config.stays_frozen): ("--freeze-epochs",),
@@ -326,7 +364,7 @@ def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
         ("--adapt lora", config.adapt == "lora"): (
             "--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--adapter-learning-rate",
         ),
-        ("a slice backbone with unfrozen epochs or --augment", not is_ctclip and (unfrozen or config.augment)): (
+        ("a slice backbone with unfrozen epochs or --augment", is_slices and (unfrozen or config.augment)): (
             "--train-slices",
         ),
         ("--loss-type focal", config.loss_type == "focal"): ("--alpha", "--gamma"),

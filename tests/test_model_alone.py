@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
 ALLOWED = {*sys.stdlib_module_names, "torch", "timm", "huggingface_hub", "safetensors"}
-OPTIONAL = {"transformers", "tokenizers"}  # for prompts only, imported where they are used
+OPTIONAL = {"transformers", "tokenizers", "torchvision"}  # imported where used: prompts, video ResNets (timm brings it)
 
 # An installed copy of this project must not help: its modules are made impossible to import, however they are found.
 BLOCK = """

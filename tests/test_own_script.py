@@ -142,7 +142,7 @@ def test_default_rates_are_those_of_the_scripts():
     assert defaults["backbone_lr"].default == config.backbone_learning_rate
     assert defaults["layer_decay"].default == config.layer_decay
     assert defaults["weight_decay"].default == config.weight_decay
-    for variant, kind in (("linear", "ctclip"), ("resnet10t", "slice backbones")):
+    for variant, kind in (("linear", "ctclip"), ("resnet10t", "others")):
         assert build(variant).parameter_groups()[0]["lr"] == HEAD_LEARNING_RATE[kind]
 
 

@@ -133,6 +133,8 @@ def record_format(model: CTCLIPMultiAbnormalityModel) -> tuple[str, tuple[int, .
 
 def backbone_key(model: CTCLIPMultiAbnormalityModel) -> str | list:
     """The architecture, with its arguments where a folder gave any: they can change what equal tensors compute."""
+    if model.is_video:
+        return str(model._hub_mixin_config["backbone"])
     architecture = model.backbone.net.pretrained_cfg["architecture"]
     config = model._hub_mixin_config["timm_config"]
     return [architecture, config["model_args"]] if config and config["model_args"] else architecture

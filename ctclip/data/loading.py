@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ctclip.data.augmentation import augment
+from ctclip.data.augmentation import Augmentation
 from ctclip.data.cohort import Volume
 from ctclip.data.geometry import PUBLISHED_SHAPE, check_shape
 from ctclip.data.hounsfield import HuDecision
@@ -44,19 +43,18 @@ class Batch:
 class VolumeDataset(Dataset):
     """Item i: (i, tensor, labels, decision), or (i, None, name, reason) for a file that cannot be used.
 
-    With `augment_seed` the tensors are augmented. What is drawn for a volume follows from the seed and its name alone:
-    one seed per epoch gives the epoch's tensors again, in any order, worker or resumed run. `device` is read_volume's.
+    The tensors are as `augmentation` makes them, if there is one. `device` is read_volume's.
     """
 
     def __init__(
         self,
         volumes: Sequence[Volume],
         shape: Sequence[int] = PUBLISHED_SHAPE,
-        augment_seed: int | None = None,
+        augmentation: Augmentation | None = None,
         device: torch.device | None = None,
     ):
         check_shape(shape)
-        self.volumes, self.shape, self.augment_seed, self.device = list(volumes), tuple(shape), augment_seed, device
+        self.volumes, self.shape, self.augmentation, self.device = list(volumes), tuple(shape), augmentation, device
 
     def __len__(self) -> int:
         return len(self.volumes)
@@ -76,9 +74,11 @@ class VolumeDataset(Dataset):
             if not isinstance(error, (VolumeError, OSError, MemoryError)):
                 reason = f"found {type(error).__name__} while it was read ({reason}), expected a volume; leave it out"
             return index, None, volume.name, reason.removeprefix(f"{volume.path.name}: ")
-        if self.augment_seed is not None:
-            seed = zlib.crc32(f"{self.augment_seed} {volume.name}".encode())  # hash() differs between processes
-            augment(tensor, torch.Generator().manual_seed(seed))
+        if self.augmentation is not None:
+            generator = self.augmentation.generator(volume.name)
+            if (box := self.augmentation.box(self.shape, generator)) is not None:
+                tensor = tensor[:, box[0], box[1], box[2]].clone()
+            tensor = self.augmentation.change(tensor, generator)
         return index, tensor, torch.from_numpy(np.asarray(volume.labels, np.float32)), decision
 
     def collate(self, items: Sequence[tuple]) -> Batch:
@@ -125,17 +125,17 @@ def volume_loader(
     shape: Sequence[int] = PUBLISHED_SHAPE,
     batch_size: int = 1,
     num_workers: int = 0,
-    augment_seed: int | None = None,
+    augmentation: Augmentation | None = None,
     micro_batches: Sequence[Sequence[int]] | None = None,
     pin: bool = False,
 ) -> DataLoader:
-    """DataLoader of Batch, in order; `augment_seed` is VolumeDataset's.
+    """DataLoader of Batch, in order; `augmentation` is VolumeDataset's.
 
     micro_batches: the indices of every batch, empty ones too, in place of `batch_size`. pin: leave batches in
     page-locked memory, for a GPU. Each worker prepares one batch ahead in shared memory: 221 MB per volume at the
     published shape. Where shared memory is small (containers give 64 or 128 MB) use num_workers=0.
     """
-    dataset = VolumeDataset(volumes, shape, augment_seed)
+    dataset = VolumeDataset(volumes, shape, augmentation)
     options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 1} if num_workers else {}
     options |= {"batch_size": batch_size} if micro_batches is None else {"batch_sampler": micro_batches}
     return DataLoader(

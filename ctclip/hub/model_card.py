@@ -51,15 +51,15 @@ class Licence(NamedTuple):
 
 def origin(model: CTCLIPMultiAbnormalityModel, record: Mapping | None = None) -> str | None:
     """Name of the CT-CLIP file that training started from, without its ending, or "other"; of a slice backbone
-    "imagenet", or "other" for the user's own file; None where it is unknown. Where record, config.json and file differ,
-    the more restrictive one wins."""
+    "imagenet", of a video ResNet "kinetics400", or "other" for the user's own file; None where it is unknown. Where
+    record, config.json and file differ, the more restrictive one wins."""
     record = record or {}
     config = record.get("config") or {}
     said = [model.derived_from] if isinstance(model.derived_from, str) else []
     if not model.is_ctclip:
         if "other" in said or config.get("backbone_weights"):
             return "other"
-        return "imagenet" if said or config.get("pretrained") else None
+        return ("kinetics400" if model.is_video else "imagenet") if said or config.get("pretrained") else None
     if config.get("model") == "ctclip":
         said.append(config.get("ctclip_path") or (DEMO if record.get("phantom") else "ctclip_classfine"))
     names = [published_name(path) for path in said]
@@ -94,13 +94,18 @@ def _base_licence(model: CTCLIPMultiAbnormalityModel, facts: Facts) -> tuple[str
         which = f"`{started}`" if started != "other" else "a file in CT-CLIP's layout, taken to be derived from them"
         return CT_CLIP_LICENCE, f"The weights derive from CT-CLIP's ({which}), {BINDING}"
     name = model._hub_mixin_config["backbone"]
+    library = "torchvision" if model.is_video else "timm"
     if started == "other":
-        return "unknown", f"The backbone is timm's `{name}`, started from a weights file whose terms are {UNSAID}."
+        return "unknown", f"The backbone is {library}'s `{name}`, started from a weights file whose terms are {UNSAID}."
     pretrained = started is not None or (facts.record.get("config") or {}).get("pretrained")
     if pretrained is None:
-        return "unknown", f"Whether the backbone `{name}` started from ImageNet weights is {UNSAID}."
+        which = "Kinetics-400" if model.is_video else "ImageNet"
+        return "unknown", f"Whether the backbone `{name}` started from {which} weights is {UNSAID}."
     if not pretrained:
-        return "apache-2.0", f"The backbone `{name}` (timm) started from random weights; the code is Apache-2.0."
+        return "apache-2.0", f"The backbone `{name}` ({library}) started from random weights; the code is Apache-2.0."
+    if model.is_video:
+        which = "Kinetics-400 weights, whose licence torchvision does not state: unknown"
+        return "unknown", f"The backbone is torchvision's `{name}` with {which}."
     tag = backbone_weights(name)
     stated, where = (tag.license, tag.hf_hub_id) if tag else (None, None)
     known = f"which timm states to be {stated}" if stated else "whose licence timm does not state: unknown"
@@ -168,7 +173,8 @@ def _front_matter(
     model: CTCLIPMultiAbnormalityModel, facts: Facts, licence: Licence, repo_id: str | None, cohort: str | None
 ) -> str:
     tags = ["chest-ct", "medical-imaging", "radiology", "multi-label-classification", "pytorch_model_hub_mixin",
-            "model_hub_mixin", "ct-clip" if model.is_ctclip else "timm", *(["phantoms"] if facts.phantom else [])]
+            "model_hub_mixin", "ct-clip" if model.is_ctclip else "torchvision" if model.is_video else "timm",
+            *(["phantoms"] if facts.phantom else [])]
     fields: dict[str, Any] = {"library_name": "pytorch", "pipeline_tag": "image-classification", "tags": sorted(tags)}
     if licence.name in HUB_LICENCES or licence.name == "unknown":
         fields["license"] = licence.name

@@ -14,7 +14,14 @@ from ctclip.errors import UserError
 from ctclip.evaluation.calibration import Calibration, load_calibration
 from ctclip.evaluation.run_folder import read_history, run_record
 from ctclip.fileio import read_json
-from ctclip_model import HUB_SOURCES, CTCLIPMultiAbnormalityModel, check_written, has_tensors_of, published_name
+from ctclip_model import (
+    HUB_SOURCES,
+    VIDEO_MODELS,
+    CTCLIPMultiAbnormalityModel,
+    check_written,
+    has_tensors_of,
+    published_name,
+)
 
 
 class CardError(UserError):
@@ -48,7 +55,8 @@ def published_record(record: Mapping, history: list[dict] | None = None) -> dict
     if config.get("backbone_weights"):
         kept["config"]["backbone_weights"] = "other"
     model = str(config.get("model", "ctclip"))
-    if model != "ctclip" and not (model.startswith(HUB_SOURCES) or timm.is_model(model.split(".")[0])):  # a folder
+    named = model in ("ctclip", *VIDEO_MODELS) or model.startswith(HUB_SOURCES) or timm.is_model(model.split(".")[0])
+    if not named:  # a folder
         kept["config"]["model"] = "other"
     left_out = record.get("left_out", 0)
     kept["left_out"] = left_out if isinstance(left_out, int) else len(left_out)

@@ -8,7 +8,8 @@
     features/codebook.safetensors           with `codes`: `codebook` (codes, C) float32
 
 Tensors, n volumes each (docs/predict.md has them as a table): of CT-CLIP `latent` (n, L), and `codes` (n, T, h, w) or
-`grid` (n, T, h, w, C); of a slice backbone `pooled` (n, C), or `slice` (n, S, C), or `patch` (n, S, h, w, C).
+`grid` (n, T, h, w, C); of a slice backbone `pooled` (n, C), or `slice` (n, S, C), or `patch` (n, S, h, w, C); of a
+video ResNet `pooled`.
 
 A file is written whole or not at all and never again: what an interrupted export has written is taken up by the next
 one of the same encoder into the same folder, and only the table is replaced.
@@ -173,6 +174,9 @@ def export_features(
 
 def _prepared(model: CTCLIPMultiAbnormalityModel, tokens: str | None) -> CTCLIPMultiAbnormalityModel:
     """With `encode_for_cache` giving what the export is made of. Raises UserError for tokens it has not."""
+    if tokens and model.is_video:
+        raise UserError(f"found --export-tokens {tokens} for a video ResNet, expected none (it has pooled features "
+                        "only); leave it out")  # fmt: skip
     kind = "CT-CLIP" if model.is_ctclip else "a slice backbone"
     if tokens not in (None, *TOKENS[kind]):
         raise UserError(f"found --export-tokens {tokens} for {kind}, expected {' or '.join(TOKENS[kind])}; "

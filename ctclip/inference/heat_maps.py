@@ -37,6 +37,7 @@ from ctclip_model import (
     SLICES_AT_ONCE,
     CTCLIPMultiAbnormalityModel,
     as_tokens,
+    crop_starts,
     slice_triplets,
 )
 
@@ -113,6 +114,8 @@ def token_contributions(
     - slice variant: class activation map of each slice triplet, after cbam if there is one, times its attention with
       that head (of a class token: one value for the whole slice). Exact; the remainder is the bias. Between the
       triplets' slices a map is interpolated, not seen.
+    - video ResNet: class activation map of the crop, or the mean of the crops', laid over the volume by the share of
+      each token that lies in each box; 0 where there was no crop. Exact; the remainder is the bias.
 
     `smooth`: 1-2-1 along each axis (in plane only for slices); the sums stay. Single tokens are noisy: on phantoms it
     takes the linear head's highest point to the finding in 70 of 100 cases in place of 59, and leaves the attention
@@ -124,7 +127,9 @@ def token_contributions(
         raise ValueError("found a model in training mode, expected evaluation mode (dropout is random); call eval()")
     index = list(labels)
     with torch.no_grad():
-        if not model.is_ctclip:
+        if model.is_video:
+            values, logits = _video_contributions(model, volume, index)
+        elif not model.is_ctclip:
             values, logits = _slice_contributions(model, volume, index)
         elif model.head_name == "attention":
             codes = model.features(volume)
@@ -135,7 +140,7 @@ def token_contributions(
             values, logits = _latent_contributions(model, volume, index)
     parts, whole = values.float().cpu().numpy(), logits.double().cpu().numpy()
     if smooth:
-        for axis in (1, 2, 3) if model.is_ctclip else (2, 3):
+        for axis in (1, 2, 3) if model.is_ctclip or model.is_video else (2, 3):
             parts = _smoothed(parts, axis)
     return Contributions(parts, whole, whole - parts.sum((1, 2, 3), dtype=np.float64))
 
@@ -177,6 +182,34 @@ def _slice_contributions(model: CTCLIPMultiAbnormalityModel, volume: Tensor, ind
     weight, bias = head.weight[index], head.bias[index]
     values = torch.einsum("schw,nc->nshw", maps, weight) / (maps.shape[0] * maps.shape[2] * maps.shape[3])
     return values, torch.nn.functional.linear(maps.mean((0, 2, 3)), weight, bias)
+
+
+def _video_contributions(model: CTCLIPMultiAbnormalityModel, volume: Tensor, index: list[int]) -> tuple[Tensor, Tensor]:
+    """values (n, T, h, w) over the whole volume in boxes about as large as tokens, logits (n,)."""
+    head: Any = model.classifier
+    weight, bias = head.weight[index], head.bias[index]
+    shape, crops = volume.shape[2:], model.crops(volume)
+    starts = crop_starts(shape, model.crop_shape, len(crops))
+    values = logits = torch.zeros(())
+    for crop, corner in zip(crops, starts, strict=True):
+        maps = model.backbone(crop)[0]  # (C, t, h, w)
+        tokens = torch.einsum("cthw,nc->nthw", maps, weight) / (maps[0].numel() * len(crops))
+        logits = logits + torch.nn.functional.linear(maps.mean((1, 2, 3)), weight, bias) / len(crops)
+        axes = (_shares(n, start, edge, size) for n, start, edge, size in
+                zip(maps.shape[1:], corner, crop.shape[2:], shape, strict=True))  # fmt: skip
+        depth, rows, columns = (share.to(tokens) for share in axes)
+        values = values + torch.einsum("nthw,Tt,Hh,Ww->nTHW", tokens, depth, rows, columns)
+    return values, logits
+
+
+def _shares(tokens: int, start: int, edge: int, size: int) -> Tensor:
+    """(boxes, tokens) of an axis: which share of each of the equal tokens of a crop [start, start + edge) lies in each
+    of the equal boxes of [0, size)."""
+    boxes = max(1, round(size * tokens / edge))
+    ends = torch.arange(tokens + 1, dtype=torch.float64) * edge / tokens + start
+    borders = torch.arange(boxes + 1, dtype=torch.float64) * size / boxes
+    common = torch.minimum(ends[1:], borders[1:, None]) - torch.maximum(ends[:-1], borders[:-1, None])
+    return common.clamp(min=0) / (edge / tokens)
 
 
 def _smoothed(values: np.ndarray, axis: int) -> np.ndarray:

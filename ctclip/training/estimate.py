@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ctclip.config import SYNTHETIC_NOTE, Machine, TrainingConfig, TrainingError
+from ctclip.data.augmentation import Augmentation
 from ctclip.data.feature_cache import FeatureCache, encoding
 from ctclip.data.loading import VolumeDataset
 from ctclip.fileio import nearest_existing
@@ -108,7 +109,7 @@ class Plan:
         self.memory: list[float] = []  # bytes that each measured part needs, with headroom
         # Without frozen epochs there is no cache; augmented training volumes have none.
         self.cache = FeatureCache(config.cache_dir, model)
-        splits = [job.validation] if config.augment else [job.train, job.validation]
+        splits = [job.validation] if config.changes_voxels else [job.train, job.validation]
         cached = [volume for split in splits for volume in split.volumes if config.frozen_epochs]
         rows = self.cache.rows(cached)
         if problem := self.cache.missing_message(cached, rows):
@@ -199,7 +200,7 @@ class Plan:
         if not readable:
             return None
         chosen = random.Random().sample(readable, min(MOST_VOLUMES, len(readable)))
-        dataset = VolumeDataset(chosen, self.model.input_shape, 0 if self.config.augment else None)
+        dataset = VolumeDataset(chosen, self.model.input_shape, Augmentation(0) if self.config.augment else None)
         times, reasons, example = [], [], None
         for i in range(len(chosen)):
             start = time.perf_counter()
@@ -244,7 +245,7 @@ class Plan:
         head = measure_warm(self.device, step)
         self.memory += [self.with_headroom(cost.peak) for cost in (features, head)]
         epoch = (self.train + self.validation) * head.seconds / size
-        if self.config.augment and self.reading is not None:  # every training volume is encoded anew
+        if self.config.changes_voxels and self.reading is not None:  # every training volume is encoded anew
             forward = self.encoder
             if run.dtype != torch.float32:
                 volume = self.reading.volume[None].to(self.device)

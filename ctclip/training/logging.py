@@ -128,11 +128,12 @@ def print_setup(job: TrainingJob) -> None:
     stages = f"{config.frozen_epochs} frozen, {config.epochs - config.frozen_epochs} unfrozen"
     processes = f"{run.ranks.world} processes, " if run.ranks.world > 1 else ""
     kind = f"{config.model}, head {model.head_name}"
+    crops = f", crops {model.crop_shape}" if model.is_video else ""
     run.log(job.cohort.summary())
     run.log(f"Split by patient: {counted}")
     for note in label_notes(job):
         run.log(note)
-    run.log(f"Model:    {kind}; backbone {backbone:,} parameters, head {head:,}, input {model.input_shape}")
+    run.log(f"Model:    {kind}; backbone {backbone:,} parameters, head {head:,}, input {model.input_shape}{crops}")
     if model.load_report:
         run.log(f"Weights:  {model.load_report!r}")
     if model.derived_from == PHANTOM_WEIGHTS and not job.phantom:

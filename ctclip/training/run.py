@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,7 @@ from ctclip_model import (
 )
 
 SLICES = 128  # of a micro-batch to begin with
+VIDEO_VOXELS = 10 * 96 * 192 * 192  # the same for video ResNets: the ten crops of a published step
 SPLIT_NAMES = {"train": "training", "tuning": "validation"}  # as in files -> in words
 
 # ------------------------------------------------------------------ signals, which end a run early
@@ -392,6 +394,9 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
     check_patients(run, data_dir, cohort)
     model = with_head_for(config, phantom, model, cohort.findings)
     model.to(run.device)
+    if config.is_video and config.unfrozen_layers(0, layers := len(model.layers())) < layers:
+        run.log(f"{config.model}'s stem is new and random, and not trained in every epoch; to train everything from "
+                "the start, as published: --freeze-epochs 0 --adapt full")
     check_voxels_available(config, data_dir, cohort.volumes)
     train, validation = (Split(side) for side in split_by_patient(cohort.volumes, config.tuning_fraction, config.seed))
     if config.mode == "quick_test":
@@ -402,9 +407,7 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
         raise TrainingError(f"{data_dir}: found the label {every}, expected both 0 and 1; correct the label table")
     weights = balanced_label_weights(train.labels) if config.class_weights else None
     criterion = create_loss(config.loss_type, config.alpha, config.gamma, weights).to(run.device)
-    run.micro_batch = machine.micro_batch or micro_batch_size(model.input_shape, config.batch_size)
-    if not (machine.micro_batch or model.is_ctclip):
-        run.micro_batch = max(1, min(run.micro_batch, SLICES // (model.train_slices or model.n_slices)))
+    run.micro_batch = machine.micro_batch or first_micro_batch(config, model)
     choice = machine.gradient_checkpointing
     enabled = choice == "on" or (choice == "auto" and run.device.type == "cuda")
     if enabled and not run.enable_checkpointing(model):
@@ -412,6 +415,14 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
             raise TrainingError(f"--gradient-checkpointing on: {config.model} has no such mode; leave it out")
         run.log(f"{config.model} has no gradient checkpointing: going on without")
     return TrainingJob(run, data_dir, phantom, cohort, train, validation, model, criterion)
+
+
+def first_micro_batch(config: TrainingConfig, model: CTCLIPMultiAbnormalityModel) -> int:
+    """Volumes of a micro-batch to begin with, by the size of what passes through the backbone."""
+    if model.is_video:
+        return min(config.batch_size, max(1, VIDEO_VOXELS // prod(model.crop_shape)))
+    size = micro_batch_size(model.input_shape, config.batch_size)
+    return size if model.is_ctclip else max(1, min(size, SLICES // (model.train_slices or model.n_slices)))
 
 
 def load_training_cohort(run: Run, data_dir: Path) -> Cohort:
@@ -468,8 +479,8 @@ def check_places(run: Run) -> None:
 def build_model(
     config: TrainingConfig, phantom: bool, findings: Sequence[str] = ABNORMALITIES
 ) -> CTCLIPMultiAbnormalityModel:
-    """The model that `--model` names: CT-CLIP from its checkpoint, or a timm slice backbone. `findings` are those of a
-    prompt head; other heads have the 18.
+    """The model that `--model` names: CT-CLIP from its checkpoint, a timm slice backbone or a video ResNet. `findings`
+    are those of a prompt head; other heads have the 18.
 
     `--init-head prompts` starts the head as the zero-shot classifier, `new` leaves the file's head aside.
     """
@@ -489,7 +500,8 @@ def build_model(
             None, config.model, attention=attention, pretrained=config.pretrained, dropout=config.dropout,
             backbone_weights=config.backbone_weights, head=config.head, tokens=config.tokens,
             windows=config.windows and [name.strip() for name in config.windows.split(",")],
-            slice_spacing=config.slice_spacing, slice_size=config.slice_size,
+            slice_spacing=config.slice_spacing, slice_size=config.slice_size, stem_stride=config.stem_stride,
+            crop=config.crop, test_crops=config.test_crops,
         )  # fmt: skip
     except CheckpointError:
         raise
@@ -501,6 +513,12 @@ def build_model(
             model.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout, targets)
         except ValueError as error:
             raise TrainingError(f"--adapt lora: {error}, such as --adapt last:2") from error
+    if model.is_video:
+        low, high = model.backbone.window[:2].tolist()
+        if config.window_jitter >= (high - low) / 2:
+            raise TrainingError(f"--window-jitter is {config.window_jitter:g}, expected below {(high - low) / 2:g} HU, "
+                                f"half of the window from {low:g} to {high:g}")  # fmt: skip
+        return model
     if (wanted := config.train_slices) is not None and wanted > model.n_slices:
         raise TrainingError(f"--train-slices is {wanted}, expected at most {model.n_slices}, which a volume has")
     model.train_slices = wanted
@@ -512,8 +530,9 @@ def check_voxels_available(config: TrainingConfig, data_dir: Path, volumes: Sequ
     wanted = {}
     if config.frozen_epochs < config.epochs:
         wanted["unfrozen epochs"] = "add --freeze-backbone"
-    if config.augment:
-        wanted["--augment"] = "leave --augment out"
+    for flag, given in (("--augment", config.augment), ("--window-jitter", config.window_jitter)):
+        if given:
+            wanted[flag] = f"leave {flag} out"
     lost = sum(volume.signature is not None for volume in volumes)
     if lost and wanted:
         raise TrainingError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ctclip.config import TrainingConfig, TrainingError
+from ctclip.data.augmentation import Augmentation
 from ctclip.data.cohort import Volume
 from ctclip.data.feature_cache import FeatureCache, cache_keys, encode_missing
 from ctclip.data.loading import Batch, volume_loader
@@ -63,8 +64,9 @@ def load_features(job: TrainingJob) -> None:
         run.stop.check("what has been encoded is in the cache")
 
     for name, split in job.splits.items():
-        if name == "train" and run.config.augment:
-            run.log("--augment changes voxels: no cache for training volumes, every frozen epoch encodes them anew")
+        if name == "train" and run.config.changes_voxels:
+            flag = "--augment" if run.config.augment else "--window-jitter"
+            run.log(f"{flag} changes voxels: no cache for training volumes, every frozen epoch encodes them anew")
             continue
         record = partial(on_batch, name)
         rows = encode_missing(model, cache, split.volumes, run.device, run.workers, run.ranks, record)
@@ -125,6 +127,17 @@ def _epoch_seed(config: TrainingConfig, epoch: int) -> int:
     return config.seed * 100_003 + epoch
 
 
+def epoch_augmentation(
+    config: TrainingConfig, model: CTCLIPMultiAbnormalityModel, epoch: int
+) -> Augmentation | None:
+    """What is done to training volumes that are read in this epoch."""
+    seed = _epoch_seed(config, epoch)
+    if not model.is_video:
+        return Augmentation(seed) if config.augment else None
+    low, high = model.backbone.window[:2].tolist()
+    return Augmentation(seed, config.augment, model.crop_shape, config.window_jitter, (low, high))
+
+
 def read_micro_batches(job: TrainingJob, batches: Sequence[list[int]], epoch: int) -> Iterator[MicroBatch]:
     """This rank's share of these steps, on the device. Every step has a last micro-batch, even where nothing in it
     could be read."""
@@ -145,7 +158,7 @@ def read_micro_batches(job: TrainingJob, batches: Sequence[list[int]], epoch: in
         return
     loader = volume_loader(
         split.volumes, job.model.input_shape, micro_batches=indices, num_workers=run.workers,
-        augment_seed=_epoch_seed(run.config, epoch) if run.config.augment else None, pin=run.device.type == "cuda",
+        augmentation=epoch_augmentation(run.config, job.model, epoch), pin=run.device.type == "cuda",
     )  # fmt: skip
     for batch, is_last in zip(loader, last, strict=True):
         run.record("train", split.volumes, batch)

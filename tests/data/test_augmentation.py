@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from helpers_data import SMALL, A, C, row_for
 
-from ctclip.data.augmentation import augment
+from ctclip.data.augmentation import Augmentation, augment
 from ctclip.data.cohort import load_cohort
 from ctclip.data.loading import volume_loader
 from ctclip.data.preprocessing import preprocess_volume
@@ -56,7 +56,8 @@ def test_augmentation_moves_air_in_and_keeps_the_rest_in_place():
 
 def tensors(volumes, seed, **kwargs):
     """Name -> tensor of one epoch."""
-    loader = volume_loader(volumes, SMALL, augment_seed=seed, **kwargs)
+    augmentation = None if seed is None else Augmentation(seed)
+    loader = volume_loader(volumes, SMALL, augmentation=augmentation, **kwargs)
     return {volumes[int(batch.index[0])].name: batch.volumes[0].clone() for batch in loader}
 
 
