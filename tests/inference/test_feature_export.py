@@ -6,6 +6,7 @@ three small chests; a tiny CT-CLIP, a tiny vision transformer.
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -202,6 +203,13 @@ def test_a_dicom_series_is_known_by_all_its_files(tmp_path):
     assert keys == [item.key for item in scan_items(scans).items] and len(set(keys)) == 2
     (tmp_path / "s" / "2.dcm").write_bytes(b"another slice")
     assert not {*keys} & {item.key for item in scan_items(scans).items}
+
+
+def test_a_video_resnet_has_no_tokens():
+    model = SimpleNamespace(is_ctclip=False, is_video=True, cache_format="pooled", tokens="slice")
+    assert feature_export._prepared(model, None).cache_format == "pooled"
+    with pytest.raises(UserError, match="found --export-tokens patch for a video ResNet, expected none"):
+        feature_export._prepared(model, "patch")
 
 
 def test_a_full_disk_is_said_before_anything_is_encoded(cohort, tiny_classfine, monkeypatch):
