@@ -167,6 +167,12 @@ class TrainingConfig:
     seed: int = _flag(0, "optimization", "seed of split, shuffling, dropout and new weights")
     # fmt: on
 
+    # Of a run that belongs to a study (training/folds.py): the fold whose patients it does not see, counted from 1; of
+    # how many; the seed of the split, where it is not `seed`.
+    fold: int | None = None
+    fold_count: int | None = None
+    split_seed: int | None = None
+
     @property
     def head_learning_rate(self) -> float:
         kind = "ctclip" if self.model == "ctclip" else "others"
@@ -243,6 +249,10 @@ class TrainingConfig:
             "warmup_fraction": (0 <= self.warmup_fraction <= 1, "between 0 and 1"),
             "seed": (0 <= self.seed < 2**32, "at least 0 and below 2^32"),
             "limit": (self.limit is None or self.limit >= 2, "at least 2 volumes"),
+            "fold": (
+                (self.fold is None) == (self.fold_count is None) and 0 < (self.fold or 1) <= (self.fold_count or 1),
+                f"1 to fold_count, which is {self.fold_count}",
+            ),
         }
         bounds |= {
             item.name: (getattr(self, item.name) in choices, " or ".join(map(str, choices)))
@@ -520,6 +530,18 @@ def evaluation_flags() -> list[str]:
     return ["--" + name.replace("_", "-") for name in vars(parser.parse_args([]))]
 
 
+def add_study_flags(parser: argparse.ArgumentParser) -> None:
+    """--folds, --seeds and --search: several runs as one study."""
+    group = parser.add_argument_group("several runs (one of these; the same command goes on after an interruption)")
+    group.add_argument("--folds", type=int, metavar="N",
+                       help="cross-validation by patient on the training split: N runs, each of which predicts the "
+                       "patients that it has not seen; all predictions are evaluated as one table")
+    group.add_argument("--seeds", type=int, metavar="N", help="N runs on one split that differ by seed: mean, spread")
+    group.add_argument("--search", type=int, metavar="N",
+                       help="random search on a frozen backbone: N settings of head, loss, learning rate, weight decay "
+                       "and dropout, compared on the validation patients; flags that are given stay fixed")
+
+
 # What --help shows; --help-all shows the rest as well.
 USUAL_TRAINING_FLAGS = (
     "--data-dir", "--model", "--head", "--epochs", "--freeze-backbone", "--batch-size", "--learning-rate",
@@ -540,6 +562,7 @@ def training_parser(description: str) -> OneLineParser:
                         help="quick_test: 3 epochs on 200 training and 50 validation phantoms; full_train (default): "
                         "as set below")
     add_training_flags(parser)
+    add_study_flags(parser)
     return parser
 
 

@@ -363,3 +363,18 @@ def split_by_patient(volumes: Sequence[Volume], fraction: float, seed: int) -> t
         if balance @ balance < best:
             best, held_out = float(balance @ balance), set(held)
     return [v for v in volumes if v.patient not in held_out], [v for v in volumes if v.patient in held_out]
+
+
+def patient_folds(volumes: Sequence[Volume], folds: int, seed: int) -> list[list[Volume]]:
+    """The volumes in `folds` parts, each patient in one of them, label rates and numbers of patients kept alike.
+
+    Same volumes and seed, same folds. Raises CohortError with fewer patients than folds.
+    """
+    if (patients := len({volume.patient for volume in volumes})) < folds:
+        raise CohortError(f"found {plural(patients, 'patient')} for {folds} folds, expected at least one for each; "
+                          "choose fewer folds")
+    rest, found = list(volumes), []
+    for left in range(folds, 1, -1):
+        rest, held_out = split_by_patient(rest, 1 / left, seed)
+        found.append(held_out)
+    return [*found, rest]

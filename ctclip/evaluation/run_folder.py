@@ -44,7 +44,7 @@ LOCK = ".lock"  # held by the process that trains, or writes an evaluation
 RECORD_TYPES = {
     "config": (dict,), "data_dir": (str, type(None)), "phantom": (bool,), "phantom_encoder": (bool,),
     "published": (bool,), "volumes": (dict,), "patients": (dict,), "versions": (dict,), "read_as": (dict,),
-    "left_out": (int, list), "ensemble": (dict,), "labels": (list,),
+    "left_out": (int, list), "ensemble": (dict,), "labels": (list,), "held_out_patients": (list,),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,12 +118,32 @@ def cache_folder(record: Mapping) -> Path:
     return Path(from_working_folder(record, cache) or cache)
 
 
+def reported_cohort(record: Mapping, data_dir: str | Path, own_cohort: bool, patients: str | None) -> Cohort:
+    """What a run is to predict of a cohort: the validation split; of its own, where the run is one of cross-validation,
+    the patients that it has not seen. Raises RunError where a run has trained on patients of its unseen split."""
+    config = record.get("config", {})
+    options = patients, record.get("labels") if own_cohort else None, bool(config.get("minus_one_is_unknown", False))
+    held_out = set(record.get("held_out_patients", ())) if own_cohort else set()
+    if held_out:
+        cohort = load_cohort(data_dir, "train", config.get("limit"), *options)
+        return replace(cohort, volumes=[volume for volume in cohort.volumes if volume.patient in held_out])
+    cohort = load_cohort(data_dir, "valid", None, *options)
+    if own_cohort:
+        try:
+            trained = load_cohort(data_dir, "train", config.get("limit"), *options)
+        except CohortError as error:
+            print(f"{UNSEEN_NOT_CHECKED}: {error}")
+        else:
+            check_unseen(cohort, trained)
+    return cohort
+
+
 def predict_run(
     run: Path, data_dir: str | Path | None, device: str | None, workers: int | None, tables: Path,
     patients: str | None = None, check: Callable[[Sequence[str]], None] = lambda volumes: None,
 ) -> None:
-    """Writes predictions.csv and labels.csv of the cohort's validation split into `tables`; rows that are done are kept
-    there when it is interrupted.
+    """Writes predictions.csv and labels.csv of `reported_cohort` into `tables`; rows that are done are kept there when
+    it is interrupted.
 
     What the run's cache has of the volumes is taken from there; streamed volumes are nowhere else.
     """
@@ -136,23 +157,16 @@ def predict_run(
     check_output_folder(tables, *TABLES, own=run)
     patients = patients or from_working_folder(record, record.get("config", {}).get("patients"))
     stored = record.get("config", {})
-    minus_one = bool(stored.get("minus_one_is_unknown", False))
-    findings = record.get("labels") if own_cohort else None
-    cohort = load_cohort(data_dir, "valid", None, patients, findings, minus_one)
+    cohort = reported_cohort(record, data_dir, own_cohort, patients)
     check([volume.name for volume in cohort.volumes])
-    if own_cohort:
-        try:
-            trained = load_cohort(data_dir, "train", stored.get("limit"), patients, findings, minus_one)
-        except CohortError as error:
-            print(f"{UNSEEN_NOT_CHECKED}: {error}")
-        else:
-            check_unseen(cohort, trained)
     model = load_model(run, device)
     common = [name for name in cohort.findings if name in model.labels]
     if not common:
         raise RunError(f"{data_dir}: found none of the run's findings ({some(model.labels)}) in its label table, "
                        "expected at least one; name the columns as the run's")
-    print(f"Predicting the unseen split of {data_dir}\n{cohort.summary()}")
+    held_out = own_cohort and stored.get("fold")
+    which = f"patients of {data_dir} that fold {held_out} has not seen" if held_out else f"unseen split of {data_dir}"
+    print(f"Predicting the {which}\n{cohort.summary()}")
     if others := [name for name in cohort.findings if name not in common]:
         print(f"Not evaluated, as the model does not predict it: {', '.join(others)}")
     cache_dir = cache_folder(record)

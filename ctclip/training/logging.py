@@ -79,6 +79,7 @@ def write_run_file(job: TrainingJob, status: str) -> None:
         "volumes": {name: len(split.volumes) for name, split in splits.items()},
         "patients": {name: len(split.patients) for name, split in splits.items()},
         "tuning_patients": job.validation.patients,
+        **({} if job.held_out is None else {"held_out_patients": job.held_out.patients}),
         "read_as": dict(Counter(run.readings.values())),
         "left_out": skipped,
         "versions": {

@@ -34,7 +34,7 @@ from ctclip.config import (
     machine_from_flags,
     training_flag_uses,
 )
-from ctclip.data.cohort import Cohort, Volume, load_cohort, split_by_patient
+from ctclip.data.cohort import Cohort, Volume, load_cohort, patient_folds, split_by_patient
 from ctclip.data.ct_rate import FETCH_COMMAND, labels_path
 from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.label_table import listed_findings
@@ -70,7 +70,7 @@ from ctclip_model import (
 
 SLICES = 128  # of a micro-batch to begin with
 VIDEO_VOXELS = 10 * 96 * 192 * 192  # the same for video ResNets: the ten crops of a published step
-SPLIT_NAMES = {"train": "training", "tuning": "validation"}  # as in files -> in words
+SPLIT_NAMES = {"train": "training", "tuning": "validation", "held_out": "held-out"}  # as in files -> in words
 
 # ------------------------------------------------------------------ signals, which end a run early
 
@@ -142,8 +142,7 @@ class Run:
 
     def __init__(self, folder: Path | None, config: TrainingConfig, machine: Machine):
         self.is_named = folder is not None
-        name = re.split(r"[/\\:]", config.model.rstrip("/\\"))[-1]  # of a folder or a hub's repository
-        self.folder = folder or Path("results", f"{time.strftime('%Y%m%d-%H%M%S')}_{name}")
+        self.folder = folder or default_folder(config)
         self.config = config
         self.machine = machine
         name = machine.device
@@ -231,11 +230,13 @@ class TrainingJob:
     validation: Split
     model: CTCLIPMultiAbnormalityModel
     criterion: nn.Module
+    held_out: Split | None = None  # of a run of cross-validation: the patients that nothing of it may see
 
     @property
     def splits(self) -> dict[str, Split]:
         """By their names in files."""
-        return {"train": self.train, "tuning": self.validation}
+        own = {"train": self.train, "tuning": self.validation}
+        return own if self.held_out is None else own | {"held_out": self.held_out}
 
 
 # ------------------------------------------------------------------ the run's folder
@@ -252,18 +253,26 @@ def claimed_folder(run: Run) -> Iterator[None]:
     with ExitStack() as stack:
         if run.ranks.is_main:
             if not run.is_named:
-                run.folder = _new_folder(run.folder)
+                run.folder = new_folder(run.folder)
             make_folder(run.folder, "change --output-dir")
             check_run_folder(run.folder)
             busy = f"{run.folder}: found another process that trains in it, expected none; wait for its end, or choose"
             stack.enter_context(locked(run.folder / LOCK, f"{busy} another --output-dir"))
-            if (run.folder / "run.json").is_file() and (changed := _changed(_stored(run.folder), asdict(run.config))):
+            is_run = (run.folder / "run.json").is_file()
+            if is_run and (changed := changed_flags(_stored(run.folder), asdict(run.config))):
                 raise TrainingError(f"{_holds_a_run(run.folder)} (it has other values for {', '.join(changed)})")
         run.folder = run.ranks.all_gather(run.folder)[0]
         yield
 
 
-def _new_folder(wanted: Path) -> Path:
+def default_folder(config: TrainingConfig) -> Path:
+    """Named by time and model."""
+    name = re.split(r"[/\\:]", config.model.rstrip("/\\"))[-1]  # of a folder or a hub's repository
+    return Path("results", f"{time.strftime('%Y%m%d-%H%M%S')}_{name}")
+
+
+def new_folder(wanted: Path) -> Path:
+    """Makes it, with a number behind its name where there is one of that name."""
     make_folder(wanted.parent, "run this in a folder you may write to, or name an --output-dir")
     for number in count(1):
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}_{number}")
@@ -296,7 +305,7 @@ def _stored(folder: Path) -> TrainingConfig:
         raise TrainingError(f"{folder / 'run.json'} is of another version ({error}); start a new run") from error
 
 
-def _changed(stored: TrainingConfig, given: dict) -> list[str]:
+def changed_flags(stored: TrainingConfig, given: dict) -> list[str]:
     """Flags of the given values that are not those of the run and may not change."""
     return [flag_of(name) for name, value in given.items() if name not in MOVABLE and value != getattr(stored, name)]
 
@@ -349,7 +358,7 @@ def _earlier_run(args: argparse.Namespace) -> tuple[TrainingConfig, Path]:
         raise TrainingError(f"--resume: no run.json in {folder}; expected the folder of an earlier run")
     stored = _stored(folder)
     given = {name: getattr(args, name) for name in asdict(stored) if hasattr(args, name)}
-    if changed := _changed(stored, given):
+    if changed := changed_flags(stored, given):
         flags = ", ".join(changed)
         raise TrainingError(f"--resume goes on as {folder} began, found other values for {flags}; leave them out")
     return replace(stored, **_folders_seen_from_here(folder, stored) | given), folder
@@ -398,15 +407,13 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
         run.log(f"{config.model}'s stem is new and random, and not trained in every epoch; to train everything from "
                 "the start, as published: --freeze-epochs 0 --adapt full")
     check_voxels_available(config, data_dir, cohort.volumes)
-    train, validation = (Split(side) for side in split_by_patient(cohort.volumes, config.tuning_fraction, config.seed))
+    train, validation, held_out = split_cohort(config, cohort.volumes)
     if config.mode == "quick_test":
         for split, count in zip((train, validation), QUICK_TEST_VOLUMES, strict=True):
             split.volumes = split.volumes[:count]
     if len(values := train.labels[train.labels != UNKNOWN].unique()) == 1:
         every = f"{int(values)} for every finding of all {plural(len(train.volumes), 'training volume')}"
         raise TrainingError(f"{data_dir}: found the label {every}, expected both 0 and 1; correct the label table")
-    weights = balanced_label_weights(train.labels) if config.class_weights else None
-    criterion = create_loss(config.loss_type, config.alpha, config.gamma, weights).to(run.device)
     run.micro_batch = machine.micro_batch or first_micro_batch(config, model)
     choice = machine.gradient_checkpointing
     enabled = choice == "on" or (choice == "auto" and run.device.type == "cuda")
@@ -414,7 +421,26 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
         if choice == "on":
             raise TrainingError(f"--gradient-checkpointing on: {config.model} has no such mode; leave it out")
         run.log(f"{config.model} has no gradient checkpointing: going on without")
-    return TrainingJob(run, data_dir, phantom, cohort, train, validation, model, criterion)
+    criterion = create_criterion(config, train, run.device)
+    return TrainingJob(run, data_dir, phantom, cohort, train, validation, model, criterion, held_out)
+
+
+def split_cohort(config: TrainingConfig, volumes: Sequence[Volume]) -> tuple[Split, Split, Split | None]:
+    """(training, validation, held out by the run's fold, if it is one of several)."""
+    seed = config.seed if config.split_seed is None else config.split_seed
+    held_out: list[Volume] = []
+    if config.fold is not None and config.fold_count is not None:
+        held_out = patient_folds(volumes, config.fold_count, seed)[config.fold - 1]
+    unseen = {volume.patient for volume in held_out}
+    rest = [volume for volume in volumes if volume.patient not in unseen]
+    train, validation = split_by_patient(rest, config.tuning_fraction, seed)
+    return Split(train), Split(validation), Split(held_out) if held_out else None
+
+
+def create_criterion(config: TrainingConfig, train: Split, device: torch.device) -> nn.Module:
+    """The loss that the flags ask for."""
+    weights = balanced_label_weights(train.labels) if config.class_weights else None
+    return create_loss(config.loss_type, config.alpha, config.gamma, weights).to(device)
 
 
 def first_micro_batch(config: TrainingConfig, model: CTCLIPMultiAbnormalityModel) -> int:
