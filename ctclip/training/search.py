@@ -209,7 +209,7 @@ def run_search(study: Study) -> None:
 def searched_heads(study: Study, first: HeadJob) -> tuple[str, ...]:
     """The heads to be compared: the fixed one; or all that train from features that are in the cache already."""
     config, model = study.config, first.job.model
-    if "head" in study.fixed or config.init_head == "prompts":
+    if "head" in study.fixed or config.init_head == "prompts" or config.is_video:
         return (config.head,)
     if model.is_ctclip:
         return CTCLIP_HEADS

@@ -36,7 +36,8 @@ LEAST = 2  # runs of a study
 
 # Of a search: flags that make no frozen run, or one without cached features.
 UNFREEZING = ("freeze_epochs", "unfreeze_layers", "patience", "backbone_learning_rate", "adapter_learning_rate",
-              "layer_decay", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "train_slices", "augment")
+              "layer_decay", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "train_slices", "augment",
+              "window_jitter")
 
 
 def chosen_kind(args: argparse.Namespace) -> str | None:
