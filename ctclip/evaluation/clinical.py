@@ -16,12 +16,13 @@ from scipy.special import expit, logit
 from ctclip.config import Settings
 from ctclip.evaluation import bootstrap
 from ctclip.evaluation.calibration import CROSS_FITTED, FittedThresholds, rates_asked_for
-from ctclip.evaluation.metrics import Resamples, confusion_counts, masked_mean, nanmean, plain, ratio, sensitivities_at
+from ctclip.evaluation.metrics import Resamples, masked_mean, nanmean, plain, ratio
 from ctclip.evaluation.tables import Rows
 from ctclip.evaluation.thresholds import resampled_thresholds
 from ctclip_model import UNKNOWN
 
 SPECIFICITIES = (0.80, 0.90, 0.95)
+SENSITIVITY_AT = "sensitivity_at_specificity_"  # as ranking_columns names them
 DECISION_METRICS = ("sensitivity", "specificity", "ppv", "npv")
 NET_BENEFIT_AT = (0.05, 0.10, 0.20, 0.30, 0.50)  # threshold probabilities that are stored; the figure has all
 THRESHOLD_RESAMPLES = 100
@@ -29,11 +30,15 @@ LOGIT_EDGE = 1e-6  # a probability of 0 or 1 has no logit
 NEWTON_STEPS = 50
 
 
-def clinical_metrics(rows: Rows, fitted: FittedThresholds, resamples: Resamples, settings: Settings) -> dict[str, Any]:
-    """metrics.json's "clinical": {"summary": {...}, "per_label": {label: {...}}, "intervals": {the same keys}}."""
+def clinical_metrics(
+    rows: Rows, fitted: FittedThresholds, ranked: Mapping[str, np.ndarray], sums: np.ndarray, resamples: Resamples,
+    settings: Settings,
+) -> dict[str, Any]:
+    """metrics.json's "clinical": {"summary": {...}, "per_label": {label: {...}}, "intervals": {the same keys}}.
+    `ranked`: ranking_columns with SPECIFICITIES; `sums` (B, 4 L + 2): confusion counts of the tuned decisions."""
     y, p, calibrated = rows.labels, rows.probabilities, fitted.calibrated
     decisions = p >= fitted.thresholds
-    counts, columns = resampled_columns(y, p, calibrated, decisions, resamples)
+    counts, columns = resampled_columns(y, p, calibrated, ranked, sums, resamples)
     few = ~bootstrap.enough_cases(y, rows.patients)
     hide = dict.fromkeys(columns, few) | {
         key: few | (bootstrap.called_patients(y, made, resamples) < bootstrap.MIN_CASES)
@@ -62,13 +67,14 @@ def clinical_metrics(rows: Rows, fitted: FittedThresholds, resamples: Resamples,
 
 
 def resampled_columns(
-    labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray, decisions: np.ndarray, resamples: Resamples
+    labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray, ranked: Mapping[str, np.ndarray],
+    sums: np.ndarray, resamples: Resamples,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(confusion counts, metrics of each label) in every resample, (B, L) each; arrays (N, L)."""
-    counts = _confusion(resamples.sums(confusion_counts(labels, decisions)))
+    """(confusion counts, metrics of each label) in every resample, (B, L) each; labels and probabilities (N, L), the
+    rest as in clinical_metrics."""
+    counts = _confusion(sums)
     columns = _decision_columns(counts)
-    at = sensitivities_at(labels, probabilities, resamples, SPECIFICITIES)
-    columns |= {f"sensitivity_at_specificity_{s:.2f}": at[i] for i, s in enumerate(SPECIFICITIES)}
+    columns |= {key: column.copy() for key, column in ranked.items() if key.startswith(SENSITIVITY_AT)}
     for when, values in (("uncalibrated", probabilities), ("calibrated", calibrated)):
         of_those = _calibration_columns(labels, values, resamples)
         columns |= {f"{key}_{when}": column for key, column in of_those.items()}
@@ -84,7 +90,7 @@ def _label_intervals(columns: Mapping[str, np.ndarray], findings: Sequence[str])
 
 
 def _is_share(key: str) -> bool:
-    return key in DECISION_METRICS or key.startswith("sensitivity_at")
+    return key in DECISION_METRICS or key.startswith(SENSITIVITY_AT)
 
 
 def _floats(values: np.ndarray) -> list[float | None]:

@@ -35,7 +35,7 @@ from ctclip.evaluation.calibration import (
     rates_asked_for,
 )
 from ctclip.evaluation.cases import Case, worst_cases
-from ctclip.evaluation.clinical import clinical_metrics
+from ctclip.evaluation.clinical import SPECIFICITIES, clinical_metrics
 from ctclip.evaluation.ensemble import COMPARED_WITH_MEMBERS, mean_and_spread
 from ctclip.evaluation.run_folder import (
     APPLIED_FILES,
@@ -70,12 +70,14 @@ AnyTable: TypeAlias = "pd.DataFrame | VolumeTable"
 class Scores(NamedTuple):
     """One way to decide: {metric: (1 + B,)} of all labels and {metric: (1 + B, L)} of each, of the table itself and of
     B resamples; {metric: (P,)} of all labels without one patient after the other, of what depends on decisions. The
-    keys are those of metrics.json. Where there are too few cases, resamples and `left_out` are NaN. `rarely_called`
-    (L,): labels with fewer than bootstrap.MIN_CASES patients called positive."""
+    keys are those of metrics.json. Where there are too few cases, resamples and `left_out` are NaN. `sums`: confusion
+    counts (1 + B, 4 L + 2). `rarely_called` (L,): labels with fewer than bootstrap.MIN_CASES patients called positive.
+    """
 
     values: dict[str, np.ndarray]
     columns: dict[str, np.ndarray]
     left_out: dict[str, np.ndarray]
+    sums: np.ndarray
     rarely_called: np.ndarray
 
     @property
@@ -157,11 +159,12 @@ def evaluate_tables(
     resamples = bootstrap.draw(rows.patients, settings.resamples, settings.seed)
     if rows.n_patients < bootstrap.MIN_CASES:  # no intervals: they would be far too short
         resamples = replace(resamples, counts=resamples.counts[:1])
-    scores = score_decisions(rows, fitted, resamples)
+    ranking = measure.resampled_ranking(rows.labels, rows.probabilities, resamples, SPECIFICITIES)
+    scores = score_decisions(rows, fitted, resamples, ranking)
     metrics = {
         **_measured(rows, fitted, scores, resamples, own_settings),
         "scale": inputs.predictions.scale,
-        "clinical": clinical_metrics(rows, fitted, resamples, settings),
+        "clinical": clinical_metrics(rows, fitted, ranking[1], scores["tuned"].sums, resamples, settings),
         "encoder_note": encoder_note(inputs.record),
         "reference_standard": _reference_standard(inputs, rows),
         "volumes_without_patient": without_patient(volumes, ids),
@@ -186,7 +189,7 @@ def evaluate_tables(
     if baseline is not None:
         others = tables.rows_of(of["baseline"].frame, labels, volumes, settings.unit, ids=ids)
         if inputs.tuning is not None:  # the baseline has none, so both are cross-fitted
-            scores = score_decisions(rows, fit_thresholds(rows, None, own_settings), resamples)
+            scores = score_decisions(rows, fit_thresholds(rows, None, own_settings), resamples, ranking)
         theirs = score_decisions(others, fit_thresholds(others, None, _for_scale(baseline, settings)), resamples)
         of_baseline = {"source": baseline.source, "scale": baseline.scale}
         metrics["baseline"] = of_baseline | _comparison(scores, theirs, findings)
@@ -309,23 +312,29 @@ def _stated_ids(
     return merge_ids(sources, (name for index in firsts for name in index))
 
 
-def score_decisions(rows: Rows, fitted: FittedThresholds, resamples: measure.Resamples) -> dict[str, Scores]:
-    """Scores of four ways to decide: at 0.5, calibrated at 0.5, tuned per label, tuned globally."""
+def score_decisions(
+    rows: Rows, fitted: FittedThresholds, resamples: measure.Resamples, ranked_before: tuple[dict, dict] | None = None
+) -> dict[str, Scores]:
+    """Scores of four ways to decide: at 0.5, calibrated at 0.5, tuned per label, tuned globally. `ranked_before`: these
+    rows' resampled_ranking, where it is known."""
     y, p, calibrated = rows.labels, rows.probabilities, fitted.calibrated
-    ranking, ranked = measure.resampled_ranking(y, p, resamples)
+    ranking, columns = ranked_before or measure.resampled_ranking(y, p, resamples)
+    ranked = {key: columns[key].copy() for key in ("auroc", "average_precision")}
     # A monotone map leaves each label's AUROC alone; only the pooled one changes. (Cross-fitted columns are made of
     # five maps, so their own AUROC would differ a little, and would be of no map that anyone applies.)
     recalibrated = ranking | {"auroc_micro": measure.pooled_auroc(y, calibrated, resamples)}
     few = ~bootstrap.enough_cases(y, rows.patients)
 
     def scores(ranking: Mapping, decisions: np.ndarray, ranked: Mapping | None = None) -> Scores:
-        values, columns = measure.resampled_decisions(y, decisions, resamples)
+        sums = resamples.sums(measure.confusion_counts(y, decisions))
+        values, columns = measure.metrics_from_counts(sums)
         columns |= ranked or {}
         rarely = bootstrap.called_patients(y, decisions, resamples) < bootstrap.MIN_CASES
         for keys, too_few in ((NEED_CASES, few), (NEED_CALLED, rarely)):
             for key in columns.keys() & keys:
                 columns[key][1:, too_few] = np.nan
-        return Scores({**ranking, **values}, columns, bootstrap.left_out_decisions(y, decisions, resamples), rarely)
+        left_out = bootstrap.left_out_decisions(y, decisions, resamples)
+        return Scores({**ranking, **values}, columns, left_out, sums, rarely)
 
     decided = {
         "at_0.5": scores(ranking, p >= 0.5),

@@ -165,14 +165,25 @@ def known_columns(findings: Iterable[str], labels: np.ndarray, *others: np.ndarr
         yield name, own[known], *(column[known] for column in columns)
 
 
-def label_svg(plot: LabelPlot, name: str, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray) -> str:
-    """One label's panel for the page; arrays (N,)."""
+def label_svgs(
+    plot: LabelPlot, salt: str, findings: Iterable[str], labels: np.ndarray, probabilities: np.ndarray,
+    calibrated: np.ndarray,
+) -> Iterator[str | None]:
+    """Each label's panel for the page, None where it has no curve; arrays (N, L). `salt`: see svg. All are drawn on the
+    same axes: making those takes longer than the curves."""
     figure = new_figure(2.1, 2, layout=None)
     ax = figure.add_axes((0.15, 0.13, 0.82, 0.83))
     _unit_axes(ax)
     _tidy(ax, grid="y")
-    plot.draw(ax, labels, probabilities, calibrated)
-    return svg(figure, name)
+    frame = set(ax.get_children())
+    for name, *arrays in known_columns(findings, labels, probabilities, calibrated):
+        if not has_curve(plot, arrays[0]):
+            yield None
+            continue
+        plot.draw(ax, *arrays)
+        yield svg(figure, f"{salt} {name}")
+        for artist in set(ax.get_children()) - frame:
+            artist.remove()
 
 
 def has_curve(plot: LabelPlot, labels: np.ndarray) -> bool:

@@ -239,9 +239,11 @@ def jackknifed_decisions(labels: np.ndarray, decisions: np.ndarray, resamples: R
     return metrics_from_counts(sums.sum(axis=0) - sums)[0]
 
 
-def resampled_ranking(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> tuple[dict, dict]:
-    """(the part of M that no threshold can change, per-label columns) in every resample."""
-    columns = ranking_columns(labels, probabilities, resamples)
+def resampled_ranking(
+    labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples, specificities: Sequence[float] = ()
+) -> tuple[dict, dict]:
+    """(the part of M that no threshold can change, per-label columns as from ranking_columns) in every resample."""
+    columns = ranking_columns(labels, probabilities, resamples, specificities=specificities)
     micro = pooled_auroc(labels, probabilities, resamples)
     return {"auroc_macro": nanmean(columns["auroc"]), "auroc_micro": micro}, columns
 
@@ -343,68 +345,63 @@ class _Ranking(NamedTuple):
             yield rows, self.positives @ drawn, alarms, negatives, level
 
 
-def auroc_and_ap(
-    labels: np.ndarray, scores: np.ndarray, resamples: Resamples, ap: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """(AUROC (B,), average precision (B,), NaN unless `ap`) of one ranking in B resamples; NaN where one class is
-    absent.
+class RankingMetrics(NamedTuple):
+    """Of one ranking in B resamples; NaN where one class is absent."""
 
-    labels, scores: (N,). Ties count half in the AUROC and are one step of average precision, as in scikit-learn. The
-    AUROC's sums are of integers and halves below 2**53: exact. The order is found once for all resamples, and what is
-    summed over is the positives, which are few.
+    auroc: np.ndarray  # (B,)
+    average_precision: np.ndarray  # (B,); NaN where it is not wanted
+    sensitivities: np.ndarray  # (S, B): the highest at which specificity is at least each of S
+
+
+def ranking_metrics(
+    labels: np.ndarray, scores: np.ndarray, resamples: Resamples, ap: bool = True, specificities: Sequence[float] = ()
+) -> RankingMetrics:
+    """Of labels and scores (N,). Ties count half in the AUROC and are one step of average precision, as in
+    scikit-learn. The AUROC's sums are of integers and halves below 2**53: exact. The order is found once for all
+    resamples, and what is summed over is the positives, which are few.
     """
     size, patients = resamples.counts.shape
-    auroc, average_precision = np.full((2, size), np.nan)
+    found = RankingMetrics(*(np.full(shape, np.nan) for shape in (size, size, (len(specificities), size))))
     positives = np.count_nonzero(labels == 1)
     if positives in (0, len(labels)):
-        return auroc, average_precision
+        return found
     ranking = _Ranking.of(labels, scores, resamples.group, patients)
-    for rows, found, higher, negatives, level in ranking.drawn(resamples):
-        gain = found.sum(axis=0)
+    for rows, hits, alarms, negatives, level in ranking.drawn(resamples):
+        gain = hits.sum(axis=0)
         pairs = gain * negatives
-        auroc[rows] = ratio((found * (negatives - higher + level / 2)).sum(axis=0), pairs, np.nan)
+        found.auroc[rows] = ratio((hits * (negatives - alarms + level / 2)).sum(axis=0), pairs, np.nan)
+        if not ap and not specificities:
+            continue
+        tp = np.cumsum(hits, axis=0)
         if ap:
-            tp = np.cumsum(found, axis=0)
-            precision_sum = (found * tp / np.maximum(tp + higher, 1)).sum(axis=0)
-            average_precision[rows] = np.where(pairs > 0, ratio(precision_sum, gain, np.nan), np.nan)
-    return auroc, average_precision
-
-
-def sensitivities_at(
-    labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples, specificities: Sequence[float]
-) -> np.ndarray:
-    """(S, B, L): of each label, the highest sensitivity at which specificity is at least each of S; NaN where one class
-    is absent."""
-    found = np.full((len(specificities), len(resamples.counts), labels.shape[1]), np.nan)
-    for j in np.flatnonzero(~lacks_a_class(labels)):
-        own = labels[:, j] != UNKNOWN
-        part = resamples.of(own)
-        ranking = _Ranking.of(labels[own, j], probabilities[own, j], part.group, part.counts.shape[1])
-        for rows, positives, alarms, negatives, _ in ranking.drawn(part):
-            tp = np.cumsum(positives, axis=0)
-            for i, specificity in enumerate(specificities):
-                last = (alarms <= (1 - specificity) * negatives + 1e-9).sum(axis=0)
-                hits = np.where(last > 0, tp[np.maximum(last, 1) - 1, np.arange(tp.shape[1])], 0)
-                defined = (tp[-1] > 0) & (negatives > 0)
-                found[i, rows, j] = np.where(defined, ratio(hits, tp[-1]), np.nan)
+            precision_sum = (hits * tp / np.maximum(tp + alarms, 1)).sum(axis=0)
+            found.average_precision[rows] = np.where(pairs > 0, ratio(precision_sum, gain, np.nan), np.nan)
+        for i, specificity in enumerate(specificities):
+            runs = (alarms <= (1 - specificity) * negatives + 1e-9).sum(axis=0)  # from the highest score down
+            reached = np.where(runs > 0, tp[np.maximum(runs, 1) - 1, np.arange(len(runs))], 0)
+            found.sensitivities[i, rows] = np.where(pairs > 0, ratio(reached, gain, np.nan), np.nan)
     return found
 
 
 def ranking_columns(
-    labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples, ap: bool = True
+    labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples, ap: bool = True,
+    specificities: Sequence[float] = (),
 ) -> dict[str, np.ndarray]:
-    """"auroc" and "average_precision" of each label in B resamples, (B, L) each; see auroc_and_ap."""
-    columns = np.empty((2, len(resamples.counts), labels.shape[1]))
+    """RankingMetrics of each label in B resamples, (B, L) each: "auroc", "average_precision", and
+    "sensitivity_at_specificity_0.90" for each of `specificities`."""
+    keys = ("auroc", "average_precision", *(f"sensitivity_at_specificity_{each:.2f}" for each in specificities))
+    columns = np.empty((len(keys), len(resamples.counts), labels.shape[1]))
     for j, own in enumerate((labels != UNKNOWN).T):
-        columns[:, :, j] = auroc_and_ap(labels[own, j], probabilities[own, j], resamples.of(own), ap)
-    return dict(zip(("auroc", "average_precision"), columns, strict=True))
+        found = ranking_metrics(labels[own, j], probabilities[own, j], resamples.of(own), ap, specificities)
+        columns[:, :, j] = [found.auroc, found.average_precision, *found.sensitivities]
+    return dict(zip(keys, columns, strict=True))
 
 
 def pooled_auroc(labels: np.ndarray, probabilities: np.ndarray, resamples: Resamples) -> np.ndarray:
     """AUROC of all N x L decisions as one ranking ("micro"), in B resamples (B,)."""
     known = labels != UNKNOWN
     every = Resamples(np.broadcast_to(resamples.group[:, None], labels.shape)[known], resamples.counts)
-    return auroc_and_ap(labels[known], probabilities[known], every, ap=False)[0]
+    return ranking_metrics(labels[known], probabilities[known], every, ap=False).auroc
 
 
 def auroc_difference(

@@ -17,7 +17,6 @@ from ctclip.data.tables import UNCALIBRATED, some
 from ctclip.evaluation import figures
 from ctclip.evaluation.bootstrap import MIN_CALLED, MIN_CASES
 from ctclip.evaluation.calibration import CROSS_FITTED, TUNING, few_patients_note
-from ctclip.evaluation.figures import known_columns
 from ctclip.evaluation.metrics import threshold_sweep
 from ctclip.evaluation.subgroups import MIN_PATIENTS
 from ctclip.formatting import change_text, decimal, interval_text, metric_text, percent
@@ -595,11 +594,9 @@ def figure_sections(
     """The sections of plots by key; arrays (N, L). "sweep" is as it stands at 0.5: the page's script moves it."""
     made, captions, sweep = [], figure_captions(metrics), threshold_sweep(labels, probabilities, STOPS)
     for key, plot in figures.LABEL_PLOTS.items():
-        panels = [
-            Panel(name, captions[key][name],
-                  (figures.label_svg(plot, f"{key} {name}", *arrays),) if figures.has_curve(plot, arrays[0]) else ())
-            for name, *arrays in known_columns(metrics["per_label"], labels, probabilities, calibrated)
-        ]
+        drawings = figures.label_svgs(plot, key, captions[key], labels, probabilities, calibrated)
+        panels = [Panel(name, caption, (drawing,) if drawing else ())
+                  for (name, caption), drawing in zip(captions[key].items(), drawings, strict=True)]
         made.append(_section(key, plot.title, plot.lead, Figure(panels, plot.legend)))
     rates = [figures.svg(figures.rate_figure(metrics, narrow), f"rates {narrow}") for narrow in (False, True)]
     made.append(_section(

@@ -94,7 +94,7 @@ def population() -> tuple[Simulated, dict[str, float], dict[str, np.ndarray]]:
     """Patients that stand for all there are, with what no threshold changes: of all labels together, of each."""
     everyone = simulate(np.random.default_rng(0), POPULATION)
     ranking, columns = metrics.resampled_ranking(
-        everyone.labels, everyone.predictions[0], metrics.drawn_once(everyone.labels))
+        everyone.labels, everyone.predictions[0], metrics.drawn_once(everyone.labels), clinical.SPECIFICITIES)
     return everyone, ranking, columns
 
 
@@ -115,7 +115,8 @@ def truths(fits: Sequence[calibration.Calibration]) -> tuple[dict[str, dict], di
         values[way] = ranking | own
         columns[way] |= ranked
     values["calibrated"] = values["calibrated"] | {"auroc_micro": metrics.pooled_auroc(y, calibrated, once)}
-    counts, columns["clinical"] = clinical.resampled_columns(y, p, calibrated, decisions["tuned"], once)
+    sums = once.sums(metrics.confusion_counts(y, decisions["tuned"]))
+    counts, columns["clinical"] = clinical.resampled_columns(y, p, calibrated, ranked, sums, once)
     values["clinical"] = clinical.resampled_summary(counts, columns["clinical"])
     for when, numbers in (("before", p), ("after", calibrated)):
         columns[when] = {"brier": metrics.calibration_columns(y, numbers)["brier"][None]}

@@ -15,7 +15,7 @@ from ctclip.config import Settings
 from ctclip.evaluation import bootstrap, clinical
 from ctclip.evaluation import evaluate as ev
 from ctclip.evaluation.calibration import fit_thresholds
-from ctclip.evaluation.metrics import Resamples, sensitivities_at
+from ctclip.evaluation.metrics import Resamples, confusion_counts, ranking_columns, ranking_metrics
 from ctclip.evaluation.render import format_report
 from ctclip.evaluation.tables import rows_of
 from ctclip.evaluation.thresholds import resampled_thresholds, tune_label_thresholds
@@ -35,7 +35,9 @@ def example(patients=60, seed=0, unknown=0.2):
 def measured():
     rows, fitted = example()
     resamples = bootstrap.draw(rows.patients, 50)
-    return rows, fitted, resamples, clinical.clinical_metrics(rows, fitted, resamples, Settings())
+    ranked = ranking_columns(rows.labels, rows.probabilities, resamples, specificities=clinical.SPECIFICITIES)
+    sums = resamples.sums(confusion_counts(rows.labels, rows.probabilities >= fitted.thresholds))
+    return rows, fitted, resamples, clinical.clinical_metrics(rows, fitted, ranked, sums, resamples, Settings())
 
 
 def test_decisions_equal_scikit_learn_on_the_known_rows(measured):
@@ -60,20 +62,22 @@ def test_sensitivity_at_a_specificity_is_the_highest_that_the_roc_curve_has(meas
     j = 9
     own = rows.labels[:, j] != UNKNOWN
     draws = [np.repeat(np.arange(len(rows)), counts[resamples.group]) for counts in resamples.counts[:5]]
-    values = sensitivities_at(rows.labels, rows.probabilities, resamples, (0.8, 0.95))
+    columns = ranking_columns(rows.labels, rows.probabilities, resamples, specificities=(0.8, 0.95))
+    values = [columns[f"sensitivity_at_specificity_{at}"] for at in ("0.80", "0.95")]
     for b, drawn in enumerate(draws):
         drawn = drawn[own[drawn]]
         fpr, tpr, _ = sk.roc_curve(rows.labels[drawn, j], rows.probabilities[drawn, j], drop_intermediate=False)
         for i, specificity in enumerate((0.8, 0.95)):
-            assert values[i, b, j] == pytest.approx(tpr[fpr <= 1 - specificity + 1e-9].max())
+            assert values[i][b, j] == pytest.approx(tpr[fpr <= 1 - specificity + 1e-9].max())
     name = rows.findings[j]
-    assert found["per_label"][name]["sensitivity_at_specificity_0.80"] == pytest.approx(values[0, 0, j])
+    assert found["per_label"][name]["sensitivity_at_specificity_0.80"] == pytest.approx(values[0][0, j])
 
 
 def test_ties_between_classes_count_as_alarms():
-    labels, p = np.array([[1], [0], [1], [0]]), np.array([[0.9], [0.9], [0.4], [0.1]])
+    labels, p = np.array([1, 0, 1, 0]), np.array([0.9, 0.9, 0.4, 0.1])
     once = Resamples(np.zeros(4, np.int64), np.ones((1, 1), np.int16))
-    assert sensitivities_at(labels, p, once, (0.5, 0.9))[:, 0, 0].tolist() == [1.0, 0.0]
+    found = ranking_metrics(labels, p, once, specificities=(0.5, 0.9))
+    assert found.sensitivities[:, 0].tolist() == [1.0, 0.0]
 
 
 def test_calibration_of_the_reported_patients_is_a_logistic_regression(measured):
