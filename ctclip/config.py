@@ -18,6 +18,7 @@ from ctclip.cli import OneLineParser, refuse_unused
 from ctclip.errors import UserError
 from ctclip.fileio import read_json
 from ctclip.paths import CLASSFINE_PATH
+from ctclip.recipes import NOT_MEASURED, RECIPES
 
 # Printed with every result on phantoms, and kept with it: metrics.json, reports, figures, model cards, manifests.
 SYNTHETIC_NOTE = "Synthetic data: not clinical performance."
@@ -155,6 +156,9 @@ class TrainingConfig:
     weight_decay: float = _flag(0.01, "optimization", "AdamW's weight decay, on matrices only (not norms and biases)")
     warmup_fraction: float = _flag(0.05, "optimization", "share of the epochs with rising rates, before a cosine to 0")
     clip_norm: float = _flag(1.0, "optimization", "gradients are scaled down to at most this norm")
+    average_epochs: str | None = _flag(
+        None, "optimization", "mean of the weights after these epochs; kept where its macro AUROC on the validation "
+        "patients is above that of every epoch", metavar="N,N[,N]")
     ema_decay: float = _flag(0.0, "optimization", "evaluate and save averaged weights (EMA); 0: off, typical: 0.999")
     loss_type: str = _flag(
         "focal", "loss",
@@ -192,6 +196,11 @@ class TrainingConfig:
         return self.augment or self.window_jitter > 0
 
     @property
+    def averaged_epochs(self) -> tuple[int, ...]:
+        """Those of --average-epochs, the first being 1."""
+        return tuple(int(number) for number in (self.average_epochs or "").split(",") if number)
+
+    @property
     def stays_frozen(self) -> bool:
         return self.freeze_backbone or self.adapt == "none"
 
@@ -203,6 +212,14 @@ class TrainingConfig:
         if self.adapt is not None:
             return {"lora": 1, "full": layers}.get(self.adapt) or min(layers, int(self.adapt.removeprefix("last:")))
         return min(layers, self.unfreeze_layers * (epoch - self.frozen_epochs + 1)) if self.unfreeze_layers else layers
+
+    def _averages_epochs(self) -> bool:
+        if self.average_epochs is None:
+            return True
+        if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})+", self.average_epochs):
+            return False
+        epochs = self.averaged_epochs
+        return list(epochs) == sorted(set(epochs)) and epochs[0] >= 1 and epochs[-1] <= self.epochs
 
     def less_memory(self) -> list[str]:
         """What to change where unfrozen epochs take too much memory; the last way has none."""
@@ -240,6 +257,8 @@ class TrainingConfig:
             "backbone_learning_rate": (0 <= self.backbone_learning_rate < math.inf, "at least 0, and finite"),
             "adapter_learning_rate": (0 <= self.adapter_learning_rate < math.inf, "at least 0, and finite"),
             "layer_decay": (0 < self.layer_decay <= 1, "above 0 and at most 1"),
+            "average_epochs": (self._averages_epochs(),
+                               f"two or more of the epochs 1 to {self.epochs}, rising, commas between"),
             "ema_decay": (0 <= self.ema_decay < 1, "at least 0 (off) and below 1"),
             "tuning_fraction": (0 < self.tuning_fraction < 1, "between 0 and 1"),
             "alpha": (0 < self.alpha < 1, "between 0 and 1 (it weighs the negatives)"),
@@ -460,6 +479,9 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
                        help="continue an earlier run (default: the newest)")
     group.add_argument("--config", metavar="RUN|JSON",
                        help="settings of an earlier run (its folder), or {\"setting\": value, ...}; other flags win")
+    names = "; ".join(f"{name}: {recipe.what}" for name, recipe in RECIPES.items())
+    group.add_argument("--recipe", choices=RECIPES, metavar="NAME",
+                       help=f"settings of a published recipe, other flags win (docs/flags.md); {names}")
     group.add_argument("--plan", action="store_true",
                        help="measure for a minute, print the time, memory and disk needed, and stop")
     _add_settings(parser, Machine, suppress=False)
@@ -475,7 +497,26 @@ def config_from_flags(args: argparse.Namespace) -> TrainingConfig:
     given = {name: value for name, value in vars(args).items() if name in names}
     if given.get("mode") == "quick_test":
         given = QUICK_TEST | given
-    return TrainingConfig(**(read_settings(Path(args.config)) if args.config else {}) | given)
+    if args.config and args.recipe:
+        raise TrainingError(f"found --config and --recipe {args.recipe}, expected one of them, because each sets what "
+                            "other flags do not; leave one out")
+    base = dict(RECIPES[args.recipe].settings) if args.recipe else {}
+    return TrainingConfig(**(read_settings(Path(args.config)) if args.config else base) | given)
+
+
+def recipe_lines(name: str) -> list[str]:
+    """What a run prints of its recipe."""
+    recipe = RECIPES[name]
+    return [f"Recipe:   {name}, {recipe.what}. Source: {recipe.source}. Published: macro AUROC {recipe.published}. "
+            f"{NOT_MEASURED} Differs: {recipe.differs}.",
+            f"Flags:    {' '.join(recipe_flags(name))}"]
+
+
+def recipe_flags(name: str) -> list[str]:
+    """A recipe as it would be on the command line; other flags win."""
+    flags = {flag_of(key): str(value) for key, value in RECIPES[name].settings.items()}
+    return [part for flag, value in flags.items()  # what begins with - would be taken for a flag
+            for part in ([f"{flag}={value}"] if value.startswith("-") else [flag, value])]
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -544,7 +585,7 @@ def add_study_flags(parser: argparse.ArgumentParser) -> None:
 
 # What --help shows; --help-all shows the rest as well.
 USUAL_TRAINING_FLAGS = (
-    "--data-dir", "--model", "--head", "--epochs", "--freeze-backbone", "--batch-size", "--learning-rate",
+    "--data-dir", "--recipe", "--model", "--head", "--epochs", "--freeze-backbone", "--batch-size", "--learning-rate",
     "--loss-type", "--cache-dir", "--output-dir", "--resume", "--config",
 )  # fmt: skip
 USUAL_EVALUATION_FLAGS = (
@@ -673,7 +714,7 @@ def task_flag_uses(task: str, plan: bool = False) -> dict[str, tuple[str, bool]]
     A flag that every mode looks at is not in it.
     """
     settings = (flag_of(item.name) for item in (*fields(TrainingConfig), *fields(Machine)))
-    training = (*settings, "--output-dir", "--name", "--resume", "--plan", "--config")
+    training = (*settings, "--output-dir", "--name", "--resume", "--plan", "--config", "--recipe")
     modes: dict[str, tuple[str, ...]] = dict.fromkeys(training, ("full", "train"))
     modes |= dict.fromkeys(evaluation_flags(), ("full", "evaluate"))
     modes |= dict.fromkeys(CHOSEN_AT_PREDICTION, ("full", "evaluate", "predict"))

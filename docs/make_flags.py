@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ctclip import config  # noqa: E402  (found through the path above)
+from ctclip.recipes import NOT_MEASURED, RECIPES  # noqa: E402
 from ctclip_setup import setup_parser  # noqa: E402
 
 FLAGS = ROOT / "docs" / "flags.md"
@@ -21,6 +22,10 @@ HEAD = """# Flags
 Every flag of every command, made from their parsers by `python docs/make_flags.py`. `--help` shows the usual ones,
 `--help-all` every one, `--version` the version. A flag that a command would not look at is refused.
 """
+
+
+RECIPES_HEAD = f"""What `--recipe NAME` sets; other flags win. Published figures are on test sets that differ: they
+compare no recipe with another. {NOT_MEASURED}"""
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
@@ -60,11 +65,23 @@ def row(action: argparse.Action) -> str:
     return f"| {cell.replace('|', chr(92) + '|')} | {text.replace('|', chr(92) + '|')} |"
 
 
+def recipe(name: str) -> str:
+    what = RECIPES[name]
+    return f"""
+### {name}
+
+{what.what[0].upper()}{what.what[1:]}. Source: {what.source}. Published: macro AUROC {what.published}.
+Differs: {what.differs}.
+
+    {" ".join(config.recipe_flags(name))}"""
+
+
 def flags_page() -> str:
     """The page's text."""
     parts = [HEAD]
     for command, parser in parsers().items():
         parts.append("\n".join([f"\n## {command}", *rows(parser)]))
+    parts.append("\n".join(["\n## Recipes", "", RECIPES_HEAD, *map(recipe, RECIPES)]))
     return "\n".join(parts) + "\n"
 
 

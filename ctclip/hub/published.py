@@ -29,7 +29,7 @@ class CardError(UserError):
 
 
 PUBLIC = ("status", "phantom", "phantom_encoder", "labels", "device", "processes", "precision", "micro_batch",
-          "gradient_checkpointing", "volumes", "patients", "read_as", "versions", "history")
+          "gradient_checkpointing", "volumes", "patients", "read_as", "versions", "average", "history")
 PUBLIC_WORDS = ("mode", "model", "head", "tokens", "init_head", "use_attention", "windows", "adapt", "lora_targets",
                 "loss_type")  # texts; numbers all are
 PUBLIC_METRICS = ("at_0.5", "calibrated", "tuned", "tuned_global", "calibration", "per_label", "thresholds",

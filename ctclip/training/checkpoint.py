@@ -182,6 +182,25 @@ class BestEpoch:
 
 
 @dataclass
+class AveragedEpochs:
+    """Mean of the weights after the epochs of --average-epochs that are over."""
+
+    epochs: list[int] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    score: float | None = None  # as an epoch's, once the validation volumes are predicted with it
+    kept: bool = False  # as the run's weights
+
+    def add(self, epoch: int, tensors: dict[str, Tensor]) -> None:
+        """`tensors`: the same names for every epoch. What is no floating-point number, BatchNorm's counts, is the last
+        epoch's."""
+        self.epochs.append(epoch)
+        for name, value in tensors.items():
+            new = value.detach().cpu()
+            mean = self.tensors.setdefault(name, new.clone())
+            mean.copy_(torch.lerp(mean, new, 1 / len(self.epochs)) if mean.is_floating_point() else new)
+
+
+@dataclass
 class TrainingState:
     """All that changes while a run trains. With the fields that are for this process only at the end."""
 
@@ -190,6 +209,7 @@ class TrainingState:
     sources: dict[str, str] = field(default_factory=dict)  # volume -> digest of its file and labels: `steps.check_data`
     progress: Progress = field(default_factory=Progress)
     best: BestEpoch = field(default_factory=BestEpoch)
+    average: AveragedEpochs = field(default_factory=AveragedEpochs)
     history: list[dict] = field(default_factory=list)  # lines of log.jsonl
 
     epoch_start: float = field(default_factory=time.perf_counter)
@@ -217,6 +237,7 @@ def save_checkpoint(job: TrainingJob, state: TrainingState) -> None:
             "sources": state.sources,
             "progress": asdict(progress) | {"loss_sum": loss_sum, "known": known},
             "best": dict(vars(state.best)),
+            "average": dict(vars(state.average)),
             "history": state.history,
             "unfrozen_for_epoch": trainable.epoch,
             "tensors": trainable.tensors(),
@@ -283,6 +304,7 @@ def restore(content: dict, job: TrainingJob, state: TrainingState) -> None:
             "(--ctclip-path names it); or start a new run"
         )
     state.progress, state.best = Progress(**content["progress"]), BestEpoch(**content["best"])
+    state.average = AveragedEpochs(**content.get("average", {}))
     state.sources = content["sources"]
     if state.best.epoch and not state.best.tensors and not (run.folder / BEST_FILES[0]).is_file():
         raise StateError(

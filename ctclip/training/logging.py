@@ -22,7 +22,7 @@ from ctclip.fileio import replacing
 from ctclip.formatting import decimal, percent, plural, rate_text
 from ctclip.memory import process_memory
 from ctclip.paths import script
-from ctclip.training.checkpoint import TrainingState, full_disk_explained
+from ctclip.training.checkpoint import AveragedEpochs, TrainingState, full_disk_explained
 from ctclip.training.run import SPLIT_NAMES, Run, TrainingJob, label_notes
 from ctclip.training.steps import Validation
 from ctclip_model import PHANTOM_WEIGHTS
@@ -57,8 +57,9 @@ def write_curves(job: TrainingJob, history: list[dict]) -> None:
         job.run.log(f"{TRAINING_CURVES} could not be drawn ({type(error).__name__}: {error}); training goes on")
 
 
-def write_run_file(job: TrainingJob, status: str) -> None:
-    """run.json: what was run on what with which versions, and what became of each volume that was not used."""
+def write_run_file(job: TrainingJob, status: str, average: AveragedEpochs | None = None) -> None:
+    """run.json: what was run on what with which versions, what became of each volume that was not used, and of an
+    average of epochs."""
     run, splits = job.run, job.splits
     if not run.ranks.is_main:
         return
@@ -89,6 +90,8 @@ def write_run_file(job: TrainingJob, status: str) -> None:
             "timm": timm.__version__,
         },
     }
+    if average is not None and average.score is not None:
+        content["average"] = {"epochs": average.epochs, "tuning_auroc_macro": average.score, "kept": average.kept}
     _write(run, "run.json", "The run's record", json.dumps(content, indent=2))
 
 
@@ -172,6 +175,9 @@ def print_summary(job: TrainingJob, state: TrainingState, seconds: float) -> Non
     auroc = next((record["tuning_auroc_macro"] for record in history if record["epoch"] == best.epoch), None)
     if auroc is not None:
         run.log(f"Best epoch {best.epoch}: macro AUROC {auroc:.3f} on the validation patients")
+    if (average := state.average).score is not None:
+        of = ", ".join(map(str, average.epochs))
+        run.log(f"Average of epochs {of}: macro AUROC {average.score:.3f}, {'kept' if average.kept else 'not kept'}")
     skipped = sum(record["skipped_steps"] for record in history)
     if skipped:
         run.log(f"Steps skipped because they were not finite: {skipped}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ctclip.config import Machine, TrainingConfig, TrainingError
@@ -60,13 +61,7 @@ def train_epochs(job: TrainingJob, start: float) -> Path:
 
             # 1. Freeze the backbone, whose features are then cached, or unfreeze its next layers.
             state.trainable.unfreeze(state.progress.epoch)
-            if not state.trainable.backbone_frozen:  # from now on every volume is read and encoded
-                state.sources = steps.check_data(job, state.sources)
-                for split in job.splits.values():
-                    split.rows = split.features = None
-            elif job.validation.rows is None:
-                state.sources = steps.check_data(job, state.sources)
-                steps.load_features(job)
+            open_inputs(job, state)
 
             # 2. One pass over the training volumes, one over the validation volumes.
             train_loss = train_epoch(job, state)
@@ -83,6 +78,9 @@ def train_epochs(job: TrainingJob, start: float) -> Path:
                 state.best = BestEpoch(
                     validation.score, state.progress.epoch + 1, validation.names, validation.logits, tensors
                 )  # fmt: skip
+            if (chosen := config.averaged_epochs) and state.progress.epoch + 1 in chosen:
+                tensors = state.trainable.tensors(chosen[-1] - 1) | state.trainable.ema.averages
+                state.average.add(state.progress.epoch + 1, tensors)
             stopped, bad_epochs = should_stop(job, state, validation)
 
             # 4. Save.
@@ -106,13 +104,44 @@ def train_epochs(job: TrainingJob, start: float) -> Path:
                 run.log(stopped)
             if milestone:
                 logging.write_curves(job, state.history)
-    logging.write_run_file(job, state.progress.stopped or "finished")
+        compare_average(job, state)
+    logging.write_run_file(job, state.progress.stopped or "finished", state.average)
     logging.write_curves(job, state.history)
     logging.print_summary(job, state, time.perf_counter() - start)
     if tracker is not None:
         tracker.close()
     run.ranks.destroy()
     return run.folder
+
+
+def open_inputs(job: TrainingJob, state: TrainingState) -> None:
+    """What the model is given next: features from the cache while the backbone is frozen, after that voxels, which are
+    read and encoded each time."""
+    if not state.trainable.backbone_frozen:
+        state.sources = steps.check_data(job, state.sources)
+        for split in job.splits.values():
+            split.rows = split.features = None
+    elif job.validation.rows is None:
+        state.sources = steps.check_data(job, state.sources)
+        steps.load_features(job)
+
+
+def compare_average(job: TrainingJob, state: TrainingState) -> None:
+    """Once all epochs are over: keeps the mean of --average-epochs as the run's weights where it is better than the
+    best epoch. Of fewer than two epochs, after an early stop, there is none."""
+    average, best = state.average, state.best
+    if len(average.epochs) < 2 or average.score is not None:
+        return
+    open_inputs(job, state)
+    validation = validate(job, state, average.tensors)
+    average.score, average.kept = validation.score, validation.score > best.score
+    if average.kept:
+        state.best = BestEpoch(
+            validation.score, best.epoch, validation.names, validation.logits, dict(average.tensors)
+        )  # fmt: skip
+        checkpoint.save_best(job, state.best)
+    state.progress.predicted, average.tensors = {}, {}
+    save_checkpoint(job, state)
 
 
 def train_epoch(job: TrainingJob, state: TrainingState) -> float | None:
@@ -201,13 +230,14 @@ def count_step(job: TrainingJob, state: TrainingState, result: StepResult, finit
         )
 
 
-def validate(job: TrainingJob, state: TrainingState) -> Validation:
-    """Predicts the validation volumes, less those that were predicted before an interruption; saves on the way."""
+def validate(job: TrainingJob, state: TrainingState, tensors: dict[str, Tensor] | None = None) -> Validation:
+    """Predicts the validation volumes, less those that were predicted before an interruption; saves on the way.
+    `tensors` take the place of the model's own (default: the moving average, if there is one)."""
     run, predicted = job.run, state.progress.predicted
     left = [i for i in range(len(job.validation.volumes)) if i not in predicted]
     size = len(left) if state.trainable.backbone_frozen else VALIDATION_CHUNK * run.ranks.world
     for chunk in chunks(left, max(1, size)):
-        with swapped_in(job.model, state.trainable.ema.averages):
+        with swapped_in(job.model, state.trainable.ema.averages if tensors is None else tensors):
             predicted |= steps.predict_validation(job, chunk)
         if run.ranks.all_reduce_max(state.save_is_due(job))[0]:
             save_checkpoint(job, state)

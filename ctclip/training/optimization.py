@@ -115,13 +115,15 @@ class TrainableParameters:
             self.model.freeze_backbone()
         self.ema.track(self.parameters)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that training may have changed: parameters, and BatchNorm statistics of CBAM and of a slice
-        backbone."""
-        found = {name: value.detach() for name, value in self.parameters.items()}
+    def tensors(self, epoch: int | None = None) -> dict[str, Tensor]:
+        """Every tensor that training may have changed at the end of an epoch (default: by now): parameters, and
+        BatchNorm statistics of CBAM and of a slice backbone."""
+        unfrozen = self.unfrozen if epoch is None else self.config.unfrozen_layers(epoch, len(self.layers))
+        names = [*self.parameters, *(name for layer in self.layers[len(self.layers) - unfrozen :] for name in layer)]
+        found = {name: self.every_parameter[name].detach() for name in names}
         if not self.model.is_ctclip:  # CT-CLIP's buffers (codebook, zeros) are fixed
             buffers = dict(self.model.named_buffers())
-            found |= {name: buffers[name] for name in buffers if self.unfrozen or name.startswith(HEAD_PREFIXES)}
+            found |= {name: buffers[name] for name in buffers if unfrozen or name.startswith(HEAD_PREFIXES)}
         saved = self.model.state_dict()
         return {name: value for name, value in found.items() if name in saved}
 

@@ -32,6 +32,7 @@ from ctclip.config import (
     config_from_flags,
     flag_of,
     machine_from_flags,
+    recipe_lines,
     training_flag_uses,
 )
 from ctclip.data.cohort import Cohort, Volume, load_cohort, patient_folds, split_by_patient
@@ -331,6 +332,8 @@ def run_from_flags(args: argparse.Namespace) -> tuple[TrainingConfig, Path | Non
     else:
         config, folder = _earlier_run(args)
     refuse_unused(args.given, training_flag_uses(config))
+    if args.recipe and torchrun_number("RANK", 0) == 0:
+        print(*recipe_lines(args.recipe), sep="\n")
     return config, folder, machine_from_flags(args)
 
 
@@ -351,8 +354,10 @@ def _earlier_run(args: argparse.Namespace) -> tuple[TrainingConfig, Path]:
     for flag, given in (("--output-dir", args.output_dir), ("--name", args.name)):
         if given:
             raise TrainingError(f"--resume goes on in the run's own folder, found {flag} too; leave it out")
-    if args.config:
-        raise TrainingError("--resume goes on with the run's own settings, found --config too; leave one of them out")
+    for flag, value in (("--config", args.config), ("--recipe", args.recipe)):
+        if value:
+            own = "--resume goes on with the run's own settings"
+            raise TrainingError(f"{own}, found {flag} too; leave one of them out")
     folder = newest_run() if args.resume == "" else Path(args.resume)
     if not (folder / "run.json").is_file():
         raise TrainingError(f"--resume: no run.json in {folder}; expected the folder of an earlier run")

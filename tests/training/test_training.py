@@ -827,7 +827,8 @@ ALWAYS = {  # flags that every run looks at
     "--report-to", "--config", "--name", "--data-dir", "--limit", "--tuning-fraction", "--augment", "--model",
     "--dropout", "--epochs",
     "--freeze-backbone", "--batch-size", "--learning-rate", "--weight-decay", "--warmup-fraction", "--clip-norm",
-    "--ema-decay", "--loss-type", "--class-weights", "--seed", "--help", "--help-all", "--version",
+    "--ema-decay", "--average-epochs", "--recipe", "--loss-type", "--class-weights", "--seed", "--help", "--help-all",
+    "--version",
 }  # fmt: skip
 
 
