@@ -813,7 +813,7 @@ def actions() -> dict[str, object]:
 def test_every_setting_has_a_flag_that_shows_its_default():
     found = actions()
     for settings in (TrainingConfig(), Machine()):
-        for name in (field.name for field in fields(settings) if field.name != "mode"):
+        for name in (field.name for field in fields(settings) if field.metadata):
             flag = "--no-pretrained" if name == "pretrained" else f"--{name.replace('_', '-')}"
             assert found[flag].dest == name
             default = getattr(settings, name)
@@ -828,7 +828,7 @@ ALWAYS = {  # flags that every run looks at
     "--dropout", "--epochs",
     "--freeze-backbone", "--batch-size", "--learning-rate", "--weight-decay", "--warmup-fraction", "--clip-norm",
     "--ema-decay", "--average-epochs", "--recipe", "--loss-type", "--class-weights", "--seed", "--help", "--help-all",
-    "--version",
+    "--version", "--folds", "--seeds", "--search",
 }  # fmt: skip
 
 
