@@ -3,7 +3,8 @@
     python ctclip_evaluation.py                                        the newest run under results/
     python ctclip_evaluation.py --checkpoint results/RUN
     python ctclip_evaluation.py --predictions P.csv --labels L.csv [--baseline B.csv]
-    python ctclip_evaluation.py --predictions A.csv B.csv --labels L.csv    their mean; also --checkpoint RUN1 RUN2
+    python ctclip_evaluation.py --predictions A.csv B.csv --labels L.csv    their mean
+    python ctclip_evaluation.py --checkpoint RUN1 RUN2 [--save-ensemble NAME]    the same of runs, kept as one
     python ctclip_evaluation.py --apply results/RUN --predictions NEW.csv [--results-json results.json]
     python ctclip_evaluation.py --example                              a simulated classifier that over-predicts
 
@@ -72,7 +73,14 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     source = check_flags(args)
-    from ctclip.evaluation.command import apply_calibration, check_ensemble, evaluate_and_write, settings_from_flags
+    from ctclip.evaluation.command import (
+        apply_calibration,
+        check_ensemble,
+        ensemble_to_save,
+        evaluate_and_write,
+        save_evaluated,
+        settings_from_flags,
+    )
     from ctclip.evaluation.render import check_report_parts
 
     if args.results_json:
@@ -91,12 +99,15 @@ def run(args: argparse.Namespace) -> None:
     settings = settings_from_flags(args)
     check_report_parts()
     check_ensemble(args.ensemble, args.predictions or args.checkpoint)
-    inputs, folder, following = read_inputs(args)
+    saved = ensemble_to_save(args.save_ensemble, args.checkpoint, args.ensemble, args.data_dir, args.output_dir)
+    inputs, folder, following = read_inputs(args, saved)
     if args.results_json:
         check_thresholds(inputs)
     evaluation = evaluate_and_write(
         inputs, folder, settings, args.baseline, args.metadata, args.pictures, args.verbose
     )
+    if saved:
+        print(save_evaluated(saved, args.checkpoint, inputs))
     if args.results_json:
         print(results_from_evaluation(args.results_json, evaluation))
     print(f"Evaluation took {time.perf_counter() - started:.1f} s\n{following}")
@@ -121,12 +132,13 @@ def check_flags(args: argparse.Namespace) -> str:
                         ("an evaluation of tables", source in ("tables", "map"))),
         **dict.fromkeys(("--checkpoint", "--device", "--workers"), ("an evaluation of a run", source == "run")),
         "--data-dir": ("an evaluation of a run or of tables", source in ("run", "tables")),
+        "--save-ensemble": ("an evaluation of several runs", source == "run"),
         "--patients": ("an evaluation of a run or of tables, or --apply without --results-json,",
                        source != "example" and not only_json),
         "--example": ("an evaluation", source == "example"),
         "--results-json": ("an evaluation of a run or of tables, or --apply,", source != "example"),
         "--output-dir": ("an evaluation, or --apply without --results-json,", not only_json),
-        **dict.fromkeys(evaluation_flags(), ("an evaluation", evaluates)),
+        **dict.fromkeys(set(evaluation_flags()) - {"--save-ensemble"}, ("an evaluation", evaluates)),
         **dict.fromkeys(("--objective", "--prevalence"),
                         ("an evaluation, or thresholds fitted for --results-json,", evaluates or fits)),
         "--pictures": ("an evaluation of a run or of tables", source in ("run", "tables")),
@@ -172,8 +184,9 @@ def results_of_table(args: argparse.Namespace) -> str:
     return results_from_table(args.results_json, table, fitted)
 
 
-def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path, str]:
-    """(inputs, output folder, what to do next) of what the flags name: the example, tables, or runs."""
+def read_inputs(args: argparse.Namespace, saved: Path | None = None) -> tuple[EvaluationInputs, Path, str]:
+    """(inputs, output folder, what to do next) of what the flags name: the example, tables, or runs, which are kept as
+    one in the folder `saved`."""
     from ctclip.evaluation.command import (
         EXAMPLE_TABLES,
         check_shared,
@@ -199,9 +212,9 @@ def read_inputs(args: argparse.Namespace) -> tuple[EvaluationInputs, Path, str]:
     check = partial(check_shared, baseline=args.baseline, metadata=args.metadata)
     source = args.data_dir, args.device, args.workers
     if len(runs) > 1:
-        folder = ensemble_folder(args.output_dir, args.ensemble)
+        folder = saved or ensemble_folder(args.output_dir, args.ensemble)
         inputs = ensemble_of_runs(runs, args.ensemble, args.allow_partial, *source, args.patients, check)
-        return inputs, folder, next_step(folder, "tables", inputs.ensemble)
+        return inputs, folder, next_step(folder) if saved else next_step(folder, "tables", inputs.ensemble)
     folder = Path(args.output_dir or results_folder(runs[0], args.data_dir))
     if runs[0].is_dir():
         check_output_folder(folder, *RESULT_FILES, own=None if args.data_dir else runs[0])

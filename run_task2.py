@@ -3,6 +3,7 @@
     python run_task2.py                                   the whole job on the built-in cohort of synthetic chests
     python run_task2.py --data-dir D                      the same on CT-RATE, or on a private cohort in its layout
     python run_task2.py --mode evaluate --checkpoint results/RUN
+    python run_task2.py --mode evaluate --checkpoint results/RUN1 results/RUN2 --save-ensemble NAME    kept as one
     python run_task2.py --mode predict --checkpoint results/RUN --input SCANS --output probabilities.csv
     python run_task2.py --mode predict --input SCANS --output results.json --map-thresholds       for the challenge
     python run_task2.py --mode predict --input SCAN --explain "Pleural effusion"                  where it is seen
@@ -73,8 +74,10 @@ def run(args: argparse.Namespace) -> None:
         check_ensemble,
         check_shared,
         ensemble_folder,
+        ensemble_to_save,
         evaluate_and_write,
         next_step,
+        save_evaluated,
         settings_from_flags,
     )
     from ctclip.evaluation.render import check_report_parts  # torch takes two seconds
@@ -83,10 +86,11 @@ def run(args: argparse.Namespace) -> None:
     from ctclip.inference.commands import export_features_command, export_onnx_command, predict_command
     from ctclip.inference.run_predictions import ensemble_of_runs, run_inputs
 
-    if task != "evaluate" and len(args.checkpoint or ()) > 1:
+    if task not in ("evaluate", "predict") and len(args.checkpoint or ()) > 1:
         raise UserError(f"found {len(args.checkpoint)} runs after --checkpoint, expected one; only --mode evaluate "
-                        "takes several")
+                        "and --mode predict take several")
     check_ensemble(args.ensemble, args.checkpoint)
+    saved = ensemble_to_save(args.save_ensemble, args.checkpoint, args.ensemble, getattr(args, "data_dir", None))
     settings = settings_from_flags(args)  # what is wrong with them is said before any work
     if task == "runs":
         runs_command(args.input, args.output, args.sort)
@@ -111,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
         check = partial(check_shared, baseline=args.baseline, metadata=args.metadata)
         source = data_dir, args.device, args.workers
         if several := task == "evaluate" and len(args.checkpoint or ()) > 1:
-            folder = results = ensemble_folder(None, args.ensemble)
+            folder = results = saved or ensemble_folder(None, args.ensemble)
             inputs = ensemble_of_runs(args.checkpoint, args.ensemble, args.allow_partial, *source, patients, check)
         else:
             results = results_folder(folder, data_dir)
@@ -119,7 +123,9 @@ def run(args: argparse.Namespace) -> None:
                 check_output_folder(results, *RESULT_FILES, own=folder)
             inputs = run_inputs(folder, *source, results, patients, check)
         evaluate_and_write(inputs, results, settings, args.baseline, args.metadata, args.pictures, args.verbose)
-        following = next_step(folder, "tables", inputs.ensemble) if several else next_step(folder)
+        if saved:
+            print(save_evaluated(saved, args.checkpoint, inputs))
+        following = next_step(folder, "tables", inputs.ensemble) if several and not saved else next_step(folder)
     print(f"Done in {time.perf_counter() - started:.0f} s: {folder}\n{following}")
 
 

@@ -547,12 +547,15 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of Settings, and --ensemble, --baseline, --metadata, --pictures and --verbose."""
+    """The flags of Settings, and --ensemble, --save-ensemble, --baseline, --metadata, --pictures and --verbose."""
     _add_settings(parser, Settings, suppress=False)
     counted = next(group for group in parser._action_groups if group.title == COUNTED)
     ways = "; ".join(f"{name}: {how}" for name, how in ENSEMBLES.items())
     counted.add_argument("--ensemble", choices=ENSEMBLES,
                          help=f"how several predictions or runs are evaluated like one (default mean); {ways}")
+    counted.add_argument("--save-ensemble", metavar="NAME",
+                         help="keep several runs as one: results/NAME, or a folder, with the results, can be named "
+                              "wherever a run can")
     counted.add_argument("--baseline", metavar="CSV|RUN",
                          help="other predictions for the same volumes, or the run that made them, compared here")
     counted.add_argument("--metadata", metavar="CSV",
@@ -677,8 +680,8 @@ def task_parser(description: str) -> OneLineParser:
     task.add_argument("--export", choices=EXPORTS, help="; ".join(f"{name}: {what}" for name, what in EXPORTS.items()))
     group = parser.add_argument_group("evaluate and predict")
     group.add_argument("--checkpoint", metavar="RUN", nargs="+",
-                       help="run folder, or for predict and export a CT-CLIP file; evaluate takes several, see "
-                       "--ensemble")
+                       help="run folder, or for predict and export a CT-CLIP file; evaluate and predict take several "
+                       "runs, see --ensemble")
     group.add_argument("--input", metavar="PATH",
                        help="predict, export features: scan (.nii, .nii.gz, .mha, DICOM series), or a folder of "
                        "scans, nested or not; runs: folder of the runs (default results)")
@@ -717,7 +720,7 @@ def task_flag_uses(task: str, plan: bool = False) -> dict[str, tuple[str, bool]]
     training = (*settings, "--output-dir", "--name", "--resume", "--plan", "--config", "--recipe")
     modes: dict[str, tuple[str, ...]] = dict.fromkeys(training, ("full", "train"))
     modes |= dict.fromkeys(evaluation_flags(), ("full", "evaluate"))
-    modes |= dict.fromkeys(CHOSEN_AT_PREDICTION, ("full", "evaluate", "predict"))
+    modes |= dict.fromkeys((*CHOSEN_AT_PREDICTION, "--ensemble"), ("full", "evaluate", "predict"))
     predicting = ("--prompts", "--explain", "--map-thresholds", "--uncalibrated")
     modes |= dict.fromkeys(predicting, ("predict",))
     modes |= {

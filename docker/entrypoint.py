@@ -30,9 +30,10 @@ def main() -> int:
 
 def answer_all() -> None:
     from ctclip.evaluation.run_folder import run_calibration
+    from ctclip.evaluation.saved_ensemble import labels_of
     from ctclip.fileio import make_folder
     from ctclip.inference.commands import print_warning
-    from ctclip.inference.predictions import ResultsFile, check_output, labels_of, predict_scans, prevalence
+    from ctclip.inference.predictions import ResultsFile, check_output, predict_scans, prevalence
     from ctclip.inference.scans import PredictionError
 
     make_folder(OUTPUT.parent, "mount a folder there that can be written")

@@ -218,7 +218,7 @@ def test_out_of_memory_while_predicting_is_one_line_without_resume(job, phantoms
         raise RuntimeError("could not create a primitive")
 
     monkeypatch.chdir(job[0])
-    monkeypatch.setattr("ctclip.inference.predictions.predict_volumes", full)
+    monkeypatch.setattr("ctclip.inference.fusion.predict_volumes", full)
     scan = str(next(phantoms.glob("dataset/valid_fixed/*/*/*.nii.gz")))
     assert run_task2.main(["--mode", "predict", "--checkpoint", "results/run", "--input", scan]) == 2
     *warnings, error = capsys.readouterr().err.splitlines()

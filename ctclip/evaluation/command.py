@@ -41,10 +41,17 @@ from ctclip.evaluation.run_folder import (
     run_record,
     writing,
 )
+from ctclip.evaluation.saved_ensemble import (
+    check_ensemble_folder,
+    check_partners,
+    save_ensemble,
+    saved_ensemble,
+)
 from ctclip.evaluation.summary import format_summary
 from ctclip.evaluation.tables import (
     EvaluationInputs,
     VolumeTable,
+    common_volumes,
     joined,
     patients_of,
     read_labels,
@@ -145,6 +152,41 @@ def check_ensemble(method: str | None, sources: Sequence[str] | None) -> None:
                         "(--checkpoint) or tables (--predictions), or leave it out")
 
 
+def ensemble_to_save(
+    name: str | None, runs: Sequence[str] | None, method: str | None, data_dir: str | None,
+    output_dir: str | None = None,
+) -> Path | None:
+    """The folder of --save-ensemble; None without it. Raises UserError, before any work, where nothing can be saved."""
+    if name is None:
+        return None
+    if len(runs or ()) < 2:
+        raise UserError("found --save-ensemble with one source, expected several runs; name more (--checkpoint), or "
+                        "leave it out")
+    for flag, given, remedy in (
+        ("--ensemble pooled", method == "pooled", "choose mean or stacked"),
+        ("--data-dir", data_dir is not None, "save first, then evaluate the ensemble on the other cohort"),
+        ("--output-dir", output_dir is not None, "leave one of them out, as results go to the ensemble's folder"),
+    ):
+        if given:
+            raise UserError(f"found {flag} with --save-ensemble, expected one of them; {remedy}")
+    folder = Path("results", name) if Path(name).name == name else Path(name)
+    check_ensemble_folder(folder)
+    check_output_folder(folder, *RESULT_FILES)
+    check_partners(runs or ())
+    return folder
+
+
+def save_evaluated(folder: Path, runs: Sequence[str], inputs: EvaluationInputs) -> str:
+    """Keeps runs that have been evaluated together, in the folder of the results; -> what to print."""
+    tables = {"predictions": inputs.predictions, "labels": inputs.labels}
+    volumes, _ = common_volumes(joined(tables), allow_partial=True)
+    labels = replace(joined(tables)["labels"], lines=())
+    reported = inputs.predictions, replace(labels, frame=labels.frame.loc[volumes])
+    ensemble = save_ensemble(folder, runs, inputs.ensemble["weights"], inputs.tuning, reported)
+    bare = "" if inputs.tuning else "; calibration and thresholds are fitted on the reported patients"
+    return f"Saved {folder}: the {ensemble.method} of {', '.join(runs)}{bare}"
+
+
 def ensemble_folder(output_dir: str | None, method: str | None) -> Path:
     """Where several predictions are evaluated: in a folder that is no run's."""
     folder = Path(output_dir or Path("results", f"ensemble_{method or 'mean'}"))
@@ -219,6 +261,9 @@ def read_applied(
     """The table to which the calibration of --apply's `source` is applied; of an ensemble's, the members' combined."""
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     sources, weights = stored_ensemble(folder / "metrics.json", findings)
+    if (ensemble := saved_ensemble(folder)) is not None:  # one table is of the ensemble itself
+        sources = [] if len(predictions) == 1 else [str(partner) for partner in ensemble.partners]
+        weights = ensemble.weights_of(findings)
     if len(predictions) != len(sources or [""]):
         expected = f"{len(sources)}, those of {', '.join(sources)} in this order" if sources else "one"
         raise UserError(f"found {plural(len(predictions), 'table')} of predictions, expected {expected}, as {folder} "

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -160,7 +160,40 @@ def _averaged(
     for member in members:
         if member.tuning:
             check_no_overlap(reported, row_keys(member.tuning[0].frame.index, "patient", ids), member.tuning[0].source)
-    tuning, n_common, n_others = _common_tuning(members, ids, allow_partial or of_runs)
+    fit = fit_on_tuning([member.tuning for member in members], findings, method, ids, allow_partial or of_runs)
+    evaluated = [replace(member, predictions=table, labels=labels, tuning=fit.tunings[place] if fit.tunings else None)
+                 for place, (member, table) in enumerate(zip(members, predictions.values(), strict=True))]
+
+    content = {
+        "method": method, "sources": list(predictions), "weights": fit.by_finding(findings),
+        "tuning_patients": fit.n_common, "tuning_patients_of_some": fit.n_others, "left_out": skipped,
+    }
+    combined = combined_table(list(predictions.values()), volumes, findings, fit.weights, ids)
+    return EvaluationInputs(combined, labels, fit.fused, members=evaluated, ensemble=content)
+
+
+class TuningFit(NamedTuple):
+    """What is fitted on the patients who are tuning patients of all members: `weights` (K, L), None of a plain mean.
+    Where all members have the same ones, `tunings` are their tables and `fused` those of the ensemble, both as
+    (predictions, labels). `n_common` patients are tuning patients of all, `n_others` of some only."""
+
+    weights: np.ndarray | None
+    tunings: list[tuple[VolumeTable, VolumeTable]] | None
+    fused: tuple[VolumeTable, VolumeTable] | None
+    n_common: int
+    n_others: int
+
+    def by_finding(self, findings: Sequence[str]) -> dict[str, list[float]] | None:
+        return None if self.weights is None else dict(zip(findings, self.weights.T.tolist(), strict=True))
+
+
+def fit_on_tuning(
+    tunings: Sequence[tuple[VolumeTable, VolumeTable] | None], findings: Sequence[str], method: str, ids: StatedIds,
+    allow_partial: bool = False,
+) -> TuningFit:
+    """Of the members' tuning tables, (predictions, labels) each; `method` is "mean" or "stacked". Raises
+    EvaluationError where weights are to be fitted and there is nobody to fit them on."""
+    tuning, n_common, n_others = _common_tuning(tunings, ids, allow_partial)
     weights = None
     if method == "stacked":
         if tuning is None:
@@ -169,21 +202,12 @@ def _averaged(
                 "weights are fitted on them; give --tuning-predictions and --tuning-labels, train with one --seed, or "
                 "choose --ensemble mean"
             )
-        tables, (names, truth) = tuning[0], (tuning[1].frame.index, tuning[1].frame[list(findings)].to_numpy())
-        weights = fit_weights(truth, _probabilities(tables, names, findings), row_keys(names, "patient", ids))
-    of_all = tuning if tuning and not n_others else None
-    evaluated = [replace(member, predictions=table, labels=labels,
-                         tuning=of_all and (of_all[0][place], of_all[1]))
-                 for place, (member, table) in enumerate(zip(members, predictions.values(), strict=True))]
-
-    content = {
-        "method": method, "sources": list(predictions),
-        "weights": None if weights is None else dict(zip(findings, weights.T.tolist(), strict=True)),
-        "tuning_patients": n_common, "tuning_patients_of_some": n_others, "left_out": skipped,
-    }
-    combined = combined_table(list(predictions.values()), volumes, findings, weights, ids)
-    both = of_all and (combined_table(of_all[0], of_all[1].frame.index, findings, weights, ids), of_all[1])
-    return EvaluationInputs(combined, labels, both, members=evaluated, ensemble=content)
+        names, truth = tuning[1].frame.index, tuning[1].frame[list(findings)].to_numpy()
+        weights = fit_weights(truth, _probabilities(tuning[0], names, findings), row_keys(names, "patient", ids))
+    if tuning is None or n_others:
+        return TuningFit(weights, None, None, n_common, n_others)
+    fused = combined_table(tuning[0], tuning[1].frame.index, findings, weights, ids), tuning[1]
+    return TuningFit(weights, [(table, tuning[1]) for table in tuning[0]], fused, n_common, n_others)
 
 
 def combined_table(
@@ -214,13 +238,13 @@ def _together(tables: Sequence[VolumeTable]) -> str:
 
 
 def _common_tuning(
-    members: Sequence[EvaluationInputs], ids: StatedIds, allow_partial: bool
+    given: Sequence[tuple[VolumeTable, VolumeTable] | None], ids: StatedIds, allow_partial: bool
 ) -> tuple[tuple[list[VolumeTable], VolumeTable] | None, int, int]:
     """((tables of predictions, labels) of the tuning volumes of all members, None where there are none; the number of
     their patients; the number of patients who are tuning patients of some members only)."""
-    tunings = [member.tuning for member in members if member.tuning]
+    tunings = [tuning for tuning in given if tuning]
     patients = [set(row_keys(table.frame.index, "patient", ids)) for table, _ in tunings]
-    if len(tunings) < len(members):
+    if len(tunings) < len(given):
         return None, 0, len(set().union(*patients))
     everyone, common = set.union(*patients), set.intersection(*patients)
     if not common:

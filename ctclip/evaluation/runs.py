@@ -16,6 +16,7 @@ from ctclip.errors import UserError
 from ctclip.evaluation.render import page_template
 from ctclip.evaluation.report import AUROCS, METRIC_ROWS, data_name
 from ctclip.evaluation.run_folder import PAGE, RECORDS, is_run, run_record
+from ctclip.evaluation.saved_ensemble import saved_ensemble
 from ctclip.fileio import check_replaceable, check_writable, read_json, replacing
 from ctclip.formatting import decimal, interval_text, metric_text, percent
 from ctclip_model import CheckpointError, check_written
@@ -119,6 +120,9 @@ def _summary(name: str, folder: Path, run: Path) -> RunSummary:
     record: dict[str, Any] = {}
     try:
         record = run_record(run)
+        if (ensemble := saved_ensemble(run)) is not None:
+            config = record.get("config", {}) | {"model": f"{ensemble.method} of {ensemble.names}"}
+            record = record | {"config": config}
         metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
         check_written(folder / "metrics.json")
         data = data_name(record) if folder == run else folder.name.removeprefix("on_")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from ctclip.evaluation.run_folder import BEST_FILES, TABLES, RunError, check_names, run_record, writing
+from ctclip.config import CALIBRATION_FILE
+from ctclip.evaluation.run_folder import (
+    BEST_FILES,
+    TABLES,
+    RunError,
+    check_names,
+    run_calibration,
+    run_record,
+    writing,
+)
 from ctclip.evaluation.tables import VolumeTable, write_table
 from ctclip.fileio import check_writable, make_folder, replacing
 from ctclip_model import ABNORMALITIES, saved_config, sha256_of
@@ -42,6 +52,10 @@ class Ensemble:
     @property
     def names(self) -> str:
         return ", ".join(partner.name for partner in self.partners)
+
+    def weights_of(self, findings: Sequence[str]) -> np.ndarray | None:
+        """`weights` of some of the findings, in this order."""
+        return None if self.weights is None else self.weights[:, [self.findings.index(name) for name in findings]]
 
     def check_partners(self) -> None:
         """Raises RunError for a partner that is absent, or no longer what the ensemble was saved with."""
@@ -145,15 +159,43 @@ def save_ensemble(
         "ensemble": {
             "method": "mean" if weights is None else "stacked",
             "partners": [_partner(folder, Path(partner)) for partner in partners],
-            "weights": None if weights is None else {name: [float(w) for w in weights[name]] for name in findings},
+            "weights": None if weights is None else {name: list(weights[name]) for name in findings},
         }
     }
+    for table in (*(tuning or ()), *(reported or ())):
+        table.select(findings)  # raises where it lacks one
     make_folder(folder, REMEDY)
     for prefix, tables in (("tuning_", tuning), ("", reported)):
         if tables is not None:
             with writing(folder, *(prefix + name for name in TABLES)):
                 _write_tables(folder, prefix, *tables, findings)
-    with writing(folder, "run.json"), replacing(folder / "run.json") as path:  # last: without it this is no run
+    return _write_record(folder, content)  # last: without it this is no run
+
+
+def copy_ensemble(ensemble: Ensemble, folder: str | Path) -> Ensemble:
+    """The ensemble with copies of its partners' weights in one folder, partner_1 and so on, and with its calibration,
+    without tables, names of patients or paths: for a container, or another machine. Raises RunError where a partner is
+    missing or changed, and where the folder holds anything."""
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise RunError(f"{folder}: found something there, expected no such folder, or an empty one; name another")
+    ensemble.check_partners()
+    record, calibration = run_record(ensemble.folder), run_calibration(ensemble.folder)
+    places = [f"partner_{k}" for k in range(1, 1 + len(ensemble.partners))]
+    for partner, place in zip(ensemble.partners, places, strict=True):
+        make_folder(folder / place, "name another folder")
+        for name in PARTNER_FILES:
+            with replacing(folder / place / name) as path:
+                shutil.copyfile(partner / name, path)
+    if calibration is not None:
+        calibration.save(folder / CALIBRATION_FILE)
+    kept = {key: record[key] for key in ("status", "phantom", "phantom_encoder", "labels")}
+    partners = [{"path": place, "sha256": each} for place, each in zip(places, ensemble.digests, strict=True)]
+    return _write_record(folder, kept | {"config": {}, "ensemble": record["ensemble"] | {"partners": partners}})
+
+
+def _write_record(folder: Path, content: Mapping[str, Any]) -> Ensemble:
+    with writing(folder, "run.json"), replacing(folder / "run.json") as path:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     ensemble = saved_ensemble(folder)
     assert ensemble is not None

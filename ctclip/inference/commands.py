@@ -17,17 +17,18 @@ from ctclip.data.tables import CALIBRATED, MAPPED, UNCALIBRATED, formula_note
 from ctclip.evaluation.command import chosen_from_flags
 from ctclip.evaluation.figures import check_matplotlib
 from ctclip.evaluation.run_folder import from_working_folder, list_names, newest_run, run_record
+from ctclip.evaluation.saved_ensemble import labels_of, saved_ensemble
 from ctclip.fileio import check_writable
 from ctclip.formatting import plural
 from ctclip.inference.feature_export import Source, cohort_items, export_features, scan_items
 from ctclip.inference.feature_export import export_lines as feature_lines
+from ctclip.inference.fusion import runs_as_one
 from ctclip.inference.heat_maps import parse_labels
 from ctclip.inference.onnx_export import check_onnx_path, export_lines, export_run
 from ctclip.inference.predictions import (
     PartialTable,
     Predictions,
     check_output,
-    labels_of,
     predict_scans,
     thresholds_beside,
     write_predictions,
@@ -42,8 +43,21 @@ def predict_command(args: argparse.Namespace) -> None:
     """`--mode predict`: a table of probabilities; scans that cannot be read are listed, and named by the exit code."""
     if not args.input:
         raise PredictionError("--mode predict needs --input, a scan (.nii, .nii.gz, .mha, a DICOM series) or a folder")
+    if args.ensemble == "pooled":
+        raise PredictionError("found --ensemble pooled with --mode predict, expected mean or stacked, as all runs "
+                              "predict all scans; choose one")
+    runs = args.checkpoint or [newest_run()]
+    if args.explain and len(runs) > 1:
+        raise PredictionError(f"found --explain with {len(runs)} runs, expected one, as each has heat maps of its own; "
+                              "name one with --checkpoint")
+    with runs_as_one(runs, args.ensemble) as checkpoint:
+        _predict(args, checkpoint, " ".join(map(str, runs)))
+
+
+def _predict(args: argparse.Namespace, checkpoint: Path, named: str) -> None:
+    """`predict_command` with the run, or the ensemble, that `--checkpoint` names as `named`."""
     prompts, chosen = read_prompts(args.prompts) if args.prompts else None, chosen_from_flags(args)
-    checkpoint, output = Path(args.checkpoint[0]) if args.checkpoint else newest_run(), Path(args.output or PREDICTIONS)
+    output = Path(args.output or PREDICTIONS)
     labels = prompts.names if prompts else labels_of(checkpoint)
     check_output(output, labels)
     _check_chosen(args, output)
@@ -73,8 +87,9 @@ def predict_command(args: argparse.Namespace) -> None:
         write_predictions(output, predictions, checkpoint)
     if output.suffix == ".csv" and (formulas := formula_note(predictions.table.index)):
         print_warning(formulas)
-    print_predictions(predictions, output, checkpoint)
-    if not args.explain and output.suffix == ".csv" and len(predictions.table) and not prompts:
+    print_predictions(predictions, output, named)
+    explainable = saved_ensemble(checkpoint) is None and not args.explain and not prompts
+    if explainable and output.suffix == ".csv" and len(predictions.table):
         highest = predictions.table[list(labels)].mean().idxmax()
         flags = f"--checkpoint {shlex.quote(str(checkpoint))} --input {shlex.quote(args.input)} --explain '{highest}'"
         print(f"Next: python {script('run_task2.py')} --mode predict {flags}")
@@ -96,7 +111,7 @@ def print_warning(note: str) -> None:
     tqdm.write(f"warning: {note}", file=sys.stderr)
 
 
-def print_predictions(predictions: Predictions, output: Path, checkpoint: Path) -> None:
+def print_predictions(predictions: Predictions, output: Path, checkpoint: str) -> None:
     """What was written; raises PredictionError where scans could not be read."""
     json, failures = output.suffix == ".json", predictions.failures
     rows = len(predictions.scans) if json else len(predictions.table)

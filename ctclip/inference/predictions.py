@@ -35,14 +35,15 @@ from ctclip.data.tables import CALIBRATED, MAPPED, NAME_COLUMN, SCALE_COLUMN, SC
 from ctclip.evaluation.calibration import Calibration, few_patients_note, load_calibration
 from ctclip.evaluation.metrics import EvaluationError
 from ctclip.evaluation.run_folder import encoder_note, newest_run, run_calibration, run_record, run_tuning
+from ctclip.evaluation.saved_ensemble import saved_ensemble
 from ctclip.evaluation.tables import VolumeTable
 from ctclip.evaluation.thresholds import label_rates
 from ctclip.fileio import check_replaceable, naming, replacing
+from ctclip.inference.fusion import FusedModels, load_models
 from ctclip.inference.heat_maps import check_heat_maps, parse_labels, write_scan_heat_maps
-from ctclip.inference.predictor import load_model, predict_volumes
 from ctclip.inference.scans import PredictionError, Scan, find_scans
 from ctclip.memory import out_of_memory
-from ctclip_model import ABNORMALITIES, PHANTOM_WEIGHTS, CTCLIPMultiAbnormalityModel, Prompts, saved_config
+from ctclip_model import ABNORMALITIES, PHANTOM_WEIGHTS, CTCLIPMultiAbnormalityModel, Prompts
 
 TRAINED_ON_PHANTOMS = f"Model trained on phantoms. {SYNTHETIC_NOTE}"
 Transform = Callable[[np.ndarray], np.ndarray]  # the model's probabilities (N, labels) -> the answers
@@ -101,7 +102,8 @@ def predict_scans(
     Args:
         scans: .nii, .nii.gz or .mha files, DICOM series (a folder, or any file of one), or folders of all these. Voxels
             in HU, spacing and orientation in the header. `find_scans` says what they are called.
-        checkpoint: a run's folder (default: the newest under results/), or a CT-CLIP file with a head or a text tower.
+        checkpoint: the folder of a run or of a saved ensemble (default: the newest under results/), or a CT-CLIP file
+            with a head or a text tower.
         form: "calibrated" (the run's calibration, where it has one), "uncalibrated", or "mapped" (not probabilities:
             rescaled so that the run's tuned thresholds lie at 0.5; the order of scans is kept).
         objective, calibration, prevalence: of Settings, where thresholds and calibration are to be fitted anew on the
@@ -124,14 +126,16 @@ def predict_scans(
     failures: list[tuple[str, str]] = []
     found = find_scans(scans, on_note, lambda folder, reason: failures.append((folder, reason)))
     checkpoint = Path(checkpoint) if checkpoint else newest_run()
+    if explain is not None:
+        check_explainable(checkpoint)
     chosen = {"objective": objective, "method": calibration, "prevalence": prevalence}
     fitted = _calibration_for(form, checkpoint, {key: value for key, value in chosen.items() if value is not None})
-    model = load_model(checkpoint, device, prompts)
+    model = load_models(checkpoint, device, prompts)
     labels = [] if explain is None else parse_labels(explain, model.labels)
     check_heat_maps(Path(explain_dir), [scan.stem for scan in found], labels)
-    note = model_note(checkpoint, model.derived_from)
+    note = model_note(checkpoint, *(each.derived_from for each in model.models))
     answers = _AnswerForm.of(form, None if fitted is None or prompts else fitted.select(model.labels))
-    heat_maps = _HeatMaps(model, labels, Path(explain_dir), answers.shown, note)
+    heat_maps = _HeatMaps(model.models[0], labels, Path(explain_dir), answers.shown, note)
     predictor = _ScanPredictor(found, assume_hu, answers.transform, heat_maps, on_scan, on_note, failures)
     on_start(found, answers.scale)
     if answers.calibration is not None and (few := few_patients_note(answers.calibration.n_patients)):
@@ -142,10 +146,10 @@ def predict_scans(
                        answers.calibration, note)
 
 
-def model_note(checkpoint: Path, derived_from: str | None) -> str | None:
-    """The disclaimer to show with what a model gives; `derived_from` is the model's."""
+def model_note(checkpoint: Path, *derived_from: str | None) -> str | None:
+    """The disclaimer to show with what a model gives; `derived_from` is the model's, or those of an ensemble's."""
     record = run_record(checkpoint) if checkpoint.is_dir() else {}
-    of_demo = PHANTOM_ENCODER_NOTE if derived_from == PHANTOM_WEIGHTS else None
+    of_demo = PHANTOM_ENCODER_NOTE if PHANTOM_WEIGHTS in derived_from else None
     return TRAINED_ON_PHANTOMS if record.get("phantom") else encoder_note(record) or of_demo
 
 
@@ -228,9 +232,8 @@ class _ScanPredictor:
         self.rows: dict[str, np.ndarray] = {}
         self.warnings: dict[str, str] = {}
 
-    def predict(self, model: CTCLIPMultiAbnormalityModel, workers: int | None) -> None:
-        predict_volumes(
-            model,
+    def predict(self, model: FusedModels, workers: int | None) -> None:
+        model.predict(
             self.volumes,
             workers=workers,
             on_batch=self._on_batch,
@@ -252,8 +255,8 @@ class _ScanPredictor:
         reason = OUT_OF_MEMORY if out_of_memory(error) else f"{found_error}, expected an answer; predict it by itself"
         self.failures.append((self.scans[index].name, reason))
 
-    def _on_answer(self, index: int, voxels: torch.Tensor, logits: torch.Tensor) -> None:
-        scan, probabilities = self.scans[index], logits.sigmoid().numpy()[None]
+    def _on_answer(self, index: int, answer: np.ndarray, voxels: torch.Tensor) -> None:
+        scan, probabilities = self.scans[index], answer[None]
         row = self.transform(probabilities)[0]
         if not np.isfinite(row).all():
             reason = "found an answer that is no number, expected probabilities; leave it out"
@@ -267,11 +270,11 @@ class _ScanPredictor:
 # ------------------------------------------------------------------ files
 
 
-def labels_of(checkpoint: Path) -> tuple[str, ...]:
-    """What a run, or a model saved with prompts of its own, answers; the 18 findings where its folder does not say."""
-    if not (checkpoint / "config.json").is_file():
-        return ABNORMALITIES
-    return tuple(saved_config(checkpoint).get("labels") or ABNORMALITIES)
+def check_explainable(checkpoint: str | Path) -> None:
+    """Raises PredictionError for an ensemble, whose heat maps would be its partners'."""
+    if (ensemble := saved_ensemble(checkpoint)) is not None:
+        raise PredictionError(f"{checkpoint}: found --explain with an ensemble, expected one run, as every partner has "
+                              f"heat maps of its own; name one of {ensemble.names} with --checkpoint")
 
 
 def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> None:

@@ -17,6 +17,7 @@ from ctclip.data.geometry import PUBLISHED_SHAPE
 from ctclip.data.loading import Batch, read_ahead
 from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import RunError
+from ctclip.evaluation.saved_ensemble import saved_ensemble
 from ctclip.formatting import BAR
 from ctclip.memory import available_cpus, local_world
 from ctclip_model import CheckpointError, CTCLIPMultiAbnormalityModel, PromptError, Prompts, check_no_other_folder
@@ -81,6 +82,8 @@ def _load_run(folder: Path, prompts: Prompts | None) -> CTCLIPMultiAbnormalityMo
             f"{folder}: found a run, which has no text tower, expected a CT-CLIP file for prompts; name one with "
             "--checkpoint (models/ctclip_zeroshot.pt)"
         )
+    if (ensemble := saved_ensemble(folder)) is not None:
+        raise RunError(f"{folder}: found an ensemble of {ensemble.names}, expected one run; name one of them")
     if not (folder / "model.safetensors").is_file():
         check_no_other_folder(folder)
         raise RunError(f"{folder}: found no model.safetensors, expected a run with a finished epoch")

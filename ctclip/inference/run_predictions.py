@@ -29,11 +29,13 @@ from ctclip.evaluation.run_folder import (
     run_tuning,
     writing,
 )
+from ctclip.evaluation.saved_ensemble import saved_ensemble
 from ctclip.evaluation.tables import EvaluationInputs, patients_of, read_labels, read_predictions, write_table
 from ctclip.fileio import make_folder
 from ctclip.formatting import plural
+from ctclip.inference.fusion import load_models
 from ctclip.inference.predictions import PartialTable
-from ctclip.inference.predictor import load_model, predict_volumes, print_failures
+from ctclip.inference.predictor import print_failures
 from ctclip.phantoms.cohort import is_phantom_cohort, plan_split
 
 UNSEEN_NOT_CHECKED = "Not checked whether patients of the unseen split are trained on"
@@ -149,7 +151,7 @@ def predict_run(
     """
     record, own_cohort = run_record(run), data_dir is None
     data_dir = data_dir or from_working_folder(record, record.get("data_dir"))
-    if data_dir is None or not (run / "model.safetensors").is_file():
+    if data_dir is None or not ((run / "model.safetensors").is_file() or saved_ensemble(run)):
         raise RunError(
             f"{run}: found no predictions.csv with labels.csv, expected them or a finished epoch to make them with; "
             "let training go on (--resume), or give --predictions and --labels"
@@ -159,7 +161,7 @@ def predict_run(
     stored = record.get("config", {})
     cohort = reported_cohort(record, data_dir, own_cohort, patients)
     check([volume.name for volume in cohort.volumes])
-    model = load_model(run, device)
+    model = load_models(run, device)
     common = [name for name in cohort.findings if name in model.labels]
     if not common:
         raise RunError(f"{data_dir}: found none of the run's findings ({some(model.labels)}) in its label table, "
@@ -170,11 +172,12 @@ def predict_run(
     if others := [name for name in cohort.findings if name not in common]:
         print(f"Not evaluated, as the model does not predict it: {', '.join(others)}")
     cache_dir = cache_folder(record)
-    cache = FeatureCache(cache_dir, model) if cache_dir.is_dir() else None
+    caches = [FeatureCache(cache_dir, each) for each in model.models] if cache_dir.is_dir() else None
     volumes = cohort.volumes
     streamed = all(volume.signature is not None for volume in volumes)
-    if streamed and (cache is None or all(row is None for row in cache.rows(volumes))):
-        where = f"{cache_dir} (no such folder)" if cache is None else cache.folder
+    empty = [cache for cache in caches or () if all(row is None for row in cache.rows(volumes))] if streamed else []
+    if streamed and (caches is None or empty):
+        where = f"{cache_dir} (no such folder)" if caches is None else empty[0].folder
         raise RunError(
             f"{data_dir}: found none of the {len(cohort)} volumes on disk (they were streamed) and none in {where}, "
             "expected them in the cache of this encoder; evaluate a run that was trained with --freeze-backbone on the "
@@ -189,9 +192,9 @@ def predict_run(
     make_folder(tables, ELSEWHERE)
     part_table = PartialTable(tables / "predictions.part.csv", model.labels, "evaluate them with --predictions")
     with alone_in(tables), part_table as part:
-        read, logits = predict_volumes(
-            model, volumes, workers=workers, on_batch=on_batch, cache=cache,
-            on_answer=lambda index, voxels, answer: part.append(volumes[index].name, answer.sigmoid().numpy()),
+        read, probabilities = model.predict(
+            volumes, workers=workers, on_batch=on_batch, caches=caches,
+            on_answer=lambda index, answer, voxels: part.append(volumes[index].name, answer),
         )  # fmt: skip
         if notes:
             print(count_notes(notes))
@@ -202,4 +205,4 @@ def predict_run(
         labels = np.stack([volumes[i].labels for i in read])[:, chosen].astype(int)
         with writing(tables, *TABLES):
             write_table(tables / "labels.csv", names, labels, ids, common)
-            write_table(tables / "predictions.csv", names, logits.sigmoid().numpy(), ids, model.labels)
+            write_table(tables / "predictions.csv", names, probabilities, ids, model.labels)

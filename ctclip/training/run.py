@@ -50,6 +50,7 @@ from ctclip.evaluation.run_folder import (
     newest_run,
     run_record,
 )
+from ctclip.evaluation.saved_ensemble import saved_ensemble
 from ctclip.fileio import check_writable, locked, make_folder, naming
 from ctclip.formatting import plural
 from ctclip.inference.predictor import choose_device, choose_precision, choose_workers
@@ -361,6 +362,9 @@ def _earlier_run(args: argparse.Namespace) -> tuple[TrainingConfig, Path]:
     folder = newest_run() if args.resume == "" else Path(args.resume)
     if not (folder / "run.json").is_file():
         raise TrainingError(f"--resume: no run.json in {folder}; expected the folder of an earlier run")
+    if (ensemble := saved_ensemble(folder)) is not None:
+        raise TrainingError(f"--resume {folder}: found an ensemble of {ensemble.names}, expected a run; name one of "
+                            "them")
     stored = _stored(folder)
     given = {name: getattr(args, name) for name in asdict(stored) if hasattr(args, name)}
     if changed := changed_flags(stored, given):

@@ -23,7 +23,7 @@ from ctclip.evaluation import run_folder as folders
 from ctclip.evaluation import tables as tables_module
 from ctclip.evaluation.run_folder import RunError
 from ctclip.evaluation.tables import row_keys
-from ctclip.inference import run_predictions
+from ctclip.inference import fusion
 from ctclip.inference.run_predictions import run_inputs
 from ctclip.paths import script
 from ctclip.training import run as training_run
@@ -416,7 +416,7 @@ def test_a_table_about_other_volumes_is_refused_before_anything_is_predicted(
     CTCLIPMultiAbnormalityModel(tiny_classfine).save_pretrained("run")
     Path("run/run.json").write_text(json.dumps({"phantom": True, "data_dir": str(phantoms)}))
     simulate(12, seed=0, first=9000)[0].assign(PatientSex="F").to_csv("other.csv")
-    monkeypatch.setattr(run_predictions, "predict_volumes", None)
+    monkeypatch.setattr(fusion, "predict_volumes", None)
     for main, argv in ((ctclip_evaluation.main, []), (run_task2.main, ["--mode", "evaluate"])):
         assert main([*argv, "--checkpoint", "run", flag, "other.csv"]) == 2
         assert "other.csv: found no row for any of the 16 volumes" in capsys.readouterr().err

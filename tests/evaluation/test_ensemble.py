@@ -354,6 +354,10 @@ PAIR = ["--predictions", "a.csv", "b.csv", "--labels", "l.csv"]
     (["--checkpoint", "A", "--ensemble", "stacked"], "found --ensemble stacked with one source"),
     (["--checkpoint", "A", "B", "--output-dir", "A"], "A: found a run, whose tables"),
     (["--checkpoint", "A", "B", "--ensemble", "pooled"], "B/predictions.csv: found patient valid_1, whom A/"),
+    (["--checkpoint", "A", "B", "--save-ensemble", "./A"], "A: found a run, expected no such folder"),
+    (["--checkpoint", "A", "B", "--save-ensemble", "AB"], "A: found no model.safetensors, expected a run with a"),
+    (["--checkpoint", "A", "B", "--save-ensemble", "AB", "--output-dir", "o"], "found --output-dir with --save-"),
+    (["--checkpoint", "A", "B", "--save-ensemble", "AB", "--ensemble", "pooled"], "found --ensemble pooled with"),
     (["--apply", "A", "--predictions", "a.csv", "b.csv"], "found 2 tables of predictions, expected one, as A was"),
 ])
 def test_wrong_usage_is_one_line_and_exit_code_2(argv, message, tables, capsys):
@@ -365,7 +369,12 @@ def test_wrong_usage_is_one_line_and_exit_code_2(argv, message, tables, capsys):
 
 @pytest.mark.parametrize("argv, message", [
     (["--ensemble", "mean"], "found --ensemble mean with one source"),
-    (["--mode", "predict", "--checkpoint", "A", "B", "--input", "x.nii.gz"], "found 2 runs after --checkpoint"),
+    (["--mode", "predict", "--checkpoint", "A", "B", "--input", "x.nii.gz"], "A: found no model.safetensors, expected"),
+    (["--mode", "predict", "--checkpoint", "A", "B", "--input", "x", "--explain", "all"], "--explain with 2 runs"),
+    (["--mode", "predict", "--checkpoint", "A", "B", "--input", "x", "--ensemble", "pooled"], "--ensemble pooled"),
+    (["--save-ensemble", "AB"], "found --save-ensemble with one source"),
+    (["--mode", "evaluate", "--checkpoint", "A", "B", "--save-ensemble", "AB", "--data-dir", "D"],
+     "found --data-dir with --save-ensemble"),
     (["--export", "onnx", "--checkpoint", "A", "B"], "found 2 runs after --checkpoint"),
 ])
 def test_the_task_refuses_several_runs_where_it_needs_one(argv, message, tables, capsys):

@@ -21,7 +21,7 @@ import run_task2
 from ctclip.cli import run_cli
 from ctclip.evaluation import figures, render
 from ctclip.evaluation.run_folder import LOCK, RunError, list_names, own_files, run_record, writing
-from ctclip.inference import run_predictions
+from ctclip.inference import fusion, run_predictions
 from ctclip_model import WRITTEN, CheckpointError, CTCLIPMultiAbnormalityModel, check_written, written_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -270,7 +270,7 @@ def untested(phantoms, tiny_classfine, tmp_path):
 
 def test_a_place_that_cannot_be_written_is_said_before_anything_is_predicted(untested, monkeypatch, capsys):
     monkeypatch.setattr(os, "access", lambda *args: False)  # root may write anywhere
-    monkeypatch.setattr(run_predictions, "predict_volumes", None)
+    monkeypatch.setattr(fusion, "predict_volumes", None)
     for output in ([], ["--output-dir", "elsewhere/new"]):
         assert ctclip_evaluation.main(["--checkpoint", str(untested), *output]) == 2
         err = capsys.readouterr().err
@@ -283,7 +283,7 @@ def test_out_of_memory_while_a_run_is_evaluated_is_one_line_without_resume(error
     def full(*args, **options):
         raise error
 
-    monkeypatch.setattr(run_predictions, "predict_volumes", full)
+    monkeypatch.setattr(fusion, "predict_volumes", full)
     assert ctclip_evaluation.main(["--checkpoint", str(untested)]) == 2
     err = capsys.readouterr().err
     assert one_line(err) and err.startswith("error: out of memory; ") and "--resume" not in err

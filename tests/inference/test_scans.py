@@ -28,6 +28,7 @@ from ctclip.data.cohort import Volume, load_cohort
 from ctclip.data.ct_rate import PREVALENCE
 from ctclip.data.loading import read_ahead
 from ctclip.evaluation import figures
+from ctclip.inference import fusion
 from ctclip.inference import predictions as predictions_module
 from ctclip.inference import scans as scans_module
 from ctclip.inference.commands import PartialTable
@@ -275,7 +276,7 @@ def test_wrong_usage_is_one_line_before_anything_is_computed(tmp_path, monkeypat
         (tmp_path / "pictures" / name).write_bytes(b"what it is")
     (tmp_path / "mine.txt").write_text("Pneumothorax\n")
     (tmp_path / "empty" / "x.nii.gz").write_bytes(b"") if "x.nii.gz" in " ".join(flags) else None
-    monkeypatch.setattr(predictions_module, "predict_volumes", lambda *a, **k: pytest.fail("computed"))
+    monkeypatch.setattr(fusion, "predict_volumes", lambda *a, **k: pytest.fail("computed"))
     assert call(*flags) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and line in err
@@ -285,7 +286,7 @@ def test_wrong_usage_is_one_line_before_anything_is_computed(tmp_path, monkeypat
 def test_what_heat_maps_need_is_missed_before_a_model_is_loaded(missing, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "good" / "a.nii.gz", chest())
-    monkeypatch.setattr(predictions_module, "load_model", None)
+    monkeypatch.setattr(fusion, "load_model", None)
     if missing == "matplotlib":
         monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
     if missing == "folder":
