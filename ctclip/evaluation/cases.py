@@ -13,8 +13,8 @@ import torch
 from scipy.ndimage import minimum_filter
 from tqdm.auto import tqdm
 
-from ctclip.data.cohort import load_cohort
-from ctclip.data.ct_rate import FETCH_COMMAND
+from ctclip.data.cohort import Volume, load_cohort
+from ctclip.data.ct_rate import FETCH_COMMAND, labels_path
 from ctclip.data.patients import StatedIds
 from ctclip.data.preprocessing import read_volume
 from ctclip.data.volume_file import VolumeError
@@ -63,11 +63,18 @@ def with_pictures(
 ) -> tuple[list[Case], list[tuple[str, str]]]:
     """(the cases, the first `most` of each label and kind with a picture; what could not be read, as (name, reason)).
 
-    A row of volumes merged as `ids` states them shows the first of them. Each volume is read once; those that were
+    Volumes are those of the unseen split; of the training split where the cases are none of them (cross-validation). A
+    row of volumes merged as `ids` states them shows the first of them. Each volume is read once; those that were
     streamed and have no file are counted under one reason. Raises CohortError where `data_dir` has no usable cohort.
     """
-    cohort = load_cohort(data_dir, "valid").volumes[::-1]  # so that the first volume of a row stays
-    volumes = dict(zip(row_keys([volume.name for volume in cohort], unit, ids).tolist(), cohort, strict=True))
+
+    def by_row(split: str) -> dict[str, Volume]:
+        cohort = load_cohort(data_dir, split).volumes[::-1]  # so that the first volume of a row stays
+        return dict(zip(row_keys([volume.name for volume in cohort], unit, ids).tolist(), cohort, strict=True))
+
+    volumes = by_row("valid")
+    if all(case.name not in volumes for case in cases) and (data_dir / labels_path("train")).is_file():
+        volumes = by_row("train")
     wanted: dict[str, list[int]] = {}
     seen: Counter[tuple[str, str]] = Counter()
     for place, case in enumerate(cases):

@@ -49,8 +49,10 @@ def members_of(study: Study) -> dict[str, TrainingConfig]:
 
 def train_members(study: Study) -> list[Path]:
     """Trains what is not finished yet; of folds, each then predicts its held-out patients. -> the runs' folders."""
-    folders = []
-    for number, (name, config) in enumerate(members_of(study).items(), 1):
+    folders, members = [], members_of(study)
+    for config in members.values():
+        config.check()
+    for number, (name, config) in enumerate(members.items(), 1):
         folder = study.folder / name
         folders.append(folder)
         if not is_finished(folder):
@@ -93,7 +95,7 @@ def run_folds(study: Study) -> None:
         pooled = combined_inputs(members, "pooled")
         fuse(study, folders, (pooled.predictions, pooled.labels))
     print(f"\nPredictions of the patients that each of {study.count} folds has not seen, as one table")
-    evaluate_and_write(pooled, study.folder, Settings(), None, training_metadata(pooled), pictures=0)
+    evaluate_and_write(pooled, study.folder, Settings(), None, training_metadata(pooled), pictures=1)
     spread = mean_and_spread([row["auroc_macro"] for row in rows])
     print(f"\n{folds_table(rows, spread)}")
     names = pooled.predictions.frame.index

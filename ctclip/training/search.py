@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -260,14 +261,19 @@ def read_trial(path: Path, number: int, config: TrainingConfig, names: Sequence[
     TrainingError where it was scored on other volumes."""
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as stored:
-        if json.loads(str(stored["config"])) != asdict(config):
-            return None
-        if stored["names"].tolist() != list(names):
-            raise TrainingError(f"{path}: found other validation volumes than the cohort's split has now, expected the "
-                                "same; bring the volumes back, or choose another --output-dir")
-        return Trial(number, config, stored["scores"], stored["logits"], float(stored["seconds"]),
-                     str(stored["failed"]))
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            content = {name: stored[name] for name in ("config", "names", "scores", "logits", "seconds", "failed")}
+    except (OSError, ValueError, KeyError, BadZipFile, EOFError) as error:
+        raise TrainingError(f"{path}: found a damaged trial ({error}), expected it as it was written; remove it, and "
+                            "it is trained again") from error
+    if json.loads(str(content["config"])) != asdict(config):
+        return None
+    if content["names"].tolist() != list(names):
+        raise TrainingError(f"{path}: found other validation volumes than the cohort's split has now, expected the "
+                            "same; bring the volumes back, or choose another --output-dir")
+    return Trial(number, config, content["scores"], content["logits"], float(content["seconds"]),
+                 str(content["failed"]))
 
 
 # ------------------------------------------------------------------ what the best is worth

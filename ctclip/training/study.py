@@ -39,6 +39,8 @@ UNFREEZING = ("freeze_epochs", "unfreeze_layers", "patience", "backbone_learning
               "layer_decay", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "train_slices", "augment",
               "window_jitter")
 
+OF_KEPT_RUNS = ("--report-to", "--save-minutes")
+
 
 def chosen_kind(args: argparse.Namespace) -> str | None:
     """Which study the flags of ctclip_training.py ask for; None for a single run."""
@@ -96,7 +98,8 @@ def study_from_flags(args: argparse.Namespace, kind: str) -> Study:
                             "run; name another run")
     if kind == "search":
         config = frozen_config(config)
-    refuse_unused(args.given, training_flag_uses(config))
+    single = dict.fromkeys(OF_KEPT_RUNS, ("runs that are kept, not --search,", kind != "search"))
+    refuse_unused(args.given, training_flag_uses(config) | single)
     config.check()
     machine = machine_from_flags(args)
     machine.check()
@@ -133,7 +136,8 @@ def study_folder(kind: str, count: int, config: TrainingConfig, wanted: Path | N
         raise TrainingError(f"{wanted} holds a run, expected a folder of its own for --{kind}; choose another "
                             "--output-dir")
     record = wanted / f"{kind}.json"
-    if not record.is_file():
+    begun = record.is_file() and any(path.is_dir() for path in wanted.iterdir())
+    if not begun:  # a record alone is of settings with which nothing could be trained
         check_run_folder(wanted)
     elif changed := differences(stored_study(record), kind, count, config):
         raise TrainingError(f"{wanted} holds a study with other values for {', '.join(changed)}; choose another "

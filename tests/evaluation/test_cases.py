@@ -82,6 +82,13 @@ def test_pictures_of_the_first_of_each_kind_and_what_could_not_be_read(phantoms,
         cases.with_pictures(listed, "volume", tmp_path / "nowhere", 1)
 
 
+def test_cases_of_cross_validation_are_found_in_the_training_split(phantoms):
+    volume = load_cohort(phantoms, "train").volumes[0]
+    asked = cases.Case("Emphysema", "false negative", volume.name, 0.5, 0.5)
+    (case,), failures = cases.with_pictures([asked], "volume", phantoms, 1)
+    assert case.picture is not None and not failures
+
+
 def test_what_is_no_hu_has_no_picture(phantoms, tmp_path):
     """The check is prediction's: a volume in 0 to 255 under a good header, and no metadata row."""
     data_dir = tmp_path / "cohort"

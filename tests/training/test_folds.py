@@ -181,6 +181,7 @@ def test_seeds_share_the_split_and_say_how_far_they_lie_apart(flags, tmp_path, c
         (["--seeds", "2", "--resume"], "found --resume with --seeds"),
         (["--search", "2", "--plan"], "found --plan with --search"),
         (["--search", "2", "--adapt", "last:2"], "found --adapt with --search, expected a frozen backbone"),
+        (["--search", "2", "--save-minutes", "1"], "found --save-minutes, which goes with runs that are kept"),
         (["--search", "2", "--augment"], "found --augment with --search, expected a frozen backbone"),
         (["--search", "2", "--head", "linear", "--loss-type", "bce", "--learning-rate", "1", "--weight-decay", "0",
           "--dropout", "0"], "found flags for all of --head"),
@@ -192,6 +193,8 @@ def test_what_makes_no_study_is_one_line(given, said, flags, tmp_path, capsys):
     assert main([*few, *given, "--output-dir", str(folder)]) == 2
     err = capsys.readouterr().err
     assert one_line(err) and said in err and not list(folder.glob("*/model.safetensors"))
+    if "--folds" in given:  # a record of what could not begin keeps no name
+        assert study_folder("folds", 3, TrainingConfig(), folder) == folder
 
 
 def test_a_folder_with_another_study_or_a_run_is_refused(flags, study, capsys):

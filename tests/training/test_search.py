@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers_training import history, one_line
+from helpers_training import damage, history, one_line
 from scipy.special import logit
 
 from ctclip.config import TrainingConfig, config_from_flags, training_parser
@@ -128,6 +128,10 @@ def test_a_search_goes_on_after_an_interruption_and_may_grow(searched, flags, tm
     assert results(folder)["on_other_patients"] == results(searched)["on_other_patients"]
     assert main([*flags, "--search", "4", "--output-dir", str(folder)]) == 2
     assert "other values for --search" in capsys.readouterr().err
+    damage(folder / "trials" / "0001.npz")
+    assert main([*flags, "--search", str(TRIALS), "--output-dir", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and "0001.npz: found a damaged trial" in err
 
 
 def test_a_setting_that_diverges_is_listed_and_the_search_goes_on(flags, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ bit; what a run saves; how it goes on. References: the weights before, a run tha
 import inspect
 import json
 import os
+import shlex
 import signal
 from dataclasses import fields, replace
 
@@ -19,6 +20,7 @@ from ctclip.training.checkpoint import states
 from ctclip.training.loop import train
 from ctclip.training.optimization import TrainableParameters
 from ctclip.training.run import build_model, prepare
+from ctclip.training.search import command_of
 from ctclip_model import CTCLIPMultiAbnormalityModel
 from ctclip_training import main
 
@@ -51,6 +53,24 @@ def test_a_query_head_is_trained_frozen_and_unfrozen(config, tmp_path, tokens):
     model = CTCLIPMultiAbnormalityModel.from_pretrained(folder)
     assert (model.head_name, model.tokens) == ("attention", tokens) and model.classifier.query.weight.any()
     assert json.loads((folder / "run.json").read_text())["config"]["tokens"] == tokens
+
+
+def test_a_search_takes_the_other_head_once_its_tokens_are_in_the_cache(config, tmp_path, capsys):
+    """Trained as an ordinary run, the best comes to the same AUROC, to the bit."""
+    settings = config(head="linear", cache_dir=str(tmp_path / "cache"), freeze_epochs=20, seed=1)
+    flags = [*shlex.split(command_of(settings))[2:], "--search", "3"]
+    assert main([*flags, "--output-dir", str(tmp_path / "linear")]) == 0
+    out = capsys.readouterr().out
+    assert "--head attention is not searched: its features are not in" in out and "; heads linear\n" in out
+    train(config(head="attention", cache_dir=str(tmp_path / "cache"), epochs=1, seed=1), tmp_path / "tokens")
+    assert main([*flags, "--output-dir", str(tmp_path / "both")]) == 0
+    out = capsys.readouterr().out
+    assert "is not searched" not in out and "; heads attention, linear\n" in out
+    trials = json.loads((tmp_path / "both" / "search.json").read_text())["trials"]
+    assert {row["head"] for row in trials} == {"attention", "linear"}
+    best = json.loads((tmp_path / "both" / "search.json").read_text())["best"]
+    assert main([*shlex.split(best["command"])[2:], "--output-dir", str(tmp_path / "best")]) == 0
+    assert max(line["tuning_auroc_macro"] for line in history(tmp_path / "best")) == best["auroc_macro"]
 
 
 def tensors_of(model) -> dict[str, torch.Tensor]:
