@@ -103,7 +103,7 @@ def run_folds(study: Study) -> None:
     if seen:
         print(SEEN_BY_ENCODER)
     study.write("finished", folds=rows, auroc_macro=spread, note=SEEN_BY_ENCODER if seen else None)
-    print(next_step(folders))
+    print(next_step(study))
 
 
 def check_one_cohort(folders: Sequence[Path]) -> None:
@@ -121,15 +121,19 @@ def check_one_cohort(folders: Sequence[Path]) -> None:
 
 def fold_row(folder: Path, member: EvaluationInputs) -> dict[str, Any]:
     """A fold as the table shows it; `validation_auroc_macro` is that of its best epoch, chosen by it."""
-    names, findings = member.predictions.frame.index, list(member.labels.findings)
-    labels = member.labels.frame.loc[names, findings].to_numpy()
-    metrics = compute_metrics(labels, member.predictions.frame[findings].to_numpy())
-    chosen = [epoch["tuning_auroc_macro"] for epoch in member.history or () if epoch["best"]]
+    metrics = metrics_of(member.predictions, member.labels)
     return {
-        "name": folder.name, "volumes": len(names), "patients": len(member.record["held_out_patients"]),
-        "validation_auroc_macro": chosen[-1] if chosen else None,
+        "name": folder.name, "volumes": len(member.predictions.frame),
+        "patients": len(member.record["held_out_patients"]),
+        "validation_auroc_macro": metrics_of(*member.tuning)["auroc_macro"] if member.tuning else None,
         **{key: metrics[key] for key in ("auroc_macro", "positive_rate", "label_rate")},
     }
+
+
+def metrics_of(predictions: VolumeTable, labels: VolumeTable) -> dict:
+    findings = list(labels.findings)
+    return compute_metrics(labels.frame[findings].to_numpy(),
+                           predictions.frame.loc[labels.frame.index, findings].to_numpy())
 
 
 def folds_table(rows: Sequence[Mapping], spread: Mapping) -> str:
@@ -156,11 +160,10 @@ def fuse(study: Study, folders: Sequence[Path], tuning: tuple[VolumeTable, Volum
         save_ensemble(folder, folders, tuning=tuning)
 
 
-def next_step(folders: Sequence[Path]) -> str:
-    """The evaluation of the runs' mean on the unseen split."""
-    runs = " ".join(shlex.quote(str(folder)) for folder in folders)
-    return (f"Next: python {script('ctclip_evaluation.py')} --checkpoint {runs} --data-dir "
-            f"{shlex.quote(str(run_record(folders[0])['data_dir']))}")
+def next_step(study: Study) -> str:
+    """The evaluation of the ensemble on the unseen split."""
+    folder = shlex.quote(str(study.folder / FUSED))
+    return f"Next, on the unseen split: python {script('ctclip_evaluation.py')} --checkpoint {folder}"
 
 
 # ------------------------------------------------------------------ --seeds
@@ -185,7 +188,7 @@ def run_seeds(study: Study) -> None:
     print(f"mean {decimal(macro['mean'], 3)}, SD {decimal(macro['sd'], 3)}; together {decimal(macro['together'], 3)} "
           f"(each finding: {study.folder / SEEDS_TABLE}). Best epochs were chosen on these patients, so all are a "
           "little too high.")
-    print(next_step(folders))
+    print(next_step(study))
 
 
 def seed_rows(predictions: Sequence[VolumeTable], labels: VolumeTable) -> dict[str, dict[str, Any]]:
@@ -194,9 +197,8 @@ def seed_rows(predictions: Sequence[VolumeTable], labels: VolumeTable) -> dict[s
     findings, found = list(labels.findings), []
     truth = labels.frame[findings].to_numpy()
     for table in predictions:
-        values = table.frame.loc[labels.frame.index, findings].to_numpy()
-        each = per_label_metrics(truth, values, findings=findings)
-        macro = {"macro": compute_metrics(truth, values)["auroc_macro"]}
+        each = per_label_metrics(truth, table.frame.loc[labels.frame.index, findings].to_numpy(), findings=findings)
+        macro = {"macro": metrics_of(table, labels)["auroc_macro"]}
         found.append(macro | {name: row["auroc"] for name, row in each.items()})
     *alone, together = found
     rows: dict[str, dict[str, Any]] = {}

@@ -329,7 +329,9 @@ def command_of(config: TrainingConfig) -> str:
     for item in fields(TrainingConfig):
         value = getattr(config, item.name)
         if item.metadata and value != getattr(default, item.name):
-            words += [flag_of(item.name)] if isinstance(value, bool) else [flag_of(item.name), shlex.quote(str(value))]
+            text = shlex.quote(str(value))  # what begins with - would be taken for a flag
+            with_value = [f"{flag_of(item.name)}={text}"] if text.startswith("-") else [flag_of(item.name), text]
+            words += [flag_of(item.name)] if isinstance(value, bool) else with_value
     return " ".join(words)
 
 

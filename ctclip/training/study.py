@@ -23,6 +23,7 @@ from ctclip.config import (
     TrainingError,
     config_from_flags,
     machine_from_flags,
+    recipe_lines,
     training_flag_uses,
 )
 from ctclip.evaluation.run_folder import LOCK, check_names, writing
@@ -39,7 +40,7 @@ UNFREEZING = ("freeze_epochs", "unfreeze_layers", "patience", "backbone_learning
               "layer_decay", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "train_slices", "augment",
               "window_jitter")
 
-OF_KEPT_RUNS = ("--report-to", "--save-minutes")
+OF_KEPT_RUNS = ("--report-to", "--save-minutes", "--average-epochs")
 
 
 def chosen_kind(args: argparse.Namespace) -> str | None:
@@ -103,6 +104,8 @@ def study_from_flags(args: argparse.Namespace, kind: str) -> Study:
     config.check()
     machine = machine_from_flags(args)
     machine.check()
+    if args.recipe:
+        print(*recipe_lines(args.recipe), sep="\n")
     folder = study_folder(kind, count, config, named_folder(args))
     fixed = tuple(name for name in asdict(config) if hasattr(args, name))
     return Study(kind, count, folder, config, machine, fixed)

@@ -88,6 +88,11 @@ def test_the_table_of_all_folds_is_each_folds_own(phantoms, study):
     ensemble = saved_ensemble(study / "fused")
     assert list(ensemble.partners) == members(study) and ensemble.weights is None
     pd.testing.assert_frame_equal(load_predictions(study / "fused" / "tuning_predictions.csv"), pooled)
+    members_alone = [run_inputs(run, phantoms, tables=run / "on_phantoms").predictions.frame for run in members(study)]
+    together = run_inputs(study / "fused").predictions.frame
+    assert set(together.index) == {volume.name for volume in load_cohort(phantoms, "valid").volumes}
+    expected = np.mean([logit(table.loc[together.index]) for table in members_alone], axis=0)
+    assert np.allclose(logit(together), expected, atol=1e-4)
     assert metrics["intervals"]["at_0.5"]["auroc_macro"] and (study / "report.txt").is_file()
 
 

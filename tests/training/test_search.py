@@ -195,7 +195,7 @@ def test_a_copy_of_the_first_setting_gains_nothing():
     [
         TrainingConfig(),
         TrainingConfig(data_dir="a folder/with space", freeze_backbone=True, learning_rate=0.0123, seed=7, limit=9),
-        TrainingConfig(model="resnet18", pretrained=False, class_weights=True, weight_decay=1e-4, head="attention"),
+        TrainingConfig(model="resnet18", pretrained=False, class_weights=True, weight_decay=1e-4, windows="-1000:200"),
         TrainingConfig(mode="quick_test", train_volumes=270, valid_volumes=100, epochs=3, freeze_epochs=2, alpha=0.5),
     ],
 )
