@@ -68,8 +68,8 @@ class TrainingConfig:
     tuning_fraction: float = _flag(
         0.2, "data", "fraction of the training patients held out for validation: best epoch, calibration, thresholds")
     cache_dir: str = _flag(
-        "cache", "data", "folder for the frozen backbone's features, shared by all runs: cached epochs take seconds",
-        metavar="C")
+        "cache", "data", "folder for the frozen backbone's features, shared by all runs: cached epochs take seconds; "
+        "and for a video ResNet's resampled volumes", metavar="C")
     augment: bool = _flag(
         False, "data",
         "shift and rescale the voxels of training volumes, add noise; no cache: every frozen epoch encodes them again")
@@ -315,6 +315,9 @@ class Machine:
     device: str | None = _flag(None, "machine", "cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     workers: int | None = _flag(None, "machine", "reading processes (default: up to 8; none on two cores)")
     micro_batch: int | None = _flag(None, "machine", "volumes per pass (default: by size); halved if memory runs out")
+    volume_cache: bool = _flag(
+        True, "machine", "video ResNet: keep no resampled volumes in --cache-dir (about 6 MB each): every epoch reads "
+        "the files, which takes longer")
     gradient_checkpointing: str = _flag(
         "auto", "machine", "recompute the activations of unfrozen layers: less than half the memory, slower; auto: on "
         "CUDA", choices=("auto", "on", "off"))
@@ -352,7 +355,7 @@ QUICK_TEST_VOLUMES = (200, 50)
 
 def flag_of(name: str) -> str:
     """Of a field of TrainingConfig or Machine; a switch that is on by default has the flag that turns it off."""
-    return f"--{'no-' if name == 'pretrained' else ''}{name.replace('_', '-')}"
+    return f"--{'no-' if name in ('pretrained', 'volume_cache') else ''}{name.replace('_', '-')}"
 
 
 def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
@@ -382,7 +385,12 @@ def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
         (f"a video ResNet (--model {', '.join(VIDEO_MODELS)})", is_video): (
             "--stem-stride", "--crop", "--test-crops", "--window-jitter",
         ),
-        ("frozen epochs (--freeze-epochs above 0)", config.frozen_epochs > 0): ("--cache-dir",),
+        ("frozen epochs (--freeze-epochs above 0) or a video ResNet", config.frozen_epochs > 0 or is_video): (
+            "--cache-dir",
+        ),
+        ("a video ResNet with unfrozen epochs or --augment", is_video and (unfrozen or config.changes_voxels)): (
+            "--no-volume-cache",
+        ),
         ("a backbone that is unfrozen later (no --freeze-backbone)", not config.stays_frozen): ("--freeze-epochs",),
         ("unfrozen epochs (--epochs above --freeze-epochs)", unfrozen): ("--patience", "--gradient-checkpointing"),
         ("unfrozen epochs, or as none,", unfrozen or config.stays_frozen): ("--adapt",),

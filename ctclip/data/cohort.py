@@ -39,7 +39,7 @@ class Volume:
     one).
 
     `signature` is set where the file was streamed and is not on the disk any more: its size and its last 8 bytes in
-    hex, by which `feature_cache.cache_key` finds what was encoded of it. `path` is then where the file would be.
+    hex, by which `volume_key.cache_key` finds what was encoded of it. `path` is then where the file would be.
     `assume_hu`: voxels are HU by the header, whatever they look like. `ids`: its PatientID and ScanID, where a table
     states them.
     """

@@ -8,7 +8,7 @@ ViT-L; 1.0 MB for 8 x 7 x 7 patches of the former), or feature maps where CBAM f
     <cache_dir>/<kind>-<12 hex of the key's hash>/
         key.json      what the records are a function of, beside the volume: encoder, input shape, preprocessing
         0000.bin      records of one size, one after the other
-        0000.jsonl    a line for each: record number, volume name, source (see `cache_key`), reading, CRC-32
+        0000.jsonl    a line for each: record number, volume name, source (`volume_key.cache_key`), reading, CRC-32
         0001.bin ...  the next writer's
 
 A shard belongs to the one process that created it, and is never touched again after that. A record is on the disk
@@ -24,7 +24,6 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -37,68 +36,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ctclip.data.cohort import Volume
-from ctclip.data.ct_rate import FETCH_COMMAND, GEOMETRY_COLUMNS, is_version_2, split_of
+from ctclip.data.ct_rate import FETCH_COMMAND, split_of
 from ctclip.data.hounsfield import HuDecision
 from ctclip.data.loading import Batch, micro_batch_size, volume_loader
 from ctclip.data.preprocessing import PREPROCESSING_VERSION
+from ctclip.data.volume_key import cache_keys
 from ctclip.distributed import Ranks
 from ctclip.errors import UserError
 from ctclip.fileio import DISK_FULL, nearest_existing, replacing
 from ctclip.formatting import BAR
 from ctclip_model import CTCLIPMultiAbnormalityModel
 
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of a bgzip-ed file; a block of it is no larger than a sample
 LINE_BYTES = 256  # more than an index line takes (about 150), for the estimate of disk space
 
 
 class CacheError(UserError):
     """A cache that cannot be read or written. One line: what was found, what was expected, what to do."""
-
-
-def cache_key(volume: Volume) -> str | None:
-    """Digest of everything about a volume that decides its tensor and its HU decision; None where there is neither a
-    file nor a signature of it.
-
-    Name, folder (version 2 or not), the geometry and scaling in the metadata row, and which file it is
-    (`file_signature`). The decision on how to read the voxels follows from just these, by the code that
-    PREPROCESSING_VERSION stands for: another decision is always another entry.
-    """
-    try:
-        size, content = volume.signature or file_signature(volume.path)
-    except OSError:  # reading it will fail as well, and say why
-        return None
-    row = volume.metadata and {column: volume.metadata.get(column) for column in GEOMETRY_COLUMNS}
-    parts = [volume.name, is_version_2(volume.path), row, size, content]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def file_signature(path: Path) -> tuple[int, str | int]:
-    """(size, last 8 bytes in hex) of a .gz file, (size, time of change in ns) of another. Raises OSError.
-
-    The last bytes are CRC-32 and length of the content: known without reading it, and the same in a copy. Of a file in
-    blocks (bgzip: an extra field in the header, an empty block at the end) they are the last block's only, so a digest
-    of SAMPLES pieces of the file follows.
-    """
-    with open(path, "rb") as file:
-        size, modified = os.fstat(file.fileno()).st_size, os.fstat(file.fileno()).st_mtime_ns
-        if path.suffix != ".gz":
-            return size, modified
-        extra_field = any(flags & 4 for flags in file.read(4)[3:])
-        file.seek(max(0, size - 8))
-        last = file.read(8)
-        if last != bytes(8) and not extra_field:
-            return size, last.hex()
-        digest = hashlib.sha256()
-        for piece in range(SAMPLES):  # evenly from the first byte to the last; all of a small file
-            file.seek(max(0, size - SAMPLE_BYTES) * piece // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
-        return size, last.hex() + digest.hexdigest()[:16]
-
-
-def cache_keys(volumes: Sequence[Volume]) -> list[str | None]:
-    """`cache_key` each; several at a time, because on a network file system each one waits for an answer."""
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(cache_key, volumes))
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ctclip.data.augmentation import Augmentation
+from ctclip.data.augmentation import Augmentation, Box
 from ctclip.data.cohort import Volume
 from ctclip.data.geometry import PUBLISHED_SHAPE, check_shape
 from ctclip.data.hounsfield import HuDecision
 from ctclip.data.preprocessing import read_volume
+from ctclip.data.volume_cache import VolumeCache
 from ctclip.data.volume_file import VolumeError
 from ctclip.formatting import plural
 
@@ -43,7 +44,8 @@ class Batch:
 class VolumeDataset(Dataset):
     """Item i: (i, tensor, labels, decision), or (i, None, name, reason) for a file that cannot be used.
 
-    The tensors are as `augmentation` makes them, if there is one. `device` is read_volume's.
+    The tensors are as `augmentation` makes them, if there is one. `device` is read_volume's; with a `cache`, which is
+    for the CPU, volumes come from there, in whole HU.
     """
 
     def __init__(
@@ -52,22 +54,26 @@ class VolumeDataset(Dataset):
         shape: Sequence[int] = PUBLISHED_SHAPE,
         augmentation: Augmentation | None = None,
         device: torch.device | None = None,
+        cache: VolumeCache | None = None,
     ):
         check_shape(shape)
         self.volumes, self.shape, self.augmentation, self.device = list(volumes), tuple(shape), augmentation, device
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.volumes)
 
     def __getitem__(self, index: int) -> tuple:
-        volume = self.volumes[index]
+        volume, box = self.volumes[index], None
+        if self.augmentation is not None:
+            generator = self.augmentation.generator(volume.name)
+            box = self.augmentation.box(self.shape, generator)
         try:
             try:
-                on_device = {} if self.device is None else {"device": self.device}
-                tensor, decision = read_volume(volume, self.shape, **on_device)
+                tensor, decision = self._read(volume, box, self.device)
             except (OSError, MemoryError, torch.OutOfMemoryError):
                 # A network mount, a full moment, a full GPU; a second failure counts.
-                tensor, decision = read_volume(volume, self.shape)
+                tensor, decision = self._read(volume, box)
                 tensor = tensor.to(self.device or "cpu")
         except Exception as error:  # one bad file never stops the others, nor does a defect that it uncovers
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -75,11 +81,17 @@ class VolumeDataset(Dataset):
                 reason = f"found {type(error).__name__} while it was read ({reason}), expected a volume; leave it out"
             return index, None, volume.name, reason.removeprefix(f"{volume.path.name}: ")
         if self.augmentation is not None:
-            generator = self.augmentation.generator(volume.name)
-            if (box := self.augmentation.box(self.shape, generator)) is not None:
-                tensor = tensor[:, box[0], box[1], box[2]].clone()
             tensor = self.augmentation.change(tensor, generator)
         return index, tensor, torch.from_numpy(np.asarray(volume.labels, np.float32)), decision
+
+    def _read(
+        self, volume: Volume, box: Box | None, device: torch.device | None = None
+    ) -> tuple[torch.Tensor, HuDecision]:
+        if self.cache is not None:
+            return self.cache.read(volume, box)
+        on_device = {} if device is None else {"device": device}
+        tensor, decision = read_volume(volume, self.shape, **on_device)
+        return tensor if box is None else tensor[:, box[0], box[1], box[2]].clone(), decision
 
     def collate(self, items: Sequence[tuple]) -> Batch:
         """Items -> Batch; with no readable item the tensors have length 0."""
@@ -128,14 +140,15 @@ def volume_loader(
     augmentation: Augmentation | None = None,
     micro_batches: Sequence[Sequence[int]] | None = None,
     pin: bool = False,
+    cache: VolumeCache | None = None,
 ) -> DataLoader:
-    """DataLoader of Batch, in order; `augmentation` is VolumeDataset's.
+    """DataLoader of Batch, in order; `augmentation` and `cache` are VolumeDataset's.
 
     micro_batches: the indices of every batch, empty ones too, in place of `batch_size`. pin: leave batches in
     page-locked memory, for a GPU. Each worker prepares one batch ahead in shared memory: 221 MB per volume at the
     published shape. Where shared memory is small (containers give 64 or 128 MB) use num_workers=0.
     """
-    dataset = VolumeDataset(volumes, shape, augmentation)
+    dataset = VolumeDataset(volumes, shape, augmentation, cache=cache)
     options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 1} if num_workers else {}
     options |= {"batch_size": batch_size} if micro_batches is None else {"batch_sampler": micro_batches}
     return DataLoader(
@@ -155,14 +168,15 @@ def read_ahead(
     micro_batches: Sequence[Sequence[int]],
     readers: int = 1,
     device: torch.device | None = None,
+    cache: VolumeCache | None = None,
 ) -> Iterator[Batch]:
     """A Batch for each of `micro_batches` (indices into volumes), in order; threads read the next ones meanwhile.
 
     Reading spends its time where Python's lock is released. Unlike volume_loader's processes, threads need no shared
     memory, of which a container may have 64 MB; at most `readers` volumes, or the next micro-batch, wait in memory,
-    that of the `device` if one is given (see read_volume).
+    that of the `device` if one is given (see read_volume); `cache` is VolumeDataset's.
     """
-    dataset = VolumeDataset(volumes, shape, device=device)
+    dataset = VolumeDataset(volumes, shape, device=device, cache=cache)
     waiting: deque[list] = deque()
     pool = ThreadPoolExecutor(max(1, readers))
     try:

@@ -37,6 +37,7 @@ from ctclip.data.hounsfield import HuDecision
 from ctclip.data.loading import Batch, count_notes, notes_of
 from ctclip.data.preprocessing import read_volume
 from ctclip.data.volume_file import VolumeError
+from ctclip.data.volume_key import cache_key, cache_keys, file_signature
 from ctclip.distributed import Ranks
 from ctclip.fileio import nearest_existing
 from ctclip.formatting import print_row, size_text
@@ -106,7 +107,7 @@ def plan_stream(
             quarantined.add(transfer)
         else:
             encoded_once[transfer] = replace(transfer.volume, signature=(entry.size, entry.tail))
-    rows, _ = cache.intact(feature_cache.cache_keys(list(encoded_once.values())))
+    rows, _ = cache.intact(cache_keys(list(encoded_once.values())))
     cached = {transfer for transfer, row in zip(encoded_once, rows, strict=True) if row is not None}
     left = [transfer for transfer in transfers if transfer not in quarantined | cached]
     known = f"{len(cached)} are in the cache, {len(quarantined)} in quarantine, {len(on_disk)} have a file here"
@@ -297,7 +298,7 @@ def encode_transfers(
                 for part in parts_of(transfer.target):  # it would take room that others need
                     remove(part)
             else:
-                key, (size, tail) = feature_cache.cache_key(volume), feature_cache.file_signature(transfer.target)
+                key, (size, tail) = cache_key(volume), file_signature(transfer.target)
                 if unreadable:
                     download.print_note(f"quarantined: {volume.name}: {unreadable}")
                     quarantined.append(volume.name)

@@ -39,10 +39,11 @@ from tqdm.auto import tqdm
 from ctclip.config import TrainingConfig
 from ctclip.data.cohort import Volume, load_cohort
 from ctclip.data.ct_rate import SPLITS, labels_path
-from ctclip.data.feature_cache import CacheError, FeatureCache, cache_key, cache_keys, encoding, tensors_sha256
+from ctclip.data.feature_cache import CacheError, FeatureCache, encoding, tensors_sha256
 from ctclip.data.loading import read_ahead
 from ctclip.data.readers import FILE_SUFFIXES
 from ctclip.data.tables import NAME_COLUMN, PATIENT_COLUMN
+from ctclip.data.volume_key import cache_key, cache_keys
 from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import LOCK, check_names, is_left_over, own_files, writing
 from ctclip.fileio import check_writable, locked, make_folder, replacing

@@ -12,9 +12,11 @@ import torch
 from tqdm.auto import tqdm
 
 from ctclip.data.cohort import Volume
-from ctclip.data.feature_cache import FeatureCache, cache_keys, encoding
+from ctclip.data.feature_cache import FeatureCache, encoding
 from ctclip.data.geometry import PUBLISHED_SHAPE
 from ctclip.data.loading import Batch, read_ahead
+from ctclip.data.volume_cache import VolumeCache
+from ctclip.data.volume_key import cache_keys
 from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import RunError
 from ctclip.evaluation.saved_ensemble import saved_ensemble
@@ -120,6 +122,7 @@ def predict_volumes(
     on_answer: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
     on_failure: Callable[[int, Exception], object] | None = None,
     resample_on_device: bool = False,
+    volume_cache: VolumeCache | None = None,
 ) -> tuple[list[int], torch.Tensor]:
     """Runs `model`, in evaluation mode, over volumes; each is read once, and not at all if `cache` has it.
 
@@ -132,7 +135,7 @@ def predict_volumes(
     that cannot be computed costs only itself. `cache` is one of this model, from which logits are the same but for
     rounding (and 1e-3 off with maps, kept in half precision); nothing is added to it.
     `resample_on_device`: on a GPU from the stored integers, equal but for rounding; each reading thread then needs some
-    0.5 GB of the GPU's memory.
+    0.5 GB of the GPU's memory. `volume_cache`: where volumes are read from and kept.
     """
     device = next(model.parameters()).device
     entries = [None] * len(volumes) if cache is None else cache.intact(cache_keys(volumes))[0]
@@ -140,7 +143,7 @@ def predict_volumes(
     held = max(1, min(batch_size, prod(PUBLISHED_SHAPE) // prod(model.input_shape)))  # no more voxels than one of those
     unread = chunks([i for i in range(len(volumes)) if i not in stored], held)
     there = device if resample_on_device and device.type == "cuda" else None
-    loader = read_ahead(volumes, model.input_shape, unread, max(1, choose_workers(workers)), there)
+    loader = read_ahead(volumes, model.input_shape, unread, max(1, choose_workers(workers)), there, volume_cache)
     rows: dict[int, torch.Tensor] = {}
 
     def keep(indices: Sequence[int], logits: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,8 +23,10 @@ from torch import Tensor
 
 from ctclip.config import SYNTHETIC_NOTE, Machine, TrainingConfig, TrainingError
 from ctclip.data.augmentation import Augmentation
+from ctclip.data.cohort import Volume
 from ctclip.data.feature_cache import FeatureCache, encoding
 from ctclip.data.loading import VolumeDataset
+from ctclip.data.volume_cache import VolumeCache
 from ctclip.fileio import nearest_existing
 from ctclip.formatting import plural, size_text
 from ctclip.memory import (
@@ -66,9 +69,11 @@ def print_estimate(config: TrainingConfig, folder: Path | None, machine: Machine
 
 
 class ReadingCost(NamedTuple):
-    """Seconds to read a volume, from how many, how many more could not be read, and one of them."""
+    """Seconds to read a volume from its file and, where that is kept, to read it again; from how many, how many more
+    could not be read, and one of them."""
 
     seconds: float
+    again: float
     measured: int
     failed: int
     name: str
@@ -115,6 +120,9 @@ class Plan:
         if problem := self.cache.missing_message(cached, rows):
             raise TrainingError(problem)
         self.cached, self.missing = len(cached), rows.count(None)
+        kept, every = run.volume_cache, [volume for split in job.splits.values() for volume in split.volumes]
+        self.keeps = kept is not None and kept.folder is not None
+        self.unkept = kept.missing(every) if kept is not None and self.keeps else (0, 0)  # volumes, bytes
         run.ranks = copy.copy(run.ranks)
         run.ranks.world = 1  # the steps measured here must not wait for the other processes
 
@@ -131,14 +139,23 @@ class Plan:
     def encode_all(self) -> float:
         return self.missing * self.seconds_per_volume(self.encoder) / self.world if self.missing else 0.0
 
-    def seconds_per_volume(self, computing: Cost) -> float:
-        """On one rank. Reading processes work while the device computes; on the CPU they take the time for it from
-        computing. Without any, one comes after the other."""
+    def seconds_per_volume(self, computing: Cost, again: bool = False) -> float:
+        """On one rank, of a volume that is read from its file or, in an epoch, `again`. Reading processes work while
+        the device computes; on the CPU they take the time for it from computing. Without any, one comes after the
+        other."""
         assert self.reading is not None
+        reading = self.reading.again if again else self.reading.seconds
         if not self.workers:
-            return self.reading.seconds + computing.seconds
-        taken = self.reading.seconds / self.cpus if self.device.type == "cpu" else 0.0
-        return max(self.reading.seconds / self.readers, computing.seconds + taken)
+            return reading + computing.seconds
+        taken = reading / self.cpus if self.device.type == "cpu" else 0.0
+        return max(reading / self.readers, computing.seconds + taken)
+
+    @property
+    def keep_all(self) -> float:
+        """Seconds to read, for the first time, the volumes that a video ResNet will keep."""
+        if self.reading is None or not (self.unfrozen_epochs or self.config.changes_voxels):
+            return 0.0
+        return self.unkept[0] * (self.reading.seconds - self.reading.again) / self.readers / self.world
 
     def with_headroom(self, peak: float, size: int = 0) -> float:
         """Bytes to have for `peak` bytes and, on the CPU, for micro-batches of `size` volumes that are read ahead."""
@@ -211,6 +228,7 @@ class Plan:
                 continue
             times.append(time.perf_counter() - start)
             example = chosen[i].name, volume, rest[0]
+            last = chosen[i]
             if len(times) >= 2 and sum(times) > READING_SECONDS:
                 break
         if example is None:
@@ -218,7 +236,18 @@ class Plan:
                 f"{self.job.data_dir}: found {len(chosen)} of {len(chosen)} training volumes unreadable "
                 f"({reasons[0]}), expected CT volumes; copy or download them again"
             )
-        return ReadingCost(sum(times) / len(times), len(times), len(reasons), *example)
+        seconds = sum(times) / len(times)
+        again = self.measure_again(last) if self.keeps else seconds
+        return ReadingCost(seconds, again, len(times), len(reasons), *example)
+
+    def measure_again(self, volume: Volume) -> float:
+        """Seconds to read a volume that is kept."""
+        with tempfile.TemporaryDirectory() as folder:
+            cache = VolumeCache(folder, self.model.input_shape)
+            cache.read(volume)
+            start = time.perf_counter()
+            cache.read(volume)
+            return time.perf_counter() - start
 
     def measure_frozen_stage(self) -> None:
         """Steps of the head on random features, for training volumes and, as an upper bound, for validation volumes."""
@@ -251,7 +280,7 @@ class Plan:
                 volume = self.reading.volume[None].to(self.device)
                 with torch.no_grad(), run.autocast():
                     forward = measure_warm(self.device, lambda: model.eval()(volume))
-            epoch += self.train * self.seconds_per_volume(forward)
+            epoch += self.train * self.seconds_per_volume(forward, again=True)
         self.frozen_epoch = epoch / self.world
         self.latents = self.cached * features.seconds / size  # each process makes all of them
 
@@ -259,8 +288,8 @@ class Plan:
         if not self.unfrozen_epochs or self.reading is None:  # without files, `prepare` has refused unfrozen epochs
             return
         step = self.fit_micro_batch(min(self.run.micro_batch, self.rank_batch))
-        training = self.train * self.seconds_per_volume(step)
-        validation = self.validation * self.seconds_per_volume(self.encoder)
+        training = self.train * self.seconds_per_volume(step, again=True)
+        validation = self.validation * self.seconds_per_volume(self.encoder, again=True)
         self.unfrozen_epoch = (training + validation) / self.world
 
     def fit_micro_batch(self, wanted: int) -> Cost:
@@ -347,7 +376,7 @@ class Plan:
         need, memory = max(self.memory, default=0.0), "not known on this system"
         if isfinite(need) and known:
             memory = f"{in_bytes(need)} of {in_bytes(self.available)}"
-        total = self.encode_all + self.latents + config.frozen_epochs * self.frozen_epoch
+        total = self.encode_all + self.keep_all + self.latents + config.frozen_epochs * self.frozen_epoch
         lines = {
             "Device": f"{f'{self.world} processes, the first on ' if self.world > 1 else ''}{self.device}, {name}, "
             f"{free}; {self.run.precision}{scaling}",
@@ -357,7 +386,8 @@ class Plan:
             "Frozen": frozen,
             "Unfrozen": unfrozen,
             "Memory": memory,
-            "Disk": f"cache {in_bytes(self.cache_need)} of {in_bytes(self.cache_free)} free in {config.cache_dir}; "
+            "Disk": f"cache {in_bytes(self.cache_need)}{self._kept_text()} of {in_bytes(self.cache_free)} free in "
+            f"{config.cache_dir}; "
             f"run {in_bytes(self.run_need)} of {in_bytes(self.run_free)} free in {self.run.folder.parent}",
             "Total": f"about {duration(total + self.unfrozen_epochs * self.unfrozen_epoch)}",
         }
@@ -372,8 +402,13 @@ class Plan:
         if self.reading is None:
             return "not measured: the volumes were streamed and have no file"
         readers = self.readers * self.world
+        again = f"; {duration(self.reading.again)} again" if self.keeps else ""
         who = f"and process, {readers} processes" if self.workers else "by the main process"
-        return f"{duration(self.reading.seconds)} per volume {who}: {readers / self.reading.seconds:.1f} volumes/s"
+        seconds = self.reading.seconds
+        return f"{duration(seconds)} per volume {who}: {readers / seconds:.1f} volumes/s{again}"
+
+    def _kept_text(self) -> str:
+        return f" and about {in_bytes(self.unkept[1])} for volumes" if self.keeps else ""
 
     def _encoding_text(self) -> str:
         if not self.missing:

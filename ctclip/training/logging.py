@@ -145,6 +145,9 @@ def print_setup(job: TrainingJob) -> None:
     run.log(f"Training: {config.epochs} epochs ({stages}), batch {config.batch_size}, loss {config.loss_type}{focal}")
     run.log(f"Device:   {processes}{run.device} ({run.precision}), {run.workers} reading processes")
     run.log(f"Cache:    {config.cache_dir}")
+    if run.volume_cache is not None and run.ranks.is_main and (config.changes_voxels or not config.stays_frozen):
+        volumes = [volume for split in job.splits.values() for volume in split.volumes]
+        run.log(f"Volumes:  {run.volume_cache.summary(volumes)}")
     run.log(f"Run:      {run.folder}")
 
 

@@ -41,6 +41,7 @@ from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.label_table import listed_findings
 from ctclip.data.loading import Batch, micro_batch_size, notes_of
 from ctclip.data.tables import CohortError
+from ctclip.data.volume_cache import VolumeCache
 from ctclip.distributed import Ranks
 from ctclip.evaluation.metrics import lacks_a_class, names_where
 from ctclip.evaluation.run_folder import (
@@ -166,6 +167,7 @@ class Run:
         self.readings: dict[str, str] = {}
         self.notes: dict[str, str] = {}
         self.cache: FeatureCache | None = None
+        self.volume_cache: VolumeCache | None = None  # of a video ResNet, which takes whole HU
 
     def log(self, text: str) -> None:
         """Prints on the main rank, above a progress bar."""
@@ -412,6 +414,8 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
     check_patients(run, data_dir, cohort)
     model = with_head_for(config, phantom, model, cohort.findings)
     model.to(run.device)
+    if model.is_video:
+        run.volume_cache = VolumeCache(config.cache_dir if machine.volume_cache else None, model.input_shape)
     if config.is_video and config.unfrozen_layers(0, layers := len(model.layers())) < layers:
         run.log(f"{config.model}'s stem is new and random, and not trained in every epoch; to train everything from "
                 "the start, as published: --freeze-epochs 0 --adapt full")
@@ -507,7 +511,8 @@ def label_notes(job: TrainingJob) -> list[str]:
 def check_places(run: Run) -> None:
     """Raises UserError where the run's folder or its cache could not be written to in the end."""
     check_writable(run.folder, "run this in a folder you may write to, or name an --output-dir")
-    if run.config.frozen_epochs and not Path(run.config.cache_dir).is_dir():  # one that is complete is only read
+    wanted = run.config.frozen_epochs or (run.config.is_video and run.machine.volume_cache)
+    if wanted and not Path(run.config.cache_dir).is_dir():  # one that is complete is only read
         check_writable(run.config.cache_dir, "change --cache-dir")
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from ctclip.config import TrainingConfig, TrainingError
 from ctclip.data.augmentation import Augmentation
 from ctclip.data.cohort import Volume
-from ctclip.data.feature_cache import FeatureCache, cache_keys, encode_missing
+from ctclip.data.feature_cache import FeatureCache, encode_missing
 from ctclip.data.loading import Batch, volume_loader
+from ctclip.data.volume_key import cache_keys
 from ctclip.evaluation.metrics import auroc_difference, compute_metrics
 from ctclip.inference.predictor import chunks, predict_volumes
 from ctclip.memory import out_of_memory
@@ -159,6 +160,7 @@ def read_micro_batches(job: TrainingJob, batches: Sequence[list[int]], epoch: in
     loader = volume_loader(
         split.volumes, job.model.input_shape, micro_batches=indices, num_workers=run.workers,
         augmentation=epoch_augmentation(run.config, job.model, epoch), pin=run.device.type == "cuda",
+        cache=run.volume_cache,
     )  # fmt: skip
     for batch, is_last in zip(loader, last, strict=True):
         run.record("train", split.volumes, batch)
@@ -238,7 +240,9 @@ def predict_validation(job: TrainingJob, indices: list[int]) -> dict[int, Tensor
         logits = torch.cat([model.head(chunk).float().cpu() for chunk in inputs])
     while mine and split.rows is None:
         try:
-            places, logits = predict_volumes(model, volumes, run.micro_batch, run.workers, on_batch)
+            places, logits = predict_volumes(
+                model, volumes, run.micro_batch, run.workers, on_batch, volume_cache=run.volume_cache
+            )
             read = [mine[place] for place in places]
             break
         except (RuntimeError, MemoryError) as error:

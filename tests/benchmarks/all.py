@@ -15,7 +15,9 @@ from pathlib import Path
 
 from rows import BENCHMARKS, Row, machine
 
-SCRIPTS = ("encoder", "preprocessing", "predict_folder", "loading", "startup", "frozen_epoch", "phantoms")
+SCRIPTS = (
+    "encoder", "preprocessing", "predict_folder", "loading", "startup", "frozen_epoch", "volume_cache", "phantoms",
+)  # fmt: skip
 
 
 def main() -> int:

@@ -33,13 +33,12 @@ from ctclip.data.ct_rate import volume_path
 from ctclip.data.feature_cache import (
     CacheError,
     FeatureCache,
-    cache_key,
     encode_missing,
     encoder_digest,
-    file_signature,
 )
 from ctclip.data.hounsfield import HuDecision
 from ctclip.data.preprocessing import read_volume
+from ctclip.data.volume_key import cache_key, file_signature
 from ctclip.distributed import Ranks
 from ctclip_model import CTCLIPMultiAbnormalityModel
 

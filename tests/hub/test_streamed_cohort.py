@@ -20,10 +20,11 @@ import ctclip_training
 from ctclip.data import loading
 from ctclip.data.cohort import Streamed, Volume, load_cohort, read_streamed
 from ctclip.data.ct_rate import SPLITS, streamed_path, volume_path
-from ctclip.data.feature_cache import CacheError, FeatureCache, cache_key, cache_keys, encode_missing
+from ctclip.data.feature_cache import CacheError, FeatureCache, encode_missing
 from ctclip.data.preprocessing import read_volume
 from ctclip.data.tables import CohortError
 from ctclip.data.volume_file import VolumeError
+from ctclip.data.volume_key import cache_key, cache_keys
 from ctclip.distributed import Ranks
 from ctclip.evaluation import cases, figures
 from ctclip.evaluation.tables import load_predictions

@@ -12,9 +12,10 @@ from helpers_training import history, one_line, weights
 from helpers_video import small_video  # noqa: F401
 
 import run_task2
-from ctclip.config import TrainingConfig
+from ctclip.config import Machine, TrainingConfig
 from ctclip.evaluation import command, figures
 from ctclip.training.checkpoint import states
+from ctclip.training.estimate import print_estimate
 from ctclip.training.loop import train
 from ctclip.training.optimization import TrainableParameters
 from ctclip.training.run import build_model
@@ -63,7 +64,8 @@ def test_what_is_adapted_moves_and_nothing_else_does(config, tmp_path, adapt, ca
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(config, tmp_path, monkeypatch):
-    """Crops, windows and noise are drawn as in the run that was not stopped; batch statistics go on."""
+    """Crops, windows and noise are drawn as in the run that was not stopped, batch statistics go on; and volumes that
+    are read from their files are those that were kept."""
     settings = config(adapt="full", epochs=2, window_jitter=100.0, augment=True, dropout=0.3)
     whole = train(settings, tmp_path / "whole")
     step, steps = TrainableParameters.clip_and_step, []
@@ -80,7 +82,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(config, tmp_path, monkey
         with pytest.raises(KeyboardInterrupt):
             train(settings, tmp_path / "run")
     assert len(steps) == 3
-    again = train(settings, tmp_path / "run")
+    again = train(settings, tmp_path / "run", Machine(volume_cache=False))
     assert not moved_between(weights(whole), weights(again))
     tensors = [torch.load(states(folder)[-1], weights_only=True)["tensors"] for folder in (whole, again)]
     assert tensors[0] and not moved_between(*tensors)
@@ -111,12 +113,22 @@ def test_the_command_line_from_training_to_prediction(tmp_path, monkeypatch, cap
     assert len(list(tmp_path.rglob("*mphysema*.nii.gz"))) == 1
 
 
+def test_a_plan_says_what_is_read_again_and_kept(config, tmp_path, capsys):
+    settings = config(adapt="full", cache_dir=str(tmp_path / "cache"))
+    for machine, kept in ((Machine(), True), (Machine(volume_cache=False), False)):
+        print_estimate(settings, tmp_path / "run", machine)
+        out = capsys.readouterr().out
+        assert (" again" in out) == kept and (" for volumes of" in out) == kept
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
         (["--stem-stride", "4"], "found --stem-stride, which goes with a video ResNet (--model r3d_18"),
         (["--model", "test_vit", "--crop", "0.5"], "found --crop, which goes with a video ResNet"),
         (["--model", "test_vit", "--window-jitter", "5"], "found --window-jitter, which goes with a video ResNet"),
+        (["--model", "test_vit", "--no-volume-cache"], "found --no-volume-cache, which goes with a video ResNet with"),
         (["--model", "r3d_18", "--crop", "1.5"], "--crop is 1.5, expected above 0 and at most 1"),
         (["--model", "r3d_18", "--no-pretrained", "--window-jitter", "600"], "--window-jitter is 600, expected below"),
         (["--model", "r3d_18", "--adapt", "lora"], "found --adapt lora with --model r3d_18, expected a vision"),
