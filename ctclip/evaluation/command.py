@@ -184,7 +184,7 @@ def save_evaluated(folder: Path, runs: Sequence[str], inputs: EvaluationInputs) 
     reported = inputs.predictions, replace(labels, frame=labels.frame.loc[volumes])
     ensemble = save_ensemble(folder, runs, inputs.ensemble["weights"], inputs.tuning, reported)
     bare = "" if inputs.tuning else "; calibration and thresholds are fitted on the reported patients"
-    return f"Saved {folder}: the {ensemble.method} of {', '.join(runs)}{bare}"
+    return f"Saved {folder}: {ensemble.description}{bare}"
 
 
 def ensemble_folder(output_dir: str | None, method: str | None) -> Path:

@@ -121,7 +121,7 @@ def _summary(name: str, folder: Path, run: Path) -> RunSummary:
     try:
         record = run_record(run)
         if (ensemble := saved_ensemble(run)) is not None:
-            config = record.get("config", {}) | {"model": f"{ensemble.method} of {ensemble.names}"}
+            config = record.get("config", {}) | {"model": ensemble.description}
             record = record | {"config": config}
         metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
         check_written(folder / "metrics.json")

@@ -46,12 +46,12 @@ class Ensemble:
     weights: np.ndarray | None
 
     @property
-    def method(self) -> str:
-        return "mean" if self.weights is None else "stacked"
-
-    @property
     def names(self) -> str:
         return ", ".join(partner.name for partner in self.partners)
+
+    @property
+    def description(self) -> str:
+        return f"{'mean' if self.weights is None else 'weighted mean'} of {self.names}"
 
     def weights_of(self, findings: Sequence[str]) -> np.ndarray | None:
         """`weights` of some of the findings, in this order."""

@@ -75,7 +75,7 @@ def test_what_is_saved_names_partners_and_weights(results):
     digest = hashlib.sha256((results / "clip" / "model.safetensors").read_bytes()).hexdigest()
     assert record["ensemble"]["partners"][0]["sha256"]["model.safetensors"] == digest
     assert record["config"] == {"epochs": 2, "seed": 0} and record["phantom"] and record["labels"] == [*ABNORMALITIES]
-    assert saved.method == "stacked" and saved.names == "clip, slices" and labels_of(saved.folder) == ABNORMALITIES
+    assert saved.description == "weighted mean of clip, slices" and labels_of(saved.folder) == ABNORMALITIES
     assert np.array_equal(saved.weights, np.tile([[0.25], [0.75]], 18))
     assert np.array_equal(run_tuning(results / "both")[0].frame, tuning[0].frame)
     assert run_calibration(results / "both").n_patients == 10
@@ -87,7 +87,7 @@ def test_what_is_saved_names_partners_and_weights(results):
 def test_a_partner_that_is_gone_or_changed_is_refused(results):
     save_ensemble(results / "both", [results / "clip", results / "slices"])
     ensemble = saved_ensemble(results / "both")
-    assert ensemble.weights is None and ensemble.method == "mean"
+    assert ensemble.weights is None and ensemble.description == "mean of clip, slices"
     damage(results / "clip" / "model.safetensors")
     with pytest.raises(RunError, match=r"clip/model.safetensors: found another file than .*both was saved"):
         ensemble.check_partners()
@@ -200,7 +200,7 @@ def test_it_is_evaluated_alone_as_a_baseline_and_applied(evaluated, monkeypatch,
     capsys.readouterr()
     assert run_task2.main(["--mode", "runs"]) == 0
     [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("both")]
-    assert "stacked of clip, slices" in row
+    assert "weighted mean of clip, slices" in row
 
 
 def test_scans_are_answered_as_the_partners_answers_fused(evaluated, scans, monkeypatch, capsys):
