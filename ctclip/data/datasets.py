@@ -12,10 +12,11 @@ from torch.utils.data import Dataset
 
 from ctclip.data.cohort import Volume
 from ctclip.data.geometry import PUBLISHED_SHAPE
+from ctclip.data.label_table import is_label, read_label_table, with_unknown
 from ctclip.data.loading import VolumeDataset
 from ctclip.data.preprocessing import preprocess_volume
 from ctclip.data.readers import FILE_SUFFIXES
-from ctclip.data.tables import CohortError, join, read_table, some
+from ctclip.data.tables import EMPTY, CohortError, join, some
 from ctclip.data.volume_file import VolumeError
 from ctclip_model import ABNORMALITIES, SLICE_INPUT_SHAPE, slice_triplets
 
@@ -33,12 +34,15 @@ def slices(path: str | Path, k: int = 8, metadata: Mapping[str, Any] | None = No
 
 
 class LabelledVolumes(Dataset):
-    """Item i: (volume (1, D, H, W) float32 in [-1, 1], labels (n,) float32) of the table's i-th volume with a file.
+    """Item i: (volume (1, D, H, W) float32 in [-1, 1], labels (n,) float32, 0, 1 or UNKNOWN) of the table's i-th volume
+    with a file and a known label.
 
     Args:
-        labels: a CSV with VolumeName and a column of 0 and 1 for each of `findings`.
+        labels: a CSV with VolumeName and a column of 0, 1 and, where it is not known, an empty cell for each of
+            `findings`. This package's losses leave UNKNOWN (-1) out; mask it in a loss of your own.
         folder: of the files, nested or not; names may differ from the table's as in all tables (suffix, folders, case).
         shape: of the volumes; a model's is `model.input_shape`.
+        minus_one_is_unknown: -1 in the table means an empty cell.
 
     Raises CohortError for a table that cannot be used, or where no volume has a file. An item whose file cannot be used
     raises VolumeError. CT-RATE's version-1 files need their metadata: VolumeDataset(load_cohort(...).volumes).
@@ -50,21 +54,28 @@ class LabelledVolumes(Dataset):
         folder: str | Path,
         shape: Sequence[int] = PUBLISHED_SHAPE,
         findings: Sequence[str] = ABNORMALITIES,
+        minus_one_is_unknown: bool = False,
     ):
         if isinstance(findings, str) or not findings or len(set(findings)) < len(tuple(findings)):
             raise CohortError(f"found findings {findings!r}, expected a list of different names")
         if not Path(folder).is_dir():
             raise CohortError(f"found no folder {folder}, expected one of volumes")
-        table = read_table(labels, numeric=findings, expected=f"VolumeName and {some(findings)}")
+        labelled = read_label_table(labels, findings, minus_one_is_unknown)
+        table, values = labelled.table, labelled.values
         paths = {path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*"))
                  if path.name.lower().endswith(FILE_SUFFIXES)}  # fmt: skip
         found = join(table.place, paths)
-        rows = {name: table.numbers[at].astype(np.float32) for name, at in table.place.items() if name in found}
-        wrong = [name for name, row in rows.items() if not np.isin(row, (0, 1)).all()]
+        rows = {name: values[at] for name, at in table.place.items() if name in found}
+        wrong = [name for name, row in rows.items() if not is_label(row).all()]
         if table.faults:
             raise CohortError(table.faults[0])
         if wrong:
-            raise CohortError(f"{labels}: found other labels for {some(wrong)}, expected 0 and 1; correct these rows")
+            raise CohortError(f"{labels}: found other labels for {some(wrong)}, expected 0, 1 or an empty cell; "
+                              "correct these rows")
+        rows = {name: with_unknown(row).astype(np.float32) for name, row in rows.items() if (row != EMPTY).any()}
+        if found and not rows:
+            raise CohortError(f"{labels}: found no known label for any of the {len(found)} volumes with a file, "
+                              "expected 0 or 1 for some; fill them in")
         if not rows:
             found_none = f"no file for any of the {len(table.place)} volumes of {labels}"
             raise CohortError(f"{folder}: found {found_none}, expected files named as in VolumeName; check the folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import stat
@@ -232,6 +233,15 @@ def _check_header(
         raise error(f"{path}: found column {some(twice)} twice, expected it once; remove one of the two")
 
 
+def cell_text(path: str | Path, line: int, column: str) -> str:
+    """The text of a cell of a table that `read_table` has read; `line` as in CsvTable.lines."""
+    with open(path, newline="", encoding="utf-8-sig") as handle:
+        reader = csv.reader(handle, skipinitialspace=True)
+        at = [column_name(cell) for cell in next(record for record in reader if any(map(str.strip, record)))]
+        record = next((record for record in reader if reader.line_num == line), [])
+    return dict(zip(at, record, strict=False)).get(column, "").strip()
+
+
 def _numbers(cells: list[str]) -> list[float]:
     """`number` of each cell, ten times as fast where all are numbers."""
     text = "".join(cells)
@@ -276,6 +286,23 @@ def formula_note(names: Iterable[str]) -> str | None:
         return None
     return (f"{plural(len(found), 'name')} like {found[0]}: begins as a formula does, and spreadsheet programs compute "
             f"it; import {NAME_COLUMN} as text")
+
+
+def listed(text: str) -> list[str]:
+    """The names of a list with commas between, as people type it; one with a comma of its own stands in double quotes.
+    Raises ValueError where a quote has no end."""
+    try:
+        cells = next(csv.reader([text], strict=True, skipinitialspace=True), [])
+    except csv.Error as fault:
+        raise ValueError(f"{text!r}, in which a quote or a line has no end") from fault
+    return [name.strip() for name in cells if name.strip()]
+
+
+def listing(names: Iterable[str]) -> str:
+    """What `listed` reads as these names."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(names)
+    return text.getvalue()
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

@@ -257,7 +257,7 @@ def run_tuning(run: Path) -> tuple[VolumeTable, VolumeTable] | None:
     """(predictions, labels) of a run's tuning patients, or None."""
     if not (run / "tuning_predictions.csv").is_file():
         return None
-    predictions = read_predictions(run / "tuning_predictions.csv")
+    predictions = read_predictions(run / "tuning_predictions.csv", run_record(run).get("labels"))
     return predictions, read_labels(run / "tuning_labels.csv", predictions.findings)
 
 

@@ -56,12 +56,14 @@ from ctclip_model import ABNORMALITIES, UNKNOWN, check_written
 @dataclass(frozen=True)
 class VolumeTable:
     """Numbers by VolumeName and finding, and PatientID, ScanID and Scale where they are stated; where they were read,
-    the line of each row in that file, and the columns there that nothing uses. Labels are 0, 1 or UNKNOWN."""
+    the line of each row in that file, the columns there that nothing uses, and of those that may be meant for findings
+    what keeps them out. Labels are 0, 1 or UNKNOWN."""
 
     frame: pd.DataFrame
     source: str = "a table given in memory"
     lines: Sequence[int] = ()
     unused: Sequence[str] = ()
+    doubtful: Sequence[str] = ()
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -212,7 +214,7 @@ def _whole(
     ids_in_table(table)  # raises where a cell is empty
     columns = {column: [row[at] for row in table.texts] for at, column in enumerate(table.columns)}
     frame = _frame(list(table.place), values, found.findings, columns)
-    return VolumeTable(frame, str(path), table.lines, found.unused)
+    return VolumeTable(frame, str(path), table.lines, found.unused, found.doubtful)
 
 
 def _frame(

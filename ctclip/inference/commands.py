@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ctclip.cli import refuse_unused
 from ctclip.config import PREDICTIONS
 from ctclip.data.label_table import listed_findings
-from ctclip.data.tables import CALIBRATED, MAPPED, UNCALIBRATED, formula_note
+from ctclip.data.tables import CALIBRATED, MAPPED, UNCALIBRATED, formula_note, listing
 from ctclip.evaluation.command import chosen_from_flags
 from ctclip.evaluation.figures import check_matplotlib
 from ctclip.evaluation.run_folder import from_working_folder, list_names, newest_run, run_record
@@ -91,8 +91,9 @@ def _predict(args: argparse.Namespace, checkpoint: Path, named: str) -> None:
     explainable = saved_ensemble(checkpoint) is None and not args.explain and not prompts
     if explainable and output.suffix == ".csv" and len(predictions.table):
         highest = predictions.table[list(labels)].mean().idxmax()
-        flags = f"--checkpoint {shlex.quote(str(checkpoint))} --input {shlex.quote(args.input)} --explain '{highest}'"
-        print(f"Next: python {script('run_task2.py')} --mode predict {flags}")
+        flags = {"--checkpoint": str(checkpoint), "--input": args.input, "--explain": listing([highest])}
+        given = " ".join(f"{flag} {shlex.quote(value)}" for flag, value in flags.items())
+        print(f"Next: python {script('run_task2.py')} --mode predict {given}")
 
 
 def _check_chosen(args: argparse.Namespace, output: Path) -> None:

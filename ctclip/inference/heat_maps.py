@@ -28,6 +28,7 @@ import torch
 from ctclip.data.ct_rate import VOLUME_SUFFIX
 from ctclip.data.geometry import FIELD_OF_VIEW_MM, Placement
 from ctclip.data.inflate import GzipFile
+from ctclip.data.tables import listed
 from ctclip.data.windows import Window, display_window
 from ctclip.evaluation.figures import GREY, INK, SOFTWARE, new_figure, write_figure
 from ctclip.fileio import check_replaceable, replacing
@@ -63,11 +64,14 @@ OUTSIDE_SHARE = 0.03  # share of the contributions outside the scan above which 
 def parse_labels(text: str, model_labels: Sequence[str] = ABNORMALITIES) -> list[str]:
     """Labels of the model, spelled as there and in the order asked for, from "emphysema, Lung nodule" or "all".
 
-    A label with a comma of its own can only be had with "all". Raises PredictionError for a name that the model does
-    not have.
+    A label with a comma of its own stands in double quotes. Raises PredictionError for a name that the model does not
+    have.
     """
     known = {label.lower(): label for label in model_labels}
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        parts = listed(text)
+    except ValueError as fault:
+        raise PredictionError(f"found --explain {fault}, expected labels, commas between; correct it") from fault
     if [part.lower() for part in parts] == ["all"]:
         return list(model_labels)
     if not parts:

@@ -10,9 +10,9 @@ import numpy as np
 
 from ctclip.config import TrainingConfig
 from ctclip.data.cohort import Cohort, ids_of, load_cohort
-from ctclip.data.ct_rate import FETCH_COMMAND
+from ctclip.data.ct_rate import FETCH_COMMAND, labels_path
 from ctclip.data.feature_cache import FeatureCache
-from ctclip.data.label_table import listed_findings
+from ctclip.data.label_table import columns_among, listed_findings
 from ctclip.data.loading import Batch, count_notes, notes_of
 from ctclip.data.tables import CohortError, some
 from ctclip.evaluation.ensemble import combined_inputs
@@ -64,8 +64,9 @@ def run_inputs(
     record = run_record(run)
     phantom = bool(record.get("phantom", False)) if data_dir is None else is_phantom_cohort(data_dir)
     cohort = data_dir or from_working_folder(record, record.get("data_dir"))
-    predictions = read_predictions(tables / "predictions.csv")
-    labels = read_labels(tables / "labels.csv", predictions.findings if data_dir is None else None)
+    predictions = read_predictions(tables / "predictions.csv", record.get("labels"))  # more than the 18 they may be
+    labelled = columns_among(tables / "labels.csv", predictions.findings)
+    labels = read_labels(tables / "labels.csv", predictions.findings if data_dir is None else labelled)
     history = read_history(run / "log.jsonl")
     folder = Path(cohort) if cohort else None
     stated = patients_of(patients, predictions)
@@ -124,7 +125,11 @@ def reported_cohort(record: Mapping, data_dir: str | Path, own_cohort: bool, pat
     """What a run is to predict of a cohort: the validation split; of its own, where the run is one of cross-validation,
     the patients that it has not seen. Raises RunError where a run has trained on patients of its unseen split."""
     config = record.get("config", {})
-    options = patients, record.get("labels") if own_cohort else None, bool(config.get("minus_one_is_unknown", False))
+    findings = record.get("labels")
+    if findings and not own_cohort:  # of another cohort, those that it has
+        findings = columns_among(Path(data_dir, labels_path("valid")), findings)
+        _check_common(data_dir, findings, record["labels"])
+    options = patients, findings, bool(config.get("minus_one_is_unknown", False))
     held_out = set(record.get("held_out_patients", ())) if own_cohort else set()
     if held_out:
         cohort = load_cohort(data_dir, "train", config.get("limit"), *options)
@@ -138,6 +143,13 @@ def reported_cohort(record: Mapping, data_dir: str | Path, own_cohort: bool, pat
         else:
             check_unseen(cohort, trained)
     return cohort
+
+
+def _check_common(data_dir: str | Path, common: Sequence[str], findings: Sequence[str]) -> None:
+    """Raises RunError where the label table of another cohort has none of a run's findings."""
+    if not common:
+        raise RunError(f"{data_dir}: found none of the run's findings ({some(findings)}) in its label table, "
+                       "expected at least one; name the columns as the run's")
 
 
 def predict_run(
@@ -163,9 +175,7 @@ def predict_run(
     check([volume.name for volume in cohort.volumes])
     model = load_models(run, device)
     common = [name for name in cohort.findings if name in model.labels]
-    if not common:
-        raise RunError(f"{data_dir}: found none of the run's findings ({some(model.labels)}) in its label table, "
-                       "expected at least one; name the columns as the run's")
+    _check_common(data_dir, common, model.labels)
     held_out = own_cohort and stored.get("fold")
     which = f"patients of {data_dir} that fold {held_out} has not seen" if held_out else f"unseen split of {data_dir}"
     print(f"Predicting the {which}\n{cohort.summary()}")

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from ctclip.data import LabelledVolumes, preprocess_volume, slices
 from ctclip.data.tables import CohortError
 from ctclip.data.volume_file import VolumeError
-from ctclip_model import SLICE_INPUT_SHAPE, CTCLIPMultiAbnormalityModel, ScaleCheck
+from ctclip_model import SLICE_INPUT_SHAPE, UNKNOWN, CTCLIPMultiAbnormalityModel, ScaleCheck
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +71,23 @@ def test_a_table_and_a_folder_become_volumes_with_labels(folder):
         dataset[2]
 
 
+def test_an_empty_cell_is_unknown_and_a_volume_without_a_known_label_is_left_out(folder):
+    findings = "Nodule", "Effusion"
+    (folder / "labels.csv").write_text("VolumeName,Nodule,Effusion\ntwo,,1\none,,\nthree,0,-1\n")
+    with pytest.raises(CohortError, match="found other labels for 'three'"):
+        LabelledVolumes(folder / "labels.csv", folder / "scans", SMALL, findings)
+    dataset = LabelledVolumes(folder / "labels.csv", folder / "scans", SMALL, findings, minus_one_is_unknown=True)
+    assert {v.name: v.labels.tolist() for v in dataset.volumes} == {"two": [UNKNOWN, 1], "three": [0, UNKNOWN]}
+    assert dataset[0][1].tolist() == [UNKNOWN, 1]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("VolumeName,Nodule\nnone,1\n", "found no file for any of the 1 volumes"),
-        ("VolumeName,Nodule\none,0.5\n", "found other labels for 'one', expected 0 and 1"),
-        ("VolumeName,Nodule\none,\n", "found other labels for 'one', expected 0 and 1"),
+        ("VolumeName,Nodule\none,0.5\n", "found other labels for 'one', expected 0, 1 or an empty cell"),
+        ("VolumeName,Nodule\none,-1\n", "found other labels for 'one', expected 0, 1 or an empty cell"),
+        ("VolumeName,Nodule\none,\ntwo,\n", "found no known label for any of the 2 volumes with a file"),
         ("VolumeName,Nodule\none,1\none,0\n", "found one again|with other values"),
         ("VolumeName,Effusion\none,1\n", "found no column 'Nodule'"),
     ],

@@ -5,6 +5,7 @@ the command line.
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from ctclip.data.tables import CohortError
 from ctclip.evaluation import evaluate as ev
 from ctclip.evaluation import metrics as cm
 from ctclip.evaluation.calibration import fit_calibration, load_calibration
+from ctclip.evaluation.render import format_report
 from ctclip.evaluation.tables import as_table, read_labels, read_predictions, rows_of, write_table
 from ctclip_model import ABNORMALITIES, UNKNOWN
 
@@ -60,6 +62,30 @@ def test_findings_are_the_columns_of_the_label_table(header, row, findings, unus
     assert (table.findings, table.unused) == (findings, unused)
 
 
+@pytest.mark.parametrize("cell, rest, said", [
+    ("2", "1", "line 3: found '2' for Mass, expected 0, 1 or an empty cell as in a finding's column; correct it, or"),
+    ("yes", "0", "line 3: found 'yes' for Mass, "),
+    ("-1", "1", "line 3: found '-1' for Mass, .*; say that -1 is unknown .--minus-one-is-unknown., or name"),
+    ("2", "3", None),  # hardly a finding
+    ("2", "", None),
+])  # fmt: skip
+def test_a_cell_that_keeps_a_column_out_is_named(cell, rest, said, tmp_path):
+    path = write(tmp_path / "l.csv", 'VolumeName,Emphysema,"Mass"', f"a,1,{rest}", f"b,0,{cell}", f"c,0,{rest}")
+    table = read_label_table(path)
+    assert table.findings == ("Emphysema",) and table.unused == ("Mass",)
+    assert len(table.doubtful) == bool(said) and (said is None or re.search(said, table.doubtful[0]))
+    if said:
+        predicted = pd.DataFrame({"Emphysema": [0.5, 0.25, 0.75]}, ["a", "b", "c"])
+        report = format_report(ev.evaluate(predicted, read_labels(path), resamples=10))
+        assert table.doubtful[0] in " ".join(report.split())
+
+
+def test_where_no_column_is_a_finding_the_nearest_says_why(tmp_path):
+    path = write(tmp_path / "l.csv", "VolumeName,Mass,Score", "a,1,7", "b,-1,8", "c,0,9")
+    with pytest.raises(CohortError, match="line 3: found '-1' for Mass, .*--minus-one-is-unknown"):
+        read_label_table(path)
+
+
 def test_an_empty_cell_is_unknown_and_minus_one_only_on_demand(tmp_path):
     path = write(tmp_path / "l.csv", "VolumeName,Mass,Nodule", "a,1,", "b,0,1")
     assert with_unknown(read_label_table(path).values).tolist() == [[1, UNKNOWN], [0, 1]]
@@ -86,7 +112,8 @@ def test_a_column_that_may_be_one_of_the_18_is_refused(column, tmp_path):
 
 def test_findings_are_listed_with_commas():
     assert listed_findings("Mass, Lung nodule") == ["Mass", "Lung nodule"] and listed_findings(None) is None
-    for text in ("", " , ", "Mass,Mass"):
+    assert listed_findings('Mass, "Effusion, any"') == ["Mass", "Effusion, any"]
+    for text in ("", " , ", "Mass,Mass", 'Mass,"Effusion'):
         with pytest.raises(CohortError, match="--findings"):
             listed_findings(text)
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from ctclip.data.geometry import Placement, place_volume
 from ctclip.data.preprocessing import preprocess_volume
+from ctclip.data.tables import listing
 from ctclip.data.windows import SOFT_TISSUE_WINDOW
 from ctclip.inference import heat_maps
 from ctclip.inference.scans import PredictionError
@@ -164,9 +165,9 @@ def test_labels_are_read_as_people_write_them():
     assert heat_maps.parse_labels("b", ("A", "B")) == ["B"]
 
 
-def test_a_label_with_a_comma_is_one_of_all():
+def test_a_label_with_a_comma_stands_in_quotes():
     own = ("Nodule, solid", "Nodule")
-    assert heat_maps.parse_labels("all", own) == list(own)
+    assert heat_maps.parse_labels("all", own) == heat_maps.parse_labels(listing(own), own) == list(own)
     with pytest.raises(PredictionError, match="found 'solid'"):
         heat_maps.parse_labels("Nodule, solid", own)
 
@@ -179,6 +180,7 @@ def test_a_label_with_a_comma_is_one_of_all():
         ("Emphysema,all", "found 'all'"),
         ("xyz", "Medical material, Arterial"),
         (" , ", "found no label"),
+        ('"Emphysema', "a quote or a line has no end"),
     ],
 )
 def test_unknown_labels_are_one_line(text, said):

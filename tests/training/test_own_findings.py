@@ -22,7 +22,8 @@ import run_task2
 from ctclip.data.cohort import load_cohort
 from ctclip.data.ct_rate import SPLITS, labels_path
 from ctclip.evaluation.calibration import load_calibration
-from ctclip.evaluation.tables import read_labels, read_predictions
+from ctclip.evaluation.tables import read_labels, read_predictions, write_table
+from ctclip.inference.run_predictions import run_inputs
 from ctclip.training import steps
 from ctclip_model import (
     ABNORMALITIES,
@@ -246,11 +247,37 @@ def test_labels_hidden_from_a_run_change_nothing_in_it(phantoms, tiny_classfine,
 
 
 def test_findings_can_be_named_and_a_wrong_name_is_one_line(phantoms, tiny_classfine, tmp_path, cache, capsys):
-    flags = (phantoms, tmp_path / "run", tiny_classfine, cache)
+    both = cohort_of(phantoms, tmp_path / "cohort",
+                     lambda labels: labels.assign(**{"Nodule, solid": labels["Lung nodule"]}))  # fmt: skip
+    flags = (both, tmp_path / "run", tiny_classfine, cache)
     assert train(*flags, "--findings", "Emphysem") == 2
     err = capsys.readouterr().err
     assert one_line(err) and "found no column 'Emphysem'" in err and not (tmp_path / "run").exists()
-    assert train(*flags, "--findings", "Lung nodule, Emphysema") == 0
+    assert train(*flags, "--findings", '"Nodule, solid", Emphysema') == 0
     model = CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "run")
-    assert model.labels == ("Lung nodule", "Emphysema")
-    assert ctclip_evaluation.main(["--checkpoint", str(tmp_path / "run"), "--resamples", "100"]) == 0
+    assert model.labels == ("Nodule, solid", "Emphysema")
+    evaluate = ["--checkpoint", str(tmp_path / "run"), "--resamples", "100", "--pictures", "0"]
+    assert ctclip_evaluation.main(evaluate) == 0
+    # the run's findings decide, also in another cohort whose table has the 18 and one more; or only some of the run's
+    for data_dir, findings in ((both, ["Nodule, solid", "Emphysema"]), (phantoms, ["Emphysema"])):
+        folder = tmp_path / f"on_{data_dir.name}"
+        assert ctclip_evaluation.main([*evaluate, "--data-dir", str(data_dir), "--output-dir", str(folder)]) == 0
+        assert list(json.loads((folder / "metrics.json").read_text())["per_label"]) == findings
+    table = both / labels_path("valid")
+    table.write_text(table.read_text().replace("Nodule, solid", "Nodules, solid", 1))
+    capsys.readouterr()
+    assert ctclip_evaluation.main([*evaluate, "--data-dir", str(both)]) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and "found column 'Nodules, solid', expected 'Nodule, solid'" in err
+
+
+def test_the_18_and_one_more_are_all_evaluated(tmp_path):
+    findings = [*ABNORMALITIES, "Rib fracture"]
+    (tmp_path / "run.json").write_text(json.dumps({"labels": findings, "phantom": True}))
+    names = [f"valid_{i}_a_1.nii.gz" for i in range(4)]
+    for prefix in ("", "tuning_"):
+        write_table(tmp_path / f"{prefix}predictions.csv", names, np.full((4, 19), 0.25), findings=findings)
+        write_table(tmp_path / f"{prefix}labels.csv", names, np.eye(4, 19, dtype=int), findings=findings)
+    inputs = run_inputs(tmp_path)
+    for table in (inputs.predictions, inputs.labels, *inputs.tuning):
+        assert list(table.findings) == findings
