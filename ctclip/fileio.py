@@ -129,6 +129,7 @@ class LockedError(UserError):
 
 
 _HELD: set[Path] = set()  # locks of this process
+BUSY = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # what the system says of a lock that another process has
 
 
 @contextmanager
@@ -152,6 +153,31 @@ def locked(path: Path, busy: str = "locked") -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process is in a block of `locked(path)` now. Of one on another machine, as beside a shared disk, this
+    may not be known: False."""
+    if path in _HELD:  # not opened: closing it would end the lock
+        return True
+    for file in (path, _elsewhere(path)):
+        try:
+            descriptor = os.open(file, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            _try_lock(descriptor, False)
+        except OSError as error:
+            if error.errno in BUSY:
+                return True
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def _elsewhere(path: Path) -> Path:
+    """Where a file is locked whose disk knows no locks."""
+    return Path(tempfile.gettempdir(), f"ctclip-{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.lock")
+
+
 def _lock(path: Path, busy: str) -> tuple[Path, int]:
     """-> (the lock file, its descriptor), locked."""
     while True:
@@ -172,13 +198,11 @@ def _lock(path: Path, busy: str) -> tuple[Path, int]:
             os.close(descriptor)
         except OSError as error:
             os.close(descriptor)
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            if error.errno in BUSY:
                 raise LockedError(busy) from None
-            name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-            elsewhere = Path(tempfile.gettempdir(), f"ctclip-{name}.lock")
-            if path == elsewhere:
+            if path.parent == Path(tempfile.gettempdir()):
                 raise
-            return _lock(elsewhere, busy)
+            return _lock(_elsewhere(path), busy)
 
 
 def _try_lock(descriptor: int, writable: bool) -> None:

@@ -4,9 +4,11 @@ two.
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ from ctclip.config import RUN_COLUMNS, SYNTHETIC_NOTE
 from ctclip.errors import UserError
 from ctclip.evaluation.render import page_template
 from ctclip.evaluation.report import AUROCS, METRIC_ROWS, data_name
-from ctclip.evaluation.run_folder import PAGE, RECORDS, is_run, run_record
+from ctclip.evaluation.run_folder import LOCK, PAGE, RECORDS, is_run, run_record
 from ctclip.evaluation.saved_ensemble import saved_ensemble
-from ctclip.fileio import check_replaceable, check_writable, read_json, replacing
+from ctclip.fileio import check_replaceable, check_writable, is_locked, read_json, replacing
 from ctclip.formatting import decimal, interval_text, metric_text, percent
 from ctclip_model import CheckpointError, check_written
 
@@ -29,6 +31,12 @@ TITLES = ("Run", "Date", "Status", "Data", "Model", "Head", "Loss", "Epochs", "A
 COLUMNS = dict(zip(RUN_COLUMNS, TITLES, strict=True))
 COMMON = ("data", "model", "head", "loss", "epochs")  # of the text, said once where all runs have the same
 UNKNOWN_CELL = "-"
+NOT_RUNNING = "not running"  # nor finished: interrupted, or trained by another machine
+# Of the text: columns whose cells may be shortened, each to no less than so many characters; and those that are left
+# out, in this order, where that does not suffice.
+SHORTENED = {"name": 16, "data": 8, "model": 8}
+LEFT_OUT = ("loss", "epochs", "head", "crg", "f1", "data", "date")
+DEFAULT_WIDTH = 120  # characters, of a list that is no terminal's
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,8 @@ class RunSummary:
     def status(self) -> str:
         if self.fault:
             return "unreadable"
-        status = str(self.record.get("status", "running"))
-        if status == "running":
-            return "not finished"
+        if str(self.record.get("status", "running")) == "running":
+            return "running" if is_locked(self.folder / LOCK) else NOT_RUNNING
         return "evaluated" if self.metrics else "not evaluated"
 
     @property
@@ -133,21 +140,66 @@ def _summary(name: str, folder: Path, run: Path) -> RunSummary:
     return summary
 
 
-def format_runs(runs: Sequence[RunSummary]) -> str:
-    """A table; below it what all runs have in common, faults, and the note on phantoms."""
+def format_runs(runs: Sequence[RunSummary], width: int = DEFAULT_WIDTH) -> str:
+    """A table of at most `width` characters; below it what all runs have in common, what was left out for the width,
+    when runs that are not finished were last written, faults, and the note on phantoms."""
     rows = [run.cells() for run in runs]
     for run, row in zip(runs, rows, strict=True):  # to fit beside each other: the status where there are no results
         row["date"] = row["date"].partition(" ")[0]
         row["auroc"] = row["auroc"] if run.metrics else row["status"]
     common = [key for key in COMMON if len(runs) > 1 and len({row[key] for row in rows}) == 1]
     keys = [key for key in COLUMNS if key not in (*common, "status")]
-    lines = [[COLUMNS[key] for key in keys], *([row[key] for key in keys] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    widths = _widths({key: max(len(COLUMNS[key]), *(len(row[key]) for row in rows)) for key in keys}, width)
+    table = ["  ".join(_shortened(line[key], room).ljust(room) for key, room in widths.items()).rstrip()
+             for line in (COLUMNS, *rows)]
+    narrow = [COLUMNS[key].lower() for key in keys if key not in widths]
+    left_out = [f"On the page, too wide for here: {', '.join(narrow)}"] if narrow else []
     faults = [f"{run.name}: {run.fault}" for run in runs if run.fault]
     notes = [f"Runs on phantoms are among them. {SYNTHETIC_NOTE}"] if any(_of_phantoms(run) for run in runs) else []
     same = [f"All: {', '.join(f'{COLUMNS[key].lower()} {rows[0][key]}' for key in common)}"] if common else []
-    return "\n".join([*table, *same, *faults, *notes])
+    return "\n".join([*table, *same, *left_out, *_unfinished(runs), *faults, *notes])
+
+
+def _widths(wanted: Mapping[str, int], most: int) -> dict[str, int]:
+    """The columns that fit into `most` characters, two between each, and how wide they are."""
+    widths = dict(wanted)
+    for key in ("", *LEFT_OUT):
+        widths.pop(key, None)
+        if _total({key: min(SHORTENED.get(key, width), width) for key, width in widths.items()}) <= most:
+            break
+    while _total(widths) > most and (long := [key for key in widths if widths[key] > SHORTENED.get(key, widths[key])]):
+        widths[max(long, key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _total(widths: Mapping[str, int]) -> int:
+    return sum(widths.values()) + 2 * (len(widths) - 1)
+
+
+def _shortened(text: str, width: int) -> str:
+    """The text without its middle, where it is longer than `width`."""
+    if len(text) <= width:
+        return text
+    start = (width - 1) // 2
+    return f"{text[:start]}..{text[len(text) - (width - 2 - start):]}"
+
+
+def _unfinished(runs: Sequence[RunSummary]) -> list[str]:
+    """A line for the runs that are not finished and that no process of this machine trains."""
+    now = datetime.now()
+    found = [f"{run.name} {_age(now - run.written)} ago" for run in runs if run.written and run.status == NOT_RUNNING]
+    if not found:
+        return []
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return [f"Not finished, nor running on this machine (--resume continues one); last written: {', '.join(found[:3])}"
+            f"{more}"]
+
+
+def _age(passed: timedelta) -> str:
+    minutes = max(0, round(passed.total_seconds() / 60))
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{round(minutes / 60)} h" if minutes < 48 * 60 else f"{round(minutes / 1440)} d"
 
 
 def _of_phantoms(run: RunSummary) -> bool:
@@ -213,6 +265,6 @@ def runs_command(root: str | None, output: str | None, sort: str) -> None:
     check_index(page)
     check_writable(page.parent, "name another --output")
     runs = list_runs(folder, sort)
-    print(format_runs(runs))
+    print(format_runs(runs, shutil.get_terminal_size().columns if sys.stdout.isatty() else DEFAULT_WIDTH))
     write_index(page, runs)
     print(f"Wrote {page}: the same as a page, with links to the reports; tick two runs there to compare them")

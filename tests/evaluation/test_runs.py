@@ -1,7 +1,12 @@
 """The list of runs: what stands in it and in which order, against the runs' own files; what is no run; the page."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +16,18 @@ import run_task2
 from ctclip.config import SYNTHETIC_NOTE, TrainingConfig
 from ctclip.errors import UserError
 from ctclip.evaluation import evaluate as ev
+from ctclip.evaluation.run_folder import LOCK
 from ctclip.evaluation.runs import format_runs, list_runs, write_index
+from ctclip.fileio import locked
+
+HOLD = """
+import sys
+from pathlib import Path
+from ctclip.fileio import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
 
 
 def make_run(folder: Path, seed: int | None = 0, status: str = "finished", phantom: bool = False, **changes) -> None:
@@ -55,7 +71,7 @@ def test_runs_are_listed_with_what_their_files_say(results):
     assert (cells["loss"], cells["epochs"], cells["data"], cells["head"]) == ("bce", "4", "cohort", "linear")
     assert {name: run.status for name, run in runs.items()} == {
         "first": "evaluated", "again": "evaluated", "first/on_elsewhere": "evaluated", "second": "evaluated",
-        "begun": "not finished", "trained": "not evaluated", "damaged": "unreadable"}
+        "begun": "not running", "trained": "not evaluated", "damaged": "unreadable"}
     assert runs["first/on_elsewhere"].data == "elsewhere"
     assert len({runs[name].compared_on for name in ("first", "second", "first/on_elsewhere")}) == 3  # other labels
 
@@ -71,7 +87,39 @@ def test_the_text_names_faults_and_phantoms(results):
     text = format_runs(list_runs(results))
     assert "damaged: " in text and "found a value of another kind for phantom" in text
     assert text.endswith(SYNTHETIC_NOTE) and "AUROC (95 % CI)" in text.splitlines()[0]
-    assert "not evaluated" in text and max(map(len, text.splitlines()[:6])) <= 130
+    assert "not evaluated" in text and max(map(len, text.splitlines()[:8])) <= 120
+
+
+@pytest.mark.parametrize("width", [120, 80])
+def test_the_text_fits(results, width):
+    runs = [run for run in list_runs(results) if not run.fault]
+    long = [replace(run, name=f"2026112{i}-120000_vit_base_patch16_224.augreg_in21k_{run.name}")
+            for i, run in enumerate(runs)]
+    config = {"model": "vit_base_patch16_224.augreg_in21k", "head": "attention", "loss_type": "focal", "epochs": 100}
+    long[0] = replace(long[0], data="a cohort with a long name", record={**long[0].record, "config": config})
+    *table, note = format_runs(long, width).splitlines()[: len(long) + 2]
+    assert max(map(len, table)) <= width and min(map(len, table)) > 30
+    for run, line in zip(long, table[1:], strict=True):
+        shortened = re.match(re.escape(run.name[:7]) + r"\.\.(\S{7,})  ", line)
+        assert shortened and run.name.endswith(shortened[1])
+    assert note == "On the page, too wide for here: " + (
+        "loss, epochs" if width == 120 else "data, head, loss, epochs, f1, crg")
+
+
+def test_a_run_that_a_process_trains_is_told_from_one_that_stopped(results):
+    path = results / "begun" / "run.json"
+    os.utime(path, (time.time() - 3 * 3600,) * 2)
+    begun = next(run for run in list_runs(results) if run.name == "begun")
+    assert "nor running on this machine (--resume continues one); last written: begun 3 h ago" in format_runs([begun])
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path.with_name(LOCK))], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as process:  # fmt: skip
+        assert process.stdout.readline() == "locked\n" and begun.status == "running"
+        assert "last written" not in format_runs([begun])
+        process.kill()
+    assert begun.status == "not running" and path.with_name(LOCK).exists()
+    with locked(path.with_name(LOCK)):
+        assert begun.status == "running"
+    assert begun.status == "not running"
 
 
 def test_what_all_runs_have_in_common_is_said_once(results):
@@ -83,7 +131,7 @@ def test_the_page_holds_every_run_and_can_be_written_again(results, tmp_path, ca
     page = tmp_path / "index.html"
     for _ in range(2):
         assert run_task2.main(["--mode", "runs", "--input", str(results), "--output", str(page)]) == 0
-    assert "first/on_elsewhere" in capsys.readouterr().out
+    assert re.search(r"^first/.*\.\..*lsewhere  ", capsys.readouterr().out, re.MULTILINE)
     text = page.read_text()
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
     runs = {row["name"]: row for row in data}
