@@ -113,7 +113,9 @@ def place_files(files: dict[str, bytes], folder: Path) -> list[str]:
         os.replace(temporary, target)
         written.append(name)
     if written:
-        report(f"{len(written)} of {len(files)} files of ctclip.zip unpacked ({version})")
+        here = len(files) - len(written)
+        others = f", which were missing; the other {here} are here already" if here else ""
+        report(f"{len(written)} of {len(files)} files of ctclip.zip unpacked ({version}){others}")
     return written
 
 

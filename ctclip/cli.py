@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import io
 import os
@@ -28,6 +29,7 @@ FILE_REMEDIES = {  # by errno
     **dict.fromkeys(DISK_FULL, "free space on its disk, raise the limit, or write to another place"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or name another place"),
 }
+ALIKE = 0.7  # of a flag that may be a mistyped other (difflib's ratio)
 INTERRUPTED = "the same command starts again; every file is whole, old or new"
 
 
@@ -71,7 +73,22 @@ class OneLineParser(argparse.ArgumentParser):
         return super().format_help().replace(f"\n{self.epilog}\n", "") if self.usual else super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {message}{self._meant(message)}; see --help\n")
+
+    def _meant(self, message: str) -> str:
+        """" (did you mean --epochs?)", where argparse's message is about flags that are hardly known otherwise."""
+        if not message.startswith("unrecognized arguments: "):
+            return ""
+        known = [flag for parser in (self, *self._parsers()) for flag in parser._option_string_actions]
+        wrong = (word.partition("=")[0] for word in message.split() if word.startswith("-"))
+        near = [difflib.get_close_matches(f"--{word.lstrip('-').lower()}", known, 1, ALIKE) for word in wrong]
+        meant = dict.fromkeys(flag for found in near for flag in found)
+        return f" (did you mean {' and '.join(meant)}?)" if meant else ""
+
+    def _parsers(self) -> list[argparse.ArgumentParser]:
+        """Those of its commands, where it has commands."""
+        commands = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return [parser for action in commands for parser in action.choices.values()]
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         super().exit(status if flushed() else PIPE_CLOSED, message)

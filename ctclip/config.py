@@ -6,10 +6,11 @@ Standard library only: --help and a mistyped flag are answered before the two se
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -450,6 +451,9 @@ class Settings:
         metavar="ct-rate|JSON")
     resamples: int = _flag(RESAMPLES, COUNTED, "bootstrap resamples of the patients, for intervals and p-values")
     seed: int = 0
+    reference_standard: str | None = _flag(
+        None, COUNTED, "what the labels are (who read what, and how), in your words: stands in the report",
+        metavar="TEXT")
     allow_partial: bool = _flag(False, COUNTED, "go on with the volumes that all tables hold; skipped ones are counted")
     # fmt: on
 
@@ -605,12 +609,30 @@ USUAL_EVALUATION_FLAGS = (
 )  # fmt: skip
 
 
+TRAINING_MODES = ("quick_test", "full_train")
+
+
+def _mode_among(own: Iterable[str], others: Iterable[str], script: str) -> Callable[[str], str]:
+    """Of --mode: refuses a mode of another script by the name of that script."""
+    own, others = list(own), list(others)
+
+    def check(text: str) -> str:
+        near = difflib.get_close_matches(text.replace("-", "_"), others, 1, 0.8)
+        if text not in own and near:
+            raise argparse.ArgumentTypeError(f"found {text!r}, a mode of {script}, expected one of {', '.join(own)}; "
+                                             f"run python {script} --mode {near[0]}")
+        return text
+
+    return check
+
+
 def training_parser(description: str) -> OneLineParser:
     """Of ctclip_training.py."""
     parser = OneLineParser(
         ("--mode", *USUAL_TRAINING_FLAGS), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mode", choices=("quick_test", "full_train"), default=argparse.SUPPRESS,
+    parser.add_argument("--mode", choices=TRAINING_MODES, default=argparse.SUPPRESS,
+                        type=_mode_among(TRAINING_MODES, MODES, "run_task2.py"),
                         help="quick_test: 3 epochs on 200 training and 50 validation phantoms; full_train (default): "
                         "as set below")
     add_training_flags(parser)
@@ -684,7 +706,8 @@ def task_parser(description: str) -> OneLineParser:
     parser = OneLineParser(usual, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = "; ".join(f"{mode}: {what}" for mode, what in MODES.items())
     task = parser.add_mutually_exclusive_group()
-    task.add_argument("--mode", dest="task", choices=MODES, default="full", help=modes)
+    task.add_argument("--mode", dest="task", choices=MODES, default="full", help=modes,
+                      type=_mode_among(MODES, TRAINING_MODES, "ctclip_training.py"))
     task.add_argument("--export", choices=EXPORTS, help="; ".join(f"{name}: {what}" for name, what in EXPORTS.items()))
     group = parser.add_argument_group("evaluate and predict")
     group.add_argument("--checkpoint", metavar="RUN", nargs="+",

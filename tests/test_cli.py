@@ -17,7 +17,7 @@ from ctclip.cli import (
     refuse_unused,
     run_cli,
 )
-from ctclip.config import evaluation_parser, phantom_parser, task_parser, training_parser
+from ctclip.config import evaluation_parser, hub_parser, phantom_parser, task_parser, training_parser
 from ctclip.errors import UserError
 from ctclip.formatting import BAR, plural, rate_text, size_text
 from ctclip.inference.predictor import MachineError, choose_device, choose_workers
@@ -244,3 +244,12 @@ def test_a_second_input_is_refused_and_of_other_flags_the_last_one_counts(capsys
     with pytest.raises(SystemExit) as caught:
         task_parser("").parse_args(["--mode", "predict", "--input", "a.nii.gz", "--input", "b.nii.gz"])
     assert caught.value.code == 2 and "found --input more than once" in capsys.readouterr().err
+
+
+def test_a_flag_and_a_mode_that_another_script_has_are_named(capsys):
+    with pytest.raises(SystemExit):
+        training_parser("").parse_args(["--mode", "predict"])
+    assert "found 'predict', a mode of run_task2.py, expected one of quick_test, full_train" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        hub_parser("").parse_args(["card", "run", "--pushed", "a/b"])
+    assert "(did you mean --push?); see --help" in capsys.readouterr().err

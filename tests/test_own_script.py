@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ctclip_model
 from ctclip.config import HEAD_LEARNING_RATE, TrainingConfig
 from ctclip.data import LabelledVolumes, slices
+from ctclip_evaluation import load_labels, load_predictions
 from ctclip_model import (
     CTCLIPMultiAbnormalityModel,
     ScaleCheck,
@@ -110,23 +111,29 @@ def test_a_2d_script_with_model_and_loss_replaced_learns_and_keeps_the_positive_
     assert 0 < rate < 0.5 and not ScaleCheck.warned
 
 
-def test_the_guides_snippet_runs(monkeypatch, phantoms):
+def test_the_guides_snippet_runs(monkeypatch, phantoms, tmp_path):
     """Every Python block of its section up to the evaluation, one after the other."""
     text = (ROOT / "CTCLIP_COLAB_README.md").read_text(encoding="utf-8")
     section = text.split("\n## Into your own script\n")[1].split("\n## ")[0]
     blocks = re.findall(r"^```python\n(.*?)^```", section.split("**Evaluate your predictions.**")[0], re.M | re.S)
     code = "\n".join(blocks)
     assert "parameter_groups(" in code and "create_balanced_loss(" in code and "slices(" in code
-    loaded = CTCLIPMultiAbnormalityModel(CLIP)
-    monkeypatch.setattr(ctclip_model, "CTCLIPMultiAbnormalityModel", lambda ctclip_path: loaded)
+    monkeypatch.chdir(tmp_path)
     fixed = phantoms / "dataset" / "train_fixed"
     volume = next(fixed.rglob("*.nii.gz"))
-    table = next(phantoms.rglob("*train*labels*.csv"))
-    for written, here in (("scan.nii.gz", volume), ("labels.csv", table), ("scans/", fixed)):
+    header, *rows = next(phantoms.rglob("*train*labels*.csv")).read_text().splitlines()
+    here = {path.name for path in fixed.rglob("*.nii.gz")}
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join([header, *[row for row in rows if row.partition(",")[0] in here][:3]]))
+    for written, here in (("scan.nii.gz", volume), ("labels.csv", table), ("scans/", fixed),
+                          ("models/ctclip_classfine.pt", CLIP)):  # fmt: skip
         assert written in code
         code = code.replace(f'"{written}"', repr(str(here)))
-    scope = {"torch": torch, "labels": torch.zeros(8, 18)}
+    scope = {"labels": torch.zeros(8, 18)}
     exec(code, scope)
+    predictions = load_predictions("mine.csv")
+    assert list(predictions.columns) == list(scope["model"].labels) and len(predictions) == len(load_labels(table)) == 3
+    assert not scope["model"].training and (tmp_path / "models" / "mine" / "model.safetensors").is_file()
     assert scope["logits"].shape[1] == 18 and scope["loss"].requires_grad
     rates = {group["layer"]: group["lr"] for group in scope["optimizer"].param_groups}
     assert rates[0] == HEAD_LEARNING_RATE["ctclip"] and rates[1] == TrainingConfig.backbone_learning_rate

@@ -154,7 +154,12 @@ WRONG_USAGE = [
     (["--mode", "predict", "--batch-size", "4", "--epochs", "50"], "found --batch-size, which goes with --mode full"),
     (["--device", "meta", "--mode", "train"], "--device meta: not usable here"),
     (["--device", "cuda:77", "--mode", "train"], "--device cuda:77: not usable here"),
-    (["--modell", "ctclip"], "unrecognized arguments"),
+    (["--modell", "ctclip"], "unrecognized arguments: --modell ctclip (did you mean --model?); see --help"),
+    (["--epoch=5", "-inputs", "x"], "unrecognized arguments: --epoch=5 -inputs x (did you mean --epochs and --input?)"),
+    (["--zzz"], "unrecognized arguments: --zzz; see --help"),
+    (["--mode", "quick-test"], "found 'quick-test', a mode of ctclip_training.py, expected one of full, train, "
+     "evaluate, predict, runs; run python ctclip_training.py --mode quick_test"),
+    (["--mode", "trane"], "invalid choice: 'trane'"),
 ]
 
 

@@ -30,6 +30,7 @@ from ctclip.data.volume_file import VolumeError
 from ctclip.formatting import plural
 from ctclip_model import ABNORMALITIES, UNKNOWN
 
+OF_VERSION_1 = " (needed by a version-1 file)"  # ends the reason for skipping one
 METADATA_COLUMNS = f"VolumeName, {', '.join(GEOMETRY_COLUMNS)}"
 
 
@@ -188,11 +189,7 @@ class CohortBuilder:
                                        METADATA_COLUMNS)
         else:
             self.metadata = CsvTable(metadata_file, GEOMETRY_COLUMNS)
-            notes.append(f"no {metadata_file.name}, without which raw volumes (version 1) are skipped")
-        no_chest = data_dir / no_chest_path(split)
-        self.no_chest = _read_no_chest(no_chest)
-        if not no_chest.exists():
-            notes.append(f"no {no_chest.name}, an optional list of volumes to skip")
+        self.no_chest = _read_no_chest(data_dir / no_chest_path(split))
         self.streamed = read_streamed(data_dir, split)
         self.taken: dict[str, str] = {}  # file: the row that it belongs to
         for table, what in ((self.labels, "label"), (self.metadata, "metadata")):
@@ -202,6 +199,7 @@ class CohortBuilder:
                 notes.append(f"{plural(len(table.faults), f'faulty {what} row')}: {table.faults[0]}")
         if unused := label_table.unused:
             notes.append(f"not used: {some(unused)} of {self.labels.path.name}, not among the findings")
+        notes += label_table.doubtful
         self.labelled = [*self.labels.place, *sorted(self.labels.contradictory)]
         if hidden := [name for name in (*self.labels.place, *self.metadata.place) if not name.isprintable()]:
             notes.append(f"names with a letter that cannot be seen, which may match no file: {len(hidden)}, first "
@@ -222,6 +220,12 @@ class CohortBuilder:
             sources.append((str(patients), stated))
         return merge_ids(sources, self.labelled)
 
+    def places(self, name: str) -> list[tuple[Path, bool]]:
+        """(path in data_dir, whether version 2) of where a volume's file may be, in the order they are looked for."""
+        of_the_hub = [(volume_path(name, fixed), fixed) for fixed in (True, False)]
+        of_ones_own = [(ct_rate.plain_path(name, self.split), True)]
+        return of_the_hub + of_ones_own if ct_rate.names_patient(name) else of_ones_own + of_the_hub
+
     def find(self, name: str) -> tuple[Path, bool, Streamed | None] | None:
         """(path, whether version 2, None) of the file, version 2 first: it is the corrected one. Without a file, where
         it would be and what the manifest says of it."""
@@ -229,9 +233,7 @@ class CohortBuilder:
         if plain.is_absolute() or ".." in plain.parts:
             raise CohortError(f"{self.labels.path}: found {name!r}, expected a name within the cohort's folder; "
                               "correct it")
-        of_the_hub, of_ones_own = [(volume_path(name, fixed), fixed) for fixed in (True, False)], [(plain, True)]
-        is_ct_rate_s = ct_rate.names_patient(name)
-        for place, fixed in of_the_hub + of_ones_own if is_ct_rate_s else of_ones_own + of_the_hub:
+        for place, fixed in self.places(name):
             path = self.data_dir / place
             if os.path.exists(path):  # False also where a folder may not be entered
                 return path, fixed, None
@@ -253,7 +255,7 @@ class CohortBuilder:
             (not known, "no label row"),
             (not is_label(labels).all(), "labels other than 0 and 1"),
             ((labels == EMPTY).all(), "no known label"),
-            (missing and not fixed, f"{missing} (needed by a version-1 file)"),
+            (missing and not fixed, f"{missing}{OF_VERSION_1}"),
         )
         reason = next((reason for holds, reason in reasons if holds), None)
         if reason is not None:
@@ -266,6 +268,16 @@ class CohortBuilder:
             self.cohort.volumes.append(Volume(
                 name, path, with_unknown(labels).astype(np.float32), row, signature, ids=self.ids.get(name)
             ))
+
+    def note_missing_tables(self) -> None:
+        """Notes the optional tables that are missed: of metadata, where volumes are skipped for want of them, and the
+        no-chest list, where volumes are named as CT-RATE's."""
+        notes, metadata = self.cohort.notes, self.data_dir / ct_rate.metadata_path(self.split)
+        if not metadata.exists() and any(reason.endswith(OF_VERSION_1) for _, reason in self.cohort.skipped):
+            notes.append(f"no {metadata.name}, without which raw volumes (version 1) are skipped")
+        no_chest = self.data_dir / no_chest_path(self.split)
+        if not no_chest.exists() and any(map(ct_rate.names_patient, self.labelled)):
+            notes.append(f"no {no_chest.name}, an optional list of volumes to skip")
 
     def _metadata_row(self, name: str) -> tuple[dict[str, Any] | None, str | None]:
         """(usable metadata row, None) or (None, what is wrong with it)."""
@@ -308,17 +320,23 @@ def load_cohort(
     builder = CohortBuilder(data_dir, split, patients, findings, minus_one_is_unknown)
     cohort = builder.cohort
     labelled = dict.fromkeys(builder.labelled)
+    example = None
     for name in [*labelled, *builder.unlabelled]:
         if limit is not None and len(cohort) >= limit:
             break
         found = builder.find(name)
         if found is None:
             cohort.not_on_disk += name in labelled
+            example = example or builder.places(name)[0][0]
         else:
             builder.add(name, *found)
+    builder.note_missing_tables()
     if not cohort.volumes:
         reasons = "; ".join(cohort.summary().splitlines()[1:]) or "an empty label table"
-        raise CohortError(f"{data_dir}: found no usable {split} volume ({reasons}), expected at least one; add volumes")
+        places = " or ".join(str(data_dir / "dataset" / folder) for folder in (f"{split}_fixed", split))
+        such_as = f", such as {data_dir / example}" if example else ""
+        raise CohortError(f"{data_dir}: found no usable {split} volume ({reasons}), expected at least one in {places}; "
+                          f"add volumes{such_as}")
     return cohort
 
 
@@ -331,6 +349,7 @@ def listed_volumes(data_dir: str | Path, split: str, fixed: bool) -> Cohort:
     builder = CohortBuilder(data_dir, split)
     for name in builder.labelled:
         builder.add(name, data_dir / volume_path(name, fixed), fixed, None)
+    builder.note_missing_tables()
     return builder.cohort
 
 

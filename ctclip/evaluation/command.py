@@ -88,7 +88,7 @@ def settings_from_flags(args: argparse.Namespace) -> Settings:
         read_patients(args.patients)
     return Settings(
         args.objective, args.calibration, args.unit, read_prevalence(args.prevalence) if args.prevalence else None,
-        args.resamples, allow_partial=args.allow_partial,
+        args.resamples, allow_partial=args.allow_partial, reference_standard=args.reference_standard,
     )
 
 

@@ -13,11 +13,11 @@ import timm
 import torch
 
 from ctclip import __version__
-from ctclip.config import PHANTOM_ENCODER_NOTE, SYNTHETIC_NOTE
+from ctclip.config import SYNTHETIC_NOTE
 from ctclip.data.loading import count_notes
 from ctclip.errors import UserError
 from ctclip.evaluation.figures import TRAINING_CURVES, write_training_figure
-from ctclip.evaluation.run_folder import PAGE, writing
+from ctclip.evaluation.run_folder import PAGE, encoder_note, writing
 from ctclip.fileio import replacing
 from ctclip.formatting import decimal, percent, plural, rate_text
 from ctclip.memory import process_memory
@@ -109,6 +109,8 @@ def epoch_record(state: TrainingState, train_loss: float | None, validation: Val
         "train_loss": train_loss,
         "tuning_loss": metrics["loss"],
         "tuning_auroc_macro": metrics["auroc_macro"],
+        "tuning_auroc_findings": metrics["auroc_findings"],  # of which it is the mean; the others have one class only
+        "findings": validation.logits.shape[1],
         "positive_rate": metrics["positive_rate"],
         "label_rate": metrics["label_rate"],
         "learning_rate": state.trainable.optimizer.param_groups[0]["lr"],
@@ -140,8 +142,10 @@ def print_setup(job: TrainingJob) -> None:
     run.log(f"Model:    {kind}; backbone {backbone:,} parameters, head {head:,}, input {model.input_shape}{crops}")
     if model.load_report:
         run.log(f"Weights:  {model.load_report!r}")
-    if model.derived_from == PHANTOM_WEIGHTS and not job.phantom:
-        run.log(PHANTOM_ENCODER_NOTE)
+    if of_encoder := _encoder_note(job):
+        run.log(of_encoder)
+    if config.freeze_epochs > config.epochs and not config.stays_frozen:
+        run.log(f"No epoch is unfrozen: --freeze-epochs is {config.freeze_epochs}, --epochs {config.epochs}")
     run.log(f"Training: {config.epochs} epochs ({stages}), batch {config.batch_size}, loss {config.loss_type}{focal}")
     run.log(f"Device:   {processes}{run.device} ({run.precision}), {run.workers} reading processes")
     run.log(f"Cache:    {config.cache_dir}")
@@ -149,6 +153,10 @@ def print_setup(job: TrainingJob) -> None:
         volumes = [volume for split in job.splits.values() for volume in split.volumes]
         run.log(f"Volumes:  {run.volume_cache.summary(volumes)}")
     run.log(f"Run:      {run.folder}")
+
+
+def _encoder_note(job: TrainingJob) -> str | None:
+    return encoder_note({"phantom_encoder": job.model.derived_from == PHANTOM_WEIGHTS, "phantom": job.phantom})
 
 
 def print_finished(run: Run) -> None:
@@ -164,23 +172,31 @@ def epoch_line(record: dict, epochs: int) -> str:
     stage = {"frozen": "backbone frozen", ADAPTERS: ADAPTERS}.get(record["stage"], f"{unfrozen} unfrozen")
     return (
         f"epoch {record['epoch']:>2}/{epochs}  {stage:<18}  train loss {loss}  "
-        f"validation loss {record['tuning_loss']:.4f}  AUROC {auroc}  "
+        f"validation loss {record['tuning_loss']:.4f}  AUROC {auroc}{_of_findings(record)}  "
         f"positive rate {percent(record['positive_rate'])} (labels {percent(record['label_rate'])})  "
         f"{record['seconds']:.1f} s"
         f"{'  best' if record['best'] else ''}"
     )
 
 
+def _of_findings(record: dict) -> str:
+    """What a macro AUROC is the mean of, where that is not all findings; before 0.7 log.jsonl does not say."""
+    count, findings = record.get("tuning_auroc_findings"), record.get("findings")
+    return f" over {count} of {findings} findings" if count and count != findings else ""
+
+
 def print_summary(job: TrainingJob, state: TrainingState, seconds: float) -> None:
     """The last lines of a run that this process has trained for `seconds`."""
     run, best, history = job.run, state.best, state.history
     (trained,) = run.ranks.all_reduce_sum(state.trained_volumes)
-    auroc = next((record["tuning_auroc_macro"] for record in history if record["epoch"] == best.epoch), None)
-    if auroc is not None:
-        run.log(f"Best epoch {best.epoch}: macro AUROC {auroc:.3f} on the validation patients")
+    record = next((record for record in history if record["epoch"] == best.epoch), {})
+    if (auroc := record.get("tuning_auroc_macro")) is not None:
+        run.log(f"Best epoch {best.epoch}: macro AUROC {auroc:.3f}{_of_findings(record)} on the validation patients")
     if (average := state.average).score is not None:
         of = ", ".join(map(str, average.epochs))
         run.log(f"Average of epochs {of}: macro AUROC {average.score:.3f}, {'kept' if average.kept else 'not kept'}")
+    if note := _encoder_note(job):
+        run.log(note)
     skipped = sum(record["skipped_steps"] for record in history)
     if skipped:
         run.log(f"Steps skipped because they were not finite: {skipped}")

@@ -335,6 +335,10 @@ def run_from_flags(args: argparse.Namespace) -> tuple[TrainingConfig, Path | Non
     else:
         config, folder = _earlier_run(args)
     refuse_unused(args.given, training_flag_uses(config))
+    if "--freeze-epochs" in args.given and config.freeze_epochs > config.epochs:
+        found = f"found --freeze-epochs {config.freeze_epochs} with --epochs {config.epochs}"
+        raise TrainingError(f"{found}, expected at most as many; raise --epochs, or take "
+                            "--freeze-backbone for frozen epochs only")
     if args.recipe and torchrun_number("RANK", 0) == 0:
         print(*recipe_lines(args.recipe), sep="\n")
     return config, folder, machine_from_flags(args)

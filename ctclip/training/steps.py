@@ -19,7 +19,7 @@ from ctclip.data.cohort import Volume
 from ctclip.data.feature_cache import FeatureCache, encode_missing
 from ctclip.data.loading import Batch, volume_loader
 from ctclip.data.volume_key import cache_keys
-from ctclip.evaluation.metrics import auroc_difference, compute_metrics
+from ctclip.evaluation.metrics import auroc_difference, compute_metrics, lacks_a_class
 from ctclip.inference.predictor import chunks, predict_volumes
 from ctclip.memory import out_of_memory
 from ctclip.training.run import SPLIT_NAMES, Run, Split, TrainingJob
@@ -268,6 +268,7 @@ def validation_metrics(job: TrainingJob, predicted: dict[int, Tensor | None]) ->
             f"--learning-rate (now {job.run.config.head_learning_rate:g}) or --weight-decay"
         )
     metrics = compute_metrics(labels.numpy(), logits.sigmoid().numpy())
+    metrics["auroc_findings"] = len(job.model.labels) - int(lacks_a_class(labels.numpy()).sum())
     metrics["loss"] = job.criterion(logits.to(job.run.device), labels.to(job.run.device)).item()
     return Validation(metrics, [split.volumes[i].name for i in read], logits)
 

@@ -5,6 +5,7 @@ version 2 preferred to version 1.
 """
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -124,6 +125,11 @@ def test_version_2_does_without_a_metadata_table(data_dir):
     assert names(cohort) == [A, C]
     assert cohort.skipped == [(B, "no metadata row (needed by a version-1 file)")]
     assert "no validation_metadata.csv" in cohort.summary() and "no no_chest_valid.txt" in cohort.summary()
+    cohort = load_cohort(tables(data_dir, [HEADER, label_line(A)]), "valid")  # nothing is skipped for want of metadata
+    assert "validation_metadata" not in cohort.summary() and "no no_chest_valid.txt" in cohort.summary()
+    shutil.copy(data_dir / volume_path(A, True), data_dir / "dataset" / "valid_fixed" / "scan 7.nii.gz")
+    cohort = load_cohort(tables(data_dir, [HEADER, label_line("scan 7")]), "valid")
+    assert len(cohort) == 1 and "no_chest" not in cohort.summary()  # CT-RATE's lists are no matter of other names
 
 
 def test_a_comma_too_many_does_not_shift_the_columns_and_a_cell_too_many_is_refused(data_dir):
@@ -137,8 +143,11 @@ def test_a_comma_too_many_does_not_shift_the_columns_and_a_cell_too_many_is_refu
 
 @pytest.mark.parametrize(
     ("labels", "told"),
-    [([HEADER], "empty label table"), ([HEADER, label_line("valid_77_a_1.nii.gz")], "not on disk: 1")],
-)
+    [([HEADER], "empty label table.*; add volumes$"),
+     ([HEADER, label_line("valid_77_a_1.nii.gz")], "not on disk: 1.* expected at least one in .*/dataset/valid_fixed "
+      "or .*/dataset/valid; add volumes, such as .*/dataset/valid_fixed/valid_77/valid_77_a/valid_77_a_1.nii.gz$"),
+     ([HEADER, label_line("scan 7")], "; add volumes, such as .*/dataset/valid_fixed/scan 7.nii.gz$")],
+)  # fmt: skip
 def test_an_empty_cohort_is_an_error(data_dir, labels, told):
     with pytest.raises(CohortError, match=f"no usable valid volume .*{told}"):
         load_cohort(tables(data_dir, labels, [META_HEADER]), "valid")
@@ -177,11 +186,13 @@ def test_findings_are_the_label_table_s_and_empty_cells_unknown(data_dir):
     metadata = [META_HEADER, *map(meta_line, (A, B, C))]
     cohort = load_cohort(tables(data_dir, rows, metadata), "valid")
     assert cohort.findings == ("Emphysema",)  # the other column has a cell that is no label
+    assert "line 5: found '-1' for Rib fracture, expected 0, 1 or an empty cell" in cohort.summary()
     cohort = load_cohort(data_dir, "valid", findings=["Rib fracture", "Emphysema"])
     assert [volume.labels.tolist() for volume in cohort.volumes] == [[1, UNKNOWN], [UNKNOWN, 0]]
     assert cohort.skipped == [(C, "no known label")]
     summary = cohort.summary()
     assert "findings: 2 (Rib fracture, Emphysema)" in summary and "not used: 'Comment' of" in summary
+    assert "found '-1'" not in summary  # of a column that was asked for
     assert "unknown labels: 2 of 4, left out of loss and metrics" in summary
     assert load_cohort(data_dir, "valid", minus_one_is_unknown=True).findings == ("Emphysema", "Rib fracture")
 

@@ -553,7 +553,8 @@ def test_files_that_cannot_be_read_are_rows_of_their_own(tmp_path, here):
 def test_a_table_that_gives_no_cohort(tmp_path, here):
     tables(tmp_path, [HEADER, label_line("valid_1_a_1.nii.gz")])
     row = only(doctor.cohort_rows(tmp_path))
-    assert (row.state, row.remedy) == ("failed", ("add volumes",)) and "no usable valid volume" in row.found
+    assert row.state == "failed" and "no usable valid volume" in row.found
+    assert row.remedy == (f"add volumes, such as {tmp_path / volume_path('valid_1_a_1.nii.gz', fixed=True)}",)
 
 
 # ---- the forward pass

@@ -875,6 +875,9 @@ def test_an_epoch_is_one_line(open_layers, said):
     line = logging.epoch_line(record, 12)
     assert line.startswith(f"epoch  3/12  {said}") and line.endswith("  21.7 s  best") and "\n" not in line
     assert "train loss 0.5000  validation loss 0.4000  AUROC 0.800  positive rate 10.9 % (labels 20.0 %)" in line
+    some = logging.epoch_line(record | {"tuning_auroc_findings": 17, "findings": 18}, 12)
+    assert some == line.replace("AUROC 0.800", "AUROC 0.800 over 17 of 18 findings")
+    assert logging.epoch_line(record | {"tuning_auroc_findings": 18, "findings": 18}, 12) == line
 
 
 @pytest.mark.parametrize(
@@ -901,6 +904,13 @@ def test_a_flag_without_effect_is_refused_also_with_its_default(flags, line, tmp
     err = capsys.readouterr().err
     assert one_line(err) and err.startswith(f"error: found {line}") and "leave it out" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_more_frozen_epochs_than_epochs_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--epochs", "5", "--freeze-epochs", "6"]) == 2
+    err = capsys.readouterr().err
+    assert one_line(err) and "found --freeze-epochs 6 with --epochs 5, expected at most as many; raise" in err
 
 
 def test_flags_become_settings(flags):
@@ -1015,6 +1025,7 @@ def test_a_run_on_the_demo_s_encoder_says_so(config, tmp_path, monkeypatch, caps
     monkeypatch.setattr(run_module, "is_phantom_cohort", lambda folder: False)
     weights_file = shutil.copy(DEMO_PATH, tmp_path / "mine.pt")
     folder = train(config(ctclip_path=str(weights_file), epochs=1, freeze_epochs=1, limit=8), tmp_path / "run")
-    assert PHANTOM_ENCODER_NOTE in capsys.readouterr().out
+    before, _, after = capsys.readouterr().out.partition("epoch  1/1")
+    assert PHANTOM_ENCODER_NOTE in before and PHANTOM_ENCODER_NOTE in after
     assert json.loads((folder / "run.json").read_text())["phantom_encoder"] is True
     assert json.loads((folder / "config.json").read_text())["derived_from"] == "ctclip_demo"
