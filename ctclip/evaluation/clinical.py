@@ -16,7 +16,7 @@ from scipy.special import expit, logit
 from ctclip.config import Settings
 from ctclip.evaluation import bootstrap
 from ctclip.evaluation.calibration import CROSS_FITTED, FittedThresholds, rates_asked_for
-from ctclip.evaluation.metrics import Resamples, masked_mean, nanmean, plain, ratio
+from ctclip.evaluation.metrics import Resamples, confusion_counts, masked_mean, nanmean, plain, ratio
 from ctclip.evaluation.tables import Rows
 from ctclip.evaluation.thresholds import resampled_thresholds
 from ctclip_model import UNKNOWN
@@ -25,6 +25,7 @@ SPECIFICITIES = (0.80, 0.90, 0.95)
 SENSITIVITY_AT = "sensitivity_at_specificity_"  # as ranking_columns names them
 DECISION_METRICS = ("sensitivity", "specificity", "ppv", "npv")
 NET_BENEFIT_AT = (0.05, 0.10, 0.20, 0.30, 0.50)  # threshold probabilities that are stored; the figure has all
+AT_LABEL_RATE = "label_rate"
 THRESHOLD_RESAMPLES = 100
 LOGIT_EDGE = 1e-6  # a probability of 0 or 1 has no logit
 NEWTON_STEPS = 50
@@ -48,21 +49,28 @@ def clinical_metrics(
     for key, column in columns.items():
         column[1:, hide[key]] = np.nan
     low, high = _threshold_spread(fitted, settings)
-    benefit = net_benefit(y, calibrated, np.array(NET_BENEFIT_AT))
+    benefits, everybody = net_benefits(y, calibrated, resamples)
+    for benefit in benefits.values():
+        benefit[1:, few] = np.nan
     per_label = {}
     for j, name in enumerate(rows.findings):
         per_label[name] = plain({key: column[:, j] for key, column in columns.items()}) | {
             key: int(count[0, j]) for key, count in counts.items()
         } | {
             "threshold_range": None if np.isnan(low[j]) else [float(low[j]), float(high[j])],
-            "net_benefit": {f"{t:.2f}": value for t, value in zip(NET_BENEFIT_AT, _floats(benefit[:, j]), strict=True)},
+            "net_benefit": {key: _float(column[0, j]) for key, column in benefits.items()},
+            "net_benefit_all": {key: _float(column[j]) for key, column in everybody.items()},
         }  # fmt: skip
     summary = resampled_summary(counts, columns)
+    label_bounds = _label_intervals(columns, rows.findings)
+    for j, name in enumerate(rows.findings):
+        label_bounds[name]["net_benefit"] = None if few[j] else {
+            key: bootstrap.interval(column[:, j]) for key, column in benefits.items()}
     return {
         "summary": plain(summary),
         "per_label": per_label,
         "intervals": {"summary": {key: bootstrap.interval(values) for key, values in summary.items()},
-                      "per_label": _label_intervals(columns, rows.findings)},
+                      "per_label": label_bounds},
     }
 
 
@@ -93,8 +101,8 @@ def _is_share(key: str) -> bool:
     return key in DECISION_METRICS or key.startswith(SENSITIVITY_AT)
 
 
-def _floats(values: np.ndarray) -> list[float | None]:
-    return [None if np.isnan(value) else float(value) for value in values]
+def _float(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def _confusion(sums: np.ndarray) -> dict[str, np.ndarray]:
@@ -185,13 +193,32 @@ def _newton_step(sums: np.ndarray, free: bool) -> np.ndarray:
 # ------------------------------------------------------------------ decisions
 
 
-def net_benefit(labels: np.ndarray, probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """(T, L): true positives - false positives * odds of the threshold, per known row (Vickers & Elkin, Medical
+def net_benefits(
+    labels: np.ndarray, calibrated: np.ndarray, resamples: Resamples
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(net benefit (B, L) of acting on probabilities (N, L), net benefit (L,) of acting on everybody), by threshold:
+    NET_BENEFIT_AT as "0.10", and AT_LABEL_RATE, each label's own rate, where acting on everybody is worth 0. That one
+    is of the table itself only, (1, L): resamples have another rate, and their intervals did not hold (LOG.md)."""
+    rate, odds = masked_mean(labels == 1, labels != UNKNOWN), np.array(NET_BENEFIT_AT) / (1 - np.array(NET_BENEFIT_AT))
+    keys = [f"{threshold:.2f}" for threshold in NET_BENEFIT_AT]
+    benefits = dict(zip(keys, net_benefit(labels, calibrated, np.array(NET_BENEFIT_AT), resamples), strict=True))
+    everybody = dict(zip(keys, rate - (1 - rate) * odds[:, None], strict=True))
+    counts = _confusion(confusion_counts(labels, calibrated >= rate).sum(axis=0, keepdims=True))
+    tp, fp, fn, tn = (counts[key] for key in ("tp", "fp", "fn", "tn"))
+    at_rate = ratio(tp - fp * ratio(tp + fn, fp + tn), tp + fp + fn + tn, np.nan)
+    return benefits | {AT_LABEL_RATE: at_rate}, everybody | {AT_LABEL_RATE: 0 * rate}
+
+
+def net_benefit(
+    labels: np.ndarray, probabilities: np.ndarray, thresholds: np.ndarray, resamples: Resamples
+) -> np.ndarray:
+    """(T, B, L): true positives - false positives * odds of the threshold, per known row (Vickers & Elkin, Medical
     Decision Making 2006); `probabilities` (N, L) are calibrated ones. NaN where nothing is known."""
     known, odds = labels != UNKNOWN, thresholds / (1 - thresholds)
-    called = [probabilities >= threshold for threshold in thresholds]
-    return np.array([masked_mean(np.where(decided, np.where(labels == 1, 1.0, -weight), 0.0), known)
-                     for decided, weight in zip(called, odds, strict=True)])
+    added = [np.where(known & (probabilities >= threshold), np.where(labels == 1, 1.0, -weight), 0.0)
+             for threshold, weight in zip(thresholds, odds, strict=True)]
+    *sums, count = np.split(resamples.sums(np.column_stack([*added, known])), len(thresholds) + 1, axis=1)
+    return np.array([ratio(total, count, np.nan) for total in sums])
 
 
 def _threshold_spread(fitted: FittedThresholds, settings: Settings) -> np.ndarray:

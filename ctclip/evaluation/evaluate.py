@@ -166,7 +166,7 @@ def evaluate_tables(
         "scale": inputs.predictions.scale,
         "clinical": clinical_metrics(rows, fitted, ranking[1], scores["tuned"].sums, resamples, settings),
         "encoder_note": encoder_note(inputs.record),
-        "reference_standard": _reference_standard(inputs, rows),
+        "reference_standard": _reference_standard(inputs, rows, settings),
         "volumes_without_patient": without_patient(volumes, ids),
         "subgroups": None,
         "baseline": None,
@@ -178,6 +178,8 @@ def evaluate_tables(
     unused = {table.source: list(table.unused) for table in (*of.values(), *(inputs.tuning or ())) if table.unused}
     if unused:
         metrics["unused_columns"] = unused
+    if doubtful := [line for table in of.values() for line in table.doubtful]:
+        metrics["doubtful_columns"] = doubtful
     if inputs.label_map:
         metrics["label_map"] = inputs.label_map.content(findings)
     if inputs.members:
@@ -197,8 +199,10 @@ def evaluate_tables(
     return Evaluation(metrics, rows, fitted, inputs)
 
 
-def _reference_standard(inputs: EvaluationInputs, rows: Rows) -> str:
-    """What the labels are, as far as it is known."""
+def _reference_standard(inputs: EvaluationInputs, rows: Rows, settings: Settings) -> str:
+    """What the labels are, as far as it is known, or as it was stated."""
+    if stated := " ".join((settings.reference_standard or "").split()):
+        return f"Reference standard, as stated for this evaluation: {stated}"
     if inputs.phantom:
         return "Reference standard: what the phantoms were made with, exact by construction."
     if inputs.note:

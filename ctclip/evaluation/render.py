@@ -28,11 +28,11 @@ from ctclip.fileio import replacing
 from ctclip.formatting import WIDTH, metric_text
 
 TEMPLATE = Path(__file__).with_name("report.html")
-TEXT_SECTIONS = ("data", "ensemble", "per_label", "clinical", "calibration", "thresholds", "threshold_table",
-                 "comparison", "subgroups", "baseline", "limits", "criteria")
+TEXT_SECTIONS = ("data", "ensemble", "per_label", "clinical", "net_benefit_table", "calibration", "thresholds",
+                 "threshold_table", "comparison", "subgroups", "baseline", "limits", "criteria")
 PAGE_SECTIONS = ("headline", "ensemble", "criteria", "comparison", "sweep", "thresholds", "per_label", "clinical",
-                 "roc", "precision_recall", "reliability", "net_benefit", "rates", "training", "calibration",
-                 "subgroups", "baseline", "cases", "limits", "settings")
+                 "roc", "precision_recall", "reliability", "net_benefit", "net_benefit_table", "rates", "training",
+                 "calibration", "subgroups", "baseline", "cases", "limits", "settings")
 
 
 def format_report(metrics: Mapping) -> str:

@@ -17,12 +17,14 @@ from ctclip.data.tables import UNCALIBRATED, some
 from ctclip.evaluation import figures
 from ctclip.evaluation.bootstrap import MIN_CALLED, MIN_CASES
 from ctclip.evaluation.calibration import CROSS_FITTED, TUNING, few_patients_note
+from ctclip.evaluation.clinical import AT_LABEL_RATE
 from ctclip.evaluation.metrics import threshold_sweep
 from ctclip.evaluation.subgroups import MIN_PATIENTS
-from ctclip.formatting import change_text, decimal, interval_text, metric_text, percent
+from ctclip.formatting import change_text, decimal, interval_text, metric_text, percent, plural
 from ctclip_model import ABNORMALITIES
 
 DECISIONS = (("sensitivity", "Sensitivity"), ("specificity", "Specificity"), ("ppv", "PPV"), ("npv", "NPV"))
+SHOWN_NET_BENEFIT = "0.10", "0.20"  # threshold probabilities, of those in metrics.json
 AT_SPECIFICITY = "sensitivity_at_specificity_"
 ON_REPORTED = (  # calibration on the reported patients: key of metrics.json's "clinical", title
     ("calibration_slope_calibrated", "Slope"), ("calibration_intercept_calibrated", "Intercept"),
@@ -101,12 +103,19 @@ def report_sections(metrics: Mapping) -> dict[str, Section]:
     """The sections of text and tables by key, from the content of metrics.json."""
     parts: list[Callable[[Mapping], Section]] = [
         _data, _headline, _criteria, _comparison, _thresholds, _threshold_table, _per_label,
-        *([_clinical] if metrics.get("clinical") else []), _calibration,
+        *([_clinical] if metrics.get("clinical") else []), *([_net_benefit] if _has_net_benefit(metrics) else []),
+        _calibration,
         *([_ensemble] if "ensemble" in metrics else []),
         *([_subgroups] if metrics["subgroups"] else []), *([_baseline] if metrics["baseline"] else []),
         *([_limits] if metrics.get("reference_standard") else []),
     ]
     return {section.key: section for section in (part(metrics) for part in parts)}
+
+
+def _has_net_benefit(metrics: Mapping) -> bool:
+    """Whether it stands beside that of acting on everybody; metrics.json of an earlier version has not that."""
+    rows = (metrics.get("clinical") or {"per_label": {}})["per_label"].values()
+    return bool(rows) and all("net_benefit_all" in row for row in rows)
 
 
 def fitted_on(thresholds: Mapping) -> str:
@@ -209,6 +218,7 @@ def notices(metrics: Mapping) -> list[tuple[str, str]]:
                                    "calibrated again, and what is called uncalibrated is the table as it is"))
     for source, columns in metrics.get("unused_columns", {}).items():
         found.append(("Not used", f"{some(columns)} of {source}: not among the findings that are evaluated"))
+    found += [("Not used", line) for line in metrics.get("doubtful_columns", ())]
     for source, count in metrics["left_out"].items():
         found.append(("Skipped", f"{count:,} rows of the {source}, absent from the other tables (--allow-partial)"))
     return found
@@ -347,26 +357,22 @@ def _threshold_table(metrics: Mapping) -> Section:
 def _per_label(metrics: Mapping) -> Section:
     rows = []
     for name, row in metrics["per_label"].items():
-        threshold, intervals = metrics["thresholds"]["per_label"][name], metrics["intervals"]["per_label"][name]
+        intervals = metrics["intervals"]["per_label"][name]
         rows.append((
             name, f"{row['positives']:,}", percent(row["label_rate"]), percent(row["at_0.5"]["positive_rate"]),
-            percent(row["positive_rate"]), f"{threshold:.4f}" if threshold <= 1 else "above 1",
-            _value(row, intervals, "auroc", 3),
-            *(decimal(row[key], 3) for key in ("average_precision", "precision", "recall")),
-            _value(row, intervals, "f1", 3),
+            percent(row["positive_rate"]), *(_value(row, intervals, key, 3) for key in ("auroc", "f1")),
         ))
     half, undefined = metrics["at_0.5"], metrics["undefined_auroc"]
-    columns = ("Label", "Positive", "Label rate", "Rate at 0.5", "Tuned rate", "Threshold", "AUROC", "AP", "Precision",
-               "Recall", "F1")
+    columns = ("Label", "Positive", "Label rate", "Rate at 0.5", "Tuned rate", "AUROC (95 % CI)", "F1 (95 % CI)")
     return _section(
         "per_label", "Per label",
         f"All labels: {sum(row['positives'] for row in metrics['per_label'].values()):,} positive, label rate "
-        f"{percent(half['label_rate'])}, predicted rate {percent(half['positive_rate'])} at 0.5. AUROC and average "
-        "precision (AP) need no threshold; tuned rate, precision, recall and F1 are at the label's threshold. "
+        f"{percent(half['label_rate'])}, predicted rate {percent(half['positive_rate'])} at 0.5. AUROC "
+        "needs no threshold; tuned rate and F1 are at the label's own. "
         f"AUROC and F1 with 95 % intervals, where {MIN_CASES} patients have the label and as many lack it, and F1 "
         "where as many are called positive.",
-        *([f"No AUROC, only one class here: {', '.join(undefined)}. A label without positives counts 0 in F1, "
-           "precision and recall, as in the challenge."] if undefined else []),
+        *([f"No AUROC, only one class here: {', '.join(undefined)}. A label without positives counts 0 in F1, as in "
+           "the challenge."] if undefined else []),
         Table("Per label", columns, rows, sortable=True),
     )
 
@@ -398,6 +404,28 @@ def _clinical(metrics: Mapping) -> Section:
         "Average precision (AUPRC) beside its chance level, the label rate; the highest sensitivity at a specificity "
         "of at least the one named.",
         Table("Ranking", ("Label", "Average precision", "Chance", *at), rankings, sortable=True),
+    )
+
+
+def _net_benefit(metrics: Mapping) -> Section:
+    per_label, bounds = metrics["clinical"]["per_label"], metrics["clinical"]["intervals"]["per_label"]
+
+    def cell(name: str, at: str) -> Value:
+        interval = (bounds[name]["net_benefit"] or {at: None})[at]
+        return Value(decimal(per_label[name]["net_benefit"][at], 3), interval_text(interval, "", 3))
+
+    rows = [(name, cell(name, AT_LABEL_RATE), *(
+        part for at in SHOWN_NET_BENEFIT for part in (cell(name, at), decimal(row["net_benefit_all"][at], 3))))
+        for name, row in per_label.items()]
+    columns = [part for at in SHOWN_NET_BENEFIT for part in (f"At {at} (95 % CI)", "Everybody")]
+    unit = metrics["unit"]["name"]
+    return _section(
+        "net_benefit_table", "Net benefit at some threshold probabilities",
+        f"Net benefit, in true positives per {unit}, of acting where the calibrated probability is at least the one "
+        "named, beside that of acting on everybody; acting on nobody is worth 0, and at the label rate so is acting on "
+        f"everybody, but no interval would hold. The others have one where {MIN_CASES} patients have the label and as "
+        "many lack it; the calibration stays as it is in resamples.",
+        Table("Net benefit", ("Label", "At the label rate", *columns), rows, sortable=True),
     )
 
 
@@ -481,10 +509,18 @@ def _subgroups(metrics: Mapping) -> Section:
         f"AUROC: macro over the labels that at least {MIN_CASES} patients of the group have and as many lack (their "
         "number beside it), and that of all patients over the same labels. Rates and F1: tuned thresholds. Groups of "
         f"fewer than {MIN_PATIENTS} patients are too small to evaluate. Difference: of the AUROC from that of the "
-        "attribute's largest group over the labels of both, on the same resamples, not corrected for how many there "
-        "are.",
+        f"attribute's largest group over the labels of both, on the same resamples. {_compared(metrics['subgroups'])}",
         Table("Subgroups", columns, rows),
     )
+
+
+def _compared(subgroups: Mapping) -> str:
+    """How many differences stand beside each other."""
+    count = sum(_against_largest(group) != "" for groups in subgroups.values() for group in groups)
+    if not count:
+        return "No two groups are compared."
+    return (f"Compared: {plural(count, 'difference')}, not corrected for their number; by chance alone, about one "
+            "interval in 20 does not hold 0.")
 
 
 def _against_largest(group: Mapping) -> Cell:

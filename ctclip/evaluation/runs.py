@@ -65,7 +65,8 @@ class RunSummary:
         if self.fault:
             return "unreadable"
         if str(self.record.get("status", "running")) == "running":
-            return "running" if is_locked(self.folder / LOCK) else NOT_RUNNING
+            run = self.folder.parent if self.folder.name.startswith("on_") else self.folder
+            return "running" if is_locked(run / LOCK) else NOT_RUNNING
         return "evaluated" if self.metrics else "not evaluated"
 
     @property

@@ -205,6 +205,6 @@ def _front_matter(
 def _results(metrics: Mapping) -> str:
     """The note, and the report's sections that a card takes."""
     sections = report_sections(metrics)
-    chosen = [sections[key] for key in ("comparison", "per_label", "calibration")]
+    chosen = [sections[key] for key in ("comparison", "per_label", "clinical", "calibration") if key in sections]
     note = [markdown([Paragraph(metrics["note"], warning=True)])] if metrics["note"] else []
     return "\n\n".join([*note, *(f"### {part.title}\n\n{markdown(part.blocks)}" for part in chosen)])

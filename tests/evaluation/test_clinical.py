@@ -11,11 +11,12 @@ from helpers_evaluation import simulate
 from scipy.special import logit
 from sklearn.linear_model import LogisticRegression
 
-from ctclip.config import Settings
+from ctclip.config import Settings, evaluation_parser
 from ctclip.evaluation import bootstrap, clinical
 from ctclip.evaluation import evaluate as ev
 from ctclip.evaluation.calibration import fit_thresholds
-from ctclip.evaluation.metrics import Resamples, confusion_counts, ranking_columns, ranking_metrics
+from ctclip.evaluation.command import settings_from_flags
+from ctclip.evaluation.metrics import Resamples, confusion_counts, drawn_once, ranking_columns, ranking_metrics
 from ctclip.evaluation.render import format_report
 from ctclip.evaluation.tables import rows_of
 from ctclip.evaluation.thresholds import resampled_thresholds, tune_label_thresholds
@@ -127,9 +128,27 @@ def test_labels_that_are_perfectly_separated_have_no_slope():
 def test_net_benefit_by_hand():
     """Four known rows, two positive; at 0.2 (odds 1/4) three are called, two of them rightly."""
     labels, p = np.array([[1], [1], [0], [0], [UNKNOWN]]), np.array([[0.9], [0.3], [0.25], [0.1], [0.9]])
-    assert clinical.net_benefit(labels, p, np.array([0.2, 0.5])).ravel() == pytest.approx([(2 - 1 / 4) / 4, 1 / 4])
-    treat_all = clinical.net_benefit(labels, np.ones_like(p), np.array([0.2]))
-    assert treat_all[0, 0] == pytest.approx(0.5 - 0.5 / 4)
+    once = drawn_once(labels)
+    thresholds = np.array([0.2, 0.5])
+    assert clinical.net_benefit(labels, p, thresholds, once).ravel() == pytest.approx([(2 - 1 / 4) / 4, 1 / 4])
+    benefits, everybody = clinical.net_benefits(labels, p, once)
+    assert benefits["0.20"][0, 0] == pytest.approx((2 - 1 / 4) / 4) and benefits["label_rate"][0, 0] == 1 / 4
+    assert everybody["0.20"][0] == pytest.approx(0.5 - 0.5 / 4) and everybody["label_rate"][0] == 0
+    for thresholds, one_class in (("label_rate", 1), ("label_rate", 0), ("0.10", 0)):
+        benefits, everybody = clinical.net_benefits(np.full((3, 1), one_class), np.full((3, 1), 0.9), drawn_once(p[:3]))
+        assert np.isfinite([benefits[thresholds][0, 0], everybody[thresholds][0]]).all()
+
+
+def test_net_benefit_of_resamples_is_that_of_the_rows_drawn():
+    rows, fitted = example(40)
+    resamples = bootstrap.draw(rows.patients, 20)
+    benefits, _ = clinical.net_benefits(rows.labels, fitted.calibrated, resamples)
+    drawn = np.repeat(np.arange(len(rows)), resamples.counts[3][resamples.group])
+    for j in range(3):
+        own = drawn[rows.labels[drawn, j] != UNKNOWN]
+        called, truth = fitted.calibrated[own, j] >= 0.2, rows.labels[own, j] == 1
+        expected = ((called & truth).sum() - (called & ~truth).sum() / 4) / len(own)
+        assert benefits["0.20"][3, j] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("objective", ["prevalence", "f1", "youden", "crg", "hamming", "sensitivity:0.9"])
@@ -178,6 +197,9 @@ def test_the_report_names_reference_standard_and_limits():
     own = simulate(30, seed=0)
     own = [table.rename(index=lambda name: f"site_{name}") for table in own]
     assert "labels as they were given" in ev.evaluate(*own, resamples=100)["reference_standard"]
+    args = evaluation_parser().parse_args(["--reference-standard", " Two readers,\n by consensus. "])
+    stated = ev._reference_standard(None, None, settings_from_flags(args))
+    assert stated == "Reference standard, as stated for this evaluation: Two readers, by consensus."
     assert "exact by construction" in ev.evaluate(*simulate(30, seed=0), phantom=True, resamples=100)[
         "reference_standard"]
 
@@ -190,3 +212,4 @@ def test_groups_are_compared_with_the_largest_on_the_same_resamples():
     assert "auroc_difference" not in women and men["auroc_difference"]["from"] == "female"
     low, high = men["auroc_difference"]["interval"]
     assert low < men["auroc_difference"]["difference"] < high
+    assert "Compared: 1 difference, not corrected" in " ".join(format_report(metrics).split())
