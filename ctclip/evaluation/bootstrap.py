@@ -36,7 +36,6 @@ LEVEL = 0.95
 ROUNDING = 1e-12  # smaller differences are rounding
 TAIL = (1 - LEVEL) / 2
 MIN_CASES = 10  # patients with and without a finding; with fewer, intervals are too short (LOG.md)
-MIN_CALLED = 3  # patients called positive, of each label; with fewer, those of macro metrics are too short
 MACRO_NEED_CALLED = ("precision_macro", "f1_macro")
 DEFINED = 0.95  # share of the resamples in which a metric must be defined for its interval to be given
 
@@ -130,12 +129,12 @@ def enough_cases(labels: np.ndarray, patients: np.ndarray) -> np.ndarray:
 
 
 def left_out_decisions(labels: np.ndarray, decisions: np.ndarray, resamples: Resamples) -> dict[str, np.ndarray]:
-    """jackknifed_decisions, NaN where an interval would not hold: too few patients called positive of any label
-    (MIN_CALLED), too few with a row that is right, or with one that is not (MIN_CASES), no resamples wanted."""
+    """jackknifed_decisions, NaN where an interval would not hold: too few patients called positive of any label,
+    too few with a row that is right, or with one that is not (MIN_CASES each), no resamples wanted."""
     left_out = jackknifed_decisions(labels, decisions, resamples)
     right = confusion_counts(labels, decisions)[:, [-2]]
     exact = (resamples.by_patient(np.column_stack([right, 1 - right])) > 0).sum(axis=0).min()
-    for keys, enough in ((MACRO_NEED_CALLED, called_patients(labels, decisions, resamples).min() >= MIN_CALLED),
+    for keys, enough in ((MACRO_NEED_CALLED, called_patients(labels, decisions, resamples).min() >= MIN_CASES),
                          (("exact_match",), exact >= MIN_CASES), (tuple(left_out), len(resamples.counts) > 1)):
         for key in () if enough else keys:
             left_out[key] = np.full_like(left_out[key], np.nan)

@@ -15,7 +15,7 @@ import numpy as np
 from ctclip.data.patients import own_patient_note
 from ctclip.data.tables import UNCALIBRATED, some
 from ctclip.evaluation import figures
-from ctclip.evaluation.bootstrap import MIN_CALLED, MIN_CASES
+from ctclip.evaluation.bootstrap import MIN_CASES
 from ctclip.evaluation.calibration import CROSS_FITTED, TUNING, few_patients_note
 from ctclip.evaluation.clinical import AT_LABEL_RATE
 from ctclip.evaluation.metrics import threshold_sweep
@@ -313,9 +313,9 @@ def _rarely_called(metrics: Mapping) -> list[str]:
         return []
     return [f"Labels called positive in fewer than {MIN_CASES} patients: "
             f"{', '.join(f'{count} {title}' for title, count in counts)}. Their precision, F1 and positive rate have "
-            f"no interval; macro precision and F1 have none where a label is called positive in fewer than {MIN_CALLED}"
-            f". Exact match has none where fewer than {MIN_CASES} patients have a row that is right, or one that is "
-            "not. Cross-fitted, macro metrics of calibrated probabilities have none."]
+            "no interval, nor have macro precision and F1, which contain theirs. Exact match has none where fewer "
+            f"than {MIN_CASES} patients have a row that is right, or one that is not. Cross-fitted, macro metrics of "
+            "calibrated probabilities have none."]
 
 
 def _thresholds(metrics: Mapping) -> Section:
