@@ -132,6 +132,20 @@ def finite_number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a finite number, such as 0.5") from None
 
 
+def mode_among(own: Iterable[str], others: Iterable[str], script: str) -> Callable[[str], str]:
+    """Of --mode: refuses a mode of another script by the name of that script."""
+    own, others = list(own), list(others)
+
+    def check(text: str) -> str:
+        near = difflib.get_close_matches(text.replace("-", "_"), others, 1, 0.8)
+        if text not in own and near:
+            raise argparse.ArgumentTypeError(f"found {text!r}, a mode of {script}, expected one of {', '.join(own)}; "
+                                             f"run python {script} --mode {near[0]}")
+        return text
+
+    return check
+
+
 def refuse_unused(given: Sequence[str], uses: Mapping[str, tuple[str, bool]]) -> None:
     """Raises UserError for a flag that the command would not look at: another mode was meant, or a flag is missing.
 

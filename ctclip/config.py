@@ -6,16 +6,15 @@ Standard library only: --help and a mistyped flag are answered before the two se
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ctclip.cli import OneLineParser, refuse_unused
+from ctclip.cli import OneLineParser, mode_among, refuse_unused
 from ctclip.errors import UserError
 from ctclip.fileio import read_json
 from ctclip.paths import CLASSFINE_PATH
@@ -612,27 +611,13 @@ USUAL_EVALUATION_FLAGS = (
 TRAINING_MODES = ("quick_test", "full_train")
 
 
-def _mode_among(own: Iterable[str], others: Iterable[str], script: str) -> Callable[[str], str]:
-    """Of --mode: refuses a mode of another script by the name of that script."""
-    own, others = list(own), list(others)
-
-    def check(text: str) -> str:
-        near = difflib.get_close_matches(text.replace("-", "_"), others, 1, 0.8)
-        if text not in own and near:
-            raise argparse.ArgumentTypeError(f"found {text!r}, a mode of {script}, expected one of {', '.join(own)}; "
-                                             f"run python {script} --mode {near[0]}")
-        return text
-
-    return check
-
-
 def training_parser(description: str) -> OneLineParser:
     """Of ctclip_training.py."""
     parser = OneLineParser(
         ("--mode", *USUAL_TRAINING_FLAGS), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mode", choices=TRAINING_MODES, default=argparse.SUPPRESS,
-                        type=_mode_among(TRAINING_MODES, MODES, "run_task2.py"),
+                        type=mode_among(TRAINING_MODES, MODES, "run_task2.py"),
                         help="quick_test: 3 epochs on 200 training and 50 validation phantoms; full_train (default): "
                         "as set below")
     add_training_flags(parser)
@@ -707,7 +692,7 @@ def task_parser(description: str) -> OneLineParser:
     modes = "; ".join(f"{mode}: {what}" for mode, what in MODES.items())
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--mode", dest="task", choices=MODES, default="full", help=modes,
-                      type=_mode_among(MODES, TRAINING_MODES, "ctclip_training.py"))
+                      type=mode_among(MODES, TRAINING_MODES, "ctclip_training.py"))
     task.add_argument("--export", choices=EXPORTS, help="; ".join(f"{name}: {what}" for name, what in EXPORTS.items()))
     group = parser.add_argument_group("evaluate and predict")
     group.add_argument("--checkpoint", metavar="RUN", nargs="+",
