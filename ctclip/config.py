@@ -600,7 +600,7 @@ def add_study_flags(parser: argparse.ArgumentParser) -> None:
 # What --help shows; --help-all shows the rest as well.
 USUAL_TRAINING_FLAGS = (
     "--data-dir", "--recipe", "--model", "--head", "--epochs", "--freeze-backbone", "--batch-size", "--learning-rate",
-    "--loss-type", "--cache-dir", "--output-dir", "--resume", "--config",
+    "--loss-type", "--cache-dir", "--output-dir", "--resume",
 )  # fmt: skip
 USUAL_EVALUATION_FLAGS = (
     "--checkpoint", "--predictions", "--labels", "--tuning-predictions", "--tuning-labels", "--data-dir", "--apply",
