@@ -11,6 +11,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 
 FIXTURES = Path(__file__).parent / "fixtures"
+LONGEST = (  # files that take longest, in that order
+    "test_notebook.py", "test_own_findings.py", "test_training.py", "test_evaluate.py", "test_setup.py",
+    "test_run_task2.py", "test_scans.py", "test_command.py", "test_checkpoint.py", "test_own_files.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: at the end, one process would wait for the other."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +34,16 @@ def phantoms(tmp_path_factory) -> Path:
     from ctclip.phantoms.cohort import write_phantom_cohort
 
     return write_phantom_cohort(tmp_path_factory.mktemp("phantoms"), 40, 16, seed=5, progress=False)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Evaluations without drawings, which are most of their time: test_report.py and test_evaluate.py look at those."""
+    from ctclip.evaluation import figures
+
+    monkeypatch.setattr(figures, "write_figures", lambda *args: None)
+    monkeypatch.setattr(figures, "label_svgs", lambda plot, salt, findings, *arrays: [None] * len(findings))
+    monkeypatch.setattr(figures, "svg", lambda *args: "")
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,12 @@ def with_ties(seed=0, n=80):
 
 def reference(y, p, cut=0.5):
     """The dictionary M from scikit-learn and, for CRG, from the reference file's formula written out."""
-    two = [j for j in range(18) if 0 < y[:, j].sum() < len(y)]
-    return decided(y, (p >= cut).astype(int)) | {
-        "auroc_macro": np.mean([sk.roc_auc_score(y[:, j], p[:, j]) for j in two]),
+    return decided(y, (p >= cut).astype(int)) | ranked(y, p)
+
+
+def ranked(y, p):
+    return {
+        "auroc_macro": np.mean([sk.roc_auc_score(y[:, j], p[:, j]) for j in both_classes(y)]),
         "auroc_micro": sk.roc_auc_score(y.ravel(), p.ravel()),
     }
 
@@ -45,10 +48,9 @@ def decided(y, d):
     (tn, fp), (fn, tp) = sk.confusion_matrix(y.ravel(), d.ravel(), labels=[0, 1])
     r = (x - a) / (2 * a)
     u = (x - a) / 2
+    precision, recall, f1, _ = sk.precision_recall_fscore_support(y, d, average="macro", zero_division=0)
     return {
-        "f1_macro": sk.f1_score(y, d, average="macro", zero_division=0),
-        "precision_macro": sk.precision_score(y, d, average="macro", zero_division=0),
-        "recall_macro": sk.recall_score(y, d, average="macro", zero_division=0),
+        "f1_macro": f1, "precision_macro": precision, "recall_macro": recall,
         "hamming_accuracy": 1 - sk.hamming_loss(y, d),
         "exact_match": sk.accuracy_score(y, d),
         "positive_rate": d.sum() / d.size,

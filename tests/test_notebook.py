@@ -26,7 +26,10 @@ from ctclip.environment.bundle import SCRIPTS, missing_files, write_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 COHORT = ["--train-volumes", "20", "--valid-volumes", "12"]
-SMALL = {"ctclip_training.py": COHORT, "run_task2.py --model": [*COHORT, "--epochs", "2"]}  # start of a command
+SMALL = {  # by the start of a command
+    "ctclip_training.py": COHORT, "run_task2.py --model": [*COHORT, "--epochs", "2"],
+    "ctclip_evaluation.py": ["--resamples", "100"],
+}  # fmt: skip
 PYTHON = """#!{executable}
 import os, sys
 command = " ".join(sys.argv[1:])

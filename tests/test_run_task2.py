@@ -4,6 +4,7 @@ A tiny CT-CLIP on a small phantom cohort: what is checked is that the parts join
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,8 @@ def job(tmp_path_factory, phantoms, tiny_classfine):
     """One full run: (folder, finished process)."""
     folder = tmp_path_factory.mktemp("job")
     flags = ["--data-dir", str(phantoms), "--ctclip-path", tiny_classfine, "--epochs", "2", "--freeze_epochs", "1"]
-    done = call(folder, "run_task2.py", *flags, "--output-dir", "results/run", "--batch-size", "8")
+    flags += ["--output-dir", "results/run", "--batch-size", "8", "--resamples", "100"]
+    done = call(folder, "run_task2.py", *flags)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -77,7 +79,7 @@ def test_reported_patients_are_the_unseen_ones(job):
 
 def test_evaluation_script_finds_the_newest_run_and_takes_a_baseline(job):
     folder, _ = job
-    flags = ["--baseline", "results/run", "--output-dir", "results/again"]
+    flags = ["--baseline", "results/run", "--output-dir", "results/again", "--resamples", "100", "--pictures", "0"]
     done = call(folder, "ctclip_evaluation.py", *flags)
     assert done.returncode == 0, done.stderr
     assert "Evaluating the newest run in results/, results/run" in done.stdout
@@ -86,25 +88,24 @@ def test_evaluation_script_finds_the_newest_run_and_takes_a_baseline(job):
     assert metrics["tuned"] == first["tuned"] and metrics["baseline"] is not None
 
 
-def test_another_cohort_leaves_the_run_s_own_results_alone(job, phantoms, tmp_path):
-    import shutil
-
-    folder, _ = job
-    run = folder / "results" / "run"
+def test_another_cohort_leaves_the_run_s_own_results_alone(job, phantoms, undrawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(job[0])
+    run = Path("results/run")
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     other = tmp_path / "elsewhere"
     shutil.copytree(phantoms, other)
     (other / "phantom.json").unlink()  # as a cohort of patients would come: without the manifest of phantoms
-    flags = ["--checkpoint", "results/run", "--data-dir", str(other)]
-    done = call(folder, "run_task2.py", "--mode", "evaluate", *flags)
-    assert done.returncode == 0, done.stderr
-    assert SYNTHETIC_NOTE not in done.stdout
+    flags = ["--checkpoint", "results/run", "--data-dir", str(other), "--resamples", "100", "--pictures", "0"]
+    assert run_task2.main(["--mode", "evaluate", *flags]) == 0
+    assert SYNTHETIC_NOTE not in capsys.readouterr().out
     assert json.loads((run / "on_elsewhere" / "metrics.json").read_text())["phantom"] is False
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
     shutil.rmtree(run / "on_elsewhere")
 
 
-def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, phantoms, tmp_path):
+def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(
+    job, phantoms, tmp_path, monkeypatch, capsys
+):
     folder, _ = job
     files = sorted(phantoms.glob("dataset/valid_fixed/*/*/*.nii.gz"))[:3]
     scans = tmp_path / "scans"
@@ -128,10 +129,12 @@ def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(job, ph
     assert load_calibration(folder / "out" / "p.calibration.json").content() == calibration.content()
     assert abs(table.loc[both].to_numpy() - expected).max() < 1e-4
     (scans / files[0].name).write_bytes(files[0].read_bytes()[:3000])
-    done = call(folder, "run_task2.py", *flags, "--map-thresholds")
-    assert done.returncode == 2 and files[0].name in done.stderr and "1 of 3 scans could not be read" in done.stderr
+    monkeypatch.chdir(folder)
+    assert run_task2.main([*flags, "--map-thresholds"]) == 2
+    out, err = capsys.readouterr()
+    assert files[0].name in err and "1 of 3 scans could not be read" in err
     mapped = pd.read_csv(folder / "out" / "p.csv", index_col=0)
-    assert len(mapped) == 2 and "tuned thresholds (prevalence) lie at 0.5" in done.stdout
+    assert len(mapped) == 2 and "tuned thresholds (prevalence) lie at 0.5" in out
     assert set(mapped.pop("Scale")) == {"mapped"} and not (folder / "out" / "p.calibration.json").exists()
     both = mapped.index.intersection(reported.index)
     assert abs(mapped.loc[both].to_numpy() - calibration.rescale_to_half(reported.loc[both].to_numpy())).max() < 1e-4
@@ -207,14 +210,14 @@ def test_scripts_exit_with_that_line_and_code(tmp_path, script, flags, line):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_finished_run_is_not_trained_or_evaluated_again(job):
-    folder, _ = job
-    run = folder / "results" / "run"
+def test_a_finished_run_is_not_trained_or_evaluated_again(job, monkeypatch, capsys):
+    monkeypatch.chdir(job[0])
+    run = Path("results/run")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    done = call(folder, "run_task2.py", "--resume", "results/run")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("results/run is already finished; report: results/run/report.html\n")
-    assert "PREDICTION ANALYSIS" not in done.stdout
+    assert run_task2.main(["--resume", "results/run"]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("results/run is already finished; report: results/run/report.html\n") and err == ""
+    assert "PREDICTION ANALYSIS" not in out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 

@@ -36,6 +36,7 @@ from ctclip_model import ABNORMALITIES, UNKNOWN, check_written
 FOLDS = 5
 TUNING, CROSS_FITTED = "tuning patients", "cross-fitted by patient"  # FittedThresholds.fitted_on
 SLOPE_PRIOR_SD = 0.6  # how far the labels' slopes lie apart, standard deviation of the logarithm (LOG.md)
+CACHED_VALUES = 2**14  # computed at once: few enough for a processor's cache
 COMMON_SLOPE_PRIOR_SD = 2.0  # the same for the slope all labels share: next to no opinion
 LOGIT_LIMIT = 12.0  # calibrated logits are compressed beyond: float64 rounds to 1 from 37 on, and ranks would be lost
 RAREST = 1e-6  # of --prevalence: one patient in a million; what is below is no rate that anybody has counted
@@ -293,25 +294,26 @@ def _fit_slopes(
     n_labels = labels.shape[1]
     if method == "none":
         return np.ones(n_labels), np.zeros(n_labels)
-    free, targets, x = method == "platt", _targets(labels, n_patients), compressed_logit(probabilities)
-    known = [np.flatnonzero(own) for own in (labels != UNKNOWN).T]
-    columns = [(x[own, j], targets[own, j]) for j, own in enumerate(known)]
+    free, columns = method == "platt", np.empty((3, *labels.T.shape))  # whose sums no order in memory changes
+    columns[:] = compressed_logit(probabilities).T, _targets(labels, n_patients).T, (labels != UNKNOWN).T
+    x, _, known = columns
+    x *= known
     # centred, slope and intercept hardly depend on each other
-    mean = np.array([values.mean() if free and len(values) else 0.0 for values, _ in columns])
-    columns = [(values - centre, target) for (values, target), centre in zip(columns, mean, strict=True)]
+    mean = x.sum(axis=1) / np.maximum(known.sum(axis=1), 1) if free else np.zeros(n_labels)
+    x -= mean[:, None] * known
     weight = n_patients / len(labels)
-    common, intercept = _minimise_log_loss(columns, weight, free, 0.0, np.zeros(n_labels), COMMON_SLOPE_PRIOR_SD)
-    fits = [_minimise_log_loss([column], weight, free, common, start[None], SLOPE_PRIOR_SD)
-            for column, start in zip(columns, intercept, strict=True)]
-    slope, intercept = np.exp([log_slope for log_slope, _ in fits]), np.concatenate([own for _, own in fits])
-    return slope, intercept - slope * mean
+    common, start = _minimise_log_loss(columns[:, None], weight, free, 0.0, np.zeros((1, n_labels)),
+                                       COMMON_SLOPE_PRIOR_SD)
+    log_slope, intercept = _minimise_log_loss(columns[:, :, None], weight, free, common[0], start.T, SLOPE_PRIOR_SD)
+    slope = np.exp(log_slope)
+    return slope, intercept[:, 0] - slope * mean
 
 
 def _minimise_log_loss(
-    columns: Sequence[tuple[np.ndarray, np.ndarray]], weight: float, free: bool, prior_mean: float,
-    intercept: np.ndarray, prior_sd: float,
-) -> tuple[float, np.ndarray]:
-    """(log slope that all K columns (x, targets) share, intercepts (K,)) that minimise
+    columns: np.ndarray, weight: float, free: bool, prior_mean: float, intercept: np.ndarray, prior_sd: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each of G groups of K columns, given as x, targets and whether the label is known, (3, G, K, N): the
+    log slope that its columns share and their intercepts, (G,) and (G, K), that minimise
     weight * cross entropy + (log slope - prior_mean)^2 / (2 prior_sd^2). Intercepts begin at `intercept`, and stay
     there unless `free`.
 
@@ -319,47 +321,62 @@ def _minimise_log_loss(
     left out: what stays is positive.
     """
 
-    def evaluated(log_slope: float, intercept: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, float]:
+    def evaluated(groups: np.ndarray, unknowns: np.ndarray) -> tuple[np.ndarray, ...]:
         """(loss; gradient by log slope and intercepts; what a Newton step adds to them; the fall that it promises)"""
-        slope, sums, loss = np.exp(log_slope), np.empty((5, len(columns))), 0.0
-        for k, (x, targets) in enumerate(columns):
-            z = slope * x + intercept[k]
-            tail = np.exp(-np.abs(z))
-            p = np.where(z < 0, tail, 1) / (1 + tail)
-            loss += (np.maximum(z, 0) + np.log1p(tail) - targets * z).sum()
-            error, spread = p - targets, p * (1 - p)
-            steep = spread * x
-            # not `@`, whose threads wait for each other for longer than these vectors take
-            sums[:, k] = error.sum(), (error * x).sum(), spread.sum(), steep.sum(), (steep * x).sum()
-        offset = log_slope - prior_mean
-        by_intercept, by_slope, spread, cross, square = weight * sums
-        by_slope, cross = slope * by_slope.sum() + offset / prior_sd**2, slope * cross
-        curvature, spread = slope**2 * square.sum() + 1 / prior_sd**2, np.maximum(spread, 1e-12)
+        slope = np.exp(unknowns[:, :1])
+        sums = _sums(columns, groups, slope, unknowns[:, 1:])
+        by_intercept, by_slope, spread, cross, square = weight * sums[1:]
+        offset = unknowns[:, 0] - prior_mean
+        by_slope, cross = slope[:, 0] * by_slope.sum(axis=1) + offset / prior_sd**2, slope * cross
+        curvature, spread = slope[:, 0] ** 2 * square.sum(axis=1) + 1 / prior_sd**2, np.maximum(spread, 1e-12)
         if not free:
             by_intercept, cross = np.zeros_like(by_intercept), np.zeros_like(cross)
-        step = -(by_slope - (cross * by_intercept / spread).sum()) / (curvature - (cross**2 / spread).sum())
-        gradient = np.append(by_slope, by_intercept)
-        steps = np.append(step, -(by_intercept + cross * step) / spread)
-        return weight * loss + offset**2 / (2 * prior_sd**2), gradient, steps, -float(gradient @ steps)
+        step = -(by_slope - (cross * by_intercept / spread).sum(axis=1)) / (curvature - (cross**2 / spread).sum(axis=1))
+        gradient = np.column_stack([by_slope, by_intercept])
+        steps = np.column_stack([step, -(by_intercept + cross * step[:, None]) / spread])
+        loss = weight * sums[0].sum(axis=1) + offset**2 / (2 * prior_sd**2)
+        return loss, gradient, steps, -(gradient * steps).sum(axis=1)
 
-    unknowns, tolerance = np.append(prior_mean, intercept), 1e-9 * weight * max(len(x) for x, _ in columns)
-    loss, gradient, steps, fall = evaluated(unknowns[0], unknowns[1:])
-    while np.abs(gradient).max() > tolerance:
-        share = 1.0
-        while share > 1e-6:
-            new = evaluated(*_parts(unknowns + share * steps))
-            if new[0] <= loss - 1e-4 * share * fall:
-                break
-            share /= 2
-        else:  # as exact as floats allow
-            break
-        unknowns = unknowns + share * steps
-        loss, gradient, steps, fall = new
-    return unknowns[0], unknowns[1:]
+    tolerance = 1e-9 * weight * columns[2].sum(axis=-1).max(axis=1)
+    unknowns = np.column_stack([np.full(len(intercept), prior_mean), intercept])
+    groups = np.arange(len(unknowns))
+    loss, gradient, steps, fall = state = evaluated(groups, unknowns)
+    while len(groups := groups[np.abs(gradient[groups]).max(axis=1) > tolerance[groups]]):
+        searching, share = groups, 1.0
+        while len(searching) and share > 1e-6:
+            tried = unknowns[searching] + share * steps[searching]
+            new = evaluated(searching, tried)
+            lower = new[0] <= loss[searching] - 1e-4 * share * fall[searching]
+            unknowns[searching[lower]] = tried[lower]
+            for old, values in zip(state, new, strict=True):
+                old[searching[lower]] = values[lower]
+            searching, share = searching[~lower], share / 2
+        groups = np.setdiff1d(groups, searching)  # as exact as floats allow
+    return unknowns[:, 0], unknowns[:, 1:]
 
 
-def _parts(unknowns: np.ndarray) -> tuple[float, np.ndarray]:
-    return unknowns[0], unknowns[1:]
+def _sums(columns: np.ndarray, groups: np.ndarray, slope: np.ndarray, intercept: np.ndarray) -> np.ndarray:
+    """(6, g, K) sums over the N rows of columns (3, G, K, N), those of `groups` (g,): cross entropy; its derivatives by
+    intercept and by slope; the second ones by intercept, by both, by slope. `slope` (g, 1), `intercept` (g, K)."""
+    shape, n_rows = intercept.shape, columns.shape[-1]
+    sums = np.empty((6, intercept.size))
+    columns = columns.reshape(3, -1, n_rows)
+    numbers = (groups[:, None] * shape[1] + np.arange(shape[1])).ravel()
+    slope, intercept = np.broadcast_to(slope, shape).reshape(-1, 1), intercept.reshape(-1, 1)
+    at_once = max(1, CACHED_VALUES // n_rows)
+    for part in (slice(first, first + at_once) for first in range(0, len(numbers), at_once)):
+        x, targets, known = (values[numbers[part]] for values in columns)
+        z = slope[part] * x + intercept[part]
+        tail = np.exp(-np.abs(z))
+        p = np.where(z < 0, tail, 1) / (1 + tail)
+        loss, error, spread = np.maximum(z, 0) + np.log1p(tail) - targets * z, p - targets, p * (1 - p)
+        if not known.all():
+            loss, error, spread = (known * values for values in (loss, error, spread))
+        steep = spread * x
+        # not `@`, whose threads wait for each other for longer than these vectors take
+        for k, values in enumerate((loss, error, error * x, spread, steep, steep * x)):
+            sums[k, part] = values.sum(axis=-1)
+    return sums.reshape(6, *shape)
 
 
 def cross_folds(patients: Sequence[str] | np.ndarray, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:

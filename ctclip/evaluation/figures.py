@@ -144,13 +144,13 @@ def label_figure(
     figure = new_figure(13, height, layout=None)  # solving the layout of 18 panels takes a second; this one is fixed
     axes = figure.subplots(lines, 6, sharex=True, sharey=True, squeeze=False)
     figure.subplots_adjust(left=0.055, right=0.99, bottom=0.56 / height, top=1 - 0.59 / height, wspace=0.2, hspace=0.42)
+    _unit_axes(axes.flat[0], edge=0.02)  # all share its limits and ticks
     for ax in axes.flat[len(captions) :]:
         ax.remove()
     for ax, (name, *arrays) in zip(axes.flat, known_columns(captions, labels, probabilities, calibrated), strict=False):
         if has_curve(plot, arrays[0]):
             plot.draw(ax, *arrays)
         ax.set_title(f"{_two_lines(name)}\n{plot.metric} {captions[name]}", fontsize=8.5)
-        _unit_axes(ax, edge=0.02)
         ax.set_aspect("equal")
         _tidy(ax)
     figure.supxlabel(plot.xlabel, fontsize=10, y=0.012)

@@ -5,6 +5,7 @@ tests on 127.0.0.1 (helpers_hub) that the real huggingface_hub talks to through 
 is never started, and torch, timm and ctclip.hub.weights are stand-ins wherever they are not the point.
 """
 
+import compileall
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from py_compile import PycInvalidationMode
 
 import pytest
 from helpers_hub import TOKEN, Hub
@@ -89,11 +91,10 @@ print("fingerprint 5efe6dc2d671; logits of the fixed phantom: 0.133 -0.182")
 REAL = ("*.py", "requirements.txt", "ctclip/**/*.py", "ctclip/**/*.html", "ctclip/**/*.json", "ctclip/**/*.md")
 
 
-@pytest.fixture
-def suite(tmp_path):
-    """A folder with all files of the suite, and stand-ins for torch, timm, the model and its weights, which lie in the
-    package, as where it is installed: models/ is made by setup."""
-    folder = tmp_path / "suite"
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """All files of the suite and stand-ins, compiled once rather than by every process."""
+    folder = tmp_path_factory.mktemp("compiled") / "suite"
     for path in (path for pattern in REAL for path in ROOT.glob(pattern)):
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,15 @@ def suite(tmp_path):
     for name, text in STAND_INS.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
+    compileall.compile_dir(folder, quiet=1, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
     return folder
+
+
+@pytest.fixture
+def suite(tmp_path, compiled):
+    """A folder with all files of the suite, and stand-ins for torch, timm, the model and its weights, which lie in the
+    package, as where it is installed: models/ is made by setup."""
+    return Path(shutil.copytree(compiled, tmp_path / "suite"))
 
 
 def environment(folder, **variables):

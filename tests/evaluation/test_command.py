@@ -32,11 +32,10 @@ from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 SCRIPT = Path(__file__).resolve().parents[2] / "ctclip_evaluation.py"
 
 
-def test_the_example_goes_from_97_percent_to_honest(tmp_path, monkeypatch, capsys):
+def test_the_example_goes_from_97_percent_to_honest(undrawn, tmp_path, monkeypatch, capsys):
     """The guide's worked example: the tuned rate within two points of the label rate on unseen patients; calibrated and
     mapped tables rank as the given one does, and the mapped one decides at 0.5 as tuned."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "write_figures", lambda *args: None)
     assert ctclip_evaluation.main(["--example", "--resamples", "100"]) == 0
     printed, folder = capsys.readouterr().out, Path("results/example")
     assert printed.count("Simulated predictions, neither patients nor a model") == 1
@@ -320,6 +319,7 @@ def test_newest_run_is_evaluated_and_named(tmp_path, monkeypatch, capsys):
         os.utime(path, (1, 1))
     own = Path("results/new/predictions.csv").read_bytes()
     monkeypatch.setattr(figures, "label_figure", lambda *args: figures.new_figure(1, 1))  # drawn elsewhere
+    monkeypatch.setattr(figures, "label_svgs", lambda plot, salt, findings, *arrays: [None] * len(findings))
     assert ctclip_evaluation.main([]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].startswith(f"Evaluating the newest run in results/, {Path('results/new')}")
@@ -379,11 +379,6 @@ def test_a_run_s_calibration_is_stored_used_and_made_anew_where_it_does_not_fit(
     for name in ("calibration.json", "tuning_predictions.csv"):
         (run / name).unlink()
     assert folders.run_calibration(run) is None
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    monkeypatch.setattr(command, "write_pictures", lambda *args: None)
 
 
 def test_verbose_prints_the_whole_report_before_the_summary(tables, undrawn, capsys):

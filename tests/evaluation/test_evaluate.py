@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from helpers_evaluation import decided, reference, simulate
+from helpers_evaluation import decided, ranked, simulate
 from scipy import special, stats
 from sklearn import metrics as sk
 
@@ -122,18 +122,19 @@ def without_interval(y, decisions, patients):
 
 
 def label_reference(y, p, decisions, j):
-    d = decisions[:, j]
     two = 0 < y[:, j].sum() < len(y)
-    scores = (("precision", sk.precision_score), ("recall", sk.recall_score), ("f1", sk.f1_score))
-    return {name: score(y[:, j], d, zero_division=0) for name, score in scores} | {
+    return decided_label(y, decisions, j) | {
         "auroc": sk.roc_auc_score(y[:, j], p[:, j]) if two else None,
         "average_precision": sk.average_precision_score(y[:, j], p[:, j]) if two else None,
-        "accuracy": sk.accuracy_score(y[:, j], d), "positive_rate": d.mean(), "label_rate": y[:, j].mean(),
     }
 
 
-def without_ranking(row):
-    return {key: value for key, value in row.items() if key not in ("auroc", "average_precision")}
+def decided_label(y, decisions, j):
+    """label_reference without the ranking."""
+    y, d = y[:, j], decisions[:, j]
+    precision, recall, f1, _ = sk.precision_recall_fscore_support(y, d, average="binary", zero_division=0)
+    return {"precision": precision, "recall": recall, "f1": f1, "accuracy": sk.accuracy_score(y, d),
+            "positive_rate": d.mean(), "label_rate": y.mean()}  # fmt: skip
 
 
 def errors_reference(y, p):
@@ -144,12 +145,10 @@ def errors_reference(y, p):
 
 
 def sets_reference(y, p, q, cuts, one):
-    ranking = {key: reference(y, p)[key] for key in ("auroc_macro", "auroc_micro")}
-    micro = {"auroc_micro": sk.roc_auc_score(y.ravel(), q.ravel())}
-    return {
-        "at_0.5": reference(y, p), "calibrated": ranking | micro | decided(y, (q >= 0.5).astype(int)),
-        "tuned": reference(y, p, cuts), "tuned_global": reference(y, p, one),
-    }
+    micro = {"calibrated": {"auroc_micro": sk.roc_auc_score(y.ravel(), q.ravel())}}
+    ranking = ranked(y, p)
+    decisions = decisions_reference(y, p, q, cuts, one)
+    return {name: row | ranking | micro.get(name, {}) for name, row in decisions.items()}
 
 
 def decisions_reference(y, p, q, cuts, one):
@@ -194,8 +193,8 @@ def test_every_number_of_metrics_json():
     slopes = {"slope": calibration.slope, "intercept": calibration.intercept, "shift": np.zeros(18)}
     per_label, bounds = {}, {}
     for j, name in enumerate(NAMES):
-        again = [(label_reference(y[i], p[i], tuned[i], j), label_reference(y[i], p[i], half[i], j)) for i in draws]
-        at_half = without_ranking(label_reference(y, p, half, j))
+        again = [(label_reference(y[i], p[i], tuned[i], j), decided_label(y[i], half[i], j)) for i in draws]
+        at_half = decided_label(y, half, j)
         per_label[name] = label_reference(y, p, tuned, j) | {
             "threshold": cuts[j], "positives": y[:, j].sum(), "known": len(y),
             "threshold_calibrated": cal.expit(calibration.slope[j] * cal.logit(cuts[j]) + calibration.intercept[j]),
@@ -211,7 +210,9 @@ def test_every_number_of_metrics_json():
                                   for key in at_half}
     keys = ("hamming_accuracy", "f1_macro", "precision_macro", "recall_macro", "positive_rate")
     claims = {"tuned": th.tune_label_thresholds(y, p, "f1"), "tuned_global": th.tune_global_threshold(y, p, "f1")}
+    claimed = {name: decided(y, (p >= cut).astype(int)) for name, cut in claims.items()}
     optimism_keys = ("positive_rate", "hamming_accuracy", "f1_macro", "recall_macro", "crg")
+    table = [(c / 20, decided(y, (p >= c / 20).astype(int))) for c in range(1, 20)]
     expected |= {
         "per_label": per_label,
         "calibration": {
@@ -228,17 +229,16 @@ def test_every_number_of_metrics_json():
                 calibration.slope * cal.logit(cuts) + calibration.intercept), strict=True)),
             "objective": "f1", "fitted_on": "tuning patients", "n_rows": 90, "n_volumes": 90, "n_patients": 45,
             "took_global": []},
-        "optimism": {name: {"claimed": {key: reference(y, p, cut)[key] for key in optimism_keys},
+        "optimism": {name: {"claimed": {key: row[key] for key in optimism_keys},
                             "honest": {key: expected[name][key] for key in optimism_keys}}
-                     for name, cut in claims.items()},
+                     for name, row in claimed.items()},
         "undefined_auroc": ["Bronchiectasis"], "rarely_called": rarely, "n_rows": 80, "n_volumes": 80, "n_patients": 40,
         "unit": {"name": "volume", "how": "every reconstruction by itself, as the challenge counts",
                  "conflicting_labels": 0},
         "left_out": {"labels": 2, "baseline": 2}, "unknown_labels": {"decisions": 0, "volumes": 0},
         "volumes_without_patient": 0,
         "probabilities": {"min": p.min(), "max": p.max(), "mean": p.mean()},
-        "threshold_table": [{"threshold": c / 20} | {key: decided(y, (p >= c / 20).astype(int))[key] for key in keys}
-                            for c in range(1, 20)],
+        "threshold_table": [{"threshold": cut} | {key: row[key] for key in keys} for cut, row in table],
         "scale": "uncalibrated", "phantom": False, "note": None,
         "settings": {"objective": "f1", "calibration": "auto", "unit": "volume", "prevalence": None, "resamples": 5,
                      "seed": 0, "allow_partial": True},

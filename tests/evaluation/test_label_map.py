@@ -17,6 +17,7 @@ from ctclip.evaluation.metrics import EvaluationError
 from ctclip.evaluation.tables import read_labels, read_predictions
 from ctclip_model import ABNORMALITIES, UNKNOWN
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 CALCIFICATIONS = ["Arterial wall calcification", "Coronary artery wall calcification"]
 SAME = [name for name in ABNORMALITIES if name not in (*CALCIFICATIONS, "Mosaic attenuation pattern")]
 DEVICES = ("catheter_or_port", "chest_tube", "clip", "gi_tube", "hardware", "pacemaker_or_defib", "stent",

@@ -274,7 +274,7 @@ def test_a_table_of_findings_of_ones_own_is_evaluated_and_applied(tmp_path, caps
     np.testing.assert_allclose(applied.to_numpy(), calibration.apply(predictions[order].to_numpy()))
 
 
-def test_sixteen_of_the_18_are_evaluated_on_predictions_of_all(tmp_path, capsys):
+def test_sixteen_of_the_18_are_evaluated_on_predictions_of_all(undrawn, tmp_path, capsys):
     predictions, labels = simulate(40, seed=4)
     code, out = run(*save(tmp_path, predictions, labels[SIXTEEN]), capsys=capsys)
     assert code == 0 and "16, 16 of them among CT-RATE's 18" in out.out
@@ -284,7 +284,7 @@ def test_sixteen_of_the_18_are_evaluated_on_predictions_of_all(tmp_path, capsys)
     assert metrics["tuned"] == alone["tuned"] and list(metrics["per_label"]) == SIXTEEN
 
 
-def test_findings_can_be_chosen(tmp_path, capsys):
+def test_findings_can_be_chosen(undrawn, tmp_path, capsys):
     predictions, labels = simulate(40, seed=4)
     tables = save(tmp_path, predictions, labels)
     code, _ = run(*tables, "--findings", "Emphysema,Lung nodule", capsys=capsys)
@@ -294,7 +294,7 @@ def test_findings_can_be_chosen(tmp_path, capsys):
     assert code == 2 and "found no column 'Emphysem'" in out.err
 
 
-def test_minus_one_on_demand(tmp_path, capsys):
+def test_minus_one_on_demand(undrawn, tmp_path, capsys):
     predictions, labels = own_tables()
     tables = save(tmp_path, predictions, labels)
     labels.to_csv(tmp_path / "l.csv", index_label="VolumeName")

@@ -8,7 +8,6 @@ from helpers_evaluation import simulate
 
 from ctclip.errors import UserError
 from ctclip.evaluation import evaluate as ev
-from ctclip.evaluation import figures
 from ctclip.evaluation import tables as tables_module
 from ctclip.evaluation.metrics import ABNORMALITIES, EvaluationError
 from ctclip.evaluation.render import format_report
@@ -174,8 +173,7 @@ def test_a_frame_that_cannot_be_used_is_refused_in_one_line(change, message):
 
 
 @pytest.mark.parametrize("shape", ["index without a name", "column VolumeName", "names without suffix"])
-def test_a_frame_without_a_named_index_is_evaluated_and_written_readable(shape, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "write_figures", lambda *args: None)
+def test_a_frame_without_a_named_index_is_evaluated_and_written_readable(shape, undrawn, tmp_path):
     predictions, labels = simulate(20, seed=0)
     given = {
         "index without a name": lambda frame: frame.rename_axis(None),
@@ -187,8 +185,7 @@ def test_a_frame_without_a_named_index_is_evaluated_and_written_readable(shape, 
     assert metrics["n_patients"] == 20
 
 
-def test_patient_columns_of_predictions_survive(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "write_figures", lambda *args: None)
+def test_patient_columns_of_predictions_survive(undrawn, tmp_path):
     predictions, labels = (t.set_axis([f"scan {i}" for i in range(40)]) for t in simulate(20, seed=0))
     predictions["PatientID"] = [f"P{i // 2}" for i in range(40)]
     predictions["ScanID"] = [f"S{i % 2}" for i in range(40)]

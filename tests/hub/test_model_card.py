@@ -61,8 +61,10 @@ def evaluated(tmp_path_factory):
     names = reported[0].index
     metadata = {name: {"PatientSex": "M" if i else "F", "Manufacturer": "Doe_John" if i < 2 else "Maker"}
                 for i, name in enumerate(names)}
-    evaluate(*reported, tuning=tuning, baseline=baseline, metadata=metadata, phantom=True, resamples=100,
-             output_dir=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ctclip.evaluation.evaluate.write_pictures", lambda *args: None)
+        evaluate(*reported, tuning=tuning, baseline=baseline, metadata=metadata, phantom=True, resamples=100,
+                 output_dir=folder)
     return folder
 
 

@@ -26,7 +26,7 @@ from ctclip.data.tables import CohortError
 from ctclip.data.volume_file import VolumeError
 from ctclip.data.volume_key import cache_key, cache_keys
 from ctclip.distributed import Ranks
-from ctclip.evaluation import cases, figures
+from ctclip.evaluation import cases
 from ctclip.evaluation.tables import load_predictions
 from ctclip.inference.predictor import predict_volumes
 from ctclip.training import logging
@@ -78,9 +78,8 @@ def streamed(phantoms, model, tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
+def no_figures(undrawn, monkeypatch):
     monkeypatch.setattr(logging, "write_training_figure", lambda *args: None)
-    monkeypatch.setattr(figures, "label_figure", lambda *args: figures.new_figure(1, 1))
 
 
 def train_flags(data_dir: Path, cache_dir: Path, weights_file: str, *more: str) -> list[str]:

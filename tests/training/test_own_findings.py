@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +35,8 @@ from ctclip_model import (
     create_loss,
 )
 
-pytestmark = pytest.mark.usefixtures("fast")
+pytestmark = pytest.mark.usefixtures("fast", "undrawn")
+QUICK = ["--resamples", "100", "--pictures", "0"]
 SIXTEEN = [name for name in ABNORMALITIES if name not in ("Mosaic attenuation pattern", "Medical material")]
 OWN = {"Emphysema": "Emphysema", "Lung nodule": "Nodule or mass", "Cardiomegaly": "Large heart",
        "Pleural effusion": "Effusion, any", "Consolidation": "Airspace disease"}  # fmt: skip
@@ -66,6 +68,16 @@ def train(data_dir: Path, folder: Path, weights_file: str, cache: str, *more: st
     flags = ["--data-dir", str(data_dir), "--ctclip-path", weights_file, "--cache-dir", cache, "--batch-size", "8",
              "--epochs", "2", "--freeze-epochs", "1", "--unfreeze-layers", "1", "--output-dir", str(folder)]
     return ctclip_training.main([*flags, *more])
+
+
+@pytest.fixture(scope="module")
+def partly_known(fast, phantoms, tiny_classfine, tmp_path_factory, cache) -> tuple[Path, Path, str]:
+    """(cohort with empty cells, a run on it, what that printed). Read-only, but for evaluations."""
+    folder = tmp_path_factory.mktemp("partly_known")
+    data_dir = cohort_of(phantoms, folder / "cohort", with_holes)
+    with redirect_stdout(io.StringIO()) as out:
+        assert train(data_dir, folder / "run", tiny_classfine, cache) == 0
+    return data_dir, folder / "run", out.getvalue()
 
 
 # ------------------------------------------------------------------ losses
@@ -141,7 +153,7 @@ def test_sixteen_of_the_18_train_from_the_files_head(phantoms, tiny_classfine, t
     assert "findings: 16 (" in out and "16 of 16 labels" in out
     model = CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "run")
     assert list(model.labels) == SIXTEEN  # in CT-RATE's order, whatever the table's
-    assert ctclip_evaluation.main(["--checkpoint", str(tmp_path / "run"), "--resamples", "100"]) == 0
+    assert ctclip_evaluation.main(["--checkpoint", str(tmp_path / "run"), *QUICK]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert list(metrics["per_label"]) == SIXTEEN
     assert load_calibration(tmp_path / "run" / "calibration.json").findings == tuple(SIXTEEN)
@@ -168,12 +180,9 @@ def test_findings_of_ones_own_from_training_to_a_heat_map(phantoms, tiny_classfi
 
 
 def test_a_run_on_partly_known_labels_goes_on_as_if_nothing_had_stopped_it(
-    phantoms, tiny_classfine, tmp_path, cache, capsys
+    partly_known, tiny_classfine, tmp_path, cache
 ):
-    data_dir = cohort_of(phantoms, tmp_path / "cohort", with_holes)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(data_dir, whole, tiny_classfine, cache) == 0
-    out = capsys.readouterr().out
+    (data_dir, whole, out), parts = partly_known, tmp_path / "parts"
     assert "unknown labels: " in out and "left out of loss and metrics" in out
     assert train(data_dir, parts, tiny_classfine, cache, "--micro-batch", "2") == 0
     first, second = weights(whole), weights(parts)  # a step's gradient does not depend on how it is cut
@@ -183,7 +192,7 @@ def test_a_run_on_partly_known_labels_goes_on_as_if_nothing_had_stopped_it(
         [line["train_loss"] for line in history(parts)], abs=1e-5)
     stored = read_labels(whole / "tuning_labels.csv", list(ABNORMALITIES)).frame
     assert (stored[list(ABNORMALITIES)] == UNKNOWN).to_numpy().mean() == pytest.approx(0.3, abs=0.1)
-    assert ctclip_evaluation.main(["--checkpoint", str(whole), "--resamples", "100"]) == 0
+    assert ctclip_evaluation.main(["--checkpoint", str(whole), *QUICK]) == 0
     metrics = json.loads((whole / "metrics.json").read_text())
     assert metrics["unknown_labels"]["decisions"] > 0
 
@@ -229,20 +238,15 @@ def test_a_whole_task_wants_its_findings_of_the_unseen_split_before_it_trains(
     err = capsys.readouterr().err
     assert one_line(err) and "found no column 'Large heart'" in err and not (tmp_path / "run").exists()
     table.write_text(table.read_text().replace("Emphysema", "Emphysem", 1))  # not wanted: named are others
-    assert run_task2.main([*flags, "--resamples", "100", "--findings", "Nodule or mass,Airspace disease"]) == 0
+    assert run_task2.main([*flags, *QUICK, "--findings", "Nodule or mass,Airspace disease"]) == 0
     assert list(json.loads((tmp_path / "run" / "metrics.json").read_text())["per_label"])[0] == "Nodule or mass"
 
 
-def test_labels_hidden_from_a_run_change_nothing_in_it(phantoms, tiny_classfine, tmp_path, cache):
-    """What an empty cell hides, a 0 or a 1, is in no weight and no number of the log."""
-    runs = []
-    for number, hidden in enumerate(("", "-1")):
-        data_dir = cohort_of(phantoms, tmp_path / f"cohort{number}",
-                             lambda labels, hidden=hidden: with_holes(labels).replace("", hidden))  # fmt: skip
-        runs.append(tmp_path / f"run{number}")
-        more = ["--minus-one-is-unknown"] if hidden else []
-        assert train(data_dir, runs[-1], tiny_classfine, cache, *more) == 0
-    first, second = (weights(run) for run in runs)
+def test_labels_hidden_from_a_run_change_nothing_in_it(partly_known, phantoms, tiny_classfine, tmp_path, cache):
+    """What is hidden, a 0 or a 1, by an empty cell or -1, is in no weight and no number of the log."""
+    data_dir = cohort_of(phantoms, tmp_path / "cohort", lambda labels: with_holes(labels).replace("", "-1"))
+    assert train(data_dir, tmp_path / "run", tiny_classfine, cache, "--minus-one-is-unknown") == 0
+    first, second = weights(partly_known[1]), weights(tmp_path / "run")
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
@@ -256,7 +260,7 @@ def test_findings_can_be_named_and_a_wrong_name_is_one_line(phantoms, tiny_class
     assert train(*flags, "--findings", '"Nodule, solid", Emphysema') == 0
     model = CTCLIPMultiAbnormalityModel.from_pretrained(tmp_path / "run")
     assert model.labels == ("Nodule, solid", "Emphysema")
-    evaluate = ["--checkpoint", str(tmp_path / "run"), "--resamples", "100", "--pictures", "0"]
+    evaluate = ["--checkpoint", str(tmp_path / "run"), *QUICK]
     assert ctclip_evaluation.main(evaluate) == 0
     # the run's findings decide, also in another cohort whose table has the 18 and one more; or only some of the run's
     for data_dir, findings in ((both, ["Nodule, solid", "Emphysema"]), (phantoms, ["Emphysema"])):
