@@ -72,7 +72,8 @@ from ctclip_model import (
 )
 
 SLICES = 128  # of a micro-batch to begin with
-VIDEO_VOXELS = 10 * 96 * 192 * 192  # the same for video ResNets: the ten crops of a published step
+VIDEO_PLACES = 48 * 96 * 96  # of a published crop behind the stem: 2 GB of activations in float32
+VIDEO_CROPS = {"cuda": 10, "cpu": 2}  # the same for video ResNets, of published crops; ten are a published step
 SPLIT_NAMES = {"train": "training", "tuning": "validation", "held_out": "held-out"}  # as in files -> in words
 
 # ------------------------------------------------------------------ signals, which end a run early
@@ -431,7 +432,7 @@ def prepare(config: TrainingConfig, folder: Path | None, machine: Machine) -> Tr
     if len(values := train.labels[train.labels != UNKNOWN].unique()) == 1:
         every = f"{int(values)} for every finding of all {plural(len(train.volumes), 'training volume')}"
         raise TrainingError(f"{data_dir}: found the label {every}, expected both 0 and 1; correct the label table")
-    run.micro_batch = machine.micro_batch or first_micro_batch(config, model)
+    run.micro_batch = machine.micro_batch or first_micro_batch(config, model, run.device)
     choice = machine.gradient_checkpointing
     enabled = choice == "on" or (choice == "auto" and run.device.type == "cuda")
     if enabled and not run.enable_checkpointing(model):
@@ -460,10 +461,11 @@ def create_criterion(config: TrainingConfig, train: Split, device: torch.device)
     return create_loss(config.loss_type, config.alpha, config.gamma, weights).to(device)
 
 
-def first_micro_batch(config: TrainingConfig, model: CTCLIPMultiAbnormalityModel) -> int:
+def first_micro_batch(config: TrainingConfig, model: CTCLIPMultiAbnormalityModel, device: torch.device) -> int:
     """Volumes of a micro-batch to begin with, by the size of what passes through the backbone."""
     if model.is_video:
-        return min(config.batch_size, max(1, VIDEO_VOXELS // prod(model.crop_shape)))
+        places = prod(model.crop_shape) // config.stem_stride**3
+        return max(1, min(config.batch_size, VIDEO_CROPS.get(device.type, 10) * VIDEO_PLACES // places))
     size = micro_batch_size(model.input_shape, config.batch_size)
     return size if model.is_ctclip else max(1, min(size, SLICES // (model.train_slices or model.n_slices)))
 

@@ -18,7 +18,7 @@ from ctclip.training.checkpoint import states
 from ctclip.training.estimate import print_estimate
 from ctclip.training.loop import train
 from ctclip.training.optimization import TrainableParameters
-from ctclip.training.run import build_model
+from ctclip.training.run import build_model, first_micro_batch
 from ctclip_model import CTCLIPMultiAbnormalityModel
 from ctclip_training import main
 
@@ -143,3 +143,13 @@ def test_flags_that_would_be_ignored_are_refused(flags, line, tmp_path, monkeypa
     assert main(flags) == 2
     err = capsys.readouterr().err
     assert one_line(err) and line in err
+
+
+@pytest.mark.parametrize(
+    ("stem", "batch", "device", "size"),
+    [(2, 10, "cuda", 10), (2, 16, "cpu", 2), (4, 16, "cpu", 16), (4, 99, "cuda", 80)],
+)
+def test_a_micro_batch_begins_with_the_crops_that_there_are_places_for(stem, batch, device, size):
+    """At the published size."""
+    settings = TrainingConfig(model="r3d_18", pretrained=False, stem_stride=stem, batch_size=batch)
+    assert first_micro_batch(settings, build_model(settings, phantom=True), torch.device(device)) == size
