@@ -31,7 +31,7 @@ import run_task2
 from ctclip import __version__
 from ctclip import config as config_module
 from ctclip.cli import OneLineParser, run_cli
-from ctclip.config import PHANTOM_ENCODER_NOTE, QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig
+from ctclip.config import PHANTOM_ENCODER_NOTE, QUICK_TEST, QUICK_TEST_VOLUMES, Machine, TrainingConfig, flag_of
 from ctclip.data.cohort import Volume, load_cohort, split_by_patient
 from ctclip.data.ct_rate import labels_path
 from ctclip.data.loading import micro_batch_size
@@ -814,7 +814,7 @@ def test_every_setting_has_a_flag_that_shows_its_default():
     found = actions()
     for settings in (TrainingConfig(), Machine()):
         for name in (field.name for field in fields(settings) if field.metadata):
-            flag = "--no-pretrained" if name == "pretrained" else f"--{name.replace('_', '-')}"
+            flag = flag_of(name)
             assert found[flag].dest == name
             default = getattr(settings, name)
             if default not in (None, False, True):
