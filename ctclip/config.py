@@ -732,7 +732,7 @@ def task_flag_uses(task: str, plan: bool = False) -> dict[str, tuple[str, bool]]
 
     A flag that every mode looks at is not in it.
     """
-    settings = (flag_of(item.name) for item in (*fields(TrainingConfig), *fields(Machine)))
+    settings = (flag_of(item.name) for item in (*fields(TrainingConfig), *fields(Machine)) if item.metadata)
     training = (*settings, "--output-dir", "--name", "--resume", "--plan", "--config", "--recipe")
     modes: dict[str, tuple[str, ...]] = dict.fromkeys(training, ("full", "train"))
     modes |= dict.fromkeys(evaluation_flags(), ("full", "evaluate"))
@@ -751,7 +751,6 @@ def task_flag_uses(task: str, plan: bool = False) -> dict[str, tuple[str, bool]]
         "--workers": ("full", "train", "evaluate", "predict", "features"),
     }
     modes["--device"] = tuple(mode for mode in (*MODES, *EXPORTS) if mode != "runs")
-    del modes["--mode"]
     spelled = {mode: f"--mode {mode}" for mode in MODES} | {name: f"--export {name}" for name in EXPORTS}
     uses = {flag: (" or ".join(spelled[mode] for mode in those), task in those) for flag, those in modes.items()}
     if plan:  # which stops before there is anything to evaluate

@@ -241,7 +241,7 @@ def test_every_number_of_metrics_json():
         "threshold_table": [{"threshold": cut} | {key: row[key] for key in keys} for cut, row in table],
         "scale": "uncalibrated", "phantom": False, "note": None,
         "settings": {"objective": "f1", "calibration": "auto", "unit": "volume", "prevalence": None, "resamples": 5,
-                     "seed": 0, "allow_partial": True},
+                     "seed": 0, "allow_partial": True, "reference_standard": None},
     }
     found = stored.pop("intervals")
     errors = found.pop("calibration")
