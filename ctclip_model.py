@@ -1849,6 +1849,10 @@ def slice_triplets(volume: Tensor, count: int, chosen: Tensor | None = None) -> 
     return volume[torch.arange(len(volume), device=volume.device)[:, None, None], 0, index]
 
 
+def slices_at_once(device: torch.device) -> int:
+    return SLICES_AT_ONCE_ON_CPU if device.type == "cpu" else SLICES_AT_ONCE
+
+
 def random_slices(batch: int, count: int, most: int) -> Tensor:
     """(B, N) numbers of slices below `count`, ascending: for each volume a random one from each of N = `most` equal
     parts, so that a head's position terms, interpolated to N, hold to within a part."""
@@ -2097,7 +2101,7 @@ def _label_names(head: str | None, prompts: Prompts | None, labels: Sequence[str
 
 HEAD_PREFIXES = ("attention.", "classifier.")  # of all parameters outside the backbone
 HEAD_LEARNING_RATE = {"ctclip": 3e-2, "others": 1e-3}  # with the defaults of `parameter_groups`: the scripts'
-SLICES_AT_ONCE = 64  # encoded without gradients
+SLICES_AT_ONCE, SLICES_AT_ONCE_ON_CPU = 64, 4  # encoded without gradients; 4: their activations stay in its caches
 LATENTS_AT_ONCE = 64  # computed from codes: 75 MB of intermediate values at the published size
 
 
@@ -2706,7 +2710,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         flat, by_volume, of_tokens = slices.flatten(0, 1), slices.shape[:2], self.cache_format == "tokens"
         encode = partial(self.backbone.tokens, kind=self.tokens) if of_tokens else self.backbone
         whole = torch.is_grad_enabled() or torch.compiler.is_compiling()  # nor exporting
-        parts = [flat] if whole else flat.split(SLICES_AT_ONCE)
+        parts = [flat] if whole else flat.split(slices_at_once(x.device))
         found = torch.cat([encode(part) for part in parts]).unflatten(0, by_volume)
         return _pool(found) if self.cache_format == "pooled" else found  # (B, S, h, w, C) or (B, S, C, h, w)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ctclip.data.feature_cache import encoder_digest, record_format
-from ctclip_model import CTCLIPMultiAbnormalityModel, QueryHead, slice_triplets
+from ctclip_model import CTCLIPMultiAbnormalityModel, QueryHead, slice_triplets, slices_at_once
 
 VIT, CONV = "test_vit", "test_resnet"  # timm's for tests: 371 and 469 thousand parameters, 160 x 160 pixels
 
@@ -325,6 +325,18 @@ def test_a_convolution_of_a_convolutional_network_may_be_named():
     model = model_of(CONV)
     model.add_lora(targets=("conv2",))
     assert model.adapters() and {name.rpartition(".")[2] for name in model.adapters()} == {"conv2"}
+
+
+@torch.no_grad()
+def test_without_gradients_a_cpu_encodes_few_slices_at_once():
+    model, x = model_of(CONV, n_slices=6), volume_of(32)
+    seen, encode = [], model.backbone.tokens
+    model.backbone.tokens = lambda slices, kind: seen.append(len(slices)) or encode(slices, kind)
+    few = model.features(x)
+    assert seen == [4, 4, 4] and slices_at_once(torch.device("cuda")) == 64
+    with torch.enable_grad():
+        assert torch.allclose(model.features(x), few, atol=1e-5)
+    assert seen[3:] == [12]
 
 
 # -- random slices ---------------------------------------------------------------------------------------------------

@@ -35,11 +35,11 @@ from ctclip.fileio import check_replaceable, replacing
 from ctclip.inference.scans import HEAT_MAP_DESCRIPTION, PredictionError, nifti_description
 from ctclip_model import (
     ABNORMALITIES,
-    SLICES_AT_ONCE,
     CTCLIPMultiAbnormalityModel,
     as_tokens,
     crop_starts,
     slice_triplets,
+    slices_at_once,
 )
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _slice_contributions(model: CTCLIPMultiAbnormalityModel, volume: Tensor, ind
         tokens = model.features(volume)  # (1, S, 1, 1, C)
         attention, evidence = head.attend(tokens)
         return (attention * evidence)[0, index], model.head(tokens)[0, index]
-    parts = slice_triplets(volume, model.n_slices)[0].split(SLICES_AT_ONCE)
+    parts = slice_triplets(volume, model.n_slices)[0].split(slices_at_once(volume.device))
     maps = model.attention(torch.cat([model.backbone(part) for part in parts]))  # (S, C, h, w)
     if model.head_name == "attention":
         tokens = as_tokens(maps, model.tokens)[None]  # (1, S, h, w, C); a slice's is the mean of its places

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     def write() -> None:
         from ctclip.phantoms.cohort import write_phantom_cohort  # numpy and pandas: not for --help and wrong flags
 
-        write_phantom_cohort(args.data_dir, args.train, args.valid, args.seed, args.workers)
+        write_phantom_cohort(args.data_dir, args.train, args.valid, args.seed, args.workers, spacing=args.spacing)
         print(f"{args.data_dir}: {args.train} training and {args.valid} validation phantoms\n{SYNTHETIC_NOTE}")
 
     return run_cli(write, interrupted="the same command continues where this one ended")

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,7 @@ class PlannedVolume:
     intercept: int = -1024
     circle: bool = False  # outside of which a scanner stores 0
     head: bool = False  # CT of a head
+    spacing: tuple[float, float, float] | None = None  # mm along x, y, z, in place of a drawn one
 
     @property
     def path(self) -> Path:
@@ -62,10 +63,10 @@ class PlannedVolume:
         """(shape, spacing) in x, y, z."""
         if self.head:
             return (72, 88, 44), (2.6, 2.6, 5.0)
-        return draw_geometry(self.seed, self.scan, self.reconstruction)
+        return draw_geometry(self.seed, self.scan, self.reconstruction, self.spacing)
 
 
-def plan_split(split: str, n: int, seed: int) -> list[PlannedVolume]:
+def plan_split(split: str, n: int, seed: int, spacing: tuple[float, float, float] | None = None) -> list[PlannedVolume]:
     """n chest volumes and one head CT. Findings are spread so that each label's rate is PREVALENCE as closely as n
     scans allow; one volume in five is version 1."""
     rng = random_stream(seed, Purpose.SPLIT, ("train", "valid").index(split))
@@ -83,7 +84,7 @@ def plan_split(split: str, n: int, seed: int) -> list[PlannedVolume]:
         name = f"{split}_{patient}_{'ab'[scan]}_{reconstruction + 1}.nii.gz"
         intercept = int(rng.choice((-1024, -8192), p=(0.5, 0.5)))
         codes = str(rng.choice(("LPS", "RAS", "LAS", "LPI", "RPS"), p=(0.6, 0.12, 0.1, 0.1, 0.08)))
-        stored = not raw, codes, intercept, bool(rng.random() < 0.4)
+        stored = not raw, codes, intercept, bool(rng.random() < 0.4), False, spacing
         plans.append(PlannedVolume(name, int(seeds[patient]), scan, reconstruction, labels[patient, scan], *stored))
     head_ct = PlannedVolume(f"{split}_{patients + 1}_a_1.nii.gz", int(seeds[patients + 1]), head=True)
     return [*plans, head_ct]
@@ -176,6 +177,10 @@ def _write_tables(data_dir: Path, split: str, plans: list[PlannedVolume]) -> Non
     write_file(data_dir / no_chest_path(split), "".join(p.name + "\n" for p in plans if p.head))
 
 
+def shown_spacing(spacing: Sequence[float] | None) -> str:
+    return "drawn" if spacing is None else " x ".join(f"{step:g}" for step in spacing) + " mm"
+
+
 def _check_manifest(data_dir: Path, wanted: dict) -> bool:
     """True where this very cohort is complete; PhantomError where the folder holds something else."""
     manifest = data_dir / MANIFEST
@@ -189,8 +194,8 @@ def _check_manifest(data_dir: Path, wanted: dict) -> bool:
         return False
     try:
         content = read_json(manifest)
-        parameters = {key: content.get(key) for key in wanted}
-    except (OSError, ValueError, AttributeError) as error:
+        parameters = {key: ({"spacing": shown_spacing(None)} | content).get(key) for key in wanted}
+    except (OSError, ValueError, TypeError) as error:
         raise PhantomError(f"found an unreadable {manifest} ({error}), expected JSON; delete the folder") from error
     if parameters != wanted:
         have, want = (", ".join(f"{key} {value}" for key, value in each.items()) for each in (parameters, wanted))
@@ -206,21 +211,28 @@ def write_phantom_cohort(
     seed: int = 0,
     workers: int | None = None,
     progress: bool = True,
+    spacing: Sequence[float] | None = None,
 ) -> Path:
     """Write n_train + n_valid chest volumes with labels and metadata in the hub's layout; returns data_dir.
 
     A finished cohort with the same parameters is used as it is; an interrupted one is continued; another one in the
     same folder is a PhantomError. The voxels depend on the parameters only, not on `workers` (processes, default: all).
+    `spacing`: mm along x, y, z, in place of the drawn 2.8 to 4.2 in plane and 4 to 7 between slices.
     """
     data_dir = Path(data_dir)
     if n_train < 1 or n_valid < 1 or seed < 0:
         raise PhantomError(f"found train {n_train}, valid {n_valid}, seed {seed}, expected at least 1, 1 and 0")
-    wanted = {"version": PHANTOM_VERSION, "train": int(n_train), "valid": int(n_valid), "seed": int(seed)}
+    if spacing is not None and (len(spacing) != 3 or not all(0.5 <= step <= 20 for step in spacing)):
+        raise PhantomError(f"found a spacing of {shown_spacing(spacing)}, expected three numbers of 0.5 to 20 mm; "
+                           "correct it, or leave it out to have it drawn")  # fmt: skip
+    own = None if spacing is None else (float(spacing[0]), float(spacing[1]), float(spacing[2]))
+    wanted = {"version": PHANTOM_VERSION, "spacing": shown_spacing(own), "train": int(n_train), "valid": int(n_valid),
+              "seed": int(seed)}  # fmt: skip
     if _check_manifest(data_dir, wanted):
         return data_dir
     manifest = {**wanted, "complete": False, "note": SYNTHETIC_NOTE}
     write_file(data_dir / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    plans = {split: plan_split(split, n, seed) for split, n in (("train", n_train), ("valid", n_valid))}
+    plans = {split: plan_split(split, n, seed, own) for split, n in (("train", n_train), ("valid", n_valid))}
     for split, of_split in plans.items():
         _write_tables(data_dir, split, of_split)
     missing = [plan for of_split in plans.values() for plan in of_split if not (data_dir / plan.path).exists()]

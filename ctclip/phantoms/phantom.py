@@ -86,15 +86,22 @@ class Phantom:
     masks: dict[str, np.ndarray] = field(repr=False)
 
 
-def draw_geometry(seed: int, scan: int = 0, reconstruction: int = 0) -> Geometry:
-    """Demo size: (shape, spacing) in x, y, z; 300 to 420 mm in plane, along z the lungs and a margin."""
+def draw_geometry(
+    seed: int, scan: int = 0, reconstruction: int = 0, spacing: Sequence[float] | None = None
+) -> Geometry:
+    """(shape, spacing) in x, y, z; 300 to 420 mm in plane, along z the lungs and a margin. Demo size, or the same view
+    with a `spacing` of one's own."""
     rng = random_stream(seed, Purpose.GEOMETRY, scan, reconstruction)
     wide, _, tall = Patient.draw(seed, scan).size
     n = int(rng.choice((96, 104, 112, 120, 128)))
     in_plane = float(np.clip(max(rng.uniform(300, 420), 295 * wide) / n, 2.8, 4.2))
     view = 325 * tall + rng.uniform(0, 45)
     dz = float(rng.choice([step for step in (4.0, 4.5, 5.0, 6.0, 7.0) if 48 <= view / step <= 80]))
-    return (n, n, round(view / dz)), (round(in_plane, 4), round(in_plane, 4), dz)
+    shape, drawn = (n, n, round(view / dz)), (round(in_plane, 4), round(in_plane, 4), dz)
+    if spacing is None:
+        return shape, drawn
+    x, y, z = (max(round(count * step / new), 8) for count, step, new in zip(shape, drawn, spacing, strict=True))
+    return (x, y, z), (float(spacing[0]), float(spacing[1]), float(spacing[2]))
 
 
 def resolve_labels(labels: Sequence[int] | np.ndarray | None, seed: int, scan: int) -> np.ndarray:
@@ -127,11 +134,11 @@ def make_phantom(
     reconstruction   the same examination again: new grid, kernel and noise.
     """
     truth = resolve_labels(labels, seed, scan)
-    drawn_shape, drawn_spacing = draw_geometry(seed, scan, reconstruction)
-    view = np.multiply(drawn_shape, drawn_spacing)
+    drawn_shape, drawn_spacing = draw_geometry(seed, scan, reconstruction, spacing)
     if shape is None:
-        shape = drawn_shape if spacing is None else np.maximum(np.round(view / np.asarray(spacing)), 8).astype(int)
+        shape = drawn_shape
     if spacing is None:
+        view = np.multiply(drawn_shape, drawn_spacing)
         spacing = drawn_spacing if tuple(shape) == drawn_shape else tuple(view / np.asarray(shape))
     findings = Findings(frozenset(itertools.compress(ABNORMALITIES, truth)), seed, scan)
     healthy = Patient.draw(seed, scan)

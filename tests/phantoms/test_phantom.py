@@ -324,6 +324,22 @@ def test_another_cohort_in_the_folder_is_refused(cohort, tmp_path):
         write_phantom_cohort(tmp_path, 0, 1)
 
 
+def test_a_cohort_with_voxels_of_ones_own(cohort, tmp_path):
+    spacing = (9.0, 9.0, 12.0)
+    write_phantom_cohort(tmp_path, 1, 1, workers=1, progress=False, spacing=spacing)
+    plan = plan_split("train", 1, 0, spacing)[0]
+    image, drawn = nibabel.load(tmp_path / plan.path), plan_split("train", 1, 0)[0].geometry
+    assert image.header.get_zooms() == spacing
+    view, own = np.multiply(*drawn), np.multiply(image.shape, spacing)
+    assert np.abs(view - own).max() <= max(spacing) / 2, "the same view in other voxels"
+    row = rows(tmp_path / metadata_path("train"))[0]
+    assert (row["XYSpacing"], row["ZSpacing"]) == ("[9.0, 9.0]", "12.0")
+    with pytest.raises(ValueError, match="spacing 9 x 9 x 12 mm, .* expected .* spacing drawn"):
+        write_phantom_cohort(tmp_path, 1, 1)
+    with pytest.raises(ValueError, match="0.1 x 1 x 1 mm, expected three numbers of 0.5 to 20"):
+        write_phantom_cohort(tmp_path, 1, 1, spacing=(0.1, 1, 1))
+
+
 def test_zlib_gives_the_same_voxels(cohort, tmp_path, monkeypatch):
     plan = plans_of()[0]
     monkeypatch.setattr(cohort_module, "igzip", None)
