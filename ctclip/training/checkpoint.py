@@ -187,7 +187,8 @@ class AveragedEpochs:
 
     epochs: list[int] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    score: float | None = None  # as an epoch's, once the validation volumes are predicted with it
+    compared: bool = False  # with the best epoch, on the validation patients
+    auroc: float | None = None  # macro, there; None where no finding has both classes
     kept: bool = False  # as the run's weights
 
     def add(self, epoch: int, tensors: dict[str, Tensor]) -> None:

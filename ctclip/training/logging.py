@@ -90,8 +90,8 @@ def write_run_file(job: TrainingJob, status: str, average: AveragedEpochs | None
             "timm": timm.__version__,
         },
     }
-    if average is not None and average.score is not None:
-        content["average"] = {"epochs": average.epochs, "tuning_auroc_macro": average.score, "kept": average.kept}
+    if average is not None and average.compared:
+        content["average"] = {"epochs": average.epochs, "tuning_auroc_macro": average.auroc, "kept": average.kept}
     _write(run, "run.json", "The run's record", json.dumps(content, indent=2))
 
 
@@ -192,9 +192,9 @@ def print_summary(job: TrainingJob, state: TrainingState, seconds: float) -> Non
     record = next((record for record in history if record["epoch"] == best.epoch), {})
     if (auroc := record.get("tuning_auroc_macro")) is not None:
         run.log(f"Best epoch {best.epoch}: macro AUROC {auroc:.3f}{_of_findings(record)} on the validation patients")
-    if (average := state.average).score is not None:
-        of = ", ".join(map(str, average.epochs))
-        run.log(f"Average of epochs {of}: macro AUROC {average.score:.3f}, {'kept' if average.kept else 'not kept'}")
+    if (average := state.average).compared:
+        of, auroc = ", ".join(map(str, average.epochs)), decimal(average.auroc, 3)
+        run.log(f"Average of epochs {of}: macro AUROC {auroc}, {'kept' if average.kept else 'not kept'}")
     if note := _encoder_note(job):
         run.log(note)
     skipped = sum(record["skipped_steps"] for record in history)

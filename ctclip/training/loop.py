@@ -130,11 +130,12 @@ def compare_average(job: TrainingJob, state: TrainingState) -> None:
     """Once all epochs are over: keeps the mean of --average-epochs as the run's weights where it is better than the
     best epoch. Of fewer than two epochs, after an early stop, there is none."""
     average, best = state.average, state.best
-    if len(average.epochs) < 2 or average.score is not None:
+    if len(average.epochs) < 2 or average.compared:
         return
     open_inputs(job, state)
     validation = validate(job, state, average.tensors)
-    average.score, average.kept = validation.score, validation.score > best.score
+    average.compared, average.kept = True, validation.score > best.score
+    average.auroc = validation.metrics["auroc_macro"]
     if average.kept:
         state.best = BestEpoch(
             validation.score, best.epoch, validation.names, validation.logits, dict(average.tensors)

@@ -102,7 +102,7 @@ def test_the_card_holds_the_runs_own_numbers(make_run):
     folder, _ = make_run()
     card = model_card(CTCLIPMultiAbnormalityModel.from_pretrained(folder), folder)
     m = json.loads((folder / "metrics.json").read_text())
-    for figure in (m["tuned"]["auroc_macro"], *m["intervals"]["tuned"]["f1_macro"], m["tuned"]["crg"],
+    for figure in (m["tuned"]["auroc_macro"], *m["intervals"]["tuned"]["recall_macro"], m["tuned"]["crg"],
                    m["calibration"]["after"]["ece"], *m["intervals"]["calibration"]["before"]["brier"]):
         assert f"{figure:.4f}" in card
     rate, low, high = m["tuned"]["positive_rate"], *m["intervals"]["tuned"]["positive_rate"]
@@ -119,6 +119,15 @@ def test_the_card_holds_the_runs_own_numbers(make_run):
         auroc = f"{row['auroc']:.3f}" + (f" ({bounds[0]:.3f}-{bounds[1]:.3f})" if bounds else "")
         assert re.search(rf"\| {name} \| {row['positives']} \|.*\| {re.escape(auroc)} \|", card)
     assert "not clinical performance" in card and "not a medical device" in card
+
+
+def test_a_card_says_that_its_weights_are_an_average_of_epochs(make_run):
+    average = {"epochs": [1, 2], "tuning_auroc_macro": 0.7346, "kept": True}
+    folder, model = make_run({"average": average}, measured=False)
+    assert "the mean of those after epochs 1, 2, whose macro AUROC" in (card := flat(model_card(model, folder)))
+    assert "was higher still (0.735)" in card
+    folder, model = make_run({"average": average | {"kept": False}}, measured=False, name="other")
+    assert "the mean of those" not in model_card(model, folder)
 
 
 def test_huggingface_hub_reads_the_front_matter(make_run):

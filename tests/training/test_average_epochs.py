@@ -110,7 +110,7 @@ def test_a_run_killed_before_or_after_the_average_is_compared_comes_to_the_same(
         raise Killed
 
     def killed_at_the_average(job, state):
-        return killed() if state.average.score is not None else save_checkpoint(job, state)
+        return killed() if state.average.compared else save_checkpoint(job, state)
 
     save_checkpoint = loop.save_checkpoint
     with pytest.MonkeyPatch.context() as patch:
