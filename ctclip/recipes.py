@@ -1,5 +1,5 @@
-"""Published ways to train on CT-RATE, as settings of TrainingConfig: `--recipe NAME`. Standard library only, as
-config.py.
+"""Published ways to train on CT-RATE, as settings of TrainingConfig: `--recipe NAME`. Standard library only, and
+imported by Python 3.8 as well, which setup answers with a line; as config.py.
 
 What a source does not state is this project's choice, and `differs` says where the two part. None was measured here on
 patients.
@@ -44,7 +44,7 @@ RECIPES = {
         "rates fall to 0 instead of 1e-6, gradients are clipped; weight decay is on matrices only"),
     "video-resnet-light": Recipe(
         "video-resnet with a stem of stride 4; a 6 GB GPU, four hours",
-        _VIDEO | {"stem_stride": 4}, "GreenRFM, its light form", "none of its own", "as video-resnet"),
+        {**_VIDEO, "stem_stride": 4}, "GreenRFM, its light form", "none of its own", "as video-resnet"),
     "slice-lora": Recipe(
         "a 2D foundation ViT with LoRA on every slice, pooled by a learned query",
         {"model": "vit_large_patch14_dinov2.lvd142m", "slice_spacing": 3.0, "slice_size": 224, "head": "attention",
@@ -53,13 +53,13 @@ RECIPES = {
         "AnyMC3D, winner of the challenge in 2025, as others report it", "0.882, \"CT-RATE 18\", second-hand",
         "a query for each finding instead of one; windows, spacing, epochs and rates are ours"),
     "dale-frozen": Recipe(
-        "a frozen ViT trained on CT slices, pooled by a learned query", _DALE | {"adapt": "none"}, _DALE_SOURCE,
+        "a frozen ViT trained on CT slices, pooled by a learned query", {**_DALE, "adapt": "none"}, _DALE_SOURCE,
         "0.825 with a multiple-instance head, n = 992", "head, spacing, epochs and rates are ours"),
     "dale-lora": Recipe(
         "dale-frozen's ViT with LoRA; 8 GB with gradient checkpointing, 45 GB without",
-        _DALE | {"adapt": "lora", "lora_rank": 8, "lora_alpha": 16.0, "lora_dropout": 0.1, "train_slices": 64,
-                 "epochs": 3, "freeze_epochs": 0, "batch_size": 256, "learning_rate": 1e-4,
-                 "adapter_learning_rate": 5e-4, "weight_decay": 0.01},
+        {**_DALE, "adapt": "lora", "lora_rank": 8, "lora_alpha": 16.0, "lora_dropout": 0.1, "train_slices": 64,
+         "epochs": 3, "freeze_epochs": 0, "batch_size": 256, "learning_rate": 1e-4, "adapter_learning_rate": 5e-4,
+         "weight_decay": 0.01},
         _DALE_SOURCE, "0.842, trained on 47,000 volumes",
         "a query over slices instead of two transformer layers, all slices of 3 mm, no weights on positives"),
 }  # fmt: skip

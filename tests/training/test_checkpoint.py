@@ -121,9 +121,9 @@ def test_an_evaluation_that_was_cut_off_goes_on(config, fast, tmp_path, monkeypa
     assert len(load_newest(folder, print)["progress"]["predicted"]) == 2
     evaluated, predict = [], steps.predict_volumes
 
-    def counted(model, volumes, *rest):
+    def counted(model, volumes, *rest, **options):
         evaluated.append([volume.name for volume in volumes])
-        return predict(model, volumes, *rest)
+        return predict(model, volumes, *rest, **options)
 
     monkeypatch.setattr(steps, "predict_volumes", counted)
     assert main(["--resume", str(folder)]) == 0

@@ -760,7 +760,8 @@ def test_a_tracker_that_does_not_start_is_one_line_and_the_run_goes_on_without(f
     module.init = mock.Mock(side_effect=ConnectionError("No API key configured"))
     monkeypatch.setitem(sys.modules, "wandb", module)
     folder = tmp_path / "run"
-    assert main([*flags, "--epochs", "1", "--report-to", "wandb", "--output-dir", str(folder)]) == 2
+    flags += ["--epochs", "1", "--freeze-epochs", "1", "--output-dir", str(folder)]
+    assert main([*flags, "--report-to", "wandb"]) == 2
     err = capsys.readouterr().err
     assert one_line(err) and "No API key configured" in err and f"--resume {folder}" in err
     assert main(["--resume", str(folder)]) == 0 and len(history(folder)) == 1
