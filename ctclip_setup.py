@@ -114,7 +114,7 @@ def place_files(files: dict[str, bytes], folder: Path) -> list[str]:
         written.append(name)
     if written:
         here = len(files) - len(written)
-        others = f"; the other {here} were here already" if here else ""
+        others = f", {here} were here" if here else ""
         report(f"{len(written)} of {len(files)} files of ctclip.zip unpacked ({version}){others}")
     return written
 
