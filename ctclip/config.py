@@ -520,14 +520,19 @@ def recipe_lines(name: str) -> list[str]:
     recipe = RECIPES[name]
     return [f"Recipe:   {name}, {recipe.what}. Source: {recipe.source}. Published: macro AUROC {recipe.published}. "
             f"{NOT_MEASURED} Differs: {recipe.differs}.",
-            f"Flags:    {' '.join(recipe_flags(name))}"]
+            f"Flags:    {' '.join(flags_of(recipe.settings))}"]
 
 
-def recipe_flags(name: str) -> list[str]:
-    """A recipe as it would be on the command line; other flags win."""
-    flags = {flag_of(key): str(value) for key, value in RECIPES[name].settings.items()}
-    return [part for flag, value in flags.items()  # what begins with - would be taken for a flag
-            for part in ([f"{flag}={value}"] if value.startswith("-") else [flag, value])]
+def flags_of(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of TrainingConfig as words of a command line; of switches, those that are not as by default."""
+    words = []
+    for name, value in settings.items():
+        flag, text = flag_of(name), str(value)
+        if isinstance(value, bool):
+            words.append(flag)
+        else:  # what begins with - would be taken for a flag
+            words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+    return words
 
 
 def read_settings(path: Path) -> dict[str, Any]:

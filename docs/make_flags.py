@@ -73,7 +73,7 @@ def recipe(name: str) -> str:
 {what.what[0].upper()}{what.what[1:]}. Source: {what.source}. Published: macro AUROC {what.published}.
 Differs: {what.differs}.
 
-    {" ".join(config.recipe_flags(name))}"""
+    {" ".join(config.flags_of(what.settings))}"""
 
 
 def flags_page() -> str:

@@ -2,12 +2,19 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from ctclip.config import TrainingConfig
 from ctclip.data.preprocessing import read_volume
+from ctclip.training import steps
+from ctclip.training.loop import train
+from ctclip.training.optimization import TrainableParameters
 
 kept: dict[tuple, tuple] = {}
 
@@ -41,3 +48,31 @@ def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
+
+
+def moved_between(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def rank_epochs(monkeypatch, *scores: float) -> None:
+    """Has the evaluations of a run give these AUROCs, the last of them to an average of epochs."""
+    original, given = steps.compute_metrics, iter(scores)
+    monkeypatch.setattr(steps, "compute_metrics", lambda *args: original(*args) | {"auroc_macro": next(given)})
+
+
+def train_until_step(config: TrainingConfig, folder: Path, number: int) -> None:
+    """Trains a run until its process is told to stop in the `number`-th step."""
+    step, done = TrainableParameters.clip_and_step, []
+
+    def stopping(trainable):
+        done.append(step(trainable))
+        if len(done) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainableParameters, "clip_and_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, folder)
+    assert len(done) == number

@@ -3,7 +3,7 @@
 import pytest
 from helpers_training import one_line
 
-from ctclip.config import TrainingConfig, config_from_flags, recipe_flags, training_flag_uses, training_parser
+from ctclip.config import TrainingConfig, config_from_flags, flags_of, training_flag_uses, training_parser
 from ctclip.recipes import NOT_MEASURED, RECIPES
 from ctclip_training import main
 
@@ -12,10 +12,10 @@ from ctclip_training import main
 def test_a_recipe_is_the_run_of_its_flags_and_has_no_flag_without_effect(name):
     recipe = config_from_flags(training_parser("").parse_args(["--recipe", name]))
     recipe.check()
-    flags = training_parser("").parse_args(recipe_flags(name))
+    flags = training_parser("").parse_args(flags_of(RECIPES[name].settings))
     assert config_from_flags(flags) == recipe != TrainingConfig()
     unused = [flag for flag, (_, used) in training_flag_uses(recipe).items() if not used]
-    assert not {flag.split("=")[0] for flag in recipe_flags(name)} & set(unused)
+    assert not {flag.split("=")[0] for flag in flags_of(RECIPES[name].settings)} & set(unused)
 
 
 def test_other_flags_win():

@@ -178,9 +178,9 @@ def ensemble_to_save(
 
 def save_evaluated(folder: Path, runs: Sequence[str], inputs: EvaluationInputs) -> str:
     """Keeps runs that have been evaluated together, in the folder of the results; -> what to print."""
-    tables = {"predictions": inputs.predictions, "labels": inputs.labels}
-    volumes, _ = common_volumes(joined(tables), allow_partial=True)
-    labels = replace(joined(tables)["labels"], lines=())
+    tables = joined({"predictions": inputs.predictions, "labels": inputs.labels})
+    volumes, _ = common_volumes(tables, allow_partial=True)
+    labels = replace(tables["labels"], lines=())
     reported = inputs.predictions, replace(labels, frame=labels.frame.loc[volumes])
     ensemble = save_ensemble(folder, runs, inputs.ensemble["weights"], inputs.tuning, reported)
     bare = "" if inputs.tuning else "; calibration and thresholds are fitted on the reported patients"

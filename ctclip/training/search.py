@@ -24,7 +24,7 @@ import torch
 from scipy.special import expit
 from torch import nn
 
-from ctclip.config import QUICK_TEST, SYNTHETIC_NOTE, TrainingConfig, TrainingError, flag_of
+from ctclip.config import QUICK_TEST, SYNTHETIC_NOTE, TrainingConfig, TrainingError, flag_of, flags_of
 from ctclip.data.feature_cache import FeatureCache
 from ctclip.evaluation.bootstrap import draw
 from ctclip.evaluation.metrics import Resamples, lacks_a_class, nanmean, ranking_columns
@@ -325,14 +325,10 @@ def command_of(config: TrainingConfig) -> str:
     if config.mode == "quick_test":
         words += ["--mode", config.mode]
         changed = QUICK_TEST
-    default = TrainingConfig(**changed)
-    for item in fields(TrainingConfig):
-        value = getattr(config, item.name)
-        if item.metadata and value != getattr(default, item.name):
-            text = shlex.quote(str(value))  # what begins with - would be taken for a flag
-            with_value = [f"{flag_of(item.name)}={text}"] if text.startswith("-") else [flag_of(item.name), text]
-            words += [flag_of(item.name)] if isinstance(value, bool) else with_value
-    return " ".join(words)
+    default, settings = TrainingConfig(**changed), asdict(config)
+    own = [item.name for item in fields(TrainingConfig)
+           if item.metadata and settings[item.name] != getattr(default, item.name)]
+    return " ".join([*words, *map(shlex.quote, flags_of({name: settings[name] for name in own}))])
 
 
 def write_results(study: Study, rows: Sequence[Trial], elsewhere: Mapping[str, Any], phantom: bool) -> None:

@@ -22,6 +22,7 @@ from ctclip.config import (
     TrainingConfig,
     TrainingError,
     config_from_flags,
+    flag_of,
     machine_from_flags,
     recipe_lines,
     training_flag_uses,
@@ -117,9 +118,9 @@ def frozen_config(config: TrainingConfig) -> TrainingConfig:
     if config.adapt not in (None, "none"):
         changed.insert(0, "adapt")
     if changed:
-        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
-        raise TrainingError(f"found {flags} with --search, expected a frozen backbone, from whose cached features all "
-                            "settings are trained; leave that out, and unfreeze the setting that was found")
+        found = f"found {', '.join(map(flag_of, changed))} with --search"
+        raise TrainingError(f"{found}, expected a frozen backbone, from whose cached features all settings are "
+                            "trained; leave that out, and unfreeze the setting that was found")
     return config if config.stays_frozen else replace(config, freeze_backbone=True)
 
 

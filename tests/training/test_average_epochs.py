@@ -6,13 +6,13 @@ import json
 import pandas as pd
 import pytest
 import torch
-from helpers_training import one_line, weights
+from helpers_training import one_line, rank_epochs, weights
 from safetensors.torch import load_file
 
 from ctclip.config import TrainingConfig, TrainingError
 from ctclip.data.cohort import load_cohort
 from ctclip.inference import predictor
-from ctclip.training import checkpoint, loop, steps
+from ctclip.training import checkpoint, loop
 from ctclip.training.loop import train
 from ctclip_model import read_checkpoint
 from ctclip_training import main
@@ -33,12 +33,6 @@ def config(phantoms, tiny_classfine, tmp_path_factory):
     return make
 
 
-def rank(monkeypatch, *scores: float) -> None:
-    """Has the evaluations of a run give these AUROCs, the last of them to the average."""
-    original, given = steps.compute_metrics, iter(scores)
-    monkeypatch.setattr(steps, "compute_metrics", lambda *args: original(*args) | {"auroc_macro": next(given)})
-
-
 @pytest.fixture
 def after_epochs(monkeypatch) -> dict[int, dict]:
     """The tensors of each epoch's state, with the backbone's own where they are not trained yet."""
@@ -57,7 +51,7 @@ def after_epochs(monkeypatch) -> dict[int, dict]:
 def test_the_average_is_the_mean_of_the_weights_and_of_what_is_not_trained_yet(
     config, tmp_path, monkeypatch, after_epochs, tiny_classfine, capsys
 ):
-    rank(monkeypatch, 0.5, 0.7, 0.6, 0.8)
+    rank_epochs(monkeypatch, 0.5, 0.7, 0.6, 0.8)
     folder = train(config(), tmp_path / "run")
     before, found = read_checkpoint(tiny_classfine), weights(folder)
     first, last = after_epochs[1], after_epochs[3]
@@ -73,7 +67,7 @@ def test_the_average_is_the_mean_of_the_weights_and_of_what_is_not_trained_yet(
 
 
 def test_saved_tuning_predictions_are_those_of_the_average(config, tmp_path, monkeypatch):
-    rank(monkeypatch, 0.5, 0.6, 0.7, 0.8)
+    rank_epochs(monkeypatch, 0.5, 0.6, 0.7, 0.8)
     folder = train(config(epochs=2, average_epochs="1,2"), tmp_path / "run")
     saved = pd.read_csv(folder / "tuning_predictions.csv", index_col=0)
     monkeypatch.undo()
@@ -84,7 +78,7 @@ def test_saved_tuning_predictions_are_those_of_the_average(config, tmp_path, mon
 
 
 def test_an_average_that_is_not_the_best_leaves_the_best_epochs_weights(config, tmp_path, monkeypatch, after_epochs):
-    rank(monkeypatch, 0.5, 0.8, 0.6, 0.8)
+    rank_epochs(monkeypatch, 0.5, 0.8, 0.6, 0.8)
     folder = train(config(), tmp_path / "run")
     found = weights(folder)
     assert all(torch.equal(found[name], value) for name, value in after_epochs[2].items())
@@ -92,7 +86,7 @@ def test_an_average_that_is_not_the_best_leaves_the_best_epochs_weights(config, 
 
 
 def test_running_statistics_are_averaged_and_counts_are_the_last_epochs(config, tmp_path, monkeypatch, after_epochs):
-    rank(monkeypatch, 0.5, 0.6, 0.8)
+    rank_epochs(monkeypatch, 0.5, 0.6, 0.8)
     changes = {"model": "resnet10t", "ctclip_path": None, "pretrained": False, "use_attention": "cbam", "limit": 8}
     folder = train(config(freeze_backbone=True, epochs=2, average_epochs="1,2", **changes), tmp_path / "run")
     found, name = load_file(folder / "model.safetensors"), "attention.spatial.conv.bn."
@@ -114,17 +108,17 @@ def test_a_run_killed_before_or_after_the_average_is_compared_comes_to_the_same(
 
     save_checkpoint = loop.save_checkpoint
     with pytest.MonkeyPatch.context() as patch:
-        rank(patch, 0.5, 0.6, 0.7, 0.8)
+        rank_epochs(patch, 0.5, 0.6, 0.7, 0.8)
         whole = weights(train(config(), tmp_path / "whole"))
     ends = ("before", "compare_average", killed), ("after", "save_checkpoint", killed_at_the_average)
     for name, place, end in ends:
         with pytest.MonkeyPatch.context() as patch:
-            rank(patch, 0.5, 0.6, 0.7, 0.8)
+            rank_epochs(patch, 0.5, 0.6, 0.7, 0.8)
             patch.setattr(loop, place, end)
             with pytest.raises(Killed):
                 train(config(), tmp_path / name)
         with pytest.MonkeyPatch.context() as patch:
-            rank(patch, 0.8)
+            rank_epochs(patch, 0.8)
             found = weights(train(config(), tmp_path / name))
         assert all(torch.equal(found[key], value) for key, value in whole.items())
 

@@ -3,22 +3,19 @@ bit; what a run saves; how it goes on. References: the weights before, a run tha
 
 import inspect
 import json
-import os
 import shlex
-import signal
 from dataclasses import fields, replace
 
 import pytest
 import timm
 import torch
-from helpers_training import history, one_line, weights
+from helpers_training import history, moved_between, one_line, train_until_step, weights
 from safetensors.torch import save_file
 
 import ctclip_model
 from ctclip.config import Machine, TrainingConfig
 from ctclip.training.checkpoint import states
 from ctclip.training.loop import train
-from ctclip.training.optimization import TrainableParameters
 from ctclip.training.run import build_model, prepare
 from ctclip.training.search import command_of
 from ctclip_model import CTCLIPMultiAbnormalityModel
@@ -77,11 +74,6 @@ def tensors_of(model) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def moved_between(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    assert before.keys() == after.keys()
-    return {name for name in before if not torch.equal(before[name], after[name])}
-
-
 @pytest.mark.parametrize("adapt", ["none", "lora", "last:1", "full"])
 def test_what_is_adapted_moves_and_nothing_else_does(config, tmp_path, adapt):
     """The new backbone of the same seed is the one that the run began with; lora's saved weights are merged."""
@@ -112,23 +104,10 @@ def test_what_is_adapted_moves_and_nothing_else_does(config, tmp_path, adapt):
 
 
 @pytest.mark.parametrize("adapt", ["lora", "last:1"])
-def test_a_run_that_was_stopped_ends_with_the_same_bits(config, tmp_path, adapt, monkeypatch):
+def test_a_run_that_was_stopped_ends_with_the_same_bits(config, tmp_path, adapt):
     settings = config(adapt=adapt, epochs=2, freeze_epochs=1, train_slices=3, ema_decay=0.9)
     whole = train(settings, tmp_path / "whole")
-    step, steps = TrainableParameters.clip_and_step, []
-
-    def interrupted(trainable):
-        steps.append(1)
-        done = step(trainable)
-        if len(steps) == 4:  # the first unfrozen step
-            os.kill(os.getpid(), signal.SIGTERM)
-        return done
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainableParameters, "clip_and_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings, tmp_path / "run")
-    assert 0 < len(steps) < 6
+    train_until_step(settings, tmp_path / "run", 4)  # the first unfrozen step
     again = train(settings, tmp_path / "run")
     a, b = weights(whole), weights(again)
     assert a.keys() == b.keys() and not moved_between(a, b)

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers_training import history, one_line, weights
+from helpers_training import history, one_line, rank_epochs, weights
 from torch import nn
 
 import run_task2
@@ -79,12 +79,6 @@ def flags(config) -> list[str]:
     """The same on the command line."""
     names = ("data_dir", "ctclip_path", "cache_dir", "batch_size", "epochs", "freeze_epochs")
     return [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(config(), name)))]
-
-
-def rank_epochs(monkeypatch, *scores: float) -> None:
-    """Has the evaluations of a run give these AUROCs."""
-    original, given = steps.compute_metrics, iter(scores)
-    monkeypatch.setattr(steps, "compute_metrics", lambda *args: original(*args) | {"auroc_macro": next(given)})
 
 
 def assert_close(first: Path, second: Path, atol: float) -> None:

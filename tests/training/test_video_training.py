@@ -3,12 +3,10 @@ random crops and windows goes on; the command line from training to prediction. 
 that was not interrupted."""
 
 import csv
-import os
-import signal
 
 import pytest
 import torch
-from helpers_training import history, one_line, weights
+from helpers_training import history, moved_between, one_line, train_until_step, weights
 from helpers_video import small_video  # noqa: F401
 
 import run_task2
@@ -17,7 +15,6 @@ from ctclip.evaluation import command, figures
 from ctclip.training.checkpoint import states
 from ctclip.training.estimate import print_estimate
 from ctclip.training.loop import train
-from ctclip.training.optimization import TrainableParameters
 from ctclip.training.run import build_model, first_micro_batch
 from ctclip_model import CTCLIPMultiAbnormalityModel
 from ctclip_training import main
@@ -35,11 +32,6 @@ def config(phantoms, tmp_path_factory):
         return TrainingConfig(**(base | changes))
 
     return make
-
-
-def moved_between(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    assert before.keys() == after.keys()
-    return {name for name in before if not torch.equal(before[name], after[name])}
 
 
 @pytest.mark.parametrize("adapt", ["none", "last:1", "full"])
@@ -63,25 +55,12 @@ def test_what_is_adapted_moves_and_nothing_else_does(config, tmp_path, adapt, ca
         assert history(folder)[0]["stage"] == "frozen"
 
 
-def test_a_run_that_was_stopped_ends_with_the_same_bits(config, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_ends_with_the_same_bits(config, tmp_path):
     """Crops, windows and noise are drawn as in the run that was not stopped, batch statistics go on; and volumes that
     are read from their files are those that were kept."""
     settings = config(adapt="full", epochs=2, window_jitter=100.0, augment=True, dropout=0.3)
     whole = train(settings, tmp_path / "whole")
-    step, steps = TrainableParameters.clip_and_step, []
-
-    def interrupted(trainable):
-        steps.append(1)
-        done = step(trainable)
-        if len(steps) == 3:  # the first of the second epoch
-            os.kill(os.getpid(), signal.SIGTERM)
-        return done
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainableParameters, "clip_and_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings, tmp_path / "run")
-    assert len(steps) == 3
+    train_until_step(settings, tmp_path / "run", 3)  # the first of the second epoch
     again = train(settings, tmp_path / "run", Machine(volume_cache=False))
     assert not moved_between(weights(whole), weights(again))
     tensors = [torch.load(states(folder)[-1], weights_only=True)["tensors"] for folder in (whole, again)]
