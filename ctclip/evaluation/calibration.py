@@ -40,6 +40,7 @@ CACHED_VALUES = 2**14  # computed at once: few enough for a processor's cache
 COMMON_SLOPE_PRIOR_SD = 2.0  # the same for the slope all labels share: next to no opinion
 LOGIT_LIMIT = 12.0  # calibrated logits are compressed beyond: float64 rounds to 1 from 37 on, and ranks would be lost
 RAREST = 1e-6  # of --prevalence: one patient in a million; what is below is no rate that anybody has counted
+ROUNDING = 1e-13  # relative; a loss is no better known, where gradients still are
 LARGEST = 1e6  # slope or intercept of a calibration; fitted ones are below 1000
 SAME_THRESHOLD = 1e-9  # a stored calibrated threshold differs by rounding only from the uncalibrated one, calibrated
 LOG_LOSS_CLIP = 1e-7  # a log loss keeps probabilities this far from 0 and 1
@@ -317,8 +318,8 @@ def _minimise_log_loss(
     weight * cross entropy + (log slope - prior_mean)^2 / (2 prior_sd^2). Intercepts begin at `intercept`, and stay
     there unless `free`.
 
-    Newton's method, with the step halved until the loss falls. Of the second derivatives, those of the exponential are
-    left out: what stays is positive.
+    Newton's method, with the step halved until the loss falls. The second derivative of the exponential is left out
+    where the curvature would hardly be positive with it.
     """
 
     def evaluated(groups: np.ndarray, unknowns: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -326,12 +327,14 @@ def _minimise_log_loss(
         slope = np.exp(unknowns[:, :1])
         sums = _sums(columns, groups, slope, unknowns[:, 1:])
         by_intercept, by_slope, spread, cross, square = weight * sums[1:]
-        offset = unknowns[:, 0] - prior_mean
-        by_slope, cross = slope[:, 0] * by_slope.sum(axis=1) + offset / prior_sd**2, slope * cross
+        offset, bend = unknowns[:, 0] - prior_mean, slope[:, 0] * by_slope.sum(axis=1)
+        by_slope, cross = bend + offset / prior_sd**2, slope * cross
         curvature, spread = slope[:, 0] ** 2 * square.sum(axis=1) + 1 / prior_sd**2, np.maximum(spread, 1e-12)
         if not free:
             by_intercept, cross = np.zeros_like(by_intercept), np.zeros_like(cross)
-        step = -(by_slope - (cross * by_intercept / spread).sum(axis=1)) / (curvature - (cross**2 / spread).sum(axis=1))
+        curvature -= (cross**2 / spread).sum(axis=1)
+        curvature += np.where(curvature + bend > curvature / 10, bend, 0)
+        step = -(by_slope - (cross * by_intercept / spread).sum(axis=1)) / curvature
         gradient = np.column_stack([by_slope, by_intercept])
         steps = np.column_stack([step, -(by_intercept + cross * step[:, None]) / spread])
         loss = weight * sums[0].sum(axis=1) + offset**2 / (2 * prior_sd**2)
@@ -346,7 +349,7 @@ def _minimise_log_loss(
         while len(searching) and share > 1e-6:
             tried = unknowns[searching] + share * steps[searching]
             new = evaluated(searching, tried)
-            lower = new[0] <= loss[searching] - 1e-4 * share * fall[searching]
+            lower = new[0] <= (1 + ROUNDING) * loss[searching] - 1e-4 * share * fall[searching]
             unknowns[searching[lower]] = tried[lower]
             for old, values in zip(state, new, strict=True):
                 old[searching[lower]] = values[lower]

@@ -215,10 +215,11 @@ def net_benefit(
     """(T, B, L): true positives - false positives * odds of the threshold, per known row (Vickers & Elkin, Medical
     Decision Making 2006); `probabilities` (N, L) are calibrated ones. NaN where nothing is known."""
     known, odds = labels != UNKNOWN, thresholds / (1 - thresholds)
-    added = [np.where(known & (probabilities >= threshold), np.where(labels == 1, 1.0, -weight), 0.0)
-             for threshold, weight in zip(thresholds, odds, strict=True)]
-    *sums, count = np.split(resamples.sums(np.column_stack([*added, known])), len(thresholds) + 1, axis=1)
-    return np.array([ratio(total, count, np.nan) for total in sums])
+    count, benefits = resamples.sums(known), []
+    for threshold, weight in zip(thresholds, odds, strict=True):
+        added = np.where(known & (probabilities >= threshold), np.where(labels == 1, 1.0, -weight), 0.0)
+        benefits.append(ratio(resamples.sums(added), count, np.nan))
+    return np.array(benefits)
 
 
 def _threshold_spread(fitted: FittedThresholds, settings: Settings) -> np.ndarray:

@@ -64,9 +64,8 @@ class LabelPlot:
 
 
 def draw_roc(ax: Axes, labels: np.ndarray, probabilities: np.ndarray, _: np.ndarray) -> None:
-    from sklearn.metrics import roc_curve
-
-    x, y = thinned(*roc_curve(labels, probabilities)[:2])
+    fp, tp = _at_every_threshold(labels, probabilities)
+    x, y = thinned(fp / fp[-1], tp / tp[-1])
     ax.plot([0, 1], [0, 1], color=LIGHT, linewidth=1)
     area = thinned(x, y, 50)
     ax.fill([*area[0], 1], [*area[1], 0], color=BLUE, alpha=0.1, linewidth=0)
@@ -75,14 +74,19 @@ def draw_roc(ax: Axes, labels: np.ndarray, probabilities: np.ndarray, _: np.ndar
 
 def draw_precision_recall(ax: Axes, labels: np.ndarray, probabilities: np.ndarray, _: np.ndarray) -> None:
     """From recall 1 down to 0, each precision held down to the next recall: the area below is average precision.
-    (scikit-learn ends with a point at precision 1 that nobody has reached.) Dashed: the label rate."""
-    from sklearn.metrics import precision_recall_curve
-
+    Dashed: the label rate."""
     ax.plot([0, 1], [labels.mean()] * 2, color=GREY, linewidth=1, linestyle="--")
-    precision, recall, _ = precision_recall_curve(labels, probabilities)
-    precision, recall = precision[recall > 0], recall[recall > 0]
-    x, y = thinned(np.append(recall, 0), np.append(precision, precision[-1]), 75)  # two points each
+    fp, tp = _at_every_threshold(labels, probabilities)
+    fp, tp = fp[tp > 0][::-1], tp[tp > 0][::-1]
+    precision = tp / (tp + fp)
+    x, y = thinned(np.append(tp / tp[0], 0), np.append(precision, precision[-1]), 75)  # two points each
     ax.step(x, y, where="post", color=BLUE, linewidth=1.4)
+
+
+def _at_every_threshold(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """(2, T): false and true positives above all probabilities (N,), then at each of them, downwards."""
+    thresholds = np.append(np.inf, np.unique(probabilities)[::-1])
+    return positives_at(sorted_by_class(labels[:, None], probabilities[:, None]), thresholds)[:, 0]
 
 
 def draw_reliability(ax: Axes, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray) -> None:
@@ -134,28 +138,42 @@ LABEL_PLOTS = {
 EVALUATION_FIGURES = (*(f"{key}.png" for key in LABEL_PLOTS), "threshold_sweep.png", "positive_rate.png")
 
 
-def label_figure(
-    plot: LabelPlot, labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray, captions: Mapping[str, str]
-) -> Figure:
-    """All labels in panels, six in a row; arrays (N, L), names by `captions`. A label without a curve says its caption
-    instead."""
-    lines = -(-len(captions) // 6)
+def label_figures(
+    labels: np.ndarray, probabilities: np.ndarray, calibrated: np.ndarray, captions: Mapping[str, Mapping[str, str]]
+) -> Iterator[tuple[str, Figure]]:
+    """(key, figure) of each of LABEL_PLOTS: all labels in panels, six in a row; arrays (N, L), names by `captions`. A
+    label without a curve says its caption instead. It is the same figure, whose curves are drawn anew: making its axes
+    takes longer than they do."""
+    findings = list(captions[next(iter(LABEL_PLOTS))])
+    figure, axes = _panels(len(findings))
+    frame = [set(ax.get_children()) for ax in axes]
+    columns = list(known_columns(findings, labels, probabilities, calibrated))
+    for key, plot in LABEL_PLOTS.items():
+        for ax, own, (name, *arrays) in zip(axes, frame, columns, strict=True):
+            for artist in set(ax.get_children()) - own:
+                artist.remove()
+            if has_curve(plot, arrays[0]):
+                plot.draw(ax, *arrays)
+            ax.set_title(f"{_two_lines(name)}\n{plot.metric} {captions[key][name]}", fontsize=8.5)
+        figure.supxlabel(plot.xlabel, fontsize=10, y=0.012)
+        figure.supylabel(plot.ylabel, fontsize=10, x=0.008)
+        yield key, figure
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Empty unit axes, six in a row."""
+    lines = -(-count // 6)
     height = 0.9 + 2.17 * lines
     figure = new_figure(13, height, layout=None)  # solving the layout of 18 panels takes a second; this one is fixed
     axes = figure.subplots(lines, 6, sharex=True, sharey=True, squeeze=False)
     figure.subplots_adjust(left=0.055, right=0.99, bottom=0.56 / height, top=1 - 0.59 / height, wspace=0.2, hspace=0.42)
     _unit_axes(axes.flat[0], edge=0.02)  # all share its limits and ticks
-    for ax in axes.flat[len(captions) :]:
+    for ax in axes.flat[count:]:
         ax.remove()
-    for ax, (name, *arrays) in zip(axes.flat, known_columns(captions, labels, probabilities, calibrated), strict=False):
-        if has_curve(plot, arrays[0]):
-            plot.draw(ax, *arrays)
-        ax.set_title(f"{_two_lines(name)}\n{plot.metric} {captions[name]}", fontsize=8.5)
+    for ax in axes.flat[:count]:
         ax.set_aspect("equal")
         _tidy(ax)
-    figure.supxlabel(plot.xlabel, fontsize=10, y=0.012)
-    figure.supylabel(plot.ylabel, fontsize=10, x=0.008)
-    return figure
+    return figure, list(axes.flat[:count])
 
 
 def known_columns(findings: Iterable[str], labels: np.ndarray, *others: np.ndarray) -> Iterator[tuple[Any, ...]]:
@@ -309,8 +327,7 @@ def write_figures(
     """All of an evaluation as PNG. `captions`: of LABEL_PLOTS, for each label."""
     thresholds = np.arange(1, 100) / 100
     sweep = threshold_sweep(labels, probabilities, thresholds)
-    for key, plot in LABEL_PLOTS.items():
-        figure = label_figure(plot, labels, probabilities, calibrated, captions[key])
+    for key, figure in label_figures(labels, probabilities, calibrated, captions):
         write_figure(figure, folder / f"{key}.png", metrics["note"])
     write_figure(sweep_figure(thresholds, sweep, metrics), folder / "threshold_sweep.png", metrics["note"])
     write_figure(rate_figure(metrics), folder / "positive_rate.png", metrics["note"])
@@ -325,10 +342,10 @@ def write_training_figure(history: list[dict], path: str | Path, note: str | Non
 
 def write_figure(figure: Figure, path: Path, note: str | None) -> None:
     """Saves a PNG, whole or not at all, with the note on the picture itself: pictures travel without their report."""
-    if note:
-        figure.text(0.004, -0.005, note, va="top", color=GREY, fontsize=7)  # below; "tight" makes room for it
+    below = figure.text(0.004, -0.005, note or "", va="top", color=GREY, fontsize=7)  # "tight" makes room for it
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", bbox_inches="tight" if note else None, metadata={"Software": SOFTWARE})
+    below.remove()
 
 
 def svg(figure: Figure, salt: str) -> str:

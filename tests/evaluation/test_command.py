@@ -318,7 +318,8 @@ def test_newest_run_is_evaluated_and_named(tmp_path, monkeypatch, capsys):
     for path in Path("results/old").iterdir():
         os.utime(path, (1, 1))
     own = Path("results/new/predictions.csv").read_bytes()
-    monkeypatch.setattr(figures, "label_figure", lambda *args: figures.new_figure(1, 1))  # drawn elsewhere
+    empty = figures.new_figure(1, 1)
+    monkeypatch.setattr(figures, "label_figures", lambda *args: [(key, empty) for key in figures.LABEL_PLOTS])
     monkeypatch.setattr(figures, "label_svgs", lambda plot, salt, findings, *arrays: [None] * len(findings))
     assert ctclip_evaluation.main([]) == 0
     printed = capsys.readouterr().out

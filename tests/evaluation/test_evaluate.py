@@ -450,6 +450,25 @@ def test_files_are_written_whole_and_read_back(tmp_path):
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 10_000
 
 
+def test_curves_are_those_of_scikit_learn_and_figures_share_nothing_but_their_axes():
+    rng = np.random.default_rng(0)
+    labels = (rng.random((60, 2)) < 0.4).astype(int)
+    p = np.round(0.6 * rng.random(labels.shape) + 0.3 * labels, 2)  # with ties
+    captions = {key: {"A": f"{key} A", "B": f"{key} B"} for key in figures.LABEL_PLOTS}
+    curves, titles = {}, {}
+    for key, figure in figures.label_figures(labels, p, p, captions):
+        curves[key] = [ax.lines[-1].get_xydata() for ax in figure.axes]
+        titles[key] = [ax.get_title() for ax in figure.axes]
+        assert {len(ax.lines) for ax in figure.axes} == {5 if key == "reliability" else 2}
+    for j in range(2):
+        fpr, tpr, _ = sk.roc_curve(labels[:, j], p[:, j], drop_intermediate=False)
+        np.testing.assert_allclose(curves["roc"][j], np.column_stack([fpr, tpr]))
+        precision, recall, _ = sk.precision_recall_curve(labels[:, j], p[:, j])
+        found = np.column_stack([recall, precision])[recall > 0]
+        np.testing.assert_allclose(curves["precision_recall"][j], [*found, (0, found[-1, 1])])
+        assert all(titles[key][j].endswith(f"{key} {'AB'[j]}") for key in titles)
+
+
 HISTORY = [{"epoch": k, "stage": "frozen" if k < 3 else "unfrozen", "train_loss": 1 / k, "tuning_loss": 1.1 / k,
             "tuning_auroc_macro": auroc, "positive_rate": 0.3, "label_rate": 0.2}
            for k, auroc in enumerate((0.6, 0.75, None, 0.7), 1)]
