@@ -705,8 +705,39 @@ class QueryHead(AttentionHead):
         return torch.cat([score, F.linear(tokens * kept, self.evidence.weight)], dim=-1)
 
 
-HEADS = ("linear", "mlp", "attention", "prompts")
-SLICE_HEADS = ("linear", "attention")  # of slice backbones
+class MaxHead(nn.Module):
+    """The highest tokens of a slice backbone speak for a volume: tokens (B, S, h, w, C) -> (B, 18).
+
+        logit = bias + mean of the `tokens` highest values of (weight . token)
+
+    For findings that fill a few tokens. From one random start gradients do not find these; ctclip.training.max_head
+    fits the weights to the training volumes first.
+    """
+
+    def __init__(self, dim: int, outputs: int = N_LABELS, tokens: int = 5):
+        super().__init__()
+        self.evidence = zero_linear(dim, outputs)
+        self.tokens = tokens
+
+    def forward(self, x: Tensor, codebook: None = None) -> Tensor:
+        """`codebook`: a slice backbone has none."""
+        attention, evidence = self.attend(x)
+        return (attention * evidence).sum((2, 3, 4)) + self.evidence.bias
+
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward`'s input -> attention, which is an equal share for each of the highest tokens and 0 for the others,
+        and evidence, (B, 18, S, h, w) each. In float32 whatever the surrounding precision."""
+        with torch.autocast(x.device.type, enabled=False):
+            evidence = F.linear(x.float(), self.evidence.weight).movedim(-1, 1)
+            flat = evidence.detach().flatten(2)
+            count = min(self.tokens, flat.shape[-1])
+            highest = flat.topk(count, dim=-1).indices
+            attention = torch.zeros_like(flat).scatter(-1, highest, 1 / count)
+            return attention.view_as(evidence), evidence
+
+
+HEADS = ("linear", "mlp", "attention", "max", "prompts")
+SLICE_HEADS = ("linear", "attention", "max")  # of slice backbones
 SLICE_TOKENS = ("slice", "patch")
 PLACES = 8  # in plane, along each axis, at which a head on patches knows where it is: 45 mm
 
@@ -1749,6 +1780,7 @@ class SliceBackbone(nn.Module):
         super().__init__()
         self.net = create_backbone(name, pretrained, config, size)
         self.dim: int = self.net.num_features
+        self.map_number: int | None = None  # of timm's feature maps, where `end_at` has chosen one
         trained, arguments = self.net.pretrained_cfg, config["model_args"] if config else {}
         self.channels = int(arguments.get("in_chans", 3))
         self.takes_middle = self.channels != 3 or len(windows or ()) > 1
@@ -1798,18 +1830,40 @@ class SliceBackbone(nn.Module):
         low, high, factor, summand = self.window
         return torch.minimum(torch.maximum(slices, low), high) * factor + summand
 
+    def end_at(self, stride: int) -> None:
+        """Makes the last feature map that has a place for each `stride` x `stride` pixels the output; the layers after
+        it are removed. Raises ValueError for a network without such a map, and for one whose maps have one size."""
+        name = self.net.pretrained_cfg["architecture"]
+        found = f"found a feature stride of {stride} for '{name}'"
+        known = hasattr(self.net, "forward_intermediates") and hasattr(self.net, "prune_intermediate_layers")
+        strides = [info["reduction"] for info in self.net.feature_info] if known else []
+        if len({*strides}) < 2:
+            maps = f"has feature maps of stride {strides[0]} only" if strides else "gives no intermediate feature maps"
+            raise ValueError(f"{found}, which {maps}, expected a convolutional or hierarchical network, such as "
+                             "efficientnet_b0; take one, or leave the stride out")  # fmt: skip
+        if stride not in strides:
+            expected = f"expected {', '.join(map(str, sorted({*strides})))}"
+            raise ValueError(f"{found}, {expected}; take one of these")
+        self.map_number = len(strides) - 1 - strides[::-1].index(stride)
+        self.dim = self.net.feature_info[self.map_number]["num_chs"]
+        self.net.prune_intermediate_layers([self.map_number], prune_norm=True)
+
     @property
     def has_class_token(self) -> bool:
-        return getattr(self.net, "cls_token", None) is not None and self.net.num_prefix_tokens > 0
+        has = getattr(self.net, "cls_token", None) is not None and self.net.num_prefix_tokens > 0
+        return has and self.map_number is None
 
     def forward(self, slices: Tensor) -> Tensor:
         return self.map_of(self.forward_features(slices), slices.shape)
 
     def forward_features(self, slices: Tensor) -> Tensor:
-        """What the backbone's own does: a feature map, or (B, tokens, C)."""
+        """What the backbone's own does, up to the map that `end_at` has chosen: a feature map, or (B, tokens, C)."""
         if self.size and slices.shape[-2:] != self.size:
             slices = F.interpolate(slices, self.size, mode="bilinear", antialias=True)
-        return self.net.forward_features(self.scaled(slices))
+        if self.map_number is None:
+            return self.net.forward_features(self.scaled(slices))
+        options = {"indices": [self.map_number], "intermediates_only": True, "stop_early": True}
+        return self.net.forward_intermediates(self.scaled(slices), **options)[0]
 
     def map_of(self, features: Tensor, shape: Sequence[int]) -> Tensor:
         """Of slices of `shape` (..., H, W) -> (B, C, h, w)"""
@@ -1955,11 +2009,11 @@ def crop_starts(shape: Sequence[int], crop: Sequence[int], count: int) -> list[t
 # -- Any backbone ------------------------------------------------------------------------------------------------------
 
 
-def _forward_on_meta(net: Any, shape: tuple[int, ...]) -> None:
+def _forward_on_meta(module: nn.Module, shape: tuple[int, ...]) -> None:
     """A forward pass without numbers, for its hooks."""
-    state = {name: value.to("meta") for name, value in (*net.named_parameters(), *net.named_buffers())}
+    state = {name: value.to("meta") for name, value in (*module.named_parameters(), *module.named_buffers())}
     with torch.no_grad():
-        torch.func.functional_call(net, state, torch.zeros(1, *shape, device="meta"))
+        torch.func.functional_call(module, state, torch.zeros(1, *shape, device="meta"))
 
 
 def _pool(maps: Tensor) -> Tensor:
@@ -2120,10 +2174,10 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         n_slices: number of slice triplets that the slice variant takes from a volume (cost and memory grow with it).
         dropout: in the head, in training.
         sizes: of a CT-CLIP tower with random weights, for `from_pretrained` and for training one from scratch.
-        head: of a slice backbone "linear" (default), on the mean over slices, or "attention" (QueryHead). Of a CT-CLIP
-            variant: None: the head that the file has, else the prompt head. Where that cannot be made (see
-            `load_report.no_prompts_reason`), and with "linear" for such a file, the head is new and its logits are
-            exactly 0. "attention" is always new; "mlp" starts with the linear head's logits.
+        head: of a slice backbone "linear" (default), on the mean over slices, "attention" (QueryHead) or "max"
+            (MaxHead). Of a CT-CLIP variant: None: the head that the file has, else the prompt head. Where that cannot
+            be made (see `load_report.no_prompts_reason`), and with "linear" for such a file, the head is new and its
+            logits are exactly 0. "attention" is always new; "mlp" starts with the linear head's logits.
 
             | head      | takes           | parameters | step     | when                                               |
             |-----------|-----------------|------------|----------|----------------------------------------------------|
@@ -2144,9 +2198,12 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             mm volumes are resampled to as many slices. Of a video ResNet's volumes, in place of 3.
         slice_size: pixels of a slice along each side of 360 mm, in place of 224 (240 of a video ResNet's); position
             embeddings of a transformer are resampled to it.
+        feature_stride: of a slice backbone that is convolutional or hierarchical: pixels along each side of a place of
+            the feature map that the head takes, such as 16. None: the last map, in most networks of stride 32. An
+            earlier map is finer and has fewer channels; the layers after it are removed.
         timm_config: what `read_timm_config` says of a folder, in a saved model.
-        tokens: what a slice backbone's attention head pools: "slice", one token of each slice triplet (its class token,
-            or the mean of its feature map), or "patch", every place of the map.
+        tokens: what a slice backbone's head "attention" or "max" pools: "slice", one token of each slice triplet (its
+            class token, or the mean of its feature map), or "patch", every place of the map.
         stem_stride: of a video ResNet: kernel and stride of its first convolution, one of STEM_STRIDES.
         crop: of a video ResNet: edge of a crop as a share of the volume's. A larger volume is cropped to it: centrally,
             or with test_crops=8, in evaluation mode, at its corners, and features are the mean of eight. Random crops
@@ -2186,6 +2243,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         windows: Sequence[str] | None = None,
         slice_spacing: float | None = None,
         slice_size: int | None = None,
+        feature_stride: int | None = None,
         timm_config: dict[str, Any] | None = None,
         stem_stride: int = 2,
         crop: float = 0.8,
@@ -2198,6 +2256,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         if head not in (None, *SLICE_HEADS) and not is_ctclip:
             takes = " or ".join(repr(name) for name in SLICE_HEADS)
             raise ValueError(f"head='{head}' is for CT-CLIP; a slice backbone (ctclip_path=None) takes head={takes}")
+        if head == "max" and is_ctclip:
+            raise ValueError("head='max' is for slice backbones (ctclip_path=None); CT-CLIP takes head='attention'")
         if tokens not in SLICE_TOKENS:
             raise ValueError(f"tokens='{tokens}' is not known; expected one of {', '.join(SLICE_TOKENS)}")
         if attention is not None and is_ctclip:
@@ -2235,7 +2295,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             self.input_shape = (max(SLICE_INPUT_SHAPE[0], n_slices if slice_spacing else 0),
                                 *((slice_size,) * 2 if slice_size else SLICE_INPUT_SHAPE[1:]))  # fmt: skip
             network = partial(SliceBackbone, backbone, config=timm_config, size=slice_size, windows=windows)
-            self._build_slice_variant(backbone, network, attention, pretrained, n_slices, backbone_weights)
+            build = partial(self._build_slice_variant, backbone, network, feature_stride)
+            build(attention, pretrained, n_slices, backbone_weights)
         # What `from_pretrained` needs to rebuild the model without the files it came from.
         self._hub_mixin_config = {
             "ctclip_path": None,
@@ -2250,6 +2311,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             "windows": None if windows is None else list(windows),
             "slice_spacing": slice_spacing,
             "slice_size": slice_size,
+            "feature_stride": feature_stride,
             "timm_config": timm_config,
             "stem_stride": stem_stride,
             "crop": crop,
@@ -2301,8 +2363,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             self.backbone_modules = ("visual_transformer",)
 
     def _build_slice_variant(
-        self, backbone: str, network: Callable[..., SliceBackbone], attention: str | None, pretrained: bool,
-        n_slices: int, weights: str | os.PathLike | None,
+        self, backbone: str, network: Callable[..., SliceBackbone], feature_stride: int | None, attention: str | None,
+        pretrained: bool, n_slices: int, weights: str | os.PathLike | None,
     ) -> None:  # fmt: skip
         if attention not in (None, "cbam"):
             raise ValueError(f"attention='{attention}' is not known; expected None or 'cbam'")
@@ -2316,6 +2378,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         if weights is not None:
             report = load_backbone(self.backbone.net, backbone, Path(weights))
             self.load_report = replace(report, head=f"{self.head_name}, new")
+        if feature_stride is not None:
+            self.backbone.end_at(feature_stride)
         self.attention = nn.Identity() if attention is None else create_attn(attention, self.backbone.dim)
         self.classifier = self._new_head(N_LABELS)
         self.derived_from = "other" if weights is not None else "imagenet" if pretrained else None
@@ -2354,6 +2418,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             return create_head(self.head_name, self.sizes, self.dropout.p, outputs)
         if self.head_name == "linear":
             return zero_linear(self.backbone.dim, outputs)
+        if self.head_name == "max":
+            return MaxHead(self.backbone.dim, outputs)
         places = PLACES if self.tokens == "patch" else 1
         return QueryHead(self.backbone.dim, (self.n_slices, places, places), self.dropout.p, outputs)
 
@@ -2384,6 +2450,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             crops = torch.tensor([*self.crop_shape, self.test_crops])
             return state | {"backbone.window": self.backbone.window, "backbone.crops": crops}
         fixed = {"mean": self.backbone.mean, "std": self.backbone.std, "n_slices": torch.tensor(self.n_slices)}
+        if self.backbone.map_number is not None:
+            fixed["map_number"] = torch.tensor(self.backbone.map_number)
         if self.cache_format == "tokens":
             fixed["patches"] = torch.tensor(self.tokens == "patch")
         if self.backbone.window is not None:
@@ -2620,7 +2688,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             adapter = ADAPTED[type(layer)](layer, rank, alpha, dropout).train(layer.training)
             adapter.register_forward_hook(lambda *_, place=place: called.add(place))
             net.set_submodule(place, adapter)
-        _forward_on_meta(net, (self.backbone.channels, *(self.backbone.size or self.input_shape[1:])))
+        _forward_on_meta(self.backbone, (3, *self.input_shape[1:]))
         for place in layers:
             net.get_submodule(place)._forward_hooks.clear()
         if idle := [place for place in layers if place not in called]:
@@ -2716,7 +2784,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     def head(self, features: Tensor) -> Tensor:
         """Output of `features`, or of `features_from_cache`, -> logits (B, 18), with prompts (B, n)."""
-        if self.head_name == "attention":
+        if self.head_name in ("attention", "max"):
             codebook = self.codebook if self.is_ctclip else None
             return self.classifier(features if self.is_ctclip else self._pooled(features), codebook)
         if self.is_ctclip:

@@ -87,11 +87,12 @@ class TrainingConfig:
     head: str = _flag(
         "linear", "model",
         "linear: ClassFine's, of a slice backbone on the mean over slices; mlp: with a hidden layer, CT-CLIP only; "
-        "attention: a learned query per label pools the tokens, for small findings",
-        choices=("linear", "mlp", "attention"))
+        "attention: a learned query per label pools the tokens, for small findings; max: the highest 5 tokens count, "
+        "fitted before the first epoch, slice backbones only; for small findings with --feature-stride 16",
+        choices=("linear", "mlp", "attention", "max"))
     tokens: str = _flag(
-        "slice", "model", "what --head attention pools of a slice backbone; slice: one token of each (class token, or "
-        "mean of the feature map); patch: every place of the map, in a cache as many times as large",
+        "slice", "model", "what --head attention or max pools of a slice backbone; slice: one token of each (class "
+        "token, or mean of the feature map); patch: every place of the map, in a cache as many times as large",
         choices=("slice", "patch"))
     init_head: str = _flag(
         "file", "model",
@@ -111,6 +112,10 @@ class TrainingConfig:
         "video ResNet's volumes (default 3); time and memory grow with their number")
     slice_size: int | None = _flag(
         None, "model", "pixels along each side of a slice of 360 mm (default 224, of a video ResNet 240)")
+    feature_stride: int | None = _flag(
+        None, "model", "slice backbone, convolutional or hierarchical: the head takes the last feature map with a "
+        "place for each N x N pixels, such as 16, and no later layer is kept or run (default: the last map, mostly "
+        "32); finer, for small findings with --head max --tokens patch")
     stem_stride: int = _flag(
         2, "model", "video ResNet: kernel and stride of the first convolution; 4: an eighth of the time and memory",
         choices=(2, 4))
@@ -246,6 +251,7 @@ class TrainingConfig:
             "lora_dropout": (0 <= self.lora_dropout < 1, "at least 0 and below 1"),
             "slice_spacing": (self.slice_spacing is None or 0.5 <= self.slice_spacing <= 180, "0.5 to 180 mm"),
             "slice_size": (self.slice_size is None or 16 <= self.slice_size <= 2048, "16 to 2048 pixels"),
+            "feature_stride": (self.feature_stride is None or self.feature_stride >= 1, "at least 1 pixel"),
             "crop": (0 < self.crop <= 1, "above 0 and at most 1"),
             "window_jitter": (0 <= self.window_jitter < math.inf, "at least 0 HU, and finite"),
             "train_slices": (self.train_slices is None or self.train_slices >= 1, "at least 1"),
@@ -283,11 +289,18 @@ class TrainingConfig:
         if self.freeze_backbone and self.adapt is not None:
             raise TrainingError(f"found --freeze-backbone and --adapt {self.adapt}, expected one of them, because each "
                                 "says what of the backbone is trained; leave one out")
+        if self.head == "max" and (self.model == "ctclip" or self.is_video):
+            raise TrainingError(f"found --head max with --model {self.model}, expected a slice backbone (--model "
+                                "efficientnet_b0, ...); take --head attention, or linear for a video ResNet")
+        if self.head == "max" and (self.frozen_epochs < 1 or self.augment):
+            found = "--augment" if self.augment else "--freeze-epochs 0"
+            raise TrainingError(f"found --head max with {found}, expected frozen epochs on cached features, to which "
+                                f"this head is fitted first; leave {found} out")
         if self.adapt == "lora" and (self.model == "ctclip" or self.is_video):
             raise TrainingError(f"found --adapt lora with --model {self.model}, expected a vision transformer (--model "
                                 "vit_...); take --adapt last:N or full")
         of_model = ("ctclip_path", "head", "tokens", "init_head", "use_attention", "backbone_weights",
-                    "windows", "slice_spacing", "slice_size", "stem_stride", "crop", "test_crops")
+                    "windows", "slice_spacing", "slice_size", "feature_stride", "stem_stride", "crop", "test_crops")
         changed = [name for name in of_model if getattr(self, name) != getattr(TrainingConfig, name)]
         refuse_unused([flag_of(name) for name in changed], training_flag_uses(self))
         if self.backbone_weights and not Path(self.backbone_weights).is_file():  # said before phantoms are made
@@ -373,9 +386,12 @@ def training_flag_uses(config: TrainingConfig) -> dict[str, tuple[str, bool]]:
             "--model ctclip or a slice backbone" if is_video else "--model ctclip, where it is mlp,",
             is_ctclip or is_linear or (is_slices and config.head != "mlp"),
         ): ("--head",),
-        ("a slice backbone and --head attention", is_slices and config.head == "attention"): ("--tokens",),
+        ("a slice backbone and --head attention or max", is_slices and config.head in ("attention", "max")): (
+            "--tokens",
+        ),
+        ("another head than max", config.head != "max"): ("--dropout",),
         ("--model ctclip and --head linear", is_ctclip and (is_linear or config.init_head == "new")): ("--init-head",),
-        ("a slice backbone (--model efficientnet_b0, ...)", is_slices): ("--use-attention",),
+        ("a slice backbone (--model efficientnet_b0, ...)", is_slices): ("--use-attention", "--feature-stride"),
         ("a slice backbone (--model efficientnet_b0, ...) or video ResNet", not is_ctclip): (
             "--backbone-weights", "--windows", "--slice-spacing", "--slice-size",
         ),

@@ -177,7 +177,7 @@ def _slice_contributions(model: CTCLIPMultiAbnormalityModel, volume: Tensor, ind
         return (attention * evidence)[0, index], model.head(tokens)[0, index]
     parts = slice_triplets(volume, model.n_slices)[0].split(slices_at_once(volume.device))
     maps = model.attention(torch.cat([model.backbone(part) for part in parts]))  # (S, C, h, w)
-    if model.head_name == "attention":
+    if model.head_name in ("attention", "max"):
         tokens = as_tokens(maps, model.tokens)[None]  # (1, S, h, w, C); a slice's is the mean of its places
         attention, _ = head.attend(tokens)
         places = maps.shape[2] * maps.shape[3] if model.tokens == "slice" else 1

@@ -19,6 +19,7 @@ from ctclip.inference.predictor import chunks
 from ctclip.memory import out_of_memory
 from ctclip.training import checkpoint, logging, steps
 from ctclip.training.checkpoint import BestEpoch, Progress, TrainingState, save_checkpoint
+from ctclip.training.max_head import start_max_head
 from ctclip.training.optimization import swapped_in
 from ctclip.training.run import TrainingJob, claimed_folder, prepare
 from ctclip.training.steps import StepResult, Validation
@@ -124,6 +125,8 @@ def open_inputs(job: TrainingJob, state: TrainingState) -> None:
     elif job.validation.rows is None:
         state.sources = steps.check_data(job, state.sources)
         steps.load_features(job)
+        if job.model.head_name == "max" and (state.progress.epoch, state.progress.step) == (0, 0):
+            start_max_head(job)
 
 
 def compare_average(job: TrainingJob, state: TrainingState) -> None:

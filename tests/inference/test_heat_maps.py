@@ -32,7 +32,8 @@ import pointing_game
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 ALL = range(18)
-QUERY = ("resnet10t query", "resnet10t query patch", "resnet10t query cbam", "test_vit query", "test_vit query patch")
+QUERY = ("resnet10t query", "resnet10t query patch", "resnet10t query patch stride", "resnet10t max patch",
+         "resnet10t query cbam", "test_vit query", "test_vit query patch")  # fmt: skip
 EXACT = ("linear", "attention", "prompts", "resnet10t", "resnet10t cbam", *QUERY)  # those whose remainder is the bias
 
 
@@ -42,7 +43,9 @@ def model_of(name: str) -> CTCLIPMultiAbnormalityModel:
     if name.startswith(("resnet10t", "test_vit")):
         model = CTCLIPMultiAbnormalityModel(
             None, name.split()[0], attention="cbam" if "cbam" in name else None, pretrained=False, n_slices=3,
-            head="attention" if "query" in name else None, tokens="patch" if "patch" in name else "slice",
+            head="attention" if "query" in name else "max" if "max" in name else None,
+            tokens="patch" if "patch" in name else "slice",
+            feature_stride=16 if "stride" in name else None,
         )  # fmt: skip
     elif name == "prompts":  # a text tower makes it, and is not here
         model = CTCLIPMultiAbnormalityModel(sizes=asdict(OTHER_SIZES), head=name)
@@ -85,7 +88,7 @@ def test_the_parts_add_up_to_the_logit(name, smooth):
     np.testing.assert_allclose(found.values.sum((1, 2, 3)) + found.remainder, logits, atol=1e-5)
     assert np.abs(found.values).min((1, 2, 3)).max() < np.abs(found.values).max()  # not the same everywhere
     if name in EXACT:
-        bias = model.classifier.evidence.bias if model.head_name == "attention" else model.classifier.bias
+        bias = model.classifier.evidence.bias if model.head_name in ("attention", "max") else model.classifier.bias
         np.testing.assert_allclose(found.remainder, bias.detach().numpy(), atol=1e-5)
 
 

@@ -107,12 +107,16 @@ def test_every_head_answers_alike_for_any_batch(onnx_is_here, tmp_path, head, re
                 assert np.abs(found["latents"] - model.encode(volume).numpy()).max() < 1e-5
 
 
-@pytest.mark.parametrize(("head", "attention"), [("linear", None), ("linear", "cbam"), ("attention", None)])
-def test_a_slice_variant_answers_alike(onnx_is_here, tmp_path, head, attention, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("resnet18", {}), ("resnet18", {"attention": "cbam"}), ("test_vit", {"head": "attention"}),
+     ("test_efficientnet", {"head": "attention", "tokens": "patch", "feature_stride": 16}),
+     ("test_efficientnet", {"head": "max", "tokens": "patch"})],
+)  # fmt: skip
+def test_a_slice_variant_answers_alike(onnx_is_here, tmp_path, name, options, monkeypatch):
     monkeypatch.setattr("ctclip_model.SLICE_INPUT_SHAPE", (12, 64, 64))
     torch.manual_seed(0)
-    name = "resnet18" if head == "linear" else "test_vit"
-    model = CTCLIPMultiAbnormalityModel(None, name, attention=attention, pretrained=False, n_slices=2, head=head)
+    model = CTCLIPMultiAbnormalityModel(None, name, pretrained=False, n_slices=2, **options)
     for parameter in model.classifier.parameters():
         nn.init.normal_(parameter)
     export = export_onnx(model, tmp_path / "model.onnx")

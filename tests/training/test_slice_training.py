@@ -115,6 +115,24 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(config, tmp_path, adapt)
     assert not moved_between(*states_of)
 
 
+def test_a_run_on_an_earlier_map_trains_its_last_layers_and_goes_on_with_the_same_bits(config, tmp_path):
+    settings = config(model="test_resnet", feature_stride=16, tokens="patch", adapt="last:1")
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, phantom=True)
+    start, last = tensors_of(model), model.layers()[-1]
+    whole = train(settings, tmp_path / "whole")
+    train_until_step(settings, tmp_path / "run", 4)  # the first unfrozen step
+    again = train(settings, tmp_path / "run")
+    states_of = [torch.load(states(folder)[-1], weights_only=True)["tensors"] for folder in (whole, again)]
+    assert not moved_between(*states_of) and not moved_between(weights(whole), weights(again))
+    parameters = {name for name, _ in model.named_parameters() if name.startswith("backbone.")}
+    assert states_of[0].keys() & parameters == set(last) and all("layer3" in name for name in last)
+    assert any(not torch.equal(states_of[0][name], start[name]) for name in last)
+    saved = CTCLIPMultiAbnormalityModel.from_pretrained(whole)
+    assert saved.backbone.map_number == 3
+    assert json.loads((whole / "run.json").read_text())["config"]["feature_stride"] == 16
+
+
 def test_a_folder_windows_and_spacing_from_the_command_line(phantoms, tmp_path):
     net = timm.create_model("test_vit", num_classes=0, in_chans=1)
     (tmp_path / "net").mkdir()
@@ -208,7 +226,7 @@ def test_adapters_share_the_cache_of_the_backbone_that_they_begin_with(config, t
         (["--model", "test_vit", "--slice-spacing", "0.1"], "--slice-spacing is 0.1, expected 0.5 to 180 mm"),
         (["--model", "test_vit", "--slice-size", "5"], "--slice-size is 5, expected 16 to 2048 pixels"),
         (["--model", "test_vit", "--no-pretrained", "--windows", "liver"], "found the window 'liver', expected"),
-        (["--tokens", "patch"], "found --tokens, which goes with a slice backbone and --head attention only"),
+        (["--tokens", "patch"], "found --tokens, which goes with a slice backbone and --head attention or max only"),
         (["--head", "attention", "--tokens", "patch"], "found --tokens, which goes with a slice backbone and"),
         (["--model", "test_vit", "--tokens", "patch"], "found --tokens, which goes with a slice backbone and"),
     ],
