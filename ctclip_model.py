@@ -736,7 +736,7 @@ class MaxHead(nn.Module):
             return attention.view_as(evidence), evidence
 
 
-HEADS = ("linear", "mlp", "attention", "max", "prompts")
+HEADS = ("linear", "mlp", "attention", "prompts")  # of CT-CLIP
 SLICE_HEADS = ("linear", "attention", "max")  # of slice backbones
 SLICE_TOKENS = ("slice", "patch")
 PLACES = 8  # in plane, along each axis, at which a head on patches knows where it is: 45 mm
@@ -2251,8 +2251,9 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
     ):
         super().__init__()
         is_ctclip = ctclip_path is not None or sizes is not None
-        if head not in (None, *HEADS):
-            raise ValueError(f"head='{head}' is not known; expected one of {', '.join(HEADS)}")
+        if head not in (None, *HEADS, *SLICE_HEADS):
+            known = ", ".join(dict.fromkeys(HEADS + SLICE_HEADS))
+            raise ValueError(f"head='{head}' is not known; expected one of {known}")
         if head not in (None, *SLICE_HEADS) and not is_ctclip:
             takes = " or ".join(repr(name) for name in SLICE_HEADS)
             raise ValueError(f"head='{head}' is for CT-CLIP; a slice backbone (ctclip_path=None) takes head={takes}")
