@@ -6,7 +6,9 @@ Simulated: 18 findings at CT-RATE's rates that come together, one to three volum
 AUROC 0.75, logits twice as large as they should be and too high. Each cohort is evaluated as an evaluation does it,
 with thresholds and calibration ("platt") fitted on 100 other patients, then cross-fitted, with an equally good
 baseline. The truth is the metric of 20,000 other patients with the thresholds and maps that this cohort's evaluation
-fitted; cross-fitted ones are dealt to those patients as the folds are to the reported ones.
+fitted; cross-fitted ones are dealt to those patients as the folds are to the reported ones. Half of the patients are
+men, which nothing depends on: their truth is everybody's, that of a difference 0. The truth of a threshold is the one
+tuned on the 20,000.
 
 "given": how often there is an interval at all, or a p-value. Figures of labels are pooled over the 18. A coverage
 passes within 93 to 97 %, a share of p < 0.05 up to 7 %, each widened by two standard errors of this simulation. Exit
@@ -37,7 +39,7 @@ from scipy.stats import norm  # noqa: E402
 
 from ctclip.config import Settings  # noqa: E402
 from ctclip.data.ct_rate import PREVALENCE  # noqa: E402
-from ctclip.evaluation import calibration, clinical, metrics  # noqa: E402
+from ctclip.evaluation import bootstrap, calibration, clinical, metrics, thresholds  # noqa: E402
 from ctclip.evaluation.evaluate import evaluate_tables  # noqa: E402
 from ctclip.evaluation.tables import EvaluationInputs, VolumeTable  # noqa: E402
 from ctclip_model import ABNORMALITIES  # noqa: E402
@@ -48,6 +50,7 @@ SLOPE, OFFSET = 2.0, 2.0  # of the logits, where a calibrated model has 1 and 0
 FINDINGS_ALIKE, LABELS_ALIKE, SCORES_ALIKE, PREDICTIONS_ALIKE = 0.2, 0.9, 0.8, 0.5  # correlations
 TUNING_PATIENTS, POPULATION = 100, 20_000
 WAYS = ("at_0.5", "calibrated", "tuned", "tuned_global")
+BENEFITS = tuple(f"{threshold:.2f}" for threshold in clinical.NET_BENEFIT_AT)
 LOWEST, HIGHEST, MOST_FALSE = 0.93, 0.97, 0.07
 FEWEST = 10  # cohorts with an interval, to say how often it holds
 
@@ -91,11 +94,12 @@ def _mixed(common: np.ndarray, own: np.ndarray, alike: float) -> np.ndarray:
 
 @cache
 def population() -> tuple[Simulated, dict[str, float], dict[str, np.ndarray]]:
-    """Patients that stand for all there are, with what no threshold changes: of all labels together, of each."""
+    """Patients that stand for all there are, with what no fit changes: of all labels together, of each."""
     everyone = simulate(np.random.default_rng(0), POPULATION)
     ranking, columns = metrics.resampled_ranking(
         everyone.labels, everyone.predictions[0], metrics.drawn_once(everyone.labels), clinical.SPECIFICITIES)
-    return everyone, ranking, columns
+    tuned = thresholds.tune_label_thresholds(everyone.labels, everyone.predictions[0])
+    return everyone, ranking, columns | {"threshold_range": tuned[None]}
 
 
 def truths(fits: Sequence[calibration.Calibration]) -> tuple[dict[str, dict], dict[str, dict]]:
@@ -103,12 +107,12 @@ def truths(fits: Sequence[calibration.Calibration]) -> tuple[dict[str, dict], di
     all of them equally often."""
     everyone, ranking, ranked = population()
     y, p = everyone.labels, everyone.predictions[0]
-    calibrated, thresholds, common = np.empty((3, *p.shape))
+    calibrated, cuts, common = np.empty((3, *p.shape))
     for k, fit in enumerate(fits):
         own = everyone.patients % len(fits) == k
-        calibrated[own], thresholds[own], common[own] = fit.apply(p[own]), fit.thresholds, fit.global_threshold
+        calibrated[own], cuts[own], common[own] = fit.apply(p[own]), fit.thresholds, fit.global_threshold
     once = metrics.drawn_once(y)
-    decisions = dict(zip(WAYS, (p >= 0.5, calibrated >= 0.5, p >= thresholds, p >= common), strict=True))
+    decisions = dict(zip(WAYS, (p >= 0.5, calibrated >= 0.5, p >= cuts, p >= common), strict=True))
     values, columns = {}, {}
     for way, decided in decisions.items():
         own, columns[way] = metrics.resampled_decisions(y, decided, once)
@@ -118,10 +122,16 @@ def truths(fits: Sequence[calibration.Calibration]) -> tuple[dict[str, dict], di
     sums = once.sums(metrics.confusion_counts(y, decisions["tuned"]))
     counts, columns["clinical"] = clinical.resampled_columns(y, p, calibrated, ranked, sums, once)
     values["clinical"] = clinical.resampled_summary(counts, columns["clinical"])
+    columns["clinical"] |= in_one(clinical.net_benefits(y, calibrated, once)[0])
+    columns["clinical"]["threshold_range"] = ranked["threshold_range"]
     for when, numbers in (("before", p), ("after", calibrated)):
         columns[when] = {"brier": metrics.calibration_columns(y, numbers)["brier"][None]}
         values[when] = {"brier": columns[when]["brier"].mean(axis=1)}
     return values, columns
+
+
+def in_one(benefits: Mapping[str, object]) -> dict:
+    return {f"net_benefit_at_{threshold}": benefits[threshold] for threshold in BENEFITS}
 
 
 def table(numbers: np.ndarray, patients: np.ndarray, split: str) -> VolumeTable:
@@ -137,13 +147,18 @@ def one_cohort(resamples: int, patients: int, seed: int) -> list[Found]:
     labels = table(reported.labels, reported.patients, "valid")
     first, second = (table(numbers, reported.patients, "valid") for numbers in reported.predictions)
     other = tuple(table(numbers, tuning.patients, "train") for numbers in (tuning.predictions[0], tuning.labels))
+    men = rng.permutation(np.arange(patients) % 2 == 0)[reported.patients]
+    metadata = {name: {"PatientSex": "M" if man else "F"} for name, man in zip(first.frame.index, men, strict=True)}
     found = []
     for kind, fitted_on, baseline in (("tuning patients", other, None), ("cross-fitted", None, second)):
         fits: list[calibration.Calibration] = []
         with mock.patch.object(calibration, "fit_calibration", partial(_kept, fits, calibration.fit_calibration)):
-            evaluation = evaluate_tables(EvaluationInputs(first, labels, fitted_on), settings, baseline).metrics
+            inputs = EvaluationInputs(first, labels, fitted_on)
+            evaluation = evaluate_tables(inputs, settings, baseline, metadata).metrics
         # of the cross-fitted, the first is for new patients, then come the folds'; those of the baseline follow
-        found += held(patients, kind, evaluation, *truths(fits[:1] if fitted_on else fits[1:6]))
+        values, columns = truths(fits[:1] if fitted_on else fits[1:6])
+        found += held(patients, kind, evaluation, values, columns)
+        found += held_in_groups(patients, kind, evaluation["subgroups"]["Sex"], reported, men, values["tuned"])
     return found + list(told_apart(patients, evaluation["baseline"]["differences"]))
 
 
@@ -164,8 +179,11 @@ def held(patients: int, kind: str, evaluation: Mapping, values: Mapping, columns
             yield compared(way, metric, bounds, values[way][metric][0])
     for metric, bounds in of_clinical["summary"].items():
         yield compared("clinical", metric, bounds, values["clinical"][metric][0])
-    for j, own in enumerate(of_clinical["per_label"].values()):
-        for metric, bounds in own.items():
+    for j, (name, own) in enumerate(of_clinical["per_label"].items()):
+        spread = {"threshold_range": evaluation["clinical"]["per_label"][name]["threshold_range"]}
+        benefits = in_one(own["net_benefit"] or dict.fromkeys(BENEFITS))
+        others = {metric: bounds for metric, bounds in own.items() if metric != "net_benefit"}
+        for metric, bounds in (others | benefits | spread).items():
             yield compared("clinical", metric, bounds, columns["clinical"][metric][0, j], "each label, ")
     for when in ("before", "after"):
         yield compared(when, "brier", intervals["calibration"][when]["brier"], values[when]["brier"][0])
@@ -176,6 +194,23 @@ def held(patients: int, kind: str, evaluation: Mapping, values: Mapping, columns
                     yield compared(way, metric, bounds, columns[way][metric][0, j], "each label, ")
         for when in ("before", "after"):
             yield compared(when, "brier", own[f"brier_{when}"], columns[when]["brier"][0, j], "each label, ")
+
+
+def held_in_groups(
+    patients: int, kind: str, groups: Sequence[Mapping], reported: Simulated, men: np.ndarray, values: Mapping
+) -> Iterator[Found]:
+    """`men` (N,): whose rows are men's; `values`: the population's, tuned."""
+    aurocs = population()[2]["auroc"][0]
+    for group in groups:
+        own = men == (group["group"] == "male")
+        counted = bootstrap.enough_cases(reported.labels[own], reported.patients[own])
+        truth = {key: value[0] for key, value in values.items()} | {"auroc_macro": metrics.nanmean(aurocs[counted])}
+        intervals = dict(group["intervals"])
+        if "auroc_difference" in group:
+            truth["auroc_difference"], intervals["auroc_difference"] = 0.0, group["auroc_difference"]["interval"]
+        for metric, bounds in intervals.items():
+            right = bounds is not None and bounds[0] <= truth[metric] <= bounds[1]
+            yield Found(patients, f"half the patients, {kind}", "tuned", metric, bounds is not None, right)
 
 
 def told_apart(patients: int, differences: Mapping) -> Iterator[Found]:
