@@ -59,6 +59,9 @@ LITE0 = {"model": "tf_efficientnet_lite0", "slice_spacing": 12.0, "windows": "lu
 PATCHES = {"head": "attention", "tokens": "patch", "epochs": 12, "freeze_epochs": 12}  # fewer, 49 times as many tokens
 STRIDE_16 = {"tokens": "patch", "feature_stride": 16}  # 26 mm a token in place of 51
 MAX = {"head": "max", "learning_rate": 1e-3, "epochs": 3, "freeze_epochs": 3}  # fitted before the first epoch
+# From the frozen row's epochs on, two more with the last two layers; of each volume 8 random slices a step.
+LAST_LAYERS = {"head": "attention", "adapt": "last:2", "train_slices": 8, "backbone_learning_rate": 3e-4, "epochs": 62,
+               "freeze_backbone": False}  # fmt: skip
 ENCODING = "Lite0 encoding"  # once, of both maps' patches, of which the other Lite0 rows take means
 
 
@@ -75,6 +78,7 @@ RECIPES = {
     "CT-CLIP query": Recipe({"head": "attention"}),
     "Lite0 mean": Recipe(LITE0, LITE0_FILE),
     "Lite0 query, slices": Recipe(LITE0 | {"head": "attention"}, LITE0_FILE),
+    "Lite0 query, last layers": Recipe(LITE0 | LAST_LAYERS, LITE0_FILE),
     "Lite0 query, patches": Recipe(LITE0 | PATCHES, LITE0_FILE),
     "Lite0 query, stride 16": Recipe(LITE0 | PATCHES | STRIDE_16, LITE0_FILE),
     "Lite0 max, patches": Recipe(LITE0 | MAX | {"tokens": "patch"}, LITE0_FILE),
@@ -82,6 +86,7 @@ RECIPES = {
 }
 PARTNER = "CT-CLIP linear"  # in every fusion
 PAIRS = (("Lite0 query, slices", "Lite0 mean"), ("Lite0 query, patches", "Lite0 mean"),
+         ("Lite0 query, last layers", "Lite0 query, slices"),
          ("Lite0 query, stride 16", "Lite0 query, patches"), ("Lite0 max, stride 16", "Lite0 query, stride 16"),
          ("Lite0 max, stride 16", "Lite0 max, patches"))
 
@@ -104,7 +109,7 @@ class Bench:
         if recipe.file and self.assets:
             settings["backbone_weights"] = str(self.assets / recipe.file)
         common = {"data_dir": str(self.cohort), "cache_dir": str(self.work / "cache")}
-        return TrainingConfig(**common, **settings, freeze_backbone=True)
+        return TrainingConfig(**{"freeze_backbone": True} | common | settings)
 
     def run_folder(self, name: str) -> Path:
         return self.work / "runs" / name.replace(", ", "-").replace(" ", "_")
