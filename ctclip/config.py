@@ -777,36 +777,3 @@ def task_flag_uses(task: str, plan: bool = False) -> dict[str, tuple[str, bool]]
     if plan:  # which stops before there is anything to evaluate
         uses |= dict.fromkeys(evaluation_flags(), ("an evaluation, not --plan,", False))
     return uses
-
-
-def hub_parser(description: str) -> OneLineParser:
-    """Of `python -m ctclip.hub`."""
-    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="weights|card")
-    weights = commands.add_parser("weights", help="the fingerprint of a weights file; a slim copy of it")
-    weights.add_argument("weights", type=Path, metavar="FILE", help="a CT-CLIP file, .pt or .safetensors")
-    weights.add_argument("--slim", action="store_true", help="replace the file by its tensors in use, as .safetensors")
-    card = commands.add_parser("card", help="the model card of a run; with --push, the run on the Hugging Face hub")
-    card.add_argument("run", metavar="RUN", help="run folder, such as results/RUN, or a copy of one from the hub")
-    card.add_argument("--print", action="store_true", help="print the card, write nothing")
-    card.add_argument("--push", metavar="USER/NAME", help="upload the weights, the card and the run's files that hold "
-                      "no private data; needs a token with write access")
-    card.add_argument("--public", action="store_true", help="with --push: everybody may see it (default: you alone)")
-    card.add_argument("--cohort", metavar="NAME", help="what the training cohort is called, for the card; CT-RATE's "
-                      "terms then bind the weights")
-    return parser
-
-
-def phantom_parser() -> OneLineParser:
-    """Of `python -m ctclip.phantoms`."""
-    parser = OneLineParser(description="Write a cohort of synthetic chest CTs. " + SYNTHETIC_NOTE)
-    cohort = parser.add_argument_group("cohort")
-    cohort.add_argument("--data-dir", type=Path, required=True, help="folder for it; reused if it holds the same one")
-    cohort.add_argument("--train", type=int, default=200, help="training volumes, about 1 MB each (default 200)")
-    cohort.add_argument("--valid", type=int, default=50, help="validation volumes, other patients (default 50)")
-    cohort.add_argument("--seed", type=int, default=0, help="another seed gives other patients (default 0)")
-    cohort.add_argument("--spacing", type=float, nargs=3, metavar="MM",
-                        help="of voxels along x, y, z: 1.6 1.6 3 shows small findings, at 7 MB and a second each "
-                             "(default: drawn, 2.8 to 4.2 in plane and 4 to 7 between slices)")  # fmt: skip
-    cohort.add_argument("--workers", type=int, help="processes; changes the speed, not the files (default: all cores)")
-    return parser

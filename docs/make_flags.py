@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ctclip import config  # noqa: E402  (found through the path above)
+from ctclip.hub.__main__ import hub_parser  # noqa: E402
+from ctclip.phantoms.__main__ import phantom_parser  # noqa: E402
 from ctclip.recipes import NOT_MEASURED, RECIPES  # noqa: E402
 from ctclip_setup import setup_parser  # noqa: E402
 
@@ -34,8 +36,8 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
         "ctclip_setup.py": setup_parser(),
         "ctclip_training.py": config.training_parser(""),
         "ctclip_evaluation.py": config.evaluation_parser(),
-        "python -m ctclip.hub": config.hub_parser(""),
-        "python -m ctclip.phantoms": config.phantom_parser(),
+        "python -m ctclip.hub": hub_parser(),
+        "python -m ctclip.phantoms": phantom_parser(),
     }
 
 

@@ -17,11 +17,13 @@ from ctclip.cli import (
     refuse_unused,
     run_cli,
 )
-from ctclip.config import evaluation_parser, hub_parser, phantom_parser, task_parser, training_parser
+from ctclip.config import evaluation_parser, task_parser, training_parser
 from ctclip.errors import UserError
 from ctclip.formatting import BAR, plural, rate_text, size_text
+from ctclip.hub.__main__ import hub_parser
 from ctclip.inference.predictor import MachineError, choose_device, choose_workers
 from ctclip.memory import available_cpus
+from ctclip.phantoms.__main__ import phantom_parser
 from ctclip_model import CheckpointError
 from ctclip_setup import setup_parser
 
@@ -251,5 +253,5 @@ def test_a_flag_and_a_mode_that_another_script_has_are_named(capsys):
         training_parser("").parse_args(["--mode", "predict"])
     assert "found 'predict', a mode of run_task2.py, expected one of quick_test, full_train" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        hub_parser("").parse_args(["card", "run", "--pushed", "a/b"])
+        hub_parser().parse_args(["card", "run", "--pushed", "a/b"])
     assert "(did you mean --push?); see --help" in capsys.readouterr().err

@@ -17,6 +17,8 @@ import pytest
 import ctclip_setup
 from ctclip import config
 from ctclip.evaluation.tables import read_labels
+from ctclip.hub.__main__ import hub_parser
+from ctclip.phantoms.__main__ import phantom_parser
 from ctclip_model import ABNORMALITIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,8 +28,8 @@ PARSERS = {
     "ctclip_evaluation.py": config.evaluation_parser().parse_args,
     "run_task2.py": config.task_parser("").parse_args,
     "ctclip_setup.py": ctclip_setup.parse_options,
-    "ctclip.hub": config.hub_parser("").parse_args,
-    "ctclip.phantoms": config.phantom_parser().parse_args,
+    "ctclip.hub": hub_parser().parse_args,
+    "ctclip.phantoms": phantom_parser().parse_args,
 }
 START = re.compile(r"^!?(?:\$ )?(?:[A-Z_]+=\S+ )*(?:python3?|torchrun|pytest)\s")
 

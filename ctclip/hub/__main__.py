@@ -14,9 +14,25 @@ if __name__ == "__main__":  # Ctrl-C during the imports is no traceback
 import argparse
 from pathlib import Path
 
-from ctclip.cli import refuse_unused, run_cli
-from ctclip.config import hub_parser
+from ctclip.cli import OneLineParser, refuse_unused, run_cli
 from ctclip.errors import UserError
+
+
+def hub_parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="weights|card")
+    weights = commands.add_parser("weights", help="the fingerprint of a weights file; a slim copy of it")
+    weights.add_argument("weights", type=Path, metavar="FILE", help="a CT-CLIP file, .pt or .safetensors")
+    weights.add_argument("--slim", action="store_true", help="replace the file by its tensors in use, as .safetensors")
+    card = commands.add_parser("card", help="the model card of a run; with --push, the run on the Hugging Face hub")
+    card.add_argument("run", metavar="RUN", help="run folder, such as results/RUN, or a copy of one from the hub")
+    card.add_argument("--print", action="store_true", help="print the card, write nothing")
+    card.add_argument("--push", metavar="USER/NAME", help="upload the weights, the card and the run's files that hold "
+                      "no private data; needs a token with write access")
+    card.add_argument("--public", action="store_true", help="with --push: everybody may see it (default: you alone)")
+    card.add_argument("--cohort", metavar="NAME", help="what the training cohort is called, for the card; CT-RATE's "
+                      "terms then bind the weights")
+    return parser
 
 
 def weights_command(args: argparse.Namespace) -> None:
@@ -55,7 +71,7 @@ def card_command(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = hub_parser(__doc__).parse_args(argv)
+    args = hub_parser().parse_args(argv)
     return run_cli(lambda: (weights_command if args.command == "weights" else card_command)(args))
 
 
