@@ -2648,12 +2648,15 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
 
     def train(self, mode: bool = True) -> CTCLIPMultiAbnormalityModel:
         """As usual, but frozen parts of the backbone stay in evaluation mode, so that neither batch statistics nor drop
-        path change them."""
+        path change them; so does all batch normalisation of a slice backbone that came with weights: its statistics are
+        of many pictures, those of a step of the slices of a few volumes, with which the head's answers are others."""
         super().train(mode)
         if mode:
+            keeps_statistics = not self.is_ctclip and not self.is_video and self.derived_from is not None
             for module in (part for name in self.backbone_modules for part in self.get_submodule(name).modules()):
                 parameters = list(module.parameters())
-                if parameters and not any(parameter.requires_grad for parameter in parameters):
+                frozen = parameters and not any(parameter.requires_grad for parameter in parameters)
+                if frozen or (keeps_statistics and isinstance(module, nn.modules.batchnorm._BatchNorm)):
                     module.eval()
         return self
 

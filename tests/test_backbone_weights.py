@@ -164,3 +164,21 @@ def test_training_starts_from_the_file(lite0_file, phantoms, tmp_path, monkeypat
     trained = CTCLIPMultiAbnormalityModel.from_pretrained("run")
     expected = torch.load(lite0_file, weights_only=True)["_conv_stem.weight"]
     assert torch.equal(trained.backbone.net.conv_stem.weight, expected)
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_batch_statistics_of_given_weights_stay_and_random_ones_follow_the_data(with_weights, tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(weights_of("resnet10t"), path)
+    options = {"backbone_weights": path} if with_weights else {"pretrained": False}
+    model = CTCLIPMultiAbnormalityModel(None, "resnet10t", n_slices=1, **options)
+    model.unfreeze_backbone(2)
+    model.train()
+    norms = [module for module in model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    before = [norm.running_mean.clone() for norm in norms]
+    model(2 * torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) - 1).sum().backward()
+    moved = [not torch.equal(norm.running_mean, old) for norm, old in zip(norms, before, strict=True)]
+    opened = [norm.weight.requires_grad for norm in norms]
+    assert any(opened) and not all(opened)
+    assert moved == ([False] * len(norms) if with_weights else opened)
+    assert all(norm.weight.grad is not None for norm, is_open in zip(norms, opened, strict=True) if is_open)
