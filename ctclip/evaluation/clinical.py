@@ -50,8 +50,9 @@ def clinical_metrics(
         column[1:, hide[key]] = np.nan
     low, high = _threshold_spread(fitted, settings)
     benefits, everybody = net_benefits(y, calibrated, resamples)
-    for benefit in benefits.values():
-        benefit[1:, few] = np.nan
+    for threshold in NET_BENEFIT_AT:
+        called = bootstrap.called_patients(y, calibrated >= threshold, resamples)
+        benefits[f"{threshold:.2f}"][1:, few | (called < bootstrap.MIN_CASES)] = np.nan
     per_label = {}
     for j, name in enumerate(rows.findings):
         per_label[name] = plain({key: column[:, j] for key, column in columns.items()}) | {

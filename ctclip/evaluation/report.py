@@ -423,8 +423,8 @@ def _net_benefit(metrics: Mapping) -> Section:
         "net_benefit_table", "Net benefit at some threshold probabilities",
         f"Net benefit, in true positives per {unit}, of acting where the calibrated probability is at least the one "
         "named, beside that of acting on everybody; acting on nobody is worth 0, and at the label rate so is acting on "
-        f"everybody, but no interval would hold. The others have one where {MIN_CASES} patients have the label and as "
-        "many lack it; the calibration stays as it is in resamples.",
+        f"everybody, but no interval would hold. The others have one where {MIN_CASES} patients have the label, as "
+        "many lack it, and as many reach the probability named; the calibration stays as it is in resamples.",
         Table("Net benefit", ("Label", "At the label rate", *columns), rows, sortable=True),
     )
 

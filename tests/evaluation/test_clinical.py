@@ -151,6 +151,23 @@ def test_net_benefit_of_resamples_is_that_of_the_rows_drawn():
         assert benefits["0.20"][3, j] == pytest.approx(expected)
 
 
+def test_net_benefit_has_an_interval_where_enough_patients_would_be_acted_on():
+    rows, fitted = example(120)
+    resamples = bootstrap.draw(rows.patients, 30)
+    ranked = ranking_columns(rows.labels, rows.probabilities, resamples, specificities=clinical.SPECIFICITIES)
+    sums = resamples.sums(confusion_counts(rows.labels, rows.probabilities >= fitted.thresholds))
+    found = clinical.clinical_metrics(rows, fitted, ranked, sums, resamples, Settings())
+    few, given = ~bootstrap.enough_cases(rows.labels, rows.patients), []
+    for j, name in enumerate(rows.findings):
+        for threshold in clinical.NET_BENEFIT_AT:
+            acted_on = (fitted.calibrated[:, j] >= threshold) & (rows.labels[:, j] != UNKNOWN)
+            wanted = not few[j] and len(np.unique(rows.patients[acted_on])) >= bootstrap.MIN_CASES
+            intervals = found["intervals"]["per_label"][name]["net_benefit"] or {}
+            assert (intervals.get(f"{threshold:.2f}") is not None) == wanted
+            given.append(wanted)
+    assert any(given) and not all(given)
+
+
 @pytest.mark.parametrize("objective", ["prevalence", "f1", "youden", "crg", "hamming", "sensitivity:0.9"])
 def test_thresholds_of_the_table_itself_decide_as_the_tuned_ones_do_about_as_well(objective):
     rows, _ = example(unknown=0)
