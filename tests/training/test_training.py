@@ -820,8 +820,8 @@ def test_every_setting_has_a_flag_that_shows_its_default():
 ALWAYS = {  # flags that every run looks at
     "--mode", "--output-dir", "--resume", "--plan", "--device", "--workers", "--micro-batch", "--save-minutes",
     "--report-to", "--config", "--name", "--data-dir", "--limit", "--tuning-fraction", "--augment", "--model",
-    "--epochs", "--freeze-backbone", "--batch-size", "--learning-rate", "--weight-decay", "--warmup-fraction", "--clip-norm",
-    "--ema-decay", "--average-epochs", "--recipe", "--loss-type", "--class-weights", "--seed", "--help", "--help-all",
+    "--epochs", "--freeze-backbone", "--batch-size", "--learning-rate", "--weight-decay", "--warmup-fraction",
+    "--clip-norm", "--ema-decay", "--average-epochs", "--recipe", "--loss-type", "--class-weights", "--seed", "--help", "--help-all",
     "--version", "--folds", "--seeds", "--search",
 }  # fmt: skip
 
