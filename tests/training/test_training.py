@@ -821,8 +821,8 @@ ALWAYS = {  # flags that every run looks at
     "--mode", "--output-dir", "--resume", "--plan", "--device", "--workers", "--micro-batch", "--save-minutes",
     "--report-to", "--config", "--name", "--data-dir", "--limit", "--tuning-fraction", "--augment", "--model",
     "--epochs", "--freeze-backbone", "--batch-size", "--learning-rate", "--weight-decay", "--warmup-fraction",
-    "--clip-norm", "--ema-decay", "--average-epochs", "--recipe", "--loss-type", "--class-weights", "--seed", "--help", "--help-all",
-    "--version", "--folds", "--seeds", "--search",
+    "--clip-norm", "--ema-decay", "--average-epochs", "--recipe", "--loss-type", "--class-weights", "--seed",
+    "--help", "--help-all", "--version", "--folds", "--seeds", "--search",
 }  # fmt: skip
 
 
