@@ -705,7 +705,7 @@ class QueryHead(AttentionHead):
         return torch.cat([score, F.linear(tokens * kept, self.evidence.weight)], dim=-1)
 
 
-class MaxHead(nn.Module):
+class MaxHead(AttentionHead):
     """The highest tokens of a slice backbone speak for a volume: tokens (B, S, h, w, C) -> (B, 18).
 
         logit = bias + mean of the `tokens` highest values of (weight . token)
@@ -715,18 +715,14 @@ class MaxHead(nn.Module):
     """
 
     def __init__(self, dim: int, outputs: int = N_LABELS, tokens: int = 5):
-        super().__init__()
+        nn.Module.__init__(self)
         self.evidence = zero_linear(dim, outputs)
         self.tokens = tokens
 
-    def forward(self, x: Tensor, codebook: None = None) -> Tensor:
-        """`codebook`: a slice backbone has none."""
-        attention, evidence = self.attend(x)
-        return (attention * evidence).sum((2, 3, 4)) + self.evidence.bias
-
-    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, x: Tensor, codebook: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`forward`'s input -> attention, which is an equal share for each of the highest tokens and 0 for the others,
-        and evidence, (B, 18, S, h, w) each. In float32 whatever the surrounding precision."""
+        and evidence, (B, 18, S, h, w) each. In float32 whatever the surrounding precision. A slice backbone has no
+        `codebook`."""
         with torch.autocast(x.device.type, enabled=False):
             evidence = F.linear(x.float(), self.evidence.weight).movedim(-1, 1)
             flat = evidence.detach().flatten(2)
@@ -2296,8 +2292,8 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
             self.input_shape = (max(SLICE_INPUT_SHAPE[0], n_slices if slice_spacing else 0),
                                 *((slice_size,) * 2 if slice_size else SLICE_INPUT_SHAPE[1:]))  # fmt: skip
             network = partial(SliceBackbone, backbone, config=timm_config, size=slice_size, windows=windows)
-            build = partial(self._build_slice_variant, backbone, network, feature_stride)
-            build(attention, pretrained, n_slices, backbone_weights)
+            self._build_slice_variant(backbone, network, feature_stride, attention, pretrained, n_slices,
+                                      backbone_weights)
         # What `from_pretrained` needs to rebuild the model without the files it came from.
         self._hub_mixin_config = {
             "ctclip_path": None,

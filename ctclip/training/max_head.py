@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctclip.evaluation.metrics import drawn_once, ranking_columns
 from ctclip.training.run import TrainingJob
 from ctclip.training.steps import frozen_inputs
 from ctclip_model import UNKNOWN, MaxHead
@@ -145,11 +147,10 @@ def logistic_weights(inputs: Tensor, labels: Tensor, steps: int = 6) -> Tensor:
 def ranking(scores: Tensor, labels: Tensor) -> Tensor:
     """scores (L, R, V), labels (L, V) -> AUROC (L, R)."""
     found = []
-    for of_label, wanted in zip(scores, labels, strict=True):
-        positive, negative = of_label[:, wanted == 1], of_label[:, wanted == 0]
-        higher = positive[:, :, None] - negative[:, None]
-        found.append(((higher > 0).float() + 0.5 * (higher == 0)).mean((1, 2)))
-    return torch.stack(found)
+    for of_label, wanted in zip(scores.cpu().numpy(), labels.cpu().numpy(), strict=True):
+        repeated = np.repeat(wanted[:, None], len(of_label), 1)
+        found.append(ranking_columns(repeated, of_label.T, drawn_once(repeated), ap=False)["auroc"][0])
+    return torch.from_numpy(np.stack(found)).to(scores)
 
 
 def line_through(scores: Tensor, labels: Tensor, steps: int = 10) -> tuple[Tensor, Tensor]:
