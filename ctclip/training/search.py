@@ -2,7 +2,7 @@
 the same split and seed, and compared by macro AUROC on the validation patients.
 
 A trial is the training of an ordinary run without its files, so that the run that the printed command trains comes to
-the same AUROC. Of several settings the best looks better than it is on the patients that chose it; `score_elsewhere`
+the same AUROC; to rounding where processes trained side by side, each with fewer threads. Of several settings the best looks better than it is on the patients that chose it; `score_elsewhere`
 says by how much.
 """
 
@@ -13,7 +13,8 @@ import csv
 import json
 import shlex
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from ctclip.training.optimization import TrainableParameters, rng_state, set_rng
 from ctclip.training.run import TrainingJob, create_criterion, prepare
 from ctclip.training.steps import load_features
 from ctclip.training.study import SAME_COMMAND, Study
+from ctclip.training.trial_workers import TrialWorkers, processes_to_start
 from ctclip_model import SLICE_HEADS
 
 SEARCHED = ("head", "loss_type", "alpha", "gamma", "learning_rate", "weight_decay", "dropout")
@@ -46,6 +48,7 @@ LOSSES = ("focal", "bce", "asl")
 # Ranges: uniform, or uniform in the logarithm. Learning rates are factors of the head's default.
 ALPHA, GAMMA, DROPOUT = (0.15, 0.85), (0.0, 4.0), (0.0, 0.6)
 LEARNING_RATE_FACTOR, WEIGHT_DECAY = (0.1, 10.0), (1e-4, 1.0)
+SECONDS_WORTH_PROCESSES = 20.0  # of training; each needs some seconds to start
 RESAMPLES = 500
 MOST_CANDIDATES = 200  # epochs of all trials, from the best down, that a resample chooses among
 
@@ -169,6 +172,20 @@ class HeadJob:
         return Trial(number, config, np.array(scores), found.numpy(), time.perf_counter() - started, failed)
 
 
+class Trainer:
+    """Trains settings of any head, of which one has its features in memory."""
+
+    def __init__(self, study: Study, data_dir: str, first: HeadJob | None = None):
+        self.study, self.data_dir, self.job = study, data_dir, first
+        self.head = None if first is None else study.config.head
+
+    def __call__(self, number: int, config: TrainingConfig) -> Trial:
+        if self.job is None or config.head != self.head:
+            self.job = None  # its memory, before that of the next
+            self.job, self.head = HeadJob(self.study, config, self.data_dir), config.head
+        return self.job.train(number, config)
+
+
 # ------------------------------------------------------------------ all trials
 
 
@@ -232,25 +249,42 @@ def searched_heads(study: Study, first: HeadJob) -> tuple[str, ...]:
 
 def train_trials(study: Study, first: HeadJob, configs: Mapping[int, TrainingConfig]) -> list[Trial]:
     """All trials, one head after the other, because each has its own features in memory; done ones are read."""
-    names, data_dir = first.job.validation.names, str(first.job.data_dir)
+    names, log = first.job.validation.names, first.job.run.log
     folder = make_folder(study.folder / "trials", "change --output-dir")
-    trials: list[Trial] = []
-    jobs: dict[str, HeadJob] = {study.config.head: first}
-    for number, config in sorted(configs.items(), key=lambda item: (item[1].head != study.config.head, item[1].head)):
-        path = folder / f"{number:04d}.npz"
-        trial = read_trial(path, number, config, names)
-        if trial is None:
-            if config.head not in jobs:
-                jobs.clear()
-                jobs[config.head] = HeadJob(study, config, data_dir)
-            try:
-                trial = jobs[config.head].train(number, config)
-            except KeyboardInterrupt as error:
-                raise KeyboardInterrupt(f"{len(trials)} of {study.count} settings are done; {SAME_COMMAND}") from error
-            write_trial(path, trial, names)
-        trials.append(trial)
-        first.job.run.log(f"{len(trials):>3}/{study.count}  {trial_text(trial)}")
+    paths = {number: folder / f"{number:04d}.npz" for number in configs}
+    stored = (read_trial(paths[number], number, config, names) for number, config in configs.items())
+    trials = [trial for trial in stored if trial is not None]
+    for done, trial in enumerate(trials, 1):
+        log(f"{done:>3}/{study.count}  {trial_text(trial)}")
+    missing = {number: config for number, config in configs.items() if number not in {t.number for t in trials}}
+    try:
+        for trial in missing_trials(study, first, missing):
+            write_trial(paths[trial.number], trial, names)
+            trials.append(trial)
+            log(f"{len(trials):>3}/{study.count}  {trial_text(trial)}")
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"{len(trials)} of {study.count} settings are done; {SAME_COMMAND}") from error
     return sorted(trials, key=lambda trial: trial.number)
+
+
+def missing_trials(study: Study, first: HeadJob, configs: Mapping[int, TrainingConfig]) -> Iterator[Trial]:
+    """Each trained; in several processes what is left of a head when its first setting has shown that this is worth
+    their start."""
+    data_dir = str(first.job.data_dir)
+    train = Trainer(study, data_dir, first)
+    with ExitStack() as stack:
+        workers: TrialWorkers | None = None
+        for head in sorted({config.head for config in configs.values()}, key=lambda head: (head != train.head, head)):
+            left = {number: config for number, config in configs.items() if config.head == head}
+            while left:
+                number = min(left)
+                trial = train(number, left.pop(number))
+                yield trial
+                count = processes_to_start(first.job.run.device, len(left))
+                if count > 1 and trial.seconds * len(left) > SECONDS_WORTH_PROCESSES:
+                    workers = workers or stack.enter_context(TrialWorkers(count, Trainer, study, data_dir))
+                    yield from workers.train(left)
+                    left = {}
 
 
 def write_trial(path: Path, trial: Trial, names: Sequence[str]) -> None:

@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers_training import damage, history, one_line
 from scipy.special import logit
 
-from ctclip.config import TrainingConfig, config_from_flags, training_parser
+from ctclip.config import TrainingConfig, TrainingError, config_from_flags, training_parser
 from ctclip.evaluation.metrics import compute_metrics
-from ctclip.training import search
+from ctclip.memory import SystemMemory
+from ctclip.training import search, trial_workers
 from ctclip.training.search import CTCLIP_HEADS, SEARCHED, Trial, command_of, draw_setting, score_elsewhere
+from ctclip.training.trial_workers import TrialWorkers, processes_to_start
 from ctclip_training import main
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -132,6 +135,37 @@ def test_a_search_goes_on_after_an_interruption_and_may_grow(searched, flags, tm
     assert main([*flags, "--search", str(TRIALS), "--output-dir", str(folder)]) == 2
     err = capsys.readouterr().err
     assert one_line(err) and "0001.npz: found a damaged trial" in err
+
+
+def in_two_processes(monkeypatch) -> None:
+    monkeypatch.setattr(search, "SECONDS_WORTH_PROCESSES", 0)
+    monkeypatch.setattr(search, "processes_to_start", lambda device, pending: 2)
+
+
+def test_processes_side_by_side_come_to_the_same_table(searched, flags, tmp_path, monkeypatch):
+    in_two_processes(monkeypatch)
+    made = []
+    monkeypatch.setattr(search, "TrialWorkers", lambda *args: made.append(TrialWorkers(*args)) or made[-1])
+    assert main([*flags, "--search", str(TRIALS), "--output-dir", str(tmp_path / "search")]) == 0
+    assert len(made) == 1 and len(made[0].processes) == 2 and not any(p.is_alive() for p in made[0].processes)
+    pd.testing.assert_frame_equal(table(tmp_path / "search"), table(searched))
+
+
+def test_a_process_that_is_killed_is_said():
+    with TrialWorkers(1, TrainingConfig) as workers:
+        workers.processes[0].kill()
+        with pytest.raises(TrainingError, match=r"has ended \(out of memory\?\).*the same command goes on"):
+            list(workers.train({1: TrainingConfig()}))
+
+
+def test_as_many_processes_as_threads_and_memory_allow(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(trial_workers, "process_memory", lambda: 10)
+    for available, pending, expected in ((100, 9, 6), (100, 3, 3), (45, 9, 4), (5, 9, 1)):
+        monkeypatch.setattr(trial_workers, "system_memory", lambda held=available: SystemMemory(held, 200))
+        assert processes_to_start(cpu, pending) == expected
+    assert processes_to_start(torch.device("cuda"), 9) == 1
 
 
 def test_a_setting_that_diverges_is_listed_and_the_search_goes_on(flags, tmp_path, monkeypatch, capsys):
