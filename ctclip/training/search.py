@@ -2,8 +2,8 @@
 the same split and seed, and compared by macro AUROC on the validation patients.
 
 A trial is the training of an ordinary run without its files, so that the run that the printed command trains comes to
-the same AUROC; to rounding where processes trained side by side, each with fewer threads. Of several settings the best looks better than it is on the patients that chose it; `score_elsewhere`
-says by how much.
+the same AUROC; to rounding where processes trained side by side, each with fewer threads. Of several settings the best
+looks better than it is on the patients that chose it; `score_elsewhere` says by how much.
 """
 
 from __future__ import annotations
