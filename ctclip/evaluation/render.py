@@ -30,9 +30,9 @@ from ctclip.formatting import WIDTH, metric_text
 TEMPLATE = Path(__file__).with_name("report.html")
 TEXT_SECTIONS = ("data", "ensemble", "per_label", "clinical", "net_benefit_table", "calibration", "thresholds",
                  "threshold_table", "comparison", "subgroups", "baseline", "limits", "criteria")
-PAGE_SECTIONS = ("headline", "ensemble", "criteria", "comparison", "sweep", "thresholds", "per_label", "clinical",
-                 "roc", "precision_recall", "reliability", "net_benefit", "net_benefit_table", "rates", "training",
-                 "calibration", "subgroups", "baseline", "cases", "limits", "settings")
+PAGE_SECTIONS = ("headline", "criteria", "baseline", "ensemble", "comparison", "sweep", "thresholds", "per_label",
+                 "clinical", "roc", "precision_recall", "reliability", "net_benefit", "net_benefit_table", "rates",
+                 "training", "calibration", "subgroups", "cases", "limits", "files", "settings")
 
 
 def format_report(metrics: Mapping) -> str:
@@ -120,6 +120,9 @@ def write_page(
         lead = ("Per label, the volumes whose calibrated probability lies farthest on the wrong side of the threshold, "
                 "some with an axial and a coronal slice: to tell a wrong label from a wrong model.")
         sections["cases"] = Section("cases", "Worst errors", [Paragraph(lead)])
+    if (files := report.files_section(path.parent)) is not None:
+        sections["files"] = files
+    beside = {key: name for key, name in report.FILE_OF_SECTION.items() if (path.parent / name).is_file()}
     facts = [*report.data_facts(metrics), ("Written", f"{datetime.now():%Y-%m-%d %H:%M}")]
     if data:
         facts.insert(0, ("Data", data))
@@ -127,6 +130,7 @@ def write_page(
     text = page_template(TEMPLATE.name).render(
         title=f"CT-CLIP evaluation{f', {data}' if data else ''}", facts=Table("Data", (), facts), note=metrics["note"],
         sections=[sections[key] for key in PAGE_SECTIONS if key in sections], cases=by_label,
+        files=beside,
         curves=[(key, name, metric_text(metrics["at_0.5"][key], key)) for key, name, _ in SWEEP_CURVES],
         slider=report.slider_data(metrics, labels, probabilities, calibrated),
     )

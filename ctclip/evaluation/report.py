@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ctclip.config import CALIBRATION_FILE
 from ctclip.data.patients import own_patient_note
 from ctclip.data.tables import UNCALIBRATED, some
 from ctclip.evaluation import figures
@@ -19,6 +20,7 @@ from ctclip.evaluation.bootstrap import MIN_CASES
 from ctclip.evaluation.calibration import CROSS_FITTED, TUNING, few_patients_note
 from ctclip.evaluation.clinical import AT_LABEL_RATE
 from ctclip.evaluation.metrics import threshold_sweep
+from ctclip.evaluation.run_folder import REPORT_TEXT
 from ctclip.evaluation.subgroups import MIN_PATIENTS
 from ctclip.formatting import change_text, decimal, interval_text, metric_text, percent, plural
 from ctclip_model import ABNORMALITIES
@@ -38,6 +40,26 @@ METRIC_ROWS = (  # of the dictionary M, in the order they are shown
     ("Recall macro", "recall_macro"), ("CRG", "crg"),
 )
 WHEN = ("before", "after")  # calibration
+CRG_MEANING = (
+    "the score of the challenge's report task: finding a positive earns, and missing it costs, the more the rarer "
+    "positives are; a false alarm costs 1, a true negative earns nothing. 1 is perfect; calling all, none or random "
+    "volumes positive gives 0.333"
+)
+FILES = (  # beside the page: names, what they hold
+    (("metrics.json",), "every number of this page"),
+    ((REPORT_TEXT,), "this page's tables as text"),
+    (("per_label.csv",), "metrics and both thresholds of each label"),
+    (("predictions.csv",), "probabilities as they were evaluated"),
+    (("predictions_calibrated.csv",), "calibrated probabilities, for reading"),
+    (("predictions_mapped.csv",), "rescaled so that 0.5 decides as the tuned thresholds do, for the challenge"),
+    (("labels.csv",), "labels as they were evaluated"),
+    ((CALIBRATION_FILE,), "calibration, and each label's threshold for uncalibrated and calibrated probabilities"),
+    (("tuning_predictions.csv", "tuning_labels.csv"), "of the patients that thresholds and calibration are fitted on"),
+    (("run.json", "log.jsonl"), "settings of the run; a line for each epoch"),
+    ((*figures.EVALUATION_FIGURES, figures.TRAINING_CURVES), "figures of this page"),
+)
+FILE_OF_SECTION = {"headline": "metrics.json", "thresholds": CALIBRATION_FILE, "per_label": "per_label.csv",
+                   "calibration": CALIBRATION_FILE, "training": "log.jsonl", "cases": "predictions.csv"}
 NO_INTERVALS = f"No intervals with fewer than {MIN_CASES} patients"
 STOPS, UNDEFINED = np.arange(201) / 200, 65535  # of the page's slider
 
@@ -85,7 +107,13 @@ class Figure(NamedTuple):
     shape: str = "panels"
 
 
-Block = Paragraph | Table | Figure
+class Files(NamedTuple):
+    """Links to files beside the page: (names, what they hold)."""
+
+    links: Sequence[tuple[Sequence[str], str]]
+
+
+Block = Paragraph | Table | Figure | Files
 
 
 class Section(NamedTuple):
@@ -139,7 +167,8 @@ def _note(metrics: Mapping) -> list[Paragraph]:
 
 
 def _data(metrics: Mapping) -> Section:
-    return _section("data", "Prediction analysis", Table("Data", (), data_facts(metrics)), *_note(metrics))
+    facts = [*data_facts(metrics), ("CRG", CRG_MEANING)]
+    return _section("data", "Prediction analysis", Table("Data", (), facts), *_note(metrics))
 
 
 def data_facts(metrics: Mapping) -> list[tuple[str, str]]:
@@ -263,7 +292,7 @@ def _headline(metrics: Mapping) -> Section:
         "positive_rate": f"label rate {percent(half['label_rate'])}; {percent(half['positive_rate'])} at 0.5",
         "f1_macro": f"{half['f1_macro']:.3f} at 0.5",
         "hamming_accuracy": f"{1 - half['label_rate']:.3f} if every decision is negative",
-        "crg": "0.333 for all, none or random; 1 is perfect",
+        "crg": "0.333 without a model; 1 is perfect",
     }
     rows: list[TableRow] = [
         ("Macro AUROC", _value(half, intervals["at_0.5"], "auroc_macro", 3),
@@ -276,6 +305,7 @@ def _headline(metrics: Mapping) -> Section:
         "headline", "Headline results",
         f"{_resampled(metrics, 'Each value with its 95 % interval from {} of the patients')}. "
         f"Tuned: one threshold per label, {fitted_on(metrics['thresholds'])}.",
+        f"CRG is {CRG_MEANING}.",
         Table("Headline results", ("", "", ""), rows),
     )
 
@@ -590,6 +620,14 @@ def settings_section(metrics: Mapping, record: Mapping) -> Section:
         Table(title, (), [(key.replace("_", " "), _plain(value)) for key, value in values.items()])
         for title, values in parts.items() if values
     ))
+
+
+def files_section(folder: Path) -> Section | None:
+    """Links to what lies beside the page; None where nothing does."""
+    there = [([name for name in names if (folder / name).is_file()], meaning) for names, meaning in FILES]
+    found = [(names, meaning) for names, meaning in there if names]
+    lead = "In the same folder as this page: the links hold wherever the folder is moved."
+    return _section("files", "Files", lead, Files(found)) if found else None
 
 
 def data_name(record: Mapping) -> str:

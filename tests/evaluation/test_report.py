@@ -44,6 +44,7 @@ MOVE = """stops => stops.map(k => {
   const shown = [...document.querySelectorAll("#sweep dd")].map(e => [e.dataset.value, e.textContent]);
   return [Object.fromEntries(shown), document.querySelector("[data-value=threshold]").textContent];
 })"""
+BESIDE = {"metrics.json", "per_label.csv", "calibration.json"}  # of the page: made before it
 HISTORY = [
     {"epoch": 1, "stage": "frozen", "train_loss": 0.5, "tuning_loss": float("inf"), "tuning_auroc_macro": 0.6,
      "positive_rate": 0.9, "label_rate": 0.2, "best": True},
@@ -76,6 +77,8 @@ def path(evaluation, tmp_path_factory):
     cases = [Case("Lung nodule", "false negative", HOSTILE, 0.1, 0.4, jpeg.getvalue()),
              Case("Lung nodule", "false positive", "valid_2_a_1.nii.gz", 0.9, 0.4)]
     path = tmp_path_factory.mktemp("page") / "report.html"
+    for name in BESIDE:
+        (path.parent / name).touch()
     write(path, evaluation, HISTORY, RECORD, cases)
     return path
 
@@ -193,7 +196,7 @@ def test_names_stay_text(parsed):
 
 def test_nothing_is_fetched(parsed, path):
     links = [attributes[key] for _, attributes in parsed.elements for key in ("src", "href") if key in attributes]
-    assert len(links) > 10 and all(link.startswith(("#", "data:")) for link in links)
+    assert len(links) > 10 and {link for link in links if not link.startswith(("#", "data:"))} == BESIDE
     assert not re.search(r"@import|url\(", path.read_text(encoding="utf-8"))
     policy = next(a["content"] for tag, a in parsed.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in policy and "img-src data:" in policy
@@ -224,7 +227,8 @@ def test_undefined_is_said(path, parsed):
     text = path.read_text(encoding="utf-8")
     found = re.findall(rf'<th scope="row">{ONE_CLASS}</th>(.*?)</tr>', text)
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in found]
-    assert rows[0][4] == "undefined" and rows[2][0] == "undefined"  # AUROC and average precision
+    undefined = rows[0][0], rows[1][4], rows[3][0]  # difference from the baseline, AUROC, average precision
+    assert set(undefined) == {"undefined"}
     assert text.count("undefined: only one class") == 4  # ROC and precision-recall, seen and heard; not reliability
     assert text.count('<p class="nothing">') == 3 and "mean of 17 labels" in parsed.text
     assert re.search(r"rare15too few patients", parsed.text)
@@ -243,6 +247,17 @@ def test_blocks_come_and_go(evaluation, path, tmp_path):
     assert re.findall(r'<li><a href="#(\w+)"', text) == sections
     assert f'<p class="note">{SYNTHETIC_NOTE}</p>' in text and "Research use only." in text
     assert "{{" not in text and [file.name for file in tmp_path.iterdir()] == ["bare.html"]
+
+
+def test_files_are_linked_where_they_are_and_crg_is_explained_before_its_first_value(path):
+    text = path.read_text(encoding="utf-8")
+    assert set(re.findall(r'href="(\w+\.\w+)"', text[text.index('<section id="files"'):])) == BESIDE
+    headings = dict(re.findall(r'<h2>([\w ]+)<a class="file" href="([\w.]+)"', text))
+    assert headings == {"Headline results": "metrics.json", "Per label": "per_label.csv",
+                        "Optimal threshold": "calibration.json", "Calibration": "calibration.json"}
+    main = text[text.index("<main>"):]
+    assert main.index("CRG is the score of the challenge") < main.index("CRG, tuned")
+    assert re.findall(r'<section id="(\w+)"', text)[:3] == ["headline", "criteria", "baseline"]
 
 
 def test_curves_are_thinned_not_moved():
@@ -376,6 +391,31 @@ def test_fits_a_phone_in_light_and_dark(browser, path):
         papers.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
         page.close()
     assert len(papers) == 2
+
+
+CONTENTS = """() => {
+  const {top, bottom} = document.querySelector("nav").getBoundingClientRect();
+  return [top >= 0 && bottom <= innerHeight, document.querySelector("nav details").open,
+          [...document.querySelectorAll("nav [aria-current]")].map(link => link.textContent)];
+}"""
+
+
+@pytest.mark.parametrize(("width", "is_open"), [(1280, True), (390, False)])
+def test_contents_stay_in_view_and_mark_the_section(browser, path, width, is_open):
+    page = browser.new_page(viewport={"width": width, "height": 800}, reduced_motion="reduce")
+    page.goto(path.as_uri())
+    assert page.evaluate(CONTENTS)[1:] == [is_open, ["Headline results"]]
+    for key, title in (("per_label", "Per label"), ("cases", "Worst errors")):
+        if not is_open:
+            page.locator("nav summary").click()
+        page.locator(f"nav [href='#{key}']").click()
+        page.locator(f"nav [aria-current][href='#{key}']").wait_for(state="attached")
+        assert page.evaluate(CONTENTS) == [True, is_open, [title]]  # a choice folds the menu again
+        below = page.locator("nav").bounding_box()["height"] if not is_open else 0
+        assert page.locator(f"#{key} h2").bounding_box()["y"] >= below  # and hides no heading
+    page.emulate_media(media="print")
+    assert not page.locator("nav").is_visible()
+    page.close()
 
 
 def test_reads_without_script(browser, path):
