@@ -2782,6 +2782,12 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         found = torch.cat([encode(part) for part in parts]).unflatten(0, by_volume)
         return _pool(found) if self.cache_format == "pooled" else found  # (B, S, h, w, C) or (B, S, C, h, w)
 
+    def features_of_maps(self, maps: Tensor) -> Tensor:
+        """Slice variant: the backbone's maps (B, S, C, h, w) -> `features` of the volumes, but for class tokens."""
+        if self.cache_format == "pooled":
+            return _pool(maps)
+        return as_tokens(maps, self.tokens) if self.cache_format == "tokens" else maps
+
     def head(self, features: Tensor) -> Tensor:
         """Output of `features`, or of `features_from_cache`, -> logits (B, 18), with prompts (B, n)."""
         if self.head_name in ("attention", "max"):

@@ -733,8 +733,8 @@ def task_parser(description: str) -> OneLineParser:
                        "quantised tokens, 28 MB a volume); of a slice backbone, in place of their mean, slice (class "
                        "token or mean of each slice) or patch (every place of its feature map)")
     group.add_argument("--explain", metavar="LABEL[,LABEL]",
-                       help="heat maps of these findings, or all: NIfTI on the scan's grid and PNG, beside the output; "
-                       "doubles the time")
+                       help="heat maps of these findings, or all: NIfTI on the scan's grid, pictures and numbers, in a "
+                       "folder for each scan beside the output")
     group.add_argument("--assume-hu", action="store_true",
                        help="take voxels for HU by the header, whatever they look like: the answer may be wrong")
     group.add_argument("--prompts", metavar="TXT",

@@ -60,7 +60,7 @@ if reports:
     out = "results/scan.csv"
     show(run)
     !python run_task2.py --mode predict --checkpoint {run} --input {scan} --output {out} --explain "Lung opacity"
-    display(*(Image(str(path)) for path in sorted(Path("results/scan_explain").glob("*.png"))[:1]))
+    display(*(Image(str(path)) for path in sorted(Path("results/scan_explain").glob("*/Lung_opacity.png"))))
 else:
     print("No report in results/ yet: run cells 3 and 4.")'''
 

@@ -14,7 +14,7 @@ import ctclip.config
 import ctclip_model
 from ctclip.data.augmentation import Augmentation, jitter_window, random_box
 from ctclip.hub.model_card import Facts, licence_of
-from ctclip.inference.heat_maps import token_contributions
+from ctclip.inference.contributions import token_contributions
 from ctclip_model import (
     VIDEO_MODELS,
     CheckpointError,

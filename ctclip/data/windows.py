@@ -19,9 +19,13 @@ class Window(NamedTuple):
 
 
 LUNG_WINDOW, SOFT_TISSUE_WINDOW = (Window(*WINDOWS[name]) for name in ("lung", "mediastinum"))
+LUNG_AND_SOFT_TISSUE_WINDOW = Window(-300, 1500)  # lung dark, mediastinum not yet white
+LUNG_AND_SOFT_TISSUE_LABELS = frozenset(("Atelectasis", "Consolidation"))  # which reach up to the mediastinum
 SOFT_TISSUE_LABELS = frozenset((*ABNORMALITIES[:7], "Pleural effusion"))  # devices, vessels, heart, hernia, lymph nodes
 
 
 def display_window(label: str) -> Window:
     """The window in which a finding is looked at."""
+    if label in LUNG_AND_SOFT_TISSUE_LABELS:
+        return LUNG_AND_SOFT_TISSUE_WINDOW
     return SOFT_TISSUE_WINDOW if label in SOFT_TISSUE_LABELS else LUNG_WINDOW

@@ -61,7 +61,7 @@ def _predict(args: argparse.Namespace, checkpoint: Path, named: str) -> None:
     labels = prompts.names if prompts else labels_of(checkpoint)
     check_output(output, labels)
     _check_chosen(args, output)
-    explain_dir = output.parent / f"{output.stem}_explain"
+    explain_dir = explain_folder(output)
     if args.explain:
         check_matplotlib()
         check_writable(explain_dir, "name another --output")
@@ -96,6 +96,11 @@ def _predict(args: argparse.Namespace, checkpoint: Path, named: str) -> None:
         print(f"Next: python {script('run_task2.py')} --mode predict {given}")
 
 
+def explain_folder(output: Path) -> Path:
+    """Where heat maps lie, in a folder for each scan."""
+    return output.parent / f"{output.stem}_explain"
+
+
 def _check_chosen(args: argparse.Namespace, output: Path) -> None:
     """Raises UserError for flags on calibration and thresholds that would change nothing of what is written."""
     calibrated, table = not (args.map_thresholds or args.uncalibrated), output.suffix == ".csv"
@@ -122,7 +127,7 @@ def print_predictions(predictions: Predictions, output: Path, checkpoint: str) -
     if predictions.note:
         print(predictions.note)
     if predictions.heat_maps:
-        print(f"Wrote {len(predictions.heat_maps)} heat maps and pictures to {predictions.heat_maps[0].parent}")
+        print(f"Wrote {len(predictions.heat_maps)} files of heat maps to {explain_folder(output)}")
     if failures:
         print("\n".join(f"skipped: {name}: {reason}" for name, reason in failures), file=sys.stderr)
         instead = "are answered with the training prevalence" if json else "are not in it"

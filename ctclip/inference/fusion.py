@@ -20,6 +20,7 @@ from ctclip.data.patients import merge_ids
 from ctclip.evaluation.ensemble import check_uncalibrated, combine, fit_on_tuning
 from ctclip.evaluation.run_folder import run_tuning
 from ctclip.evaluation.saved_ensemble import check_partners, save_ensemble, saved_ensemble
+from ctclip.inference.contributions import Contributions
 from ctclip.inference.predictor import chunks, load_model, predict_volumes
 from ctclip_model import CTCLIPMultiAbnormalityModel, PromptError, Prompts
 
@@ -41,18 +42,21 @@ class FusedModels:
         *,
         workers: int | None = None,
         on_batch: Callable[[Batch], None] | None = None,
-        on_answer: Callable[[int, np.ndarray, Tensor], None] | None = None,
+        on_answer: Callable[[int, np.ndarray, Tensor, Contributions | None], None] | None = None,
         on_failure: Callable[[int, Exception], object] | None = None,
         caches: Sequence[FeatureCache] | None = None,
         resample_on_device: bool = False,
+        explain: Sequence[int] = (),
     ) -> tuple[list[int], np.ndarray]:
         """(indices of the volumes that every model answers, ascending; their probabilities (n, L)).
 
         One model's are its sigmoids, float32; several models' are `combine` of these. A volume is read once for each
         input shape among the models, or, with `caches`, one for each model, once for each model that has it not in its
-        own. `on_answer` is called as (index, probabilities (L,), voxels) once the last model has answered, the other
-        arguments are as in `predict_volumes`.
+        own. `on_answer` is called as (index, probabilities (L,), voxels, contributions) once the last model has
+        answered, the other arguments are as in `predict_volumes`; `explain` is of one model only.
         """
+        if explain and len(self.models) > 1:
+            raise ValueError(f"found {len(self.models)} models to explain, expected one; each has maps of its own")
         passes = self._passes(caches)
         at_once = VOLUMES_AT_ONCE if len(passes) > 1 else max(1, len(volumes))
         rows: dict[int, np.ndarray] = {}
@@ -62,7 +66,7 @@ class FusedModels:
                 left = self._one_pass(
                     each, volumes, left, answers, on_batch=on_batch and _renumbered(on_batch, left, each is passes[0]),
                     on_answer=on_answer if each is passes[-1] else None, on_failure=on_failure, workers=workers,
-                    resample_on_device=resample_on_device,
+                    resample_on_device=resample_on_device, explain=explain,
                 )  # fmt: skip
             rows |= {index: self._fused(answers[index]) for index in left}
         read = sorted(rows)
@@ -70,7 +74,7 @@ class FusedModels:
 
     def _one_pass(
         self, each: _Pass, volumes: Sequence[Volume], indices: list[int], answers: dict[int, np.ndarray], *,
-        on_answer: Callable[[int, np.ndarray, Tensor], None] | None,
+        on_answer: Callable[[int, np.ndarray, Tensor, Contributions | None], None] | None,
         on_failure: Callable[[int, Exception], object] | None, **options: Any,
     ) -> list[int]:
         """Fills `answers` {index: (K, L)} with what the models of one pass answer; -> the indices that have answers."""
@@ -81,10 +85,10 @@ class FusedModels:
                 order = [self.models[place].labels.index(name) for name in self.labels]
                 answers[indices[number]][place] = row[order]
 
-        def answered(number: int, voxels: Tensor, logits: Tensor) -> None:
+        def answered(number: int, voxels: Tensor, logits: Tensor, contributions: Contributions | None) -> None:
             keep(number, logits)
             if on_answer is not None:
-                on_answer(indices[number], self._fused(answers[indices[number]]), voxels)
+                on_answer(indices[number], self._fused(answers[indices[number]]), voxels, contributions)
 
         failed = None if on_failure is None else lambda number, error: on_failure(indices[number], error)
         read, logits = predict_volumes(each.model, [volumes[index] for index in indices], cache=each.cache,

@@ -39,8 +39,11 @@ from ctclip.evaluation.saved_ensemble import saved_ensemble
 from ctclip.evaluation.tables import VolumeTable
 from ctclip.evaluation.thresholds import label_rates
 from ctclip.fileio import check_replaceable, naming, replacing
+from ctclip.inference.contributions import Contributions
+from ctclip.inference.decisions import decide
 from ctclip.inference.fusion import FusedModels, load_models
 from ctclip.inference.heat_maps import check_heat_maps, parse_labels, write_scan_heat_maps
+from ctclip.inference.scan_maps import scan_maps
 from ctclip.inference.scans import PredictionError, Scan, find_scans
 from ctclip.memory import out_of_memory
 from ctclip_model import ABNORMALITIES, PHANTOM_WEIGHTS, CTCLIPMultiAbnormalityModel, Prompts
@@ -57,7 +60,7 @@ class Predictions:
     scans: list[Scan]  # all that were found, in order
     failures: list[tuple[str, str]]  # (name, reason) of those that have no answer, and of folders not looked into
     warnings: dict[str, str]  # {name: what a reader of its answer should know}, of scans that were read
-    heat_maps: list[Path]  # files that were written: .nii.gz and .png
+    heat_maps: list[Path]  # files that were written: .nii.gz, .png and .json
     description: str  # what the numbers are
     scale: str  # what SCALE_COLUMN says of them
     calibration: Calibration | None  # by which they were made of the model's own
@@ -132,10 +135,10 @@ def predict_scans(
     fitted = _calibration_for(form, checkpoint, {key: value for key, value in chosen.items() if value is not None})
     model = load_models(checkpoint, device, prompts)
     labels = [] if explain is None else parse_labels(explain, model.labels)
-    check_heat_maps(Path(explain_dir), [scan.stem for scan in found], labels)
+    check_heat_maps([Path(explain_dir, scan.stem) for scan in found], labels)
     note = model_note(checkpoint, *(each.derived_from for each in model.models))
     answers = _AnswerForm.of(form, None if fitted is None or prompts else fitted.select(model.labels))
-    heat_maps = _HeatMaps(model.models[0], labels, Path(explain_dir), answers.shown, note)
+    heat_maps = _HeatMaps(model.models[0], labels, Path(explain_dir), answers, note)
     predictor = _ScanPredictor(found, assume_hu, answers.transform, heat_maps, on_scan, on_note, failures)
     on_start(found, answers.scale)
     if answers.calibration is not None and (few := few_patients_note(answers.calibration.n_patients)):
@@ -198,18 +201,19 @@ class _HeatMaps:
     """Writes the heat maps of each scan that has an answer, if labels are given."""
 
     def __init__(
-        self, model: CTCLIPMultiAbnormalityModel, labels: list[str], folder: Path, shown: Transform, note: str | None
-    ):
-        self.model, self.labels, self.folder, self.shown, self.note = model, labels, folder, shown, note
+        self, model: CTCLIPMultiAbnormalityModel, labels: list[str], folder: Path, answers: _AnswerForm,
+        note: str | None,
+    ):  # fmt: skip
+        self.model, self.labels, self.folder, self.answers, self.note = model, labels, folder, answers, note
+        self.explain = [model.labels.index(label) for label in labels]
         self.files: list[Path] = []
 
-    def write(self, scan: Scan, voxels: torch.Tensor, probabilities: np.ndarray) -> None:
-        if self.labels:
-            placement, target = place_volume(scan.path, self.model.input_shape), self.folder / scan.stem
-            answers = self.shown(probabilities)[0]
-            self.files += write_scan_heat_maps(
-                self.model, voxels, placement, self.labels, target.parent, target.name, answers, self.note
-            )
+    def write(self, scan: Scan, voxels: torch.Tensor, probabilities: np.ndarray, contributions: Contributions) -> None:
+        """`probabilities` (1, L) are the model's own, `contributions` of `labels`."""
+        placement = place_volume(scan.path, self.model.input_shape)
+        decisions = decide(self.model.labels, self.answers.shown(probabilities)[0], self.answers.calibration)
+        maps = scan_maps(scan.stem, placement, voxels, self.labels, decisions, contributions)
+        self.files += write_scan_heat_maps(maps, self.folder / scan.stem, self.note)
 
 
 class _ScanPredictor:
@@ -240,6 +244,7 @@ class _ScanPredictor:
             on_answer=self._on_answer,
             on_failure=self._on_failure,
             resample_on_device=True,
+            explain=self.heat_maps.explain,
         )
 
     def _on_batch(self, batch: Batch) -> None:
@@ -255,14 +260,17 @@ class _ScanPredictor:
         reason = OUT_OF_MEMORY if out_of_memory(error) else f"{found_error}, expected an answer; predict it by itself"
         self.failures.append((self.scans[index].name, reason))
 
-    def _on_answer(self, index: int, answer: np.ndarray, voxels: torch.Tensor) -> None:
+    def _on_answer(
+        self, index: int, answer: np.ndarray, voxels: torch.Tensor, contributions: Contributions | None
+    ) -> None:
         scan, probabilities = self.scans[index], answer[None]
         row = self.transform(probabilities)[0]
         if not np.isfinite(row).all():
             reason = "found an answer that is no number, expected probabilities; leave it out"
             self.failures.append((scan.name, reason))
             return
-        self.heat_maps.write(scan, voxels, probabilities)
+        if contributions is not None:
+            self.heat_maps.write(scan, voxels, probabilities, contributions)
         self.rows[scan.name] = row
         self.on_scan(scan.name, row)
 

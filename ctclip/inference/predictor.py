@@ -21,6 +21,7 @@ from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import RunError
 from ctclip.evaluation.saved_ensemble import saved_ensemble
 from ctclip.formatting import BAR
+from ctclip.inference.contributions import Contributions, logits_and_contributions
 from ctclip.memory import available_cpus, local_world
 from ctclip_model import CheckpointError, CTCLIPMultiAbnormalityModel, PromptError, Prompts, check_no_other_folder
 
@@ -119,10 +120,11 @@ def predict_volumes(
     workers: int | None = None,
     on_batch: Callable[[Batch], None] | None = None,
     cache: FeatureCache | None = None,
-    on_answer: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+    on_answer: Callable[[int, torch.Tensor, torch.Tensor, Contributions | None], None] | None = None,
     on_failure: Callable[[int, Exception], object] | None = None,
     resample_on_device: bool = False,
     volume_cache: VolumeCache | None = None,
+    explain: Sequence[int] = (),
 ) -> tuple[list[int], torch.Tensor]:
     """Runs `model`, in evaluation mode, over volumes; each is read once, and not at all if `cache` has it.
 
@@ -131,7 +133,8 @@ def predict_volumes(
     A volume whose logits are not all finite counts as one that could not be read.
     Returns the indices of the volumes that could be read, ascending, and their logits (n, labels) float32 on the CPU.
     `on_batch` sees every batch that is read, with the failures and decisions in it; `on_answer` every volume in it, as
-    (index, voxels (1, 1, D, H, W) on the device, logits (labels,)). With `on_failure`, called as (index, error), one
+    (index, voxels (1, 1, D, H, W) on the device, logits (labels,), contributions). These are of the labels `explain`
+    (indices), from the same pass of the tower; None without any. With `on_failure`, called as (index, error), a volume
     that cannot be computed costs only itself. `cache` is one of this model, from which logits are the same but for
     rounding (and 1e-3 off with maps, kept in half precision); nothing is added to it.
     `resample_on_device`: on a GPU from the stored integers, equal but for rounding; each reading thread then needs some
@@ -167,13 +170,13 @@ def predict_volumes(
             progress.update(len(batch.index) + len(batch.failures))
             if not len(batch.index):
                 continue
-            answers = _answers(model, batch.volumes, batch.index.tolist(), on_failure)
+            answers = _answers(model, batch.volumes, batch.index.tolist(), on_failure, explain)
             del batch  # before the next one is handed over
             while answers:
-                number, voxels, logits = answers.pop(0)
+                number, voxels, logits, contributions = answers.pop(0)
                 keep([number], logits[None])
                 if on_answer is not None and number in rows:
-                    on_answer(number, voxels, logits)
+                    on_answer(number, voxels, logits, contributions)
                 del voxels
     read = sorted(rows)
     return read, torch.stack([rows[i] for i in read]) if read else torch.zeros(0, len(model.labels))
@@ -184,11 +187,17 @@ def _answers(
     volumes: torch.Tensor,
     index: Sequence[int],
     on_failure: Callable[[int, Exception], object] | None,
-) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(index, voxels, logits) of each volume of a batch; one by one where the batch fails as a whole."""
+    explain: Sequence[int],
+) -> list[tuple[int, torch.Tensor, torch.Tensor, Contributions | None]]:
+    """(index, voxels, logits, contributions) of each volume of a batch; one by one where it fails as a whole."""
+    contributions: Sequence[Contributions | None]
     try:
         voxels = volumes.to(next(model.parameters()).device)
-        return list(zip(index, voxels.split(1), model(voxels).cpu(), strict=True))
+        if explain:
+            logits, contributions = logits_and_contributions(model, voxels, explain)
+        else:
+            logits, contributions = model(voxels), [None] * len(index)
+        return list(zip(index, voxels.split(1), logits.cpu(), contributions, strict=True))
     except Exception as error:
         if on_failure is None:
             raise
@@ -196,7 +205,7 @@ def _answers(
             on_failure(index[0], error)
             return []
     singles = zip(volumes.split(1), index, strict=True)
-    return [answer for one, number in singles for answer in _answers(model, one, [number], on_failure)]
+    return [answer for one, number in singles for answer in _answers(model, one, [number], on_failure, explain)]
 
 
 def print_failures(batch: Batch) -> None:

@@ -204,7 +204,7 @@ def predict_run(
     with alone_in(tables), part_table as part:
         read, probabilities = model.predict(
             volumes, workers=workers, on_batch=on_batch, caches=caches,
-            on_answer=lambda index, answer, voxels: part.append(volumes[index].name, answer),
+            on_answer=lambda index, answer, *_: part.append(volumes[index].name, answer),
         )  # fmt: skip
         if notes:
             print(count_notes(notes))

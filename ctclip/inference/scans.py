@@ -176,9 +176,10 @@ def _scans_of(
 
 def _is_heat_map(path: Path, beside: Sequence[str]) -> bool:
     """Whether --explain wrote a file, by its header; only files are opened that lie beside a picture of the same name,
-    as heat maps do, or in a folder named for them."""
+    as heat maps do, or below a folder named for them."""
     stem = path.name.removesuffix(".nii.gz")
-    if stem == path.name or not (f"{stem}.png" in beside or path.parent.name.endswith(HEAT_MAP_FOLDER)):
+    named = any(folder.name.endswith(HEAT_MAP_FOLDER) for folder in path.parents)
+    if stem == path.name or not (f"{stem}.png" in beside or named):
         return False
     return HEAT_MAP_DESCRIPTION.lower().encode() in nifti_description(path).lower()  # earlier versions ended so
 

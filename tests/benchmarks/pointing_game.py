@@ -25,7 +25,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from scipy.spatial import cKDTree
 from sklearn.metrics import roc_auc_score
@@ -34,11 +33,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from ctclip.config import SYNTHETIC_NOTE  # noqa: E402
+from ctclip.data.body import body_mask  # noqa: E402
 from ctclip.data.geometry import Placement, place_volume  # noqa: E402
 from ctclip.data.preprocessing import preprocess_volume  # noqa: E402
-from ctclip.data.windows import display_window  # noqa: E402
 from ctclip.evaluation.figures import BLUE, GREY, INK, LIGHT, ORANGE, new_figure, write_figure  # noqa: E402
-from ctclip.inference.heat_maps import draw_heat_map, strongest_token, token_contributions  # noqa: E402
+from ctclip.inference.contributions import token_contributions  # noqa: E402
+from ctclip.inference.decisions import Decision  # noqa: E402
+from ctclip.inference.map_figure import map_picture, write_picture  # noqa: E402
+from ctclip.inference.scan_maps import scan_maps, strongest_token, tokens_within  # noqa: E402
 from ctclip.phantoms.cohort import write_phantom_cohort  # noqa: E402
 from ctclip.phantoms.phantom import Phantom, make_phantom  # noqa: E402
 from ctclip.training.loop import TrainingConfig, train  # noqa: E402
@@ -54,7 +56,7 @@ N_LABELS = len(ABNORMALITIES)
 @dataclass(frozen=True, eq=False)
 class Case:
     """A phantom as the model sees it. volume (1, D, H, W) half; labels (18,); on the token grid (T, h, w): for each
-    finding it has, whether a token's centre would be a hit; and which tokens lie in the body."""
+    finding it has, whether a token's centre would be a hit; and which tokens lie in the body, as a map shows them."""
 
     volume: torch.Tensor
     labels: np.ndarray
@@ -86,7 +88,7 @@ def make_case(seed: int, shape: Sequence[int], grid: tuple[int, int, int]) -> Ca
         if mask.any():
             distance, _ = cKDTree(np.argwhere(mask) * phantom.spacing).query(centres.reshape(-1, 3))
             hits[name] = distance.reshape(grid) <= WITHIN_MM
-    body = F.adaptive_avg_pool3d(volume[None], grid)[0, 0].numpy() > -0.95
+    body = tokens_within(body_mask(volume[None]), grid)
     return Case(volume.half(), phantom.labels, hits, body)
 
 
@@ -100,7 +102,8 @@ def strongest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N, 18, 3) the strongest token of every map; (N, 18) logits."""
     found = [token_contributions(model, case.volume.float()[None], range(N_LABELS), smooth) for case in cases]
-    peaks = np.array([[strongest_token(values) for values in contributions.values] for contributions in found])
+    peaks = np.array([[strongest_token(np.where(case.body, values, -np.inf)) for values in contributions.values]
+                      for case, contributions in zip(cases, found, strict=True)])  # fmt: skip
     return peaks, np.array([contributions.logits for contributions in found])
 
 
@@ -164,16 +167,10 @@ def example(model: CTCLIPMultiAbnormalityModel, path: Path) -> None:
     volume, placement = read_phantom(phantom, phantom.hu, model.input_shape)
     drawn, _ = read_phantom(phantom, np.where(phantom.masks[label], 1000, -1000).astype(np.int16), model.input_shape)
     contributions = token_contributions(model, volume[None], [ABNORMALITIES.index(label)])
-    figure = draw_heat_map(
-        volume[None],
-        contributions.values[0],
-        placement,
-        f"{label}: probability {1 / (1 + np.exp(-contributions.logits[0])):.2f}",
-        display_window(label),
-        f"Phantom {seed}. Blue line: where the finding was drawn",
-        drawn[0].numpy(),
-    )
-    write_figure(figure, path, SYNTHETIC_NOTE)
+    decision = Decision(label, float(1 / (1 + np.exp(-contributions.logits[0]))), 0.5)
+    maps = scan_maps(f"Phantom {seed}", placement, volume[None], [label], [decision], contributions)
+    note = f"Blue line: where the finding was drawn. {SYNTHETIC_NOTE}"
+    write_picture(map_picture(maps, 0, note, drawn[0].numpy()), path)
 
 
 def main(argv: list[str] | None = None) -> int:

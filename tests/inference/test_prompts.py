@@ -402,7 +402,7 @@ def test_a_prompt_file_predicts_the_18_findings_and_ones_own(weights, tmp_path, 
     own = [*flags, "--prompts", str(tmp_path / "my.txt")]
     assert run_task2.main([*own, "--output", str(tmp_path / "own.csv"), "--explain", "hernia"]) == 0
     assert list(pd.read_csv(tmp_path / "own.csv", index_col=0).columns) == ["Hernia", "Lung nodules", "Scale"]
-    assert (tmp_path / "own_explain" / "a_Hernia.png").is_file()
+    assert (tmp_path / "own_explain" / "a" / "Hernia.png").is_file()
     capsys.readouterr()
     assert run_task2.main([*own, "--output", str(tmp_path / "own.json")]) == 2
     assert "expected the challenge's 18 in a results.json" in capsys.readouterr().err

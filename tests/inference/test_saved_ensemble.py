@@ -280,7 +280,7 @@ def test_partners_of_one_shape_and_one_encoder_share_reading_and_encoding(tiny_c
                         lambda self, x: encoded.append(len(x)) or code_ids(self, x))
     told = []
     read, together = FusedModels(tuple(models), ABNORMALITIES).predict(
-        volumes, on_answer=lambda index, row, voxels: told.append(index)
+        volumes, on_answer=lambda index, row, *_: told.append(index)
     )
     assert read == sorted(told) == [0, 1] and sum(encoded) == 2
     np.testing.assert_allclose(together, combine(alone), rtol=1e-4)

@@ -407,7 +407,8 @@ def test_values_that_are_no_hu_are_answered_only_on_demand(tmp_path, capsys):
         table = predict(tmp_path / "in", MODEL, device="cpu", assume_hu=True)
     written = pd.read_csv(tmp_path / "p.csv", index_col=0)[list(ABNORMALITIES)]
     np.testing.assert_allclose(written, table, atol=1e-6)
-    assert len(list((tmp_path / "p_explain").iterdir())) == 2, "its heat map and picture"
+    made = {path.name for path in (tmp_path / "p_explain" / "grey").iterdir()}
+    assert made == {"Emphysema.nii.gz", "Emphysema.png", "maps.json", "overview.png"}
     with pytest.warns(UserWarning, match="grey.mha: found voxels that are not HU"):
         assert predict(tmp_path / "in", MODEL, device="cpu").empty
 
@@ -682,7 +683,7 @@ def test_a_heat_map_replaces_no_scan_and_no_picture_of_the_user(suffix, tmp_path
     write(tmp_path / "a.nii.gz", chest())
     flags = ["--input", tmp_path / "a.nii.gz", "--output", tmp_path / "p.csv", "--explain", "Emphysema"]
     assert call(*flags) == 0 == call(*flags)
-    target = tmp_path / "p_explain" / f"a_Emphysema{suffix}"
+    target = tmp_path / "p_explain" / "a" / f"Emphysema{suffix}"
     if suffix == ".png":
         Figure(figsize=(1, 1)).savefig(target)
     else:
@@ -691,22 +692,24 @@ def test_a_heat_map_replaces_no_scan_and_no_picture_of_the_user(suffix, tmp_path
     capsys.readouterr()
     assert call(*flags) == 2
     err = capsys.readouterr().err
-    assert one_line(err) and f"a_Emphysema{suffix}: found a file that this command did not write" in err
+    assert one_line(err) and f"Emphysema{suffix}: found a file that this command did not write" in err
     assert target.read_bytes() == mine and (tmp_path / "p.csv").read_bytes() == written
 
 
 def test_explain_writes_maps_on_each_scan_s_grid_beside_the_output(stored, tmp_path, capsys):
+    """With the answers, to the last bit, that there are without."""
     import nibabel
 
     for name in ("a.nii.gz", "RAS_m.mha"):
-        flags = ["--input", stored / name, "--explain", "lung nodule,Emphysema"]
-        assert call(*flags, "--output", tmp_path / "p.csv") == 0
-        stem = name.split(".")[0]
-        pair = [f"{stem}_{label}" for label in ("Lung_nodule", "Emphysema")]
-        made = {path.name for path in (tmp_path / "p_explain").glob(f"{stem}_*")}
-        assert made == {f"{path}{ending}" for path in pair for ending in (".nii.gz", ".png")}
-    assert "Wrote 4 heat maps and pictures" in capsys.readouterr().out
-    heat = nibabel.load(tmp_path / "p_explain" / "RAS_m_Emphysema.nii.gz")
+        flags = ["--input", stored / name]
+        assert call(*flags, "--output", tmp_path / "p.csv", "--explain", "lung nodule,Emphysema") == 0
+        assert call(*flags, "--output", tmp_path / "plain.csv") == 0
+        assert (tmp_path / "p.csv").read_bytes() == (tmp_path / "plain.csv").read_bytes()
+        made = {path.name for path in (tmp_path / "p_explain" / name.split(".")[0]).iterdir()}
+        pair = {f"{label}{ending}" for label in ("Lung_nodule", "Emphysema") for ending in (".nii.gz", ".png")}
+        assert made == pair | {"maps.json", "overview.png"}
+    assert f"Wrote 6 files of heat maps to {tmp_path / 'p_explain'}" in capsys.readouterr().out
+    heat = nibabel.load(tmp_path / "p_explain" / "RAS_m" / "Emphysema.nii.gz")
     np.testing.assert_allclose(heat.affine, nibabel.load(stored / "RAS.nii.gz").affine, atol=1e-4)
     assert heat.shape == nibabel.load(stored / "RAS.nii.gz").shape and heat.get_fdata().any()
 
@@ -719,7 +722,7 @@ def test_heat_maps_of_earlier_predictions_are_no_scans(tmp_path, capsys):
     assert call(*flags, "--explain", "Emphysema") == 0
     made = tmp_path / "in" / "p_explain"
     shutil.copytree(made, tmp_path / "in" / "moved")
-    (made / "a_Emphysema.png").unlink()
+    (made / "a" / "Emphysema.png").unlink()
     capsys.readouterr()
     assert call(*flags) == 0
     assert list(pd.read_csv(tmp_path / "in" / "p.csv").VolumeName) == ["a.nii.gz"]
@@ -727,7 +730,7 @@ def test_heat_maps_of_earlier_predictions_are_no_scans(tmp_path, capsys):
     assert told == [f"warning: {tmp_path / 'in'}: 2 heat maps of earlier predictions skipped"]
     with pytest.raises(PredictionError, match="moved: 1 heat map of earlier predictions skipped"):
         find_scans(tmp_path / "in" / "moved")
-    assert call("--input", tmp_path / "in" / "moved" / "a_Emphysema.nii.gz") == 2
+    assert call("--input", tmp_path / "in" / "moved" / "a" / "Emphysema.nii.gz") == 2
     assert "voxels that are not HU: nothing but" in capsys.readouterr().err
 
 

@@ -172,7 +172,7 @@ def test_findings_of_ones_own_from_training_to_a_heat_map(phantoms, tiny_classfi
     flags = ["--mode", "predict", "--checkpoint", str(run), "--input", str(scan), "--assume-hu"]
     assert run_task2.main([*flags, "--output", str(tmp_path / "p.csv"), "--explain", "Large heart"]) == 0
     assert read_predictions(tmp_path / "p.csv").findings == tuple(names)
-    assert list((tmp_path / "p_explain").glob("*.nii.gz"))
+    assert list((tmp_path / "p_explain").glob("*/*.nii.gz"))
     capsys.readouterr()
     assert run_task2.main([*flags, "--output", str(tmp_path / "results.json")]) == 2
     err = capsys.readouterr().err

@@ -1,0 +1,383 @@
+"""Pictures of a scan's maps, by numpy and Pillow: milliseconds each, where matplotlib takes a second.
+
+`map_picture` shows one finding in three planes, plain and with its evidence in colour; `overview_picture` all of a
+scan. As radiologists look: the patient's right on the left, front or head at the top; in sagittal planes the front on
+the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ctclip.data.geometry import FIELD_OF_VIEW_MM
+from ctclip.data.windows import Window, display_window
+from ctclip.evaluation.figures import SOFTWARE, import_matplotlib
+from ctclip.fileio import replacing
+from ctclip.inference.decisions import Decision
+from ctclip.inference.scan_maps import ScanMaps, brightness, location_words, scan_extent, slice_number, strongest_place
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
+
+WIDTH, LEFT, GAP, FINEST = 1280, 16, 10, 2.2  # pixels: picture, its margin, between panels; pixels per mm, at most
+MARGIN_MM = 6.0  # of air around the body
+FAINT, OPAQUE = 0.2, 0.75  # share of the scale below which nothing is drawn; opacity at its upper end
+# From the lower end of the scale to the upper one.
+COLOURS = np.array([(60, 20, 120), (140, 20, 140), (210, 50, 90), (245, 120, 40), (255, 190, 40), (255, 250, 130)])
+INK, GREY, PAPER, OUTLINE = (32, 36, 40), (95, 102, 110), (255, 255, 255), (77, 210, 255)
+LINE = 19  # pixels of a line of text
+PACKING = 1  # zlib's level: 6 makes pictures a tenth smaller and takes five times as long
+
+
+class Plane(NamedTuple):
+    """A way to cut the cube, whose axes are 0 z (up), 1 x (to the left), 2 y (to the back): the axis it is cut across,
+    those of rows and columns, what its slices are called and counted from, and letters at its left and right."""
+
+    axis: int
+    rows: int
+    columns: int
+    name: str
+    first: str
+    sides: str
+
+
+PLANES = (
+    Plane(0, 2, 1, "Axial", "head", "RL"),
+    Plane(2, 0, 1, "Coronal", "front", "RL"),
+    Plane(1, 0, 2, "Sagittal", "patient's right", "AP"),
+)
+COUNTED = "Slices count from 1: " + ", ".join(f"{p.name.lower()} from the {p.first}" for p in PLANES)
+
+
+@lru_cache
+def _font(size: int, bold: bool = False) -> Any:
+    from PIL import ImageFont
+
+    import_matplotlib()
+    import matplotlib
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
+
+
+# -- A slice -----------------------------------------------------------------------------------------------------------
+
+
+def token_weights(position: np.ndarray, tokens: int) -> np.ndarray:
+    """(places, tokens): linear interpolation between token centres, held outside the outermost; 0 outside the cube."""
+    place = position * tokens - 0.5
+    weights = np.stack([np.interp(place, np.arange(tokens), row) for row in np.eye(tokens)], axis=1)
+    return weights.astype(np.float32) * ((position >= 0) & (position <= 1))[:, None]
+
+
+def _interpolated(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(h, w) over the cube at those shares of its edges, linearly."""
+    for axis, shares in enumerate((rows, columns)):
+        size = values.shape[axis]
+        place = np.clip(shares * size - 0.5, 0, size - 1)
+        below = place.astype(int)
+        part = (place - below).astype(np.float32)
+        above = np.minimum(below + 1, size - 1)
+        part = part[:, None] if axis == 0 else part
+        values = values.take(below, axis) * (1 - part) + values.take(above, axis) * part
+    return values
+
+
+class _Slice:
+    """One slice of a scan: `plain` (h, w, 3) uint8 by the window, and what lies over it by place of each pixel."""
+
+    def __init__(self, maps: ScanMaps, plane: Plane, at: float, box: Sequence[tuple[float, float]], per_mm: float):
+        self.maps, self.plane, self.at, self.box, self.per_mm = maps, plane, at, box, per_mm
+        self.rows, self.columns = self._shares(plane.rows), self._shares(plane.columns)
+        if plane.rows == 0:
+            self.rows = self.rows[::-1]
+
+    def _shares(self, axis: int) -> np.ndarray:
+        low, high = self.box[axis]
+        count = max(1, round((high - low) * self.per_mm))
+        return (low + (np.arange(count) + 0.5) * (high - low) / count) / FIELD_OF_VIEW_MM
+
+    def _cut(self, cube: Any) -> Any:
+        """(h, w): rows and columns of the slice of a cube (d, h, w)."""
+        number = min(int(self.at * cube.shape[self.plane.axis]), cube.shape[self.plane.axis] - 1)
+        kept = [axis for axis in range(3) if axis != self.plane.axis]
+        index: list[Any] = [slice(None)] * 3
+        index[self.plane.axis] = number
+        slab = cube[tuple(index)]
+        return slab if kept == [self.plane.rows, self.plane.columns] else slab.T
+
+    def plain(self, window: Window) -> np.ndarray:
+        hu = self._cut(self.maps.voxels[0, 0]).float().cpu().numpy()
+        black, white = window.limits(unit=1000)
+        gray = (_interpolated(hu, self.rows, self.columns) - black) * (255 / (white - black))
+        return np.repeat(np.clip(gray, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+    def evidence(self, label: int) -> np.ndarray:
+        """(h, w) of a label's map, 0 outside the body."""
+        values, places = self.maps.values[label], {self.plane.rows: self.rows, self.plane.columns: self.columns}
+        weights = [token_weights(places.get(axis, np.array([self.at])), n) for axis, n in enumerate(values.shape)]
+        found = np.tensordot(weights[self.plane.axis][0], values, (0, self.plane.axis))
+        kept = [axis for axis in range(3) if axis != self.plane.axis]
+        found = weights[kept[0]] @ found @ weights[kept[1]].T
+        found = found if kept == [self.plane.rows, self.plane.columns] else found.T
+        body = _interpolated(self._cut(self.maps.body).astype(np.float32), self.rows, self.columns)
+        return np.where(body >= 0.5, found, 0)
+
+    def overlaid(self, plain: np.ndarray, label: int) -> np.ndarray:
+        """The evidence in colour, with a line at the middle of the scale."""
+        top, evidence = self.maps.tops[label], self.evidence(label)
+        if top <= 0:
+            return plain.copy()
+        share = np.clip(evidence / top, 0, 1)
+        alpha = (OPAQUE * np.clip((share - FAINT) / (1 - FAINT), 0, 1))[..., None]
+        steps = np.linspace(0, 1, len(COLOURS))
+        colours = np.stack([np.interp(np.arange(256) / 255, steps, channel) for channel in COLOURS.T], axis=1)
+        shown = plain * (1 - alpha) + colours[(share * 255).astype(np.uint8)] * alpha
+        shown[_edge(share >= 0.5)] = 255
+        return shown.astype(np.uint8)
+
+    def outlined(self, picture: np.ndarray, outline: np.ndarray) -> None:
+        """Draws on the picture where `outline` (D, H, W) crosses 0."""
+        picture[_edge(_interpolated(self._cut(outline), self.rows, self.columns) > 0)] = OUTLINE
+
+    def pixel(self, axis: int, share: float) -> int:
+        """Row or column at a place along that axis."""
+        low, high = self.box[axis]
+        number = int((share * FIELD_OF_VIEW_MM - low) * self.per_mm)
+        return len(self.rows) - 1 - number if axis == 0 else number
+
+
+def _edge(inside: np.ndarray) -> np.ndarray:
+    """Of (h, w) bool, the pixels inside that have a neighbour outside."""
+    padded = np.pad(inside, 1, mode="edge")
+    return inside & ~(padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:])
+
+
+def shown_box(maps: ScanMaps) -> list[tuple[float, float]]:
+    """(from, to) in mm of the cube along z, x, y: the body within the scan with a margin; along z all of the scan."""
+    box = []
+    for axis in range(3):
+        low, high = np.clip(scan_extent(maps.placement, axis), 0, 1)
+        if axis:
+            places = np.flatnonzero(maps.body.any(axis=tuple({0, 1, 2} - {axis}))) / maps.body.shape[axis]
+            margin, voxel = MARGIN_MM / FIELD_OF_VIEW_MM, 1 / maps.body.shape[axis]
+            low, high = max(low, places[0] - margin), min(high, places[-1] + voxel + margin)
+        box.append((low * FIELD_OF_VIEW_MM, high * FIELD_OF_VIEW_MM))
+    return box
+
+
+# -- A finding ---------------------------------------------------------------------------------------------------------
+
+
+def map_picture(maps: ScanMaps, label: int, note: str | None = None, outline: np.ndarray | None = None) -> Image:
+    """The three planes through the strongest evidence of a label: plain slices above, with evidence below; RGB.
+
+    `outline` (D, H, W), if any, is drawn where it crosses 0. `note`: below all, such as SYNTHETIC_NOTE.
+    """
+    from PIL import Image as PILImage
+    from PIL import ImageDraw
+
+    place, box, window = strongest_place(maps, label), shown_box(maps), display_window(maps.labels[label])
+    lengths = [high - low for low, high in box]
+    across = sum(lengths[plane.columns] for plane in PLANES)
+    per_mm = min(FINEST, (WIDTH - 2 * LEFT - 2 * GAP) / across)
+    slices = [_Slice(maps, plane, place[plane.axis], box, per_mm) for plane in PLANES]
+    tall = max(len(each.rows) for each in slices)
+    head = [maps.name, *_sentences(maps, label)]
+    foot = [f"{_window_text(window)}. {COUNTED}.", *([note] if note else [])]
+    above = 40 + LINE * len(head) + 8
+    image = PILImage.new("RGB", (WIDTH, above + 2 * (tall + LINE + GAP) + 66 + LINE * len(foot)), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((LEFT, 10), title_of(maps.decisions[label]), INK, _font(21, bold=True))
+    for number, line in enumerate(head):
+        draw.text((LEFT, 42 + LINE * number), line, GREY if number == 0 else INK, _font(14))
+    x = LEFT
+    for each in slices:
+        number, count = slice_number(maps.placement, each.plane.axis, each.at)
+        draw.text((x, above), f"{each.plane.name}, slice {number} of {count}", INK, _font(13))
+        plain = each.plain(window)
+        shown = each.overlaid(plain, label)
+        if outline is not None:
+            each.outlined(shown, outline)
+        for row, pixels in enumerate((plain, shown)):
+            y = above + LINE + row * (tall + LINE + GAP)
+            image.paste(PILImage.fromarray(pixels), (x, y))
+            _draw_signs(draw, each, x, y, place, ring=row == 1 and _is_ringed(maps, label))
+        x += len(each.columns) + GAP
+    y = above + 2 * (tall + LINE + GAP) + 4
+    _draw_scale(image, draw, maps, label, y)
+    for number, line in enumerate(foot):
+        draw.text((LEFT, y + 58 + LINE * number), line, GREY, _font(13))
+    return image
+
+
+def title_of(decision: Decision) -> str:
+    """Cardiomegaly: no (0.01, cut 0.36)"""
+    if decision.threshold is None:
+        return f"{decision.finding}: {decision.word} ({decision.probability:.2f})"
+    return f"{decision.finding}: {decision.word} ({decision.probability:.2f}, cut {decision.threshold:.2f})"
+
+
+def _sentences(maps: ScanMaps, label: int) -> list[str]:
+    """What is true of a map, in a reader's words."""
+    finding, decision = _in_sentence(maps.labels[label]), maps.decisions[label]
+    if maps.highest[label] <= 0:
+        return [f"Nothing in the body speaks for {finding}: no colours. The slices run through the middle of the body."]
+    strongest = f"Evidence for {finding} is strongest {location_words(maps, label)}."
+    if decision.threshold is None:
+        return [strongest]
+    reached = f"brightest evidence reaches {100 * brightness(decision):.0f} % of the scale."
+    return [strongest, f"{'Called' if decision.positive else 'Not called'}; {reached}"]
+
+
+def _in_sentence(label: str) -> str:
+    """A label within a sentence: "CT sign" and "COVID-19" stay as they are."""
+    return label if label[1:2].isupper() else label[:1].lower() + label[1:]
+
+
+def _is_ringed(maps: ScanMaps, label: int) -> bool:
+    return bool(maps.highest[label] > 0) and maps.decisions[label].positive is not False
+
+
+def _window_text(window: Window) -> str:
+    return f"W {window.width:g} L {window.level:g}"
+
+
+def _draw_signs(draw: ImageDraw, each: _Slice, x: int, y: int, place: Sequence[float], ring: bool) -> None:
+    """On a panel at (x, y): its sides, a bar of 5 cm, where the other planes cut it, and the ring."""
+    height, width = len(each.rows), len(each.columns)
+    for text, left in zip(each.plane.sides, (x + 5, x + width - 16), strict=True):
+        draw.text((left, y + 4), text, PAPER, _font(14, bold=True), stroke_width=2, stroke_fill=(0, 0, 0))
+    bar = round(50 * each.per_mm)
+    draw.line((x + 8, y + height - 9, x + 8 + bar, y + height - 9), PAPER, 2)
+    draw.text((x + 12 + bar, y + height - 18), "5 cm", PAPER, _font(12), stroke_width=1, stroke_fill=(0, 0, 0))
+    column, row = x + each.pixel(each.plane.columns, place[each.plane.columns]), y + each.pixel(
+        each.plane.rows, place[each.plane.rows])  # fmt: skip
+    for line in ((column, y, column, y + 7), (column, y + height - 8, column, y + height - 1),
+                 (x, row, x + 7, row), (x + width - 8, row, x + width - 1, row)):  # fmt: skip
+        draw.line(line, OUTLINE, 1)
+    if ring:
+        for colour, radius in (((0, 0, 0), 15), (PAPER, 14)):
+            draw.ellipse((column - radius, row - radius, column + radius, row + radius), outline=colour, width=2)
+
+
+def _draw_scale(image: Image, draw: ImageDraw, maps: ScanMaps, label: int, y: int) -> None:
+    from PIL import Image as PILImage
+
+    if maps.highest[label] <= 0:
+        return
+    width = 360
+    steps = np.linspace(0, 1, len(COLOURS))
+    bar = np.stack([np.interp(np.linspace(0, 1, width), steps, channel) for channel in COLOURS.T], axis=1)
+    faint = np.clip((np.linspace(0, 1, width) - FAINT) / FAINT, 0, 1)[:, None]  # as faint as on the slices
+    bar = (bar * faint + 235 * (1 - faint)).astype(np.uint8)
+    image.paste(PILImage.fromarray(np.repeat(bar[None], 14, axis=0)), (LEFT, y))
+    middle = LEFT + width // 2
+    draw.line((middle, y - 2, middle, y + 16), INK, 2)
+    for at, text in ((LEFT, "0 %"), (middle - 14, "50 %"), (LEFT + width - 36, "100 %")):
+        draw.text((at, y + 18), text, GREY, _font(12))
+    if maps.decisions[label].threshold is None:
+        text = "Colours are scaled to this scan: without a cut, every map reaches 100 %."
+    else:
+        text = "The brightest point is as bright as the answer is high; 50 % (white line) is the cut."
+    draw.text((LEFT + width + 16, y - 2), text, INK, _font(13))
+    draw.text((LEFT + width + 16, y + 16), "Colour says what moved the model's answer; it does not outline a finding.",
+              GREY, _font(13))  # fmt: skip
+
+
+# -- A scan ------------------------------------------------------------------------------------------------------------
+
+THUMBNAILS, SMALL = 4, 300  # in a row; pixels across, and at most down
+
+
+def overview_picture(maps: ScanMaps, note: str | None = None) -> Image:
+    """The axial slice of the strongest evidence of each finding that is called; the others as text; RGB."""
+    from PIL import Image as PILImage
+    from PIL import ImageDraw
+
+    called = [i for i, decision in enumerate(maps.decisions) if decision.positive]
+    box = shown_box(maps)
+    per_mm = min(FINEST, SMALL / max(box[axis][1] - box[axis][0] for axis in (1, 2)))
+    tiles = []
+    for label in called:
+        place = strongest_place(maps, label)
+        each = _Slice(maps, PLANES[0], place[0], box, per_mm)
+        tiles.append((label, each, each.overlaid(each.plain(display_window(maps.labels[label])), label)))
+    text = _others_text(maps, called)
+    tall = max((len(each.rows) for _, each, _ in tiles), default=0) + 2 * LINE + 14
+    lines = -(-len(tiles) // THUMBNAILS)
+    foot = [note] if note else []
+    image = PILImage.new("RGB", (WIDTH, 48 + lines * tall + LINE * (len(text) + len(foot)) + 24), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((LEFT, 10), maps.name, INK, _font(19, bold=True))
+    for number, (label, each, pixels) in enumerate(tiles):
+        x, y = LEFT + (number % THUMBNAILS) * (SMALL + GAP), 48 + number // THUMBNAILS * tall
+        decision, (at, count) = maps.decisions[label], slice_number(maps.placement, 0, each.at)
+        draw.text((x, y), _fitting(decision.finding, SMALL, 14), INK, _font(14, bold=True))
+        threshold = f", cut {decision.threshold:.2f}"
+        draw.text((x, y + LINE - 2), f"{decision.probability:.2f}{threshold}; axial slice {at} of {count}", GREY,
+                  _font(12))  # fmt: skip
+        image.paste(PILImage.fromarray(pixels), (x, y + 2 * LINE))
+        draw.text((x + 5, y + 2 * LINE + 4), "R", PAPER, _font(13, bold=True), stroke_width=2, stroke_fill=(0, 0, 0))
+    y = 48 + lines * tall
+    for number, line in enumerate(text):
+        draw.text((LEFT, y + LINE * number), line, INK, _font(14))
+    for number, line in enumerate(foot):
+        draw.text((LEFT, y + LINE * (len(text) + number) + 8), line, GREY, _font(13))
+    return image
+
+
+def _others_text(maps: ScanMaps, called: Sequence[int]) -> list[str]:
+    """Lines on all decisions that have no slice in the overview."""
+    shown = {maps.labels[label] for label in called}
+    others = [decision for decision in (*maps.decisions, *maps.others) if decision.finding not in shown]
+    lines: list[str] = []
+    for title, positive in (("Called, without a map", True), ("Not called", False), ("Not decided", None)):
+        if group := [decision for decision in others if decision.positive is positive]:
+            named = [f"{d.finding} {d.probability:.2f}" + ("" if d.threshold is None else f" (cut {d.threshold:.2f})")
+                     for d in group]  # fmt: skip
+            lines += _wrapped(f"{title}: {', '.join(named)}", WIDTH - 2 * LEFT, 14)
+    return lines
+
+
+def _wrapped(text: str, width: int, size: int) -> list[str]:
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}".strip()
+        if _font(size).getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def _fitting(text: str, width: int, size: int) -> str:
+    """The text, cut where it is wider."""
+    while _font(size, bold=True).getlength(text) > width:
+        text = f"{text[:-2].rstrip()}…"
+    return text
+
+
+# -- Files -------------------------------------------------------------------------------------------------------------
+
+
+def write_picture(image: Image, path: Path) -> None:
+    """As a PNG, whole or not at all."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("Software", SOFTWARE)
+    with replacing(path) as temporary:
+        image.save(temporary, format="png", compress_level=PACKING, pnginfo=info)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether this project drew a PNG."""
+    with path.open("rb") as file:
+        return f"Software\0{SOFTWARE}".encode() in file.read(1024)
