@@ -7,6 +7,8 @@
                                               tables and volumes of CT-RATE
     python ctclip_setup.py --data train --patients 500 --stream-cache
                                               the same as codes of 28 KB each, through a few GB of disk
+    torchrun --nproc-per-node=4 ctclip_setup.py --data train --stream-cache
+                                              divided among four GPUs or, with --nnodes, machines
     python ctclip_setup.py --doctor           what works here, and what to do about the rest
     python ctclip_setup.py --bundle           the suite as one file, ctclip.zip, to be uploaded (Colab)
 
@@ -145,6 +147,7 @@ try:
     from ctclip.environment.packages import SetupError, check_python, packages_step, read_requirements
     from ctclip.formatting import print_row
     from ctclip.hub.client import DISK_GB, TERMS_PAGE, WEIGHTS
+    from ctclip.memory import torchrun_number
     from ctclip.paths import SUITE
 except ImportError as error:  # uploaded without the package, or with one of another version
     if __name__ == "__main__":
@@ -184,6 +187,7 @@ def setup_parser() -> OneLineParser:
     add("--cache-dir", metavar="C", default=TrainingConfig.cache_dir, help="where the codes go (default %(default)s)")
     add("--scratch-dir", metavar="S", help="where files are until encoded (default: in --data-dir); not on Drive")
     add("--ctclip-path", metavar="FILE", help="weights of the encoder (default: those of --model)")
+    add("--shard", metavar="I/N", help="only the I-th of N parts of the volumes, for N machines without torchrun")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     return parser
 
@@ -198,13 +202,16 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         **dict.fromkeys(("--volumes", "--patients", "--data-version", "--stream-cache"),
                         ("--data train or valid", volumes)),
         "--seed": ("--volumes or --patients", bool(options.volumes or options.patients)),
-        **dict.fromkeys(("--disk-gb", "--cache-dir", "--scratch-dir", "--ctclip-path", "--device"), streaming),
+        **dict.fromkeys(("--disk-gb", "--cache-dir", "--scratch-dir", "--ctclip-path", "--shard", "--device"),
+                        streaming),
         "--data-dir": ("--data or --doctor", bool(options.data or options.doctor)),
         "--model": ("weights (not --no-weights or --doctor)", not (options.no_weights or options.doctor)),
         "--slim": ("weights to fetch", bool(weight_names(options)) and not options.doctor),
     })
     if options.bundle and len(options.given) > 1:
         raise SetupError(f"found {' '.join(options.given)}, expected --bundle alone; leave the others out")
+    if torchrun_number("WORLD_SIZE", 1) > 1 and not options.stream_cache:
+        raise SetupError("found torchrun with ctclip_setup.py, expected --stream-cache; start it with python")
     if options.volumes is not None and options.patients is not None:
         raise SetupError("found --volumes and --patients, expected one of them; leave one out")
     for flag, value, least in (("--volumes", options.volumes, 1), ("--patients", options.patients, 1),
@@ -234,17 +241,24 @@ def setup(argv: Sequence[str] | None = None) -> int:
     if options.bundle:
         write_bundle()
         return 0
-    print_row("setup", f"CT-CLIP Task 2 suite in {SUITE}, Python {sys.version.split()[0]}")
-    files_step()
-    steps.folders_step()
-    packages_step(read_requirements(options.dev))
-    failed = steps.weights_step(names, options.slim) if names else {}
+    failed = {} if torchrun_number("LOCAL_RANK", 0) else packages_and_weights(options, names)
     if options.data:
         steps.data_step(options, Path(options.data_dir or DATA_DIR), failed)
     else:
         steps.summary(names, failed, steps.forward_step(), options.dev)
-    print_row("", f"done in {time.monotonic() - started:.0f} s")
+    if not torchrun_number("RANK", 0):
+        print_row("", f"done in {time.monotonic() - started:.0f} s")
     return 0
+
+
+def packages_and_weights(options: argparse.Namespace, names: Sequence[str]) -> dict:
+    """-> weights that are not usable, with the reason. Of torchrun's processes on a machine the first does this; the
+    others wait for it where they join it."""
+    print_row("setup", f"CT-CLIP Task 2 suite in {SUITE}, Python {sys.version.split()[0]}")
+    files_step()
+    steps.folders_step()
+    packages_step(read_requirements(options.dev))
+    return steps.weights_step(names, options.slim) if names else {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

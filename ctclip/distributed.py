@@ -40,6 +40,13 @@ class Ranks:
                 raise UserError(f"WORLD_SIZE={self.world}: found no group of processes to join ({reason}), expected "
                                 "torchrun's; start with torchrun, or unset WORLD_SIZE") from error
 
+    @classmethod
+    def alone(cls) -> Ranks:
+        """One process that belongs to no group, whatever torchrun's environment says."""
+        ranks = cls.__new__(cls)
+        ranks.rank, ranks.world, ranks.device = 0, 1, torch.device("cpu")
+        return ranks
+
     @property
     def is_main(self) -> bool:
         """Whether this process is the one that prints and writes."""

@@ -1,9 +1,11 @@
-"""ctclip_setup in one process after another, each forked from this one, which has imported everything: so that a test
-can kill many. Arguments: the hub's address, then ctclip_setup's. Each line on stdin starts one: its number is printed,
-and its exit code (negative: a signal's number) when it has ended.
+"""ctclip_setup in processes forked from this one, which has imported everything: so that a test can kill many.
+Arguments: the hub's address, then ctclip_setup's. Each line on stdin says how many to start, as torchrun's group where
+they are several: their numbers are printed on one line, and when all have ended their exit codes on another (negative:
+a signal's number).
 """
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -21,12 +23,24 @@ constants.HF_HUB_OFFLINE, constants.DOWNLOAD_CHUNK_SIZE = False, 1 << 16  # smal
 os.environ["HF_ENDPOINT"] = sys.argv[1]
 ctclip_setup.packages_step = lambda requirements: None
 
-for _ in sys.stdin:
+
+
+def start(rank: int, world: int, port: int) -> int:
     child = os.fork()
-    if child == 0:
-        log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os._exit(ctclip_setup.main(sys.argv[2:]))
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    if child:
+        return child
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if world > 1:
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in group.items()}
+    os._exit(ctclip_setup.main(sys.argv[2:]))
+
+
+for line in sys.stdin:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    children = [start(rank, int(line), port) for rank in range(int(line))]
+    print(*children, flush=True)
+    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)

@@ -13,9 +13,11 @@ from pathlib import Path
 import make_flags
 import make_notebook
 import pytest
+from torch.distributed.run import get_args_parser
 
 import ctclip_setup
 from ctclip import config
+from ctclip.data.feature_cache import merge_parser
 from ctclip.evaluation.tables import read_labels
 from ctclip.hub.__main__ import hub_parser
 from ctclip.phantoms.__main__ import phantom_parser
@@ -28,6 +30,7 @@ PARSERS = {
     "ctclip_evaluation.py": config.evaluation_parser().parse_args,
     "run_task2.py": config.task_parser("").parse_args,
     "ctclip_setup.py": ctclip_setup.parse_options,
+    "ctclip.data.feature_cache": merge_parser().parse_args,
     "ctclip.hub": hub_parser().parse_args,
     "ctclip.phantoms": phantom_parser().parse_args,
 }
@@ -50,7 +53,8 @@ def check(command: str) -> None:
         del words[0]
     program, *rest = words
     if program == "torchrun":
-        rest = [word for word in rest if not word.startswith(("--nproc", "--nnodes", "--node", "--rdzv", "--master"))]
+        launched = get_args_parser().parse_args(rest)
+        rest = ["-m"] * launched.module + [launched.training_script, *launched.training_script_args]
     if rest[:1] == ["-m"]:
         program, *rest = rest[1:]
     elif program != "pytest":

@@ -146,29 +146,32 @@ STREAMED_TYPES: dict[str, Any] = {"fixed": bool, "size": int, "tail": str, "sha2
 
 
 def read_streamed(data_dir: str | Path, split: str) -> dict[tuple[str, bool], Streamed]:
-    """{(volume, whether version 2): what is known of that file} from a split's manifest, {} where there is none.
+    """{(volume, whether version 2): what is known of that file} from a split's manifests, {} where there are none.
 
-    The last line of a file counts; one that a kill has torn, or that is anything else, is ignored. Raises CohortError
-    where the manifest cannot be read.
+    The last line of a file counts, by its time where several processes wrote some; one that a kill has torn, or that is
+    anything else, is ignored. Raises CohortError where a manifest cannot be read.
     """
-    path = Path(data_dir, ct_rate.streamed_path(split))
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        found = f"{path.name}: found an unreadable manifest ({error.strerror})"
-        raise CohortError(f"{found}, expected a file; check its permissions") from None
-    streamed = {}
-    for line in lines:
+    several = sorted(Path(data_dir).glob(str(ct_rate.streamed_path(split, "*of*"))))
+    entries: list[tuple[float, str, Streamed]] = []
+    for path in (Path(data_dir, ct_rate.streamed_path(split)), *several):
         try:
-            content = json.loads(line)
-            name, values = content["name"], {key: content[key] for key in STREAMED_TYPES}
-        except (ValueError, KeyError, TypeError, RecursionError):
+            lines = path.read_bytes().splitlines()
+        except FileNotFoundError:
             continue
-        if isinstance(name, str) and all(isinstance(values[key], kind) for key, kind in STREAMED_TYPES.items()):
-            streamed[name, values["fixed"]] = Streamed(**values)
-    return streamed
+        except OSError as error:
+            found = f"{path.name}: found an unreadable manifest ({error.strerror})"
+            raise CohortError(f"{found}, expected a file; check its permissions") from None
+        for line in lines:
+            try:
+                content = json.loads(line)
+                name, values = content["name"], {key: content[key] for key in STREAMED_TYPES}
+                when = float(content.get("time", 0))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                continue
+            if isinstance(name, str) and all(isinstance(values[key], kind) for key, kind in STREAMED_TYPES.items()):
+                entries.append((when, name, Streamed(**values)))
+    entries.sort(key=lambda entry: entry[0])  # stable: lines without a time stay in their file's order, before others
+    return {(name, entry.fixed): entry for _, name, entry in entries}
 
 
 class CohortBuilder:

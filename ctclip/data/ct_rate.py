@@ -107,9 +107,10 @@ def no_chest_path(split: str) -> Path:
     return Path("dataset", "metadata", f"no_chest_{split}.txt")
 
 
-def streamed_path(split: str) -> Path:
-    """Manifest of the volumes of a split that were encoded and not kept, one JSON object per line."""
-    return Path(f"streamed_{split}.jsonl")
+def streamed_path(split: str, shard: str = "") -> Path:
+    """Manifest of the volumes of a split that were encoded and not kept, one JSON object per line; of several processes
+    each has its own. `shard` may be a pattern."""
+    return Path(f"streamed_{split}{shard and '.'}{shard}.jsonl")
 
 
 def is_version_2(path: Path) -> bool | None:

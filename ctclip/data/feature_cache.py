@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ctclip.cli import OneLineParser, run_cli
 from ctclip.data.cohort import Volume
 from ctclip.data.ct_rate import FETCH_COMMAND, split_of
 from ctclip.data.hounsfield import HuDecision
@@ -43,10 +45,11 @@ from ctclip.data.preprocessing import PREPROCESSING_VERSION
 from ctclip.data.volume_key import cache_keys
 from ctclip.distributed import Ranks
 from ctclip.errors import UserError
-from ctclip.fileio import DISK_FULL, nearest_existing, replacing
+from ctclip.fileio import DISK_FULL, nearest_existing, read_json, replacing
 from ctclip.formatting import BAR
 from ctclip_model import CTCLIPMultiAbnormalityModel
 
+MERGED_AT_ONCE = 256  # entries of another cache in memory
 LINE_BYTES = 256  # more than an index line takes (about 150), for the estimate of disk space
 
 
@@ -114,13 +117,14 @@ def encoding(model: CTCLIPMultiAbnormalityModel, device: torch.device) -> Iterat
 
 
 class Entry(NamedTuple):
-    """One index line: where the record is, its CRC-32, how the file was read, and what it was made from."""
+    """One index line: where the record is, its CRC-32, how the file was read, what it was made from, and the volume."""
 
     shard: int
     record: int
     crc32: int
     reading: str
     source: str
+    name: str
 
 
 class FeatureCache:
@@ -130,12 +134,10 @@ class FeatureCache:
     """
 
     def __init__(self, cache_dir: str | os.PathLike, model: CTCLIPMultiAbnormalityModel):
-        dtype, self.shape = record_format(model)
-        self.dtype = np.dtype(dtype)
-        self.record_bytes = prod(self.shape) * self.dtype.itemsize
-        self.key = {
+        dtype, shape = record_format(model)
+        key = {
             "kind": model.cache_format,
-            "shape": list(self.shape),
+            "shape": list(shape),
             "dtype": dtype,
             "encoder_sha256": encoder_digest(model),
             # timm has architectures that differ in padding or activation and not in a single tensor
@@ -143,8 +145,20 @@ class FeatureCache:
             "input_shape": list(model.input_shape),
             "preprocessing_version": PREPROCESSING_VERSION,
         }
-        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
-        self.folder = Path(cache_dir) / f"{model.cache_format}-{digest[:12]}"
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        self._open(Path(cache_dir) / f"{model.cache_format}-{digest[:12]}", key)
+
+    @classmethod
+    def stored(cls, folder: Path, key: dict) -> FeatureCache:
+        """The entries in `folder`, without the model, of the cache whose key.json is `key`."""
+        cache = cls.__new__(cls)
+        cache._open(folder, key)
+        return cache
+
+    def _open(self, folder: Path, key: dict) -> None:
+        self.folder, self.key = folder, key
+        self.shape, self.dtype = tuple(key["shape"]), np.dtype(key["dtype"])
+        self.record_bytes = prod(self.shape) * self.dtype.itemsize
         self._entries: list[Entry] = []
         self._newest: dict[str, int] = {}  # cache_key of a volume -> row
         self._intact: set[int] = set()  # rows whose CRC has been compared
@@ -174,7 +188,7 @@ class FeatureCache:
         for line in whole.splitlines():
             try:
                 fields = json.loads(line)
-                entry = Entry(shard, *(fields[name] for name in ("record", "crc32", "reading", "source")))
+                entry = Entry(shard, *(fields[key] for key in Entry._fields[1:]))
                 if entry.record < records:
                     self._newest[entry.source] = len(self._entries)
                     self._entries.append(entry)
@@ -267,19 +281,30 @@ class FeatureCache:
         keys = cache_keys(volumes) if keys is None else keys
         with np.errstate(over="ignore"):
             records = arrays.detach().cpu().numpy().astype(self.dtype, order="C")
-        assert records.shape == (len(volumes), *self.shape), f"{records.shape} for {len(volumes)} x {self.shape}"
         if not np.isfinite(records).all():
             most = f"features of up to {arrays.abs().max():g} among {', '.join(volume.name for volume in volumes)}"
             raise CacheError(f"found {most}, expected what {self.dtype} can hold; see these volumes, or add "
                              "--freeze-epochs 0, which needs no cache")
+        names, readings = [volume.name for volume in volumes], [decision.reading for decision in decisions]
+        self._append(records, names, keys, readings, remaining)
+
+    def _append(
+        self,
+        records: np.ndarray,
+        names: Sequence[str],
+        keys: Sequence[str | None],
+        readings: Sequence[str],
+        remaining: int,
+    ) -> None:
+        assert records.shape == (len(names), *self.shape), f"{records.shape} for {len(names)} x {self.shape}"
         try:
             shard, data, index = self._writing = self._writing or self._new_shard()
             number = data.tell() // self.record_bytes
             write_all(data, records.tobytes())
             lines: list[str] = []
-            for volume, key, decision, record in zip(volumes, keys, decisions, records, strict=True):
-                line = {"record": number + len(lines), "name": volume.name, "source": key}
-                lines.append(json.dumps(line | {"reading": decision.reading, "crc32": zlib.crc32(record.data)}) + "\n")
+            for name, key, reading, record in zip(names, keys, readings, records, strict=True):
+                line = {"record": number + len(lines), "name": name, "source": key, "reading": reading}
+                lines.append(json.dumps(line | {"crc32": zlib.crc32(record.data)}) + "\n")
             write_all(index, "".join(lines).encode())
         except BaseException as error:
             self.close()  # half a record must stay the last of its shard
@@ -288,9 +313,29 @@ class FeatureCache:
             found = error.strerror or str(error)
             message = f"{self.folder}: found {found}, expected a folder to write to; choose another --cache-dir"
             if error.errno in DISK_FULL:
-                message = self.disk_full_message(max(remaining, len(volumes)), found)
+                message = self.disk_full_message(max(remaining, len(names)), found)
             raise CacheError(message) from error
         self._read_index(shard)
+
+    def take(self, other: FeatureCache) -> tuple[int, int, int]:
+        """Appends the entries of `other`, of the same key, that this one does not have; -> how many were taken, were
+        here, and are damaged there and left out."""
+        keys = list(other._newest)
+        _, damaged = other.intact(keys)
+        keys = [key for key in keys if key in other._newest]
+        here, _ = self.intact(keys)
+        wanted = [key for key, row in zip(keys, here, strict=True) if row is None]
+        need, free = self.disk_space(len(wanted))
+        if need > free:
+            raise CacheError(self.disk_full_message(len(wanted), "too little room"))
+        for start in range(0, len(wanted), MERGED_AT_ONCE):
+            chunk = wanted[start : start + MERGED_AT_ONCE]
+            rows = [other._newest[key] for key in chunk]
+            entries = [other._entries[row] for row in rows]
+            names, readings = [entry.name for entry in entries], [entry.reading for entry in entries]
+            self._append(other.load(rows).numpy(), names, chunk, readings, len(wanted) - start)
+        self.close()
+        return len(wanted), len(keys) - len(wanted), damaged
 
     def _new_shard(self) -> tuple[int, IO[bytes], IO[bytes]]:
         """Creates the next shard, which no other process can then take."""
@@ -398,3 +443,62 @@ def encode_missing(
         found = "found different entries on different ranks, expected one folder that all of them see"
         raise CacheError(f"{cache.folder}: {found}; choose a --cache-dir on a shared file system")
     return rows
+
+
+# ------------------------------------------------------------------ caches of several machines as one
+
+
+def merge_caches(target: Path, sources: Sequence[Path]) -> Iterator[str]:
+    """Takes what the caches under `sources` have and the one under `target` has not, which is made where there is none;
+    a line for each encoder's."""
+    for source in sources:
+        folders = sorted(path.parent for path in source.glob("*/key.json"))
+        if not folders or source.resolve() == target.resolve():
+            found = "the cache to merge into" if folders else "no cache (no folder with a key.json)"
+            raise CacheError(f"{source}: found {found}, expected another one's --cache-dir; correct it")
+        for folder in folders:
+            key = read_key(folder)
+            there = target / folder.name
+            if there.is_dir() and read_key(there) != key:
+                raise CacheError(f"{there}: found another key.json than in {folder}, expected the same; remove the one "
+                                 "that was edited")
+            cache = FeatureCache.stored(there, key)
+            taken, here, damaged = cache.take(FeatureCache.stored(folder, key))
+            left_out = f", {damaged} damaged ones left out" if damaged else ""
+            yield f"{folder}: {taken} entries taken into {there}, {here} were there{left_out}"
+
+
+def read_key(folder: Path) -> dict:
+    """What key.json in a cache's folder says."""
+    try:
+        key = read_json(folder / "key.json")
+        prod(key["shape"]) * np.dtype(key["dtype"]).itemsize
+        return key
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{folder / 'key.json'}: found no key of a cache ({error}), expected the one that was written "
+                         "with it; remove the folder, or bring the file back") from error
+
+
+def merge_parser() -> OneLineParser:
+    parser = OneLineParser(prog="python -m ctclip.data.feature_cache",
+                           description="Merges feature caches, such as those of several machines.")  # fmt: skip
+    merge = parser.add_subparsers(dest="command", required=True, metavar="merge").add_parser(
+        "merge", help="take what other caches have into the first"
+    )
+    merge.add_argument("target", type=Path, metavar="TARGET", help="--cache-dir to merge into")
+    merge.add_argument("sources", type=Path, nargs="+", metavar="SOURCE", help="--cache-dir of another machine")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = merge_parser().parse_args(argv)
+
+    def run() -> None:
+        for line in merge_caches(args.target, args.sources):
+            print(line, flush=True)
+
+    return run_cli(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

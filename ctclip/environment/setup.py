@@ -193,6 +193,7 @@ def data_step(options: argparse.Namespace, data_dir: Path, failed: dict[str, Hub
     from huggingface_hub.utils import disable_progress_bars
 
     from ctclip.hub.download import Selection, download_tables, download_volumes
+    from ctclip.hub.shard import Shard
     from ctclip.hub.streaming import StreamOptions, stream
 
     disable_progress_bars()  # one for each file; ours counts volumes
@@ -203,8 +204,9 @@ def data_step(options: argparse.Namespace, data_dir: Path, failed: dict[str, Hub
         elif options.stream_cache:
             weights = options.ctclip_path or WeightsFile((options.model or ["classfine"])[0]).whole
             scratch = Path(options.scratch_dir) if options.scratch_dir else None
-            cache = Path(options.cache_dir)
-            stream(selection, StreamOptions(data_dir, cache, Path(weights), scratch, options.disk_gb, options.device))
+            cache, shard = Path(options.cache_dir), Shard.named(options.shard)
+            stream(selection, StreamOptions(data_dir, cache, Path(weights), scratch, options.disk_gb, options.device,
+                                            shard))
         else:
             download_volumes(selection, data_dir)
     except OSError as error:

@@ -7,6 +7,9 @@ file is deleted as soon as its codes are on the disk.
 
 A volume's codes are on the disk before its line is, and its line before its file is deleted: whenever the process is
 killed, the same command goes on where it was, a download from its last byte.
+
+Several processes divide the volumes (`Shard`). Each has files in transit, a manifest (streamed_<split>.2of4.jsonl) and
+cache shards of its own, so that none waits for another; what is left to do is decided anew at every start.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TypeAlias
@@ -39,11 +42,12 @@ from ctclip.data.preprocessing import read_volume
 from ctclip.data.volume_file import VolumeError
 from ctclip.data.volume_key import cache_key, cache_keys, file_signature
 from ctclip.distributed import Ranks
-from ctclip.fileio import nearest_existing
-from ctclip.formatting import print_row, size_text
+from ctclip.fileio import LockedError, is_locked, locked, nearest_existing
+from ctclip.formatting import plural, print_row, size_text
 from ctclip.hub import download
 from ctclip.hub.client import DISK_GB, SPARE_BYTES, HubError, file_lock, find_token, parts_of
 from ctclip.hub.download import Downloader, Failures, Selection, Transfer
+from ctclip.hub.shard import Shard
 from ctclip.inference.predictor import choose_device, print_failures
 from ctclip_model import CLASSFINE_PATH, CTCLIPMultiAbnormalityModel
 
@@ -62,11 +66,12 @@ class StreamOptions:
     scratch_dir: Path | None = None  # None: data_dir
     disk_gb: float = DISK_GB
     device: str | None = None
+    shard: Shard = field(default_factory=Shard)
 
     @property
     def staging(self) -> Path:
         """A folder of its own, because what does not belong there is deleted."""
-        return (self.scratch_dir or self.data_dir) / ".stream"
+        return (self.scratch_dir or self.data_dir) / "-".join(filter(None, (".stream", self.shard.name)))
 
 
 def open_manifest(path: Path) -> io.FileIO:
@@ -155,16 +160,20 @@ def bytes_in(folder: Path) -> int:
 
 
 def plan_disk(options: StreamOptions, cache: FeatureCache, transfers: Sequence[Transfer]) -> tuple[float, float]:
-    """-> (bytes in all, of which for files in transit): all the codes, and the rest for files. Raises HubError where
-    the largest file and the codes do not fit, in --disk-gb or on the disks as they are."""
+    """-> (bytes in all, of which for files in transit): all the codes, and the rest for files. Of several processes on
+    a machine each has its share of both. Raises HubError where the largest file and the codes do not fit, in --disk-gb
+    or on the disks as they are."""
+    local = options.shard.local
     growth = len(transfers) * (cache.record_bytes + feature_cache.LINE_BYTES + MANIFEST_BYTES)
-    encoded = bytes_in(cache.folder)
+    encoded = bytes_in(cache.folder) / local
     largest = max(transfers, key=lambda transfer: transfer.size)
     codes = f"the codes of {len(transfers)} volumes"
     file = f"{largest.volume.name} ({size_text(largest.size)})"
-    limit = options.disk_gb * 1e9
+    limit = options.disk_gb * 1e9 / local
     if limit < (least := encoded + growth + largest.size):
-        found = f"found --disk-gb {options.disk_gb:g}, expected at least {size_text(least)} for {file} and {codes}"
+        each = f", for each of {local} processes here" if local > 1 else ""
+        found = (f"found --disk-gb {options.disk_gb:g}, expected at least {size_text(least * local)} for {file} and "
+                 f"{codes}{each}")
         raise HubError(found, "raise it, or choose fewer volumes", kind="disk")
     scratch, store = nearest_existing(options.staging), nearest_existing(cache.folder)
     here = bytes_in(options.staging)
@@ -173,12 +182,12 @@ def plan_disk(options: StreamOptions, cache: FeatureCache, transfers: Sequence[T
     if scratch.stat().st_dev == store.stat().st_dev:
         needs, shared = [(scratch, largest.size + growth, here, f"{file} and {codes}")], growth
     for folder, needed, reused, what in needs:
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder).free / local
         if free + reused < needed + SPARE_BYTES:
             found = f"{size_text(free)} free in {folder}, {size_text(needed + SPARE_BYTES)} needed for {what}"
             remedy = "free some, or name a --data-dir, --scratch-dir and --cache-dir on larger disks"
             raise HubError(f"the disk is too small: {found}", remedy, kind="disk")
-    room = min(limit - encoded - growth, shutil.disk_usage(scratch).free + here - SPARE_BYTES - shared)
+    room = min(limit - encoded - growth, shutil.disk_usage(scratch).free / local + here - SPARE_BYTES - shared)
     return encoded + growth + room, room
 
 
@@ -231,21 +240,59 @@ def prefetch(
         yield found
 
 
+@contextmanager
+def claimed(options: StreamOptions) -> Iterator[None]:
+    """Inside the block no other process works on this cohort, or is this one of several, or uses its scratch folder."""
+    cohort = [options.data_dir / COHORT] if options.shard.index == 0 else []
+    with file_lock(*cohort, options.staging):
+        yield
+
+
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Waits until no other process is in the block of the same path."""
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(path))
+                break
+            except LockedError:
+                time.sleep(0.2)
+        yield
+
+
+def clear_other_shards(options: StreamOptions) -> None:
+    """Deletes what processes left in transit that were of another number, unless they are at work."""
+    scratch, keep = options.staging.parent, options.shard.name.partition("of")[2]
+    for folder in scratch.glob(".stream*"):
+        other = folder.name.partition("of")[2] != keep
+        if other and folder.is_dir() and not is_locked(folder.with_name(f".{folder.name}.lock")):
+            shutil.rmtree(folder)
+
+
 def stream(selection: Selection, options: StreamOptions) -> None:
-    """The chosen volumes into the cache; prints what it does.
+    """The chosen volumes into the cache; prints what it does, or the main one of several processes does.
 
     Raises HubError, CacheError, CohortError or CheckpointError, each one line; what has been encoded is kept.
     """
-    token = find_token()
-    with file_lock(options.data_dir / COHORT, options.staging):
-        chosen = download.select_volumes(selection, options.data_dir, token)
+    token, shard = find_token(), options.shard
+    quiet = nullcontext() if shard.ranks.is_main else redirect_stdout(io.StringIO())
+    with claimed(options), ExitStack() as planning:
+        planning.enter_context(quiet)
+        with in_turn(options.data_dir / ".tables.lock") if shard.count > 1 else nullcontext():
+            chosen = shard.assigned(download.select_volumes(selection, options.data_dir, token))
+        if shard.count > 1 and shard.alone:
+            print_row("", f"part {shard.index + 1} of {shard.count}: {plural(len(chosen), 'volume')}")
+        clear_other_shards(options)
         options.staging.mkdir(parents=True, exist_ok=True)
         device = choose_device(options.device)
         # It only encodes: whatever head the file has, none is needed.
         model = CTCLIPMultiAbnormalityModel(str(options.weights), head="linear", new_head=True).to(device).eval()
         print_row("encoder", f"{model.load_report} on {device}")
         cache = FeatureCache(options.cache_dir, model)
-        on_disk, transfers = plan_stream(chosen, options, selection, cache, token)
+        on_disk, left = plan_stream(chosen, options, selection, cache, token)
+        on_disk = shard.seen_here(on_disk, lambda volume: volume.name)
+        transfers = shard.left_everywhere(left, lambda transfer: transfer.volume.name)
         notes: dict[str, str] = {}
 
         def on_batch(volumes: list[Volume], batch: Batch) -> None:
@@ -253,21 +300,24 @@ def stream(selection: Selection, options: StreamOptions) -> None:
             notes.update(notes_of(volumes, batch))
 
         if on_disk:
-            encode_missing(model, cache, on_disk, device, 0, Ranks(), on_batch)
+            encode_missing(model, cache, on_disk, device, 0, Ranks.alone(), on_batch)
+        shard.ranks.destroy()  # from here on none waits for another
         limit, room = plan_disk(options, cache, transfers) if transfers else (0, 0)
         clear_staging(options.staging, transfers, room)
         if transfers:
             print_row("", f"disk: at most {size_text(limit)}, of which {size_text(room)} for files in transit")
+            planning.close()
             with Downloader(transfers, token, room) as downloader:
                 notes |= encode_transfers(model, cache, downloader, limit, selection, options)
         if notes:
             print_row("", count_notes(notes))
-        for folder in (*options.staging.iterdir(), options.staging):
+        for folder in (*sorted(options.staging.rglob("*"), reverse=True), options.staging):  # the deepest first
             with suppress(OSError):  # not empty
                 folder.rmdir()
     encoder = "" if str(options.weights) == CLASSFINE_PATH else f" --ctclip-path {shlex.quote(str(options.weights))}"
     more = f" --cache-dir {shlex.quote(str(options.cache_dir))}{encoder} --freeze-backbone"
-    print_row("next", download.next_command(selection.split, options.data_dir, more))
+    if shard.ranks.is_main:
+        print_row("next", download.next_command(selection.split, options.data_dir, more))
 
 
 def encode_transfers(
@@ -280,17 +330,19 @@ def encode_transfers(
 ) -> dict[str, str]:
     """Each volume that arrives into the cache and the manifest; then its file goes. Returns {name: note}."""
     device, total = next(model.parameters()).device, downloader.left
-    manifest_path = options.data_dir / streamed_path(selection.split)
+    shard = options.shard
+    manifest_path = options.data_dir / streamed_path(selection.split, shard.name)
+    label = " ".join(filter(None, ("stream", shard.name)))
     failures, done, start = Failures(), 0, time.monotonic()
     quarantined: list[str] = []
     notes: dict[str, str] = {}
 
     def show(refresh: bool = True) -> None:
         per_minute = 60 * done / (time.monotonic() - start)
-        used = size_text(bytes_in(cache.folder) + bytes_in(options.staging))
+        used = size_text(bytes_in(cache.folder) / shard.local + bytes_in(options.staging))
         bar.set_postfix_str(f"{per_minute:.1f} vol/min, disk {used} of {size_text(limit)}", refresh)
 
-    bar = tqdm(total=total, desc="stream", bar_format=BAR)
+    bar = tqdm(total=total, desc=label, bar_format=BAR, disable=not shard.ranks.is_main)
     with open_manifest(manifest_path) as manifest, closing(cache), bar, feature_cache.encoding(model, device):
         for transfer, found in prefetch(downloader, model.input_shape, show):
             volume, unreadable = transfer.volume, found if isinstance(found, str) else None
@@ -309,7 +361,7 @@ def encode_transfers(
                     codes = model.encode_for_cache(tensor[None].to(device))
                     cache.append([volume], codes, [decision], [key], total - done)
                 entry = Streamed(selection.fixed, size, str(tail), transfer.sha256, unreadable)
-                line = json.dumps({"name": volume.name, **entry._asdict()})
+                line = json.dumps({"name": volume.name, **entry._asdict(), "time": round(time.time(), 3)})
                 feature_cache.write_all(manifest, f"{line}\n".encode())
             remove(transfer.target)
             downloader.release(transfer)
@@ -319,7 +371,7 @@ def encode_transfers(
     minutes = (time.monotonic() - start) / 60
     encoded = total - len(failures.errors) - len(quarantined)
     speed = f"{minutes:.1f} min, {encoded / minutes:.1f} per minute"
-    print_row("stream", f"{encoded} volumes encoded in {speed}: {cache.folder}")
+    print_row(label, f"{encoded} volumes encoded in {speed}: {cache.folder}")
     if quarantined:
         names = download.first_names(quarantined)
         print_row("", f"in quarantine, with the reason in {manifest_path}: {len(quarantined)} ({names})")

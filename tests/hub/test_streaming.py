@@ -9,6 +9,7 @@ import os
 import random
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +37,7 @@ from ctclip.environment import setup as setup_steps
 from ctclip.hub import client as hub_client
 from ctclip.hub import streaming
 from ctclip.hub.download import choose, draw_patients
+from ctclip.hub.shard import Shard
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -621,23 +624,34 @@ def manifest_lines(folder: Path) -> int:
     return len(read_streamed(folder / "D", "train"))
 
 
+@contextmanager
+def forked_setup(hub: Hub, folder: Path, *arguments: str) -> Iterator[subprocess.Popen]:
+    """tests/fork_setup.py in `folder`, for a stream with the arguments."""
+    where = ["--data", "train", "--stream-cache", "--data-dir", "D", "--cache-dir", "C", "--device", "cpu"]
+    with subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "fork_setup.py", hub.url, *where, *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder,
+        env=os.environ | {"HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1,localhost"},
+    ) as server:  # fmt: skip
+        yield server
+
+
+def start_forked(server: subprocess.Popen, processes: int = 1) -> list[int]:
+    server.stdin.write(f"{processes}\n")
+    server.stdin.flush()
+    return [int(child) for child in server.stdout.readline().split()]
+
+
 def test_killed_at_ten_random_moments_a_stream_ends_in_the_same_cache(hub, undisturbed, tiny_classfine, tmp_path):
     hub.fault, hub.pause = lambda verb, path, n: "slow" if verb == "GET" else None, 0.01
     budget = 4_000_000
-    arguments = ["--data", "train", "--stream-cache", "--data-dir", "D", "--cache-dir", "C", "--device", "cpu"]
-    arguments += ["--ctclip-path", tiny_classfine, "--disk-gb", str(budget / 1e9)]
     seed = random.randrange(10**6)
     moments = random.Random(seed)
     progress, most = [], 0
-    with subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "fork_setup.py", hub.url, *arguments],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path,
-        env=os.environ | {"HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1,localhost"},
-    ) as server:  # fmt: skip
+    flags = "--ctclip-path", tiny_classfine, "--disk-gb", str(budget / 1e9)
+    with forked_setup(hub, tmp_path, *flags) as server:
         for lines in [*(moments.randrange(6) for _ in range(10)), None]:
-            server.stdin.write("start\n")
-            server.stdin.flush()
-            child = int(server.stdout.readline())
+            (child,) = start_forked(server)
             # So many lines further, or anywhere before the first one; and then at a random moment.
             start = begun = time.monotonic()
             after = moments.uniform(0, 0.2 if lines else 0.7)
@@ -658,3 +672,83 @@ def test_killed_at_ten_random_moments_a_stream_ends_in_the_same_cache(hub, undis
     assert progress[-1] == 32 and len(set(progress)) >= 4, f"seed {seed}: {progress}"  # killed in the midst of it
     assert any(first for verb, _, _, first in hub.requests if verb == "GET")  # transfers went on where they were cut
     assert most <= budget and volumes_in(tmp_path / "D") == []
+
+
+def test_of_four_processes_one_is_killed_and_the_next_start_takes_over(hub, undisturbed, tiny_classfine, tmp_path):
+    """As torchrun does it: when one dies, all are ended and started again."""
+    hub.fault, hub.pause = lambda verb, path, n: "slow" if verb == "GET" else None, 0.01
+    seed = random.randrange(10**6)
+    moments = random.Random(seed)
+    progress = []
+    with forked_setup(hub, tmp_path, "--ctclip-path", tiny_classfine) as server:
+        for more in (moments.randrange(1, 8), moments.randrange(1, 8), None):
+            children = start_forked(server, 4)
+            end = time.monotonic() + 100
+            while more and manifest_lines(tmp_path) < sum(progress[-1:]) + more and time.monotonic() < end:
+                time.sleep(0.01)
+            if more:
+                moments.shuffle(children)
+                for child in children:
+                    os.kill(child, signal.SIGKILL)
+                    time.sleep(moments.uniform(0, 0.1))
+            codes = server.stdout.readline().split()
+            progress.append(manifest_lines(tmp_path))
+    log = (tmp_path / "log.txt").read_text()
+    assert codes == ["0"] * 4, f"seed {seed}: {log[-2000:]}"
+    assert entries(cache_of(tmp_path / "C", tiny_classfine)) == undisturbed, f"seed {seed}"  # each volume once
+    assert 0 < progress[0] < progress[1] < 32 == progress[2], f"seed {seed}: {progress}"
+    assert volumes_in(tmp_path / "D") == [] and list((tmp_path / "D").glob(".stream*")) == []
+    assert log.count("32 to fetch") == 1 and re.search(r"stream [1-4]of4 +[0-9]+ volumes encoded", log)
+
+
+def test_shards_on_machines_of_their_own_are_merged(setup, undisturbed, tiny_classfine, tmp_path, capsys):
+    """Two disks; the caches are merged by the command, the second's manifest is copied to the first's."""
+    def stream(shard: int) -> tuple:
+        where = ("--data-dir", f"D{shard}", "--cache-dir", f"C{shard}", "--ctclip-path", tiny_classfine)
+        return setup("--data", "train", "--stream-cache", "--shard", f"{shard}/2", "--device", "cpu", *where)
+
+    for shard in (1, 2):
+        code, out, error = stream(shard)
+        assert code == 0 and f"part {shard} of 2: 20 volumes" in out and "16/16" in error
+    names = [{name for name, _ in read_streamed(f"D{shard}", "train")} for shard in (1, 2)]
+    assert not names[0] & names[1] and names[0] | names[1] == set(undisturbed)
+    assert feature_cache.main(["merge", "C1", "C2"]) == 0
+    assert f"{len(names[1])} entries taken" in capsys.readouterr().out
+    assert entries(cache_of("C1", tiny_classfine)) == undisturbed
+    shutil.copy("D2/streamed_train.2of2.jsonl", "D1")
+    assert all(row is not None for row in cache_of("C1", tiny_classfine).rows(load_cohort("D1", "train").volumes))
+    assert feature_cache.main(["merge", "C1", "C2"]) == 0
+    assert "0 entries taken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("shard", "found"), [("3/2", "3/2"), ("0/2", "0/2"), ("1", "1"), ("a/b", "a/b")])
+def test_a_shard_that_is_none_is_one_line(stream, hub, shard, found):
+    code, _, error = stream("--shard", shard)
+    assert code == 2 and f"found --shard {found}, expected I/N" in error and error.count("\n") == 1
+
+
+def test_torchrun_is_for_streams_and_divides_them_itself(stream, setup, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, error = stream("--shard", "1/2")
+    assert code == 2 and "found --shard 1/2 with torchrun" in error
+    code, _, error = setup("--doctor")
+    assert code == 2 and error == (
+        "error: found torchrun with ctclip_setup.py, expected --stream-cache; start it with python\n"
+    )
+
+
+def test_files_that_one_process_sees_are_its_own_and_others_are_divided(monkeypatch):
+    """Ranks whose gathered values are given: what each of three sees."""
+    files = [["a", "b", "c"], ["b", "c"], ["c", "d"]]
+    left = [["u", "v", "w", "x", "y"], ["u", "w", "x", "y"], ["u", "w", "x", "y"]]  # v is done elsewhere
+
+    def taken(rank: int, method: str, of_ranks: list[list[str]]) -> list[str]:
+        ranks = Ranks.alone()
+        ranks.rank, ranks.world = rank, 3
+        monkeypatch.setattr(ranks, "all_gather", lambda value: of_ranks)
+        return getattr(Shard(rank, 3, 1, ranks), method)(of_ranks[rank], str)
+
+    seen = [taken(rank, "seen_here", files) for rank in range(3)]
+    assert sorted(sum(seen, [])) == ["a", "b", "c", "d"] and "a" in seen[0] and "d" in seen[2]
+    parts = [taken(rank, "left_everywhere", left) for rank in range(3)]
+    assert sorted(sum(parts, [])) == ["u", "w", "x", "y"] and max(map(len, parts)) == 2
