@@ -594,8 +594,8 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
                          help="table with PatientSex, PatientAge, Manufacturer or SliceThickness, for subgroups "
                               "(default: the cohort's own, where there is one)")
     counted.add_argument("--pictures", type=int, metavar="N", default=1,
-                         help="slices shown per label (false negatives and false positives); each volume is "
-                              "read once more; 0: none (default %(default)s)")
+                         help="volumes shown as slices per label, of false negatives and of false positives; each is "
+                              "read once more and goes through the run's model; 0: none (default %(default)s)")
     counted.add_argument("--verbose", action="store_true", help="print the whole report, not only its summary")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,36 +10,44 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.ndimage import minimum_filter
 from tqdm.auto import tqdm
 
 from ctclip.data.cohort import Volume, load_cohort
 from ctclip.data.ct_rate import FETCH_COMMAND, labels_path
 from ctclip.data.patients import StatedIds
 from ctclip.data.preprocessing import read_volume
+from ctclip.data.tables import listing
 from ctclip.data.volume_file import VolumeError
 from ctclip.data.windows import Window, display_window
 from ctclip.evaluation.calibration import FittedThresholds
-from ctclip.evaluation.figures import import_matplotlib
+from ctclip.evaluation.case_slices import Evidence, EvidenceError, Slice, draw_slices, find_body, place_shown
 from ctclip.evaluation.tables import Rows, row_keys
 from ctclip.formatting import BAR
 
 LISTED = 3  # volumes of each label and kind
-PICTURE_SHAPE = (200, 200, 200)  # voxels of 1.8 mm over the 360 mm cube; a slice is as many pixels
-LUNG_DENSITY = (-0.95, -0.5)  # HU / 1000
+PICTURE_SHAPE = (200, 400, 400)  # voxels over the 360 mm cube: 0.9 mm in plane
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Slices in a window; `through` says which. `command` makes the heat map, "" without a model."""
+
+    slices: tuple[Slice, ...]
+    window: Window
+    through: str
+    command: str
 
 
 @dataclass(frozen=True)
 class Case:
-    """A wrong decision: `kind` is "false negative" or "false positive", `probability` and `threshold` are calibrated,
-    `picture` is a JPEG, an axial beside a coronal slice, or None."""
+    """A wrong decision: `kind` is "false negative" or "false positive", `probability` and `threshold` calibrated."""
 
     label: str
     kind: str
     name: str
     probability: float
     threshold: float
-    picture: bytes | None = None
+    picture: Picture | None = None
 
 
 def worst_cases(rows: Rows, fitted: FittedThresholds) -> list[Case]:
@@ -59,22 +67,18 @@ def worst_cases(rows: Rows, fitted: FittedThresholds) -> list[Case]:
 
 
 def with_pictures(
-    cases: Sequence[Case], unit: str, data_dir: Path, most: int, ids: StatedIds | None = None
+    cases: Sequence[Case], unit: str, data_dir: Path, most: int, ids: StatedIds | None = None,
+    evidence: Evidence | None = None,
 ) -> tuple[list[Case], list[tuple[str, str]]]:
     """(the cases, the first `most` of each label and kind with a picture; what could not be read, as (name, reason)).
 
     Volumes are those of the unseen split; of the training split where the cases are none of them (cross-validation). A
-    row of volumes merged as `ids` states them shows the first of them. Each volume is read once; those that were
-    streamed and have no file are counted under one reason. Raises CohortError where `data_dir` has no usable cohort.
+    row of volumes merged as `ids` states them shows the first of them. Slices go through what the model of `evidence`
+    bases its answer on, in one pass for each volume; without it, or where it cannot be had, which is then among the
+    reasons, through the most lung. Volumes that were streamed and have no file are counted under one reason. Raises
+    CohortError where `data_dir` has no usable cohort.
     """
-
-    def by_row(split: str) -> dict[str, Volume]:
-        cohort = load_cohort(data_dir, split).volumes[::-1]  # so that the first volume of a row stays
-        return dict(zip(row_keys([volume.name for volume in cohort], unit, ids).tolist(), cohort, strict=True))
-
-    volumes = by_row("valid")
-    if all(case.name not in volumes for case in cases) and (data_dir / labels_path("train")).is_file():
-        volumes = by_row("train")
+    volumes = _volumes_by_row(cases, unit, data_dir, ids)
     wanted: dict[str, list[int]] = {}
     seen: Counter[tuple[str, str]] = Counter()
     for place, case in enumerate(cases):
@@ -86,32 +90,61 @@ def with_pictures(
         failures.append((f"{len(streamed)} volumes",
                          f"streamed, and their files not kept; {FETCH_COMMAND} valid fetches them"))
     for name, places in tqdm(wanted.items(), desc="pictures", unit=" volumes", bar_format=BAR, delay=2, leave=False):
+        if name in streamed:
+            continue
         try:
             if name not in volumes:
-                failures.append((name, f"not in {data_dir}"))
-            elif name not in streamed:
-                tensor, _ = read_volume(volumes[name], PICTURE_SHAPE)
-                for place in places:
-                    done[place] = replace(cases[place], picture=picture(tensor, display_window(cases[place].label)))
+                raise VolumeError(f"not in {data_dir}")
+            labels = list(dict.fromkeys(cases[place].label for place in places))
+            try:
+                pictures = _pictures(volumes[name], labels, data_dir, evidence)
+            except EvidenceError as error:
+                failures.append(("evidence", str(error)))
+                evidence = None
+                pictures = _pictures(volumes[name], labels, data_dir, None)
+            for place in places:
+                done[place] = replace(cases[place], picture=pictures[cases[place].label])
         except (VolumeError, OSError, MemoryError) as error:
             failures.append((name, str(error) or type(error).__name__))
     return done, failures
 
 
-def picture(volume: torch.Tensor, window: Window) -> bytes:
-    """JPEG of (1, D, H, W) = (1, z, x, y), HU / 1000: the axial and the coronal slice with the most lung in them.
+def _volumes_by_row(
+    cases: Sequence[Case], unit: str, data_dir: Path, ids: StatedIds | None
+) -> dict[str, Volume]:
+    def of_split(split: str) -> dict[str, Volume]:
+        cohort = load_cohort(data_dir, split).volumes[::-1]  # so that the first volume of a row stays
+        return dict(zip(row_keys([volume.name for volume in cohort], unit, ids).tolist(), cohort, strict=True))
 
-    As radiologists look: the patient's right on the left, front or head at the top.
-    """
-    import_matplotlib()
-    from matplotlib.image import imsave
+    volumes = of_split("valid")
+    if all(case.name not in volumes for case in cases) and (data_dir / labels_path("train")).is_file():
+        volumes = of_split("train")
+    return volumes
 
-    hu = volume[0].numpy()
-    lung = (hu > LUNG_DENSITY[0]) & (hu < LUNG_DENSITY[1])
-    lung = minimum_filter(lung, size=5, mode="wrap")  # eroded: without the thin shells that partial volumes make
-    axial = hu[lung.sum(axis=(1, 2)).argmax()].T
-    coronal = hu[::-1, :, lung.sum(axis=(0, 1)).argmax()]
-    shown, (low, high) = np.concatenate([axial, coronal], axis=1), window.limits(unit=1000)
-    file = io.BytesIO()
-    imsave(file, shown, vmin=low, vmax=high, cmap="gray", format="jpg", pil_kwargs={"quality": 80})
-    return file.getvalue()
+
+def _pictures(
+    volume: Volume, labels: Sequence[str], data_dir: Path, evidence: Evidence | None
+) -> dict[str, Picture]:
+    """One for each label. Raises VolumeError where the volume cannot be read, or shows no body."""
+    tensor, contributions = evidence.of(volume, labels) if evidence else (torch.empty(1, 0, 0, 0), [None] * len(labels))
+    if any(size < wanted for size, wanted in zip(tensor.shape[1:], PICTURE_SHAPE, strict=True)):
+        tensor, _ = read_volume(volume, PICTURE_SHAPE)
+    if (body := find_body(tensor)) is None:
+        raise VolumeError(f"{volume.path}: found nothing as dense as a body, expected a chest; look at the volume")
+    pictures = {}
+    for label, values in zip(labels, contributions, strict=True):
+        place, window = place_shown(body, values), display_window(label)
+        pictures[label] = Picture(
+            draw_slices(tensor, body, place, window), window, place.meaning,
+            _heat_map_command(evidence.run, volume, label, data_dir) if evidence else "",
+        )
+    return pictures
+
+
+def _heat_map_command(run: Path, volume: Volume, label: str, data_dir: Path) -> str:
+    """Without where folders lie that were named by absolute paths: reports are handed on."""
+    cohort, folder = (Path(path.name) if path.is_absolute() else path for path in (data_dir, run))
+    flags = {"--checkpoint": folder.as_posix(), "--input": (cohort / volume.path.relative_to(data_dir)).as_posix(),
+             "--explain": listing([label])}
+    given = " ".join(f"{flag} {shlex.quote(value)}" for flag, value in flags.items())
+    return f"python run_task2.py --mode predict {given}"

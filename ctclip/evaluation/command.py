@@ -243,12 +243,12 @@ def next_step(
 
 def draw(output_dir: Path, evaluation: Evaluation, pictures: int) -> list[tuple[str, str]]:
     """The figures and the page, with slices of the worst cases; -> (name, reason) of those that cannot be shown."""
-    rows, data_dir = evaluation.rows, evaluation.inputs.data_dir
+    rows, data_dir, evidence = evaluation.rows, evaluation.inputs.data_dir, evaluation.inputs.evidence
     cases = worst_cases(rows, evaluation.fitted)
     unread: list[tuple[str, str]] = []
     if data_dir is not None and pictures:
         try:
-            cases, unread = with_pictures(cases, rows.unit, data_dir, pictures, rows.ids)
+            cases, unread = with_pictures(cases, rows.unit, data_dir, pictures, rows.ids, evidence)
         except CohortError as error:  # the volumes may be elsewhere; the metrics need none of them
             unread = [("any volume", str(error))]
     write_pictures(output_dir, evaluation, cases)

@@ -118,7 +118,10 @@ def write_page(
     sections["settings"] = report.settings_section(metrics, record)
     if cases:
         lead = ("Per label, the volumes whose calibrated probability lies farthest on the wrong side of the threshold, "
-                "some with an axial and a coronal slice: to tell a wrong label from a wrong model.")
+                "some with an axial and a coronal slice: to tell a wrong label from a wrong model. A slice is enlarged "
+                "by a click. Evidence is what adds most to the label's logit; where it lies, the finding need not. The "
+                "command below a picture makes the whole heat map, from the folder that the evaluation was started in; "
+                "of absolute paths, put the start back.")
         sections["cases"] = Section("cases", "Worst errors", [Paragraph(lead)])
     if (files := report.files_section(path.parent)) is not None:
         sections["files"] = files

@@ -48,6 +48,7 @@ from ctclip.data.tables import (
     some,
     unknown_columns,
 )
+from ctclip.evaluation.case_slices import Evidence
 from ctclip.evaluation.metrics import EvaluationError, checked
 from ctclip.fileio import replacing
 from ctclip_model import ABNORMALITIES, UNKNOWN, check_written
@@ -111,7 +112,7 @@ class EvaluationInputs:
     epochs. `data_dir` is the cohort's folder, where volumes and metadata are looked up; `record` is a run's run.json.
     `note` is a disclaimer shown with the results, where they are not of phantoms. `patients` is what the table of
     --patients states. `members` are the inputs that these were made of, where they are several models' (ensemble.py),
-    and `ensemble` says how. `label_map` is what made the findings of all tables.
+    and `ensemble` says how. `label_map` is what made the findings of all tables. `evidence` is of the run's model.
     """
 
     predictions: VolumeTable
@@ -126,6 +127,7 @@ class EvaluationInputs:
     members: Sequence[EvaluationInputs] = ()
     ensemble: Mapping[str, Any] = field(default_factory=dict)
     label_map: LabelMap | None = None
+    evidence: Evidence | None = None
 
 
 def load_predictions(path: str | Path) -> pd.DataFrame:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
+from ctclip.cli import OUT_OF_MEMORY
 from ctclip.config import TrainingConfig
-from ctclip.data.cohort import Cohort, ids_of, load_cohort
+from ctclip.data.cohort import Cohort, Volume, ids_of, load_cohort
 from ctclip.data.ct_rate import FETCH_COMMAND, labels_path
 from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.label_table import columns_among, listed_findings
 from ctclip.data.loading import Batch, count_notes, notes_of
+from ctclip.data.preprocessing import read_volume
 from ctclip.data.tables import CohortError, some
+from ctclip.evaluation.case_slices import Evidence, EvidenceError
 from ctclip.evaluation.ensemble import combined_inputs
 from ctclip.evaluation.run_folder import (
     ELSEWHERE,
@@ -33,10 +38,13 @@ from ctclip.evaluation.saved_ensemble import saved_ensemble
 from ctclip.evaluation.tables import EvaluationInputs, patients_of, read_labels, read_predictions, write_table
 from ctclip.fileio import make_folder
 from ctclip.formatting import plural
+from ctclip.inference.contributions import token_contributions
 from ctclip.inference.fusion import load_models
 from ctclip.inference.predictions import PartialTable
-from ctclip.inference.predictor import print_failures
+from ctclip.inference.predictor import MachineError, load_model, print_failures
+from ctclip.memory import out_of_memory
 from ctclip.phantoms.cohort import is_phantom_cohort, plan_split
+from ctclip_model import ModelError
 
 UNSEEN_NOT_CHECKED = "Not checked whether patients of the unseen split are trained on"
 
@@ -70,7 +78,34 @@ def run_inputs(
     history = read_history(run / "log.jsonl")
     folder = Path(cohort) if cohort else None
     stated = patients_of(patients, predictions)
-    return EvaluationInputs(predictions, labels, run_tuning(run), history, phantom, folder, record, patients=stated)
+    return EvaluationInputs(
+        predictions, labels, run_tuning(run), history, phantom, folder, record, patients=stated,
+        evidence=run_evidence(run, device),
+    )  # fmt: skip
+
+
+def run_evidence(run: Path, device: str | None = None) -> Evidence | None:
+    """What the model of a run bases its answers on; None for an ensemble, and without weights. The model is loaded when
+    it is first asked for."""
+    if not (run / "model.safetensors").is_file():
+        return None
+    model = cache(partial(load_model, run, device))
+
+    def of(volume: Volume, labels: Sequence[str]) -> tuple[Tensor, np.ndarray]:
+        try:
+            net = model()
+            tensor, _ = read_volume(volume, net.input_shape)
+            index = [net.labels.index(label) for label in labels]
+            found = token_contributions(net, tensor[None].to(next(net.parameters()).device), index)
+        except (ModelError, MachineError) as error:
+            raise EvidenceError(str(error)) from error
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise EvidenceError(OUT_OF_MEMORY) from error
+        return tensor, found.values
+
+    return Evidence(run, of)
 
 
 def existing_run(run_dir: str | Path) -> Path:

@@ -1,19 +1,19 @@
-"""Cases: the most wrong volumes by hand, pictures with marker voxels, and volumes that are not at hand."""
+"""Cases: the most wrong volumes by hand, which of them have pictures, and volumes that are not at hand."""
 
-import io
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ctclip.data.cohort import load_cohort
 from ctclip.data.tables import CohortError
-from ctclip.data.windows import SOFT_TISSUE_LABELS, Window
+from ctclip.data.windows import SOFT_TISSUE_LABELS, SOFT_TISSUE_WINDOW
 from ctclip.evaluation import cases
 from ctclip.evaluation.calibration import TUNING, FittedThresholds
+from ctclip.evaluation.case_slices import Evidence, EvidenceError
 from ctclip.evaluation.metrics import ABNORMALITIES
 from ctclip.evaluation.tables import Rows
 
@@ -42,23 +42,6 @@ def test_the_most_wrong_volumes_by_hand():
     assert cases.worst_cases(rows, fitted(rows.probabilities, 2.0, 1.0))[-1].kind == "false negative"
 
 
-def test_the_picture_is_turned_as_radiologists_look():
-    """Axes (z, x, y) in LPS: markers at the patient's right, front and head lie to the left, at the top and the top."""
-    hu = torch.full((1, *cases.PICTURE_SHAPE), -1.0)
-    hu[0, :, :, 30:33] = -0.8  # a thin shell, as partial volumes make it: not lung
-    hu[0, 97:104, 80:120, 80:120] = hu[0, 80:120, 80:120, 97:104] = -0.8  # the planes with the most lung
-    hu[0, 97:104, 10:14, 97:104] = 1  # right
-    hu[0, 97:104, 97:104, 10:14] = 1  # front
-    hu[0, 190:194, 97:104, 97:104] = 1  # head
-    shown = np.array(Image.open(io.BytesIO(cases.picture(hu, Window(0, 2000)))).convert("L"))
-    assert shown.shape == (200, 400)
-    axial, coronal = shown[:, :200], shown[:, 200:]
-    for slice_, row, column in ((axial, 100, 12), (axial, 12, 100), (coronal, 8, 100)):
-        assert slice_[row, column] > 150, (row, column)
-    for slice_, row, column in ((axial, 100, 188), (axial, 188, 100), (coronal, 191, 100)):
-        assert slice_[row, column] < 60, (row, column)
-
-
 def test_pictures_of_the_first_of_each_kind_and_what_could_not_be_read(phantoms, tmp_path):
     data_dir = tmp_path / "cohort"
     shutil.copytree(phantoms, data_dir)
@@ -70,7 +53,9 @@ def test_pictures_of_the_first_of_each_kind_and_what_could_not_be_read(phantoms,
     listed = [cases.Case("Emphysema", kind, name, 0.5, 0.5) for kind in kinds for name in names]
     pictured, failures = cases.with_pictures(listed, "volume", data_dir, 3)
     assert [case.picture is not None for case in pictured] == [True, False, False] * 2
-    assert pictured[0].picture == pictured[3].picture and pictured[0].picture[:2] == b"\xff\xd8"
+    assert pictured[0].picture == pictured[3].picture
+    assert [shown.jpeg[:2] for shown in pictured[0].picture.slices] == [b"\xff\xd8"] * 2
+    assert pictured[0].picture.command == "" and pictured[0].picture.through == "with the most lung"
     assert [name for name, _ in failures] == names[1:] and "valid_999" in failures[1][0]
     assert "truncated" in failures[0][1] or "damaged" in failures[0][1]
     only_first, failures = cases.with_pictures(listed, "volume", data_dir, 1)
@@ -80,6 +65,41 @@ def test_pictures_of_the_first_of_each_kind_and_what_could_not_be_read(phantoms,
     assert scan[0].picture == pictured[0].picture and not failures
     with pytest.raises(CohortError, match="found no folder"):
         cases.with_pictures(listed, "volume", tmp_path / "nowhere", 1)
+
+
+def test_evidence_is_asked_once_for_each_volume(phantoms):
+    """For all its labels; the ring and the command are each label's own, without where the cohort lies."""
+    volume = load_cohort(phantoms, "valid").volumes[0]
+    asked = []
+
+    def of(volume, labels):
+        asked.append((volume.name, labels))
+        values = np.zeros((len(labels), 8, 8, 8), np.float32)
+        for place in range(len(labels)):
+            values[place, 4, 2 + 2 * place, 4] = 1
+        return torch.full((1, 24, 48, 48), -1.0), values
+
+    listed = [cases.Case(label, "false negative", volume.name, 0.1, 0.5) for label in ("Emphysema", "Cardiomegaly")]
+    pictured, failures = cases.with_pictures(listed, "volume", phantoms, 1, None, Evidence(Path("results/a b"), of))
+    assert asked == [(volume.name, ["Emphysema", "Cardiomegaly"])] and not failures
+    first, second = (case.picture for case in pictured)
+    assert first.through == "through the strongest evidence (ring)" and second.window == SOFT_TISSUE_WINDOW
+    assert first.slices[0].ring[0] < 0.5 < second.slices[0].ring[0]
+    inside = volume.path.relative_to(phantoms).as_posix()
+    assert second.command == ("python run_task2.py --mode predict --checkpoint 'results/a b' --input "
+                              f"{phantoms.name}/{inside} --explain Cardiomegaly")
+
+
+def test_without_evidence_after_all_slices_show_the_most_lung(phantoms):
+    volumes = load_cohort(phantoms, "valid").volumes[:2]
+
+    def of(volume, labels):
+        raise EvidenceError("found other bytes")
+
+    listed = [cases.Case("Emphysema", "false negative", volume.name, 0.1, 0.5) for volume in volumes]
+    pictured, failures = cases.with_pictures(listed, "volume", phantoms, 2, None, Evidence(Path("run"), of))
+    assert failures == [("evidence", "found other bytes")]  # said once
+    assert [case.picture.through for case in pictured] == ["with the most lung"] * 2
 
 
 def test_cases_of_cross_validation_are_found_in_the_training_split(phantoms):

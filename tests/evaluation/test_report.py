@@ -17,8 +17,10 @@ import pytest
 from helpers_evaluation import simulate
 
 from ctclip.config import PHANTOM_ENCODER_NOTE, SYNTHETIC_NOTE
+from ctclip.data.windows import SOFT_TISSUE_WINDOW
 from ctclip.evaluation import render
-from ctclip.evaluation.cases import Case
+from ctclip.evaluation.case_slices import Slice
+from ctclip.evaluation.cases import Case, Picture
 from ctclip.evaluation.evaluate import Settings, evaluate_tables
 from ctclip.evaluation.figures import MOST_POINTS, new_figure, svg, thinned
 from ctclip.evaluation.metrics import compute_metrics, per_label_metrics
@@ -74,7 +76,10 @@ def path(evaluation, tmp_path_factory):
 
     jpeg = io.BytesIO()
     Image.new("L", (40, 20), 128).save(jpeg, "JPEG")
-    cases = [Case("Lung nodule", "false negative", HOSTILE, 0.1, 0.4, jpeg.getvalue()),
+    content = jpeg.getvalue()
+    slices = Slice("Axial", content, (200, 400), (0.25, 0.5)), Slice("Coronal", content, (400, 400), None)
+    picture = Picture(slices, SOFT_TISSUE_WINDOW, "through the strongest evidence (ring)", f"python '{HOSTILE}'")
+    cases = [Case("Lung nodule", "false negative", HOSTILE, 0.1, 0.4, picture),
              Case("Lung nodule", "false positive", "valid_2_a_1.nii.gz", 0.9, 0.4)]
     path = tmp_path_factory.mktemp("page") / "report.html"
     for name in BESIDE:
@@ -191,7 +196,7 @@ def test_names_stay_text(parsed):
     assert not [name for _, attributes in parsed.elements for name in attributes if name.startswith("on")]
     assert "/secret/place" not in parsed.text
     alts = [attributes["alt"] for tag, attributes in parsed.elements if tag == "img"]
-    assert alts == [f"Axial and coronal slice of {HOSTILE}"]
+    assert alts == [f"{plane} slice of {HOSTILE}" for plane in ("Axial", "Coronal")]
 
 
 def test_nothing_is_fetched(parsed, path):
@@ -300,7 +305,7 @@ def page(browser, path):
 def test_opens_quietly(page, path):
     assert page.seen == [path.as_uri()]  # one request, no console message, no error, no dialog
     assert page.locator("img[src=x]").count() == 0
-    assert page.locator("code", has_text=HOSTILE).count() == 1
+    assert page.locator("code", has_text=HOSTILE).count() == 2  # its name and its command
 
 
 @pytest.mark.parametrize("source", ["uncalibrated", "calibrated"])
@@ -416,6 +421,27 @@ def test_contents_stay_in_view_and_mark_the_section(browser, path, width, is_ope
     page.emulate_media(media="print")
     assert not page.locator("nav").is_visible()
     page.close()
+
+
+def test_a_click_enlarges_a_slice_and_puts_it_back(page):
+    page.locator("#cases > details > summary").first.click()
+    first, second = page.locator(".slice summary > span").all()
+    before = [each.bounding_box() for each in (first, second)]
+    assert min(box["width"] for box in before) >= 380 and before[0]["y"] == before[1]["y"]
+    ring = page.locator(".ring").bounding_box()
+    assert ring["x"] + ring["width"] / 2 == pytest.approx(before[0]["x"] + before[0]["width"] / 4, abs=1)
+    assert "Window: level 40, width 400 HU" in page.locator("#cases figcaption").inner_text()
+    first.click()
+    large = first.bounding_box()
+    assert large["width"] > 1.5 * before[0]["width"] and large["y"] >= 0 and large["y"] + large["height"] <= 800
+    page.keyboard.press("Escape")
+    assert first.bounding_box() == before[0]
+    first.click()
+    first.click()
+    assert first.bounding_box() == before[0]
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator(".slice[open]").count() == 0  # unfolding for paper enlarges nothing
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
 
 
 def test_reads_without_script(browser, path):
