@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -143,7 +144,8 @@ def predict_scans(
     on_start(found, answers.scale)
     if answers.calibration is not None and (few := few_patients_note(answers.calibration.n_patients)):
         on_note(few)
-    predictor.predict(model, workers)
+    with heat_maps:
+        predictor.predict(model, workers)
     table = rows_table(predictor.rows, model.labels)
     return Predictions(table, found, failures, predictor.warnings, heat_maps.files, answers.description, answers.scale,
                        answers.calibration, note)
@@ -198,7 +200,8 @@ def _unchanged(probabilities: np.ndarray) -> np.ndarray:
 
 
 class _HeatMaps:
-    """Writes the heat maps of each scan that has an answer, if labels are given."""
+    """Writes the heat maps of each scan that has an answer, if labels are given: in a thread, while the next scan is
+    computed. In a `with` block, at whose end all are written; what fails there is raised by `write`, or then."""
 
     def __init__(
         self, model: CTCLIPMultiAbnormalityModel, labels: list[str], folder: Path, answers: _AnswerForm,
@@ -207,13 +210,35 @@ class _HeatMaps:
         self.model, self.labels, self.folder, self.answers, self.note = model, labels, folder, answers, note
         self.explain = [model.labels.index(label) for label in labels]
         self.files: list[Path] = []
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future[list[Path]] | None = None
+
+    def __enter__(self) -> _HeatMaps:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.thread.shutdown()
+        if error is None:
+            self._wait()
 
     def write(self, scan: Scan, voxels: torch.Tensor, probabilities: np.ndarray, contributions: Contributions) -> None:
-        """`probabilities` (1, L) are the model's own, `contributions` of `labels`."""
+        """`probabilities` (1, L) are the model's own, `contributions` of `labels`. Waits for the scan before: no more
+        than one volume is held."""
+        self._wait()
+        self.pending = self.thread.submit(self._write, scan, voxels, probabilities, contributions)
+
+    def _wait(self) -> None:
+        if self.pending is not None:
+            self.files += self.pending.result()
+        self.pending = None
+
+    def _write(
+        self, scan: Scan, voxels: torch.Tensor, probabilities: np.ndarray, contributions: Contributions
+    ) -> list[Path]:
         placement = place_volume(scan.path, self.model.input_shape)
         decisions = decide(self.model.labels, self.answers.shown(probabilities)[0], self.answers.calibration)
         maps = scan_maps(scan.stem, placement, voxels, self.labels, decisions, contributions)
-        self.files += write_scan_heat_maps(maps, self.folder / scan.stem, self.note)
+        return write_scan_heat_maps(maps, self.folder / scan.stem, self.note)
 
 
 class _ScanPredictor:

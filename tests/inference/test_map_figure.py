@@ -26,6 +26,7 @@ def slices_of(maps, label: int = 0, per_mm: float = 1.0) -> dict:
 def texts(monkeypatch) -> list[str]:
     """Everything that is written on pictures, in order."""
     written: list[str] = []
+    map_figure._sign.cache_clear()  # letters on slices are drawn once
     original = ImageDraw.ImageDraw.text
     monkeypatch.setattr(ImageDraw.ImageDraw, "text",
                         lambda self, at, text, *rest, **options: written.append(text) or original(self, at, text, *rest, **options))  # fmt: skip  # noqa: E501
@@ -39,7 +40,7 @@ def test_planes_are_turned_as_radiologists_look():
     values = np.full((1, 8, 10, 10), -0.1)
     values[0, 6, 2, 2] = 2
     for name, each in slices_of(maps_of(values, voxels=hu)).items():
-        plain = each.plain(SOFT_TISSUE_WINDOW)[..., 0].astype(int)
+        plain = each.plain(SOFT_TISSUE_WINDOW).astype(int)
         evidence = each.evidence(0)
         for found in (plain == 255, evidence > 0.5):
             rows, columns = np.nonzero(found)
@@ -65,7 +66,7 @@ def test_no_colour_outside_the_body_nor_of_what_speaks_against():
     maps = maps_of(values, (("Emphysema", 1.0, 0.5),))
     each = slices_of(maps)["Axial"]
     plain = each.plain(LUNG_WINDOW)
-    changed = (each.overlaid(plain, 0) != plain).any(-1)
+    changed = (each.overlaid(plain, 0) != plain[..., None]).any(-1)
     x, y = np.meshgrid(each.columns, each.rows)
     inside = (np.abs(x - 0.5) < 0.375) & (np.abs(y - 0.5) < 0.375)
     assert changed[inside & (x > 0.6) & (x < 0.8) & (np.abs(y - 0.5) < 0.3)].all()
@@ -81,7 +82,7 @@ def test_a_no_is_dim_and_a_yes_bright_whatever_the_evidence():
     for label in range(3):
         each = slices_of(maps, label)["Axial"]
         plain = each.plain(SOFT_TISSUE_WINDOW)
-        changes.append(np.abs(each.overlaid(plain, label).astype(int) - plain).max())
+        changes.append(np.abs(each.overlaid(plain, label).astype(int) - plain[..., None]).max())
     assert changes[0] > 100 and changes[1] == 0 and changes[2] > 100
 
 
@@ -99,7 +100,7 @@ def test_what_is_said_of_a_yes(texts):
         assert texts.count(expected) == 1, expected
     assert any(text.startswith("W 400 L 40. Slices count from 1: axial from the head") for text in texts)
     assert any("50 % (white line) is the cut" in text for text in texts)
-    assert [texts.count(sign) for sign in "RLAP"] == [4, 4, 2, 2] and texts.count("5 cm") == 6
+    assert {*"RLAP", "5 cm"} < {*texts}
 
 
 def test_what_is_said_of_a_no_without_evidence_and_without_a_threshold(texts):
@@ -135,7 +136,8 @@ def test_an_overview_shows_what_is_called_and_tells_the_rest(texts):
             ("B", 0.2, None))  # fmt: skip
     picture = overview_picture(maps_of(values, told), "a note")
     assert texts[:3] == ["scan", "Emphysema", texts[2]] and texts[2].startswith("0.80, cut 0.50; axial slice ")
-    assert texts[4].startswith("xxxx") and texts[4].endswith("x…")
+    names = [text for text in texts if text.startswith("xxxx")]
+    assert len(names) == 1 and names[0].endswith("x…") and len(names[0]) < 60
     rest = ["Called, without a map: Cardiomegaly 0.70 (cut 0.50)", "Not called: Lung nodule 0.10 (cut 0.50)"]
     assert texts[-4:] == [*rest, "Not decided: B 0.20", "a note"]
     none = overview_picture(maps_of(values[:1], (("Emphysema", 0.1, 0.5),)))
@@ -172,5 +174,8 @@ def test_titles():
 def test_a_picture_is_known_as_ours(tmp_path):
     image = Image.new("RGB", (10, 10))
     map_figure.write_picture(image, tmp_path / "a.png")
+    image.putpixel((3, 4), (9, 200, 31))
+    map_figure.write_picture(image, tmp_path / "c.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "c.png")), np.asarray(image))
     image.save(tmp_path / "b.png")
     assert [map_figure.is_picture(tmp_path / name) for name in ("a.png", "b.png")] == [True, False]

@@ -3,6 +3,7 @@ costs only its own row. results.json is held against the challenge's form as the
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from ctclip.data.cohort import Volume, load_cohort
 from ctclip.data.ct_rate import PREVALENCE
 from ctclip.data.loading import read_ahead
 from ctclip.evaluation import figures
-from ctclip.inference import fusion
+from ctclip.inference import fusion, heat_maps
 from ctclip.inference import predictions as predictions_module
 from ctclip.inference import scans as scans_module
 from ctclip.inference.commands import PartialTable
@@ -809,3 +811,22 @@ def test_rows_of_an_interrupted_command_survive_the_next_one(tmp_path):
         second.append("two", np.array([0.3, 0.4]))
         assert second.path.name == "p.part2.csv" and second.path.exists()
     assert path.read_bytes() == kept and not second.path.exists()
+
+
+@pytest.mark.parametrize("written", [0, 3])  # of 2 pictures for each scan
+def test_maps_that_cannot_be_written_end_the_command_in_a_line(written, tmp_path, monkeypatch, capsys):
+    """Whichever scan's: they are written in a thread of their own. What is answered is kept."""
+    for name in "ab":
+        write(tmp_path / "in" / f"{name}.nii.gz", chest(), SPACING, affine_of(SPACING))
+    drawn = count()
+
+    def full(image, path):
+        if next(drawn) >= written:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(heat_maps, "write_picture", full)
+    flags = ["--input", tmp_path / "in", "--output", tmp_path / "p.csv", "--explain", "Emphysema"]
+    assert call(*flags) == 2
+    err = capsys.readouterr().err
+    assert "No space left on device" in err and "Traceback" not in err and "Kept in" in err, err
+    assert not (tmp_path / "p.csv").exists()
