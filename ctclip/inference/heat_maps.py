@@ -32,7 +32,7 @@ from ctclip.inference.map_figure import (
     token_weights,
     write_picture,
 )
-from ctclip.inference.scan_maps import ScanMaps, brightness, millimetres_below_top, slice_number, strongest_place
+from ctclip.inference.scan_maps import ScanMaps, millimetres_below_top, slice_number, strongest_place
 from ctclip.inference.scans import HEAT_MAP_DESCRIPTION, PredictionError, nifti_description
 from ctclip_model import ABNORMALITIES
 
@@ -163,7 +163,7 @@ def _numbers(maps: ScanMaps, label: int) -> dict[str, Any]:
         "logit_before_calibration": float(maps.contributions.logits[label]), **sums,
         "remainder": float(maps.contributions.remainder[label]),
         "highest_in_body": float(maps.highest[label]),
-        "brightness": brightness(decision),
+        "reached_share_of_scale": float(maps.reached[label]),
         "strongest": {
             "slice": {plane.name.lower(): slice_number(maps.placement, plane.axis, place[plane.axis])[0]
                       for plane in PLANES},

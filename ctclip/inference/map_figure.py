@@ -23,7 +23,7 @@ from ctclip.data.windows import Window, display_window
 from ctclip.evaluation.figures import SOFTWARE
 from ctclip.fileio import replacing
 from ctclip.inference.decisions import Decision
-from ctclip.inference.scan_maps import ScanMaps, brightness, location_words, scan_extent, slice_number, strongest_place
+from ctclip.inference.scan_maps import ScanMaps, location_words, scan_extent, slice_number, strongest_place
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 WIDTH, LEFT, GAP, FINEST = 1120, 16, 8, 2.2  # pixels: picture, its margin, between panels; pixels per mm, at most
 MARGIN_MM = 6.0  # of air around the body
+MUCH_OUTSIDE = 1 / 3  # share of what speaks for a finding outside the body above which it is said
 FAINT, OPAQUE = 0.2, 0.75  # share of the scale below which nothing is drawn; opacity at its upper end
 # From the lower end of the scale to the upper one.
 COLOURS = np.array([(60, 20, 120), (140, 20, 140), (210, 50, 90), (245, 120, 40), (255, 190, 40), (255, 250, 130)])
@@ -257,11 +258,15 @@ def _sentences(maps: ScanMaps, label: int) -> list[str]:
     finding, decision = _in_sentence(maps.labels[label]), maps.decisions[label]
     if maps.highest[label] <= 0:
         return [f"Nothing in the body speaks for {finding}: no colours. The slices run through the middle of the body."]
-    strongest = f"Evidence for {finding} is strongest {location_words(maps, label)}."
-    if decision.threshold is None:
-        return [strongest]
-    reached = f"brightest evidence reaches {100 * brightness(decision):.0f} % of the scale."
-    return [strongest, f"{'Called' if decision.positive else 'Not called'}; {reached}"]
+    sentences = [f"Evidence for {finding} is strongest {location_words(maps, label)}."]
+    if decision.threshold is not None:
+        reached = f"brightest evidence reaches {100 * maps.reached[label]:.0f} % of the scale."
+        sentences.append(f"{'Called' if decision.positive else 'Not called'}; {reached}")
+    if decision.positive is not False and maps.outside[label] > MUCH_OUTSIDE:
+        share = f"{100 * maps.outside[label]:.0f} %"
+        sentences.append(f"{share} of what speaks for it lies outside the body, where nothing is shown: this map "
+                         "explains the answer in part only.")  # fmt: skip
+    return sentences
 
 
 def _in_sentence(label: str) -> str:
@@ -286,6 +291,7 @@ def _draw_signs(image: Image, each: _Slice, x: int, y: int, place: Sequence[floa
     for text, left in zip(each.plane.sides, (x + 5, x + width - 18), strict=True):
         image.paste(sign := _sign(text, 14), (left, y + 2), sign)
     bar = round(50 * each.per_mm)
+    draw.line((x + 7, y + height - 9, x + 9 + bar, y + height - 9), (0, 0, 0), 4)
     draw.line((x + 8, y + height - 9, x + 8 + bar, y + height - 9), PAPER, 2)
     image.paste(sign := _sign("5 cm", 12), (x + 12 + bar, y + height - 20), sign)
     column, row = x + each.pixel(each.plane.columns, place[each.plane.columns]), y + each.pixel(
@@ -312,9 +318,9 @@ def _draw_scale(image: Image, draw: ImageDraw, maps: ScanMaps, label: int, y: in
     for at, text in ((LEFT, "0 %"), (middle - 14, "50 %"), (LEFT + width - 36, "100 %")):
         draw.text((at, y + 18), text, GREY, _font(12))
     if maps.decisions[label].threshold is None:
-        text = "Colours are scaled to this scan: without a cut, every map reaches 100 %."
+        text = "Colours are scaled to this scan: without a cut, strongest evidence is at 100 %."
     else:
-        text = "The brightest point is as bright as the answer is high; 50 % (white line) is the cut."
+        text = "The strongest evidence is as bright as the answer is high; 50 % (white line) is the cut."
     draw.text((LEFT + width + 16, y - 2), text, INK, _font(13))
     draw.text((LEFT + width + 16, y + 16), "Colour says what moved the model's answer; it does not outline a finding.",
               GREY, _font(13))  # fmt: skip

@@ -55,13 +55,26 @@ class ScanMaps:
 
     @property
     def tops(self) -> np.ndarray:
-        """(n,) value at the upper end of each map's colours, which begin at 0: its highest is as bright as the answer
-        is high (`brightness`)."""
-        return self.highest / [brightness(decision) for decision in self.decisions]
+        """(n,) value at the upper end of each map's colours, which begin at 0: the highest contribution, wherever it
+        lies, is as bright as the answer is high (`brightness`). Not above 0 where nothing raises the logit."""
+        return self.contributions.values.max((1, 2, 3)) / [brightness(decision) for decision in self.decisions]
+
+    @cached_property
+    def reached(self) -> np.ndarray:
+        """(n,) share of the scale that the brightest point of each map reaches: less than `brightness` where the
+        highest contribution lies outside the body."""
+        return np.divide(self.highest, self.tops, out=np.zeros(len(self.labels)), where=self.highest > 0)
+
+    @cached_property
+    def outside(self) -> np.ndarray:
+        """(n,) share of what raises each logit that lies outside the body, 0 where nothing does."""
+        raising = np.maximum(self.contributions.values, 0)
+        beyond, total = (raising * ~self.tokens_in_body).sum((1, 2, 3)), raising.sum((1, 2, 3))
+        return np.divide(beyond, total, out=np.zeros(len(self.labels)), where=total > 0)
 
 
 def brightness(decision: Decision) -> float:
-    """Of a map's strongest point, as a share of the colour scale: 0.5 at the threshold, from there in proportion to the
+    """Of a map's highest contribution, as a share of the colour scale: 0.5 at the threshold, in proportion to the
     probability down to 0.001 and up to 1. 1 without a threshold.
 
     The highest contributions themselves make no such scale: where they are the same in every scan, 19 % of the true

@@ -119,6 +119,18 @@ def test_what_is_said_of_a_no_without_evidence_and_without_a_threshold(texts):
     assert texts[0] == "B: not decided (0.50)" and any("Colours are scaled to this scan" in text for text in texts)
 
 
+def test_it_is_said_where_most_of_the_evidence_is_not_shown(texts):
+    values = np.zeros((2, 8, 12, 12))
+    values[:, 5, 8, 8], values[:, 5, 0, 8] = 1, 3
+    maps = maps_of(values, (("Emphysema", 0.9, 0.5), ("B", 0.1, 0.5)))
+    map_picture(maps, 0)
+    assert texts[3].endswith(" 30 % of the scale.")
+    assert texts[4].startswith("75 % of what speaks for it lies outside the body")
+    del texts[:]
+    map_picture(maps, 1)
+    assert not any("outside the body" in text for text in texts)
+
+
 def test_an_outline_is_drawn_where_it_crosses_zero():
     values = np.zeros((1, 8, 10, 10))
     values[0, 4, 5, 5] = 1

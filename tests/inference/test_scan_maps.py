@@ -42,7 +42,16 @@ def test_of_one_evidence_a_no_is_dimmer_than_a_yes():
     values = np.zeros((2, 8, 12, 12))
     values[:, 4, 5, 6] = 3
     maps = maps_of(values, (("A", 0.9, 0.5), ("B", 0.05, 0.5)))
-    assert (maps.highest / maps.tops).tolist() == pytest.approx([0.9, 0.05])
+    assert maps.reached.tolist() == pytest.approx([0.9, 0.05])
+
+
+def test_evidence_outside_the_body_keeps_what_is_inside_dim():
+    values = np.zeros((3, 8, 12, 12))
+    values[:2, 4, 5, 6], values[:, 3, 0, 6], values[2] = 1, 4, values[2] - 1
+    values[1, 3, 0, 6] = 0
+    maps = maps_of(values, (("A", 0.9, 0.5), ("B", 0.9, 0.5), ("C", 0.9, 0.5)))
+    assert maps.reached.tolist() == pytest.approx([0.9 / 4, 0.9, 0])
+    assert maps.outside.tolist() == pytest.approx([0.8, 0, 0])
 
 
 @pytest.mark.parametrize(
