@@ -36,6 +36,7 @@ from ctclip.evaluation.run_folder import (
     TABLES,
     alone_in,
     check_output_folder,
+    is_run,
     own_files,
     run_metadata,
     run_record,
@@ -82,6 +83,7 @@ def settings_from_flags(args: argparse.Namespace) -> Settings:
         raise UserError(f"found --pictures {args.pictures}, expected 0 or more; 0 shows none")
     if args.baseline:
         read_baseline(args.baseline)
+        baseline_record(args.baseline)
     if args.metadata:
         read_metadata(args.metadata)
     if getattr(args, "patients", None):
@@ -105,6 +107,14 @@ def read_baseline(
     return read_predictions(table, findings, label_map)
 
 
+def baseline_record(path: str | None) -> dict:
+    """run.json's content of the run that --baseline names, by its folder or its predictions; {} where there is none."""
+    if not path:
+        return {}
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    return run_record(folder) if is_run(folder) else {}
+
+
 def check_shared(volumes: Collection[str], baseline: str | None, metadata: str | None) -> None:
     """Raises UserError where the table of `--baseline` or `--metadata` has no row for any of the volumes."""
     for path, read in ((baseline, lambda path: read_baseline(path).frame.index), (metadata, read_metadata)):
@@ -126,7 +136,7 @@ def evaluate_and_write(
     other = read_baseline(baseline, inputs.labels.findings, inputs.label_map) if baseline else None
     groups = read_metadata(metadata) if metadata else run_metadata(inputs.data_dir)
     with threadpool_limits(1):  # of BLAS, whose threads would wait for each other longer than they work
-        evaluation = evaluate_tables(inputs, settings, other, groups)
+        evaluation = evaluate_tables(inputs, settings, other, groups, baseline_record(baseline))
     with alone_in(make_folder(output_dir, ELSEWHERE)):
         write_tables(output_dir, evaluation)
         with naming("standard output"):

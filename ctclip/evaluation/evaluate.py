@@ -45,6 +45,7 @@ from ctclip.evaluation.run_folder import (
     REPORT_TEXT,
     RESULT_FILES,
     alone_in,
+    differing_settings,
     encoder_note,
     writing,
 )
@@ -137,9 +138,9 @@ def evaluate(
 
 def evaluate_tables(
     inputs: EvaluationInputs, settings: Settings, baseline: VolumeTable | None = None,
-    metadata: Mapping[str, Mapping[str, str]] | None = None,
+    metadata: Mapping[str, Mapping[str, str]] | None = None, baseline_record: Mapping | None = None,
 ) -> Evaluation:
-    """`evaluate` without files: nothing is written."""
+    """`evaluate` without files: nothing is written. `baseline_record` is the run.json of the baseline's run."""
     findings = inputs.labels.findings
     of = {"predictions": inputs.predictions, "labels": inputs.labels}
     of |= {} if baseline is None else {"baseline": baseline}
@@ -193,7 +194,10 @@ def evaluate_tables(
         if inputs.tuning is not None:  # the baseline has none, so both are cross-fitted
             scores = score_decisions(rows, fit_thresholds(rows, None, own_settings), resamples, ranking)
         theirs = score_decisions(others, fit_thresholds(others, None, _for_scale(baseline, settings)), resamples)
-        of_baseline = {"source": baseline.source, "scale": baseline.scale}
+        of_baseline: dict[str, Any] = {"source": baseline.source, "scale": baseline.scale}
+        if inputs.record and baseline_record:
+            of_baseline["settings"] = differing_settings(
+                (inputs.predictions.source, inputs.record), (baseline.source, baseline_record))
         metrics["baseline"] = of_baseline | _comparison(scores, theirs, findings)
     metrics["success_criteria"] = success_criteria(metrics)
     return Evaluation(metrics, rows, fitted, inputs)

@@ -581,21 +581,53 @@ def _baseline(metrics: Mapping) -> Section:
         change = Value(change_text(row["difference"], "", 3), interval_text(row["interval"], "", 3))
         return change, decimal(row["p"], 3), decimal(row["p_corrected"], 3)
 
-    per_label = [(name, *of_label(row), *of_label(differences["per_label"]["f1"][name]))
-                 for name, row in differences["per_label"]["auroc"].items()]
+    auroc, f1 = (differences["per_label"][key] for key in ("auroc", "f1"))
+    per_label = [(name, *of_label(auroc[name]), *of_label(f1[name])) for name in by_difference(auroc)]
     columns = ("Label", "AUROC", "p", "Corrected p", "F1, tuned", "p", "Corrected p")
     return _section(
         "baseline", "Comparison with the baseline",
+        *_settings_compared(base),
         f"Baseline: {base['source']}. Thresholds of both are {base['fitted_on']}. Differences are this - baseline"
         + (f". {NO_INTERVALS}." if metrics["n_patients"] < MIN_CASES else
-           " on the same patients, drawn again or left out: 95 % interval, two-sided p; corrected (Holm) for all rows "
-           "of the first table, and for all labels of one metric in the second. F1 of labels at the tuned thresholds. "
+           " on the same patients, drawn again or left out: 95 % interval, two-sided p; corrected (Holm) for all "
+           "metrics of all labels together, and for all labels of one metric. F1 of labels at the tuned thresholds. "
            "Undefined: only one class, here or in too many resamples. No interval and no p: as above, too few patients "
            "are called positive. Calibrated probabilities are not compared: maps fitted to either prediction, and kept "
            "fixed in resamples, would make equally good ones differ too often."),
         Table("Differences", ("Metric", "Baseline", "This", "Difference (95 % CI)", "p", "Corrected p"), rows),
         Table("Differences per label", columns, per_label, sortable=True),
     )
+
+
+def by_difference(rows: Mapping[str, Mapping]) -> list[str]:
+    """Labels by their difference from the baseline, the highest first; those without one last."""
+    known = [name for name, row in rows.items() if row["difference"] is not None]
+    return sorted(known, key=lambda name: -rows[name]["difference"]) + [name for name in rows if name not in known]
+
+
+def _settings_compared(base: Mapping) -> list[str | Table]:
+    """What differs between two runs; nothing where one of the predictions is no run's, or of an earlier version."""
+    if (settings := base.get("settings")) is None:
+        return []
+    rows = [("Run" if what == "run" else what, other, this) for what, (this, other) in settings.items()]
+    alike: list[str | Table] = [] if settings.keys() - {"run"} else ["Both runs were trained with the same flags."]
+    return [Table("Settings that differ", ("", "Baseline", "This"), rows), *alike] if rows else alike
+
+
+def _difference_figure(base: Mapping) -> Figure:
+    """AUROC and F1 of all labels together and of each, in the order of the table."""
+    differences, panels = base["differences"], []
+    order = by_difference(differences["per_label"]["auroc"])
+    for title, name, key, of_labels in (("AUROC, this - baseline", "at_0.5", "auroc_macro", "auroc"),
+                                        ("F1 at tuned thresholds, this - baseline", "tuned", "f1_macro", "f1")):
+        per_label = differences["per_label"][of_labels]
+        rows = {"All labels (macro)": differences[name][key]} | {label: per_label[label] for label in order}
+        known = {label: row for label, row in rows.items() if row["difference"] is not None}
+        drawing = figures.svg(figures.difference_figure(known), title) if known else None
+        panels.append(Panel(title, "", (drawing,) if drawing else ()))
+    legend = (("dot blue", "higher than the baseline's, corrected p below 0.05"), ("dot orange", "lower"),
+              ("dot muted", "not told apart; bars: 95 % intervals"))
+    return Figure(panels, legend, "charts")
 
 
 def decision_table(labels: Sequence[str], thresholds: Iterable[float], calibrated: Iterable[float]) -> Table:
@@ -686,6 +718,10 @@ def figure_sections(
         "depend on one. Not for choosing a threshold: one chosen on the reported patients is too optimistic.",
         Figure([Panel("Each metric against the threshold", "", sweeps)], shape="whole"),
     ))
+    if metrics["baseline"]:
+        section = _baseline(metrics)
+        figure = _difference_figure(metrics["baseline"])
+        made.append(section._replace(blocks=[*section.blocks[:-2], figure, *section.blocks[-2:]]))
     if panels := [Panel(title, "", (drawing,)) for title, drawing in figures.training_svgs(history or [])]:
         lead = ("By epoch, on the training patients and on the tuning patients kept apart from them. The weights of "
                 "the epoch with the best AUROC on the tuning patients are kept.")

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ctclip.config import CALIBRATION_FILE, PHANTOM_ENCODER_NOTE, mistyped
+from ctclip.config import CALIBRATION_FILE, PHANTOM_ENCODER_NOTE, flag_of, mistyped
 from ctclip.data.cohort import read_metadata
 from ctclip.data.ct_rate import metadata_path
 from ctclip.errors import UserError
@@ -178,6 +178,25 @@ def run_record(run: Path) -> dict:
 def encoder_note(record: Mapping) -> str | None:
     """What to say of a run whose encoder was trained on phantoms, on data that are none."""
     return PHANTOM_ENCODER_NOTE if record.get("phantom_encoder") and not record.get("phantom") else None
+
+
+def differing_settings(this: tuple[str, Mapping], other: tuple[str, Mapping]) -> dict[str, list[str]]:
+    """{what: [of this run, of the other]} of two runs, each as (its table of predictions, run.json): their names, and
+    the flags whose values differ. Of paths only the last part: reports are handed on."""
+    configs = [record.get("config", {}) for _, record in (this, other)]
+    names = [Path(source).parent.name for source, _ in (this, other)]
+    found = {"run": names} if all(names) else {}
+    for name in dict.fromkeys(name for config in configs for name in config if name != "cache_dir"):
+        values = [config.get(name) for config in configs]
+        if values[0] != values[1]:
+            found[flag_of(name)] = [_setting_text(value) for value in values]
+    return found
+
+
+def _setting_text(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {True: "on", False: "off", None: "default"}[value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
 
 
 def is_finished(run: Path) -> bool:

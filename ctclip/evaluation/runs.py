@@ -4,6 +4,7 @@ two.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,11 @@ from ctclip.config import RUN_COLUMNS, SYNTHETIC_NOTE
 from ctclip.errors import UserError
 from ctclip.evaluation.render import page_template
 from ctclip.evaluation.report import AUROCS, METRIC_ROWS, data_name
-from ctclip.evaluation.run_folder import LOCK, PAGE, RECORDS, is_run, run_record
+from ctclip.evaluation.run_folder import LOCK, PAGE, RECORDS, TABLES, is_run, run_record
 from ctclip.evaluation.saved_ensemble import saved_ensemble
 from ctclip.fileio import check_replaceable, check_writable, is_locked, read_json, replacing
 from ctclip.formatting import decimal, interval_text, metric_text, percent
+from ctclip.paths import script
 from ctclip_model import CheckpointError, check_written
 
 INDEX = "index.html"
@@ -223,6 +225,8 @@ def write_index(path: Path, runs: Sequence[RunSummary]) -> None:
             "report": relpath(run.folder / PAGE, path.parent) if (run.folder / PAGE).is_file() else None,
             "results": _results(run), "settings": {key: _text(value) for key, value in run.config.items()},
             "kind": kinds.index(run.compared_on) if run.metrics else None, "phantom": _of_phantoms(run),
+            "folder": shlex.quote(run.folder.as_posix()) if _can_be_compared(run) and not run.folder.is_absolute()
+            else None,
         }
         for run in runs
     ]  # fmt: skip
@@ -257,6 +261,25 @@ def _plain(value: object) -> Any:
     return value.timestamp() if isinstance(value, datetime) else value
 
 
+def comparison_command(runs: Sequence[RunSummary]) -> str | None:
+    """What compares the two runs of the highest AUROC among those evaluated on the same volumes; None where no two
+    were."""
+    best: dict[tuple, list[RunSummary]] = {}
+    for run in sorted(filter(_can_be_compared, runs), key=lambda run: _sort_key(run, "auroc")):
+        best.setdefault(run.compared_on, []).append(run)
+    pairs = [group[:2] for group in best.values() if len(group) > 1]
+    if not pairs:
+        return None
+    first, second = (shlex.quote(run.folder.as_posix()) for run in pairs[0])
+    return f"python {script('ctclip_evaluation.py')} --checkpoint {first} --baseline {second}"
+
+
+def _can_be_compared(run: RunSummary) -> bool:
+    """Whether --baseline takes it: a run's own evaluation, not one on another cohort."""
+    has_tables = bool(run.metrics) and (run.folder / TABLES[0]).is_file()
+    return has_tables and run.value("auroc") is not None and not run.folder.name.startswith("on_")
+
+
 def runs_command(root: str | None, output: str | None, sort: str) -> None:
     """`--mode runs`: prints the list, and writes the page."""
     folder = Path(root or "results")
@@ -269,3 +292,5 @@ def runs_command(root: str | None, output: str | None, sort: str) -> None:
     print(format_runs(runs, shutil.get_terminal_size().columns if sys.stdout.isatty() else DEFAULT_WIDTH))
     write_index(page, runs)
     print(f"Wrote {page}: the same as a page, with links to the reports; tick two runs there to compare them")
+    if (command := comparison_command(runs)) is not None:
+        print(f"The two best, volume by volume, with intervals: {command}")

@@ -397,8 +397,12 @@ def test_a_baseline_may_be_a_run_s_folder(tables, undrawn, capsys):
         assert ctclip_evaluation.main([*argv, baseline, "--output-dir", f"out{number}"]) == 0
         assert "(run/predictions.csv)" in capsys.readouterr().out
     first, second = (json.loads(Path(f"out{k}/metrics.json").read_text())["baseline"] for k in range(2))
-    assert first == second
+    assert first == second and "settings" not in first  # the predictions are no run's
+    record = json.loads(Path("run/run.json").read_text())
+    assert command.baseline_record("run/predictions.csv") == command.baseline_record("run") == record
     Path("empty").mkdir()
+    Path("empty/run.json").write_text('{"id": 1}')  # another program's
+    assert [command.baseline_record(path) for path in ("empty/other.csv", "p.csv", None)] == [{}] * 3
     assert ctclip_evaluation.main([*argv, "empty"]) == 2
     assert "--baseline empty: found no predictions.csv in this folder, expected an evaluated run; evaluate it first: " \
         in capsys.readouterr().err

@@ -11,6 +11,7 @@ import re
 import shutil
 import zlib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,8 +67,11 @@ def evaluation():
     sexes = {name: {"PatientSex": "FM"[i % 2], "Manufacturer": HOSTILE if i < 90 else "rare"}
              for i, name in enumerate(tables[0].index)}
     tuning = tuple(VolumeTable(frame) for frame in simulate(40, seed=2, shift=1.0, split="train"))
-    inputs = EvaluationInputs(VolumeTable(tables[0]), VolumeTable(tables[1]), tuning, note=BREAKOUT)
-    return evaluate_tables(inputs, Settings(resamples=50), VolumeTable(tables[2], BREAKOUT), sexes)
+    this, other = ({"config": {"head": head, "epochs": 5, "cache_dir": head, "augment": head == BREAKOUT,
+                               "data_dir": f"/secret/place/{len(head)}"}} for head in ("mlp", BREAKOUT))
+    inputs = EvaluationInputs(VolumeTable(tables[0], "results/mine/predictions.csv"), VolumeTable(tables[1]), tuning,
+                              note=BREAKOUT, record=this)
+    return evaluate_tables(inputs, Settings(resamples=50), VolumeTable(tables[2], f"b/{BREAKOUT}"), sexes, other)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +180,7 @@ def test_drawings_are_the_same_each_time(evaluation):
     first, second = (figure_sections(evaluation.metrics, *arrays_of(evaluation), HISTORY) for _ in range(2))
     drawings = [panel.svgs for section in first.values() for block in section.blocks if isinstance(block, Figure)
                 for panel in block.panels]
-    assert first == second and len(drawings) == 4 * 18 + 2 + 3
+    assert first == second and len(drawings) == 4 * 18 + 2 + 3 + 2
     figure = new_figure(1, 1)
     figure.subplots().set_title("<b>&")
     figure.axes[0].set(xlim=(0.12, 0.34), xticks=(0.123, 0.333), yticks=())
@@ -263,6 +267,30 @@ def test_files_are_linked_where_they_are_and_crg_is_explained_before_its_first_v
     main = text[text.index("<main>"):]
     assert main.index("CRG is the score of the challenge") < main.index("CRG, tuned")
     assert re.findall(r'<section id="(\w+)"', text)[:3] == ["headline", "criteria", "baseline"]
+
+
+def test_a_comparison_names_what_differs_and_draws_the_differences_in_order(evaluation):
+    base = evaluation.metrics["baseline"]
+    assert base["settings"] == {"run": ["mine", Path(f"b/{BREAKOUT}").parent.name], "--head": ["mlp", BREAKOUT],
+                                "--augment": ["off", "on"], "--data-dir": ["3", str(len(BREAKOUT))]}
+    section = figure_sections(evaluation.metrics, *arrays_of(evaluation), HISTORY)["baseline"]
+    settings, _, figure, _, per_label = section.blocks
+    assert settings.columns == ("", "Baseline", "This") and ("--head", BREAKOUT, "mlp") in settings.rows
+    found = {name: row["difference"] for name, row in base["differences"]["per_label"]["auroc"].items()}
+    order = [name for name, *_ in per_label.rows]
+    known = sorted((name for name in found if found[name] is not None), key=lambda name: -found[name])
+    assert 5 < len(known) < 18 and order[: len(known)] == known and set(order) == set(ABNORMALITIES)
+    auroc, f1 = (re.findall(r">([^<>]+)</text>", panel.svgs[0]) for panel in figure.panels)
+    assert [text for text in auroc if text in ABNORMALITIES] in (known, known[::-1])
+    assert "All labels (macro)" in f1
+
+
+def test_runs_alike_are_said_to_be(evaluation):
+    base = evaluation.metrics["baseline"] | {"settings": {"run": ["a", "b"]}}
+    text = format_report(evaluation.metrics | {"baseline": base})
+    assert "Both runs were trained with the same flags." in text
+    del base["settings"]  # of an earlier version, or no run's
+    assert "same flags" not in format_report(evaluation.metrics | {"baseline": base})
 
 
 def test_curves_are_thinned_not_moved():

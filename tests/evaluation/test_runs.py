@@ -17,8 +17,9 @@ from ctclip.config import SYNTHETIC_NOTE, TrainingConfig
 from ctclip.errors import UserError
 from ctclip.evaluation import evaluate as ev
 from ctclip.evaluation.run_folder import LOCK
-from ctclip.evaluation.runs import format_runs, list_runs, write_index
+from ctclip.evaluation.runs import comparison_command, format_runs, list_runs, write_index
 from ctclip.fileio import locked
+from ctclip.paths import script
 
 HOLD = """
 import sys
@@ -140,6 +141,28 @@ def test_the_page_holds_every_run_and_can_be_written_again(results, tmp_path, ca
     assert runs["first"]["kind"] == runs["again"]["kind"] != runs["second"]["kind"] and runs["begun"]["kind"] is None
     assert SYNTHETIC_NOTE in text and "http" not in text.replace("http-equiv", "")
     assert "/home/jane" not in json.dumps([row["cells"] for row in data])
+
+
+def test_the_two_best_of_the_same_volumes_can_be_compared(tmp_path, monkeypatch, capsys):
+    """Seeds make other labels: `best` has the highest AUROC, and none to be compared with."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a", 0), ("b c", 0), ("best", 1)):
+        make_run(Path("results", name), seed)
+    for name, auroc in (("a", 0.8), ("b c", 0.9), ("best", 0.95)):
+        path = Path("results", name, "metrics.json")
+        metrics = json.loads(path.read_text())
+        metrics["at_0.5"]["auroc_macro"] = auroc
+        path.write_text(json.dumps(metrics))
+    assert comparison_command(list_runs("results")) is None  # no tables of predictions
+    for path in Path("results").iterdir():
+        (path / "predictions.csv").touch()
+    expected = f"python {script('ctclip_evaluation.py')} --checkpoint 'results/b c' --baseline results/a"
+    assert run_task2.main(["--mode", "runs"]) == 0
+    assert capsys.readouterr().out.endswith(f"The two best, volume by volume, with intervals: {expected}\n")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', Path("results/index.html").read_text(), re.DOTALL)[1])
+    assert {row["name"]: row["folder"] for row in data}["b c"] == "'results/b c'"
+    write_index(Path("elsewhere.html"), list_runs(tmp_path / "results"))
+    assert str(tmp_path) not in Path("elsewhere.html").read_text()
 
 
 def test_what_is_the_users_is_not_replaced(results, tmp_path, capsys):
