@@ -11,6 +11,7 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,16 @@ from ctclip.inference.map_figure import (
     is_picture,
     map_picture,
     overview_picture,
-    token_weights,
     write_picture,
 )
-from ctclip.inference.scan_maps import ScanMaps, millimetres_below_top, slice_number, strongest_place
+from ctclip.inference.scan_maps import (
+    ScanMaps,
+    interpolate,
+    millimetres_below_top,
+    neighbours,
+    slice_number,
+    strongest_place,
+)
 from ctclip.inference.scans import HEAT_MAP_DESCRIPTION, PredictionError, nifti_description
 from ctclip_model import ABNORMALITIES
 
@@ -84,24 +91,41 @@ def write_heat_map(
     highest = float(np.abs(values).max())
     slope = highest / LEVELS or 1.0
     levels = np.asarray(values, np.float32).transpose(placement.axes) / np.float32(slope)  # file axes, fastest first
-    fast, middle, slow = (token_weights(p, n) for p, n in zip(placement.position, levels.shape, strict=True))
-    inside = np.ones((1, 1, 1), bool) if body is None else body.transpose(placement.axes)
-    i, j, k = (np.clip((p * n).astype(int), 0, n - 1) for p, n in zip(placement.position, inside.shape, strict=True))
-    header = _nifti_header(placement, slope, highest, label)
-    plane = np.empty((len(middle), len(fast)), np.float32)
-    stored = np.empty(plane.shape, "<i2")
+    inside = (np.ones((1, 1, 1), bool) if body is None else body).transpose(placement.axes)
+    fast, middle, slow = placement.position
+    columns, rows, slices = (np.clip((p * n).astype(int), 0, n - 1)
+                             for p, n in zip(placement.position, inside.shape, strict=True))  # fmt: skip
+    box = tuple(_covering(inside.any(axis=axes)[places] & (p >= 0) & (p <= 1))
+                for axes, places, p in (((0, 2), rows, middle), ((1, 2), columns, fast)))  # fmt: skip
+
+    @lru_cache(2)
+    def tokens(number: int) -> np.ndarray:
+        return interpolate(levels[:, :, number].T, middle[box[0]], fast[box[1]])
+
+    @lru_cache(1)
+    def shown(number: int) -> np.ndarray:
+        return inside[:, :, number].T[:, columns[box[1]]][rows[box[0]]]
+
+    stored = np.zeros((len(middle), len(fast)), "<i2")
+    plane, other = np.empty((2, *stored[box].shape), np.float32)
     with (
         replacing(path) as temporary,
         temporary.open("wb") as raw,
         GzipFile("", "wb", 1, raw, mtime=0) as file,  # neither name nor time in the file
     ):
-        file.write(header.binaryblock + bytes(4))
-        for row, number in zip(slow, k, strict=True):
-            tokens = levels @ row  # (fastest axis, middle axis) of this slice
-            np.matmul(middle @ tokens.T, fast.T, out=plane)
-            np.copyto(stored, np.rint(plane, out=plane), casting="unsafe")
-            stored *= inside[:, :, number].T[np.ix_(j, i)]
+        file.write(_nifti_header(placement, slope, highest, label).binaryblock + bytes(4))
+        for at, number, before, behind, part in zip(slow, slices, *neighbours(slow, levels.shape[2]), strict=True):
+            np.multiply(tokens(before), 1 - part, out=plane)
+            plane += np.multiply(tokens(behind), part, out=other)
+            np.copyto(stored[box], np.rint(plane, out=plane), casting="unsafe")
+            stored[box] *= shown(number) if 0 <= at <= 1 else np.False_
             file.write(stored.data)
+
+
+def _covering(places: np.ndarray) -> slice:
+    """From the first to the last that is True."""
+    numbers = np.flatnonzero(places)
+    return slice(numbers[0], numbers[-1] + 1) if len(numbers) else slice(0)
 
 
 def _nifti_header(placement: Placement, slope: float, highest: float, label: str) -> nib.Nifti1Header:

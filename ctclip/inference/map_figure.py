@@ -23,7 +23,15 @@ from ctclip.data.windows import Window, display_window
 from ctclip.evaluation.figures import SOFTWARE
 from ctclip.fileio import replacing
 from ctclip.inference.decisions import Decision
-from ctclip.inference.scan_maps import ScanMaps, location_words, scan_extent, slice_number, strongest_place
+from ctclip.inference.scan_maps import (
+    ScanMaps,
+    interpolate,
+    location_words,
+    neighbours,
+    scan_extent,
+    slice_number,
+    strongest_place,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,26 +93,6 @@ def _sign(text: str, size: int) -> Image:
 # -- A slice -----------------------------------------------------------------------------------------------------------
 
 
-def token_weights(position: np.ndarray, tokens: int) -> np.ndarray:
-    """(places, tokens): linear interpolation between token centres, held outside the outermost; 0 outside the cube."""
-    place = position * tokens - 0.5
-    weights = np.stack([np.interp(place, np.arange(tokens), row) for row in np.eye(tokens)], axis=1)
-    return weights.astype(np.float32) * ((position >= 0) & (position <= 1))[:, None]
-
-
-def _interpolated(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """(h, w) over the cube at those shares of its edges, linearly."""
-    for axis, shares in enumerate((rows, columns)):
-        size = values.shape[axis]
-        place = np.clip(shares * size - 0.5, 0, size - 1)
-        below = place.astype(int)
-        part = (place - below).astype(np.float32)
-        above = np.minimum(below + 1, size - 1)
-        part = part[:, None] if axis == 0 else part
-        values = values.take(below, axis) * (1 - part) + values.take(above, axis) * part
-    return values
-
-
 class _Slice:
     """One slice of a scan: `plain` (h, w) uint8 by the window, and what lies over it by place of each pixel."""
 
@@ -135,15 +123,14 @@ class _Slice:
         hu = self._cut(self.maps.voxels[0, 0]).float().cpu().numpy()
         black, white = window.limits(unit=1000)
         gray = (np.clip(hu, black, white) - black) * (255 / (white - black))
-        return _interpolated(gray, self.rows, self.columns).astype(np.uint8)
+        return interpolate(gray, self.rows, self.columns).astype(np.uint8)
 
     def evidence(self, label: int) -> np.ndarray:
         """(h, w) of a label's map, 0 outside the body."""
-        values, axis = self.maps.values[label], self.plane.axis
-        through = token_weights(np.array([self.at]), values.shape[axis])[0]
-        plane = sum(weight * values.take(i, axis) for i, weight in enumerate(through) if weight)
-        plane = plane if self._is_upright else plane.T
-        found = _interpolated(plane, self.rows, self.columns)
+        values = self.maps.values[label]
+        (before,), (behind,), (part,) = neighbours(np.array([self.at]), values.shape[self.plane.axis])
+        plane = values.take(before, self.plane.axis) * (1 - part) + values.take(behind, self.plane.axis) * part
+        found = interpolate(plane if self._is_upright else plane.T, self.rows, self.columns)
         body = self._cut(self.maps.body)
         rows, columns = (self.rows * body.shape[0]).astype(int), (self.columns * body.shape[1]).astype(int)
         return found * body[np.ix_(rows, columns)]
@@ -163,7 +150,7 @@ class _Slice:
 
     def outlined(self, picture: np.ndarray, outline: np.ndarray) -> None:
         """Draws on the picture where `outline` (D, H, W) crosses 0."""
-        picture[_edge(_interpolated(self._cut(outline), self.rows, self.columns) > 0)] = OUTLINE
+        picture[_edge(interpolate(self._cut(outline), self.rows, self.columns) > 0)] = OUTLINE
 
     def pixel(self, axis: int, share: float) -> int:
         """Row or column at a place along that axis."""

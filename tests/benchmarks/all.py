@@ -16,7 +16,8 @@ from pathlib import Path
 from rows import BENCHMARKS, Row, machine
 
 SCRIPTS = (
-    "encoder", "preprocessing", "predict_folder", "loading", "startup", "frozen_epoch", "volume_cache", "phantoms",
+    "encoder", "preprocessing", "predict_folder", "maps", "loading", "startup", "frozen_epoch", "volume_cache",
+    "phantoms",
 )  # fmt: skip
 
 
