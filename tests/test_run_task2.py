@@ -127,7 +127,11 @@ def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(
     assert done.stdout.splitlines()[-1].startswith("Next: python ") and done.stdout.endswith(f"{following}\n")
     assert set(table.pop("Scale")) == {calibration.calibrated_scale}
     assert load_calibration(folder / "out" / "p.calibration.json").content() == calibration.content()
-    assert abs(table.loc[both].to_numpy() - expected).max() < 1e-4
+    answers = table[list(ABNORMALITIES)]
+    assert abs(answers.loc[both].to_numpy() - expected).max() < 2e-4
+    calls = table[[f"Call: {name}" for name in ABNORMALITIES]]
+    assert (calls.to_numpy() == (answers.to_numpy() >= calibration.calibrated_thresholds)).all()
+    assert table.Summary.str.contains("cut").any() and f"  {table.index[0]}  {table.Summary.iloc[0]}" in done.stdout
     (scans / files[0].name).write_bytes(files[0].read_bytes()[:3000])
     monkeypatch.chdir(folder)
     assert run_task2.main([*flags, "--map-thresholds"]) == 2
@@ -137,6 +141,8 @@ def test_predict_gives_one_row_per_scan_and_names_what_it_could_not_read(
     assert len(mapped) == 2 and "tuned thresholds (prevalence) lie at 0.5" in out
     assert set(mapped.pop("Scale")) == {"mapped"} and not (folder / "out" / "p.calibration.json").exists()
     both = mapped.index.intersection(reported.index)
+    assert (mapped[calls.columns].loc[both] == calls.loc[both]).all(axis=None), "decided alike on every scale"
+    mapped = mapped[list(ABNORMALITIES)]
     assert abs(mapped.loc[both].to_numpy() - calibration.rescale_to_half(reported.loc[both].to_numpy())).max() < 1e-4
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ctclip.data.tables import KNOWN_COLUMNS, NAME_COLUMN, CohortError, some
+from ctclip.data.tables import NAME_COLUMN, CohortError, is_known_column, some
 from ctclip.errors import UserError
 from ctclip.fileio import read_json
 from ctclip_model import UNKNOWN
@@ -88,7 +88,7 @@ def _checked(name: str, content: Any) -> LabelMap:
         raise ValueError("source or name_column is no text")
     labels, predictions = {}, {}
     for finding, entry in content["findings"].items():
-        if finding in KNOWN_COLUMNS:
+        if is_known_column(finding):
             raise ValueError(f"{finding!r} cannot be a finding")
         if not isinstance(entry, dict) or "labels" not in entry or entry.keys() - {"labels", "predictions"}:
             raise ValueError(f"{finding!r} has not labels, and predictions where they are named otherwise")

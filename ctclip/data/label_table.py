@@ -17,11 +17,11 @@ import numpy as np
 
 from ctclip.data.tables import (
     EMPTY,
-    KNOWN_COLUMNS,
     STATED_COLUMNS,
     CohortError,
     CsvTable,
     cell_text,
+    is_known_column,
     listed,
     read_table,
     unknown_columns,
@@ -184,7 +184,7 @@ def _named(
 ) -> tuple[list[str], list[str]]:
     """(those of `findings` that are in a header, its other columns that may be findings)."""
     missing = [name for name in findings if name not in header]
-    others = [column for column in header if column not in KNOWN_COLUMNS and column not in findings]
+    others = [column for column in header if not is_known_column(column) and column not in findings]
     for column in others if missing else ():
         if near := mistyped(column, missing):
             raise error(f"{path}: found column {column!r}, expected {near!r} or a name that is unlike it; check the "

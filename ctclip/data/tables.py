@@ -23,7 +23,8 @@ from ctclip.errors import UserError
 from ctclip.formatting import plural
 
 NAME_COLUMN = "VolumeName"
-WARNING_COLUMN = "Warning"  # the last one of a prediction's table, where a scan has a warning
+# The last columns of a prediction's table: decisions (1 or 0) of each finding, those of a scan in words, its warning.
+CALL_PREFIX, SUMMARY_COLUMN, WARNING_COLUMN = "Call: ", "Summary", "Warning"
 # What the numbers of a prediction's table are, in each row: "uncalibrated", the model's own; "calibrated", with the
 # name of the calibration; "mapped", rescaled to be cut at 0.5. A table without this column has the model's own.
 SCALE_COLUMN = "Scale"
@@ -32,7 +33,8 @@ PATIENT_COLUMN, SCAN_COLUMN = "PatientID", "ScanID"
 ID_COLUMNS = (PATIENT_COLUMN, SCAN_COLUMN)
 STATED_COLUMNS = (*ID_COLUMNS, SCALE_COLUMN)  # text that a table of labels or predictions may have and that is read
 # Columns that a table of labels or predictions may have beside its own; "" and "Unnamed: 0" are row numbers.
-KNOWN_COLUMNS = {NAME_COLUMN, *STATED_COLUMNS, *GEOMETRY_COLUMNS, *SUBGROUP_COLUMNS, WARNING_COLUMN, "", "Unnamed: 0"}
+KNOWN_COLUMNS = {NAME_COLUMN, *STATED_COLUMNS, *GEOMETRY_COLUMNS, *SUBGROUP_COLUMNS, SUMMARY_COLUMN, WARNING_COLUMN,
+                 "", "Unnamed: 0"}
 FORMULA_SIGNS = ("=", "+", "-", "@")
 LONGEST_NAME = 255  # characters, of a volume
 EMPTY = float("-inf")  # CsvTable.numbers, where a cell has nothing in it
@@ -318,7 +320,12 @@ def column_name(text: str) -> str:
 
 def unknown_columns(columns: Iterable[str]) -> list[str]:
     """Those that nothing here reads; a user who wrote them may think otherwise, so they are named."""
-    return [column for column in columns if column not in KNOWN_COLUMNS]
+    return [column for column in columns if not is_known_column(column)]
+
+
+def is_known_column(name: str) -> bool:
+    """Whether a column is none of findings, by its name alone."""
+    return name in KNOWN_COLUMNS or name.startswith(CALL_PREFIX)
 
 
 # ------------------------------------------------------------------ names of one volume in two tables

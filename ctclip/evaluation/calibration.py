@@ -45,6 +45,7 @@ LARGEST = 1e6  # slope or intercept of a calibration; fitted ones are below 1000
 SAME_THRESHOLD = 1e-9  # a stored calibrated threshold differs by rounding only from the uncalibrated one, calibrated
 LOG_LOSS_CLIP = 1e-7  # a log loss keeps probabilities this far from 0 and 1
 FEW_PATIENTS = 50  # with fewer to fit on, rates are missed by 10 points and more (LOG.md)
+COUNTS = ("true_positives", "positives", "true_negatives", "negatives")  # Calibration.counts
 LOGIT_KNEE = 7.0  # logits beyond (0.1 %, 99.9 %) are compressed into one more unit before anything is fitted
 
 
@@ -74,6 +75,7 @@ class Calibration:
     `thresholds` (L,) and `global_threshold` are for uncalibrated probabilities (they may be just above 1: nothing is
     positive). `shift` moves to another prevalence, `prevalence` as in fit_calibration. `losses` is the cross-validated
     log loss of each method tried; `unit` says what a row was (tables.UNITS), `scale` what its numbers were (SCALES).
+    `counts` (L, 4) are COUNTS of the tuning rows at `thresholds`, which they chose; None in files of earlier versions.
     """
 
     findings: tuple[str, ...]
@@ -90,6 +92,7 @@ class Calibration:
     unit: str = "volume"
     prevalence: Mapping[str, float] | None = None
     scale: str = UNCALIBRATED
+    counts: np.ndarray | None = None
 
     def apply(self, probabilities: np.ndarray) -> np.ndarray:
         """(N, L) probabilities -> calibrated ones; increasing in each column, so that no order changes.
@@ -131,17 +134,22 @@ class Calibration:
                                   "findings; evaluate again to have it written")
         at = [self.findings.index(name) for name in findings]
         columns = {key: getattr(self, key)[at] for key in ("slope", "intercept", "shift", "thresholds")}
-        return replace(self, findings=tuple(findings), **columns)
+        return replace(self, findings=tuple(findings), **columns,
+                       counts=None if self.counts is None else self.counts[at])
 
     def content(self) -> dict:
         """What calibration.json holds."""
         columns = {"slope": self.slope, "intercept": self.intercept, "shift": self.shift,
                    "threshold_uncalibrated": self.thresholds, "threshold_calibrated": self.calibrated_thresholds}
+        per_label: dict[str, dict] = {
+            name: {key: float(column[j]) for key, column in columns.items()} for j, name in enumerate(self.findings)
+        }
+        if self.counts is not None:
+            for row, counts in zip(per_label.values(), self.counts.tolist(), strict=True):
+                row |= dict(zip(COUNTS, counts, strict=True))
         return {
             "method": self.method,
-            "per_label": {
-                name: {key: float(column[j]) for key, column in columns.items()} for j, name in enumerate(self.findings)
-            },
+            "per_label": per_label,
             "global_threshold_uncalibrated": self.global_threshold,
             "objective": self.objective,
             "prevalence": None if self.prevalence is None else dict(self.prevalence),
@@ -181,6 +189,12 @@ def load_calibration(path: str | Path) -> Calibration:
             raise ValueError("a number of rows or patients in it is none")
         if not all(0 <= threshold <= np.nextafter(1, 2) for threshold in (*thresholds, _number(common))):
             raise ValueError("a threshold in it is not in [0, 1]")
+        counts = None
+        if all(key in row for row in rows.values() for key in COUNTS):  # none in earlier files
+            counts = np.array([[row[key] for key in COUNTS] for row in rows.values()])
+            hits, of = counts[:, ::2], counts[:, 1::2]
+            if counts.dtype.kind != "i" or (hits < 0).any() or (hits > of).any():
+                raise ValueError("counts of tuning patients in it are none")
         prevalence, scale = content.get("prevalence"), content.get("scale", UNCALIBRATED)
         if prevalence is not None:
             check_rates(prevalence)
@@ -189,7 +203,7 @@ def load_calibration(path: str | Path) -> Calibration:
         calibration = Calibration(
             tuple(rows), content["method"], slope, intercept, shift, thresholds, float(common), content["objective"],
             {str(key): _number(value) for key, value in content["cross_validated_log_loss"].items()},
-            n_rows, n_patients, content["unit"], prevalence, scale,
+            n_rows, n_patients, content["unit"], prevalence, scale, counts,
         )
         if not earlier:
             stored = [_number(row["threshold_calibrated"]) for row in rows.values()]
@@ -239,12 +253,19 @@ def fit_calibration(
     # what Platt's calibrated probabilities come to on average; 1/2 where nothing is known
     fitted_rates = np.nan_to_num(masked_mean(_targets(labels, n_patients), labels != UNKNOWN), nan=0.5)
     shift = np.zeros(labels.shape[1]) if wanted is None else logit(rates) - logit(fitted_rates)
+    thresholds = tune_label_thresholds(labels, probabilities, objective, wanted)
     return Calibration(
-        tuple(findings), method, slope, intercept, shift,
-        tune_label_thresholds(labels, probabilities, objective, wanted),
+        tuple(findings), method, slope, intercept, shift, thresholds,
         tune_global_threshold(labels, probabilities, objective, wanted),
         objective, losses, len(labels), n_patients, unit, prevalence, scale,
+        counts_at(labels, probabilities, thresholds),
     )
+
+
+def counts_at(labels: np.ndarray, probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """(L, 4) COUNTS of (N, L) labels, those that are known, and probabilities decided at `thresholds` (L,)."""
+    called, present, absent = probabilities >= thresholds, labels == 1, labels == 0
+    return np.stack([(called & present).sum(0), present.sum(0), (~called & absent).sum(0), absent.sum(0)], axis=1)
 
 
 def rates_asked_for(prevalence: Mapping[str, float] | None, findings: Sequence[str]) -> np.ndarray | None:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ctclip.config import CALIBRATION_FILE, PHANTOM_ENCODER_NOTE, flag_of, misty
 from ctclip.data.cohort import read_metadata
 from ctclip.data.ct_rate import metadata_path
 from ctclip.errors import UserError
-from ctclip.evaluation.calibration import Calibration, fit_calibration, load_calibration
+from ctclip.evaluation.calibration import Calibration, counts_at, fit_calibration, load_calibration
 from ctclip.evaluation.figures import EVALUATION_FIGURES, TRAINING_CURVES
 from ctclip.evaluation.tables import VolumeTable, read_labels, read_predictions, tuning_rows
 from ctclip.fileio import check_writable, locked, naming, parse_json, read_json
@@ -258,7 +259,7 @@ def run_calibration(run: Path, **chosen: Any) -> Calibration | None:
     path = run / CALIBRATION_FILE
     stored = load_calibration(path) if path.is_file() else None
     if stored and stored.unit == "volume" and not chosen:
-        return stored
+        return stored if stored.counts is not None else _counted(stored, run_tuning(run))
     if (tuning := run_tuning(run)) is None:
         if chosen:
             raise RunError(f"{run}: found no tuning_predictions.csv, expected the tuning patients of a run to fit "
@@ -270,6 +271,14 @@ def run_calibration(run: Path, **chosen: Any) -> Calibration | None:
                        "expected it to fit thresholds anew; evaluate the run again")
     rows = tuning_rows(tuning)
     return fit_calibration(rows.labels, rows.probabilities, rows.patients, findings=rows.findings, **(kept | chosen))
+
+
+def _counted(stored: Calibration, tuning: tuple[VolumeTable, VolumeTable] | None) -> Calibration:
+    """With the counts that an earlier version did not store, where the tuning patients are there."""
+    if tuning is None:
+        return stored
+    rows = tuning_rows((tuning[0].select(stored.findings), tuning[1].select(stored.findings)))
+    return replace(stored, counts=counts_at(rows.labels, rows.probabilities, stored.thresholds))
 
 
 def run_tuning(run: Path) -> tuple[VolumeTable, VolumeTable] | None:

@@ -20,6 +20,7 @@ from ctclip.evaluation.run_folder import from_working_folder, list_names, newest
 from ctclip.evaluation.saved_ensemble import labels_of, saved_ensemble
 from ctclip.fileio import check_writable
 from ctclip.formatting import plural
+from ctclip.inference.decisions import decision_lines
 from ctclip.inference.feature_export import Source, cohort_items, export_features, scan_items
 from ctclip.inference.feature_export import export_lines as feature_lines
 from ctclip.inference.fusion import runs_as_one
@@ -38,6 +39,7 @@ from ctclip.inference.run_predictions import cache_folder
 from ctclip.inference.scans import PredictionError, find_scans
 from ctclip.paths import script
 
+MOST_LISTED = 10  # scans whose decisions are printed
 
 def predict_command(args: argparse.Namespace) -> None:
     """`--mode predict`: a table of probabilities; scans that cannot be read are listed, and named by the exit code."""
@@ -124,6 +126,9 @@ def print_predictions(predictions: Predictions, output: Path, checkpoint: str) -
     print(f"Wrote {output}: {plural(rows, 'scan')}, model {checkpoint}; {predictions.description}")
     if not json and predictions.scale not in (MAPPED, UNCALIBRATED):
         print(f"Wrote {thresholds_beside(output)}: its calibration, and thresholds on both scales")
+    if not json and len(predictions.table):
+        undecided = f"No finding is called yes or no: {checkpoint} has no tuning patients who chose thresholds"
+        print("\n".join(decision_lines(predictions.decisions, MOST_LISTED)) or undecided)
     if predictions.note:
         print(predictions.note)
     if predictions.heat_maps:

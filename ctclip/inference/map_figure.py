@@ -235,9 +235,7 @@ def map_picture(maps: ScanMaps, label: int, note: str | None = None, outline: np
 
 def title_of(decision: Decision) -> str:
     """Cardiomegaly: no (0.01, cut 0.36)"""
-    if decision.threshold is None:
-        return f"{decision.finding}: {decision.word} ({decision.probability:.2f})"
-    return f"{decision.finding}: {decision.word} ({decision.probability:.2f}, cut {decision.threshold:.2f})"
+    return f"{decision.finding}: {decision.word} ({decision.numbers})"
 
 
 def _sentences(maps: ScanMaps, label: int) -> list[str]:

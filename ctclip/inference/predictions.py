@@ -32,7 +32,17 @@ from ctclip.data.cohort import Volume
 from ctclip.data.ct_rate import PREVALENCE
 from ctclip.data.geometry import place_volume
 from ctclip.data.loading import Batch, notes_of
-from ctclip.data.tables import CALIBRATED, MAPPED, NAME_COLUMN, SCALE_COLUMN, SCALES, UNCALIBRATED, WARNING_COLUMN
+from ctclip.data.tables import (
+    CALIBRATED,
+    CALL_PREFIX,
+    MAPPED,
+    NAME_COLUMN,
+    SCALE_COLUMN,
+    SCALES,
+    SUMMARY_COLUMN,
+    UNCALIBRATED,
+    WARNING_COLUMN,
+)
 from ctclip.evaluation.calibration import Calibration, few_patients_note, load_calibration
 from ctclip.evaluation.metrics import EvaluationError
 from ctclip.evaluation.run_folder import encoder_note, newest_run, run_calibration, run_record, run_tuning
@@ -41,7 +51,7 @@ from ctclip.evaluation.tables import VolumeTable
 from ctclip.evaluation.thresholds import label_rates
 from ctclip.fileio import check_replaceable, naming, replacing
 from ctclip.inference.contributions import Contributions
-from ctclip.inference.decisions import decide
+from ctclip.inference.decisions import Decision, decide, decide_at, decision_columns
 from ctclip.inference.fusion import FusedModels, load_models
 from ctclip.inference.heat_maps import check_heat_maps, parse_labels, write_scan_heat_maps
 from ctclip.inference.scan_maps import scan_maps
@@ -65,6 +75,7 @@ class Predictions:
     description: str  # what the numbers are
     scale: str  # what SCALE_COLUMN says of them
     calibration: Calibration | None  # by which they were made of the model's own
+    decisions: dict[str, list[Decision]]  # of each scan in the table, on its scale
     note: str | None  # disclaimer to show with them
 
 
@@ -140,15 +151,16 @@ def predict_scans(
     note = model_note(checkpoint, *(each.derived_from for each in model.models))
     answers = _AnswerForm.of(form, None if fitted is None or prompts else fitted.select(model.labels))
     heat_maps = _HeatMaps(model.models[0], labels, Path(explain_dir), answers, note)
-    predictor = _ScanPredictor(found, assume_hu, answers.transform, heat_maps, on_scan, on_note, failures)
+    predictor = _ScanPredictor(found, assume_hu, answers, heat_maps, on_scan, on_note, failures)
     on_start(found, answers.scale)
     if answers.calibration is not None and (few := few_patients_note(answers.calibration.n_patients)):
         on_note(few)
     with heat_maps:
         predictor.predict(model, workers)
     table = rows_table(predictor.rows, model.labels)
+    decisions = {name: answers.decide(model.labels, row) for name, row in predictor.rows.items()}
     return Predictions(table, found, failures, predictor.warnings, heat_maps.files, answers.description, answers.scale,
-                       answers.calibration, note)
+                       answers.calibration, decisions, note)
 
 
 def model_note(checkpoint: Path, *derived_from: str | None) -> str | None:
@@ -175,24 +187,33 @@ def _calibration_for(form: str, checkpoint: Path, chosen: Mapping[str, Any]) -> 
 
 class _AnswerForm(NamedTuple):
     """What makes the answers of the model's probabilities, what the answers are, for people and for SCALE_COLUMN, what
-    makes those that heat maps show, which are never rescaled, and the calibration that all is taken from."""
+    makes those that heat maps show, which are never rescaled, the calibration that all is taken from, and its
+    thresholds (labels,) on the answers' scale, where there are any."""
 
     transform: Transform
     description: str
     scale: str
     shown: Transform
     calibration: Calibration | None
+    fitted: Calibration | None = None
+    thresholds: np.ndarray | None = None
 
     @classmethod
-    def of(cls, form: str, calibration: Calibration | None) -> _AnswerForm:
-        if calibration is None or form == UNCALIBRATED:
-            return cls(_unchanged, "uncalibrated probabilities", UNCALIBRATED, _unchanged, None)
+    def of(cls, form: str, fitted: Calibration | None) -> _AnswerForm:
+        if fitted is None or form == UNCALIBRATED:
+            thresholds = None if fitted is None else fitted.thresholds
+            return cls(_unchanged, "uncalibrated probabilities", UNCALIBRATED, _unchanged, None, fitted, thresholds)
         if form == MAPPED:
-            thresholds = f"tuned thresholds ({calibration.objective})"
-            description = f"not probabilities: rescaled so that the {thresholds} lie at 0.5"
-            return cls(calibration.rescale_to_half, description, MAPPED, calibration.apply, calibration)
-        description = f"calibrated probabilities ({calibration.method}, {calibration.n_patients} tuning patients)"
-        return cls(calibration.apply, description, calibration.calibrated_scale, calibration.apply, calibration)
+            description = f"not probabilities: rescaled so that the tuned thresholds ({fitted.objective}) lie at 0.5"
+            half = np.full(len(fitted.findings), 0.5)
+            return cls(fitted.rescale_to_half, description, MAPPED, fitted.apply, fitted, fitted, half)
+        description = f"calibrated probabilities ({fitted.method}, {fitted.n_patients} tuning patients)"
+        return cls(fitted.apply, description, fitted.calibrated_scale, fitted.apply, fitted, fitted,
+                   fitted.calibrated_thresholds)
+
+    def decide(self, labels: Sequence[str], answers: np.ndarray) -> list[Decision]:
+        """Of one scan's answers (labels,)."""
+        return decide_at(labels, answers, self.thresholds, self.fitted)
 
 
 def _unchanged(probabilities: np.ndarray) -> np.ndarray:
@@ -248,13 +269,13 @@ class _ScanPredictor:
         self,
         scans: list[Scan],
         assume_hu: bool,
-        transform: Transform,
+        answers: _AnswerForm,
         heat_maps: _HeatMaps,
         on_scan: Callable[[str, np.ndarray], object],
         on_note: Callable[[str], object],
         failures: list[tuple[str, str]],
     ):
-        self.scans, self.transform, self.heat_maps, self.failures = scans, transform, heat_maps, failures
+        self.scans, self.answers, self.heat_maps, self.failures = scans, answers, heat_maps, failures
         self.on_scan, self.on_note = on_scan, on_note
         no_labels = np.zeros(len(ABNORMALITIES), np.float32)
         self.volumes = [Volume(scan.name, scan.path, no_labels, assume_hu=assume_hu) for scan in scans]
@@ -289,7 +310,7 @@ class _ScanPredictor:
         self, index: int, answer: np.ndarray, voxels: torch.Tensor, contributions: Contributions | None
     ) -> None:
         scan, probabilities = self.scans[index], answer[None]
-        row = self.transform(probabilities)[0]
+        row = self.answers.transform(probabilities)[0]
         if not np.isfinite(row).all():
             reason = "found an answer that is no number, expected probabilities; leave it out"
             self.failures.append((scan.name, reason))
@@ -354,8 +375,9 @@ def _is_table(path: Path, labels: Sequence[str]) -> bool:
         rows = csv.reader(file)
         header, first = next(rows, []), next(rows, None)
     columns = [NAME_COLUMN, *labels]
-    more = [[*scale, *warning] for scale in ([], [SCALE_COLUMN]) for warning in ([], [WARNING_COLUMN])]
-    return header[: len(columns)] == columns and header[len(columns) :] in more and (
+    known = [SCALE_COLUMN, *(CALL_PREFIX + label for label in labels), SUMMARY_COLUMN, WARNING_COLUMN]
+    more = header[len(columns) :]
+    return header[: len(columns)] == columns and more == [name for name in known if name in more] and (
         first is None or not {*first[1 : len(columns)]} <= {"0", "1", "0.0", "1.0"}
     )
 
@@ -400,8 +422,8 @@ class PartialTable:
 
 
 def write_predictions(path: str | Path, predictions: Predictions, checkpoint: str | Path) -> None:
-    """A CSV of the scans that could be read, with their scale, their warnings where there are any, and the thresholds
-    for calibrated ones in a file beside it; or a results.json of all."""
+    """A CSV of the scans that could be read, with their scale, decisions where there are thresholds, and warnings, and
+    the thresholds for calibrated ones in a file beside it; or a results.json of all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     table = predictions.table
@@ -409,10 +431,14 @@ def write_predictions(path: str | Path, predictions: Predictions, checkpoint: st
         answers = dict(zip(table.index, table[list(ABNORMALITIES)].to_numpy(), strict=True))
         ResultsFile(path, predictions.scans, prevalence(Path(checkpoint)), answers).close()
         return
-    told = pd.Series([predictions.warnings.get(name, "") for name in table.index], table.index, name=WARNING_COLUMN)
-    table = table.assign(**{SCALE_COLUMN: predictions.scale})
+    decided = decision_columns(predictions.decisions).reindex(table.index)
+    more = [column for column in decided if column not in table]
+    told = [predictions.warnings.get(name, "") for name in table.index]
+    if len(table) and predictions.scale != MAPPED:  # where four digits would hide differences
+        table = decided[list(table.columns)]
+    parts = [table, pd.DataFrame({SCALE_COLUMN: predictions.scale}, table.index), decided[more]]
     with replacing(path) as temporary:
-        (pd.concat([table, told], axis=1) if told.any() else table).to_csv(temporary)
+        pd.concat(parts, axis=1).assign(**{WARNING_COLUMN: told}).rename_axis(NAME_COLUMN).to_csv(temporary)
     if predictions.calibration is not None and predictions.scale != MAPPED:
         predictions.calibration.save(thresholds_beside(path))
     else:
