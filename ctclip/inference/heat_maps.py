@@ -176,7 +176,9 @@ def scan_numbers(maps: ScanMaps, stems: Sequence[str]) -> dict[str, Any]:
 
 def _numbers(maps: ScanMaps, label: int) -> dict[str, Any]:
     decision, all_values = maps.decisions[label], maps.contributions.values[label]
-    place = strongest_place(maps, label)
+    place, placement = strongest_place(maps, label), maps.placement
+    voxel = [int(np.abs(position - place[axis]).argmin())
+             for position, axis in zip(placement.position, placement.axes, strict=True)]  # fmt: skip
     window = display_window(maps.labels[label])
     sums: dict[str, float] = {}
     for name, side in (("for", all_values > 0), ("against", all_values < 0)):
@@ -189,11 +191,10 @@ def _numbers(maps: ScanMaps, label: int) -> dict[str, Any]:
         "highest_in_body": float(maps.highest[label]),
         "reached_share_of_scale": float(maps.reached[label]),
         "strongest": {
-            "slice": {plane.name.lower(): slice_number(maps.placement, plane.axis, place[plane.axis])[0]
-                      for plane in PLANES},
-            "voxel": [int(np.abs(position - place[axis]).argmin())
-                      for position, axis in zip(maps.placement.position, maps.placement.axes, strict=True)],
-            "mm_below_top": round(millimetres_below_top(maps.placement, place[0]), 1),
+            "slice": {p.name.lower(): slice_number(placement, p.axis, place[p.axis])[0] for p in PLANES},
+            "voxel": voxel,
+            "ras_mm": None if placement.affine is None else (placement.affine @ [*voxel, 1])[:3].round(1).tolist(),
+            "mm_below_top": round(millimetres_below_top(placement, place[0]), 1),
         },
         "window": {"level": window.level, "width": window.width},
     }  # fmt: skip

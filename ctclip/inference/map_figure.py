@@ -245,7 +245,7 @@ def _sentences(maps: ScanMaps, label: int) -> list[str]:
         return [f"Nothing in the body speaks for {finding}: no colours. The slices run through the middle of the body."]
     sentences = [f"Evidence for {finding} is strongest {location_words(maps, label)}."]
     if decision.threshold is not None:
-        reached = f"brightest evidence reaches {100 * maps.reached[label]:.0f} % of the scale."
+        reached = f"brightest evidence reaches {int(100 * maps.reached[label])} % of the scale."  # below 50 stays so
         sentences.append(f"{'Called' if decision.positive else 'Not called'}; {reached}")
     if decision.positive is not False and maps.outside[label] > MUCH_OUTSIDE:
         share = f"{100 * maps.outside[label]:.0f} %"

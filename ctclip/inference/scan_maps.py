@@ -195,7 +195,7 @@ def location_words(maps: ScanMaps, label: int) -> str:
     low, high = x_side[0] / level.shape[0], (x_side[-1] + 1) / level.shape[0]
     offset = (x - (low + high) / 2) * FIELD_OF_VIEW_MM
     scan_low, scan_high = np.clip(scan_extent(maps.placement, 1), 0, 1)
-    is_whole = min(low - scan_low, scan_high - high) > 1.5 / level.shape[0]  # else its middle is not the patient's
+    is_whole = min(low - scan_low, scan_high - high) > 0.5 / level.shape[0]  # else its middle is not the patient's
     side = "on the patient's" if is_whole else "towards the patient's"
     side = f"{side} {'left' if offset > 0 else 'right'}"
     if abs(offset) < MIDLINE_MM:

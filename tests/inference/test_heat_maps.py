@@ -208,6 +208,7 @@ def test_numbers_are_those_of_the_logit(tmp_path):
     assert [numbers[f"outside_body_{side}"] for side in ("for", "against")] == [8, -2]
     assert numbers["highest_in_body"] == 3 and numbers["reached_share_of_scale"] == pytest.approx(0.8 * 3 / 8)
     assert numbers["strongest"]["voxel"] == [43, 49, 21] and numbers["strongest"]["mm_below_top"] == 247.5
+    assert numbers["strongest"]["ras_mm"] == pytest.approx(cube().affine[:3] @ [43, 49, 21, 1], abs=0.06)
     assert numbers["strongest"]["slice"] == {"axial": 49, "coronal": 50, "sagittal": 44}
 
 
