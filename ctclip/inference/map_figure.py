@@ -340,9 +340,7 @@ def overview_picture(maps: ScanMaps, note: str | None = None) -> Image:
         x, y = LEFT + (number % THUMBNAILS) * (SMALL + GAP), 48 + number // THUMBNAILS * tall
         decision, (at, count) = maps.decisions[label], slice_number(maps.placement, 0, each.at)
         draw.text((x, y), _fitting(decision.finding, SMALL, 14), INK, _font(14, bold=True))
-        threshold = f", cut {decision.threshold:.2f}"
-        draw.text((x, y + LINE - 2), f"{decision.probability:.2f}{threshold}; axial slice {at} of {count}", GREY,
-                  _font(12))  # fmt: skip
+        draw.text((x, y + LINE - 2), f"{decision.numbers}; axial slice {at} of {count}", GREY, _font(12))
         image.paste(PILImage.fromarray(pixels), (x, y + 2 * LINE))
         image.paste(sign := _sign("R", 14), (x + 5, y + 2 * LINE + 2), sign)
     y = 48 + lines * tall
@@ -360,9 +358,8 @@ def _others_text(maps: ScanMaps, called: Sequence[int]) -> list[str]:
     lines: list[str] = []
     for title, positive in (("Called, without a map", True), ("Not called", False), ("Not decided", None)):
         if group := [decision for decision in others if decision.positive is positive]:
-            named = [f"{d.finding} {d.probability:.2f}" + ("" if d.threshold is None else f" (cut {d.threshold:.2f})")
-                     for d in group]  # fmt: skip
-            lines += _wrapped(f"{title}: {', '.join(named)}", WIDTH - 2 * LEFT, 14)
+            named = ", ".join(f"{decision.finding} ({decision.numbers})" for decision in group)
+            lines += _wrapped(f"{title}: {named}", WIDTH - 2 * LEFT, 14)
     return lines
 
 

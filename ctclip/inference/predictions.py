@@ -215,6 +215,11 @@ class _AnswerForm(NamedTuple):
         """Of one scan's answers (labels,)."""
         return decide_at(labels, answers, self.thresholds, self.fitted)
 
+    def decide_shown(self, labels: Sequence[str], probabilities: np.ndarray) -> list[Decision]:
+        """Of one scan's probabilities by the model (1, labels), as heat maps show them."""
+        shown = self.shown(probabilities)[0]
+        return self.decide(labels, shown) if self.calibration is None else decide(labels, shown, self.calibration)
+
 
 def _unchanged(probabilities: np.ndarray) -> np.ndarray:
     return probabilities
@@ -257,7 +262,7 @@ class _HeatMaps:
         self, scan: Scan, voxels: torch.Tensor, probabilities: np.ndarray, contributions: Contributions
     ) -> list[Path]:
         placement = place_volume(scan.path, self.model.input_shape)
-        decisions = decide(self.model.labels, self.answers.shown(probabilities)[0], self.answers.calibration)
+        decisions = self.answers.decide_shown(self.model.labels, probabilities)
         maps = scan_maps(scan.stem, placement, voxels, self.labels, decisions, contributions)
         return write_scan_heat_maps(maps, self.folder / scan.stem, self.note)
 

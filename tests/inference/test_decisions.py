@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ctclip.data.tables import CALIBRATED, MAPPED, UNCALIBRATED
 from ctclip.evaluation.calibration import COUNTS, fit_calibration, load_calibration
 from ctclip.evaluation.metrics import compute_metrics
 from ctclip.evaluation.tables import load_predictions
 from ctclip.inference.decisions import Decision, OperatingPoint, decide, decision_columns, decision_lines, summary
+from ctclip.inference.predictions import _AnswerForm
 from ctclip_model import ABNORMALITIES
 
 
@@ -32,6 +34,19 @@ def test_calls_are_those_of_the_thresholds_on_either_scale(tuned):
     for row in probabilities:
         decisions = decide(ABNORMALITIES, calibration.apply(row[None])[0], calibration)
         assert [each.positive for each in decisions] == (row >= calibration.thresholds).tolist()
+
+
+def test_heat_maps_decide_as_the_table_does_in_every_form_and_are_never_rescaled(tuned):
+    _, probabilities, calibration = tuned
+    for row in probabilities[:20]:
+        for form in (CALIBRATED, UNCALIBRATED, MAPPED):
+            answers = _AnswerForm.of(form, calibration)
+            table = answers.decide(ABNORMALITIES, answers.transform(row[None])[0])
+            shown = answers.decide_shown(ABNORMALITIES, row[None])
+            assert [each.word for each in shown] == [each.word for each in table]
+            expected = row if form == UNCALIBRATED else calibration.apply(row[None])[0]
+            assert [each.probability for each in shown] == expected.tolist()
+    assert {each.word for each in _AnswerForm.of(CALIBRATED, None).decide_shown("ab", row[None, :2])} == {"not decided"}
 
 
 def test_the_counts_of_a_threshold_are_those_of_its_tuning_patients(tuned, tmp_path):

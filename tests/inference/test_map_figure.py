@@ -150,8 +150,8 @@ def test_an_overview_shows_what_is_called_and_tells_the_rest(texts):
     assert texts[:3] == ["scan", "Emphysema", texts[2]] and texts[2].startswith("0.80, cut 0.50; axial slice ")
     names = [text for text in texts if text.startswith("xxxx")]
     assert len(names) == 1 and names[0].endswith("x…") and len(names[0]) < 60
-    rest = ["Called, without a map: Cardiomegaly 0.70 (cut 0.50)", "Not called: Lung nodule 0.10 (cut 0.50)"]
-    assert texts[-4:] == [*rest, "Not decided: B 0.20", "a note"]
+    rest = ["Called, without a map: Cardiomegaly (0.70, cut 0.50)", "Not called: Lung nodule (0.10, cut 0.50)"]
+    assert texts[-4:] == [*rest, "Not decided: B (0.20)", "a note"]
     none = overview_picture(maps_of(values[:1], (("Emphysema", 0.1, 0.5),)))
     assert none.size[1] < 120 < picture.size[1]
 
