@@ -34,7 +34,11 @@ class Ranks:
             # One rank may read slowly while the others wait: encoding a cohort takes hours.
             wait = timedelta(hours=12)
             try:
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=wait)
+                store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+                # After a restart torchrun's store may be the one before, with the addresses of processes that are gone.
+                store = dist.PrefixStore(f"attempt_{torchrun_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+                backend = "nccl" if self.device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
             except (ValueError, RuntimeError) as error:
                 reason = str(error).splitlines()[0][:150]
                 raise UserError(f"WORLD_SIZE={self.world}: found no group of processes to join ({reason}), expected "

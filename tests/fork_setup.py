@@ -5,7 +5,6 @@ a signal's number).
 """
 
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import huggingface_hub.constants as constants
 import huggingface_hub.file_download  # noqa: F401
 import torch
+import torch.distributed as dist
 
 import ctclip.hub.streaming  # noqa: F401
 import ctclip_setup
@@ -25,7 +25,10 @@ ctclip_setup.packages_step = lambda requirements: None
 
 
 
-def start(rank: int, world: int, port: int) -> int:
+agent_store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # kept over restarts, by torchrun
+
+
+def start(rank: int, world: int, restarts: int) -> int:
     child = os.fork()
     if child:
         return child
@@ -33,14 +36,14 @@ def start(rank: int, world: int, port: int) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     if world > 1:
-        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in group.items()}
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": agent_store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
+                 "TORCHELASTIC_RESTART_COUNT": restarts}
+        os.environ |= {name: str(value) for name, value in group.items()}
     os._exit(ctclip_setup.main(sys.argv[2:]))
 
 
-for line in sys.stdin:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    children = [start(rank, int(line), port) for rank in range(int(line))]
+for restarts, line in enumerate(sys.stdin):
+    children = [start(rank, int(line), restarts) for rank in range(int(line))]
     print(*children, flush=True)
     print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)

@@ -8,11 +8,13 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import make_flags
 import make_notebook
 import pytest
+import yaml
 from torch.distributed.run import get_args_parser
 
 import ctclip_setup
@@ -95,6 +97,30 @@ def test_the_notebook_has_the_cells_of_the_guide():
         check(re.sub(r"\{EPOCHS\}", "8", line))
     for text in code:
         compile(re.sub(r"^(\s*)[!%].*", r"\1pass", text, flags=re.MULTILINE), "cell", "exec")
+
+
+def test_the_cluster_examples_are_scripts_and_objects_whose_commands_are_taken():
+    """Shell by bash -n, #SBATCH lines as options, YAML by a parser, commands by torchrun's and the scripts' parsers."""
+    text = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    blocks = {kind: re.findall(rf"^```{kind}\n(.*?)^```", text, re.MULTILINE | re.DOTALL) for kind in ("bash", "yaml")}
+    (batch,) = (script for script in blocks["bash"] if "#SBATCH" in script)
+    for script in blocks["bash"]:
+        assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    options = re.findall(r"^#SBATCH (.*)$", batch, re.MULTILINE)
+    assert len(options) >= 5 and all(re.fullmatch(r"--[a-z-]+(=\S+)?", option) for option in options)
+    (launched,) = re.findall(r"^srun (torchrun .*)$", batch.replace("\\\n", " "), re.MULTILINE)
+    check(launched.replace("$SLURM_NNODES", "4"))
+    (objects,) = ([*yaml.safe_load_all(block)] for block in blocks["yaml"])
+    service, job = {each["kind"]: each for each in objects}["Service"], objects[-1]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    check(shlex.join(container["command"]))
+    spec, name = job["spec"], job["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": name} and service["metadata"]["name"] == name
+    assert spec["completions"] == spec["parallelism"] == 4 and "--nnodes=4" in container["command"]
+    assert spec["template"]["spec"]["subdomain"] == name
+    assert f"--rdzv-endpoint={name}-0.{name}:29500" in container["command"]
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
 
 
 def anchors(path: Path) -> set[str]:
