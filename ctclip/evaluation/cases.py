@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ctclip.data.cohort import Volume, load_cohort
-from ctclip.data.ct_rate import FETCH_COMMAND, labels_path
+from ctclip.data.ct_rate import FETCH_COMMAND, is_version_2, labels_path
 from ctclip.data.patients import StatedIds
 from ctclip.data.preprocessing import read_volume
 from ctclip.data.tables import listing
@@ -30,7 +30,7 @@ PICTURE_SHAPE = (200, 400, 400)  # voxels over the 360 mm cube: 0.9 mm in plane
 
 @dataclass(frozen=True)
 class Picture:
-    """Slices in a window; `through` says which. `command` makes the heat map, "" without a model."""
+    """Slices in a window; `through` says which. `command` makes the heat map, "" where there is none."""
 
     slices: tuple[Slice, ...]
     window: Window
@@ -142,7 +142,10 @@ def _pictures(
 
 
 def _heat_map_command(run: Path, volume: Volume, label: str, data_dir: Path) -> str:
-    """Without where folders lie that were named by absolute paths: reports are handed on."""
+    """Without where folders lie that were named by absolute paths: reports are handed on. "" for a file of version 1,
+    which cannot be read without its row of the metadata table."""
+    if is_version_2(volume.path) is False and volume.metadata is not None:
+        return ""
     cohort, folder = (Path(path.name) if path.is_absolute() else path for path in (data_dir, run))
     flags = {"--checkpoint": folder.as_posix(), "--input": (cohort / volume.path.relative_to(data_dir)).as_posix(),
              "--explain": listing([label])}

@@ -118,10 +118,12 @@ def write_page(
     sections["settings"] = report.settings_section(metrics, record)
     if cases:
         lead = ("Per label, the volumes whose calibrated probability lies farthest on the wrong side of the threshold, "
-                "some with an axial and a coronal slice: to tell a wrong label from a wrong model. A slice is enlarged "
-                "by a click. Evidence is what adds most to the label's logit; where it lies, the finding need not. The "
-                "command below a picture makes the whole heat map, from the folder that the evaluation was started in; "
-                "of absolute paths, put the start back.")
+                "some with an axial and a coronal slice: to tell a wrong label from a wrong model. Click a slice to "
+                "enlarge it. Evidence is what adds most to the label's logit; the finding need not lie there. The "
+                "command below a picture makes the whole heat map; files of CT-RATE's version 1 have none, as they "
+                "cannot be read without the metadata table. Run it in the folder where the evaluation was started; of "
+                "a cohort or run that was named by an absolute path only the last folder is shown, so add what comes "
+                "before it.")
         sections["cases"] = Section("cases", "Worst errors", [Paragraph(lead)])
     if (files := report.files_section(path.parent)) is not None:
         sections["files"] = files

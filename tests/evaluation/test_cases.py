@@ -69,7 +69,8 @@ def test_pictures_of_the_first_of_each_kind_and_what_could_not_be_read(phantoms,
 
 def test_evidence_is_asked_once_for_each_volume(phantoms):
     """For all its labels; the ring and the command are each label's own, without where the cohort lies."""
-    volume = load_cohort(phantoms, "valid").volumes[0]
+    volume, first_version = (next(volume for volume in load_cohort(phantoms, "valid").volumes
+                                  if ("_fixed" in str(volume.path)) == fixed) for fixed in (True, False))
     asked = []
 
     def of(volume, labels):
@@ -88,6 +89,9 @@ def test_evidence_is_asked_once_for_each_volume(phantoms):
     inside = volume.path.relative_to(phantoms).as_posix()
     assert second.command == ("python run_task2.py --mode predict --checkpoint 'results/a b' --input "
                               f"{phantoms.name}/{inside} --explain Cardiomegaly")
+    listed = [cases.Case("Emphysema", "false negative", first_version.name, 0.1, 0.5)]
+    (case,), _ = cases.with_pictures(listed, "volume", phantoms, 1, None, Evidence(Path("run"), of))
+    assert case.picture.command == ""  # read alone it has no spacing
 
 
 def test_without_evidence_after_all_slices_show_the_most_lung(phantoms):
