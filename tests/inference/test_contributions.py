@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_model import OTHER_SIZES
+from helpers_video import Narrow, small_video  # noqa: F401
 from safetensors.torch import load_file
 
 from ctclip.inference import contributions
@@ -74,9 +75,10 @@ def test_the_parts_add_up_to_the_logit(name, smooth):
 
 
 @pytest.mark.parametrize("name", [*HEADS, "resnet10t", "resnet10t cbam", *QUERY, "video", "video of 8 crops"])
-def test_one_pass_of_the_tower_gives_the_model_s_own_logits(name, monkeypatch):
+def test_one_pass_of_the_tower_gives_the_model_s_own_logits(name, monkeypatch, request):
     """Bit by bit, of a batch as of the model; the tower sees as much as without."""
     if name.startswith("video"):
+        request.getfixturevalue("small_video")
         options = {"pretrained": False, "slice_spacing": 12.0, "slice_size": 40, "test_crops": 8 if "8" in name else 1}
         model = CTCLIPMultiAbnormalityModel(None, "mc3_18", **options).eval()
         torch.nn.init.normal_(model.classifier.weight)

@@ -36,7 +36,7 @@ from ctclip.inference import scans as scans_module
 from ctclip.inference.commands import PartialTable
 from ctclip.inference.predictions import ResultsFile, predict, predict_scans, write_predictions
 from ctclip.inference.scans import PredictionError, Scan, find_scans
-from ctclip_model import ABNORMALITIES
+from ctclip_model import ABNORMALITIES, VisualTransformer
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 MODEL = FIXTURES / "tiny_a_classfine.pt"
@@ -816,6 +816,18 @@ def test_rows_of_an_interrupted_command_survive_the_next_one(tmp_path):
         second.append("two", np.array([0.3, 0.4]))
         assert second.path.name == "p.part2.csv" and second.path.exists()
     assert path.read_bytes() == kept and not second.path.exists()
+
+
+def test_with_maps_a_scan_passes_the_tower_once(tmp_path, monkeypatch):
+    """Also by way of the models of an ensemble of one."""
+    for name in "abc":
+        write(tmp_path / "in" / f"{name}.nii.gz", chest(), SPACING, affine_of(SPACING))
+    seen, original = [], VisualTransformer.forward
+    monkeypatch.setattr(VisualTransformer, "forward", lambda self, x: seen.append(len(x)) or original(self, x))
+    predictions = predict_scans(tmp_path / "in", MODEL, device="cpu", explain="Emphysema,Cardiomegaly",
+                                explain_dir=tmp_path / "maps")  # fmt: skip
+    assert len(predictions.table) == sum(seen) == 3 and len(predictions.heat_maps) == 3 * 6
+    assert {*predictions.heat_maps} == set(tmp_path.glob("maps/*/*"))
 
 
 @pytest.mark.parametrize("written", [0, 3])  # of 2 pictures for each scan
