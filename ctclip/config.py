@@ -725,8 +725,9 @@ def task_parser(description: str) -> OneLineParser:
     group.add_argument("--sort", choices=RUN_COLUMNS, default="date",
                        help="runs: order of the list, the highest or newest first (default %(default)s)")
     group.add_argument("--output", metavar="FILE",
-                       help=f"predict: .csv, a table (default {PREDICTIONS}), or .json, the challenge's results.json "
-                       "with an answer for every input; export: the .onnx file, or the folder of the features (default "
+                       help=f"predict: .csv, a table (default {PREDICTIONS}), .html, a page with the scans and their "
+                       "evidence beside a table, or .json, the challenge's results.json with an answer for every "
+                       "input; export: the .onnx file, or the folder of the features (default "
                        "beside the checkpoint); runs: the page (default index.html among the runs)")
     group.add_argument("--export-tokens", choices=("codes", "grid", "slice", "patch"),
                        help="export features: tokens too; of CT-CLIP codes (ids, with their codebook) or grid (the "

@@ -23,8 +23,9 @@ STAMP = "ctclip/bundle.txt"  # in a bundle only: its version and a digest of its
 SCRIPTS = ("ctclip_setup.py", "ctclip_model.py", "ctclip_training.py", "ctclip_evaluation.py", "run_task2.py")
 # Files of the package that no import names: templates, and modules that are started as commands.
 READ_FILES = (
-    "ctclip/evaluation/report.html", "ctclip/evaluation/runs.html", "ctclip/hub/model_card.md",
-    "ctclip/hub/__main__.py", "ctclip/phantoms/__main__.py", "ctclip/data/label_maps/rad-chestct.json",
+    "ctclip/evaluation/report.html", "ctclip/evaluation/runs.html", "ctclip/inference/scan_page.html",
+    "ctclip/hub/model_card.md", "ctclip/hub/__main__.py", "ctclip/phantoms/__main__.py",
+    "ctclip/data/label_maps/rad-chestct.json",
 )  # fmt: skip
 # Of a line: from PACKAGE import NAMES, or import MODULES. Parsing every file takes setup a second.
 IMPORT = re.compile(r"^ *(?:from ([\w.]+) import (\([^)]*\)|[^\n]*)|import (\w[\w., ]*))", re.MULTILINE)

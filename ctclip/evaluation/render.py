@@ -150,10 +150,10 @@ def check_report_parts() -> None:
     check_matplotlib()
 
 
-def page_template(name: str) -> jinja2.Template:
-    """A page of this folder, with the filters that it may use."""
+def page_template(name: str, folder: Path = TEMPLATE.parent) -> jinja2.Template:
+    """A page of a folder of the package, with the filters that it may use."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )
     environment.filters |= {

@@ -6,10 +6,13 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
+from datetime import datetime
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ctclip import __version__
 from ctclip.cli import refuse_unused
 from ctclip.config import PREDICTIONS
 from ctclip.data.label_table import listed_findings
@@ -19,7 +22,7 @@ from ctclip.evaluation.figures import check_matplotlib
 from ctclip.evaluation.run_folder import from_working_folder, list_names, newest_run, run_record
 from ctclip.evaluation.saved_ensemble import labels_of, saved_ensemble
 from ctclip.fileio import check_writable
-from ctclip.formatting import plural
+from ctclip.formatting import plural, size_text
 from ctclip.inference.decisions import decision_lines
 from ctclip.inference.feature_export import Source, cohort_items, export_features, scan_items
 from ctclip.inference.feature_export import export_lines as feature_lines
@@ -36,6 +39,7 @@ from ctclip.inference.predictions import (
 )
 from ctclip.inference.prompts import read_prompts
 from ctclip.inference.run_predictions import cache_folder
+from ctclip.inference.scan_page import PageFacts, ScanPage
 from ctclip.inference.scans import PredictionError, find_scans
 from ctclip.paths import script
 
@@ -68,7 +72,9 @@ def _predict(args: argparse.Namespace, checkpoint: Path, named: str) -> None:
         check_matplotlib()
         check_writable(explain_dir, "name another --output")
         parse_labels(args.explain, labels)
-    with PartialTable(output.with_name(f"{output.stem}.part.csv"), labels) as part:
+    table = output.with_suffix(".csv") if output.suffix == ".html" else output
+    making = ScanPage(output) if output.suffix == ".html" else nullcontext()
+    with PartialTable(output.with_name(f"{output.stem}.part.csv"), labels) as part, making as page:
         predictions = predict_scans(
             args.input,
             checkpoint,
@@ -79,6 +85,7 @@ def _predict(args: argparse.Namespace, checkpoint: Path, named: str) -> None:
             prompts=prompts,
             explain=args.explain,
             explain_dir=explain_dir,
+            page=page,
             device=args.device,
             workers=args.workers,
             assume_hu=args.assume_hu,
@@ -86,7 +93,11 @@ def _predict(args: argparse.Namespace, checkpoint: Path, named: str) -> None:
             on_scan=part.append,
             on_note=print_warning,
         )
-        write_predictions(output, predictions, checkpoint)
+        write_predictions(table, predictions, checkpoint)
+        if page is not None:
+            size = page.finish(_page_facts(predictions, table, named))
+            print(f"Wrote {output}: {plural(len(page.rows), 'scan')}, {size_text(size)}; open it in a browser")
+    output = table
     if output.suffix == ".csv" and (formulas := formula_note(predictions.table.index)):
         print_warning(formulas)
     print_predictions(predictions, output, named)
@@ -98,6 +109,14 @@ def _predict(args: argparse.Namespace, checkpoint: Path, named: str) -> None:
         print(f"Next: python {script('run_task2.py')} --mode predict {given}")
 
 
+def _page_facts(predictions: Predictions, table: Path, checkpoint: str) -> PageFacts:
+    facts = [("Model", checkpoint), ("Numbers", predictions.description)]
+    if predictions.calibration is not None:
+        facts.append(("Cuts", f"tuned for {predictions.calibration.objective}"))
+    facts.append(("Written", f"{datetime.now():%Y-%m-%d %H:%M}, ctclip {__version__}"))
+    return PageFacts(facts, predictions.note, predictions.failures, table.name)
+
+
 def explain_folder(output: Path) -> Path:
     """Where heat maps lie, in a folder for each scan."""
     return output.parent / f"{output.stem}_explain"
@@ -105,9 +124,10 @@ def explain_folder(output: Path) -> Path:
 
 def _check_chosen(args: argparse.Namespace, output: Path) -> None:
     """Raises UserError for flags on calibration and thresholds that would change nothing of what is written."""
-    calibrated, table = not (args.map_thresholds or args.uncalibrated), output.suffix == ".csv"
+    calibrated, table = not (args.map_thresholds or args.uncalibrated), output.suffix != ".json"
     used = args.map_thresholds or (calibrated and table)
     refuse_unused(args.given, {
+        "--map-thresholds": ("a .csv or .json, as a page shows cuts where they are,", output.suffix != ".html"),
         "--objective": ("--map-thresholds, or a table of calibrated probabilities,", used),
         "--calibration": ("calibrated probabilities (no --map-thresholds, no --uncalibrated)", calibrated),
         "--prevalence": ("calibrated probabilities or --map-thresholds", not args.uncalibrated),

@@ -36,6 +36,11 @@ class OperatingPoint(NamedTuple):
     def specificity(self) -> float | None:
         return self.true_negatives / self.negatives if self.negatives else None
 
+    @property
+    def words(self) -> str:
+        return (f"yes for {self.true_positives} of {self.positives} with it, no for {self.true_negatives} of "
+                f"{self.negatives} without")
+
     def content(self) -> dict[str, Any]:
         """The shares with Wilson's intervals and the numbers that they are of, for JSON."""
         return {"sensitivity": share(self.true_positives, self.positives),
@@ -159,8 +164,6 @@ def finding_lines(of_scan: Sequence[Decision]) -> list[str]:
     wide = max(len(each.finding) for each in of_scan)
     lines = [f"  {'':<{wide}}  probability, cut        of the tuning patients, who chose the cut"]
     for each in sorted(of_scan, key=lambda each: (each.threshold or 0) - each.probability):
-        point = each.point
-        sure = "" if point is None else (f"yes for {point.true_positives} of {point.positives} with it, no for "
-                                         f"{point.true_negatives} of {point.negatives} without")
+        sure = "" if each.point is None else each.point.words
         lines.append(f"  {each.finding:<{wide}}  {each.word:<3}  {each.numbers:<18} {sure}".rstrip())
     return lines

@@ -55,9 +55,10 @@ from ctclip.inference.decisions import Decision, decide, decide_at, decision_col
 from ctclip.inference.fusion import FusedModels, load_models
 from ctclip.inference.heat_maps import check_heat_maps, parse_labels, write_scan_heat_maps
 from ctclip.inference.scan_maps import scan_maps
+from ctclip.inference.scan_page import ScanPage, is_scan_page
 from ctclip.inference.scans import PredictionError, Scan, find_scans
 from ctclip.memory import out_of_memory
-from ctclip_model import ABNORMALITIES, PHANTOM_WEIGHTS, CTCLIPMultiAbnormalityModel, Prompts
+from ctclip_model import ABNORMALITIES, PHANTOM_WEIGHTS, Prompts
 
 TRAINED_ON_PHANTOMS = f"Model trained on phantoms. {SYNTHETIC_NOTE}"
 Transform = Callable[[np.ndarray], np.ndarray]  # the model's probabilities (N, labels) -> the answers
@@ -105,6 +106,7 @@ def predict_scans(
     prompts: Prompts | None = None,
     explain: str | None = None,
     explain_dir: str | Path = "results/explain",
+    page: ScanPage | None = None,
     device: str | None = None,
     workers: int | None = None,
     assume_hu: bool = False,
@@ -125,6 +127,7 @@ def predict_scans(
             run's tuning patients; None: as they were chosen for the run's evaluation.
         prompts: findings of your own (`ctclip.inference.prompts.read_prompts`), for a CT-CLIP file with its text tower.
         explain: labels separated by commas, or "all": heat maps of them go to `explain_dir`.
+        page: gets every scan that has an answer, with the evidence for all findings, but of an ensemble.
         device: cpu, cuda, cuda:1, ...; default cuda where there is one.
         workers: threads that read ahead.
         assume_hu: take voxels for HU by the header, whatever they look like.
@@ -150,7 +153,7 @@ def predict_scans(
     check_heat_maps([Path(explain_dir, scan.stem) for scan in found], labels)
     note = model_note(checkpoint, *(each.derived_from for each in model.models))
     answers = _AnswerForm.of(form, None if fitted is None or prompts else fitted.select(model.labels))
-    heat_maps = _HeatMaps(model.models[0], labels, Path(explain_dir), answers, note)
+    heat_maps = _HeatMaps(model, labels, Path(explain_dir), answers, note, page)
     predictor = _ScanPredictor(found, assume_hu, answers, heat_maps, on_scan, on_note, failures)
     on_start(found, answers.scale)
     if answers.calibration is not None and (few := few_patients_note(answers.calibration.n_patients)):
@@ -226,15 +229,18 @@ def _unchanged(probabilities: np.ndarray) -> np.ndarray:
 
 
 class _HeatMaps:
-    """Writes the heat maps of each scan that has an answer, if labels are given: in a thread, while the next scan is
-    computed. In a `with` block, at whose end all are written; what fails there is raised by `write`, or then."""
+    """Writes the heat maps of each scan that has an answer, if labels are given, and puts it on the page, if there is
+    one: in a thread, while the next scan is computed. In a `with` block, at whose end all are written; what fails there
+    is raised by `write`, or then."""
 
     def __init__(
-        self, model: CTCLIPMultiAbnormalityModel, labels: list[str], folder: Path, answers: _AnswerForm,
-        note: str | None,
+        self, model: FusedModels, labels: list[str], folder: Path, answers: _AnswerForm, note: str | None,
+        page: ScanPage | None,
     ):  # fmt: skip
-        self.model, self.labels, self.folder, self.answers, self.note = model, labels, folder, answers, note
-        self.explain = [model.labels.index(label) for label in labels]
+        self.findings, self.labels, self.folder, self.answers, self.note = model.labels, labels, folder, answers, note
+        self.page = page
+        self.mapped = list(model.labels) if page is not None and len(model.models) == 1 else labels
+        self.explain = [model.labels.index(label) for label in self.mapped]
         self.files: list[Path] = []
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future[list[Path]] | None = None
@@ -247,11 +253,16 @@ class _HeatMaps:
         if error is None:
             self._wait()
 
-    def write(self, scan: Scan, voxels: torch.Tensor, probabilities: np.ndarray, contributions: Contributions) -> None:
-        """`probabilities` (1, L) are the model's own, `contributions` of `labels`. Waits for the scan before: no more
+    def write(
+        self, scan: Scan, voxels: torch.Tensor, probabilities: np.ndarray, contributions: Contributions | None,
+        warning: str,
+    ) -> None:  # fmt: skip
+        """`probabilities` (1, L) are the model's own, `contributions` of `mapped`. Waits for the scan before: no more
         than one volume is held."""
+        if contributions is None and self.page is None:
+            return
         self._wait()
-        self.pending = self.thread.submit(self._write, scan, voxels, probabilities, contributions)
+        self.pending = self.thread.submit(self._write, scan, voxels, probabilities, contributions, warning)
 
     def _wait(self) -> None:
         if self.pending is not None:
@@ -259,12 +270,19 @@ class _HeatMaps:
         self.pending = None
 
     def _write(
-        self, scan: Scan, voxels: torch.Tensor, probabilities: np.ndarray, contributions: Contributions
-    ) -> list[Path]:
-        placement = place_volume(scan.path, self.model.input_shape)
-        decisions = self.answers.decide_shown(self.model.labels, probabilities)
-        maps = scan_maps(scan.stem, placement, voxels, self.labels, decisions, contributions)
-        return write_scan_heat_maps(maps, self.folder / scan.stem, self.note)
+        self, scan: Scan, voxels: torch.Tensor, probabilities: np.ndarray, contributions: Contributions | None,
+        warning: str,
+    ) -> list[Path]:  # fmt: skip
+        placement = place_volume(scan.path, voxels.shape[2:])
+        decisions = self.answers.decide_shown(self.findings, probabilities)
+        maps = None
+        if contributions is not None:
+            maps = scan_maps(scan.stem, placement, voxels, self.mapped, decisions, contributions)
+        if self.page is not None:
+            self.page.add(scan.name, placement, voxels, decisions, maps, warning)
+        if maps is None or not self.labels:
+            return []
+        return write_scan_heat_maps(maps.select(self.labels), self.folder / scan.stem, self.note)
 
 
 class _ScanPredictor:
@@ -320,8 +338,7 @@ class _ScanPredictor:
             reason = "found an answer that is no number, expected probabilities; leave it out"
             self.failures.append((scan.name, reason))
             return
-        if contributions is not None:
-            self.heat_maps.write(scan, voxels, probabilities, contributions)
+        self.heat_maps.write(scan, voxels, probabilities, contributions, self.warnings.get(scan.name, ""))
         self.rows[scan.name] = row
         self.on_scan(scan.name, row)
 
@@ -340,9 +357,9 @@ def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> Non
     """Refuses, before anything is computed, a place or a form that cannot be written, and to replace another file than
     an earlier command's predictions."""
     path = Path(path)
-    if path.suffix not in (".csv", ".json"):
-        raise PredictionError(f"{path}: found the ending {path.suffix or 'none'}, expected .csv (a table) or "
-                              ".json (the challenge's results.json); rename it")
+    if path.suffix not in (".csv", ".json", ".html"):
+        raise PredictionError(f"{path}: found the ending {path.suffix or 'none'}, expected .csv (a table), .html (a "
+                              "page, with a table beside it) or .json (the challenge's results.json); rename it")
     if path.suffix == ".json" and tuple(labels) != ABNORMALITIES:
         raise PredictionError(f"{path}: found labels of your own, expected the challenge's 18 in a "
                               "results.json; write a .csv")
@@ -352,8 +369,11 @@ def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> Non
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise PredictionError(f"{path}: found a place that cannot be written ({folder}), expected a file's name in a "
                               "folder of yours; name another")
-    is_ours = _is_results_file if path.suffix == ".json" else partial(_is_table, labels=labels)
-    check_replaceable(path, is_ours, "name another output, or remove it")
+    is_table = partial(_is_table, labels=labels)
+    is_ours: dict[str, Callable[[Path], bool]] = {".csv": is_table, ".json": _is_results_file, ".html": is_scan_page}
+    check_replaceable(path, is_ours[path.suffix], "name another output, or remove it")
+    if path.suffix == ".html":
+        check_output(path.with_suffix(".csv"), labels)
     if path.suffix == ".csv":
         check_replaceable(thresholds_beside(path), _is_calibration, "name another output, or remove it")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -52,6 +52,16 @@ class ScanMaps:
     def highest(self) -> np.ndarray:
         """(n,) the highest value of each map; 0 where no token in the body raises the logit."""
         return self.values.max((1, 2, 3))
+
+    def select(self, labels: Sequence[str]) -> ScanMaps:
+        """The same of some of its labels."""
+        index = [self.labels.index(label) for label in labels]
+        left = tuple(d for label, d in zip(self.labels, self.decisions, strict=True) if label not in labels)
+        made = self.contributions
+        return replace(
+            self, labels=tuple(labels), decisions=tuple(self.decisions[i] for i in index), others=left + self.others,
+            contributions=Contributions(made.values[index], made.logits[index], made.remainder[index]),
+        )  # fmt: skip
 
     @property
     def tops(self) -> np.ndarray:
