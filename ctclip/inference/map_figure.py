@@ -35,7 +35,6 @@ from ctclip.inference.scan_maps import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from PIL.ImageDraw import ImageDraw
 
 WIDTH, LEFT, GAP, FINEST = 1120, 16, 8, 2.2  # pixels: picture, its margin, between panels; pixels per mm, at most
 MARGIN_MM = 6.0  # of air around the body
@@ -77,6 +76,23 @@ def _font(size: int, bold: bool = False) -> Any:
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     file = Path(package.origin).with_name("mpl-data") / "fonts" / "ttf" / name
     return ImageFont.truetype(str(file), size)
+
+
+@lru_cache(64)  # most of a picture's lines are on every picture; drawing one takes a millisecond
+def _letters(text: str, size: int, bold: bool) -> Image:
+    from PIL import Image as PILImage
+    from PIL import ImageDraw
+
+    font = _font(size, bold)
+    _, _, right, bottom = font.getbbox(text)
+    image = PILImage.new("L", (int(right) + 1, int(bottom) + 1))
+    ImageDraw.Draw(image).text((0, 0), text, 255, font)
+    return image
+
+
+def _write(image: Image, at: tuple[int, int], text: str, colour: tuple, size: int, bold: bool = False) -> None:
+    letters = _letters(text, size, bold)
+    image.paste(colour, (*at, at[0] + letters.width, at[1] + letters.height), letters)
 
 
 @lru_cache
@@ -197,7 +213,6 @@ def map_picture(maps: ScanMaps, label: int, note: str | None = None, outline: np
     `outline` (D, H, W), if any, is drawn where it crosses 0. `note`: below all, such as SYNTHETIC_NOTE.
     """
     from PIL import Image as PILImage
-    from PIL import ImageDraw
 
     place, box, window = strongest_place(maps, label), shown_box(maps), display_window(maps.labels[label])
     lengths = [high - low for low, high in box]
@@ -209,14 +224,13 @@ def map_picture(maps: ScanMaps, label: int, note: str | None = None, outline: np
     foot = [f"{_window_text(window)}. {COUNTED}.", *([note] if note else [])]
     above = 40 + LINE * len(head) + 8
     image = PILImage.new("RGB", (WIDTH, above + 2 * (tall + LINE + GAP) + 66 + LINE * len(foot)), PAPER)
-    draw = ImageDraw.Draw(image)
-    draw.text((LEFT, 10), title_of(maps.decisions[label]), INK, _font(21, bold=True))
+    _write(image, (LEFT, 10), title_of(maps.decisions[label]), INK, 21, bold=True)
     for number, line in enumerate(head):
-        draw.text((LEFT, 42 + LINE * number), line, GREY if number == 0 else INK, _font(14))
+        _write(image, (LEFT, 42 + LINE * number), line, GREY if number == 0 else INK, 14)
     x = LEFT
     for each in slices:
         number, count = slice_number(maps.placement, each.plane.axis, each.at)
-        draw.text((x, above), f"{each.plane.name}, slice {number} of {count}", INK, _font(13))
+        _write(image, (x, above), f"{each.plane.name}, slice {number} of {count}", INK, 13)
         plain = each.plain(window)
         shown = each.overlaid(plain, label)
         if outline is not None:
@@ -227,9 +241,9 @@ def map_picture(maps: ScanMaps, label: int, note: str | None = None, outline: np
             _draw_signs(image, each, x, y, place, ring=row == 1 and _is_ringed(maps, label))
         x += len(each.columns) + GAP
     y = above + 2 * (tall + LINE + GAP) + 4
-    _draw_scale(image, draw, maps, label, y)
+    _draw_scale(image, maps, label, y)
     for number, line in enumerate(foot):
-        draw.text((LEFT, y + 58 + LINE * number), line, GREY, _font(13))
+        _write(image, (LEFT, y + 58 + LINE * number), line, GREY, 13)
     return image
 
 
@@ -289,8 +303,9 @@ def _draw_signs(image: Image, each: _Slice, x: int, y: int, place: Sequence[floa
             draw.ellipse((column - radius, row - radius, column + radius, row + radius), outline=colour, width=2)
 
 
-def _draw_scale(image: Image, draw: ImageDraw, maps: ScanMaps, label: int, y: int) -> None:
+def _draw_scale(image: Image, maps: ScanMaps, label: int, y: int) -> None:
     from PIL import Image as PILImage
+    from PIL import ImageDraw
 
     if maps.highest[label] <= 0:
         return
@@ -299,16 +314,16 @@ def _draw_scale(image: Image, draw: ImageDraw, maps: ScanMaps, label: int, y: in
     bar = (_colours(np.linspace(0, 1, width)) * faint + 235 * (1 - faint)).astype(np.uint8)
     image.paste(PILImage.fromarray(np.repeat(bar[None], 14, axis=0)), (LEFT, y))
     middle = LEFT + width // 2
-    draw.line((middle, y - 2, middle, y + 16), INK, 2)
+    ImageDraw.Draw(image).line((middle, y - 2, middle, y + 16), INK, 2)
     for at, text in ((LEFT, "0 %"), (middle - 14, "50 %"), (LEFT + width - 36, "100 %")):
-        draw.text((at, y + 18), text, GREY, _font(12))
+        _write(image, (at, y + 18), text, GREY, 12)
     if maps.decisions[label].threshold is None:
         text = "Colours are scaled to this scan: without a cut, strongest evidence is at 100 %."
     else:
         text = "The strongest evidence is as bright as the answer is high; 50 % (white line) is the cut."
-    draw.text((LEFT + width + 16, y - 2), text, INK, _font(13))
-    draw.text((LEFT + width + 16, y + 16), "Colour says what moved the model's answer; it does not outline a finding.",
-              GREY, _font(13))  # fmt: skip
+    _write(image, (LEFT + width + 16, y - 2), text, INK, 13)
+    meaning = "Colour says what moved the model's answer; it does not outline a finding."
+    _write(image, (LEFT + width + 16, y + 16), meaning, GREY, 13)
 
 
 # -- A scan ------------------------------------------------------------------------------------------------------------
@@ -319,7 +334,6 @@ THUMBNAILS, SMALL = 4, 264  # in a row; pixels across, and at most down
 def overview_picture(maps: ScanMaps, note: str | None = None) -> Image:
     """The axial slice of the strongest evidence of each finding that is called; the others as text; RGB."""
     from PIL import Image as PILImage
-    from PIL import ImageDraw
 
     called = [i for i, decision in enumerate(maps.decisions) if decision.positive]
     box = shown_box(maps)
@@ -334,20 +348,19 @@ def overview_picture(maps: ScanMaps, note: str | None = None) -> Image:
     lines = -(-len(tiles) // THUMBNAILS)
     foot = [note] if note else []
     image = PILImage.new("RGB", (WIDTH, 48 + lines * tall + LINE * (len(text) + len(foot)) + 24), PAPER)
-    draw = ImageDraw.Draw(image)
-    draw.text((LEFT, 10), maps.name, INK, _font(19, bold=True))
+    _write(image, (LEFT, 10), maps.name, INK, 19, bold=True)
     for number, (label, each, pixels) in enumerate(tiles):
         x, y = LEFT + (number % THUMBNAILS) * (SMALL + GAP), 48 + number // THUMBNAILS * tall
         decision, (at, count) = maps.decisions[label], slice_number(maps.placement, 0, each.at)
-        draw.text((x, y), _fitting(decision.finding, SMALL, 14), INK, _font(14, bold=True))
-        draw.text((x, y + LINE - 2), f"{decision.numbers}; axial slice {at} of {count}", GREY, _font(12))
+        _write(image, (x, y), _fitting(decision.finding, SMALL, 14), INK, 14, bold=True)
+        _write(image, (x, y + LINE - 2), f"{decision.numbers}; axial slice {at} of {count}", GREY, 12)
         image.paste(PILImage.fromarray(pixels), (x, y + 2 * LINE))
         image.paste(sign := _sign("R", 14), (x + 5, y + 2 * LINE + 2), sign)
     y = 48 + lines * tall
     for number, line in enumerate(text):
-        draw.text((LEFT, y + LINE * number), line, INK, _font(14))
+        _write(image, (LEFT, y + LINE * number), line, INK, 14)
     for number, line in enumerate(foot):
-        draw.text((LEFT, y + LINE * (len(text) + number) + 8), line, GREY, _font(13))
+        _write(image, (LEFT, y + LINE * (len(text) + number) + 8), line, GREY, 13)
     return image
 
 

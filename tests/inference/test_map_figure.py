@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_maps import cube, cylinder, maps_of, within
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ctclip.data.windows import LUNG_WINDOW, SOFT_TISSUE_WINDOW, display_window
 from ctclip.inference import map_figure
@@ -26,10 +26,10 @@ def slices_of(maps, label: int = 0, per_mm: float = 1.0) -> dict:
 def texts(monkeypatch) -> list[str]:
     """Everything that is written on pictures, in order."""
     written: list[str] = []
-    map_figure._sign.cache_clear()  # letters on slices are drawn once
-    original = ImageDraw.ImageDraw.text
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text",
-                        lambda self, at, text, *rest, **options: written.append(text) or original(self, at, text, *rest, **options))  # fmt: skip  # noqa: E501
+    write, sign = map_figure._write, map_figure._sign
+    monkeypatch.setattr(map_figure, "_write", lambda image, at, text, *rest, **bold: written.append(text)
+                        or write(image, at, text, *rest, **bold))  # fmt: skip
+    monkeypatch.setattr(map_figure, "_sign", lambda text, size: written.append(text) or sign(text, size))
     return written
 
 
