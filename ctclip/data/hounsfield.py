@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from ctclip.data.volume_file import VolumeError, file_error
 
 HU_MIN, HU_MAX = -1000, 1000  # clipping window, Hounsfield units
 SOFT, AIR, DENSE, PADDING = (-200, 200), (-1100, -650), 900, -1100  # HU; DENSE: above all soft tissue
-BODY, LUNG = -500, (-950, -500)  # HU: above the one lie body and table
+BODY, LUNG = -500, (-950, -500)  # HU: above the one lie body and table; LUNG: most voxels of a piece of lung
 NARROWEST_RANGE = 500  # HU from the least to the greatest voxel
 CUT_OFF = 0.005  # share of voxels at the greatest value, below 900 HU, from which they were cut off there (a window)
 LEAST_AIR, LEAST_BODY, LEAST_SOFT, MOST_DENSE, MOST_BELOW = 0.02, 0.005, 0.3, 0.2, 0.1  # see TissueShares
 LEAST_AIR_HU = -900  # the least voxel of any CT lies below
 MOST_FILLED = 0.2  # of all voxels at one value of tissue; noise leaves 0.02, a circular field of view fills 0.21
-LEAST_LUNG = 0.09  # of lung and body: chests have 0.10 (phantoms with effusions) to 0.5, a torso to the pelvis 0.05
 SAMPLED_VOXELS = 250_000
 MOST_SHIFT_MM = 15.0  # from its place, by air at one end; the depth of CT-CLIP's tokens
 FEWEST_ORDERED = 12  # slices from which their order is judged
@@ -186,27 +184,6 @@ def check_reading(statistics: VoxelStatistics, header_scale: Scale, metadata_sca
     found = f"voxels that are not HU: {asked.fault} ({asked})"
     remedy = "convert it (raw values need their metadata row); prediction takes it as it is with --assume-hu"
     raise file_error(statistics.path, found, "a chest CT's HU", remedy)
-
-
-def lung_share(volume: torch.Tensor) -> float:
-    """Lung as a share of lung and body in a tensor of `preprocess_volume`, (1, D, H, W): air of lung's density that is
-    not joined, within its slice, to the air around the body. On every few voxels: 2 to 12 ms at the published size."""
-    from scipy import ndimage  # 0.1 s
-
-    voxels = volume[0, :: max(1, volume.shape[1] // 60), :: max(1, volume.shape[2] // 60),
-                    :: max(1, volume.shape[3] // 60)].float().cpu().numpy() * HU_MAX  # fmt: skip
-    seen = voxels > HU_MIN  # the scan itself, without the slices at its faces, which are mixed with padding
-    inside = [np.flatnonzero(seen.any(axis=tuple({0, 1, 2} - {axis})))[1:-1] for axis in range(3)]
-    if min(map(len, inside)) == 0:
-        return 0.0
-    voxels = voxels[np.ix_(*(range(places[0], places[-1] + 1) for places in inside))]
-    joined = np.zeros((3, 3, 3), bool)
-    joined[1] = ndimage.generate_binary_structure(2, 1)
-    parts, count = ndimage.label(voxels < LUNG[1], joined)
-    medians = np.atleast_1d(ndimage.median(voxels, parts, range(1, count + 1)))
-    sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
-    lung = int(sizes[(medians > LUNG[0]) & (sizes > 20)].sum())
-    return lung / max(1, lung + int(np.count_nonzero(voxels > BODY)))
 
 
 def slice_notes(statistics: VoxelStatistics, axis: int, spacing: float, scale: Scale) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from ctclip.data.volume_cache import VolumeCache
 from ctclip.data.volume_file import VolumeError
 from ctclip.formatting import plural
 
+NOTE_SEPARATOR = "; "
 
 @dataclass
 class Batch:
@@ -114,13 +116,17 @@ def notes_of(volumes: Sequence[Volume], batch: Batch) -> dict[str, str]:
     """{name: what a reader of its answer should know}, of the volumes of a batch that have notes; `volumes` is the list
     that the batch's index points into."""
     decided = zip(batch.index.tolist(), batch.decisions, strict=True)
-    return {volumes[index].name: "; ".join(decision.notes) for index, decision in decided if decision.notes}
+    return {volumes[index].name: NOTE_SEPARATOR.join(decision.notes) for index, decision in decided if decision.notes}
 
 
-def count_notes(notes: Mapping[str, str]) -> str:
-    """One line for {name: note}."""
-    name, note = next(iter(notes.items()))
-    return f"{plural(len(notes), 'volume')} with a warning, first {name}: {note}"
+def count_notes(notes: Mapping[str, str]) -> list[str]:
+    """A line for each kind of note in {name: notes, joined as by `notes_of`}: those that differ in numbers only."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for name, told in notes.items():
+        for note in told.split(NOTE_SEPARATOR):
+            kinds.setdefault(re.sub(r"\d+", "", note), []).append((name, note))
+    return [f"{plural(len(of_kind), 'volume')} with a warning, first {of_kind[0][0]}: {of_kind[0][1]}"
+            for of_kind in kinds.values()]
 
 
 def micro_batch_size(shape: Sequence[int], batch_size: int) -> int:

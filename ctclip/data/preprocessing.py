@@ -27,14 +27,13 @@ from ctclip.data.geometry import (
     geometry_notes,
 )
 from ctclip.data.hounsfield import (
-    LEAST_LUNG,
     HuDecision,
     VoxelStatistics,
     check_reading,
     decide_hu,
-    lung_share,
     slice_notes,
 )
+from ctclip.data.lungs import lung_coverage
 from ctclip.data.readers import open_volume
 from ctclip.data.resampling import DeviceResampler, NumpyResampler
 from ctclip.data.volume_file import Header, VolumeError, file_error
@@ -127,9 +126,7 @@ def read_volume(
         notes.append(f"{plural(statistics.gaps, 'slice')} of one value between others (damaged?)")
     axial = final.axes.index(2)
     notes += slice_notes(statistics, axial, final.spacing[axial], (final.slope, final.intercept))
-    share = lung_share(out)
-    if share < LEAST_LUNG:
-        notes.append(f"little lung found ({share:.0%} of lung and body): is this a chest?")
+    notes += lung_coverage(out).notes
     return out, decision._replace(notes=tuple(notes))
 
 

@@ -334,7 +334,7 @@ def probe_gpu() -> dict[str, str]:
 
 def probe_cohort(data_dir: str) -> list[tuple[str, str]]:
     """States and texts: of each split whose label table is there, what it holds, and how its first, middle and last
-    file are read; of each file that cannot be read, its error."""
+    file are read; of each kind of warning about these, a line; of each file that cannot be read, its error."""
     from ctclip.data.ct_rate import SPLITS, labels_path
 
     if not Path(data_dir).is_dir():
@@ -348,7 +348,8 @@ def probe_cohort(data_dir: str) -> list[tuple[str, str]]:
 
 def _probe_split(data_dir: str, split: str) -> list[tuple[str, str]]:
     from ctclip.data.cohort import load_cohort
-    from ctclip.data.ct_rate import VOLUME_SUFFIX
+    from ctclip.data.ct_rate import VOLUME_SUFFIX, no_chest_path
+    from ctclip.data.loading import NOTE_SEPARATOR, count_notes
     from ctclip.data.preprocessing import read_volume
     from ctclip.data.tables import CohortError
     from ctclip.data.volume_file import VolumeError
@@ -360,7 +361,8 @@ def _probe_split(data_dir: str, split: str) -> list[tuple[str, str]]:
     on_disk = [volume for volume in cohort.volumes if volume.signature is None]
     tried = sorted({0, len(on_disk) // 2, len(on_disk) - 1}) if on_disk else []
     read_as: dict[tuple[str, str], list[str]] = {}
-    faults = []
+    faults: list[tuple[str, str]] = []
+    notes: dict[str, str] = {}
     for volume in (on_disk[place] for place in tried):
         try:
             _, decision = read_volume(volume, PROBE_SHAPE)
@@ -370,12 +372,16 @@ def _probe_split(data_dir: str, split: str) -> list[tuple[str, str]]:
             folder, *_, why = decision.evidence.split("; ")
             key = decision.reading, f"{folder}, {why.partition(': ')[2]}"
             read_as.setdefault(key, []).append(volume.name.removesuffix(VOLUME_SUFFIX))
+            if decision.notes:
+                notes[volume.name] = NOTE_SEPARATOR.join(decision.notes)
     found = "; ".join(cohort.summary().splitlines())
     if tried:  # else: streamed
         found += f"; {len(tried) - len(faults)} of {len(tried)} files tried can be read"
     for (reading, evidence), names in read_as.items():
         found += f"; as {reading}: {comma_separated(names)} ({evidence})"
-    return [("ok", f"{split}: {found}"), *faults]
+    remedy = f"look at it, or list it in {no_chest_path(split)}"
+    warned = [("warning", f"{split}, {len(tried)} files tried: {line}; {remedy}") for line in count_notes(notes)]
+    return [("ok", f"{split}: {found}"), *warned, *faults]
 
 
 PROBES: dict[str, Callable[..., object]] = {"forward": probe_forward, "gpu": probe_gpu, "cohort": probe_cohort}

@@ -309,8 +309,8 @@ def stream(selection: Selection, options: StreamOptions) -> None:
             planning.close()
             with Downloader(transfers, token, room) as downloader:
                 notes |= encode_transfers(model, cache, downloader, limit, selection, options)
-        if notes:
-            print_row("", count_notes(notes))
+        for line in count_notes(notes):
+            print_row("", line)
         for folder in (*sorted(options.staging.rglob("*"), reverse=True), options.staging):  # the deepest first
             with suppress(OSError):  # not empty
                 folder.rmdir()

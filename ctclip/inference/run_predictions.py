@@ -241,8 +241,8 @@ def predict_run(
             volumes, workers=workers, on_batch=on_batch, caches=caches,
             on_answer=lambda index, answer, *_: part.append(volumes[index].name, answer),
         )  # fmt: skip
-        if notes:
-            print(count_notes(notes))
+        for line in count_notes(notes):
+            print(line)
         if not read:
             raise RunError(f"{data_dir}: none of the {len(cohort)} volumes of its valid split could be read")
         names, ids = [volumes[i].name for i in read], ids_of(volumes)

@@ -202,8 +202,8 @@ def print_summary(job: TrainingJob, state: TrainingState, seconds: float) -> Non
         run.log(f"Steps skipped because they were not finite: {skipped}")
     if run.failures:
         run.log(f"Volumes that could not be read: {len(run.failures)}, listed in {run.folder / 'run.json'}")
-    if run.notes:
-        run.log(count_notes(run.notes))
+    for line in count_notes(run.notes):
+        run.log(line)
     peak = process_memory(peak=True)
     memory = "not known on this system" if peak is None else f"{peak / 1e9:.1f} GB"
     if run.device.type == "cuda":

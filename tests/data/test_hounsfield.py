@@ -115,7 +115,8 @@ def test_slices_of_one_value_between_others_are_told(tmp_path):
         hu = chest()
         hu[:, :, places] = -1024
         _, decision = read_volume(volume_of(write(tmp_path / "v.nii.gz", hu)), SMALL)
-        assert decision.notes == ((f"{told} slices of one value between others (damaged?)",) if told else ())
+        notes = [note for note in decision.notes if "of one value" in note]
+        assert notes == ([f"{told} slices of one value between others (damaged?)"] if told else [])
 
 
 PADDED = {  # value, slices at the foot and at the head -> the note
@@ -189,33 +190,6 @@ def test_slices_of_real_scans_are_told_only_where_they_are_out_of_order(tmp_path
         assert order_notes(tmp_path / "v.nii", case, (*spacing[:2], times * spacing[2])) == []
     for order in ORDERS.values():
         assert order_notes(tmp_path / "v.nii", hu[:, :, order(hu.shape[2])], spacing)
-
-
-def test_a_scan_with_little_lung_is_read_with_a_note(tmp_path):
-    hu = chest()
-    hu[(hu < -600) & (np.abs(np.indices(hu.shape)[0] - 24) < 18) & (np.abs(np.indices(hu.shape)[1] - 22) < 12)] = 40
-    _, decision = read_volume(volume_of(write(tmp_path / "v.nii.gz", hu)), SMALL)
-    assert decision.notes == ("little lung found (0% of lung and body): is this a chest?",)
-    _, decision = read_volume(volume_of(write(tmp_path / "w.nii.gz", chest())), SMALL)
-    assert decision.notes == ()
-
-
-def test_a_head_is_read_with_the_same_question(tmp_path):
-    """Skull, brain, an airway, air around."""
-    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (64, 64, 40)), indexing="ij")
-    radius = np.sqrt((x / 0.72) ** 2 + (y / 0.85) ** 2 + (z / 1.2) ** 2)
-    hu = np.select([radius < 0.84, radius < 0.93, radius < 1], [35, 900, 40], -1000).astype(np.int16)
-    hu[(x / 0.1) ** 2 + ((y + 0.5) / 0.2) ** 2 + ((z + 0.5) / 0.3) ** 2 < 1] = -990
-    hu += np.random.default_rng(0).normal(0, 12, hu.shape).astype(np.int16)
-    _, decision = read_volume(volume_of(write(tmp_path / "v.nii.gz", hu, (3.8, 3.8, 5.0))), SMALL)
-    assert decision.notes == ("little lung found (0% of lung and body): is this a chest?",)
-
-
-@needs_real_ct
-def test_a_real_abdomen_has_little_lung_and_a_real_chest_has_not():
-    for shape in (SMALL, (120, 240, 240)):
-        notes = {name: read_volume(volume_of(Path(REAL, name)), shape)[1].notes for name in REAL_FILES}
-        assert [bool(note) for note in notes.values()] == ["torso" in name for name in notes] and any(notes.values())
 
 
 def test_undecidable_files_are_refused_by_name(tmp_path):

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from helpers_data import HEADER, META_HEADER, label_line, meta_line, put, tables
+from helpers_data import HEADER, META_HEADER, chest, label_line, meta_line, put, tables, write
 from helpers_hub import NEWCOMER, TOKEN, UNSCOPED, Hub
 
 from ctclip.data.ct_rate import volume_path
@@ -548,6 +549,19 @@ def test_files_that_cannot_be_read_are_rows_of_their_own(tmp_path, here):
     assert good.state == "ok" and "1 of 2 files tried can be read" in good.found
     assert (bad.state, bad.remedy) == ("failed", ("copy or download the file again",))
     assert bad.found.startswith("valid_1_a_1.nii.gz: found a truncated file")
+
+
+def test_what_may_be_no_chest_is_a_warning_of_its_split(tmp_path, here):
+    names = [f"valid_{n}_a_1.nii.gz" for n in (1, 2)]
+    tables(tmp_path, [HEADER, *map(label_line, names)], [META_HEADER, *map(meta_line, names)])
+    put(tmp_path, names[0], fixed=True)
+    hu = chest()  # without its lungs
+    write(tmp_path / volume_path(names[1], fixed=True), np.where(np.abs(hu + 850) < 100, 40, hu).astype(np.int16))
+    good, warned = doctor.cohort_rows(tmp_path)
+    assert good.state == "ok" and "2 of 2 files tried can be read" in good.found
+    assert warned.state == "warning" and warned.remedy[0].endswith("dataset/metadata/no_chest_valid.txt")
+    found = "valid, 2 files tried: 1 volume with a warning, first valid_2_a_1.nii.gz: little lung"
+    assert warned.found.startswith(found)
 
 
 def test_a_table_that_gives_no_cohort(tmp_path, here):

@@ -351,7 +351,7 @@ def test_a_scan_that_may_be_no_chest_is_answered_with_a_warning(tmp_path, capsys
 
     write_mha(tmp_path / "in" / "abdomen.mha", filled(chest()), affine_of(SPACING))
     write_mha(tmp_path / "in" / "chest.mha", chest(), affine_of(SPACING))
-    told = "little lung found (0% of lung and body): is this a chest?"
+    told = "little lung found (0% of lung and body, 0 mL): is this a chest?"
     assert call("--input", tmp_path / "in", "--output", tmp_path / "p.csv") == 0
     assert warnings_in(capsys) == [f"warning: abdomen.mha: {told}"]
     table = pd.read_csv(tmp_path / "p.csv", index_col="VolumeName", keep_default_na=False)

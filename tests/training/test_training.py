@@ -292,7 +292,7 @@ def test_volumes_with_a_warning_are_counted_in_one_line(config, tmp_path, phanto
     train(config(data_dir=str(cohort), epochs=2, freeze_epochs=1), tmp_path / "run")
     told = [line for line in capsys.readouterr().out.splitlines() if "with a warning" in line]
     assert len(told) == 1 and told[0].startswith("2 volumes with a warning, first train_")
-    assert told[0].endswith("% of lung and body): is this a chest?")
+    assert told[0].endswith(" mL): is this a chest?")
 
 
 def test_unreadable_volumes_are_counted_and_stop_nothing(config, tmp_path, phantoms, capsys):
