@@ -208,7 +208,8 @@ def shown_box(maps: ScanMaps) -> list[tuple[float, float]]:
 
 
 def map_picture(maps: ScanMaps, label: int, note: str | None = None, outline: np.ndarray | None = None) -> Image:
-    """The three planes through the strongest evidence of a label: plain slices above, with evidence below; RGB.
+    """The three planes through the strongest evidence of a label: plain slices above, and below them the same with
+    evidence, unless none is to be seen; RGB.
 
     `outline` (D, H, W), if any, is drawn where it crosses 0. `note`: below all, such as SYNTHETIC_NOTE.
     """
@@ -222,8 +223,9 @@ def map_picture(maps: ScanMaps, label: int, note: str | None = None, outline: np
     tall = max(len(each.rows) for each in slices)
     head = [maps.name, *_sentences(maps, label)]
     foot = [f"{_window_text(window)}. {COUNTED}.", *([note] if note else [])]
-    above = 40 + LINE * len(head) + 8
-    image = PILImage.new("RGB", (WIDTH, above + 2 * (tall + LINE + GAP) + 66 + LINE * len(foot)), PAPER)
+    above, rows = 40 + LINE * len(head) + 8, 2 if _is_coloured(maps, label) or outline is not None else 1
+    y = above + rows * (tall + LINE + GAP) + 4
+    image = PILImage.new("RGB", (WIDTH, y + 62 + LINE * len(foot)), PAPER)
     _write(image, (LEFT, 10), title_of(maps.decisions[label]), INK, 21, bold=True)
     for number, line in enumerate(head):
         _write(image, (LEFT, 42 + LINE * number), line, GREY if number == 0 else INK, 14)
@@ -231,16 +233,16 @@ def map_picture(maps: ScanMaps, label: int, note: str | None = None, outline: np
     for each in slices:
         number, count = slice_number(maps.placement, each.plane.axis, each.at)
         _write(image, (x, above), f"{each.plane.name}, slice {number} of {count}", INK, 13)
-        plain = each.plain(window)
-        shown = each.overlaid(plain, label)
-        if outline is not None:
-            each.outlined(shown, outline)
-        for row, pixels in enumerate((plain, shown)):
-            y = above + LINE + row * (tall + LINE + GAP)
-            image.paste(PILImage.fromarray(pixels), (x, y))
-            _draw_signs(image, each, x, y, place, ring=row == 1 and _is_ringed(maps, label))
+        pixels = [each.plain(window)]
+        if rows == 2:
+            pixels.append(each.overlaid(pixels[0], label))
+            if outline is not None:
+                each.outlined(pixels[1], outline)
+        for row, panel in enumerate(pixels):
+            at = x, above + LINE + row * (tall + LINE + GAP)
+            image.paste(PILImage.fromarray(panel), at)
+            _draw_signs(image, each, *at, place, ring=row == 1 and _is_ringed(maps, label))
         x += len(each.columns) + GAP
-    y = above + 2 * (tall + LINE + GAP) + 4
     _draw_scale(image, maps, label, y)
     for number, line in enumerate(foot):
         _write(image, (LEFT, y + 58 + LINE * number), line, GREY, 13)
@@ -259,13 +261,18 @@ def _sentences(maps: ScanMaps, label: int) -> list[str]:
         return [f"Nothing in the body speaks for {finding}: no colours. The slices run through the middle of the body."]
     sentences = [f"Evidence for {finding} is strongest {location_words(maps, label)}."]
     if decision.threshold is not None:
-        reached = f"brightest evidence reaches {int(100 * maps.reached[label])} % of the scale."  # below 50 stays so
-        sentences.append(f"{'Called' if decision.positive else 'Not called'}; {reached}")
+        reached = f"brightest evidence reaches {int(100 * maps.reached[label])} % of the scale"  # below 50 stays so
+        seen = "." if _is_coloured(maps, label) else f"; nothing is coloured below {100 * FAINT:.0f} %."
+        sentences.append(f"{'Called' if decision.positive else 'Not called'}; {reached}{seen}")
     if decision.positive is not False and maps.outside[label] > MUCH_OUTSIDE:
         share = f"{100 * maps.outside[label]:.0f} %"
         sentences.append(f"{share} of what speaks for it lies outside the body, where nothing is shown: this map "
                          "explains the answer in part only.")  # fmt: skip
     return sentences
+
+
+def _is_coloured(maps: ScanMaps, label: int) -> bool:
+    return bool(maps.reached[label] > FAINT)
 
 
 def _in_sentence(label: str) -> str:
