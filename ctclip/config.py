@@ -726,9 +726,9 @@ def task_parser(description: str) -> OneLineParser:
                        help="runs: order of the list, the highest or newest first (default %(default)s)")
     group.add_argument("--output", metavar="FILE",
                        help=f"predict: .csv, a table (default {PREDICTIONS}), .html, a page with the scans and their "
-                       "evidence beside a table, or .json, the challenge's results.json with an answer for every "
-                       "input; export: the .onnx file, or the folder of the features (default "
-                       "beside the checkpoint); runs: the page (default index.html among the runs)")
+                       "evidence beside a table, .answers.json, for other systems, or .json, the challenge's "
+                       "results.json with an answer for every input; export: the .onnx file, or the folder of the "
+                       "features (default beside the checkpoint); runs: the page (default index.html among the runs)")
     group.add_argument("--export-tokens", choices=("codes", "grid", "slice", "patch"),
                        help="export features: tokens too; of CT-CLIP codes (ids, with their codebook) or grid (the "
                        "quantised tokens, 28 MB a volume); of a slice backbone, in place of their mean, slice (class "

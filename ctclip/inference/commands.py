@@ -23,6 +23,7 @@ from ctclip.evaluation.run_folder import from_working_folder, list_names, newest
 from ctclip.evaluation.saved_ensemble import labels_of, saved_ensemble
 from ctclip.fileio import check_writable
 from ctclip.formatting import plural, size_text
+from ctclip.inference.answers import check_answers_output, is_answers, write_answers
 from ctclip.inference.decisions import decision_lines
 from ctclip.inference.feature_export import Source, cohort_items, export_features, scan_items
 from ctclip.inference.feature_export import export_lines as feature_lines
@@ -65,7 +66,10 @@ def _predict(args: argparse.Namespace, checkpoint: Path, named: str) -> None:
     prompts, chosen = read_prompts(args.prompts) if args.prompts else None, chosen_from_flags(args)
     output = Path(args.output or PREDICTIONS)
     labels = prompts.names if prompts else labels_of(checkpoint)
-    check_output(output, labels)
+    if is_answers(output):
+        check_answers_output(output)
+    else:
+        check_output(output, labels)
     _check_chosen(args, output)
     explain_dir = explain_folder(output)
     if args.explain:
@@ -93,7 +97,10 @@ def _predict(args: argparse.Namespace, checkpoint: Path, named: str) -> None:
             on_scan=part.append,
             on_note=print_warning,
         )
-        write_predictions(table, predictions, checkpoint)
+        if is_answers(output):
+            write_answers(output, predictions, checkpoint)
+        else:
+            write_predictions(table, predictions, checkpoint)
         if page is not None:
             size = page.finish(_page_facts(predictions, table, named))
             print(f"Wrote {output}: {plural(len(page.rows), 'scan')}, {size_text(size)}; open it in a browser")
@@ -124,10 +131,11 @@ def explain_folder(output: Path) -> Path:
 
 def _check_chosen(args: argparse.Namespace, output: Path) -> None:
     """Raises UserError for flags on calibration and thresholds that would change nothing of what is written."""
-    calibrated, table = not (args.map_thresholds or args.uncalibrated), output.suffix != ".json"
+    calibrated, table = not (args.map_thresholds or args.uncalibrated), output.suffix != ".json" or is_answers(output)
     used = args.map_thresholds or (calibrated and table)
     refuse_unused(args.given, {
-        "--map-thresholds": ("a .csv or .json, as a page shows cuts where they are,", output.suffix != ".html"),
+        "--map-thresholds": ("a .csv or the challenge's .json, as a page and an answers.json have the cuts,",
+                             output.suffix != ".html" and not is_answers(output)),
         "--objective": ("--map-thresholds, or a table of calibrated probabilities,", used),
         "--calibration": ("calibrated probabilities (no --map-thresholds, no --uncalibrated)", calibrated),
         "--prevalence": ("calibrated probabilities or --map-thresholds", not args.uncalibrated),
@@ -141,10 +149,10 @@ def print_warning(note: str) -> None:
 
 def print_predictions(predictions: Predictions, output: Path, checkpoint: str) -> None:
     """What was written; raises PredictionError where scans could not be read."""
-    json, failures = output.suffix == ".json", predictions.failures
+    json, failures = output.suffix == ".json" and not is_answers(output), predictions.failures
     rows = len(predictions.scans) if json else len(predictions.table)
     print(f"Wrote {output}: {plural(rows, 'scan')}, model {checkpoint}; {predictions.description}")
-    if not json and predictions.scale not in (MAPPED, UNCALIBRATED):
+    if output.suffix == ".csv" and predictions.scale not in (MAPPED, UNCALIBRATED):
         print(f"Wrote {thresholds_beside(output)}: its calibration, and thresholds on both scales")
     if not json and len(predictions.table):
         undecided = f"No finding is called yes or no: {checkpoint} has no tuning patients who chose thresholds"

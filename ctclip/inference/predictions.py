@@ -359,16 +359,12 @@ def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> Non
     path = Path(path)
     if path.suffix not in (".csv", ".json", ".html"):
         raise PredictionError(f"{path}: found the ending {path.suffix or 'none'}, expected .csv (a table), .html (a "
-                              "page, with a table beside it) or .json (the challenge's results.json); rename it")
+                              "page, with a table beside it), .answers.json (for other systems) or .json (the "
+                              "challenge's results.json); rename it")
     if path.suffix == ".json" and tuple(labels) != ABNORMALITIES:
         raise PredictionError(f"{path}: found labels of your own, expected the challenge's 18 in a "
                               "results.json; write a .csv")
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir():
-        raise PredictionError(f"{path}: found a folder, expected a file or none; move it, or name another output")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise PredictionError(f"{path}: found a place that cannot be written ({folder}), expected a file's name in a "
-                              "folder of yours; name another")
+    check_place(path)
     is_table = partial(_is_table, labels=labels)
     is_ours: dict[str, Callable[[Path], bool]] = {".csv": is_table, ".json": _is_results_file, ".html": is_scan_page}
     check_replaceable(path, is_ours[path.suffix], "name another output, or remove it")
@@ -376,6 +372,16 @@ def check_output(path: str | Path, labels: Sequence[str] = ABNORMALITIES) -> Non
         check_output(path.with_suffix(".csv"), labels)
     if path.suffix == ".csv":
         check_replaceable(thresholds_beside(path), _is_calibration, "name another output, or remove it")
+
+
+def check_place(path: Path) -> None:
+    """Raises PredictionError where no file can be written."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise PredictionError(f"{path}: found a folder, expected a file or none; move it, or name another output")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise PredictionError(f"{path}: found a place that cannot be written ({folder}), expected a file's name in a "
+                              "folder of yours; name another")
 
 
 def thresholds_beside(table: Path) -> Path:
