@@ -39,7 +39,7 @@ class LungCoverage:
         for (part, slice_name, area), beyond in zip(ends, self.beyond_cube, strict=True):
             if area > CUT_OFF:
                 where = f"the {FIELD_OF_VIEW_MM:g} mm that the model sees" if beyond else "the scan"
-                notes.append(f"{part} are not in {where}: its {slice_name} slice has {area:.0%} of their largest area")
+                notes.append(f"{part} are not in {where}: the {slice_name} slice has {area:.0%} of their largest area")
         return notes
 
 

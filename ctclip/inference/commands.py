@@ -156,7 +156,8 @@ def print_predictions(predictions: Predictions, output: Path, checkpoint: str) -
         print(f"Wrote {thresholds_beside(output)}: its calibration, and thresholds on both scales")
     if not json and len(predictions.table):
         undecided = f"No finding is called yes or no: {checkpoint} has no tuning patients who chose thresholds"
-        print("\n".join(decision_lines(predictions.decisions, MOST_LISTED)) or undecided)
+        lines = decision_lines(predictions.decisions, MOST_LISTED, predictions.warnings)
+        print("\n".join(lines) or undecided)
     if predictions.note:
         print(predictions.note)
     if predictions.heat_maps:

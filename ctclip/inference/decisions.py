@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor, log10
@@ -90,17 +91,16 @@ class Decision:
         """Whether rounded numbers decide as these do."""
         return (probability >= threshold) == self.positive
 
-    @property
-    def rounded(self) -> float:
-        """The probability for a table: DIGITS of it, or of its distance from 1, and more where fewer would decide
-        otherwise."""
+    def rounded(self, digits: int = DIGITS) -> float:
+        """The probability for a table: so many digits of it, or of its distance from 1, and more where fewer would
+        decide otherwise."""
         nearest = min(self.probability, 1 - self.probability)
-        digits = max(DIGITS, DIGITS - 1 - floor(log10(nearest))) if nearest > 0 else DIGITS
-        while digits < 17:
-            value = round(self.probability, digits)
+        places = max(digits, digits - 1 - floor(log10(nearest))) if nearest > 0 else digits
+        while places < 17:
+            value = round(self.probability, places)
             if self.threshold is None or self.agrees(value, self.threshold):
                 return value
-            digits += 1
+            places += 1
         return self.probability
 
 
@@ -136,25 +136,41 @@ def summary(decisions: Sequence[Decision]) -> str:
     return ", ".join(f"{each.finding} ({each.numbers})" for each in called(decisions)) or NONE_CALLED
 
 
+def digits_for(of_finding: Sequence[Decision]) -> int:
+    """DIGITS, or more where these would make equal what differs: each probability may become equal to those of a
+    thousandth of the scans, so that an AUROC changes by a thousandth at most where half of the scans are negative."""
+    different = {each.probability: each for each in of_finding}.values()
+    for digits in range(DIGITS, 17):
+        most = max(Counter(each.rounded(digits) for each in different).values())
+        if most <= 1 + len(of_finding) // 1000:
+            return digits
+    return 17
+
+
 def decision_columns(decisions: Mapping[str, Sequence[Decision]]) -> pd.DataFrame:
     """{scan: its decisions} -> a row for each scan: its probabilities, rounded; of decided ones CALL_PREFIX columns, 1
     or 0, and SUMMARY_COLUMN."""
     rows: dict[str, dict[str, Any]] = {}
+    digits = [digits_for(of_finding) for of_finding in zip(*decisions.values(), strict=True)]
     for name, of_scan in decisions.items():
-        row: dict[str, Any] = {each.finding: each.rounded for each in of_scan}
+        row: dict[str, Any] = {each.finding: each.rounded(n) for each, n in zip(of_scan, digits, strict=True)}
         if text := summary(of_scan):
             row |= {CALL_PREFIX + each.finding: int(bool(each.positive)) for each in of_scan} | {SUMMARY_COLUMN: text}
         rows[name] = row
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def decision_lines(decisions: Mapping[str, Sequence[Decision]], most: int) -> list[str]:
+def decision_lines(
+    decisions: Mapping[str, Sequence[Decision]], most: int, warnings: Mapping[str, str] | None = None
+) -> list[str]:
     """What to print: of a single scan a table of its findings, the farthest above its threshold first; of several a
-    line for each, of `most`."""
+    line for each, of `most`, with its warning."""
     if len(decisions) == 1:
         (of_scan,) = decisions.values()
         return finding_lines(of_scan) if summary(of_scan) else []
-    lines = [f"  {name}  {text}" for name, of_scan in decisions.items() if (text := summary(of_scan))]
+    told = {name: f"; warning: {text}" for name, text in (warnings or {}).items()}
+    lines = [f"  {name}  {text}{told.get(name, '')}" for name, of_scan in decisions.items()
+             if (text := summary(of_scan))]  # fmt: skip
     more = [f"  and {len(lines) - most} more in the table"] if len(lines) > most else []
     return lines[:most] + more
 

@@ -14,8 +14,8 @@ from ctclip.data.preprocessing import preprocess_volume, read_volume
 
 SPACING = (8.0, 8.0, 12.0)
 TOP, BASES = (
-    "the upper lungs are not in the scan: its highest slice has",
-    "the lung bases are not in the scan: its lowest",
+    "the upper lungs are not in the scan: the highest slice has",
+    "the lung bases are not in the scan: the lowest",
 )
 
 
