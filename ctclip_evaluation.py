@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ctclip.evaluation.calibration import fit_calibration, load_calibration
     from ctclip.evaluation.evaluate import evaluate
     from ctclip.evaluation.metrics import EvaluationError, compute_metrics, per_label_metrics
-    from ctclip.evaluation.notebook import show
+    from ctclip.evaluation.notebook import show, show_scan
     from ctclip.evaluation.render import format_report
     from ctclip.evaluation.summary import format_summary
     from ctclip.evaluation.tables import EvaluationInputs, load_labels, load_predictions
@@ -51,6 +51,7 @@ __all__ = [
     "EvaluationError", "Settings", "compute_metrics", "evaluate", "fit_calibration", "format_report",
     "format_summary", "load_calibration", "load_labels", "load_predictions", "per_label_metrics", "rescale_to_half",
     "show",
+    "show_scan",
 ]  # fmt: skip
 
 

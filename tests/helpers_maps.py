@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +39,12 @@ def cylinder(shape: tuple[int, int, int] = (32, 48, 48), z=(0.0, 1.0)) -> torch.
     hu[..., h // 8 : h - h // 8, w // 8 : w - w // 8] = 0.04
     hu[:, :, : round(z[0] * d)] = hu[:, :, round(z[1] * d) :] = -1
     return hu
+
+
+def page_blocks(path: Path) -> list[dict[str, Any]]:
+    """What a page of predicted scans has of each."""
+    found = re.findall(r'id="block-\d+">(.*)</script>', path.read_text(encoding="utf-8"))
+    return [json.loads(block) for block in found]
 
 
 def maps_of(

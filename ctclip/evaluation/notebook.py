@@ -2,12 +2,14 @@
 
     from ctclip_evaluation import show
     show("results/RUN")
+    show_scan("scans/a.nii.gz", "out/p_explain/a/Emphysema.nii.gz")    # slices to scroll through, by ipyniivue
 """
 
 from __future__ import annotations
 
 import sys
 from html import escape
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ctclip.errors import UserError
 from ctclip.evaluation.run_folder import PAGE
 from ctclip.evaluation.runs import INDEX
 from ctclip.paths import script
+from ctclip_model import WINDOWS
 
 MOST_SCANS = 10  # columns that fit beside each other
 
@@ -40,6 +43,31 @@ def show(results: str | Path | pd.DataFrame, height: int = 800) -> None:
     style = f"width: 100%; height: {height}px; border: 0"
     content = escape(page.read_text(encoding="utf-8"))
     _display(f'<iframe sandbox="allow-scripts" srcdoc="{content}" style="{style}"></iframe>', f"Report: {page}")
+
+
+def show_scan(scan: str | Path, heat_map: str | Path | None = None, window: str = "lung", height: int = 500) -> Any:
+    """A viewer of a .nii or .nii.gz file, `height` pixels high, with a heat map over it, if one is named: the last line
+    of a cell displays what this returns. window: one of WINDOWS.
+
+    Raises UserError without the package ipyniivue, and where a file is missing.
+    """
+    if window not in WINDOWS:
+        raise UserError(f"found window {window!r}, expected one of {', '.join(WINDOWS)}; choose one")
+    for path in (scan, heat_map):
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"{path}: found no such file, expected one to show; check the path")
+    try:
+        ipyniivue = import_module("ipyniivue")
+    except ModuleNotFoundError as error:
+        raise UserError("found no package ipyniivue, expected it to show scans in a notebook; install it: "
+                        "pip install ipyniivue, or look at the page of --mode predict --output answers.html") from error
+    level, width = WINDOWS[window]
+    volumes = [{"path": str(scan), "cal_min": level - width / 2, "cal_max": level + width / 2}]
+    if heat_map is not None:  # whose own header says where its colours end
+        volumes.append({"path": str(heat_map), "colormap": "warm", "opacity": 0.5})
+    viewer = ipyniivue.NiiVue(height=height)
+    viewer.load_volumes(volumes)
+    return viewer
 
 
 def _show_table(table: pd.DataFrame) -> None:

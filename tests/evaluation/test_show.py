@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from ctclip.errors import UserError
-from ctclip_evaluation import show
+from ctclip_evaluation import show, show_scan
 from ctclip_model import ABNORMALITIES
 
 PAGE = "<!doctype html><title>a \"b\" &amp; 'c'</title><script>1 < 2 && 3</script>"
@@ -67,3 +67,29 @@ def test_outside_of_a_notebook_it_is_printed(imported, tmp_path, monkeypatch, ca
 def test_a_run_without_a_report_is_named_with_the_way_to_one(tmp_path):
     with pytest.raises(UserError, match=r"report.html: found no such file, expected a report; evaluate the run"):
         show(tmp_path)
+
+
+def test_a_scan_and_its_heat_map_go_to_the_viewer(tmp_path, monkeypatch):
+    """A stand-in for ipyniivue 2.4, whose NiiVue takes height and load_volumes a list of such dictionaries."""
+    loaded = []
+
+    class NiiVue:
+        def __init__(self, height):
+            self.height = height
+
+        def load_volumes(self, volumes):
+            loaded.extend(volumes)
+
+    monkeypatch.setitem(sys.modules, "ipyniivue", SimpleNamespace(NiiVue=NiiVue))
+    scan, heat_map = (tmp_path / name for name in ("a.nii.gz", "map.nii.gz"))
+    scan.touch()
+    with pytest.raises(UserError, match="map.nii.gz: found no such file"):
+        show_scan(scan, heat_map)
+    heat_map.touch()
+    assert show_scan(scan, heat_map, "mediastinum", height=300).height == 300
+    assert loaded[0] == {"path": str(scan), "cal_min": -160, "cal_max": 240} and loaded[1]["path"] == str(heat_map)
+    with pytest.raises(UserError, match="found window 'brain', expected one of lung, mediastinum, bone"):
+        show_scan(scan, window="brain")
+    monkeypatch.setitem(sys.modules, "ipyniivue", None)
+    with pytest.raises(UserError, match="pip install ipyniivue"):
+        show_scan(scan)

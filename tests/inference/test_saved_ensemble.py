@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers_data import affine_of, chest
 from helpers_evaluation import sigmoid, simulate
+from helpers_maps import page_blocks
 from helpers_scans import write_mha
 from helpers_training import damage, one_line
 
@@ -218,6 +219,18 @@ def test_scans_are_answered_as_the_partners_answers_fused(evaluated, scans, monk
         assert run_task2.main([*argv, "--output", "mapped.csv"]) == 0
         assert f"2 scans, model {named}; not probabilities" in capsys.readouterr().out
         np.testing.assert_allclose(load_predictions("mapped.csv")[list(ABNORMALITIES)], mapped, rtol=1e-6)
+
+
+def test_the_page_of_an_ensemble_has_its_scans_without_evidence(evaluated, scans, tmp_path, monkeypatch):
+    monkeypatch.chdir(evaluated)
+    page = tmp_path / "both.html"
+    argv = ["--mode", "predict", "--checkpoint", "results/both", "--input", str(scans), "--output", str(page)]
+    assert run_task2.main(argv) == 0
+    blocks, table = page_blocks(page), load_predictions(page.with_suffix(".csv"))
+    assert [block["name"] for block in blocks] == list(table.index) and len(table) == 2
+    for block, row in zip(blocks, table[list(ABNORMALITIES)].to_numpy(), strict=True):
+        assert block["maps"] is None and len(block["images"]) == block["shape"][0] > 10
+        np.testing.assert_allclose([finding["probability"] for finding in block["findings"]], row, atol=1e-4)
 
 
 def test_the_container_answers_with_a_gathered_ensemble(evaluated, scans, tmp_path, monkeypatch, capsys):

@@ -2,8 +2,6 @@
 sort, planes move, and windows and evidence change what is drawn."""
 
 import io
-import json
-import re
 from functools import partial
 
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 import torch
 from helpers_browser import open_browser
 from helpers_data import chest, write
-from helpers_maps import cylinder, maps_of, within
+from helpers_maps import cylinder, maps_of, page_blocks, within
 from helpers_training import one_line
 from PIL import Image
 
@@ -312,11 +310,6 @@ def predict(*flags) -> int:
     return run_task2.main(["--mode", "predict", "--device", "cpu", *map(str, flags)])
 
 
-def blocks(path):
-    found = re.findall(r'id="block-\d+">(.*)</script>', path.read_text(encoding="utf-8"))
-    return [json.loads(block) for block in found]
-
-
 def test_the_command_writes_the_page_and_its_table(scans, tiny_classfine, tmp_path, capsys):
     out = tmp_path / "out" / "answers.html"
     flags = ["--checkpoint", tiny_classfine, "--input", scans, "--output", out]
@@ -324,7 +317,7 @@ def test_the_command_writes_the_page_and_its_table(scans, tiny_classfine, tmp_pa
     printed = capsys.readouterr().out
     assert f"Wrote {out}: 2 scans, " in printed and f"Wrote {out.with_suffix('.csv')}: 2 scans" in printed
     assert "4 files" not in printed and "8 files of heat maps" in printed  # two scans, the finding that is named
-    told = blocks(out)
+    told = page_blocks(out)
     assert [block["name"] for block in told] == ["a.nii.gz", "b.nii.gz"]
     assert len(told[0]["findings"]) == 18 and all("words" in finding for finding in told[0]["findings"])
     assert 'href="answers.csv"' in out.read_text() and "uncalibrated probabilities" in out.read_text()
