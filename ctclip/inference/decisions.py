@@ -166,13 +166,14 @@ def decision_lines(
     """What to print: of a single scan a table of its findings, the farthest above its threshold first; of several a
     line for each, of `most`, with its warning."""
     if len(decisions) == 1:
-        (of_scan,) = decisions.values()
-        return finding_lines(of_scan) if summary(of_scan) else []
-    told = {name: f"; warning: {text}" for name, text in (warnings or {}).items()}
-    lines = [f"  {name}  {text}{told.get(name, '')}" for name, of_scan in decisions.items()
+        ((name, of_scan),) = decisions.items()
+        told = [f"  warning: {warnings[name]}"] if warnings and name in warnings else []
+        return [*finding_lines(of_scan), *told] if summary(of_scan) else []
+    more = {name: f"; warning: {text}" for name, text in (warnings or {}).items()}
+    lines = [f"  {name}  {text}{more.get(name, '')}" for name, of_scan in decisions.items()
              if (text := summary(of_scan))]  # fmt: skip
-    more = [f"  and {len(lines) - most} more in the table"] if len(lines) > most else []
-    return lines[:most] + more
+    left = [f"  and {len(lines) - most} more in the table"] if len(lines) > most else []
+    return lines[:most] + left
 
 
 def finding_lines(of_scan: Sequence[Decision]) -> list[str]:

@@ -110,7 +110,9 @@ def test_a_summary_begins_with_what_lies_farthest_above_its_cut():
     lines = decision_lines({str(i): decisions[2:] for i in range(2)}, 10, {"1": "little lung"})
     assert lines == ["  0  no finding called", "  1  no finding called; warning: little lung"]
     point = OperatingPoint(3, 4, 70, 76)
-    single = decision_lines({"scan": [*decisions, Decision("d", 0.19, 0.2, point)]}, 10)
+    of_scan = {"scan": [*decisions, Decision("d", 0.19, 0.2, point)]}
+    single = decision_lines(of_scan, 10)
+    assert decision_lines(of_scan, 10, {"scan": "little lung"}) == [*single, "  warning: little lung"]
     assert [line.split()[:2] for line in single[1:]] == [["b", "yes"], ["a", "yes"], ["d", "no"], ["c", "no"]]
     assert single[3].endswith("yes for 3 of 4 with it, no for 70 of 76 without")
 
