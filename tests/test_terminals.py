@@ -150,7 +150,7 @@ def test_pictures_are_drawn_whatever_backend_the_environment_names(backend, afte
 
 def test_every_import_of_matplotlib_comes_after_the_backend_is_chosen():
     """In the product, `import_matplotlib` or a figure is there first."""
-    first = {"ctclip/evaluation/figures.py", "ctclip/evaluation/cases.py"}
+    first = {"ctclip/evaluation/figures.py", "ctclip/evaluation/case_slices.py"}
     found = set()
     for path in (SUITE / "ctclip").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
