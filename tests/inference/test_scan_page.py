@@ -160,6 +160,7 @@ def test_opens_quietly_and_names_stay_text(page, path):
     assert rows_of(page) == [HOSTILE, "b.nii.gz", "a.nii.gz"]
     assert page.locator(".failures").inner_text() == f"c.mha: {HOSTILE}"
     assert page.locator("td.warning").all_inner_texts() == ["", "little lung", ""]
+    assert page.locator("tr[data-scan='1'] li").all_inner_texts() == ["none called"]
     assert page.locator("tr[data-scan='0'] li").all_inner_texts() == ["Lung nodule 0.70", "Cardiomegaly 0.80"]
 
 
@@ -277,6 +278,9 @@ def test_neighbours_without_evidence_and_the_way_back(opened):
 def test_a_narrow_window_shows_one_plane_and_a_finger_moves_it(browser, path):
     context = browser.new_context(viewport={"width": 390, "height": 800}, has_touch=True)
     page = context.new_page()
+    page.goto(path.as_uri())
+    called = page.locator("tr[data-scan='0'] li").last.bounding_box()
+    assert called["x"] + called["width"] <= 390 and page.evaluate("document.documentElement.scrollWidth") <= 390
     page.goto(f"{path.as_uri()}#scan-0")
     page.wait_for_selector("#viewer[aria-busy=false]")
     visible = [canvas.is_visible() for canvas in page.locator("canvas").all()]
