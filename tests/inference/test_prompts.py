@@ -404,6 +404,9 @@ def test_a_prompt_file_predicts_the_18_findings_and_ones_own(weights, tmp_path, 
     written = pd.read_csv(tmp_path / "own.csv", index_col=0)
     assert list(written.columns) == ["Hernia", "Lung nodules", "Scale", "Warning"]
     assert (tmp_path / "own_explain" / "a" / "Hernia.png").is_file()
+    assert run_task2.main([*own, "--output", str(tmp_path / "own.html")]) == 0
+    page = (tmp_path / "own.html").read_text()
+    assert "Hernia" in page and "Cardiomegaly" not in page
     capsys.readouterr()
     assert run_task2.main([*own, "--output", str(tmp_path / "own.json")]) == 2
     assert "expected the challenge's 18 in a results.json" in capsys.readouterr().err
