@@ -19,3 +19,17 @@ def open_browser():
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@contextmanager
+def watched_page(browser, path):
+    """A page that is opened once; its `seen` collects what should not happen."""
+    page = browser.new_page(viewport={"width": 1200, "height": 800})
+    page.seen = []
+    page.on("console", lambda message: page.seen.append(message.text))
+    page.on("pageerror", lambda error: page.seen.append(str(error)))
+    page.on("dialog", lambda dialog: (page.seen.append("dialog"), dialog.dismiss()))
+    page.on("request", lambda request: page.seen.append(request.url) if not request.url.startswith("data:") else None)
+    page.goto(path.as_uri())
+    yield page
+    page.close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool3d
 
 from ctclip.data.hounsfield import BODY, HU_MAX, HU_MIN
 
@@ -38,6 +40,12 @@ def body_mask(volume: Tensor) -> np.ndarray:
     body = _grown(_grown(cores == largest) & tissue) & tissue
     mask[scan] = ~_around(body, hu, tissue)
     return mask
+
+
+def tokens_within(body: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
+    """(T, h, w) bool: which equal boxes of the grid hold at least half as much of the body (d, h, w) as the fullest."""
+    share = adaptive_avg_pool3d(torch.from_numpy(body)[None].float(), grid)[0].numpy()
+    return share >= share.max() / 2
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:

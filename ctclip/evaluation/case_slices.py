@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from scipy.ndimage import minimum_filter
 from torch import Tensor
 from torch.nn import functional
 
-from ctclip.data.body import body_mask
+from ctclip.data.body import body_mask, tokens_within
 from ctclip.data.cohort import Volume
 from ctclip.data.geometry import FIELD_OF_VIEW_MM
 from ctclip.data.hounsfield import BODY, HU_MAX, LUNG
@@ -115,10 +114,9 @@ def place_shown(body: Body, contributions: np.ndarray | None) -> Place:
 
 
 def _highest_within(contributions: np.ndarray, inside: np.ndarray) -> tuple[int, ...] | None:
-    """Index of the highest of (T, h, w) whose box holds at least half as much of the body as any; None where none is
-    positive."""
-    shares = functional.adaptive_avg_pool3d(torch.from_numpy(inside[None].astype(np.float32)), contributions.shape)[0]
-    values = np.where((shares >= shares.max() / 2).numpy(), contributions, -np.inf)
+    """Index of the highest of (T, h, w) whose box lies in the body; None where none is positive."""
+    depth, width, height = contributions.shape
+    values = np.where(tokens_within(inside, (depth, width, height)), contributions, -np.inf)
     peak = np.unravel_index(values.argmax(), values.shape)
     return tuple(map(int, peak)) if values[peak] > 0 else None
 

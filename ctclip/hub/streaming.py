@@ -241,14 +241,6 @@ def prefetch(
 
 
 @contextmanager
-def claimed(options: StreamOptions) -> Iterator[None]:
-    """Inside the block no other process works on this cohort, or is this one of several, or uses its scratch folder."""
-    cohort = [options.data_dir / COHORT] if options.shard.index == 0 else []
-    with file_lock(*cohort, options.staging):
-        yield
-
-
-@contextmanager
 def in_turn(path: Path) -> Iterator[None]:
     """Waits until no other process is in the block of the same path."""
     with ExitStack() as stack:
@@ -277,7 +269,8 @@ def stream(selection: Selection, options: StreamOptions) -> None:
     """
     token, shard = find_token(), options.shard
     quiet = nullcontext() if shard.ranks.is_main else redirect_stdout(io.StringIO())
-    with claimed(options), ExitStack() as planning:
+    cohort = [options.data_dir / COHORT] if shard.index == 0 else []  # of several processes the first locks it for all
+    with file_lock(*cohort, options.staging), ExitStack() as planning:
         planning.enter_context(quiet)
         with in_turn(options.data_dir / ".tables.lock") if shard.count > 1 else nullcontext():
             chosen = shard.assigned(download.select_volumes(selection, options.data_dir, token))

@@ -29,15 +29,6 @@ class OperatingPoint(NamedTuple):
     negatives: int
 
     @property
-    def sensitivity(self) -> float | None:
-        """None where no tuning patient has the finding."""
-        return self.true_positives / self.positives if self.positives else None
-
-    @property
-    def specificity(self) -> float | None:
-        return self.true_negatives / self.negatives if self.negatives else None
-
-    @property
     def words(self) -> str:
         return (f"yes for {self.true_positives} of {self.positives} with it, no for {self.true_negatives} of "
                 f"{self.negatives} without")

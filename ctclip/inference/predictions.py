@@ -190,28 +190,32 @@ def _calibration_for(form: str, checkpoint: Path, chosen: Mapping[str, Any]) -> 
 
 class _AnswerForm(NamedTuple):
     """What makes the answers of the model's probabilities, what the answers are, for people and for SCALE_COLUMN, what
-    makes those that heat maps show, which are never rescaled, the calibration that all is taken from, and its
-    thresholds (labels,) on the answers' scale, where there are any."""
+    makes those that heat maps show, which are never rescaled, and the run's calibration with its thresholds (labels,)
+    on the answers' scale, where there are any."""
 
     transform: Transform
     description: str
     scale: str
     shown: Transform
-    calibration: Calibration | None
-    fitted: Calibration | None = None
-    thresholds: np.ndarray | None = None
+    fitted: Calibration | None
+    thresholds: np.ndarray | None
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """By which the answers were made of the model's own."""
+        return None if self.scale == UNCALIBRATED else self.fitted
 
     @classmethod
     def of(cls, form: str, fitted: Calibration | None) -> _AnswerForm:
         if fitted is None or form == UNCALIBRATED:
             thresholds = None if fitted is None else fitted.thresholds
-            return cls(_unchanged, "uncalibrated probabilities", UNCALIBRATED, _unchanged, None, fitted, thresholds)
+            return cls(_unchanged, "uncalibrated probabilities", UNCALIBRATED, _unchanged, fitted, thresholds)
         if form == MAPPED:
             description = f"not probabilities: rescaled so that the tuned thresholds ({fitted.objective}) lie at 0.5"
             half = np.full(len(fitted.findings), 0.5)
-            return cls(fitted.rescale_to_half, description, MAPPED, fitted.apply, fitted, fitted, half)
+            return cls(fitted.rescale_to_half, description, MAPPED, fitted.apply, fitted, half)
         description = f"calibrated probabilities ({fitted.method}, {fitted.n_patients} tuning patients)"
-        return cls(fitted.apply, description, fitted.calibrated_scale, fitted.apply, fitted, fitted,
+        return cls(fitted.apply, description, fitted.calibrated_scale, fitted.apply, fitted,
                    fitted.calibrated_thresholds)
 
     def decide(self, labels: Sequence[str], answers: np.ndarray) -> list[Decision]:

@@ -7,16 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ctclip.data.body import body_mask
+from ctclip.data.body import body_mask, tokens_within
 from ctclip.data.geometry import FIELD_OF_VIEW_MM, Placement
 from ctclip.inference.contributions import Contributions
 from ctclip.inference.decisions import Decision
 
-IN_BODY = 0.5  # share of a token's box that lies in the body, from which its evidence is shown
 MIDLINE_MM = 20.0  # on either side
 
 
@@ -119,14 +116,6 @@ def scan_maps(
         contributions,
         body_mask(voxels),
     )
-
-
-def tokens_within(body: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-    """(T, h, w) bool: which boxes of the grid lie in the body (d, h, w) with IN_BODY of them or more, or with half as
-    much as the fullest, in a scan that is thinner than they are."""
-    depth, rows, columns = grid
-    share = F.adaptive_avg_pool3d(torch.from_numpy(body)[None].float(), (depth, rows, columns))[0].numpy()
-    return share >= min(IN_BODY, share.max() / 2)
 
 
 def neighbours(shares: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

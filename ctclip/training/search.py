@@ -254,9 +254,10 @@ def train_trials(study: Study, first: HeadJob, configs: Mapping[int, TrainingCon
     paths = {number: folder / f"{number:04d}.npz" for number in configs}
     stored = (read_trial(paths[number], number, config, names) for number, config in configs.items())
     trials = [trial for trial in stored if trial is not None]
+    missing = dict(configs)
     for done, trial in enumerate(trials, 1):
+        del missing[trial.number]
         log(f"{done:>3}/{study.count}  {trial_text(trial)}")
-    missing = {number: config for number, config in configs.items() if number not in {t.number for t in trials}}
     try:
         for trial in missing_trials(study, first, missing):
             write_trial(paths[trial.number], trial, names)

@@ -33,14 +33,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from ctclip.config import SYNTHETIC_NOTE  # noqa: E402
-from ctclip.data.body import body_mask  # noqa: E402
+from ctclip.data.body import body_mask, tokens_within  # noqa: E402
 from ctclip.data.geometry import Placement, place_volume  # noqa: E402
 from ctclip.data.preprocessing import preprocess_volume  # noqa: E402
 from ctclip.evaluation.figures import BLUE, GREY, INK, LIGHT, ORANGE, new_figure, write_figure  # noqa: E402
 from ctclip.inference.contributions import token_contributions  # noqa: E402
 from ctclip.inference.decisions import Decision  # noqa: E402
 from ctclip.inference.map_figure import map_picture, write_picture  # noqa: E402
-from ctclip.inference.scan_maps import scan_maps, strongest_token, tokens_within  # noqa: E402
+from ctclip.inference.scan_maps import scan_maps, strongest_token  # noqa: E402
 from ctclip.phantoms.cohort import write_phantom_cohort  # noqa: E402
 from ctclip.phantoms.phantom import Phantom, make_phantom  # noqa: E402
 from ctclip.training.loop import TrainingConfig, train  # noqa: E402

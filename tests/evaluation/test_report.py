@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_browser import open_browser
+from helpers_browser import open_browser, watched_page
 from helpers_evaluation import simulate
 
 from ctclip.config import PHANTOM_ENCODER_NOTE, SYNTHETIC_NOTE
@@ -311,16 +311,8 @@ def browser():
 
 @pytest.fixture(scope="module")
 def page(browser, path):
-    """The page, opened once; `page.seen` collects what should not happen."""
-    page = browser.new_page(viewport={"width": 1200, "height": 800})
-    page.seen = []
-    page.on("console", lambda message: page.seen.append(message.text))
-    page.on("pageerror", lambda error: page.seen.append(str(error)))
-    page.on("dialog", lambda dialog: (page.seen.append("dialog"), dialog.dismiss()))
-    page.on("request", lambda request: page.seen.append(request.url) if not request.url.startswith("data:") else None)
-    page.goto(path.as_uri())
-    yield page
-    page.close()
+    with watched_page(browser, path) as page:
+        yield page
 
 
 def test_opens_quietly(page, path):

@@ -55,8 +55,9 @@ def test_the_counts_of_a_threshold_are_those_of_its_tuning_patients(tuned, tmp_p
     for j, point in enumerate(OperatingPoint(*row) for row in calibration.counts.tolist()):
         called = probabilities[:, j] >= calibration.thresholds[j]
         assert point.positives + point.negatives == (79 if j == 0 else 80)
-        assert point.sensitivity == called[labels[:, j] == 1].mean()
-        assert point.specificity == (~called)[labels[:, j] == 0].mean()
+        content = point.content()
+        assert content["sensitivity"]["value"] == called[labels[:, j] == 1].mean()
+        assert content["specificity"]["value"] == (~called)[labels[:, j] == 0].mean()
     calibration.save(tmp_path / "c.json")
     assert np.array_equal(load_calibration(tmp_path / "c.json").counts, calibration.counts)
     chosen = calibration.select(["Emphysema", "Cardiomegaly"])

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers_browser import open_browser
+from helpers_browser import open_browser, watched_page
 from helpers_data import chest, write
 from helpers_maps import cylinder, maps_of, page_blocks, within
 from helpers_training import one_line
@@ -111,16 +111,8 @@ def browser():
 
 @pytest.fixture(scope="module")
 def page(browser, path):
-    """The page, opened once; `page.seen` collects what should not happen."""
-    page = browser.new_page(viewport={"width": 1200, "height": 800})
-    page.seen = []
-    page.on("console", lambda message: page.seen.append(message.text))
-    page.on("pageerror", lambda error: page.seen.append(str(error)))
-    page.on("dialog", lambda dialog: (page.seen.append("dialog"), dialog.dismiss()))
-    page.on("request", lambda request: page.seen.append(request.url) if not request.url.startswith("data:") else None)
-    page.goto(path.as_uri())
-    yield page
-    page.close()
+    with watched_page(browser, path) as page:
+        yield page
 
 
 @pytest.fixture
