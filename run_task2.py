@@ -6,6 +6,7 @@
     python run_task2.py --mode evaluate --checkpoint results/RUN1 results/RUN2 --save-ensemble NAME    kept as one
     python run_task2.py --mode predict --checkpoint results/RUN --input SCANS --output probabilities.csv
     python run_task2.py --mode predict --input SCANS --output results.json --map-thresholds       for the challenge
+    torchrun --nproc-per-node=4 run_task2.py --mode predict --input SCANS --output out.csv        by several processes
     python run_task2.py --mode predict --input SCAN --explain "Pleural effusion"                  where it is seen
     python run_task2.py --mode predict --checkpoint models/ctclip_zeroshot.pt --prompts my.txt --input SCANS
     python run_task2.py --mode runs --sort auroc                                                   all runs in results/
@@ -66,9 +67,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    if torchrun_number("WORLD_SIZE", 1) > 1:
-        raise UserError("found torchrun with run_task2.py, expected ctclip_training.py; evaluate afterwards")
     task = args.export or args.task
+    if task != "predict" and torchrun_number("WORLD_SIZE", 1) > 1:
+        raise UserError("found torchrun with run_task2.py, expected --mode predict, or ctclip_training.py to train; "
+                        "evaluate afterwards")
     refuse_unused(args.given, task_flag_uses(task, args.plan))
     from ctclip.evaluation.command import (
         check_ensemble,

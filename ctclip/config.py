@@ -736,6 +736,9 @@ def task_parser(description: str) -> OneLineParser:
     group.add_argument("--explain", metavar="LABEL[,LABEL]",
                        help="heat maps of these findings, or all: NIfTI on the scan's grid, pictures and numbers, in a "
                        "folder for each scan beside the output")
+    group.add_argument("--shard", metavar="I/N",
+                       help="predict: only the I-th of N parts of the scans, for N machines without torchrun; "
+                       "python -m ctclip.inference.merge makes a table of all parts")
     group.add_argument("--assume-hu", action="store_true",
                        help="take voxels for HU by the header, whatever they look like: the answer may be wrong")
     group.add_argument("--prompts", metavar="TXT",
@@ -759,7 +762,7 @@ def task_flag_uses(task: str, plan: bool = False) -> dict[str, tuple[str, bool]]
     modes: dict[str, tuple[str, ...]] = dict.fromkeys(training, ("full", "train"))
     modes |= dict.fromkeys(evaluation_flags(), ("full", "evaluate"))
     modes |= dict.fromkeys((*CHOSEN_AT_PREDICTION, "--ensemble"), ("full", "evaluate", "predict"))
-    predicting = ("--prompts", "--explain", "--map-thresholds", "--uncalibrated")
+    predicting = ("--prompts", "--explain", "--map-thresholds", "--uncalibrated", "--shard")
     modes |= dict.fromkeys(predicting, ("predict",))
     modes |= {
         "--assume-hu": ("predict", "features"),

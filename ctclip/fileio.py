@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ctclip.errors import UserError
 
@@ -49,6 +50,23 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = os.fspath(path)
         raise
+
+
+def open_lines(path: Path) -> io.FileIO:
+    """A file of lines, for appending, without a buffer, and made where there is none; a line torn by a kill ends."""
+    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    file = open(path, "ab", buffering=0)  # noqa: SIM115  the caller closes it
+    if torn:
+        file.write(b"\n")
+    return file
+
+
+def write_all(file: IO[bytes], data: bytes) -> None:
+    """All of it, to the disk. An unbuffered write may take only a part, as it does when the disk is nearly full."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+    os.fsync(file.fileno())
 
 
 def make_folder(path: str | os.PathLike, remedy: str) -> Path:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from ctclip import config  # noqa: E402  (found through the path above)
 from ctclip.hub.__main__ import hub_parser  # noqa: E402
+from ctclip.inference.merge import merge_parser  # noqa: E402
 from ctclip.phantoms.__main__ import phantom_parser  # noqa: E402
 from ctclip.recipes import NOT_MEASURED, RECIPES  # noqa: E402
 from ctclip_setup import setup_parser  # noqa: E402
@@ -36,6 +37,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
         "ctclip_setup.py": setup_parser(),
         "ctclip_training.py": config.training_parser(""),
         "ctclip_evaluation.py": config.evaluation_parser(),
+        "python -m ctclip.inference.merge": merge_parser(),
         "python -m ctclip.hub": hub_parser(),
         "python -m ctclip.phantoms": phantom_parser(),
     }

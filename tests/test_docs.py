@@ -22,6 +22,7 @@ from ctclip import config
 from ctclip.data.feature_cache import merge_parser
 from ctclip.evaluation.tables import read_labels
 from ctclip.hub.__main__ import hub_parser
+from ctclip.inference import merge
 from ctclip.phantoms.__main__ import phantom_parser
 from ctclip_model import ABNORMALITIES
 
@@ -33,6 +34,7 @@ PARSERS = {
     "run_task2.py": config.task_parser("").parse_args,
     "ctclip_setup.py": ctclip_setup.parse_options,
     "ctclip.data.feature_cache": merge_parser().parse_args,
+    "ctclip.inference.merge": merge.merge_parser().parse_args,
     "ctclip.hub": hub_parser().parse_args,
     "ctclip.phantoms": phantom_parser().parse_args,
 }
@@ -108,8 +110,10 @@ def test_the_cluster_examples_are_scripts_and_objects_whose_commands_are_taken()
         assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     options = re.findall(r"^#SBATCH (.*)$", batch, re.MULTILINE)
     assert len(options) >= 5 and all(re.fullmatch(r"--[a-z-]+(=\S+)?", option) for option in options)
-    (launched,) = re.findall(r"^srun (torchrun .*)$", batch.replace("\\\n", " "), re.MULTILINE)
-    check(launched.replace("$SLURM_NNODES", "4"))
+    launched = re.findall(r"^srun (torchrun .*)$", "".join(blocks["bash"]).replace("\\\n", " "), re.MULTILINE)
+    assert len(launched) == 2 and f"srun {launched[0]}" in batch.replace("\\\n", " ")
+    for command in launched:
+        check(command.replace("$SLURM_NNODES", "4"))
     (objects,) = ([*yaml.safe_load_all(block)] for block in blocks["yaml"])
     service, job = {each["kind"]: each for each in objects}["Service"], objects[-1]
     (container,) = job["spec"]["template"]["spec"]["containers"]

@@ -45,7 +45,7 @@ from ctclip.data.preprocessing import PREPROCESSING_VERSION
 from ctclip.data.volume_key import cache_keys
 from ctclip.distributed import Ranks
 from ctclip.errors import UserError
-from ctclip.fileio import DISK_FULL, nearest_existing, read_json, replacing
+from ctclip.fileio import DISK_FULL, nearest_existing, read_json, replacing, write_all
 from ctclip.formatting import BAR
 from ctclip_model import CTCLIPMultiAbnormalityModel
 
@@ -372,14 +372,6 @@ class FeatureCache:
             f"{count} more volumes; free that much on it, or choose a --cache-dir elsewhere, and start again: what is "
             "stored is kept"
         )
-
-
-def write_all(file: IO[bytes], data: bytes) -> None:
-    """All of it, to the disk. An unbuffered write may take only a part, as it does when the disk is nearly full."""
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
-    os.fsync(file.fileno())
 
 
 def encode_missing(

@@ -193,8 +193,8 @@ def data_step(options: argparse.Namespace, data_dir: Path, failed: dict[str, Hub
     from huggingface_hub.utils import disable_progress_bars
 
     from ctclip.hub.download import Selection, download_tables, download_volumes
-    from ctclip.hub.shard import Shard
     from ctclip.hub.streaming import StreamOptions, stream
+    from ctclip.shard import Shard
 
     disable_progress_bars()  # one for each file; ours counts volumes
     selection = Selection(options.data, options.volumes, options.patients, options.seed, options.data_version == 2)

@@ -169,51 +169,55 @@ def load_calibration(path: str | Path) -> Calibration:
     """A calibration.json; EvaluationError where it is not one, CheckpointError where it has changed since."""
     check_written(Path(path))
     try:
-        content = read_json(path)
-        rows = content["per_label"]
-        if not rows or ({*rows} == {*ABNORMALITIES} and tuple(rows) != ABNORMALITIES):
-            raise ValueError("its labels are none, or the 18 abnormalities in another order")
-        earlier = "global_threshold" in content  # up to 0.7.0: thresholds are for uncalibrated probabilities, unnamed
-        of_uncalibrated = "" if earlier else f"_{UNCALIBRATED}"
-        slope, intercept, shift, thresholds = columns = np.array([
-            [_number(row[key]) for row in rows.values()]
-            for key in ("slope", "intercept", "shift", f"threshold{of_uncalibrated}")
-        ])
-        common, n_rows, n_patients = (content[key] for key in
-                                      (f"global_threshold{of_uncalibrated}", "n_rows", "n_patients"))
-        if not (np.abs(columns) < LARGEST).all() or (slope <= 0).any():
-            raise ValueError(f"a number in it is not below {LARGEST:g}, or a slope not above 0")
-        if content["method"] not in METHODS or content["unit"] not in UNITS or type(content["objective"]) is not str:
-            raise ValueError("its method, unit or objective is none of ours")
-        if not all(type(count) is int and count > 0 for count in (n_rows, n_patients)):
-            raise ValueError("a number of rows or patients in it is none")
-        if not all(0 <= threshold <= np.nextafter(1, 2) for threshold in (*thresholds, _number(common))):
-            raise ValueError("a threshold in it is not in [0, 1]")
-        counts = None
-        if all(key in row for row in rows.values() for key in COUNTS):  # none in earlier files
-            counts = np.array([[row[key] for key in COUNTS] for row in rows.values()])
-            hits, of = counts[:, ::2], counts[:, 1::2]
-            if counts.dtype.kind != "i" or (hits < 0).any() or (hits > of).any():
-                raise ValueError("counts of tuning patients in it are none")
-        prevalence, scale = content.get("prevalence"), content.get("scale", UNCALIBRATED)
-        if prevalence is not None:
-            check_rates(prevalence)
-        if type(scale) is not str or scale.partition(" ")[0] not in SCALES:
-            raise ValueError("its scale is none of ours")
-        calibration = Calibration(
-            tuple(rows), content["method"], slope, intercept, shift, thresholds, float(common), content["objective"],
-            {str(key): _number(value) for key, value in content["cross_validated_log_loss"].items()},
-            n_rows, n_patients, content["unit"], prevalence, scale, counts,
-        )
-        if not earlier:
-            stored = [_number(row["threshold_calibrated"]) for row in rows.values()]
-            if (np.abs(calibration.calibrated_thresholds - stored) > SAME_THRESHOLD).any():
-                raise ValueError("a calibrated threshold in it is another one than the uncalibrated one, calibrated")
-        return calibration
+        return parse_calibration(read_json(path))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # of a list where an object belongs
         found = f"readable file ({error.strerror})" if isinstance(error, OSError) else f"calibration ({error})"
         raise EvaluationError(f"{path}: found no {found}, expected {CALIBRATION_FILE} as an evaluation writes it; "
                               "evaluate again to have it written") from error
+
+
+def parse_calibration(content: Any) -> Calibration:
+    """What `Calibration.content` gave. Raises ValueError, TypeError, KeyError or AttributeError for anything else."""
+    rows = content["per_label"]
+    if not rows or ({*rows} == {*ABNORMALITIES} and tuple(rows) != ABNORMALITIES):
+        raise ValueError("its labels are none, or the 18 abnormalities in another order")
+    earlier = "global_threshold" in content  # up to 0.7.0: thresholds are for uncalibrated probabilities, unnamed
+    of_uncalibrated = "" if earlier else f"_{UNCALIBRATED}"
+    slope, intercept, shift, thresholds = columns = np.array([
+        [_number(row[key]) for row in rows.values()]
+        for key in ("slope", "intercept", "shift", f"threshold{of_uncalibrated}")
+    ])
+    common, n_rows, n_patients = (content[key] for key in
+                                  (f"global_threshold{of_uncalibrated}", "n_rows", "n_patients"))
+    if not (np.abs(columns) < LARGEST).all() or (slope <= 0).any():
+        raise ValueError(f"a number in it is not below {LARGEST:g}, or a slope not above 0")
+    if content["method"] not in METHODS or content["unit"] not in UNITS or type(content["objective"]) is not str:
+        raise ValueError("its method, unit or objective is none of ours")
+    if not all(type(count) is int and count > 0 for count in (n_rows, n_patients)):
+        raise ValueError("a number of rows or patients in it is none")
+    if not all(0 <= threshold <= np.nextafter(1, 2) for threshold in (*thresholds, _number(common))):
+        raise ValueError("a threshold in it is not in [0, 1]")
+    counts = None
+    if all(key in row for row in rows.values() for key in COUNTS):  # none in earlier files
+        counts = np.array([[row[key] for key in COUNTS] for row in rows.values()])
+        hits, of = counts[:, ::2], counts[:, 1::2]
+        if counts.dtype.kind != "i" or (hits < 0).any() or (hits > of).any():
+            raise ValueError("counts of tuning patients in it are none")
+    prevalence, scale = content.get("prevalence"), content.get("scale", UNCALIBRATED)
+    if prevalence is not None:
+        check_rates(prevalence)
+    if type(scale) is not str or scale.partition(" ")[0] not in SCALES:
+        raise ValueError("its scale is none of ours")
+    calibration = Calibration(
+        tuple(rows), content["method"], slope, intercept, shift, thresholds, float(common), content["objective"],
+        {str(key): _number(value) for key, value in content["cross_validated_log_loss"].items()},
+        n_rows, n_patients, content["unit"], prevalence, scale, counts,
+    )
+    if not earlier:
+        stored = [_number(row["threshold_calibrated"]) for row in rows.values()]
+        if (np.abs(calibration.calibrated_thresholds - stored) > SAME_THRESHOLD).any():
+            raise ValueError("a calibrated threshold in it is another one than the uncalibrated one, calibrated")
+    return calibration
 
 
 def _number(value: object) -> float:

@@ -29,7 +29,8 @@ from ctclip.evaluation.tables import VolumeTable, write_table
 from ctclip.fileio import check_writable, make_folder, replacing
 from ctclip_model import ABNORMALITIES, saved_config, sha256_of
 
-PARTNER_FILES = ("model.safetensors", "config.json")  # what a partner's answers follow from
+WEIGHTS_FILE = "model.safetensors"
+PARTNER_FILES = (WEIGHTS_FILE, "config.json")  # what a partner's answers follow from
 AGAIN = "save the ensemble again"
 REMEDY = "choose another --save-ensemble"
 
@@ -93,6 +94,23 @@ def saved_ensemble(folder: str | Path) -> Ensemble | None:
         raise RunError(f"{folder / 'run.json'}: found no readable ensemble ({type(error).__name__}: {error}), expected "
                        f"what --save-ensemble writes; {AGAIN}") from error
     return Ensemble(folder, paths, digests, findings, weights)
+
+
+def answer_digests(checkpoint: str | Path) -> dict[str, Any]:
+    """SHA-256 of everything that a model's answers follow from, for JSON: of a run's files, of a weights file; of an
+    ensemble, its partners' files as it was saved with them, and its weights."""
+    checkpoint = Path(checkpoint)
+    if (ensemble := saved_ensemble(checkpoint)) is not None:
+        weights = None if ensemble.weights is None else ensemble.weights.tolist()
+        return {"partners": [dict(each) for each in ensemble.digests], "weights": weights}
+    if checkpoint.is_dir():
+        return file_digests(checkpoint)
+    return {WEIGHTS_FILE: sha256_of(checkpoint)}
+
+
+def file_digests(run: Path) -> dict[str, str]:
+    """{name: SHA-256} of a run's PARTNER_FILES."""
+    return {name: sha256_of(run / name) for name in PARTNER_FILES}
 
 
 def labels_of(checkpoint: str | Path) -> tuple[str, ...]:
@@ -207,7 +225,7 @@ def _partner(folder: Path, partner: Path) -> dict[str, Any]:
     here, there = folder.resolve(), partner.resolve()
     near = here.anchor == there.anchor and Path(os.path.commonpath([here, there])) != Path(here.anchor)
     path = Path(os.path.relpath(there, here)) if near else there
-    return {"path": path.as_posix(), "sha256": {name: sha256_of(partner / name) for name in PARTNER_FILES}}
+    return {"path": path.as_posix(), "sha256": file_digests(partner)}
 
 
 def _record(records: Sequence[Mapping[str, Any]], findings: Sequence[str]) -> dict[str, Any]:

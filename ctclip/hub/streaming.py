@@ -42,13 +42,13 @@ from ctclip.data.preprocessing import read_volume
 from ctclip.data.volume_file import VolumeError
 from ctclip.data.volume_key import cache_key, cache_keys, file_signature
 from ctclip.distributed import Ranks
-from ctclip.fileio import LockedError, is_locked, locked, nearest_existing
+from ctclip.fileio import LockedError, is_locked, locked, nearest_existing, open_lines, write_all
 from ctclip.formatting import plural, print_row, size_text
 from ctclip.hub import download
 from ctclip.hub.client import DISK_GB, SPARE_BYTES, HubError, file_lock, find_token, parts_of
 from ctclip.hub.download import Downloader, Failures, Selection, Transfer
-from ctclip.hub.shard import Shard
 from ctclip.inference.predictor import choose_device, print_failures
+from ctclip.shard import Shard
 from ctclip_model import CLASSFINE_PATH, CTCLIPMultiAbnormalityModel
 
 MANIFEST_BYTES = 512  # more than a line of the manifest takes, unless its reason is long
@@ -72,15 +72,6 @@ class StreamOptions:
     def staging(self) -> Path:
         """A folder of its own, because what does not belong there is deleted."""
         return (self.scratch_dir or self.data_dir) / "-".join(filter(None, (".stream", self.shard.name)))
-
-
-def open_manifest(path: Path) -> io.FileIO:
-    """A split's manifest, for appending (`read_streamed` reads it), without a buffer; a line torn by a kill ends."""
-    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    file = open(path, "ab", buffering=0)  # noqa: SIM115  the caller closes it
-    if torn:
-        file.write(b"\n")
-    return file
 
 
 # ---- what is left to do
@@ -274,7 +265,7 @@ def stream(selection: Selection, options: StreamOptions) -> None:
         planning.enter_context(quiet)
         with in_turn(options.data_dir / ".tables.lock") if shard.count > 1 else nullcontext():
             chosen = shard.assigned(download.select_volumes(selection, options.data_dir, token))
-        if shard.count > 1 and shard.alone:
+        if shard.named_by_hand:
             print_row("", f"part {shard.index + 1} of {shard.count}: {plural(len(chosen), 'volume')}")
         clear_other_shards(options)
         options.staging.mkdir(parents=True, exist_ok=True)
@@ -336,7 +327,7 @@ def encode_transfers(
         bar.set_postfix_str(f"{per_minute:.1f} vol/min, disk {used} of {size_text(limit)}", refresh)
 
     bar = tqdm(total=total, desc=label, bar_format=BAR, disable=not shard.ranks.is_main)
-    with open_manifest(manifest_path) as manifest, closing(cache), bar, feature_cache.encoding(model, device):
+    with open_lines(manifest_path) as manifest, closing(cache), bar, feature_cache.encoding(model, device):
         for transfer, found in prefetch(downloader, model.input_shape, show):
             volume, unreadable = transfer.volume, found if isinstance(found, str) else None
             if not failures.add(transfer):
@@ -355,7 +346,7 @@ def encode_transfers(
                     cache.append([volume], codes, [decision], [key], total - done)
                 entry = Streamed(selection.fixed, size, str(tail), transfer.sha256, unreadable)
                 line = json.dumps({"name": volume.name, **entry._asdict(), "time": round(time.time(), 3)})
-                feature_cache.write_all(manifest, f"{line}\n".encode())
+                write_all(manifest, f"{line}\n".encode())
             remove(transfer.target)
             downloader.release(transfer)
             done += 1

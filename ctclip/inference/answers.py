@@ -12,11 +12,10 @@ from typing import Any
 import ctclip
 from ctclip.data.loading import NOTE_SEPARATOR
 from ctclip.evaluation.calibration import Calibration
-from ctclip.evaluation.saved_ensemble import saved_ensemble
+from ctclip.evaluation.saved_ensemble import WEIGHTS_FILE, answer_digests, saved_ensemble
 from ctclip.fileio import check_replaceable, replacing
 from ctclip.inference.decisions import Decision, summary
 from ctclip.inference.predictions import Predictions, check_place
-from ctclip_model import sha256_of
 
 FORMAT, VERSION = "ctclip-answers", 1  # VERSION rises where a reader of the one before would be wrong
 USE = "Research use only; not a medical device."
@@ -84,15 +83,14 @@ def answers_content(predictions: Predictions, checkpoint: Path) -> dict[str, Any
 
 def _model_content(checkpoint: Path) -> dict[str, Any]:
     """The run's or the file's name, and SHA-256 of its weights; of an ensemble those of its partners."""
-    name = checkpoint.resolve().name
+    name, digests = checkpoint.resolve().name, answer_digests(checkpoint)
     if (ensemble := saved_ensemble(checkpoint)) is not None:
         partners = [
-            {"name": partner.name, "weights_sha256": digests["model.safetensors"]}
-            for partner, digests in zip(ensemble.partners, ensemble.digests, strict=True)
+            {"name": partner.name, "weights_sha256": each[WEIGHTS_FILE]}
+            for partner, each in zip(ensemble.partners, digests["partners"], strict=True)
         ]
         return {"name": name, "weights_sha256": None, "partners": partners}
-    weights = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
-    return {"name": name, "weights_sha256": sha256_of(weights), "partners": []}
+    return {"name": name, "weights_sha256": digests[WEIGHTS_FILE], "partners": []}
 
 
 def _calibration_content(calibration: Calibration | None) -> dict[str, Any] | None:

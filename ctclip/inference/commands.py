@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -30,8 +30,8 @@ from ctclip.inference.feature_export import export_lines as feature_lines
 from ctclip.inference.fusion import runs_as_one
 from ctclip.inference.heat_maps import parse_labels
 from ctclip.inference.onnx_export import check_onnx_path, export_lines, export_run
+from ctclip.inference.part_files import PartFiles, part_path
 from ctclip.inference.predictions import (
-    PartialTable,
     Predictions,
     check_output,
     predict_scans,
@@ -42,7 +42,9 @@ from ctclip.inference.prompts import read_prompts
 from ctclip.inference.run_predictions import cache_folder
 from ctclip.inference.scan_page import PageFacts, ScanPage
 from ctclip.inference.scans import PredictionError, find_scans
+from ctclip.memory import torchrun_number
 from ctclip.paths import script
+from ctclip.shard import Shard
 
 MOST_LISTED = 10  # scans whose decisions are printed
 
@@ -71,14 +73,15 @@ def _predict(args: argparse.Namespace, checkpoint: Path, named: str) -> None:
     else:
         check_output(output, labels)
     _check_chosen(args, output)
+    _check_several(args.shard, output)
     explain_dir = explain_folder(output)
     if args.explain:
         check_matplotlib()
         check_writable(explain_dir, "name another --output")
         parse_labels(args.explain, labels)
-    table = output.with_suffix(".csv") if output.suffix == ".html" else output
+    shard = Shard.named(args.shard)
     making = ScanPage(output) if output.suffix == ".html" else nullcontext()
-    with PartialTable(output.with_name(f"{output.stem}.part.csv"), labels) as part, making as page:
+    with _part_files(output, shard) as parts, making as page:
         predictions = predict_scans(
             args.input,
             checkpoint,
@@ -93,27 +96,72 @@ def _predict(args: argparse.Namespace, checkpoint: Path, named: str) -> None:
             device=args.device,
             workers=args.workers,
             assume_hu=args.assume_hu,
-            on_start=part.start,
-            on_scan=part.append,
+            parts=parts,
             on_note=print_warning,
         )
-        if is_answers(output):
-            write_answers(output, predictions, checkpoint)
-        else:
-            write_predictions(table, predictions, checkpoint)
-        if page is not None:
-            size = page.finish(_page_facts(predictions, table, named))
-            print(f"Wrote {output}: {plural(len(page.rows), 'scan')}, {size_text(size)}; open it in a browser")
-    output = table
-    if output.suffix == ".csv" and (formulas := formula_note(predictions.table.index)):
-        print_warning(formulas)
-    print_predictions(predictions, output, named)
-    explainable = saved_ensemble(checkpoint) is None and not args.explain and not prompts
-    if explainable and output.suffix == ".csv" and len(predictions.table):
+        if shard.ranks.is_main and not shard.named_by_hand:
+            _write(output, predictions, checkpoint, named, page)
+    shard.ranks.destroy()
+    if shard.named_by_hand:
+        _print_part(parts, predictions, named)
+    elif shard.ranks.is_main:
+        print_predictions(predictions, _table_of(output), named)
+        if saved_ensemble(checkpoint) is None and not args.explain and not prompts:
+            _print_next(args.input, checkpoint, output, predictions, labels)
+
+
+def _check_several(shard: str | None, output: Path) -> None:
+    """Raises PredictionError for an output that several processes cannot make together."""
+    if output.suffix == ".html" and (shard or torchrun_number("WORLD_SIZE", 1) > 1):
+        raise PredictionError(f"{output}: found a page for several processes, expected one, as a page holds the slices "
+                              "of every scan; predict a .csv with them, and a page of the scans to show with one")
+    if shard and output.suffix != ".csv":
+        raise PredictionError(f"{output}: found --shard {shard} for a {output.suffix}, expected a .csv, into which the "
+                              "parts are merged; name one (results.json is made of it: ctclip_evaluation.py "
+                              "--predictions TABLE --results-json FILE)")
+
+
+def _part_files(output: Path, shard: Shard) -> PartFiles:
+    if output.suffix == ".html":
+        return PartFiles(output, shard, False, f"a page begins anew, --output {_table_of(output)} goes on from there")
+    return PartFiles(output, shard)
+
+
+def _table_of(output: Path) -> Path:
+    """The output, or the table beside a page."""
+    return output.with_suffix(".csv") if output.suffix == ".html" else output
+
+
+def _write(output: Path, predictions: Predictions, checkpoint: Path, named: str, page: ScanPage | None) -> None:
+    table = _table_of(output)
+    if is_answers(output):
+        write_answers(output, predictions, checkpoint)
+    else:
+        write_predictions(table, predictions, checkpoint)
+    if page is not None:
+        size = page.finish(_page_facts(predictions, table, named))
+        print(f"Wrote {output}: {plural(len(page.rows), 'scan')}, {size_text(size)}; open it in a browser")
+
+
+def _print_next(
+    scans: str, checkpoint: Path, output: Path, predictions: Predictions, labels: Sequence[str]
+) -> None:
+    if _table_of(output).suffix == ".csv" and len(predictions.table):
         highest = predictions.table[list(labels)].mean().idxmax()
-        flags = {"--checkpoint": str(checkpoint), "--input": args.input, "--explain": listing([highest])}
+        flags = {"--checkpoint": str(checkpoint), "--input": scans, "--explain": listing([highest])}
         given = " ".join(f"{flag} {shlex.quote(value)}" for flag, value in flags.items())
         print(f"Next: python {script('run_task2.py')} --mode predict {given}")
+
+
+def _print_part(parts: PartFiles, predictions: Predictions, named: str) -> None:
+    """What --shard has written, and how it becomes a table; raises PredictionError where scans could not be read."""
+    shard = parts.shard
+    part = f"part {shard.index + 1} of {shard.count}, model {named}"
+    print(f"Wrote {parts.path}: {plural(len(predictions.table), 'scan')}, {part}; {predictions.description}")
+    others = (part_path(parts.output, f"{part}of{shard.count}") for part in range(1, shard.count + 1))
+    paths = " ".join(shlex.quote(str(path)) for path in (parts.output, *others))
+    print(f"Next, with all parts at hand: python -m ctclip.inference.merge {paths}")
+    _raise_failures(parts.path, predictions, "have no row in it")
 
 
 def _page_facts(predictions: Predictions, table: Path, checkpoint: str) -> PageFacts:
@@ -149,7 +197,9 @@ def print_warning(note: str) -> None:
 
 def print_predictions(predictions: Predictions, output: Path, checkpoint: str) -> None:
     """What was written; raises PredictionError where scans could not be read."""
-    json, failures = output.suffix == ".json" and not is_answers(output), predictions.failures
+    if output.suffix == ".csv" and (formulas := formula_note(predictions.table.index)):
+        print_warning(formulas)
+    json = output.suffix == ".json" and not is_answers(output)
     rows = len(predictions.scans) if json else len(predictions.table)
     print(f"Wrote {output}: {plural(rows, 'scan')}, model {checkpoint}; {predictions.description}")
     if output.suffix == ".csv" and predictions.scale not in (MAPPED, UNCALIBRATED):
@@ -162,9 +212,12 @@ def print_predictions(predictions: Predictions, output: Path, checkpoint: str) -
         print(predictions.note)
     if predictions.heat_maps:
         print(f"Wrote {len(predictions.heat_maps)} files of heat maps to {explain_folder(output)}")
-    if failures:
+    _raise_failures(output, predictions, "are answered with the training prevalence" if json else "are not in it")
+
+
+def _raise_failures(output: Path, predictions: Predictions, instead: str) -> None:
+    if failures := predictions.failures:
         print("\n".join(f"skipped: {name}: {reason}" for name, reason in failures), file=sys.stderr)
-        instead = "are answered with the training prevalence" if json else "are not in it"
         raise PredictionError(
             f"{output}: {len(failures)} of {len(predictions.table) + len(failures)} scans could not be read and "
             f"{instead}; they are named above"

@@ -36,6 +36,11 @@ class FusedModels:
     labels: tuple[str, ...]
     weights: np.ndarray | None = None
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the probabilities that `predict` hands over."""
+        return np.dtype(np.float32 if len(self.models) == 1 else np.float64)
+
     def predict(
         self,
         volumes: Sequence[Volume],
@@ -47,6 +52,7 @@ class FusedModels:
         caches: Sequence[FeatureCache] | None = None,
         resample_on_device: bool = False,
         explain: Sequence[int] = (),
+        batch_size: int = 4,
     ) -> tuple[list[int], np.ndarray]:
         """(indices of the volumes that every model answers, ascending; their probabilities (n, L)).
 
@@ -66,7 +72,7 @@ class FusedModels:
                 left = self._one_pass(
                     each, volumes, left, answers, on_batch=on_batch and _renumbered(on_batch, left, each is passes[0]),
                     on_answer=on_answer if each is passes[-1] else None, on_failure=on_failure, workers=workers,
-                    resample_on_device=resample_on_device, explain=explain,
+                    resample_on_device=resample_on_device, explain=explain, batch_size=batch_size,
                 )  # fmt: skip
             rows |= {index: self._fused(answers[index]) for index in left}
         read = sorted(rows)
@@ -100,7 +106,7 @@ class FusedModels:
     def _fused(self, probabilities: np.ndarray) -> np.ndarray:
         """(K, L) -> (L,)"""
         if len(self.models) == 1:
-            return probabilities[0].astype(np.float32)
+            return probabilities[0].astype(self.dtype)
         return combine(probabilities[:, None], self.weights)[0]
 
     def _passes(self, caches: Sequence[FeatureCache] | None) -> list[_Pass]:

@@ -11,14 +11,12 @@ from __future__ import annotations
 import csv
 import json
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +24,14 @@ import numpy as np
 import pandas as pd
 import torch
 
+import ctclip
 from ctclip.cli import OUT_OF_MEMORY
 from ctclip.config import CALIBRATION_FILE, PHANTOM_ENCODER_NOTE, SYNTHETIC_NOTE
 from ctclip.data.cohort import Volume
 from ctclip.data.ct_rate import PREVALENCE
 from ctclip.data.geometry import place_volume
 from ctclip.data.loading import Batch, notes_of
+from ctclip.data.preprocessing import PREPROCESSING_VERSION
 from ctclip.data.tables import (
     CALIBRATED,
     CALL_PREFIX,
@@ -43,17 +43,18 @@ from ctclip.data.tables import (
     UNCALIBRATED,
     WARNING_COLUMN,
 )
-from ctclip.evaluation.calibration import Calibration, few_patients_note, load_calibration
+from ctclip.evaluation.calibration import Calibration, few_patients_note, load_calibration, parse_calibration
 from ctclip.evaluation.metrics import EvaluationError
 from ctclip.evaluation.run_folder import encoder_note, newest_run, run_calibration, run_record, run_tuning
-from ctclip.evaluation.saved_ensemble import saved_ensemble
+from ctclip.evaluation.saved_ensemble import answer_digests, saved_ensemble
 from ctclip.evaluation.tables import VolumeTable
 from ctclip.evaluation.thresholds import label_rates
-from ctclip.fileio import check_replaceable, naming, replacing
+from ctclip.fileio import check_replaceable, replacing
 from ctclip.inference.contributions import Contributions
 from ctclip.inference.decisions import Decision, decide, decide_at, decision_columns
 from ctclip.inference.fusion import FusedModels, load_models
 from ctclip.inference.heat_maps import check_heat_maps, parse_labels, write_scan_heat_maps
+from ctclip.inference.part_files import Failures, PartFiles, ScanRow
 from ctclip.inference.scan_maps import scan_maps
 from ctclip.inference.scan_page import ScanPage, is_scan_page
 from ctclip.inference.scans import PredictionError, Scan, find_scans
@@ -110,11 +111,13 @@ def predict_scans(
     device: str | None = None,
     workers: int | None = None,
     assume_hu: bool = False,
+    parts: PartFiles | None = None,
     on_start: Callable[[list[Scan], str], object] = lambda scans, scale: None,
     on_scan: Callable[[str, np.ndarray], object] = lambda name, row: None,
     on_note: Callable[[str], object] = lambda note: None,
 ) -> Predictions:
-    """Probabilities of scans; one volume in memory while the next is read. A scan that fails costs only itself.
+    """Probabilities of scans; one volume in memory while the next is read. A scan that fails costs only itself. They
+    go through the model one by one: an answer does not depend on which others there are.
 
     Args:
         scans: .nii, .nii.gz or .mha files, DICOM series (a folder, or any file of one), or folders of all these. Voxels
@@ -131,6 +134,8 @@ def predict_scans(
         device: cpu, cuda, cuda:1, ...; default cuda where there is one.
         workers: threads that read ahead.
         assume_hu: take voxels for HU by the header, whatever they look like.
+        parts: keeps each row on the disk at once, takes up those of an earlier start, and divides the scans among the
+            processes of its shard; each of a group's gets what all have done, one of --shard its own part.
         on_start: called with all scans, and what SCALE_COLUMN says of their answers, once the model is loaded.
         on_scan: called with each scan's name and row as soon as there is one.
         on_note: called with a line for each scan that has a warning, for what was skipped in folders, and for a
@@ -141,8 +146,10 @@ def predict_scans(
     """
     if form not in SCALES:
         raise ValueError(f"form is {form!r}, expected one of {', '.join(SCALES)}")
-    failures: list[tuple[str, str]] = []
-    found = find_scans(scans, on_note, lambda folder, reason: failures.append((folder, reason)))
+    failures: Failures = []
+    is_main = parts is None or parts.shard.ranks.is_main
+    note_once = on_note if is_main else lambda note: None
+    found = find_scans(scans, note_once, lambda folder, reason: failures.append((folder, reason)))
     checkpoint = Path(checkpoint) if checkpoint else newest_run()
     if explain is not None:
         check_explainable(checkpoint)
@@ -152,18 +159,56 @@ def predict_scans(
     labels = [] if explain is None else parse_labels(explain, model.labels)
     check_heat_maps([Path(explain_dir, scan.stem) for scan in found], labels)
     note = model_note(checkpoint, *(each.derived_from for each in model.models))
-    answers = _AnswerForm.of(form, None if fitted is None or prompts else fitted.select(model.labels))
+    answers = AnswerForm.of(form, None if fitted is None or prompts else fitted.select(model.labels))
+    left = found
+    if parts is not None:
+        settings = {"assume_hu": assume_hu, "heat_maps": labels, "prompts": prompts and asdict(prompts), "note": note}
+        left = parts.start(settings | model_identity(checkpoint, model) | answers.content(form), found)
     heat_maps = _HeatMaps(model, labels, Path(explain_dir), answers, note, page)
-    predictor = _ScanPredictor(found, assume_hu, answers, heat_maps, on_scan, on_note, failures)
+    on_row = None if parts is None else parts.append
+    predictor = _ScanPredictor(left, assume_hu, answers, heat_maps, on_scan, on_note, failures, on_row)
     on_start(found, answers.scale)
     if answers.calibration is not None and (few := few_patients_note(answers.calibration.n_patients)):
-        on_note(few)
+        note_once(few)
     with heat_maps:
         predictor.predict(model, workers)
-    table = rows_table(predictor.rows, model.labels)
-    decisions = {name: answers.decide(model.labels, row) for name, row in predictor.rows.items()}
-    return Predictions(table, found, failures, predictor.warnings, heat_maps.files, answers.description, answers.scale,
-                       answers.calibration, decisions, note)
+    rows = predictor.rows
+    if parts is not None:
+        rows, failures = parts.gather(found, failures)
+    return predictions_of(rows, found, failures, model.labels, answers, note)
+
+
+def model_identity(checkpoint: Path, model: FusedModels) -> dict[str, Any]:
+    """What a model's probabilities follow from, beside the scan, for JSON; and what the run or file is called."""
+    return {
+        "checkpoint": checkpoint.resolve().name,
+        "model": answer_digests(checkpoint),
+        "findings": list(model.labels),
+        "dtype": model.dtype.name,
+        "device": next(model.models[0].parameters()).device.type,
+        "software": [ctclip.__version__, PREPROCESSING_VERSION],
+    }
+
+
+def predictions_of(
+    rows: Mapping[str, ScanRow], scans: list[Scan], failures: Failures, labels: Sequence[str], answers: AnswerForm,
+    note: str | None,
+) -> Predictions:  # fmt: skip
+    """What `rows` of `scans`, in their order, say as `answers`."""
+    place = {scan.name: number for number, scan in enumerate(scans)}
+    given = {name: answers.transform(row.probabilities[None])[0] for name, row in rows.items()}
+    return Predictions(
+        table=rows_table(given, labels),
+        scans=scans,
+        failures=sorted(failures, key=lambda failure: place.get(failure[0], -1)),  # folders first
+        warnings={name: row.warning for name, row in rows.items() if row.warning},
+        heat_maps=[Path(path) for row in rows.values() for path in row.heat_maps],
+        description=answers.description,
+        scale=answers.scale,
+        calibration=answers.calibration,
+        decisions={name: answers.decide(labels, row) for name, row in given.items()},
+        note=note,
+    )
 
 
 def model_note(checkpoint: Path, *derived_from: str | None) -> str | None:
@@ -188,7 +233,7 @@ def _calibration_for(form: str, checkpoint: Path, chosen: Mapping[str, Any]) -> 
     return calibration
 
 
-class _AnswerForm(NamedTuple):
+class AnswerForm(NamedTuple):
     """What makes the answers of the model's probabilities, what the answers are, for people and for SCALE_COLUMN, what
     makes those that heat maps show, which are never rescaled, and the run's calibration with its thresholds (labels,)
     on the answers' scale, where there are any."""
@@ -206,7 +251,7 @@ class _AnswerForm(NamedTuple):
         return None if self.scale == UNCALIBRATED else self.fitted
 
     @classmethod
-    def of(cls, form: str, fitted: Calibration | None) -> _AnswerForm:
+    def of(cls, form: str, fitted: Calibration | None) -> AnswerForm:
         if fitted is None or form == UNCALIBRATED:
             thresholds = None if fitted is None else fitted.thresholds
             return cls(_unchanged, "uncalibrated probabilities", UNCALIBRATED, _unchanged, fitted, thresholds)
@@ -217,6 +262,15 @@ class _AnswerForm(NamedTuple):
         description = f"calibrated probabilities ({fitted.method}, {fitted.n_patients} tuning patients)"
         return cls(fitted.apply, description, fitted.calibrated_scale, fitted.apply, fitted,
                    fitted.calibrated_thresholds)
+
+    def content(self, form: str) -> dict[str, Any]:
+        """From which `parse` makes the same, for JSON; `form` is what it was made with."""
+        return {"form": form, "calibration": None if self.fitted is None else self.fitted.content()}
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> AnswerForm:
+        fitted = content["calibration"]
+        return cls.of(content["form"], None if fitted is None else parse_calibration(fitted))
 
     def decide(self, labels: Sequence[str], answers: np.ndarray) -> list[Decision]:
         """Of one scan's answers (labels,)."""
@@ -238,16 +292,15 @@ class _HeatMaps:
     is raised by `write`, or then."""
 
     def __init__(
-        self, model: FusedModels, labels: list[str], folder: Path, answers: _AnswerForm, note: str | None,
+        self, model: FusedModels, labels: list[str], folder: Path, answers: AnswerForm, note: str | None,
         page: ScanPage | None,
     ):  # fmt: skip
         self.findings, self.labels, self.folder, self.answers, self.note = model.labels, labels, folder, answers, note
         self.page = page
         self.mapped = list(model.labels) if page is not None and len(model.models) == 1 else labels
         self.explain = [model.labels.index(label) for label in self.mapped]
-        self.files: list[Path] = []
         self.thread = ThreadPoolExecutor(1)
-        self.pending: Future[list[Path]] | None = None
+        self.pending: Future[object] | None = None
 
     def __enter__(self) -> _HeatMaps:
         return self
@@ -258,55 +311,58 @@ class _HeatMaps:
             self._wait()
 
     def write(
-        self, scan: Scan, voxels: torch.Tensor, probabilities: np.ndarray, contributions: Contributions | None,
-        warning: str,
+        self, scan: Scan, voxels: torch.Tensor, row: ScanRow, contributions: Contributions | None,
+        on_row: Callable[[ScanRow], object],
     ) -> None:  # fmt: skip
-        """`probabilities` (1, L) are the model's own, `contributions` of `mapped`. Waits for the scan before: no more
-        than one volume is held."""
+        """Calls `on_row` with the row and its files, once they are written. `contributions` are of `mapped`. Waits for
+        the scan before: no more than one volume is held."""
         if contributions is None and self.page is None:
+            on_row(row)
             return
         self._wait()
-        self.pending = self.thread.submit(self._write, scan, voxels, probabilities, contributions, warning)
+        self.pending = self.thread.submit(
+            lambda: on_row(replace(row, heat_maps=tuple(map(str, self._write(scan, voxels, row, contributions)))))
+        )
 
     def _wait(self) -> None:
         if self.pending is not None:
-            self.files += self.pending.result()
+            self.pending.result()
         self.pending = None
 
     def _write(
-        self, scan: Scan, voxels: torch.Tensor, probabilities: np.ndarray, contributions: Contributions | None,
-        warning: str,
-    ) -> list[Path]:  # fmt: skip
+        self, scan: Scan, voxels: torch.Tensor, row: ScanRow, contributions: Contributions | None
+    ) -> list[Path]:
         placement = place_volume(scan.path, voxels.shape[2:])
-        decisions = self.answers.decide_shown(self.findings, probabilities)
+        decisions = self.answers.decide_shown(self.findings, row.probabilities[None])
         maps = None
         if contributions is not None:
             maps = scan_maps(scan.stem, placement, voxels, self.mapped, decisions, contributions)
         if self.page is not None:
-            self.page.add(scan.name, placement, voxels, decisions, maps, warning)
+            self.page.add(scan.name, placement, voxels, decisions, maps, row.warning)
         if maps is None or not self.labels:
             return []
         return write_scan_heat_maps(maps.select(self.labels), self.folder / scan.stem, self.note)
 
 
 class _ScanPredictor:
-    """What becomes of each scan: its row, its warning, or why it has none."""
+    """What becomes of each scan: its row, or why it has none."""
 
     def __init__(
         self,
         scans: list[Scan],
         assume_hu: bool,
-        answers: _AnswerForm,
+        answers: AnswerForm,
         heat_maps: _HeatMaps,
         on_scan: Callable[[str, np.ndarray], object],
         on_note: Callable[[str], object],
-        failures: list[tuple[str, str]],
+        failures: Failures,
+        on_row: Callable[[str, ScanRow], object] | None,
     ):
         self.scans, self.answers, self.heat_maps, self.failures = scans, answers, heat_maps, failures
-        self.on_scan, self.on_note = on_scan, on_note
+        self.on_scan, self.on_note, self.on_row = on_scan, on_note, on_row
         no_labels = np.zeros(len(ABNORMALITIES), np.float32)
         self.volumes = [Volume(scan.name, scan.path, no_labels, assume_hu=assume_hu) for scan in scans]
-        self.rows: dict[str, np.ndarray] = {}
+        self.rows: dict[str, ScanRow] = {}
         self.warnings: dict[str, str] = {}
 
     def predict(self, model: FusedModels, workers: int | None) -> None:
@@ -318,6 +374,7 @@ class _ScanPredictor:
             on_failure=self._on_failure,
             resample_on_device=True,
             explain=self.heat_maps.explain,
+            batch_size=1,
         )
 
     def _on_batch(self, batch: Batch) -> None:
@@ -336,15 +393,21 @@ class _ScanPredictor:
     def _on_answer(
         self, index: int, answer: np.ndarray, voxels: torch.Tensor, contributions: Contributions | None
     ) -> None:
-        scan, probabilities = self.scans[index], answer[None]
-        row = self.answers.transform(probabilities)[0]
-        if not np.isfinite(row).all():
+        scan = self.scans[index]
+        given = self.answers.transform(answer[None])[0]
+        if not np.isfinite(given).all():
             reason = "found an answer that is no number, expected probabilities; leave it out"
             self.failures.append((scan.name, reason))
             return
-        self.heat_maps.write(scan, voxels, probabilities, contributions, self.warnings.get(scan.name, ""))
-        self.rows[scan.name] = row
-        self.on_scan(scan.name, row)
+
+        def on_row(row: ScanRow) -> None:
+            self.rows[scan.name] = row
+            if self.on_row is not None:
+                self.on_row(scan.name, row)
+            self.on_scan(scan.name, given)
+
+        row = ScanRow(answer, self.warnings.get(scan.name, ""))
+        self.heat_maps.write(scan, voxels, row, contributions, on_row)
 
 
 # ------------------------------------------------------------------ files
@@ -415,45 +478,6 @@ def _is_table(path: Path, labels: Sequence[str]) -> bool:
     return header[: len(columns)] == columns and more == [name for name in known if name in more] and (
         first is None or not {*first[1 : len(columns)]} <= {"0", "1", "0.0", "1.0"}
     )
-
-
-class PartialTable:
-    """The rows that are done, on the disk at once, so that an interruption loses none; removed when the output has been
-    written. In a `with` block: where it ends early, says what is kept. What an earlier command kept under that name
-    stays: this one's file then has a number. `advice`: what to do with the rows."""
-
-    def __init__(self, path: Path, labels: Sequence[str], advice: str = "predict the others by themselves"):
-        numbered = (path.with_name(f"{path.stem}{number}{path.suffix}") for number in count(2))
-        self.path = next(name for name in chain([path], numbered) if not name.exists())
-        self.labels, self.rows, self.advice, self.scale = labels, 0, advice, UNCALIBRATED
-
-    def start(self, scans: Sequence[Scan], scale: str) -> None:
-        """`on_start` of `predict_scans`."""
-        self.scale = scale
-
-    def append(self, name: str, row: np.ndarray) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with naming(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
-            rows_table({name: row}, self.labels).assign(**{SCALE_COLUMN: self.scale}).to_csv(
-                file, header=self.rows == 0
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows += 1
-
-    def __enter__(self) -> PartialTable:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not self.rows:
-            return
-        kept = f"kept in {self.path}: {self.rows} scans; {self.advice}"
-        if error is None:
-            self.path.unlink()
-        elif isinstance(error, KeyboardInterrupt):
-            error.args = (kept,)  # what run_cli prints
-        else:
-            print(f"\nK{kept[1:]}", file=sys.stderr)
 
 
 def write_predictions(path: str | Path, predictions: Predictions, checkpoint: str | Path) -> None:

@@ -22,7 +22,7 @@ from ctclip.evaluation.run_folder import RunError
 from ctclip.evaluation.saved_ensemble import saved_ensemble
 from ctclip.formatting import BAR
 from ctclip.inference.contributions import Contributions, logits_and_contributions
-from ctclip.memory import available_cpus, local_world
+from ctclip.memory import available_cpus, local_world, torchrun_number
 from ctclip_model import CheckpointError, CTCLIPMultiAbnormalityModel, PromptError, Prompts, check_no_other_folder
 
 Items = TypeVar("Items", bound=Sequence)
@@ -34,6 +34,10 @@ class MachineError(UserError):
 
 
 def choose_device(name: str | None = None) -> torch.device:
+    """By default a GPU where there is one, of torchrun's processes on a machine to each its own; with its number, as
+    torch.cuda.set_device wants it."""
+    if name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{torchrun_number('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.ones(1, device=device).item()  # a meta device, which has shapes only, gives no number
@@ -157,7 +161,8 @@ def predict_volumes(
             none = torch.empty(0, dtype=torch.int64)
             on_batch(Batch(none, none, none, bad, []))
 
-    bar = tqdm(total=len(volumes), desc="predict", unit=" volumes", bar_format=BAR, delay=2, leave=False)
+    shown = {"delay": 2, "leave": False, "disable": torchrun_number("RANK", 0) > 0}
+    bar = tqdm(total=len(volumes), desc="predict", unit=" volumes", bar_format=BAR, **shown)
     with encoding(model, device), bar as progress:
         for chunk in chunks(list(stored), batch_size):
             assert cache is not None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from ctclip.data.feature_cache import FeatureCache
 from ctclip.data.label_table import columns_among, listed_findings
 from ctclip.data.loading import Batch, count_notes, notes_of
 from ctclip.data.preprocessing import read_volume
-from ctclip.data.tables import CohortError, some
+from ctclip.data.tables import SCALE_COLUMN, UNCALIBRATED, CohortError, some
 from ctclip.evaluation.case_slices import Evidence, EvidenceError
 from ctclip.evaluation.ensemble import combined_inputs
 from ctclip.evaluation.run_folder import (
@@ -36,11 +39,11 @@ from ctclip.evaluation.run_folder import (
 )
 from ctclip.evaluation.saved_ensemble import saved_ensemble
 from ctclip.evaluation.tables import EvaluationInputs, patients_of, read_labels, read_predictions, write_table
-from ctclip.fileio import make_folder
+from ctclip.fileio import make_folder, naming
 from ctclip.formatting import plural
 from ctclip.inference.contributions import token_contributions
 from ctclip.inference.fusion import load_models
-from ctclip.inference.predictions import PartialTable
+from ctclip.inference.predictions import rows_table
 from ctclip.inference.predictor import MachineError, load_model, print_failures
 from ctclip.memory import out_of_memory
 from ctclip.phantoms.cohort import is_phantom_cohort, plan_split
@@ -235,7 +238,7 @@ def predict_run(
         notes.update(notes_of(volumes, batch))
 
     make_folder(tables, ELSEWHERE)
-    part_table = PartialTable(tables / "predictions.part.csv", model.labels, "evaluate them with --predictions")
+    part_table = PartialTable(tables / "predictions.part.csv", model.labels)
     with alone_in(tables), part_table as part:
         read, probabilities = model.predict(
             volumes, workers=workers, on_batch=on_batch, caches=caches,
@@ -251,3 +254,38 @@ def predict_run(
         with writing(tables, *TABLES):
             write_table(tables / "labels.csv", names, labels, ids, common)
             write_table(tables / "predictions.csv", names, probabilities, ids, model.labels)
+
+
+class PartialTable:
+    """The rows that are done, on the disk at once, so that an interruption loses none; removed when the tables have
+    been written. In a `with` block: where it ends early, says what is kept. What an earlier command kept under that
+    name stays: this one's file then has a number."""
+
+    def __init__(self, path: Path, labels: Sequence[str]):
+        numbered = (path.with_name(f"{path.stem}{number}{path.suffix}") for number in count(2))
+        self.path = next(name for name in chain([path], numbered) if not name.exists())
+        self.labels, self.rows = labels, 0
+
+    def append(self, name: str, row: np.ndarray) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with naming(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
+            rows_table({name: row}, self.labels).assign(**{SCALE_COLUMN: UNCALIBRATED}).to_csv(
+                file, header=self.rows == 0
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += 1
+
+    def __enter__(self) -> PartialTable:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not self.rows:
+            return
+        kept = f"kept in {self.path}: {self.rows} scans; evaluate them with --predictions"
+        if error is None:
+            self.path.unlink()
+        elif isinstance(error, KeyboardInterrupt):
+            error.args = (kept,)  # what run_cli prints
+        else:
+            print(f"\nK{kept[1:]}", file=sys.stderr)

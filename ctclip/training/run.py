@@ -149,10 +149,7 @@ class Run:
         self.folder = folder or default_folder(config)
         self.config = config
         self.machine = machine
-        name = machine.device
-        if name in (None, "cuda") and torch.cuda.is_available():
-            name = f"cuda:{torchrun_number('LOCAL_RANK', 0)}"  # with its number, as torch.cuda.set_device wants it
-        self.device = choose_device(name)
+        self.device = choose_device(machine.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.ranks = Ranks(self.device)

@@ -37,7 +37,7 @@ from ctclip.environment import setup as setup_steps
 from ctclip.hub import client as hub_client
 from ctclip.hub import streaming
 from ctclip.hub.download import choose, draw_patients
-from ctclip.hub.shard import Shard
+from ctclip.shard import Shard
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -530,7 +530,7 @@ def test_both_versions_of_a_volume_are_known_by_the_manifest(stream, hub, files,
 
 def test_a_full_disk_loses_no_line_of_the_manifest(stream, tiny_classfine, monkeypatch):
     """The file takes a part of the first line, then nothing: what is here stays, and the next stream goes on."""
-    write, full = feature_cache.write_all, [True]
+    write, full = streaming.write_all, [True]
 
     def half(file, data):
         if full[0] and file.name.endswith("streamed_train.jsonl"):
@@ -539,7 +539,7 @@ def test_a_full_disk_loses_no_line_of_the_manifest(stream, tiny_classfine, monke
             raise OSError(28, "No space left on device", file.name)
         write(file, data)
 
-    monkeypatch.setattr(feature_cache, "write_all", half)
+    monkeypatch.setattr(streaming, "write_all", half)
     code, _, error = stream("--volumes", 4)
     assert code == 2 and error.splitlines()[-1].startswith("error: ") and "No space left on device" in error
     code, out, error = stream("--volumes", 4)

@@ -1,4 +1,4 @@
-"""Which part of a stream's work this process does, of several that torchrun started, or that --shard names."""
+"""Which part of the work this process does, of several that torchrun started, or that --shard names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ctclip.distributed import Ranks
-from ctclip.hub.client import HubError
+from ctclip.errors import UserError
 from ctclip.memory import local_world, torchrun_number
 
 Item = TypeVar("Item")
@@ -31,17 +31,23 @@ class Shard:
         if text is None:
             return cls(torchrun_number("RANK", 0), world, local_world(), Ranks()) if world > 1 else cls()
         if world > 1:
-            raise HubError(f"found --shard {text} with torchrun", "leave one of them out, both divide the volumes")
+            raise UserError(f"found --shard {text} with torchrun, expected one of them, as both divide the work; leave "
+                            "one out")
         numbers = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
         index, count = (int(number) for number in numbers.groups()) if numbers else (0, 0)
         if not 1 <= index <= count:
-            raise HubError(f"found --shard {text}, expected I/N with I from 1 to N, such as 2/3", "correct it")
+            raise UserError(f"found --shard {text}, expected I/N with I from 1 to N, such as 2/3; correct it")
         return cls(index - 1, count)
 
     @property
     def name(self) -> str:
         """Such as 2of3; empty for the whole."""
         return f"{self.index + 1}of{self.count}" if self.count > 1 else ""
+
+    @property
+    def named_by_hand(self) -> bool:
+        """Whether it is one part of several by --shard."""
+        return self.alone and self.count > 1
 
     @property
     def alone(self) -> bool:
