@@ -25,7 +25,7 @@ SCRIPTS = ("ctclip_setup.py", "ctclip_model.py", "ctclip_training.py", "ctclip_e
 READ_FILES = (
     "ctclip/evaluation/report.html", "ctclip/evaluation/runs.html", "ctclip/inference/scan_page.html",
     "ctclip/hub/model_card.md", "ctclip/hub/__main__.py", "ctclip/phantoms/__main__.py",
-    "ctclip/data/label_maps/rad-chestct.json",
+    "ctclip/data/label_maps/rad-chestct.json", "ctclip/inference/merge.py",
 )  # fmt: skip
 # Of a line: from PACKAGE import NAMES, or import MODULES. Parsing every file takes setup a second.
 IMPORT = re.compile(r"^ *(?:from ([\w.]+) import (\([^)]*\)|[^\n]*)|import (\w[\w., ]*))", re.MULTILINE)
