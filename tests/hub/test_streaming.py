@@ -4,7 +4,6 @@ Reference: the phantoms that the tests' own hub serves (helpers_hub), the cache 
 what the hub saw, and sizes sampled while a stream runs. The client is the real huggingface_hub.
 """
 
-import json
 import os
 import random
 import re
@@ -26,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_hub import NEWCOMER, TOKEN, Hub
+from helpers_stream import cache_of, disk_in_use, entries, manifest_lines, volumes_in
 
 import ctclip_setup
 from ctclip.data import feature_cache, volume_file
@@ -81,10 +81,6 @@ def setup(hub, tmp_path, monkeypatch, capsys, tiny_classfine):
         return code, " ".join(captured.out.split()), captured.err
 
     return call
-
-
-def volumes_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*.nii.gz"))
 
 
 # ---- which volumes
@@ -260,26 +256,6 @@ def stream(setup, tiny_classfine):
     return call
 
 
-def cache_of(folder: Path, weights: str) -> FeatureCache:
-    return FeatureCache(folder, CTCLIPMultiAbnormalityModel(weights).eval())
-
-
-def entries(cache: FeatureCache) -> dict[str, tuple]:
-    """{name: (source, reading, CRC-32, codes)} of every line of the index, each name once."""
-    lines = [
-        (shard, json.loads(line))
-        for shard in sorted(cache.folder.glob("*.jsonl"))
-        for line in shard.read_text().splitlines()
-    ]
-    rows = cache.rows_of([line["source"] for _, line in lines])
-    assert len({line["name"] for _, line in lines}) == len(lines)
-    codes = cache.load(rows)
-    return {
-        line["name"]: (line["source"], line["reading"], line["crc32"], codes[i].tolist())
-        for i, (_, line) in enumerate(lines)
-    }
-
-
 @pytest.fixture(scope="module")
 def undisturbed(phantoms, tiny_classfine, tmp_path_factory) -> dict[str, tuple]:
     """What encoding the version-2 files of the train split from the disk gives."""
@@ -327,12 +303,6 @@ def test_the_next_volume_is_fetched_while_one_is_encoded(stream, hub, monkeypatc
     monkeypatch.setattr(CTCLIPMultiAbnormalityModel, "encode_for_cache", waiting)
     code, _, error = stream("--volumes", 6)
     assert code == 0 and len(encoded) >= 5, error
-
-
-def disk_in_use(folder: Path = Path()) -> int:
-    """Bytes of codes, files in transit and manifests: all but the tables."""
-    manifests = sum(path.stat().st_size for path in (folder / "D").glob("*.jsonl"))
-    return manifests + streaming.bytes_in(folder / "C") + streaming.bytes_in(folder / "D" / ".stream")
 
 
 @pytest.mark.parametrize("budget", [1_800_000, 4_000_000])
@@ -618,10 +588,6 @@ def test_weights_that_are_not_there_are_one_line(setup):
 
 
 # ---- killed
-
-
-def manifest_lines(folder: Path) -> int:
-    return len(read_streamed(folder / "D", "train"))
 
 
 @contextmanager
