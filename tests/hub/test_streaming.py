@@ -4,7 +4,6 @@ Reference: the phantoms that the tests' own hub serves (helpers_hub), the cache 
 what the hub saw, and sizes sampled while a stream runs. The client is the real huggingface_hub.
 """
 
-import json
 import os
 import random
 import re
@@ -26,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_hub import NEWCOMER, TOKEN, Hub
+from helpers_stream import cache_of, disk_in_use, entries, manifest_lines, volumes_in
 
 import ctclip_setup
 from ctclip.data import feature_cache, volume_file
@@ -81,10 +81,6 @@ def setup(hub, tmp_path, monkeypatch, capsys, tiny_classfine):
         return code, " ".join(captured.out.split()), captured.err
 
     return call
-
-
-def volumes_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*.nii.gz"))
 
 
 # ---- which volumes
@@ -260,26 +256,6 @@ def stream(setup, tiny_classfine):
     return call
 
 
-def cache_of(folder: Path, weights: str) -> FeatureCache:
-    return FeatureCache(folder, CTCLIPMultiAbnormalityModel(weights).eval())
-
-
-def entries(cache: FeatureCache) -> dict[str, tuple]:
-    """{name: (source, reading, CRC-32, codes)} of every line of the index, each name once."""
-    lines = [
-        (shard, json.loads(line))
-        for shard in sorted(cache.folder.glob("*.jsonl"))
-        for line in shard.read_text().splitlines()
-    ]
-    rows = cache.rows_of([line["source"] for _, line in lines])
-    assert len({line["name"] for _, line in lines}) == len(lines)
-    codes = cache.load(rows)
-    return {
-        line["name"]: (line["source"], line["reading"], line["crc32"], codes[i].tolist())
-        for i, (_, line) in enumerate(lines)
-    }
-
-
 @pytest.fixture(scope="module")
 def undisturbed(phantoms, tiny_classfine, tmp_path_factory) -> dict[str, tuple]:
     """What encoding the version-2 files of the train split from the disk gives."""
@@ -289,6 +265,14 @@ def undisturbed(phantoms, tiny_classfine, tmp_path_factory) -> dict[str, tuple]:
     volumes = [volume for volume in load_cohort(phantoms, "train").volumes if "train_fixed" in str(volume.path)]
     encode_missing(model, cache, volumes, torch.device("cpu"), 0, Ranks())
     return entries(cache)
+
+
+@pytest.fixture
+def few(hub, undisturbed) -> dict[str, tuple]:
+    """Has the hub hold no more than six volumes, of version 2; -> what `undisturbed` has of them."""
+    kept = dict(sorted(undisturbed.items())[:6])
+    hub.files = {path: file for path, file in hub.files.items() if path[-3:] != ".gz" or Path(path).name in kept}
+    return kept
 
 
 def test_a_stream_gives_the_cache_that_files_give(stream, hub, undisturbed, tiny_classfine):
@@ -327,12 +311,6 @@ def test_the_next_volume_is_fetched_while_one_is_encoded(stream, hub, monkeypatc
     monkeypatch.setattr(CTCLIPMultiAbnormalityModel, "encode_for_cache", waiting)
     code, _, error = stream("--volumes", 6)
     assert code == 0 and len(encoded) >= 5, error
-
-
-def disk_in_use(folder: Path = Path()) -> int:
-    """Bytes of codes, files in transit and manifests: all but the tables."""
-    manifests = sum(path.stat().st_size for path in (folder / "D").glob("*.jsonl"))
-    return manifests + streaming.bytes_in(folder / "C") + streaming.bytes_in(folder / "D" / ".stream")
 
 
 @pytest.mark.parametrize("budget", [1_800_000, 4_000_000])
@@ -407,32 +385,32 @@ def test_files_in_transit_can_be_elsewhere(stream, undisturbed, tiny_classfine, 
     assert len(found) >= 5 and all(found[name] == undisturbed[name] for name in found)
 
 
-def test_unreadable_volumes_are_quarantined_with_the_reason(stream, hub, files, undisturbed, tiny_classfine):
-    names = sorted(undisturbed)[:2]
+def test_unreadable_volumes_are_quarantined_with_the_reason(stream, hub, files, few, tiny_classfine):
+    names = sorted(few)[:2]
     paths = [str(volume_path(name, True)) for name in names]
     hub.files[paths[0]] = files[paths[0]][:5000]
     hub.files[paths[1]] = b"no gzip"
     code, out, _ = stream()
-    assert code == 0 and "stream 30 volumes encoded" in out
+    assert code == 0 and "stream 4 volumes encoded" in out
     assert "in quarantine, with the reason in D/streamed_train.jsonl: 2" in out
     reasons = {name: entry.reason for (name, _), entry in read_streamed("D", "train").items() if entry.reason}
     assert set(reasons) == set(names)
     assert reasons[names[0]].startswith("found a truncated file") and "first bytes b'no g'" in reasons[names[1]]
-    assert set(entries(cache_of("C", tiny_classfine))) == set(undisturbed) - set(names)
+    assert set(entries(cache_of("C", tiny_classfine))) == set(few) - set(names)
     left_out = dict(load_cohort("D", "train").skipped)
     assert left_out[names[0]] == f"quarantined: {reasons[names[0]]}"
 
     hub.requests.clear()
     code, out, _ = stream()
-    assert "30 are in the cache, 2 in quarantine" in out and hub.count("GET") == 0
+    assert "4 are in the cache, 2 in quarantine" in out and hub.count("GET") == 0
     hub.files[paths[0]] = files[paths[0]]  # mended on the hub
     code, out, _ = stream()
-    assert "30 are in the cache, 1 in quarantine, 0 have a file here, 1 to fetch" in out
-    assert entries(cache_of("C", tiny_classfine))[names[0]] == undisturbed[names[0]]
+    assert "4 are in the cache, 1 in quarantine, 0 have a file here, 1 to fetch" in out
+    assert entries(cache_of("C", tiny_classfine))[names[0]] == few[names[0]]
 
 
-def test_volumes_with_a_warning_are_counted_in_one_line(stream, hub, undisturbed, monkeypatch):
-    names, read = sorted(undisturbed)[:2], streaming.read_volume
+def test_volumes_with_a_warning_are_counted_in_one_line(stream, hub, few, monkeypatch):
+    names, read = sorted(few)[:2], streaming.read_volume
 
     def noted(volume, shape):
         tensor, decision = read(volume, shape)
@@ -463,15 +441,15 @@ def test_the_same_reason_three_times_in_a_row_stops_the_stream(stream, hub, undi
     assert entries(cache_of("C", tiny_classfine)) == undisturbed
 
 
-def test_one_volume_that_fails_does_not_stop_the_others(stream, hub, undisturbed, tiny_classfine):
-    name = sorted(undisturbed)[5]
+def test_one_volume_that_fails_does_not_stop_the_others(stream, hub, few, tiny_classfine):
+    name = sorted(few)[5]
     hub.fault = lambda verb, path, n: "wrong" if verb == "GET" and path.endswith(name) else None
     code, out, error = stream()
     assert code == 2 and error.splitlines()[-1].startswith(
         f"error: 1 volumes could not be fetched ({name}): {name} did not arrive as it is on the hub: SHA-256"
     )
-    assert "stream 31 volumes encoded" in out
-    assert set(entries(cache_of("C", tiny_classfine))) == set(undisturbed) - {name}
+    assert "stream 5 volumes encoded" in out
+    assert set(entries(cache_of("C", tiny_classfine))) == set(few) - {name}
     assert volumes_in(Path("D")) == [] and not list(Path("D/.stream").rglob("*.part"))
 
 
@@ -517,15 +495,15 @@ def test_a_volume_replaced_by_another_of_its_size_is_new(stream, hub, files):
     assert code == 0 and "1 to fetch" in out
 
 
-def test_both_versions_of_a_volume_are_known_by_the_manifest(stream, hub, files, undisturbed):
-    name = sorted(undisturbed)[0]
+def test_both_versions_of_a_volume_are_known_by_the_manifest(stream, hub, files, few):
+    name = sorted(few)[0]
     hub.files[str(volume_path(name, False))] = files[str(volume_path(name, True))]
     for version in (2, 1, 2):
         code, out, error = stream("--data-version", version)
         assert code == 0, error
-    assert "32 are in the cache, 0 in quarantine, 0 have a file here, 0 to fetch" in out
+    assert "6 are in the cache, 0 in quarantine, 0 have a file here, 0 to fetch" in out
     cohort = load_cohort("D", "train")
-    assert len(cohort) == 40 and "train_fixed" in str(next(v.path for v in cohort.volumes if v.name == name))
+    assert len(cohort) == 6 and "train_fixed" in str(next(v.path for v in cohort.volumes if v.name == name))
 
 
 def test_a_full_disk_loses_no_line_of_the_manifest(stream, tiny_classfine, monkeypatch):
@@ -618,10 +596,6 @@ def test_weights_that_are_not_there_are_one_line(setup):
 
 
 # ---- killed
-
-
-def manifest_lines(folder: Path) -> int:
-    return len(read_streamed(folder / "D", "train"))
 
 
 @contextmanager
