@@ -7,6 +7,8 @@
                                               tables and volumes of CT-RATE
     python ctclip_setup.py --data train --patients 500 --stream-cache
                                               the same as codes of 28 KB each, through a few GB of disk
+    python ctclip_setup.py --data train --stream-cache --plan
+                                              what that would take, measured on a few volumes
     torchrun --nproc-per-node=4 ctclip_setup.py --data train --stream-cache
                                               divided among four GPUs or, with --nnodes, machines
     python ctclip_setup.py --doctor           what works here, and what to do about the rest
@@ -182,6 +184,7 @@ def setup_parser() -> OneLineParser:
     add("--data-dir", metavar="D", help=f"folder of the cohort (default {DATA_DIR}); with --doctor, the one to look at")
     add = parser.add_argument_group("streaming").add_argument
     add("--stream-cache", action="store_true", help="keep each volume's codes (28 KB) in place of the volume")
+    add("--plan", action="store_true", help="measure a few volumes, print the hours and GB of all, and stop")
     add("--disk-gb", type=float, metavar="GB", default=DISK_GB,
         help=f"never use more disk than this (default {DISK_GB:g}, or what is free)")
     add("--cache-dir", metavar="C", default=TrainingConfig.cache_dir, help="where the codes go (default %(default)s)")
@@ -202,16 +205,19 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         **dict.fromkeys(("--volumes", "--patients", "--data-version", "--stream-cache"),
                         ("--data train or valid", volumes)),
         "--seed": ("--volumes or --patients", bool(options.volumes or options.patients)),
-        **dict.fromkeys(("--disk-gb", "--cache-dir", "--scratch-dir", "--ctclip-path", "--shard", "--device"),
+        **dict.fromkeys(("--plan", "--disk-gb", "--cache-dir", "--scratch-dir", "--ctclip-path", "--device"),
                         streaming),
+        "--shard": ("--stream-cache without --plan",
+                    options.stream_cache and not options.plan),
         "--data-dir": ("--data or --doctor", bool(options.data or options.doctor)),
         "--model": ("weights (not --no-weights or --doctor)", not (options.no_weights or options.doctor)),
         "--slim": ("weights to fetch", bool(weight_names(options)) and not options.doctor),
     })
     if options.bundle and len(options.given) > 1:
         raise SetupError(f"found {' '.join(options.given)}, expected --bundle alone; leave the others out")
-    if torchrun_number("WORLD_SIZE", 1) > 1 and not options.stream_cache:
-        raise SetupError("found torchrun with ctclip_setup.py, expected --stream-cache; start it with python")
+    if torchrun_number("WORLD_SIZE", 1) > 1 and (options.plan or not options.stream_cache):
+        expected = "one process for --plan" if options.plan else "--stream-cache"
+        raise SetupError(f"found torchrun with ctclip_setup.py, expected {expected}; start it with python")
     if options.volumes is not None and options.patients is not None:
         raise SetupError("found --volumes and --patients, expected one of them; leave one out")
     for flag, value, least in (("--volumes", options.volumes, 1), ("--patients", options.patients, 1),

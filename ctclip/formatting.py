@@ -50,6 +50,13 @@ def size_text(count: float, digits: int = 2) -> str:
     return f"{count / 1e9:.{digits}f} GB" if count >= 1e8 else f"{count / 1e6:.{digits}f} MB"
 
 
+def duration(seconds: float) -> str:
+    """duration(0.21) -> "0.21 s", duration(7300) -> "2.0 h"."""
+    if seconds < 120:
+        return f"{max(seconds, 1e-3):.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 

@@ -193,6 +193,7 @@ def data_step(options: argparse.Namespace, data_dir: Path, failed: dict[str, Hub
     from huggingface_hub.utils import disable_progress_bars
 
     from ctclip.hub.download import Selection, download_tables, download_volumes
+    from ctclip.hub.stream_plan import print_stream_plan
     from ctclip.hub.streaming import StreamOptions, stream
     from ctclip.shard import Shard
 
@@ -205,7 +206,8 @@ def data_step(options: argparse.Namespace, data_dir: Path, failed: dict[str, Hub
             weights = options.ctclip_path or WeightsFile((options.model or ["classfine"])[0]).whole
             scratch = Path(options.scratch_dir) if options.scratch_dir else None
             cache, shard = Path(options.cache_dir), Shard.named(options.shard)
-            stream(selection, StreamOptions(data_dir, cache, Path(weights), scratch, options.disk_gb, options.device,
+            action = print_stream_plan if options.plan else stream
+            action(selection, StreamOptions(data_dir, cache, Path(weights), scratch, options.disk_gb, options.device,
                                             shard))
         else:
             download_volumes(selection, data_dir)

@@ -74,6 +74,15 @@ class StreamOptions:
         return (self.scratch_dir or self.data_dir) / "-".join(filter(None, (".stream", self.shard.name)))
 
 
+def open_encoder(options: StreamOptions) -> tuple[CTCLIPMultiAbnormalityModel, FeatureCache]:
+    """The model on its device, ready to encode, and its cache. Raises CheckpointError or CacheError."""
+    device = choose_device(options.device)
+    # It only encodes: whatever head the file has, none is needed.
+    model = CTCLIPMultiAbnormalityModel(str(options.weights), head="linear", new_head=True).to(device).eval()
+    print_row("encoder", f"{model.load_report} on {device}")
+    return model, FeatureCache(options.cache_dir, model)
+
+
 # ---- what is left to do
 
 
@@ -269,11 +278,8 @@ def stream(selection: Selection, options: StreamOptions) -> None:
             print_row("", f"part {shard.index + 1} of {shard.count}: {plural(len(chosen), 'volume')}")
         clear_other_shards(options)
         options.staging.mkdir(parents=True, exist_ok=True)
-        device = choose_device(options.device)
-        # It only encodes: whatever head the file has, none is needed.
-        model = CTCLIPMultiAbnormalityModel(str(options.weights), head="linear", new_head=True).to(device).eval()
-        print_row("encoder", f"{model.load_report} on {device}")
-        cache = FeatureCache(options.cache_dir, model)
+        model, cache = open_encoder(options)
+        device = next(model.parameters()).device
         on_disk, left = plan_stream(chosen, options, selection, cache, token)
         on_disk = shard.seen_here(on_disk, lambda volume: volume.name)
         transfers = shard.left_everywhere(left, lambda transfer: transfer.volume.name)

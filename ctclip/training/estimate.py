@@ -28,7 +28,8 @@ from ctclip.data.feature_cache import FeatureCache, encoding
 from ctclip.data.loading import VolumeDataset
 from ctclip.data.volume_cache import VolumeCache
 from ctclip.fileio import nearest_existing
-from ctclip.formatting import plural, size_text
+from ctclip.formatting import duration, plural, size_text
+from ctclip.job_cost import Phase, Stage, cost_table, pace, read_rate, reading_and_computing
 from ctclip.memory import (
     available_cpus,
     local_world,
@@ -94,6 +95,9 @@ class Plan:
     reading: ReadingCost | None = None  # None: the volumes were streamed and have no file
     encoder = Cost(0.0, 0.0)  # of one volume, in float32
     latents = frozen_epoch = unfrozen_epoch = 0.0  # seconds; the first once, from cached codes
+    head = 0.0  # seconds of a frozen step, per volume
+    augmented = step = encoder  # of a volume that frozen epochs encode anew, and of one in an unfrozen step
+    file_size, disk_rate = 0.0, inf  # bytes of a volume's file; bytes per second that the data's disk gives
     micro_batch = 0
 
     def __init__(self, job: TrainingJob):
@@ -102,6 +106,7 @@ class Plan:
         self.world = run.ranks.world
         self.rank_batch = ceil(config.batch_size / self.world)  # volumes of a step, for each rank
         self.train, self.validation = len(job.train.volumes), len(job.validation.volumes)
+        self.absent = 0 if config.limit else job.cohort.not_on_disk  # volumes of the label table without a file here
         self.unfrozen_epochs = config.epochs - config.frozen_epochs
         self.layers = len(model.layers())
         self.unfrozen = config.unfrozen_layers(config.epochs - 1, self.layers)  # in the last epoch
@@ -143,12 +148,16 @@ class Plan:
         """On one rank, of a volume that is read from its file or, in an epoch, `again`. Reading processes work while
         the device computes; on the CPU they take the time for it from computing. Without any, one comes after the
         other."""
+        return pace(self.stages(computing, again))
+
+    def stages(self, computing: Cost, again: bool = False, name: str = "encode") -> tuple[Stage, Stage]:
+        """Reading and computing of a volume on one rank."""
         assert self.reading is not None
         reading = self.reading.again if again else self.reading.seconds
-        if not self.workers:
-            return reading + computing.seconds
         taken = reading / self.cpus if self.device.type == "cpu" else 0.0
-        return max(reading / self.readers, computing.seconds + taken)
+        return reading_and_computing(
+            reading, computing.seconds, self.readers if self.workers else 0, taken, ("read", name)
+        )
 
     @property
     def keep_all(self) -> float:
@@ -218,7 +227,7 @@ class Plan:
             return None
         chosen = random.Random().sample(readable, min(MOST_VOLUMES, len(readable)))
         dataset = VolumeDataset(chosen, self.model.input_shape, Augmentation(0) if self.config.augment else None)
-        times, reasons, example = [], [], None
+        times, reasons, read, example = [], [], [], None
         for i in range(len(chosen)):
             start = time.perf_counter()
             _, volume, *rest = dataset[i]
@@ -227,6 +236,7 @@ class Plan:
                 self.run.log(f"skipped (training): {reasons[-1]}")
                 continue
             times.append(time.perf_counter() - start)
+            read.append(chosen[i].path)
             example = chosen[i].name, volume, rest[0]
             last = chosen[i]
             if len(times) >= 2 and sum(times) > READING_SECONDS:
@@ -236,6 +246,8 @@ class Plan:
                 f"{self.job.data_dir}: found {len(chosen)} of {len(chosen)} training volumes unreadable "
                 f"({reasons[0]}), expected CT volumes; copy or download them again"
             )
+        self.file_size = sum(path.stat().st_size for path in read) / len(read)
+        self.disk_rate = read_rate(read[:2])
         seconds = sum(times) / len(times)
         again = self.measure_again(last) if self.keeps else seconds
         return ReadingCost(seconds, again, len(times), len(reasons), *example)
@@ -273,13 +285,15 @@ class Plan:
 
         head = measure_warm(self.device, step)
         self.memory += [self.with_headroom(cost.peak) for cost in (features, head)]
-        epoch = (self.train + self.validation) * head.seconds / size
+        self.head = head.seconds / size
+        epoch = (self.train + self.validation) * self.head
         if self.config.changes_voxels and self.reading is not None:  # every training volume is encoded anew
             forward = self.encoder
             if run.dtype != torch.float32:
                 volume = self.reading.volume[None].to(self.device)
                 with torch.no_grad(), run.autocast():
                     forward = measure_warm(self.device, lambda: model.eval()(volume))
+            self.augmented = forward
             epoch += self.train * self.seconds_per_volume(forward, again=True)
         self.frozen_epoch = epoch / self.world
         self.latents = self.cached * features.seconds / size  # each process makes all of them
@@ -287,8 +301,8 @@ class Plan:
     def measure_unfrozen_stage(self) -> None:
         if not self.unfrozen_epochs or self.reading is None:  # without files, `prepare` has refused unfrozen epochs
             return
-        step = self.fit_micro_batch(min(self.run.micro_batch, self.rank_batch))
-        training = self.train * self.seconds_per_volume(step, again=True)
+        self.step = self.fit_micro_batch(min(self.run.micro_batch, self.rank_batch))
+        training = self.train * self.seconds_per_volume(self.step, again=True)
         validation = self.validation * self.seconds_per_volume(self.encoder, again=True)
         self.unfrozen_epoch = (training + validation) / self.world
 
@@ -351,6 +365,42 @@ class Plan:
         expected = in_bytes(need) if isfinite(need) else "more"
         return TrainingError(f"{self.device}: found {found}, expected {expected} for {what}; {', or '.join(remedies)}")
 
+    # ------------------------------------------------------------------ the whole job, by workers
+
+    def phases(self) -> list[Phase]:
+        """The job on every volume that the label table lists, for workers like this process."""
+        share = 1 + self.absent / (self.train + self.validation)
+        train, validation = round(share * self.train), round(share * self.validation)
+        frozen, unfrozen = self.config.frozen_epochs, self.unfrozen_epochs
+        head = Stage("head", "device", self.head, self.cache.record_bytes)
+        heads = Phase("frozen", (train + validation) * frozen, (head,), share * self.latents)
+        if self.reading is None:
+            return [heads]
+        disk = (Stage("data disk", "disk", self.file_size / self.disk_rate, self.file_size, shared=True),)
+        again = () if self.keeps else disk
+        more, augmented = self.absent, 0
+        if self.config.changes_voxels:  # only validation volumes are cached
+            more, augmented = validation - self.validation, train * frozen
+        return [
+            Phase("cache", self.missing + more if frozen else 0, (*disk, *self.stages(self.encoder))),
+            Phase("frozen", augmented, (*again, *self.stages(self.augmented, again=True))),
+            heads,
+            Phase("unfrozen", train * unfrozen, (*again, *self.stages(self.step, again=True, name="step"))),
+            Phase("validation", validation * unfrozen, (*again, *self.stages(self.encoder, again=True))),
+        ]
+
+    def whole_job(self) -> str:
+        """Its table, what it rests on, and what is assumed."""
+        here = self.train + self.validation
+        title = f"Whole job: {plural(here + self.absent, 'volume')} listed, {here} of them usable here"
+        disk = f", data disk {in_bytes(self.disk_rate)} per second" if isfinite(self.disk_rate) else ""
+        return "\n".join([
+            f"{title}; by workers, each a process with a device and CPUs like these",
+            *(f"  {line}" for line in cost_table(self.phases())),
+            f"Measured with one process here: seconds per volume{disk}. Assumed: the other volumes and workers are "
+            "alike, one data disk serves all workers, and what they exchange takes no time.",
+        ])
+
     # ------------------------------------------------------------------ printing
 
     def text(self) -> str:
@@ -395,6 +445,7 @@ class Plan:
         written = "nothing" if config.data_dir else "nothing but the built-in cohort"
         text = f"Plan (measured on {reading.measured if reading else 0} volumes{failed}; {written} has been written)\n"
         text += "\n".join(f"  {name:<12} {line}" for name, line in lines.items())
+        text += f"\n{self.whole_job()}"
         # Without --data-dir, `prepare` has said so already.
         return f"{text}\n{SYNTHETIC_NOTE}" if self.job.phantom and config.data_dir else text
 
@@ -454,9 +505,3 @@ def available_memory(device: torch.device) -> float:
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     memory = system_memory()
     return nan if memory is None else memory.available / local_world() + held_memory(device)
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{max(seconds, 1e-3):.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

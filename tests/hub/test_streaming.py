@@ -35,8 +35,9 @@ from ctclip.data.feature_cache import FeatureCache, encode_missing
 from ctclip.distributed import Ranks
 from ctclip.environment import setup as setup_steps
 from ctclip.hub import client as hub_client
-from ctclip.hub import streaming
+from ctclip.hub import stream_plan, streaming
 from ctclip.hub.download import choose, draw_patients
+from ctclip.hub.stream_plan import StreamRates
 from ctclip.shard import Shard
 from ctclip_model import ABNORMALITIES, CTCLIPMultiAbnormalityModel
 
@@ -726,3 +727,37 @@ def test_files_that_one_process_sees_are_its_own_and_others_are_divided(monkeypa
     assert sorted(sum(seen, [])) == ["a", "b", "c", "d"] and "a" in seen[0] and "d" in seen[2]
     parts = [taken(rank, "left_everywhere", left) for rank in range(3)]
     assert sorted(sum(parts, [])) == ["u", "w", "x", "y"] and max(map(len, parts)) == 2
+
+
+# ---- what it will take
+
+
+def test_a_plan_measures_a_few_volumes_and_leaves_nothing(stream, hub, monkeypatch):
+    code, out, error = stream("--plan")
+    assert code == 0, error
+    left_out = hub.files["dataset/metadata/no_chest_train.txt"].decode()
+    fixed = {Path(path).name: content for path, content in hub.files.items() if path.startswith("dataset/train_fixed/")}
+    sizes = [len(content) for name, content in fixed.items() if name not in left_out]
+    assert f"measured on 6 of 32 volumes, {sum(sizes) / 32e6:.2f} MB each on average" in out and len(sizes) == 32
+    assert hub.count("GET", ".nii.gz") == 6  # and no more
+    assert re.search(rf"fetch \(one for all\) .+ {sum(sizes) / 1e9:.2g} write file .+ bottleneck ", out)
+    assert not Path("C").exists() and not list(Path("D").rglob("*.gz")) and not list(Path("D").glob("*stream*"))
+    # A second of the link, and 2 + 2 s of a worker, where reading takes its share of two CPUs: 32 volumes.
+    known = StreamRates(fetch=sum(sizes) / 32, write=1e12, read=2 / (sum(sizes) / 32), encode=1.0, volumes=6)
+    monkeypatch.setattr(stream_plan, "measure_stream", lambda *args: known)
+    monkeypatch.setattr(stream_plan, "available_cpus", lambda: 2.0)
+    _, out, _ = stream("--plan")
+    assert "fetch (one for all) 32 s 32 s 32 s" in out and "read 64 s 16 s 2 s" in out and "encode 64 s 16 s 2 s" in out
+    assert re.search("bottleneck (read|encode) fetch fetch", out)
+    assert stream("--volumes", 30)[0] == 0
+    left = 32 - len(read_streamed("D", "train"))
+    assert 0 < left < 32 and f"measured on 6 of {left} volumes" in stream("--plan")[1]
+    assert stream()[0] == 0 and "plan nothing is left to fetch" in stream("--plan")[1]
+
+
+def test_a_plan_is_of_one_process_and_of_the_whole(setup, monkeypatch):
+    code, _, error = setup("--data", "train", "--stream-cache", "--plan", "--shard", "1/2")
+    assert code == 2 and error.startswith("error: found --shard, which goes with --stream-cache without --plan only")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, error = setup("--data", "train", "--stream-cache", "--plan")
+    assert code == 2 and "expected one process for --plan; start it with python" in error

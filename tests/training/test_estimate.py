@@ -35,8 +35,8 @@ def run(phantoms, tiny_classfine, tmp_path, monkeypatch, capsys):
 
 
 def lines_of(out: str) -> dict[str, str]:
-    """The block's lines by name, after whatever came before."""
-    block = out[out.index("Plan (measured") :].splitlines()[1:]
+    """The block's lines by name, after whatever came before and ahead of the whole job's."""
+    block = out[out.index("Plan (measured") : out.index("Whole job: ")].splitlines()[1:]
     return dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in block if line.startswith("  "))
 
 
