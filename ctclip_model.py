@@ -68,6 +68,7 @@ try:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
     from torch import Tensor, nn
+    from torch.autograd.function import once_differentiable
     from torch.utils.checkpoint import checkpoint
 except ModuleNotFoundError as error:
     if __name__ == "__main__":
@@ -297,27 +298,59 @@ class TowerSizes:
         )
 
 
-def is_plain_cpu_inference(x: Tensor) -> bool:
-    """Whether the tower may run in chunks, in place and through oneDNN: float32 on a CPU, no gradients, no tracing."""
+def is_plain_cpu(x: Tensor) -> bool:
+    """Whether the tower may run in chunks, through oneDNN and with gradients of its own: float32 on a CPU."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
-        and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()  # nor exporting
     )
 
 
+def is_plain_cpu_inference(x: Tensor) -> bool:
+    """Whether it may also work in place, without gradients."""
+    return is_plain_cpu(x) and not torch.is_grad_enabled()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear by oneDNN, without a gradient."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear whose forward product, and the one for the gradient of x, go through oneDNN; MKL is the faster one for
+    that of the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            _product(grad, weight.T) if of_x else None,
+            rows.T @ x.flatten(0, -2) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, by oneDNN in plain CPU inference.
+    """F.linear, by oneDNN in float32 on a CPU.
 
     oneDNN was faster than MKL, which F.linear uses, on an AMD EPYC: by a tenth, with the 2,730 outputs of the
     feed-forward by half (LOG.md). `_linear_pointwise` is what compiled models call; without it, F.linear is used.
     """
     available = torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if available and is_plain_cpu_inference(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    if not available or not is_plain_cpu(x):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -354,11 +387,52 @@ class PEG(nn.Module):
         For the temporal transformer, laid out (B*h*w, T, C), that view mixes the axes up. The published weights were
         trained with it, so it has to stay.
         """
-        tokens = x.reshape(*grid_shape, x.shape[-1]).movedim(-1, 1)  # (B, C, T, h, w), channels last in memory
-        conv = self.dsconv
-        # Two zeros at both ends of the depth, two outputs cut off: padding apart would cost a copy in another layout.
-        tokens = F.conv3d(tokens, conv.weight, conv.bias, padding=(2, 1, 1), groups=conv.groups)[:, :, :-2]
-        return tokens.movedim(1, -1).reshape(x.shape)
+        tokens = x.reshape(*grid_shape, x.shape[-1])
+        filtered = _PositionFilter.apply if is_plain_cpu(x) and torch.is_grad_enabled() else _position_filter
+        return filtered(tokens, self.dsconv.weight, self.dsconv.bias).reshape(x.shape)
+
+
+def _position_filter(tokens: Tensor, weight: Tensor, bias: Tensor | None, causal: bool = True) -> Tensor:
+    """(B, T, h, w, C) -> the same shape: depthwise 3x3x3 of the two slices before and this one, or, not causal, of this
+    one and the two after."""
+    # Two zeros at both ends of the depth, two outputs cut off: padding apart would cost a copy in another layout.
+    channels_first = tokens.movedim(-1, 1)  # channels last in memory
+    filtered = F.conv3d(channels_first, weight, bias, padding=(2, 1, 1), groups=weight.shape[0]).movedim(1, -1)
+    return filtered[:, :-2] if causal else filtered[:, 2:]
+
+
+class _PositionFilter(torch.autograd.Function):
+    """`_position_filter` whose gradients take a fifth of the time of torch's, which are written for few channels."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        return _position_filter(tokens, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, weight = ctx.saved_tensors
+        of_tokens, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            _position_filter(grad, weight.flip(2, 3, 4), None, causal=False) if of_tokens else None,
+            _position_filter_weight(tokens, grad).view_as(weight) if of_weight else None,
+            grad.sum((0, 1, 2, 3)) if of_bias else None,
+        )
+
+
+def _position_filter_weight(tokens: Tensor, grad: Tensor) -> Tensor:
+    """(B, T, h, w, C) twice -> (C, 27): the gradient of the filter's weights, slice by slice, so that it stays in the
+    cache."""
+    h, w, C = grad.shape[2:]
+    padded, products = F.pad(tokens, (0, 0, 1, 1, 1, 1, 2, 0)), tokens.new_empty(h, w, C)
+    total = tokens.new_zeros(3, 3, 3, C)
+    for volume, of_volume in zip(padded, grad, strict=True):
+        for t, of_slice in enumerate(of_volume):
+            for dt, dy, dx in product(range(3), repeat=3):
+                torch.mul(volume[t + dt, dy : dy + h, dx : dx + w], of_slice, out=products)
+                total[dt, dy, dx] += products.sum((0, 1))
+    return total.flatten(0, 2).T
 
 
 class Attention(nn.Module):
@@ -384,18 +458,87 @@ class Attention(nn.Module):
         k, v = self.to_kv(x).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (b, N, n, K)
         q = F.normalize(q, dim=-1) * self.q_scale
         k = F.normalize(k, dim=-1) * self.k_scale
-        bias = None if bias is None else bias.to(v.dtype)
-        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=bias, scale=self.SCALE)
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled() and is_plain_cpu(x):
+            out = _BiasedAttention.apply(q, k, v, bias, self.SCALE)
+        else:
+            bias = None if bias is None else bias.to(v.dtype)
+            out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=bias, scale=self.SCALE)
         return self.to_out(out.transpose(1, 2).flatten(2))  # (b, n, C)
+
+
+class _BiasedAttention(torch.autograd.Function):
+    """Scaled dot-product attention with a bias that trains: torch's fused kernels give a mask no gradient, and without
+    them all sequences' similarities would be kept at once."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.detach(), scale=scale)
+        ctx.save_for_backward(q, k, v, bias, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """One sequence after the other: similarities (N, n, n) stay in the cache."""
+        q, k, v, bias, out = ctx.saved_tensors
+        of_q, of_k, of_v = (torch.empty_like(x) for x in (q, k, v))
+        of_bias = torch.zeros_like(bias)
+        inner = (grad * out).sum(-1, keepdim=True)  # (b, N, n, 1)
+        for b in range(len(q)):
+            shares = torch.baddbmm(bias[0], q[b], k[b].mT, alpha=ctx.scale).softmax(-1)
+            torch.bmm(shares.mT, grad[b], out=of_v[b])
+            change = torch.bmm(grad[b], v[b].mT).sub_(inner[b]).mul_(shares)  # of the logits
+            of_bias[0] += change
+            torch.bmm(change, k[b], out=of_q[b])
+            torch.bmm(change.mT, q[b], out=of_k[b])
+        return of_q.mul_(ctx.scale), of_k.mul_(ctx.scale), of_v, of_bias, None
 
 
 class GEGLU(nn.Module):
     """(..., 2 F) -> (..., F): the first half times the exact GELU of the second."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_plain_cpu(x):
+            return _GatedUnits.apply(x) if torch.is_grad_enabled() else _gated(x)
         value, gate = x.chunk(2, dim=-1)
-        gate = F.gelu(gate)
-        return gate.mul_(value) if is_plain_cpu_inference(x) else value * gate
+        return value * F.gelu(gate)
+
+
+def _gated(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, dim=-1)
+    return F.gelu(gate).mul_(value)
+
+
+class _GatedUnits(torch.autograd.Function):
+    """GEGLU that keeps its input alone for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _gated(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        value, gate = x.chunk(2, dim=-1)
+        of_x = torch.empty_like(x)
+        of_value, of_gate = of_x.chunk(2, dim=-1)
+        torch.mul(grad, F.gelu(gate), out=of_value)
+        of_gate.copy_(torch.ops.aten.gelu_backward(grad * value, gate))
+        return of_x
+
+
+def _kept(module: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+    """The module's output; what its backward pass needs is kept."""
+    return module(x, *rest)
+
+
+def _recomputed(module: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+    """The module's output; of what its backward pass needs only the input is kept. It must draw no random numbers."""
+    output: Tensor = checkpoint(module, x, *rest, use_reentrant=False, preserve_rng_state=False)
+    return output
 
 
 class TransformerLayer(nn.ModuleList):
@@ -414,35 +557,47 @@ class TransformerLayer(nn.ModuleList):
         feedforward = nn.Sequential(nn.LayerNorm(dim), widen, GEGLU(), nn.Identity(), narrow)
         super().__init__([PEG(dim), Attention(dim, sizes.heads, sizes.dim_head), nn.Identity(), feedforward])
 
-    def forward(self, x: Tensor, grid_shape: tuple[int, int, int, int], bias: Tensor | None) -> Tensor:
-        """(sequences, tokens, C) -> the same shape"""
+    def forward(
+        self,
+        x: Tensor,
+        grid_shape: tuple[int, int, int, int],
+        bias: Tensor | None,
+        run: Callable[..., Tensor] = _kept,
+    ) -> Tensor:
+        """(sequences, tokens, C) -> the same shape. `run`: `_kept` or `_recomputed`, for each chunk."""
         peg, attention, _, feedforward = self
-        if not is_plain_cpu_inference(x):
-            x = peg(x, grid_shape) + x
-            x = attention(x, bias) + x
-            return feedforward(x) + x
-        x = peg(x, grid_shape).add_(x)
-        for chunk in x.split(max(1, self.TOKENS_AT_ONCE // x.shape[1])):  # from here on sequences are independent
-            chunk += attention(chunk, bias)
-            chunk += feedforward(chunk)
-        return x
+        filtered = peg(x, grid_shape)
+        at_once = max(1, self.TOKENS_AT_ONCE // x.shape[1]) if is_plain_cpu(x) else len(x)
+        if is_plain_cpu_inference(x):
+            x = filtered.add_(x)
+            for chunk in x.split(at_once):  # from here on sequences are independent
+                chunk += attention(chunk, bias)
+                chunk += feedforward(chunk)
+            return x
+        chunks = [run(self._mixed, chunk, bias) for chunk in (filtered + x).split(at_once)]
+        return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+
+    def _mixed(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        _, attention, _, feedforward = self
+        x = attention(x, bias) + x
+        return feedforward(x) + x
 
 
 class Transformer(nn.Module):
     def __init__(self, sizes: TowerSizes, depth: int):
         super().__init__()
-        self.checkpointing = False  # keep only the layers' inputs for the backward pass and recompute the rest
         self.layers = nn.ModuleList([TransformerLayer(sizes) for _ in range(depth)])
         self.norm_out = Norm(sizes.dim)
 
-    def forward(self, x: Tensor, grid_shape: tuple[int, int, int, int], bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid_shape: tuple[int, int, int, int],
+        bias: Tensor | None = None,
+        run: Callable[..., Tensor] = _kept,
+    ) -> Tensor:
         for layer in self.layers:
-            trains = x.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
-            if self.checkpointing and torch.is_grad_enabled() and trains:
-                # No random numbers are drawn in a layer, so none need restoring.
-                x = checkpoint(layer, x, grid_shape, bias, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, grid_shape, bias)
+            x = layer(x, grid_shape, bias, run)
         return self.norm_out(x)
 
 
@@ -542,23 +697,25 @@ class VisualTransformer(nn.Module):
         self.enc_spatial_transformer = Transformer(sizes, sizes.spatial_depth)
         self.enc_temporal_transformer = Transformer(sizes, sizes.temporal_depth)
         self.vq = Quantizer(sizes.codes, sizes.dim)
+        self.checkpointing = False  # recompute what the backward pass needs instead of keeping it
 
     def forward(self, volume: Tensor) -> Tensor:
         """(B, 1, D, H, W) in [-1, 1] -> tokens before quantisation (B, T, h, w, C)"""
-        x = self._embed(volume)  # (B, T, h, w, C)
+        run = _recomputed if self.checkpointing and torch.is_grad_enabled() else _kept
+        x = self._embed(volume, run)  # (B, T, h, w, C)
         grid_shape = B, T, h, w = x.shape[:4]
         bias = self.spatial_rel_pos_bias(h, w)
-        x = self.enc_spatial_transformer(x.reshape(B * T, h * w, -1), grid_shape, bias)  # (B*T, h*w, C)
+        x = self.enc_spatial_transformer(x.reshape(B * T, h * w, -1), grid_shape, bias, run)  # (B*T, h*w, C)
         x = x.view(B, T, h * w, -1).transpose(1, 2).contiguous().view(B * h * w, T, -1)
-        x = self.enc_temporal_transformer(x, grid_shape)  # (B*h*w, T, C)
+        x = self.enc_temporal_transformer(x, grid_shape, run=run)  # (B*h*w, T, C)
         return x.view(B, h, w, T, -1).movedim(3, 1).contiguous()  # (B, T, h, w, C)
 
-    def _embed(self, volume: Tensor) -> Tensor:
-        """(B, 1, D, H, W) -> (B, T, h, w, C); in CPU inference slab by slab, without a copy of the volume."""
-        if not is_plain_cpu_inference(volume):
-            return self.to_patch_emb(volume)
+    def _embed(self, volume: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        """(B, 1, D, H, W) -> (B, T, h, w, C); on a CPU slab by slab, in inference without a copy of the volume."""
+        if not is_plain_cpu(volume):
+            return run(self.to_patch_emb, volume)
         slabs = volume.split(self.temporal_patch, dim=2)
-        return torch.cat([self.to_patch_emb(slab) for slab in slabs], dim=1)
+        return torch.cat([run(self.to_patch_emb, slab) for slab in slabs], dim=1)
 
     def group_matcher(self) -> dict:
         """timm's patterns that group parameters into layers, from input to output: stem, spatial, temporal layers."""
@@ -2721,8 +2878,7 @@ class CTCLIPMultiAbnormalityModel(nn.Module, PyTorchModelHubMixin):
         Raises ValueError for a slice backbone that has no such mode.
         """
         if self.is_ctclip:
-            self.visual_transformer.enc_spatial_transformer.checkpointing = enabled
-            self.visual_transformer.enc_temporal_transformer.checkpointing = enabled
+            self.visual_transformer.checkpointing = enabled
             return
         if self.is_video:
             self.backbone.checkpointing = enabled

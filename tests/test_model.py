@@ -108,6 +108,32 @@ def test_tower_equals_the_plain_encoder_in_every_way_it_runs(sizes, depth, monke
         assert torch.equal(given, volume.float())  # pieces are changed in place, never what the caller gave
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("at_once", [10**9, 1])
+def test_gradients_in_float32_on_a_cpu_equal_the_plain_encoders(checkpointing, at_once, monkeypatch):
+    """The tower has backward passes of its own there; the plain encoder's are torch's."""
+    state = {key: value.requires_grad_() for key, value in create_ctclip_checkpoint(OTHER_SIZES, seed=3).items()
+             if value.is_floating_point()}  # fmt: skip
+    model = CTCLIPMultiAbnormalityModel(sizes=asdict(OTHER_SIZES))
+    model.load_state_dict({key: value for key, value in state.items() if key in model.state_dict()}, strict=False)
+    model.unfreeze_backbone()
+    model.set_gradient_checkpointing(checkpointing)
+    monkeypatch.setattr(TransformerLayer, "TOKENS_AT_ONCE", at_once)
+    _, height, width = OTHER_SIZES.input_shape
+    volume = torch.rand(2, 1, 4 * OTHER_SIZES.temporal_patch, height, width) * 2 - 1
+    tokens, plain = model.visual_transformer(volume), plain_encoder.tokens_before_codes(state, volume)
+    direction = torch.randn_like(tokens)
+    for each in (tokens, plain):
+        (each * direction).sum().backward()
+    for name, parameter in model.visual_transformer.named_parameters():
+        expected = state["visual_transformer." + name].grad
+        if name == "spatial_rel_pos_bias.net.2.bias":  # shifts all similarities alike, which changes nothing
+            assert parameter.grad.norm() < 1e-3
+            continue
+        assert expected.norm() > 0, name
+        assert (parameter.grad - expected).norm() < 1e-4 * expected.norm(), name
+
+
 @torch.no_grad()
 def test_code_ids_are_a_lossless_cache_of_the_latents(model, expected):
     ids = model.code_ids(expected["volume"])
