@@ -1,4 +1,4 @@
-"""One unfrozen step of the tower at the published size: its time against its matrix products, its gradients, its memory.
+"""One unfrozen step of the tower at the published size: time against its matrix products, gradients, memory.
 
     python tests/benchmarks/unfrozen_step.py
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from ctclip_model import CTCLIPMultiAbnormalityModel, published_layout
 
 PLAIN_SLICES = 8 * PUBLISHED.temporal_patch
+SHIFT = "spatial_rel_pos_bias.net.2.bias"  # shifts all similarities alike: its gradient is rounding
 
 
 def step(model: CTCLIPMultiAbnormalityModel, volume: Tensor, direction: Tensor) -> None:
@@ -44,6 +45,8 @@ def largest_difference(model: CTCLIPMultiAbnormalityModel, volume: Tensor) -> fl
         model.set_gradient_checkpointing(checkpointing)
         step(model, volume, direction)
         for name, parameter in model.visual_transformer.named_parameters():
+            if name == SHIFT:
+                continue
             expected = state["visual_transformer." + name].grad
             worst = max(worst, ((parameter.grad - expected).norm() / expected.norm()).item())
     return worst
@@ -54,21 +57,24 @@ def measure(args: Namespace) -> list[Row]:
     model = CTCLIPMultiAbnormalityModel(sizes=asdict(PUBLISHED))
     model.unfreeze_backbone()
     volume = patchy_volume(model.input_shape)
-    difference = largest_difference(model, volume[:, :, :PLAIN_SLICES])
-    model.zero_grad(set_to_none=False)  # as from a step's second volume on
     grid = PUBLISHED.grid
     direction = torch.randn(1, grid, grid, grid, PUBLISHED.dim)
+    peaks: dict[bool, float] = {}
+    for checkpointing in (True, False):  # the one that needs less first: memory that was freed is not counted again
+        model.set_gradient_checkpointing(checkpointing)
+        with peak_memory() as peak:
+            step(model, volume, direction)
+        peaks[checkpointing] = peak[0] / 1e9
+    peaks[False] = max(peaks.values())
 
-    floors, times, peaks = [], {False: [], True: []}, {}
+    floors, times = [], {False: [], True: []}
     for _ in range(args.repeats):  # in turns: the machine may slow down meanwhile
         with torch.no_grad():
             floors.append(floor(model))
         for checkpointing, of_kind in times.items():
             model.set_gradient_checkpointing(checkpointing)
-            with peak_memory() as peak:
-                of_kind.append(seconds(lambda: step(model, volume, direction)))
-            peaks.setdefault(checkpointing, peak[0] / 1e9)
-    least = min(floors)
+            of_kind.append(seconds(lambda: step(model, volume, direction)))
+    least, difference = min(floors), largest_difference(model, volume[:, :, :PLAIN_SLICES])
     checked, sound = f"gradients of the tower differ from plain code's by at most {difference:.1e}", difference < 1e-4
     rows = []
     for checkpointing, often, how in ((False, 3, ""), (True, 4, ", checkpointing")):
@@ -80,7 +86,7 @@ def measure(args: Namespace) -> list[Row]:
                 f"step {took:.2f} s, products {least:.2f} s; memory {peaks[checkpointing]:.2f} GB", checked, sound,
             )
         )  # fmt: skip
-    memory = "one volume, beyond weights and their gradients"
+    memory = "one volume, with the gradients, beyond the weights"
     return [
         *rows,
         Row("its memory with checkpointing", peaks[True], 3.0, " GB", memory, checked, sound),
