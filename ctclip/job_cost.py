@@ -47,25 +47,22 @@ class Phase(NamedTuple):
         """Seconds that the stage takes in all, on the worker with the most volumes."""
         return (self.volumes if stage.shared else ceil(self.volumes / workers)) * stage.seconds
 
-    def _busy_resources(self, workers: int) -> dict[str, float]:
-        seconds: dict[str, float] = {}
-        for stage in self.stages:
-            seconds[stage.resource] = seconds.get(stage.resource, 0.0) + self.busy(stage, workers)
-        return seconds
+    def _slowest(self, workers: int) -> tuple[str, float]:
+        """The busiest resource, and for how long it is busy."""
+        busy = _by_resource((stage, self.busy(stage, workers)) for stage in self.stages)
+        return max(busy.items(), key=lambda item: item[1])
 
     def seconds(self, workers: int) -> float:
         """The start, the busiest resource, and one volume's time in the others: nothing overlaps before the first
         volume has come through them."""
         if not self.volumes:
             return 0.0
-        busy = self._busy_resources(workers)
-        slowest = max(busy, key=busy.__getitem__)
-        return self.start + busy[slowest] + sum(stage.seconds for stage in self.stages if stage.resource != slowest)
+        slowest, busy = self._slowest(workers)
+        return self.start + busy + sum(stage.seconds for stage in self.stages if stage.resource != slowest)
 
     def bottleneck(self, workers: int) -> Stage:
         """The longest stage of the busiest resource."""
-        busy = self._busy_resources(workers)
-        slowest = max(busy, key=busy.__getitem__)
+        slowest, _ = self._slowest(workers)
         return max((s for s in self.stages if s.resource == slowest), key=lambda s: self.busy(s, workers))
 
     def label(self, stage: Stage) -> str:
@@ -84,10 +81,15 @@ def reading_and_computing(
 
 def pace(stages: Iterable[Stage]) -> float:
     """Seconds per volume of one worker, once the pipeline is full."""
+    return max(_by_resource((stage, stage.seconds) for stage in stages).values(), default=0.0)
+
+
+def _by_resource(busy: Iterable[tuple[Stage, float]]) -> dict[str, float]:
+    """Seconds of the stages, added up by what they keep busy."""
     seconds: dict[str, float] = {}
-    for stage in stages:
-        seconds[stage.resource] = seconds.get(stage.resource, 0.0) + stage.seconds
-    return max(seconds.values(), default=0.0)
+    for stage, of_stage in busy:
+        seconds[stage.resource] = seconds.get(stage.resource, 0.0) + of_stage
+    return seconds
 
 
 def total_seconds(phases: Iterable[Phase], workers: int) -> float:
