@@ -567,15 +567,17 @@ class TransformerLayer(nn.ModuleList):
         """(sequences, tokens, C) -> the same shape. `run`: `_kept` or `_recomputed`, for each chunk."""
         peg, attention, _, feedforward = self
         filtered = peg(x, grid_shape)
-        at_once = max(1, self.TOKENS_AT_ONCE // x.shape[1]) if is_plain_cpu(x) else len(x)
+        at_once = max(1, self.TOKENS_AT_ONCE // x.shape[1])
         if is_plain_cpu_inference(x):
             x = filtered.add_(x)
             for chunk in x.split(at_once):  # from here on sequences are independent
                 chunk += attention(chunk, bias)
                 chunk += feedforward(chunk)
             return x
-        chunks = [run(self._mixed, chunk, bias) for chunk in (filtered + x).split(at_once)]
-        return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+        x = filtered + x
+        if not is_plain_cpu(x):
+            return run(self._mixed, x, bias)
+        return torch.cat([run(self._mixed, chunk, bias) for chunk in x.split(at_once)])
 
     def _mixed(self, x: Tensor, bias: Tensor | None) -> Tensor:
         _, attention, _, feedforward = self

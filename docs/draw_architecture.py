@@ -83,7 +83,10 @@ INK, GREY = "#1f2933", "#66727f"
 COLOURS = ("#2a78d6", "#b04a00", "#00796b", "#8e44ad", "#b8860b", "#c2185b", "#4b6043", "#5d4037", "#455a64")
 FILLS = {"scripts": "#dbeafe", "model": "#fdebd0"}
 TITLES = {"scripts": "scripts", "model": "ctclip_model.py", "ground": "ctclip/*.py"}
-PURPOSES = {"scripts": "What a user starts.", "ground": "What every part uses; all but distributed and shard without torch."}
+PURPOSES = {
+    "scripts": "What a user starts.",
+    "ground": "What every part uses; all but distributed and shard without torch.",
+}
 
 
 def purpose_of(layer: str) -> str:

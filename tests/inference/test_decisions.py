@@ -16,7 +16,7 @@ from ctclip.evaluation.calibration import COUNTS, fit_calibration, load_calibrat
 from ctclip.evaluation.metrics import compute_metrics
 from ctclip.evaluation.tables import load_predictions
 from ctclip.inference.decisions import Decision, OperatingPoint, decide, decision_columns, decision_lines, summary
-from ctclip.inference.predictions import _AnswerForm
+from ctclip.inference.predictions import AnswerForm
 from ctclip_model import ABNORMALITIES
 
 
@@ -41,13 +41,13 @@ def test_heat_maps_decide_as_the_table_does_in_every_form_and_are_never_rescaled
     _, probabilities, calibration = tuned
     for row in probabilities[:20]:
         for form in (CALIBRATED, UNCALIBRATED, MAPPED):
-            answers = _AnswerForm.of(form, calibration)
+            answers = AnswerForm.of(form, calibration)
             table = answers.decide(ABNORMALITIES, answers.transform(row[None])[0])
             shown = answers.decide_shown(ABNORMALITIES, row[None])
             assert [each.word for each in shown] == [each.word for each in table]
             expected = row if form == UNCALIBRATED else calibration.apply(row[None])[0]
             assert [each.probability for each in shown] == expected.tolist()
-    assert {each.word for each in _AnswerForm.of(CALIBRATED, None).decide_shown("ab", row[None, :2])} == {"not decided"}
+    assert {each.word for each in AnswerForm.of(CALIBRATED, None).decide_shown("ab", row[None, :2])} == {"not decided"}
 
 
 def test_the_counts_of_a_threshold_are_those_of_its_tuning_patients(tuned, tmp_path):
