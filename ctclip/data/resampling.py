@@ -74,7 +74,8 @@ class ResamplingPlan:
         self.needed = {*self.slow.low.tolist(), *self.slow.high.tolist()}
         self.slope, self.intercept = geometry.slope, geometry.intercept
         # float32 holds these sums exactly; anything else is scaled in float64, one slice at a time.
-        self.exact = header.dtype.kind in "iu" and self.slope == 1 and self.intercept.is_integer()
+        whole = header.dtype.kind in "iu" and self.intercept.is_integer()
+        self.exact = self.slope == 1 and (whole or (header.dtype.itemsize <= 4 and self.intercept == 0))
 
 
 class NumpyResampler:
@@ -106,7 +107,8 @@ class NumpyResampler:
         used = plane[:, : self.plan.columns]
         if self.plan.exact:
             np.copyto(used, stored, casting="unsafe")  # what follows is four times faster without gaps between rows
-            np.add(plane, np.float32(self.plan.intercept), out=plane)
+            if self.plan.intercept:
+                np.add(plane, np.float32(self.plan.intercept), out=plane)
             np.clip(plane, HU_MIN, HU_MAX, out=plane)
         else:
             scaled = stored.astype(np.float64) * self.plan.slope + self.plan.intercept
@@ -128,7 +130,8 @@ class RowInterpolator:
 
     def __init__(self, weights: InterpolationWeights, columns: int):
         self.low, self.high = weights.low - weights.span.start, weights.high - weights.span.start
-        self.weight = weights.weight[:, None]
+        # Whole planes of weights: numpy multiplies by a column of them at half the speed.
+        self.weight = np.repeat(weights.weight[:, None], columns, axis=1)
         self.below, self.above = (np.empty((len(weights.low), columns), np.float32) for _ in range(2))
 
     def __call__(self, plane: np.ndarray) -> np.ndarray:

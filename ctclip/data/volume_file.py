@@ -14,11 +14,13 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -35,6 +37,7 @@ MOST_PLANE = 4096 * 4096  # voxels of a slice: 16 times those of a fine CT
 MOST_VOXELS = 1 << 31  # more than CT-RATE's largest volume has; a few bytes of gzip can claim more
 MOST_BYTES = 1 << 33  # of voxels: 16 GB of zeros are a file of 16 MB, or a sparse one of none
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+Result = TypeVar("Result")
 DAMAGED = (OSError, zlib.error, InflateError)
 HEADER_SIZES = (348, 540)  # of NIfTI-1 and -2, their first four bytes in either order
 META_START = re.compile(rb"(ObjectType|ObjectSubType|NDims|Comment) *=")
@@ -143,16 +146,24 @@ class VolumeFile:
         slabs = [buffers[i % len(buffers)][: min(step, slow - start)] for i, start in enumerate(starts)]
         reads = (partial(self.read, slab, start) for slab, start in zip(slabs, starts, strict=True))
         tasks: Iterator[Callable[[], None]] = chain(reads, [self.check_end])
-        reader = ThreadPoolExecutor(1)
-        try:
-            pending = deque(reader.submit(task) for task in islice(tasks, SLABS_AHEAD))
+        with closing(in_order(tasks, 1, SLABS_AHEAD)) as done:
             for start, slab in zip(starts, slabs, strict=True):
-                pending.popleft().result()
-                pending.extend(reader.submit(task) for task in islice(tasks, 1))
+                next(done)
                 yield start, slab
-            pending.popleft().result()
-        finally:
-            reader.shutdown(cancel_futures=True)
+            next(done)
+
+
+def in_order(tasks: Iterator[Callable[[], Result]], threads: int, ahead: int) -> Generator[Result, None, None]:
+    """What the tasks return, in their order; `ahead` of them are waiting, running or done beside the one last given."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        pending = deque(pool.submit(task) for task in islice(tasks, ahead))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(task) for task in islice(tasks, 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class StreamFile(VolumeFile):

@@ -41,6 +41,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from ctclip.data import dicom
 from ctclip.data.dicom import DicomSeries, is_dicom, read_folder, series_of
 from ctclip.data.geometry import place_volume
 from ctclip.data.preprocessing import preprocess_volume
@@ -250,15 +251,21 @@ def test_the_headers_of_a_folder_are_read_once_for_all_its_series(tmp_path, scan
     hu, _ = scan
     for number in range(3):
         write_series(tmp_path / "many", hu, AFFINE, f"1.2.3.4.{number}", f"S{number}_")
-    read = []
-    whole = pydicom.dcmread
-    monkeypatch.setattr(pydicom, "dcmread", lambda *args, **options: (
-        read.append(options.get("stop_before_pixels", False)), whole(*args, **options))[1])
+    interpreted, headers, planes = [], [], []
+
+    def count(owner, name, calls):
+        whole = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **options: (calls.append(args[0]), whole(*args, **options))[1])
+
+    count(pydicom, "dcmread", interpreted)
+    count(dicom, "read_header", headers)
+    count(np, "fromfile", planes)
     scans = find_scans(tmp_path / "many")
     for found in scans:
         preprocess_volume(found.path, None, SMALL)
     assert len(scans) == 3 and len({found.series for found in scans}) == 3
-    assert sum(read) == 3 * 21 and len(read) == 2 * sum(read), "each header once, each slice's pixels once"
+    assert len(headers) == 3 * 21 and len(interpreted) == 3, "each header once; one of each series by pydicom"
+    assert len(planes) == len(set(planes)) == 3 * 21, "each slice's pixels once"
     (tmp_path / "many" / "S1_0004.dcm").unlink()
     assert len(read_folder(tmp_path / "many").series["1.2.3.4.1"]) == 20, "a folder that has changed is read again"
 
