@@ -24,8 +24,8 @@ CHARACTER_SET, INSTANCE, POSITION, SYNTAX = 0x00080005, 0x00080018, 0x00200032, 
 META_END, PIXEL_GROUP, PIXELS = 0x00030000, 0x7FE00000, 0x7FE00010
 ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 PHOTOMETRIC = 0x00280004
-# Samples in a voxel, rows, columns, bits allocated, bits stored, representation: how pixels are stored.
-STORED_TAGS = (0x00280002, 0x00280010, 0x00280011, 0x00280100, 0x00280101, 0x00280103)
+# Samples in a voxel, rows, columns, bits allocated, bits stored, high bit, representation: how pixels are stored.
+STORED_TAGS = (0x00280002, 0x00280010, 0x00280011, 0x00280100, 0x00280101, 0x00280102, 0x00280103)
 _explicit, _implicit = struct.Struct("<HH2sH").unpack_from, struct.Struct("<HHL").unpack_from
 _long, _short = struct.Struct("<L").unpack_from, struct.Struct("<H").unpack
 
@@ -138,7 +138,9 @@ def _text(element: Element, expected: bytes) -> str:
 def _stored(found: dict[int, Element], offset: int, length: int) -> StoredPixels | None:
     if PHOTOMETRIC not in found or not {found[tag][0] for tag in STORED_TAGS} <= {b"", b"US"}:
         return None
-    samples, rows, columns, allocated, used, signed = (_short(found[tag][1])[0] for tag in STORED_TAGS)
-    if (samples, allocated) != (1, 16) or length != 2 * rows * columns or not 1 <= used <= 16 or signed not in (0, 1):
+    samples, rows, columns, allocated, used, high, signed = (_short(found[tag][1])[0] for tag in STORED_TAGS)
+    if (samples, allocated, high) != (1, 16, used - 1) or not 1 <= used <= 16 or signed not in (0, 1):
+        return None
+    if length != 2 * rows * columns:
         return None
     return StoredPixels(offset, np.dtype("<i2" if signed else "<u2"), allocated - used)

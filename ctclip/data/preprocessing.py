@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ctclip.data.cohort import Volume
@@ -151,7 +152,10 @@ def _resample_file(
         geometry = choose(file.header, statistics)
         if not assume_hu:
             check_extent(file.header.shape, geometry.spacing, path)
-        out = torch.full((1, *shape), -1.0, device=device)
+        if device is None:  # numpy asks for huge pages, torch does not: a fifth of the time
+            out = torch.from_numpy(np.full((1, *shape), -1, np.float32))
+        else:
+            out = torch.full((1, *shape), -1.0, device=device)
         resampler = (NumpyResampler if device is None else DeviceResampler)(file.header, geometry, out, path)
         for first, stack in chain([(start, slab)], slabs):
             for index, stored in enumerate(stack, first):

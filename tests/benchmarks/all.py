@@ -30,8 +30,8 @@ from ctclip.errors import UserError
 from ctclip.fileio import make_folder, read_json, replacing
 
 SCRIPTS = (
-    "encoder", "unfrozen_step", "preprocessing", "predict_folder", "maps", "loading", "startup", "frozen_epoch",
-    "volume_cache", "phantoms",
+    "encoder", "unfrozen_step", "preprocessing", "readers", "predict_folder", "maps", "loading", "startup",
+    "frozen_epoch", "volume_cache", "phantoms",
 )  # fmt: skip
 LIMIT_SECONDS = 900
 # Two runs of the same code differ by 5 to 10 % in a ratio of times taken in turns, by more in seconds.

@@ -94,7 +94,8 @@ def test_damaged_headers_give_what_pydicom_makes_of_them(tmp_path, encoding):
 
 
 @pytest.mark.parametrize(
-    "case", ["behind", "short", "no preamble", "another slope", "no stored bits", "no photometric interpretation"]
+    "case",
+    ["behind", "short", "no preamble", "another slope", "high bit", "no stored bits", "no photometric interpretation"],
 )
 def test_what_is_not_plain_goes_through_pydicom(tmp_path, case):
     folder = series(tmp_path / "series")
@@ -106,12 +107,16 @@ def test_what_is_not_plain_goes_through_pydicom(tmp_path, case):
         file = dcmread(path)
         if case == "another slope":
             file.RescaleSlope = "2"
+        elif case == "high bit":
+            file.HighBit = 11
         else:
             del file["BitsStored" if case == "no stored bits" else "PhotometricInterpretation"]
         file.save_as(path)
     own, by_pydicom = both(folder)
     assert own == by_pydicom
-    assert isinstance(own, str) == (case not in ("no preamble", "another slope"))
+    assert isinstance(own, str) == (case not in ("no preamble", "another slope", "high bit"))
+    if case == "high bit":
+        assert [header.pixels is None for header in headers(folder)] == [False, True, False]
 
 
 def test_unused_bits_are_taken_for_the_sign(tmp_path):
