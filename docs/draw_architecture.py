@@ -85,7 +85,7 @@ FILLS = {"scripts": "#dbeafe", "model": "#fdebd0"}
 TITLES = {"scripts": "scripts", "model": "ctclip_model.py", "ground": "ctclip/*.py"}
 PURPOSES = {
     "scripts": "What a user starts.",
-    "ground": "What every part uses; all but distributed and shard without torch.",
+    "ground": "What every part uses; all but device_cost, distributed and shard without torch.",
 }
 
 

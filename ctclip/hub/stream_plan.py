@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ctclip.data.ct_rate import COHORT
 from ctclip.data.feature_cache import encoding
+from ctclip.device_cost import measure_warm
 from ctclip.fileio import nearest_existing
 from ctclip.formatting import INDENT, duration, plural, print_row, size_text
 from ctclip.hub import download
@@ -25,7 +26,6 @@ from ctclip.hub.download import CONNECTIONS, Downloader, Failures, Selection, Tr
 from ctclip.hub.streaming import StreamOptions, open_encoder, plan_disk, plan_stream, read, staged_path
 from ctclip.job_cost import WORKERS, Phase, Stage, cost_table, reading_and_computing, total_seconds, write_rate
 from ctclip.memory import available_cpus
-from ctclip.training.estimate import measure_warm
 from ctclip_model import CTCLIPMultiAbnormalityModel
 
 SAMPLE = 2 * CONNECTIONS  # volumes; the second half only where the first came within ENOUGH

@@ -12,9 +12,8 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
-from math import ceil, inf, isfinite, nan, prod
+from math import ceil, inf, isfinite, prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,24 +26,17 @@ from ctclip.data.cohort import Volume
 from ctclip.data.feature_cache import FeatureCache, encoding
 from ctclip.data.loading import VolumeDataset
 from ctclip.data.volume_cache import VolumeCache
+from ctclip.device_cost import LONG, Cost, available_memory, held_memory, measure, measure_warm
 from ctclip.fileio import nearest_existing
 from ctclip.formatting import duration, plural, size_text
 from ctclip.job_cost import Phase, Stage, cost_table, pace, read_rate, reading_and_computing
-from ctclip.memory import (
-    available_cpus,
-    local_world,
-    out_of_memory,
-    process_memory,
-    reset_peak_memory,
-    system_memory,
-)
+from ctclip.memory import available_cpus, local_world, out_of_memory
 from ctclip.training.checkpoint import KEEP
 from ctclip.training.optimization import TrainableParameters
 from ctclip.training.run import TrainingJob, prepare
 from ctclip.training.steps import CACHED_MICRO_BATCH, MicroBatch, accumulate_gradients, known_labels
 
 MOST_VOLUMES, READING_SECONDS = 8, 15  # read so many, at least 2, and stop after so long
-LONG = 5  # seconds: what takes longer needs no warm-up
 HEADROOM = 1.1  # on memory: fragmentation, and what other programs may take meanwhile
 SMALL_FILES = 5_000_000  # bytes of figures, tables and logs in a run's folder
 
@@ -80,13 +72,6 @@ class ReadingCost(NamedTuple):
     name: str
     volume: Tensor  # (1, D, H, W)
     labels: Tensor  # (18,)
-
-
-class Cost(NamedTuple):
-    """Seconds, and the most bytes that this process held on the device, weights included (nan: not known here)."""
-
-    seconds: float
-    peak: float
 
 
 class Plan:
@@ -468,40 +453,3 @@ class Plan:
         slower = "reading" if self.reading.seconds / self.readers > self.encoder.seconds else "computing"
         each, whole = duration(self.encoder.seconds), duration(self.encode_all)
         return f"{each} per volume (float32), once: {whole}, most of it {slower}"
-
-
-# ------------------------------------------------------------------ time and memory of an action
-
-
-def measure(device: torch.device, action: Callable[[], object]) -> Cost:
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    known = on_gpu or reset_peak_memory()
-    start = time.perf_counter()
-    action()
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    return Cost(time.perf_counter() - start, held_memory(device, peak=True) if known else nan)
-
-
-def measure_warm(device: torch.device, action: Callable[[], object]) -> Cost:
-    first = measure(device, action)
-    return first if first.seconds > LONG else measure(device, action)
-
-
-def held_memory(device: torch.device, peak: bool = False) -> float:
-    """Bytes that this process holds on the device, or the most since that was last reset; nan: not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
-    held = process_memory(peak)
-    return nan if held is None else held
-
-
-def available_memory(device: torch.device) -> float:
-    """Bytes that this process can have on the device, with those that it holds already; nan: not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    memory = system_memory()
-    return nan if memory is None else memory.available / local_world() + held_memory(device)

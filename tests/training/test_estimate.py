@@ -11,10 +11,12 @@ import pytest
 import torch
 from helpers_training import one_line
 
+from ctclip import device_cost
 from ctclip.data import loading
 from ctclip.data.volume_file import VolumeError
+from ctclip.device_cost import Cost
 from ctclip.training import estimate
-from ctclip.training.estimate import HEADROOM, Cost, Plan, ReadingCost, duration
+from ctclip.training.estimate import HEADROOM, Plan, ReadingCost, duration
 from ctclip.training.loop import TrainingConfig, train
 from ctclip_training import main
 
@@ -147,8 +149,8 @@ def test_remedies_in_use_are_not_proposed_again(run, monkeypatch):
 
 
 def unknown_memory(monkeypatch) -> None:
-    monkeypatch.setattr(estimate, "system_memory", lambda: None)
-    monkeypatch.setattr(estimate, "process_memory", lambda peak: None)
+    monkeypatch.setattr(device_cost, "system_memory", lambda: None)
+    monkeypatch.setattr(device_cost, "process_memory", lambda peak: None)
 
 
 @pytest.mark.parametrize("told", [True, False])  # by the system, how much there is
@@ -214,13 +216,13 @@ def test_memory_that_nothing_tells_refuses_nothing(run, monkeypatch):
 
 
 def test_a_measured_peak_contains_what_was_held_for_a_moment(run):
-    if not estimate.reset_peak_memory():
+    if not device_cost.reset_peak_memory():
         pytest.skip("this system does not tell the peak of a process")
     cpu = torch.device("cpu")
-    before = estimate.held_memory(cpu)
-    cost = estimate.measure(cpu, lambda: torch.ones(50_000_000).sum())
+    before = device_cost.held_memory(cpu)
+    cost = device_cost.measure(cpu, lambda: torch.ones(50_000_000).sum())
     assert 190e6 < cost.peak - before < 300e6
-    assert estimate.measure(cpu, lambda: None).peak - before < 100e6
+    assert device_cost.measure(cpu, lambda: None).peak - before < 100e6
 
 
 def test_unreadable_volumes_are_skipped_and_counted(run, monkeypatch):
