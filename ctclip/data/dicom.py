@@ -1,11 +1,12 @@
 """DICOM: the CT slices among whatever else lies in a folder that a scanner, an archive or a CD left.
 
 What a file is, its SOP class says: slices (one in a file, or many in a multi-frame file) are read, other objects are
-counted and skipped. Headers and plain or run-length coded pixels by pydicom; the other codes by SimpleITK, which is
-the faster and refuses a slice that is cut short. Both are optional packages.
+counted and skipped. The headers of a series are alike: pydicom interprets one of each kind; of the others the bytes are
+compared, and what they have of their own is read (`dicom_header`).
 
-The headers of a series are alike: pydicom interprets one of each kind; of the others the bytes are compared, and what
-they have of their own is read. Plain pixels are read from where such a header ends (`dicom_header`).
+Plain pixels are read from where the header ends, or, where that is not as usual, by pydicom, as are run-length coded
+ones; the other codes by SimpleITK, which is the faster and refuses a slice that is cut short. Both packages are
+optional.
 """
 
 from __future__ import annotations
@@ -27,10 +28,9 @@ from typing import Any
 import numpy as np
 
 from ctclip.data.dicom_header import (
-    CHARACTER_SET,
     HEADER_BYTES,
-    STORED_TAGS,
-    PlainHeader,
+    NEEDED_TAGS,
+    SliceHeader,
     StoredPixels,
     read_header,
 )
@@ -179,7 +179,7 @@ class DicomFolder:
     faults: dict[str, VolumeError] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     unknown: dict[str, Path] = field(default_factory=dict)  # by series, an object whose kind is unknown
-    kinds: dict[tuple, tuple[str, Slice]] = field(default_factory=dict)  # by what slices share: series, one of them
+    alike: dict[tuple, tuple[str, Slice]] = field(default_factory=dict)  # by what they share: series, a slice
 
     def series_with(self, name: str) -> dict[str, list[Slice]]:
         """The series that a file of the folder belongs to."""
@@ -213,7 +213,7 @@ def read_folder(folder: Path) -> DicomFolder:
 def _read_files(folder: Path, files: tuple[tuple[str, int, int], ...]) -> DicomFolder:
     pydicom = import_pydicom(folder)
     content, names, strangers = DicomFolder(), set(), []
-    tags = frozenset((*map(pydicom.datadict.tag_for_keyword, HEADER_TAGS), *STORED_TAGS, CHARACTER_SET))
+    tags = NEEDED_TAGS | {pydicom.datadict.tag_for_keyword(keyword) for keyword in HEADER_TAGS}
     for path, size in ((folder / name, size) for name, _, size in files):
         start = beginning(path, HEADER_BYTES)
         if not begins_as_dicom(start):
@@ -242,14 +242,15 @@ def _name_form(path: Path) -> str:
 
 
 def _add_file(
-    content: DicomFolder, path: Path, start: bytes, plain: PlainHeader | None, pydicom: ModuleType
+    content: DicomFolder, path: Path, start: bytes, own: SliceHeader | None, pydicom: ModuleType
 ) -> bool:
-    """Sorts one DICOM file in; whether it is a CT slice, usable or not."""
-    if plain is not None and plain.shared in content.kinds:
-        return _add_alike(content, path, plain)
+    """Sorts one DICOM file in; whether it is a CT slice, usable or not. `own`: its header by `read_header`."""
+    if own is not None and own.shared in content.alike:
+        _add_alike(content, path, own)
+        return True
     identity, sop_class = "", None
     try:
-        if DEFLATED in start:  # it would be inflated whole, whatever it holds
+        if own is None and DEFLATED in start:  # it would be inflated whole, whatever it holds
             raise file_error(path, "a deflated DICOM file", "pixels plain or compressed one by one", "convert it first")
         header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=HEADER_TAGS)
         named = header.get("SOPClassUID"), header.file_meta.get("MediaStorageSOPClassUID")
@@ -279,24 +280,25 @@ def _add_file(
     if not slices:
         content.skipped["localizer"] += 1
         return False
-    if plain is not None and slices[0].frame is None:
-        slices = [replace(slices[0], pixels=plain.pixels)]
-        content.kinds[plain.shared] = identity, slices[0]
+    if own is not None and slices[0].frame is None:
+        slices = [replace(slices[0], pixels=own.pixels)]
+        content.alike[own.shared] = identity, slices[0]
     content.series.setdefault(identity, []).extend(slices)
     return True
 
 
-def _add_alike(content: DicomFolder, path: Path, plain: PlainHeader) -> bool:
-    """The same for a slice whose header is that of another but for its own elements."""
-    identity, other = content.kinds[plain.shared]
+def _add_alike(content: DicomFolder, path: Path, own: SliceHeader) -> None:
+    """Adds a slice whose header is that of one already read but for what `own` has."""
+    identity, other = content.alike[own.shared]
     try:
-        position = _numbers(path, plain.position, "ImagePositionPatient", 3)
-        own = replace(other, path=path, instance=plain.instance, position=position,
-                      decimals=_decimals(plain.position), pixels=plain.pixels)  # fmt: skip
-        content.series[identity].append(own)
+        position = _numbers(path, own.position, "ImagePositionPatient", 3)
     except VolumeError as error:
         content.faults.setdefault(identity, error)
-    return True
+        return
+    content.series[identity].append(
+        replace(other, path=path, instance=own.instance, position=position, decimals=_decimals(own.position),
+                pixels=own.pixels)
+    )  # fmt: skip
 
 
 def _slices_of(path: Path, header: Any) -> Iterator[Slice]:
@@ -478,11 +480,12 @@ def series_identity(path: Path) -> str:
 class DicomSeries(VolumeFile):
     """One CT series: a folder that holds no other, or any file of it. HU by the slices' own rescale values.
 
-    The headers are read by pydicom, which believes the lengths in them: a hostile one can take much memory.
+    Unusual headers are read by pydicom, which believes the lengths in them: a hostile one can take much memory.
     """
 
     def __init__(self, path: Path):
         super().__init__(path)
+        self._pydicom = import_pydicom(path)
         slices = self._without_scouts(self._without_copies(self._own_slices()))
         for each in slices:
             if not each.like(slices[0]):
@@ -619,7 +622,8 @@ class DicomSeries(VolumeFile):
     def _hu(self) -> Generator[np.ndarray, None, None]:
         """The slices in order, (rows, columns) float32 HU."""
         files = [list(group) for _, group in groupby(self.slices, key=lambda each: each.path)]
-        if len(files) < len(self.slices) or all(each.pixels for each in self.slices):
+        multi_frame, plain = len(files) < len(self.slices), all(each.pixels for each in self.slices)
+        if multi_frame or plain:
             yield from chain.from_iterable(map(self._planes, files))
             return
         tasks: Iterator[Callable[[], list[np.ndarray]]] = (partial(list, self._planes(slices)) for slices in files)
@@ -640,15 +644,15 @@ class DicomSeries(VolumeFile):
         except VolumeError:
             raise
         except Exception as error:  # decoders raise what they like
-            reason = re.sub(r"\s+", " ", str(error)).strip()[-120:]
+            reason = re.sub(r"\(0x[0-9a-f]+\)|\s+", " ", str(error)).strip()[-120:]  # without places in memory
             raise self.error(f"damaged data in {path.name} ({reason})", "a readable slice", RECOPY) from None
 
     def _decoded(self, path: Path, slices: Sequence[Slice]) -> Iterator[np.ndarray]:
         """The planes of one file, HU."""
         if slices[0].pixels is not None:
-            yield _to_hu(_stored(slices[0], slices[0].pixels), slices[0])
+            yield _to_hu(_plain_plane(slices[0], slices[0].pixels), slices[0])
             return
-        pydicom = import_pydicom(path)
+        pydicom = self._pydicom
         encoding = pydicom.uid.UID(slices[0].encoding)
         native = not encoding.is_compressed or encoding == pydicom.uid.RLELossless
         if slices[0].frame is None and not native:
@@ -671,10 +675,17 @@ def _to_hu(stored: np.ndarray, each: Slice) -> np.ndarray:
     return np.add(hu, np.float32(each.intercept), out=hu)
 
 
-def _stored(each: Slice, pixels: StoredPixels) -> np.ndarray:
-    """Plain pixels, (rows, columns)."""
+def _plain_plane(each: Slice, pixels: StoredPixels) -> np.ndarray:
+    """Plain pixels as stored, (rows, columns). Raises ValueError where they lie elsewhere than when the header was
+    read."""
     columns, rows = each.size
-    stored = np.fromfile(each.path, pixels.dtype, rows * columns, offset=pixels.offset).reshape(rows, columns)
+    with open(each.path, "rb", buffering=0) as file:
+        file.seek(pixels.offset - len(pixels.start))
+        same = file.read(len(pixels.start)) == pixels.start
+        stored = np.fromfile(file, pixels.dtype, rows * columns + 1)
+    if not same or stored.size != rows * columns:
+        raise ValueError("the file has changed since its header was read")
+    stored = stored.reshape(rows, columns)
     if pixels.unused:  # whatever they hold, the sign is that of the highest bit in use
         np.left_shift(stored, pixels.unused, out=stored)
         np.right_shift(stored, pixels.unused, out=stored)

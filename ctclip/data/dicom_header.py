@@ -6,6 +6,7 @@ any other it gives None, and pydicom reads it (DICOM PS3.5, chapter 7).
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Container
 from typing import NamedTuple
@@ -14,9 +15,10 @@ import numpy as np
 
 HEADER_BYTES = 1 << 15  # of a file that are looked at
 EXPLICIT, IMPLICIT = b"1.2.840.10008.1.2.1", b"1.2.840.10008.1.2"
-OTHER_ORDER = (b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99")  # big-endian, deflated
+LEFT_OUT = (b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99")  # big-endian, deflated
 SHORT = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # a length of four bytes, behind two empty ones
+KNOWN = SHORT | LONG
 UNDEFINED = 0xFFFFFFFF
 MOST_NESTED = 8  # sequences in each other
 META_TAGS = frozenset((0x00020002, 0x00020010))  # SOP class, transfer syntax
@@ -26,6 +28,7 @@ ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 PHOTOMETRIC = 0x00280004
 # Samples in a voxel, rows, columns, bits allocated, bits stored, high bit, representation: how pixels are stored.
 STORED_TAGS = (0x00280002, 0x00280010, 0x00280011, 0x00280100, 0x00280101, 0x00280102, 0x00280103)
+NEEDED_TAGS = frozenset((CHARACTER_SET, INSTANCE, POSITION, PHOTOMETRIC, *STORED_TAGS))
 _explicit, _implicit = struct.Struct("<HH2sH").unpack_from, struct.Struct("<HHL").unpack_from
 _long, _short = struct.Struct("<L").unpack_from, struct.Struct("<H").unpack
 
@@ -33,15 +36,16 @@ Element = tuple[bytes, bytes]  # value representation (empty where it is implici
 
 
 class StoredPixels(NamedTuple):
-    """Plain pixels of 16 bits, the last bytes of a file: where they begin, and how many of the bits are unused (those
-    above the others)."""
+    """Plain pixels of 16 bits, the last bytes of a file: where they begin, what their element begins with, and how many
+    of the bits are unused (those above the others)."""
 
     offset: int
+    start: bytes  # tag, VR and length, which lie before the offset
     dtype: np.dtype
     unused: int
 
 
-class PlainHeader(NamedTuple):
+class SliceHeader(NamedTuple):
     """What a header says: what only one slice has, and all else that was asked for, which its neighbours may share."""
 
     instance: str  # SOPInstanceUID
@@ -50,28 +54,29 @@ class PlainHeader(NamedTuple):
     pixels: StoredPixels | None  # None: compressed, or stored otherwise
 
 
-def read_header(data: bytes, size: int, tags: Container[int]) -> PlainHeader | None:
+def read_header(data: bytes, size: int, tags: Container[int]) -> SliceHeader | None:
     """The header of a file of `size` bytes that begins with `data`; None where pydicom has to look at it.
 
-    tags: the elements of the dataset that are asked for.
+    tags: the elements of the dataset that are asked for, NEEDED_TAGS among them.
     """
     if data[128:134] != b"DICM\2\0":  # the meta information, group 2, comes first
         return None
     found: dict[int, Element] = {}
     try:
         begin = _walk(data, 132, len(data), False, META_END, found, META_TAGS)
-        kind, syntax = found[SYNTAX][0], found[SYNTAX][1].rstrip(b"\0 ")
+        vr, syntax = found[SYNTAX][0], found[SYNTAX][1].rstrip(b"\0 ")
         implicit = syntax == IMPLICIT
-        if kind != b"UI" or syntax in OTHER_ORDER or (data[begin + 4 : begin + 6] in SHORT | LONG) == implicit:
+        if vr != b"UI" or syntax in LEFT_OUT or (data[begin + 4 : begin + 6] in KNOWN) == implicit:
             return None
         at = _walk(data, begin, len(data), implicit, PIXEL_GROUP, found, tags)
-        tag, kind, length, offset = _element(data, at, implicit)
+        tag, vr, length, offset = _element(data, at, implicit)
         if tag != PIXELS:
             return None
-        instance, position = _text(found.pop(INSTANCE), b"UI"), _text(found.pop(POSITION), b"DS")
+        instance, position = _text_of(found.pop(INSTANCE), b"UI"), _text_of(found.pop(POSITION), b"DS")
         plain = syntax in (EXPLICIT, IMPLICIT) and offset + length == size
-        stored = _stored(found, offset, length) if plain and kind in (b"", b"OW", b"OB") else None
-        return PlainHeader(instance, position, tuple(found.items()), stored)
+        plain = plain and vr in (b"", b"OW", b"OB")
+        stored = _stored_pixels(found, offset, length, data[at:offset]) if plain else None
+        return SliceHeader(instance, position, tuple(found.items()), stored)
     except (struct.error, LookupError, ValueError):  # cut short, or otherwise than expected
         return None
 
@@ -81,10 +86,10 @@ def _element(data: bytes, at: int, implicit: bool) -> tuple[int, bytes, int, int
     if implicit:
         group, number, length = _implicit(data, at)
         return group << 16 | number, b"", length, at + 8
-    group, number, kind, length = _explicit(data, at)
-    if kind in LONG:
-        return group << 16 | number, kind, _long(data, at + 8)[0], at + 12
-    return group << 16 | number, kind, length, at + 8
+    group, number, vr, length = _explicit(data, at)
+    if vr in LONG:
+        return group << 16 | number, vr, _long(data, at + 8)[0], at + 12
+    return group << 16 | number, vr, length, at + 8
 
 
 def _walk(
@@ -95,21 +100,20 @@ def _walk(
     of an item ends at `end`, or, where that is None, with its delimiter, behind which it returns."""
     previous = -1
     while at != end:
-        tag, kind, length, value = _element(data, at, implicit)
+        tag, vr, length, value = _element(data, at, implicit)
         if tag == ITEM_END and end is None and not any(data[at + 4 : at + 8]):
             return at + 8
         if tag >= stop and not depth:
             return at
-        known = implicit or kind in SHORT or kind in LONG
-        if not known or not previous < tag < stop or (end is not None and value > end):
+        if not (implicit or vr in KNOWN) or not previous < tag < stop or (end is not None and value > end):
             raise ValueError
         previous, at = tag, value + length
         if length == UNDEFINED:
-            if kind not in (b"", b"SQ") or tag in tags or depth == MOST_NESTED:
+            if vr not in (b"", b"SQ") or tag in tags or depth == MOST_NESTED:
                 raise ValueError
             at = _skip_sequence(data, value, implicit, depth + 1)
         elif found is not None and tag in tags:
-            found[tag] = kind, data[value:at]
+            found[tag] = vr, data[value:at]
     return at
 
 
@@ -126,16 +130,18 @@ def _skip_sequence(data: bytes, at: int, implicit: bool, depth: int) -> int:
         at = _walk(data, at, end, implicit, ITEM, depth=depth)
 
 
-def _text(element: Element, expected: bytes) -> str:
-    """The text of an element that has one value or, for numbers, several; ValueError where it has none."""
-    kind, value = element
+def _text_of(element: Element, expected: bytes) -> str:
+    """The text of a UID or of numbers; ValueError where there is none, or pydicom might read another one."""
+    vr, value = element
     text = value.decode("ascii").strip("\0 ")
-    if kind not in (b"", expected) or not text or (expected == b"UI" and "\\" in text):
+    if vr not in (b"", expected) or not text:
+        raise ValueError
+    if expected == b"UI" and not re.fullmatch(rb"[0-9.]+[\0 ]*", value):
         raise ValueError
     return text
 
 
-def _stored(found: dict[int, Element], offset: int, length: int) -> StoredPixels | None:
+def _stored_pixels(found: dict[int, Element], offset: int, length: int, start: bytes) -> StoredPixels | None:
     if PHOTOMETRIC not in found or not {found[tag][0] for tag in STORED_TAGS} <= {b"", b"US"}:
         return None
     samples, rows, columns, allocated, used, high, signed = (_short(found[tag][1])[0] for tag in STORED_TAGS)
@@ -143,4 +149,4 @@ def _stored(found: dict[int, Element], offset: int, length: int) -> StoredPixels
         return None
     if length != 2 * rows * columns:
         return None
-    return StoredPixels(offset, np.dtype("<i2" if signed else "<u2"), allocated - used)
+    return StoredPixels(offset, start, np.dtype("<i2" if signed else "<u2"), allocated - used)

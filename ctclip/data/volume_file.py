@@ -113,12 +113,15 @@ class VolumeFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self._tasks: Generator[None, None, None] | None = None  # of the thread that reads
         self.notes: list[str] = []  # what a reader of the answers should know about the file, a line each
 
     def __enter__(self) -> VolumeFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._tasks is not None:
+            self._tasks.close()  # waits for the thread, where `slabs` was left in the midst
         self.close()
 
     def close(self) -> None:
@@ -147,6 +150,7 @@ class VolumeFile:
         reads = (partial(self.read, slab, start) for slab, start in zip(slabs, starts, strict=True))
         tasks: Iterator[Callable[[], None]] = chain(reads, [self.check_end])
         with closing(in_order(tasks, 1, SLABS_AHEAD)) as done:
+            self._tasks = done
             for start, slab in zip(starts, slabs, strict=True):
                 next(done)
                 yield start, slab

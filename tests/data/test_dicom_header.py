@@ -3,6 +3,8 @@ the same one line, also where bytes are damaged."""
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from helpers_data import affine_of, chest
@@ -12,7 +14,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
-from ctclip.data import dicom, dicom_header
+from ctclip.data import dicom, dicom_header, volume_file
 from ctclip.data.readers import open_volume
 from ctclip.data.volume_file import VolumeError
 
@@ -67,8 +69,8 @@ def both(folder):
 
 def headers(folder):
     """What is read of the files here; None where pydicom reads one."""
-    tags = {*dicom_header.STORED_TAGS, dicom_header.INSTANCE, dicom_header.POSITION, dicom_header.PHOTOMETRIC}
-    return [dicom_header.read_header(path.read_bytes(), path.stat().st_size, tags) for path in sorted(folder.iterdir())]
+    tags, paths = dicom_header.NEEDED_TAGS, sorted(folder.iterdir())
+    return [dicom_header.read_header(path.read_bytes(), path.stat().st_size, tags) for path in paths]
 
 
 @pytest.mark.parametrize("encoding", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless])
@@ -79,17 +81,20 @@ def test_damaged_headers_give_what_pydicom_makes_of_them(tmp_path, encoding):
     found = headers(folder)
     assert all(found) and len({header.shared for header in found}) == 1
     assert all((header.pixels is None) == (encoding == RLELossless) for header in found)
-    path = sorted(folder.iterdir())[1]
-    whole = path.read_bytes()
     random = np.random.default_rng(0)
     outcomes = []
-    for at in random.integers(132, whole.index(b"\xe0\x7f\x10\0") + 12, FLIPS):
+    paths = sorted(folder.iterdir())
+    end = paths[0].read_bytes().index(b"\xe0\x7f\x10\0") + 12
+    for number, at in enumerate(random.integers(132, end, FLIPS)):
+        path = paths[number % 2]  # pydicom interprets the first
+        whole = path.read_bytes()
         damaged = bytearray(whole)
         damaged[at] = random.choice([0, 1, 255, damaged[at] ^ 1 << int(random.integers(8))])
         path.write_bytes(bytes(damaged))
         own, by_pydicom = both(folder)
         assert own == by_pydicom, f"byte {at}"
         outcomes.append(own)
+        path.write_bytes(whole)
     assert len(set(map(str, outcomes))) > 2, "some that do harm, and some that do not"
 
 
@@ -133,6 +138,46 @@ def test_unused_bits_are_taken_for_the_sign(tmp_path):
     own, by_pydicom = both(folder)
     assert own == by_pydicom
     np.testing.assert_array_equal(np.frombuffer(own[0], "f4"), hu.T.astype("f4").ravel())
+
+
+@pytest.mark.parametrize("padding", [(b"", b"\n"), (b"\t", b""), (b"\0", b""), (b"", b"\0"), (b"", b" ")])
+def test_copies_are_found_however_their_uid_is_padded(tmp_path, padding):
+    folder = series(tmp_path / "series")
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        at = data.index(b"\x08\0\x18\0UI") + 6
+        end = at + 2 + int.from_bytes(data[at : at + 2], "little")
+        uid = padding[0] + data[at + 2 : end].rstrip(b"\0") + padding[1]
+        path.write_bytes(data[:at] + len(uid).to_bytes(2, "little") + uid + data[end:])
+    for path in sorted(folder.iterdir())[:2]:
+        (folder / f"Z{path.name}").write_bytes(path.read_bytes())
+    own, by_pydicom = both(folder)
+    assert own == by_pydicom and "2 copies of its slices skipped" in own[2]
+
+
+@pytest.mark.parametrize("name", ["a name that is longer", "x", ""])
+def test_files_that_change_between_header_and_pixels_are_refused(tmp_path, name):
+    folder = series(tmp_path / "series")
+    with open_volume(folder) as file:
+        for path in folder.iterdir():
+            changed = dcmread(path)
+            changed.PatientID = name
+            changed.save_as(path)
+        with pytest.raises(VolumeError, match=r"the file has changed since its header was read.* copy or download"):
+            list(file.slabs())
+
+
+def test_a_reading_thread_ends_with_the_file_though_slabs_are_left_in_the_midst(tmp_path, monkeypatch):
+    folder = series(tmp_path / "series", RLELossless)
+    monkeypatch.setattr(volume_file, "SLAB_BYTES", 1)
+    for _ in range(10):
+        dicom._read_files.cache_clear()
+        before = threading.active_count()
+        with pytest.raises(KeyError, match="mine"), open_volume(folder) as file:
+            slabs = file.slabs()
+            next(slabs)
+            raise KeyError("mine")
+        assert threading.active_count() == before
 
 
 def test_sequences_nested_without_end_are_left_to_pydicom():
