@@ -26,7 +26,7 @@ from ctclip.data.cohort import Volume
 from ctclip.data.feature_cache import FeatureCache, encoding
 from ctclip.data.loading import VolumeDataset
 from ctclip.data.volume_cache import VolumeCache
-from ctclip.device_cost import LONG, Cost, available_memory, held_memory, measure, measure_warm
+from ctclip.device_cost import Cost, available_memory, held_memory, measure_warm
 from ctclip.fileio import nearest_existing
 from ctclip.formatting import duration, plural, size_text
 from ctclip.job_cost import Phase, Stage, cost_table, pace, read_rate, reading_and_computing
@@ -37,6 +37,7 @@ from ctclip.training.run import TrainingJob, prepare
 from ctclip.training.steps import CACHED_MICRO_BATCH, MicroBatch, accumulate_gradients, known_labels
 
 MOST_VOLUMES, READING_SECONDS = 8, 15  # read so many, at least 2, and stop after so long
+TRIED = 10  # seconds, up to which a micro-batch is tried; what takes longer is reckoned
 HEADROOM = 1.1  # on memory: fragmentation, and what other programs may take meanwhile
 SMALL_FILES = 5_000_000  # bytes of figures, tables and logs in a run's folder
 
@@ -308,7 +309,7 @@ class Plan:
             cost = Cost(size * one.seconds, before + size * (one.peak - before))
             need = self.with_headroom(cost.peak + later, size)
             # The prediction is an upper bound. On the CPU, trying more than there is would end this process.
-            if cost.seconds <= 2 * LONG and (self.device.type == "cuda" or not need > self.available):
+            if cost.seconds <= TRIED and (self.device.type == "cuda" or not need > self.available):
                 cost = self.measure_pass(size)
                 need = self.with_headroom(cost.peak + later, size)
             if isfinite(cost.seconds) and not need > self.available:
@@ -330,7 +331,7 @@ class Plan:
                 raise TrainingError(f"{reading.name}: found a loss that is not finite, expected a number; see the scan")
 
         try:
-            return measure(self.device, one_pass)
+            return measure_warm(self.device, one_pass)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
