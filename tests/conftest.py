@@ -12,8 +12,8 @@ import pytest
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LONGEST = (  # files that take longest, in that order
-    "test_notebook.py", "test_own_findings.py", "test_training.py", "test_evaluate.py", "test_setup.py",
-    "test_run_task2.py", "test_scans.py", "test_command.py", "test_checkpoint.py", "test_own_files.py",
+    "test_streaming.py", "test_terminals.py", "test_run_task2.py", "test_onnx_export.py", "test_notebook.py",
+    "test_checkpoint.py", "test_setup.py", "test_training.py", "test_report.py", "test_fuzz.py",
 )  # fmt: skip
 
 
