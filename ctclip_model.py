@@ -421,17 +421,21 @@ class _PositionFilter(torch.autograd.Function):
         )
 
 
+FILTER_VALUES = 300_000  # 1.2 MB: a slice of 24 x 24 tokens of the published width, all slices of the demo's
+
+
 def _position_filter_weight(tokens: Tensor, grad: Tensor) -> Tensor:
-    """(B, T, h, w, C) twice -> (C, 27): the gradient of the filter's weights, slice by slice, so that it stays in the
-    cache."""
+    """(B, T, h, w, C) twice -> (C, 27): the gradient of the filter's weights, a few slices at a time, so that these
+    stay in the cache."""
     h, w, C = grad.shape[2:]
-    padded, products = F.pad(tokens, (0, 0, 1, 1, 1, 1, 2, 0)), tokens.new_empty(h, w, C)
+    padded, at_once = F.pad(tokens, (0, 0, 1, 1, 1, 1, 2, 0)), max(1, FILTER_VALUES // (h * w * C))
     total = tokens.new_zeros(3, 3, 3, C)
     for volume, of_volume in zip(padded, grad, strict=True):
-        for t, of_slice in enumerate(of_volume):
+        for start, of_slices in zip(range(0, len(of_volume), at_once), of_volume.split(at_once), strict=True):
             for dt, dy, dx in product(range(3), repeat=3):
-                torch.mul(volume[t + dt, dy : dy + h, dx : dx + w], of_slice, out=products)
-                total[dt, dy, dx] += products.sum((0, 1))
+                first = start + dt
+                here = volume[first : first + len(of_slices), dy : dy + h, dx : dx + w]
+                total[dt, dy, dx] += (here * of_slices).sum((0, 1, 2))
     return total.flatten(0, 2).T
 
 

@@ -605,3 +605,22 @@ def test_shipped_demo_model_is_small_and_complete():
     volume = torch.rand(1, 1, *model.input_shape) * 2 - 1
     assert len(model.code_ids(volume).unique()) > 1
     assert model.encode(volume).norm().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("values", [1, 2 * 4 * 5 * 6, 10**6], ids=["a slice", "two of five", "all slices"])
+def test_the_position_filter_s_gradients_are_torch_s(monkeypatch, values):
+    monkeypatch.setattr(ctclip_model, "FILTER_VALUES", values)
+    torch.manual_seed(0)
+    peg = ctclip_model.PEG(6).double()
+    x, direction = torch.randn(2, 2, 5, 4, 5, 6, dtype=torch.float64)
+    shape = x.shape[:4]
+
+    def gradients(peg, x):
+        x = x.clone().requires_grad_()
+        (peg(x, shape) * direction.to(x)).sum().backward()
+        return [x.grad, *(parameter.grad.clone() for parameter in peg.parameters())]
+
+    expected = gradients(peg, x)  # in float64, by torch
+    peg.float().zero_grad(set_to_none=True)
+    for found, reference in zip(gradients(peg, x.float()), expected, strict=True):
+        torch.testing.assert_close(found.double(), reference, rtol=1e-5, atol=1e-5)
