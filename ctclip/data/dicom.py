@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from ctclip.data.dicom_header import (
+    DEFLATED,
     HEADER_BYTES,
     NEEDED_TAGS,
     SliceHeader,
@@ -54,7 +55,6 @@ from ctclip.formatting import comma_separated, parse_number, plural
 
 CT_CLASSES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
 CT_CLASS_IN_BYTES = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.[12])?[^.\d]")  # CT, enhanced, converted
-DEFLATED = b"1.2.840.10008.1.2.1.99"
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")  # what claims to be DICOM by its name
 OLDEST_ITK = (2, 5, 4)  # whose GDCM refuses a slice that is cut short
 LAST_TAGS = (0x7FE00010, 0xFFFAFFFA, 0xFFFCFFFC)  # pixels; behind them only signatures and padding

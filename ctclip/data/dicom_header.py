@@ -15,7 +15,7 @@ import numpy as np
 
 HEADER_BYTES = 1 << 15  # of a file that are looked at
 EXPLICIT, IMPLICIT = b"1.2.840.10008.1.2.1", b"1.2.840.10008.1.2"
-LEFT_OUT = (b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99")  # big-endian, deflated
+BIG_ENDIAN, DEFLATED = b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99"
 SHORT = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())  # a length of four bytes, behind two empty ones
 KNOWN = SHORT | LONG
@@ -66,15 +66,14 @@ def read_header(data: bytes, size: int, tags: Container[int]) -> SliceHeader | N
         begin = _walk(data, 132, len(data), False, META_END, found, META_TAGS)
         vr, syntax = found[SYNTAX][0], found[SYNTAX][1].rstrip(b"\0 ")
         implicit = syntax == IMPLICIT
-        if vr != b"UI" or syntax in LEFT_OUT or (data[begin + 4 : begin + 6] in KNOWN) == implicit:
+        if vr != b"UI" or syntax in (BIG_ENDIAN, DEFLATED) or (data[begin + 4 : begin + 6] in KNOWN) == implicit:
             return None
         at = _walk(data, begin, len(data), implicit, PIXEL_GROUP, found, tags)
         tag, vr, length, offset = _element(data, at, implicit)
         if tag != PIXELS:
             return None
         instance, position = _text_of(found.pop(INSTANCE), b"UI"), _text_of(found.pop(POSITION), b"DS")
-        plain = syntax in (EXPLICIT, IMPLICIT) and offset + length == size
-        plain = plain and vr in (b"", b"OW", b"OB")
+        plain = syntax in (EXPLICIT, IMPLICIT) and vr in (b"", b"OW", b"OB") and offset + length == size
         stored = _stored_pixels(found, offset, length, data[at:offset]) if plain else None
         return SliceHeader(instance, position, tuple(found.items()), stored)
     except (struct.error, LookupError, ValueError):  # cut short, or otherwise than expected
